@@ -1,0 +1,49 @@
+# Two commands matter to a newcomer: `make demo` and `make test`. Both need python3 (3.11 or newer) and pip only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
+REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
+
+.PHONY: demo test check bench peers readme-numbers wheel clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, renewed when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing fastdiff and what '$*' needs into $(VENV) (once)"
+	$(if $(filter peers,$*),$(PIP) "torch==2.13.0")
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-plot
+	$(BIN)/fastdiff demo -o demo
+
+test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-lint $(VENV)/.installed-plot
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks
+
+peers: $(VENV)/.installed-peers
+	$(BIN)/python benchmarks/peers.py
+
+readme-numbers: $(BIN)/python
+	$(BIN)/python benchmarks/readme_numbers.py
+
+# The wheel, installed into an environment of its own and used from another folder.
+wheel: | $(BIN)/python
+	rm -rf build dist
+	$(PIP) build
+	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	sh tests/installed_wheel.sh $(PYTHON) dist
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

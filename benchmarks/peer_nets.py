@@ -1,0 +1,126 @@
+"""The two curve networks in PyTorch, with the training step and the sampling loop of a careful user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+
+
+class Tutorial(nn.Module):
+    """The tutorial's network."""
+
+    def __init__(self, points: int, T: int) -> None:
+        super().__init__()
+        d = points
+        self.down = nn.Sequential(nn.Linear(d, 2 * d), nn.LeakyReLU(0.01, inplace=True), nn.Linear(2 * d, 4 * d))
+        self.time = nn.Embedding(T, 4 * d)
+        self.up = nn.Sequential(nn.Linear(4 * d, 2 * d), nn.LeakyReLU(0.01, inplace=True), nn.Linear(2 * d, d))
+        self.dense = [self.down[0], self.down[2], self.up[0], self.up[2]]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.up(self.down(x) + self.time(t))
+
+
+class Modulated(nn.Module):
+    """The default MLP: hidden layers silu((1 + gain(t)) (W x + b) + shift(t))."""
+
+    def __init__(self, points: int, hidden: tuple[int, ...], features: Tensor) -> None:
+        super().__init__()
+        widths = (points, *hidden, points)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.time = nn.Linear(features.shape[1], 2 * sum(hidden))
+        self.register_buffer("features", features)
+        self.columns = [width for width in hidden for _ in range(2)]  # gain and shift of each layer
+        self.dense = list(self.layers)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        columns = self.time(self.features[t]).split(self.columns, dim=1)
+        for layer, gain, shift in zip(self.layers, columns[::2], columns[1::2], strict=False):
+            x = F.silu(torch.addcmul(shift, 1 + gain, layer(x)))
+        return self.layers[-1](x)
+
+
+def load(net: Any, weights: dict[str, Any]) -> Any:
+    """Fill a network with our weights: matrices are (in, out) there, (out, in) here."""
+    with torch.no_grad():
+        for i, layer in enumerate(net.dense):
+            layer.weight.copy_(torch.from_numpy(weights[f"layers.{i}.weight"]).T)
+            layer.bias.copy_(torch.from_numpy(weights[f"layers.{i}.bias"]))
+        time = torch.from_numpy(weights["time.weight"])
+        net.time.weight.copy_(time if isinstance(net.time, nn.Embedding) else time.T)
+        if "time.bias" in weights:
+            net.time.bias.copy_(torch.from_numpy(weights["time.bias"]))
+    return net
+
+
+def weights_of(net: Any) -> dict[str, Any]:
+    """The other way round."""
+    weights = {}
+    for i, layer in enumerate(net.dense):
+        weights[f"layers.{i}.weight"] = layer.weight.detach().T.numpy()
+        weights[f"layers.{i}.bias"] = layer.bias.detach().numpy()
+    embedded = isinstance(net.time, nn.Embedding)
+    time = net.time.weight.detach()
+    weights["time.weight"] = (time if embedded else time.T).numpy()
+    if not embedded:
+        weights["time.bias"] = net.time.bias.detach().numpy()
+    return weights
+
+
+def coefficients(betas: Any) -> list[tuple[int, float, float, float]]:
+    """Rows (t, a, e, s) of the DDPM step x' = a x + e out + s z (Ho et al. 2020, algorithm 2), t descending."""
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    alphas = 1 - betas
+    abar = alphas.cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    a = 1 / alphas.sqrt()
+    e = -betas / (1 - abar).sqrt() * a
+    s = (betas * (1 - before) / (1 - abar)).sqrt()
+    return list(zip(range(len(betas)), a.tolist(), e.tolist(), s.tolist(), strict=True))[::-1]
+
+
+@torch.no_grad()
+def chain(net: Any, rows: list[tuple[int, float, float, float]], shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Tensor:
+    """Draw samples by DDPM. The coefficients are Python numbers, the timesteps one tensor, and x is kept in place."""
+    steps = torch.tensor([row[0] for row in rows])
+    x = randn(shape)
+    for i, (t, a, e, s) in enumerate(rows):
+        out = net(x, steps[i : i + 1])
+        x.mul_(a).add_(out, alpha=e)
+        if t > 0:
+            x.add_(randn(shape), alpha=s)
+    return x
+
+
+class Trainer:
+    """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1."""
+
+    def __init__(self, net: Any, X: Tensor, betas: Any, batch: int) -> None:
+        self.net, self.X, self.batch = net, X, batch
+        abar = (1 - torch.as_tensor(betas, dtype=torch.float64)).cumprod(0)
+        self.signal, self.noise = abar.sqrt().float()[:, None], (1 - abar).sqrt().float()[:, None]
+        self.parameters = list(net.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.losses: list[float] = []
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw rows of the data, timesteps and noise."""
+        rows = torch.randint(len(self.X), (self.batch,))
+        t = torch.randint(len(self.signal), (self.batch,))
+        return rows, t, torch.randn(self.batch, self.X.shape[1])
+
+    def step(self, rows: Tensor, t: Tensor, eps: Tensor) -> None:
+        """Take one step on a batch."""
+        x = self.signal[t] * self.X[rows] + self.noise[t] * eps
+        loss = F.mse_loss(self.net(x, t), eps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.losses.append(loss.item())

@@ -1,0 +1,569 @@
+"""The same work here and in PyTorch with diffusers, timed side by side: ``python benchmarks/peers.py``.
+
+For each case of `cases.py` there are two processes, one for each side, that never work at the same time. Both first
+compute the same small example from the same weights, inputs and noise, and a case is timed only if the results
+agree. Then they take turns: one of ours, one of theirs, and again. A round's ratio is their time through ours; the
+table shows the median of the rounds' ratios with the smallest and the largest.
+
+What a time is: the median of the calls in one turn, warm, with the arguments in memory, and with the results newly
+allocated where the call under test returns new ones. Both sides use the same number of threads. PyTorch runs
+eagerly, under no_grad where it samples, with its default AdamW. See `peer_nets.py` and `cold_peer.py` for its code.
+
+Without --only, --quick or --threads the results go to ``results/peers-cpu.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+from cases import CASES, T, Case
+from readme_numbers import RESULTS, table, write
+
+# What must be reached, on two cores. Cases without a target are shown too.
+TARGETS = {
+    "normals-48x1000000": 5.0,
+    "normals-960000x50": 5.0,
+    "forward-1000000x50": 4.0,
+    "step-64x256x256x3": 6.0,
+    "chain-tutorial-1": 10.0,
+    "chain-tutorial-1000": 2.0,
+    "chain-tutorial-100000": 3.5,
+    "train-tutorial-10": 8.0,
+    "train-tutorial-1000": 2.0,
+    "train-tutorial-8192": 3.0,
+    "cold-start": 3.0,
+}
+PEERS = {
+    "normals": "torch.randn",
+    "forward": "torch: randn_like, gather, two multiplies, add",
+    "step": "diffusers DDPMScheduler.step",
+    "chain": "torch, no_grad",
+    "training": "torch, AdamW, clipping",
+    "cold": "torch + diffusers",
+}
+# Samples in the example that both sides compute before they are timed.
+EXAMPLE = {"normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16}
+# How far the two results of an example may differ, through the size of the peer's result. Moments are in units of
+# their standard error; a weight may differ by a part of how far training moved the weights.
+TOLERANCES = {
+    "moments": 7.0,
+    "x_t": 1e-6,
+    "x": 1e-5,
+    "output": 1e-5,
+    "samples": 1e-4,
+    "losses": 1e-4,
+    "weights": 1e-2,
+}
+EXAMPLE_STEPS = 5  # of training
+ROUNDS, LEAST_ROUNDS, PATIENCE = 9, 3, 30.0  # fewer rounds once a case has taken this many seconds
+TURN = 0.3  # seconds of calls in one turn
+PAUSE = 0.2  # between turns: threads of the other side stop spinning
+
+
+class PeersError(Exception):
+    """A case that cannot be compared; the message says why."""
+
+
+# -- the workers -----------------------------------------------------------------------------------------------
+
+
+Example = tuple[dict[str, Any], dict[str, Any]]  # inputs that both sides take, and our outputs
+
+
+def example_of(case: Case) -> Case:
+    """The small case that both sides compute."""
+    most = EXAMPLE[case.kind]
+    return replace(case, n=max(1, min(case.n, most // case.shape[0] if case.kind == "normals" else most)))
+
+
+def moments(x: Any) -> Any:
+    """Mean, variance, skewness and kurtosis of standard normals, as deviations in units of their standard errors."""
+    z = np.asarray(x, np.float64).reshape(-1)
+    raw = [z.mean(), (z**2).mean() - 1, (z**3).mean(), (z**4).mean() - 3]
+    return np.array(raw) / np.sqrt(np.array([1, 2, 15, 96]) / z.size)
+
+
+def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
+    """Inputs and our results of the example of a case."""
+    case = example_of(case)
+    s = cases.schedule(fd, case)
+    inputs: dict[str, Any] = {"betas": s.betas}
+    if case.kind == "normals":
+        return inputs, {"moments": moments(case.setup(be).run())}
+    if case.kind == "forward":
+        x0, t, _ = cases.noising(fd, case)
+        x_t, eps = case.setup(be).run()
+        return inputs | {"x0": x0, "t": t, "eps": eps}, {"x_t": x_t, "moments": moments(eps)}
+    if case.kind == "step":
+        x, out, row, _ = cases.image_step(fd, case)
+        z = fd.normal(x.shape, seed=0, stream="step", step=row.t, backend=be)
+        return inputs | {"x": x, "out": out, "z": z}, {"x": case.setup(be).run()}
+    if case.kind == "chain":
+        net = cases.network(fd, case)
+        x = fd.normal((case.n, *case.shape), seed=0, stream="init", backend=be)
+        inputs |= _weights(net) | {"noise": _noise(fd, be, case, 0, T)}
+        output = net.predict(x, T // 2, backend=be)
+        return inputs, {"output": output, "samples": case.setup(be).run()}
+    if case.kind == "training":
+        return _training_example(fd, be, case, inputs)
+    model = cases.checkpoint(fd, case, be, folder / "model.safetensors")
+    loaded = fd.load(folder / "model.safetensors", backend=be)
+    inputs |= _weights(model.net) | {"noise": _noise(fd, be, case, model.seed, T)}
+    inputs |= {"mean": model.mean, "std": model.std}
+    return inputs, {"samples": loaded.sample(case.n)}
+
+
+def _weights(net: Any) -> dict[str, Any]:
+    features = {} if net.plan.features is None else {"features": net.plan.features.astype(np.float32)}
+    return {f"w/{name}": view.copy() for name, view in net.params.items()} | features
+
+
+def _noise(fd: Any, be: Any, case: Case, seed: int, steps: int) -> Any:
+    """All noise of a chain, (steps, n, ...): the start, and then that of the timesteps from the last to 1."""
+    shape = (case.n, *case.shape)
+    start = fd.normal(shape, seed=seed, stream="init", backend=be)
+    rest = [fd.normal(shape, seed=seed, stream="step", step=t, backend=be) for t in range(steps - 1, 0, -1)]
+    return np.stack([start, *rest])
+
+
+def _training_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any]) -> Example:
+    X, net = cases.curves(fd, case), cases.network(fd, case)
+    inputs |= _weights(net)
+    model = fd.Diffusion(net, cases.schedule(fd, case), backend=be, seed=0)
+    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, progress=False)
+    draws: dict[str, list[Any]] = {"rows": [], "t": [], "eps": []}
+    for step in range(EXAMPLE_STEPS):
+        at = {"seed": 0, "step": step}
+        draws["rows"].append(fd.noise.scaled_words(case.n, len(X), stream=fd.noise.Stream.BATCH, **at))
+        draws["t"].append(fd.noise.scaled_words(case.n, T, stream=fd.noise.Stream.TRAIN_TIME, **at))
+        draws["eps"].append(fd.normal((case.n, *case.shape), stream="train_noise", backend=be, **at))
+    inputs |= {name: np.stack(values) for name, values in draws.items()}
+    inputs["X"] = (X - np.float32(model.mean)) / np.float32(model.std)
+    return inputs, {"losses": np.array(model.history["loss"]), "weights": _flat(_weights(model.net))}
+
+
+def _flat(weights: dict[str, Any]) -> Any:
+    return np.concatenate([weights[name].reshape(-1) for name in sorted(weights) if name != "features"])
+
+
+def our_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any], int]:
+    """Compute the example, leave it in the folder, and return what is to be timed."""
+    import fastdiff as fd
+
+    be = fd.get_backend("cpu", threads=threads)
+    inputs, outputs = our_example(fd, be, case, folder)
+    np.savez(folder / "inputs.npz", **inputs)
+    np.savez(folder / "ours.npz", **outputs)
+    if case.kind == "cold":
+        return lambda: cases.cold_process("cold_ours.py", folder / "model.safetensors", case, threads), 1
+    work = case.setup(be)
+    work.check(work.run())
+    assert "torch" not in sys.modules
+    return work.run, work.units
+
+
+def peer_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any], int]:
+    """Compute the example from the inputs in the folder, and return what is to be timed."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with np.load(folder / "inputs.npz") as file:
+        inputs = {name: file[name] for name in file.files}
+    outputs, run = PEER_KINDS[case.kind](case, inputs, folder, threads)
+    np.savez(folder / "peer.npz", **outputs)
+    assert "fastdiff" not in sys.modules
+    return run, case.units
+
+
+PeerSide = tuple[dict[str, Any], Callable[[], Any]]
+
+
+def _peer_normals(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import torch
+
+    del inputs, folder, threads
+    few = example_of(case)
+    shape = (case.n, *case.shape)
+    return {"moments": moments(torch.randn((few.n, *few.shape)))}, lambda: torch.randn(shape)
+
+
+def _peer_forward(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import torch
+
+    del folder, threads
+    abar = np.cumprod(1 - inputs["betas"])
+    signal, noise = (torch.from_numpy(np.sqrt(v).astype(np.float32))[:, None] for v in (abar, 1 - abar))
+
+    def forward(x0: Any, t: Any, randn_like: Callable[[Any], Any]) -> Any:
+        eps = randn_like(x0)
+        return signal[t] * x0 + noise[t] * eps, eps
+
+    eps = torch.from_numpy(inputs["eps"])
+    x_t, _ = forward(torch.from_numpy(inputs["x0"]), torch.from_numpy(inputs["t"]), lambda _: eps)
+    _, own = forward(torch.from_numpy(inputs["x0"]), torch.from_numpy(inputs["t"]), torch.randn_like)
+    x0, t = torch.randn(case.n, *case.shape), torch.randint(len(signal), (case.n,))
+    return {"x_t": x_t.numpy(), "moments": moments(own)}, lambda: forward(x0, t, torch.randn_like)
+
+
+def _peer_step(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import torch
+    from diffusers import DDPMScheduler
+
+    del folder, threads
+    scheduler = DDPMScheduler(num_train_timesteps=len(inputs["betas"]), beta_schedule="linear")  # clips x0 to [-1, 1]
+    channels = case.shape[-1:] + case.shape[:-1]
+
+    def step(x: Any, out: Any) -> Any:
+        return scheduler.step(out, cases.IMAGE_STEP, x).prev_sample
+
+    x, out = (torch.from_numpy(inputs[name]).reshape(-1, *channels) for name in ("x", "out"))
+    with fed(inputs["z"].reshape(1, *x.shape)):
+        result = step(x, out)
+    x, out = torch.randn(case.n, *channels), torch.randn(case.n, *channels)
+    return {"x": result.reshape(len(result), -1).numpy()}, lambda: step(x, out)
+
+
+def _peer_net(case: Case, inputs: dict[str, Any]) -> Any:
+    import peer_nets
+    import torch
+
+    if case.net == "tutorial":
+        net = peer_nets.Tutorial(case.shape[0], T)
+    else:
+        net = peer_nets.Modulated(case.shape[0], cases.HIDDEN, torch.from_numpy(inputs["features"]))
+    return peer_nets.load(net, {name[2:]: value for name, value in inputs.items() if name.startswith("w/")})
+
+
+def _peer_chain(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import peer_nets
+    import torch
+
+    del folder, threads
+    net, rows = _peer_net(case, inputs), peer_nets.coefficients(inputs["betas"])
+    noise = torch.from_numpy(inputs["noise"])
+    draws = iter(noise.clone())
+    with torch.no_grad():
+        output = net(noise[0], torch.full((noise.shape[1],), T // 2))
+    samples = peer_nets.chain(net, rows, tuple(noise.shape[1:]), lambda _: next(draws))
+    shape = (case.n, *case.shape)
+    outputs = {"output": output.numpy(), "samples": samples.numpy()}
+    return outputs, lambda: peer_nets.chain(net, rows, shape, torch.randn)
+
+
+def _peer_training(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import peer_nets
+    import torch
+
+    del folder, threads
+    X = torch.from_numpy(inputs["X"])
+    trainer = peer_nets.Trainer(_peer_net(case, inputs), X, inputs["betas"], case.n)
+    for rows, t, eps in zip(*(torch.from_numpy(inputs[name]) for name in ("rows", "t", "eps")), strict=True):
+        trainer.step(rows, t, eps)
+    weights = {f"w/{name}": value for name, value in peer_nets.weights_of(trainer.net).items()}
+    outputs = {"losses": np.array(trainer.losses), "weights": _flat(weights).copy()}
+
+    def run() -> None:
+        for _ in range(case.units):
+            trainer.step(*trainer.draw())
+
+    return outputs, run
+
+
+def _peer_cold(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+    import torch
+    from cold_peer import sample
+    from safetensors.torch import save_file
+
+    names = {"down.0": "layers.0", "down.2": "layers.1", "up.0": "layers.2", "up.2": "layers.3"}
+    state = {f"{theirs}.weight": inputs[f"w/{ours}.weight"].T for theirs, ours in names.items()}
+    state |= {f"{theirs}.bias": inputs[f"w/{ours}.bias"] for theirs, ours in names.items()}
+    state |= {"time.weight": inputs["w/time.weight"], "betas": inputs["betas"]}
+    state |= {name: np.array(inputs[name], np.float32) for name in ("mean", "std")}
+    path = folder / "peer.safetensors"
+    save_file({name: torch.from_numpy(np.array(value, order="C")) for name, value in state.items()}, path)
+    with fed(inputs["noise"]):
+        samples = sample(str(path), case.n)
+    return {"samples": samples.numpy()}, lambda: cases.cold_process("cold_peer.py", path, case, threads)
+
+
+@contextlib.contextmanager
+def fed(noise: Any) -> Iterator[None]:
+    """Let torch.randn, and with it the schedulers of diffusers, draw the given arrays one after the other."""
+    import torch
+    from diffusers.schedulers import scheduling_ddpm
+
+    draws = iter(torch.from_numpy(noise))
+
+    def draw(*args: Any, **options: Any) -> Any:
+        del args, options
+        return next(draws).clone()
+
+    saved = torch.randn, scheduling_ddpm.randn_tensor
+    torch.randn = scheduling_ddpm.randn_tensor = draw
+    try:
+        yield
+    finally:
+        torch.randn, scheduling_ddpm.randn_tensor = saved
+    assert next(draws, None) is None
+
+
+PEER_KINDS: dict[str, Callable[[Case, dict[str, Any], Path, int], PeerSide]] = {
+    "normals": _peer_normals,
+    "forward": _peer_forward,
+    "step": _peer_step,
+    "chain": _peer_chain,
+    "training": _peer_training,
+    "cold": _peer_cold,
+}
+
+
+def serve(side: str, case: Case, folder: Path, threads: int) -> None:
+    """Be a worker: prepare, then take one turn for each line of stdin that names how many seconds it lasts."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    run, units = (our_worker if side == "ours" else peer_worker)(case, folder, threads)
+    say(ready=True)
+    for line in sys.stdin:
+        seconds: list[float] = []
+        begin = time.perf_counter()
+        while not seconds or time.perf_counter() - begin < float(line):
+            start = time.perf_counter()
+            run()
+            seconds.append((time.perf_counter() - start) / units)
+        say(seconds=statistics.median(seconds), calls=len(seconds))
+
+
+# -- the comparison --------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """The process of one side of a case."""
+
+    def __init__(self, side: str, case: Case, scale: float, folder: Path, threads: int) -> None:
+        self.side = side
+        command = [sys.executable, __file__, "--worker", side, "--case", case.name, "--scale", repr(scale)]
+        self.process = subprocess.Popen(
+            [*command, "--folder", str(folder), "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(threads),
+        )
+        try:
+            self._answer()
+        except PeersError:
+            self.close()
+            raise
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise PeersError(f"the process of {self.side} failed: see its traceback above")
+        return json.loads(line)
+
+    def turn(self, seconds: float) -> float:
+        """Let it work for about that long; return its time for one unit of the work."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return {**os.environ, **dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
+
+
+def check_parity(case: Case, folder: Path) -> dict[str, dict[str, float]]:
+    """Compare the two results of the example; return what they differ by, or raise `PeersError`."""
+    loaded = [np.load(folder / name) for name in ("inputs.npz", "ours.npz", "peer.npz")]
+    inputs, ours, theirs = ({key: file[key] for key in file.files} for file in loaded)
+    for file in loaded:
+        file.close()
+    parity: dict[str, dict[str, float]] = {}
+    if ours.keys() != theirs.keys():
+        raise PeersError(f"results to compare: {sorted(ours)} of ours, {sorted(theirs)} of the peer")
+    for name, value in ours.items():
+        other = theirs[name]
+        if value.shape != other.shape:
+            raise PeersError(f"parity of {name}: shapes {value.shape} and {other.shape}")
+        if name == "moments":
+            error = max(np.abs(value - other).max(), np.abs(value).max(), np.abs(other).max())
+        elif name == "weights":
+            start = _flat({key: view for key, view in inputs.items() if key.startswith("w/")})
+            error = np.linalg.norm(value - other) / np.linalg.norm(other - start)
+        else:
+            error = np.abs(value - other).max() / np.abs(other).max()
+        parity[name] = {"difference": float(error), "tolerance": TOLERANCES[name]}
+        if not error <= TOLERANCES[name]:  # NaN fails
+            raise PeersError(f"parity of {name} in {case.name}: differs by {error:.3g}, allowed {TOLERANCES[name]:g}")
+    return parity
+
+
+def compare(case: Case, *, scale: float, rounds: int, turn: float, pause: float, threads: int) -> dict[str, Any]:
+    """Time one case on both sides, in alternation; return its row of the results."""
+    ours: list[float] = []
+    peer: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="fastdiff-peers-") as name, contextlib.ExitStack() as stack:
+        folder, workers = Path(name), []
+        for side in ("ours", "peer"):
+            workers.append(Worker(side, case, scale, folder, threads))
+            stack.callback(workers[-1].close)
+        parity = check_parity(case.at(scale), folder)
+        for worker in workers:
+            worker.turn(0)  # warm
+        begin = time.perf_counter()
+        while len(ours) < rounds and (len(ours) < LEAST_ROUNDS or time.perf_counter() - begin < PATIENCE):
+            for worker, seconds in zip(workers, (ours, peer), strict=True):
+                time.sleep(pause)
+                seconds.append(worker.turn(turn))
+    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
+    middle, target = statistics.median(ratios), TARGETS.get(case.name)
+    return {
+        "name": case.name,
+        "title": case.title,
+        "peer": PEERS[case.kind],
+        "bytes": case.bytes,
+        "operations": case.operations,
+        "normals": case.normals,
+        "ratio": {"median": middle, "min": min(ratios), "max": max(ratios)},
+        "target": target,
+        "met": None if target is None else middle >= target,
+        "seconds": {"ours": statistics.median(ours), "peer": statistics.median(peer)},
+        "rounds": [{"ours": a, "peer": b} for a, b in zip(ours, peer, strict=True)],
+        "parity": parity,
+    }
+
+
+# -- the report ------------------------------------------------------------------------------------------------
+
+
+def header(threads: int) -> dict[str, Any]:
+    """Machine, versions, date and commit."""
+    names = {"fastdiff": "fastdiff-engine"} | {n: n for n in ("numpy", "numba", "torch", "diffusers", "safetensors")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{name: version(package) for name, package in names.items()},
+    }
+
+
+def _commit() -> str:
+    """The commit, with a plus sign where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(cases.HERE), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        known = {key.strip(): value.strip() for key, value in lines.items()}
+        flags = known.get("flags", "").split()
+        widest = next((name for name in ("avx512f", "avx2") if name in flags), "")
+        if "model name" in known:
+            return known["model name"] + (f" ({widest})" if widest else "")
+    return platform.processor() or platform.machine()
+
+
+def main() -> int:
+    """Compare, print, and write the results; return the exit code."""
+    parser = argparse.ArgumentParser(prog="peers.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"at most so many (default {ROUNDS})")
+    parser.add_argument("--threads", type=int, default=2, help="of both sides (default 2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The ratios mean nothing")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
+    parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads)
+        return 0
+
+    missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
+        return 2
+    chosen = [c for c in CASES if not args.only or any(c.name.startswith(name) for name in args.only)]
+    if not chosen or args.rounds < 1 or args.threads < 1:
+        parser.error(f"no such case; there are {', '.join(c.name for c in CASES)}" if not chosen else "at least 1")
+    output = args.output or (RESULTS if not (args.only or args.quick or args.threads != 2) else None)
+
+    results: dict[str, Any] = {"header": header(args.threads), "rows": []}
+    how = {"scale": 0.001, "turn": 0.01, "pause": 0.0} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
+    failed, begin = [], time.perf_counter()
+    for case in chosen:
+        try:
+            row = compare(case, rounds=min(args.rounds, 2) if args.quick else args.rounds, threads=args.threads, **how)
+        except PeersError as error:
+            failed.append(case.name)
+            print(f"{case.name}: {error}", flush=True)
+            continue
+        results["rows"].append(row)
+        ratio, target = row["ratio"], row["target"]
+        met = "" if target is None else f"  target {target:g}: {'met' if row['met'] else 'MISSED'}"
+        print(f"{case.name}: {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f}){met}", flush=True)
+    print(f"\n{table(results)}\n{time.perf_counter() - begin:.0f} s")
+    if failed:
+        print(f"failed: {', '.join(failed)}; nothing written", file=sys.stderr)
+        return 1
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write(output / "peers-cpu.json", json.dumps(results, indent=1) + "\n")
+        write(output / "peers-cpu.md", table(results))
+        print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

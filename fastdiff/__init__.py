@@ -1,0 +1,39 @@
+"""fastdiff: a fast diffusion engine on NumPy, Numba and CuPy, without a deep-learning framework.
+
+>>> import fastdiff as fd
+>>> X = fd.data.harmonic_curves(2000)
+>>> model = fd.Diffusion().fit(X)  # doctest: +SKIP
+>>> new = model.sample(16)  # doctest: +SKIP
+"""
+
+from fastdiff import data, denoisers, errors, noise, samplers
+from fastdiff.backends import Backend, available_backends, get_backend
+from fastdiff.model import Diffusion, load
+from fastdiff.nn import MLP
+from fastdiff.noise import normal
+from fastdiff.process import forward_chain, forward_noise, posterior, sample
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "Backend",
+    "Diffusion",
+    "Sampler",
+    "Schedule",
+    "available_backends",
+    "data",
+    "denoisers",
+    "errors",
+    "forward_chain",
+    "forward_noise",
+    "get_backend",
+    "load",
+    "noise",
+    "normal",
+    "posterior",
+    "sample",
+    "samplers",
+]

@@ -1,0 +1,270 @@
+"""The backend protocol: the operations that every backend provides, and how one is chosen.
+
+``numpy`` is the reference: plain formulas, float32 or float64. ``cpu`` runs compiled Numba kernels in float32.
+Arguments are checked where the user calls, not here: a backend may assume C-contiguous arrays of its own kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int
+
+log = logging.getLogger("fastdiff")
+
+Array = Any  # the backend's own kind: numpy.ndarray, later cupy.ndarray
+
+Activation = Literal["none", "leaky_relu", "silu"]
+TimeMode = Literal["none", "shift", "scale_shift"]
+
+LEAKY_SLOPE = 0.01
+
+
+class Row(NamedTuple):
+    """One row of a sampler table (DESIGN: the table law), in float64.
+
+    x0 = clip(p x + q out); x' = a x + b x0 + c x0_previous + e out + s z. Every sum starts from +0 and adds its
+    terms in that order, one rounding per operation; a term with a zero coefficient is not evaluated.
+    """
+
+    t: int
+    p: float
+    q: float
+    a: float
+    b: float
+    c: float
+    e: float
+    s: float
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """y = act((1 + gain) (x W + bias) + shift), gain and shift being columns of the time table.
+
+    Attributes
+    ----------
+    inputs, outputs : int
+        Widths.
+    weight, bias : int
+        Offsets of W (inputs, outputs) and of the bias (outputs,) in the flat parameter buffer.
+    activation : {"none", "leaky_relu", "silu"}
+    time : {"none", "shift", "scale_shift"}
+        Which of gain and shift the layer has; with both, the gain's columns come first.
+    time_column : int
+        First column of this layer in the time table.
+    """
+
+    inputs: int
+    outputs: int
+    weight: int
+    bias: int
+    activation: Activation
+    time: TimeMode = "none"
+    time_column: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MLPPlan:
+    """What a backend needs to know of an MLP; the numbers are in the flat parameter buffer.
+
+    The time table has one row per timestep and `time_width` columns. It is a parameter itself (an embedding) where
+    `features` is None, else features @ W + bias with W (F, time_width) at `time_weight`.
+
+    Attributes
+    ----------
+    layers : tuple of DenseLayer
+    T : int
+        Number of timesteps.
+    size : int
+        Length of the flat parameter buffer.
+    time_width : int
+        Columns of the time table, 0 for a network without time.
+    time_weight, time_bias : int
+        Offsets; `time_bias` is unused for an embedding.
+    features : (T, F) float64 or None
+        Sinusoidal features of every timestep.
+    """
+
+    layers: tuple[DenseLayer, ...]
+    T: int
+    size: int
+    time_width: int
+    time_weight: int
+    time_bias: int
+    features: npt.NDArray[np.float64] | None
+
+
+class TrainingDraws(NamedTuple):
+    """What a training step draws its batch from: the noise law's TRAIN streams over a data set.
+
+    Position i of the batch at a step takes data row (w0 N) >> 32 of stream BATCH, timestep (w0 T) >> 32 of
+    TRAIN_TIME and its noise from TRAIN_NOISE. `signal` and `noise` are the schedule's tables (T,), and the target
+    is ``target_noise[t] * eps + target_data[t] * x0``: which prediction the network learns is a table too.
+    """
+
+    data: Array
+    signal: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+    target_noise: npt.NDArray[np.float64]
+    target_data: npt.NDArray[np.float64]
+    seed: int
+
+
+class AdamW(NamedTuple):
+    """Scalars of one optimiser step (Loshchilov and Hutter 2019), already corrected for the step number.
+
+    The gradient is scaled by min(1, clip_norm / (norm + 1e-6)) (no clipping where `clip_norm` is infinite); then
+    m += (1 - beta1) (g - m); v += (1 - beta2) (g g - v);
+    p = (1 - rate decay) p - rate / correction1 * m / (sqrt(v) / sqrt(correction2) + eps);
+    average += (1 - ema) (p - average). A gradient whose norm is not finite changes nothing.
+    """
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    correction1: float
+    correction2: float
+    clip_norm: float
+    ema: float
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The operations of a backend. Arrays are changed in place where the text says *fill* or *change*."""
+
+    name: str
+    threads: int
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return `value` as a C-contiguous array of this backend, in `dtype` or its working float type."""
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        """Return a backend array as NumPy."""
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Return an uninitialised array."""
+
+    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        """Fill `out` (n, D) with normals by the noise law."""
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        """Fill `eps` (n, D) with stream FORWARD and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
+
+        `out` (n, D) is the denoiser's output; None where no term needs it.
+        """
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
+        """Return the network's output (n, out) for x (n, in) and t (n,) int64."""
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x."""
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        """Draw the batch of a training step, fill `grads`, return the loss."""
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser."""
+
+    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+        """Change parameters, moments and their moving average by one step; return the gradient's norm before clipping."""
+
+
+def available_backends() -> list[str]:
+    """Return the names of the backends that work on this machine, the reference first."""
+    return ["numpy", "cpu"]
+
+
+@cache
+def _shared(name: str, threads: int | None) -> Backend:
+    if name == "numpy":
+        from fastdiff.backends.numpy import NumpyBackend
+
+        return NumpyBackend()
+    from fastdiff.backends.cpu import CpuBackend
+
+    return CpuBackend(threads=threads)
+
+
+@cache
+def _choose_auto() -> str:
+    log.info("backend 'auto' chose 'cpu'")
+    return "cpu"
+
+
+def get_backend(backend: str | Backend = "auto", *, threads: int | None = None) -> Backend:
+    """Return a backend.
+
+    Parameters
+    ----------
+    backend : {"auto", "numpy", "cpu", "cuda"} or Backend
+        A backend object is returned as it is. "auto" takes the fastest that works here, and logs once what it chose.
+    threads : int, optional
+        For "cpu": how many threads its kernels use; by default one per core this process may run on. Results do not
+        depend on it.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown name, or threads for a backend that has none.
+    BackendError
+        "cuda": there is no CUDA backend in this version.
+    """
+    if isinstance(backend, Backend) and not isinstance(backend, str):
+        return backend
+    name = check_choice("backend", backend, ["auto", "numpy", "cpu", "cuda"])
+    if name == "cuda":
+        raise BackendError("backend 'cuda' is not part of this version; backend='cpu' works on this machine")
+    if name == "auto":
+        name = _choose_auto()
+    if threads is not None:
+        threads = check_int("threads", threads, low=1, high=1024)
+        if name != "cpu":
+            raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
+    return _shared(name, threads)

@@ -1,0 +1,460 @@
+"""The CPU backend: compiled Numba kernels in float32, on threads of its own.
+
+The kernels release the GIL and take a range of their work, so plain Python threads run them: no OpenMP and no Numba
+threading layer. Two user threads may therefore use a backend at once on any platform (they take turns), a forked
+child works, and nothing global is set. A result does not depend on the number of threads, because a kernel's pieces
+write disjoint memory and sums over pieces are added in the order of the pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.errors import BackendError
+from fastdiff.noise import Stream, round_keys
+
+try:
+    from fastdiff.kernels.cpu import mlp as mlp_kernels
+    from fastdiff.kernels.cpu import noise as noise_kernels
+    from fastdiff.kernels.cpu import optim as optim_kernels
+    from fastdiff.kernels.cpu import step as step_kernels
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("fastdiff"):
+        raise
+    raise BackendError("fastdiff is imported from a source tree that is not installed: run pip install -e .") from error
+
+Array = npt.NDArray[Any]
+Body = Callable[[int, int, int], None]
+
+GROUP = 16  # tiles whose gradients are held at once: bounds the memory of a training step
+MIN_PIECE = 1 << 16  # values: less work than this is not worth waking a thread
+
+
+class Workers:
+    """Threads that share the pieces of one job.
+
+    Parameters
+    ----------
+    threads : int
+        How many work at once, the caller included.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._start()
+        os.register_at_fork(after_in_child=_forget(weakref.ref(self)))
+
+    def _start(self) -> None:
+        self.lock = threading.RLock()
+        self._jobs: list[SimpleQueue[Any]] = []
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run(self, body: Body, items: int, grain: int) -> None:
+        """Call ``body(worker, start, stop)`` over ranges of at most `grain` of `items`; return when all are done."""
+        pieces = -(-items // grain)
+        helpers = min(self.threads, pieces) - 1
+        if helpers < 1:
+            if items:
+                body(0, 0, items)
+            return
+        while len(self._jobs) < helpers:
+            queue: SimpleQueue[Any] = SimpleQueue()
+            threading.Thread(
+                target=_serve, args=(queue, self._done, len(self._jobs) + 1), name="fastdiff", daemon=True
+            ).start()
+            self._jobs.append(queue)
+        counter = itertools.count()
+
+        def share(worker: int) -> None:
+            while (piece := next(counter)) < pieces:
+                body(worker, piece * grain, min(items, (piece + 1) * grain))
+
+        for queue in self._jobs[:helpers]:
+            queue.put(share)
+        failures: list[BaseException | None] = []
+        try:
+            share(0)
+        finally:
+            failures = [self._done.get() for _ in range(helpers)]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+
+def _forget(workers: weakref.ref[Workers]) -> Callable[[], None]:
+    def restart() -> None:
+        alive = workers()
+        if alive is not None:
+            alive._start()  # the parent's threads do not exist in a forked child
+
+    return restart
+
+
+def _serve(queue: SimpleQueue[Any], done: SimpleQueue[BaseException | None], worker: int) -> None:
+    while True:
+        job = queue.get()
+        try:
+            job(worker)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            done.put(error)
+        else:
+            done.put(None)
+        job = None
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Workspace:
+    """Scratch arrays of one worker, made once."""
+
+    def __init__(self) -> None:
+        self.words = np.empty((7, noise_kernels.CHUNK), np.uint32)
+        self.z = np.empty(noise_kernels.WORKSPACE, np.float32)
+        self.segments = np.empty((4, 3), np.int64)
+
+    @property
+    def noise(self) -> tuple[Array, Array, Array]:
+        return self.words, self.z, self.segments
+
+
+class _MLPSpace:
+    """What the kernels need of one network, and their buffers, made once and grown where a batch needs more."""
+
+    def __init__(self, plan: MLPPlan, threads: int) -> None:
+        k = mlp_kernels
+        self.plan = plan
+        self.layers = np.zeros((len(plan.layers), k.LAYER_COLUMNS), np.int64)
+        at = k.TILE * plan.layers[0].inputs
+        x = 0
+        for row, layer in zip(self.layers, plan.layers, strict=True):
+            keep = layer.activation == "silu" or layer.time == "scale_shift"  # u is needed again by the backward pass
+            u, y = at, at + k.TILE * layer.outputs if keep else at
+            row[:] = (
+                layer.inputs, layer.outputs, layer.weight, layer.bias,
+                k.ACTIVATIONS[layer.activation], k.MODES[layer.time], layer.time_column, x, u, y,
+            )  # fmt: skip
+            at, x = y + k.TILE * layer.outputs, y
+        widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
+        self.arenas = [np.empty(at, np.float32) for _ in range(threads)]
+        self.deltas = [np.empty((3, k.TILE * widest), np.float32) for _ in range(threads)]
+        self.times = [np.empty(k.TILE, np.int64) for _ in range(threads)]
+        self.previous = [np.empty(k.TILE * plan.layers[0].inputs, np.float32) for _ in range(threads)]
+        self.slots = np.arange(plan.T)
+        self.used = np.empty(plan.T, np.int64)
+        self.features = None if plan.features is None else plan.features.astype(np.float32)
+        self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
+        self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
+        # The time table's parameters come last in the flat buffer; sums over tiles concern what is before them.
+        self.summed = plan.time_weight if plan.time_width else plan.size
+        self.transposed = np.empty(self.summed, np.float32)
+        self.partials = np.zeros((0, self.summed), np.float32)
+        self.dtime = np.empty(0, np.float32)
+        self.dtable = np.zeros(self.table.size, np.float32)
+        self.t = np.empty(0, np.int64)
+        self.indices = np.empty(0, np.int64)
+        self.losses = np.zeros(GROUP)
+        self.nothing = np.empty((1, 1), np.float32)
+
+    def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
+        """The table with the rows that t needs, found through `slots`, and how many they are."""
+        plan = self.plan
+        if self.features is None:
+            return params[plan.time_weight : plan.time_weight + max(1, plan.T * plan.time_width)], plan.T
+        count = mlp_kernels.number_slots(t, self.slots, self.used)
+        mlp_kernels.time_table(
+            count, self.used, self.features, self.rows, params, plan.time_weight, plan.time_bias, plan.time_width, self.table
+        )
+        return self.table, count
+
+    def grow(self, batch: int) -> None:
+        """Have buffers for training steps of this batch."""
+        tiles = min(GROUP, -(-batch // mlp_kernels.TILE))
+        if tiles > len(self.partials):
+            self.partials = np.zeros((tiles, self.summed), np.float32)
+            self.dtime = np.empty(tiles * mlp_kernels.TILE * max(1, self.plan.time_width), np.float32)
+        if batch != len(self.t):
+            self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
+
+
+class CpuBackend:
+    """Numba kernels on the CPU, float32.
+
+    Parameters
+    ----------
+    threads : int or None
+        Number of threads; None: one per core that this process may run on.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or _cores()
+        self._workers = Workers(self.threads)
+        self._spaces = [_Workspace() for _ in range(self.threads)]
+        self._networks: weakref.WeakKeyDictionary[MLPPlan, _MLPSpace] = weakref.WeakKeyDictionary()
+        self._lanes = [np.empty(optim_kernels.LANES) for _ in range(self.threads)]
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return CpuBackend, (self.threads,)
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        return np.ascontiguousarray(value, np.float32 if dtype is None else dtype)
+
+    def to_numpy(self, array: Array) -> Array:
+        return array
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return np.empty(shape, dtype)
+
+    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            noise_kernels.normal_range(
+                start, stop, flat, *out.shape, first, step, int(stream), keys, *self._spaces[worker].noise
+            )
+
+        self._chunks(body, out.shape)
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        arrays = (x0.reshape(-1), t, signal.astype(np.float32), noise.astype(np.float32), out.reshape(-1), eps.reshape(-1))
+        keys, first = round_keys(seed), np.uint64(first_sample)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            step_kernels.forward_noise_range(
+                start, stop, *arrays, *x0.shape, first, int(Stream.FORWARD), keys, *self._spaces[worker].noise
+            )
+
+        self._chunks(body, x0.shape)
+
+    def _chunks(self, body: Body, shape: tuple[int, ...]) -> None:
+        if 0 in shape:
+            return
+        chunks = noise_kernels.chunks_of(*shape)
+        with self._workers.lock:
+            self._workers.run(body, chunks, max(1, MIN_PIECE // (4 * noise_kernels.CHUNK)))
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        flat = x.reshape(-1)
+        outs = flat if out is None else out.reshape(-1)
+        keep = previous is not None
+        kept = flat if previous is None else previous.reshape(-1)
+        coefficients = np.array(row[1:], np.float32)
+        low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+        keys, first = round_keys(seed), np.uint64(first_sample)
+
+        def noisy(worker: int, start: int, stop: int) -> None:
+            step_kernels.step_range(
+                start, stop, flat, outs, kept, coefficients, low, high, keep, *x.shape,
+                first, row.t, int(stream), keys, *self._spaces[worker].noise,
+            )  # fmt: skip
+
+        def quiet(worker: int, start: int, stop: int) -> None:
+            del worker
+            part = slice(start, stop)
+            step_kernels.apply_row(
+                flat[part], outs[part], kept[part], flat[part], coefficients, low, high, keep
+            )
+
+        if row.s != 0:
+            self._chunks(noisy, x.shape)
+        else:
+            with self._workers.lock:
+                self._workers.run(quiet, flat.size, MIN_PIECE)
+
+    def _network(self, plan: MLPPlan) -> _MLPSpace:
+        space = self._networks.get(plan)
+        if space is None:
+            space = self._networks[plan] = _MLPSpace(plan, self.threads)
+        return space
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
+        y = np.empty((len(x), plan.layers[-1].outputs), np.float32)
+        flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, t)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.forward_range(
+                    start, stop, flat_x, flat_y, t, net.layers, params, table, plan.time_width, net.slots, net.arenas[worker]
+                )
+
+            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+        return y
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        flat = x.reshape(-1)
+        steps = np.array([row.t for row in rows], np.int64)
+        coefficients = np.array([row[1:] for row in rows], np.float32)
+        low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+        keep = any(row.c != 0 for row in rows)
+        keys, first = round_keys(seed), np.uint64(first_sample)
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, steps)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.chain_range(
+                    start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
+                    net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise,
+                    net.arenas[worker], net.previous[worker], net.times[worker],
+                )  # fmt: skip
+
+            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        dx = np.empty_like(x)
+        with self._workers.lock:
+            net = self._network(plan)
+            net.grow(len(x))
+            net.t[:] = t
+            loss = self._gradient(net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x))
+        return loss, dx
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        keys, words = round_keys(draws.seed), self._spaces[0].words
+        with self._workers.lock:
+            net = self._network(plan)
+            net.grow(batch)
+            mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
+            mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
+            nothing = net.nothing.reshape(-1)
+            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch)
+
+    def _gradient(
+        self,
+        net: _MLPSpace,
+        params: Array,
+        grads: Array,
+        given: tuple[Array, Array, Array],
+        draws: TrainingDraws | None,
+        step: int,
+        batch: int,
+    ) -> float:
+        """Gradient of the batch that is `given` or drawn, at the timesteps net.t."""
+        plan, width = net.plan, net.plan.time_width
+        table, count = net.time_table(params, net.t)
+        grads[:] = 0
+        dtable = net.dtable
+        if width and net.features is None:
+            dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
+        dtable[: count * width] = 0
+        mlp_kernels.transpose_weights(net.layers, params, net.transposed)
+        if draws is None:
+            data, tables, keys = net.nothing, net.nothing, round_keys(0)
+        else:
+            data, tables, keys = draws.data, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+        tiles = -(-batch // mlp_kernels.TILE)
+        total = 0.0
+        for first in range(0, tiles, GROUP):
+            here = min(GROUP, tiles - first)
+
+            def body(worker: int, start: int, stop: int, first: int = first) -> None:
+                mlp_kernels.gradient_range(
+                    start, stop, first, draws is None, *given, data, net.indices, net.t, tables, batch,
+                    net.layers, params, net.transposed, table, width, net.slots, net.dtime, grads, net.partials,
+                    net.losses, step, int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise,
+                    net.arenas[worker], *net.deltas[worker],
+                )  # fmt: skip
+
+            self._workers.run(body, here, 1)
+            for loss in net.losses[:here]:
+                total += loss
+
+            def add(worker: int, start: int, stop: int, first: int = first, here: int = here) -> None:
+                del worker
+                mlp_kernels.add_partials(start, stop, grads, net.partials, 0 if first else 1, here)
+
+            self._workers.run(add, net.summed, max(MIN_PIECE // here, 1024))
+            if width:
+                times = net.t[first * mlp_kernels.TILE : (first + here) * mlp_kernels.TILE]
+
+                def scatter(worker: int, start: int, stop: int, times: Array = times) -> None:
+                    del worker
+                    mlp_kernels.scatter_rows(start, stop, net.dtime, times, net.slots, dtable, width)
+
+                self._workers.run(scatter, width, max(64, MIN_PIECE // len(times)))
+        if net.features is not None and width:
+            mlp_kernels.time_table_backward(
+                count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
+            )
+        return float(total / (batch * plan.layers[-1].outputs))
+
+    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+        o = options
+        sums = np.empty(-(-params.size // optim_kernels.BLOCK))
+        with self._workers.lock:
+            self._workers.run(
+                lambda worker, start, stop: optim_kernels.square_sums(start, stop, grads, sums, self._lanes[worker]),
+                len(sums),
+                MIN_PIECE // optim_kernels.BLOCK,
+            )
+            norm = float(np.sqrt(sum(sums)))
+            if not np.isfinite(norm):
+                return norm
+            scalars = np.array(
+                [
+                    min(1.0, o.clip_norm / (norm + 1e-6)), 1 - o.beta1, 1 - o.beta2, o.correction2**-0.5,
+                    o.eps, 1 - o.rate * o.decay, o.rate / o.correction1, 1 - o.ema,
+                ],
+                np.float32,
+            )  # fmt: skip
+            self._workers.run(
+                lambda worker, start, stop: optim_kernels.adamw_range(
+                    start, stop, params, grads, m, v, average, scalars
+                ),
+                params.size,
+                MIN_PIECE,
+            )
+        return norm

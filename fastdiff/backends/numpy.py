@@ -1,0 +1,267 @@
+"""The reference backend: plain NumPy formulas, in float32 or float64. It is the specification of every operation.
+
+Each layer's forward and backward formulas stand side by side. For a scalar loss, ``dy`` is the gradient of the loss
+with respect to ``y``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import noise as law
+from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.noise import Stream
+
+Array = npt.NDArray[Any]
+
+
+def linear(x: Array, w: Array, b: Array) -> Array:
+    """Return y = x W + b for x (n, in), W (in, out), b (out,)."""
+    return x @ w + b
+
+
+def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Return dx = dy W^T, dW = x^T dy and db, the column sums of dy."""
+    return dy @ w.T, x.T @ dy, dy.sum(axis=0)
+
+
+def activate(v: Array, kind: Activation) -> Array:
+    """Return LeakyReLU max(v, 0.01 v), SiLU v / (1 + exp(-v)), or v itself."""
+    if kind == "leaky_relu":
+        return np.where(v > 0, v, v.dtype.type(LEAKY_SLOPE) * v)
+    return v * _sigmoid(v) if kind == "silu" else v
+
+
+def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
+    """Return dv; for SiLU with g = 1 / (1 + exp(-v)) it is dy g (1 + v (1 - g))."""
+    if kind == "leaky_relu":
+        return np.where(v > 0, dy, v.dtype.type(LEAKY_SLOPE) * dy)
+    if kind == "silu":
+        g = _sigmoid(v)
+        return dy * g * (1 + v * (1 - g))
+    return dy
+
+
+def _sigmoid(v: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-v) = inf gives the right 0
+        return 1 / (1 + np.exp(-v))
+
+
+def modulate(u: Array, gain: Array, shift: Array) -> Array:
+    """Return (1 + gain) u + shift."""
+    return (1 + gain) * u + shift
+
+
+def modulate_backward(dv: Array, u: Array, gain: Array) -> tuple[Array, Array, Array]:
+    """Return du = dv (1 + gain), dgain = dv u and dshift = dv."""
+    return dv * (1 + gain), dv * u, dv
+
+
+def embedding_backward(drows: Array, t: Array, rows: int) -> Array:
+    """Return the gradient (rows, width) of a table whose rows t were taken: the sums of `drows` over equal t."""
+    dtable = np.zeros((rows, drows.shape[1]), drows.dtype)
+    np.add.at(dtable, t, drows)
+    return dtable
+
+
+def squared_error(y: Array, target: Array) -> tuple[float, Array]:
+    """Return the mean of (y - target)^2 over all entries, and its gradient dy = 2 (y - target) / size."""
+    difference = y - target
+    return float(np.mean(np.square(difference, dtype=np.float64))), difference * y.dtype.type(2 / y.size)
+
+
+class NumpyBackend:
+    """Plain NumPy. Arrays are ``numpy.ndarray``; float64 input is computed in float64."""
+
+    name = "numpy"
+    threads = 1
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        array = np.asarray(value)
+        if dtype is None:
+            dtype = np.float64 if array.dtype == np.float64 else np.float32
+        return np.ascontiguousarray(array, dtype)
+
+    def to_numpy(self, array: Array) -> Array:
+        return array
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return np.empty(shape, dtype)
+
+    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        law.fill_normal(out, seed=seed, stream=stream, step=step, first_sample=first_sample)
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        self.normal(eps, seed=seed, stream=Stream.FORWARD, step=0, first_sample=first_sample)
+        real = out.dtype.type
+        np.multiply(signal.astype(real)[t, None], x0, out=out)
+        out += noise.astype(real)[t, None] * eps
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        real = x.dtype.type
+
+        def total(*terms: tuple[float, Array | None]) -> Array:
+            value = np.zeros_like(x)
+            for coefficient, array in terms:
+                if coefficient != 0:
+                    value += real(coefficient) * array
+            return value
+
+        x0 = z = None
+        if row.b != 0 or previous is not None:
+            x0 = total((row.p, x), (row.q, out))
+            if clip is not None:
+                low, high = real(clip[0]), real(clip[1])
+                x0 = np.where(x0 < low, low, np.where(x0 > high, high, x0))
+        if row.s != 0:
+            z = np.empty_like(x)
+            self.normal(z, seed=seed, stream=stream, step=row.t, first_sample=first_sample)
+        x[...] = total((row.a, x), (row.b, x0), (row.c, previous), (row.e, out), (row.s, z))
+        if previous is not None:
+            previous[...] = x0
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
+        return _mlp_forward(plan, params, x, t)[0]
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        y, saved = _mlp_forward(plan, params, x, t)
+        loss, dy = squared_error(y, target)
+        return loss, _mlp_backward(plan, params, dy, t, saved, grads)
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        x, t, target = draw_batch(draws, plan.T, step, batch)
+        return self.mlp_gradient(plan, params, x, t, target, grads)[0]
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
+        for row in rows:
+            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
+            self.sampler_step(
+                x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample
+            )
+
+    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+        o = options
+        norm = float(np.sqrt(np.sum(np.square(grads, dtype=np.float64))))
+        if not np.isfinite(norm):
+            return norm
+        real = params.dtype.type
+        g = grads * real(min(1.0, o.clip_norm / (norm + 1e-6)))
+        m += real(1 - o.beta1) * (g - m)
+        v += real(1 - o.beta2) * (g * g - v)
+        denominator = np.sqrt(v) * real(o.correction2**-0.5) + real(o.eps)
+        params *= real(1 - o.rate * o.decay)
+        params -= real(o.rate / o.correction1) * (m / denominator)
+        average += real(1 - o.ema) * (params - average)
+        return norm
+
+
+def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
+    """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
+    data = draws.data
+    at = {"seed": draws.seed, "step": step}
+    x0 = data[law.scaled_words(batch, len(data), stream=Stream.BATCH, **at)]
+    t = law.scaled_words(batch, T, stream=Stream.TRAIN_TIME, **at)
+    eps = np.empty_like(x0)
+    law.fill_normal(eps, stream=Stream.TRAIN_NOISE, first_sample=0, **at)
+    signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
+    return signal * x0 + noise * eps, t, target_noise * eps + target_data * x0
+
+
+def _weights(plan: MLPPlan, flat: Array) -> list[tuple[Array, Array]]:
+    """Views (W, b) of every layer in a flat buffer; the time table's own parameters come last."""
+    shapes = [(layer.weight, layer.bias, layer.inputs, layer.outputs) for layer in plan.layers]
+    if plan.features is not None:
+        shapes.append((plan.time_weight, plan.time_bias, plan.features.shape[1], plan.time_width))
+    return [(flat[w : w + i * o].reshape(i, o), flat[b : b + o]) for w, b, i, o in shapes]
+
+
+def _time_table(plan: MLPPlan, params: Array) -> Array:
+    """The time table (T, time_width)."""
+    if plan.features is None:
+        return params[plan.time_weight : plan.time_weight + plan.T * plan.time_width].reshape(plan.T, plan.time_width)
+    return linear(plan.features.astype(params.dtype), *_weights(plan, params)[-1])
+
+
+def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Array, list[tuple[Array, ...]]]:
+    """Output, and for every layer (input, u before modulation, v before activation, gain)."""
+    time = _time_table(plan, params)[t]
+    saved = []
+    for layer, (w, b) in zip(plan.layers, _weights(plan, params), strict=False):
+        u = linear(x, w, b)
+        gain, shift = _gain_and_shift(layer.time, time[:, layer.time_column :], layer.outputs)
+        v = u if layer.time == "none" else modulate(u, gain, shift)
+        saved.append((x, u, v, gain))
+        x = activate(v, layer.activation)
+    return x, saved
+
+
+def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array]:
+    none = np.zeros((1, 1), columns.dtype)
+    if mode == "scale_shift":
+        return columns[:, :width], columns[:, width : 2 * width]
+    return none, columns[:, :width] if mode == "shift" else none
+
+
+def _mlp_backward(
+    plan: MLPPlan, params: Array, dy: Array, t: Array, saved: list[tuple[Array, ...]], grads: Array
+) -> Array:
+    """Fill `grads`, return the gradient of the network's input."""
+    grads[...] = 0
+    weights, dweights = _weights(plan, params), _weights(plan, grads)
+    dtime = np.zeros((len(dy), plan.time_width), dy.dtype)
+    for i in reversed(range(len(plan.layers))):
+        layer, (x, u, v, gain) = plan.layers[i], saved[i]
+        du = activate_backward(dy, v, layer.activation)
+        if layer.time != "none":
+            du, dgain, dshift = modulate_backward(du, u, gain)
+            parts = [dshift] if layer.time == "shift" else [dgain, dshift]
+            dtime[:, layer.time_column : layer.time_column + len(parts) * layer.outputs] = np.hstack(parts)
+        dy, dweights[i][0][...], dweights[i][1][...] = linear_backward(du, x, weights[i][0])
+    dtable = embedding_backward(dtime, t, plan.T)
+    if plan.features is None:
+        grads[plan.time_weight : plan.time_weight + dtable.size] = dtable.ravel()
+    else:
+        _, dweights[-1][0][...], dweights[-1][1][...] = linear_backward(
+            dtable, plan.features.astype(dy.dtype), weights[-1][0]
+        )
+    return dy

@@ -1,0 +1,568 @@
+"""The command line: ``fastdiff demo | train | sample | info``.
+
+Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
+``fastdiff: error: ...`` and exit code 2; Ctrl-C is exit code 130. Each command imports what it needs when it
+runs, so that ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
+
+if TYPE_CHECKING:
+    from fastdiff.model import Diffusion
+    from fastdiff.schedule import Schedule
+
+BACKENDS = ("auto", "numpy", "cpu", "cuda")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+# Constructor: T, beta_start, beta_end. The first is the tutorial's, the others the values of the papers.
+SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
+    "sigmoid": (100, 1e-5, 0.1),
+    "linear": (1000, 1e-4, 0.02),
+    "scaled_linear": (1000, 1e-4, 0.02),
+    "cosine": (1000, None, None),
+}
+STEPS, BATCH, LEARNING_RATE = 3000, 256, 1e-3
+SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments after the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        0, or 2 after an error, or 130 after Ctrl-C. ``--help``, ``--version`` and unknown options leave by
+        ``SystemExit``, as argparse does.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        with _plain_messages():
+            code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Whoever read our output has enough (`fastdiff info | head -1`). Python flushes stdout once more on
+        # its way out, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FastdiffError, OSError) as error:
+        return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}")
+    except KeyboardInterrupt:
+        _note("\nfastdiff: interrupted")
+        return INTERRUPTED
+
+
+# --------------------------------------------------------------------------------------- train
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fastdiff.data import check_writable, load_curves
+
+    output: str | None = args.output or args.resume
+    if output is None:
+        raise FastdiffError("say where the model goes: -o MODEL.safetensors")
+    steps, batch = check_int("--steps", args.steps, low=1), check_int("--batch", args.batch, low=1)
+    # All that could fail is tried before the minutes of training.
+    check_writable(output, (".safetensors",))
+    if args.loss_plot:
+        _check_picture(args.loss_plot)
+    curves = load_curves(args.data)
+    model = _resumed(args) if args.resume else _new_model(args, curves.shape[1])
+    _note(f"{len(curves)} curves of {curves.shape[1]} points from {args.data}")
+
+    start, first, code = time.perf_counter(), model.step, 0
+    options: dict[str, Any] = {"steps": steps, "batch": batch, "validation": args.validation}
+    if not args.resume:
+        options["lr"] = LEARNING_RATE if args.lr is None else args.lr
+    try:
+        model.fit(curves, progress=not args.quiet, **options)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except TrainingError as error:
+        code = _fail(str(error))
+    done = model.step - first
+    if code and not done:
+        _note("fastdiff: stopped before the first step: nothing to save")
+        return code
+    with _uninterrupted():  # an impatient second Ctrl-C must not cost the training
+        model.save(output)
+    if code:
+        _note(f"\nfastdiff: stopped after step {model.step}, saved to {output}")
+        if code == INTERRUPTED and done < steps:
+            _note(f"continue with: {_continuation(args, output, steps - done)}")
+    else:
+        seconds = time.perf_counter() - start
+        print(f"{output}: {done} steps in {seconds:.1f} s, now at step {model.step}; {_last_losses(model)}")
+    if args.loss_plot:
+        from fastdiff import plots
+
+        plots.save(plots.loss(model.history), args.loss_plot)
+        print(f"{args.loss_plot}: the loss of every step")
+    return code
+
+
+def _check_picture(path: str) -> None:
+    from fastdiff import plots
+    from fastdiff.data import check_writable
+
+    plots.check_available()
+    check_writable(path, plots.ENDINGS)
+
+
+def _new_model(args: argparse.Namespace, points: int) -> Diffusion:
+    import fastdiff as fd
+
+    schedule = _schedule(args)
+    net = None
+    if args.network == "tutorial":
+        schedule = schedule or _named_schedule("sigmoid", None, None, None)
+        net = fd.MLP.tutorial(points, T=schedule.T)
+    seed = 0 if args.seed is None else check_seed(args.seed, "--seed")
+    return fd.Diffusion(net, schedule, prediction=args.prediction or "noise", backend=args.backend, seed=seed)
+
+
+def _resumed(args: argparse.Namespace) -> Diffusion:
+    import fastdiff as fd
+
+    settled = ("lr", "seed", "network", "schedule", "timesteps", "beta_start", "beta_end", "prediction")
+    for name in settled:
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
+    return fd.load(args.resume, backend=args.backend)
+
+
+def _schedule(args: argparse.Namespace) -> Schedule | None:
+    given = [name for name in ("timesteps", "beta_start", "beta_end") if getattr(args, name) is not None]
+    if args.schedule is None:
+        if given:
+            raise FastdiffError(f"--{given[0].replace('_', '-')} needs --schedule: {', '.join(SCHEDULES)}")
+        return None
+    return _named_schedule(args.schedule, args.timesteps, args.beta_start, args.beta_end)
+
+
+def _named_schedule(name: str, T: int | None, start: float | None, end: float | None) -> Schedule:
+    from fastdiff.schedule import Schedule
+
+    usual_T, usual_start, usual_end = SCHEDULES[name]
+    build = getattr(Schedule, name)
+    T = check_int("--timesteps", usual_T if T is None else T, low=1)
+    made: Schedule
+    if usual_start is None or usual_end is None:
+        if start is not None or end is not None:
+            raise FastdiffError(f"--beta-start and --beta-end mean nothing to the {name} schedule")
+        made = build(T)
+    else:
+        start = check_float("--beta-start", usual_start if start is None else start, low=0, high=1)
+        end = check_float("--beta-end", usual_end if end is None else end, low=0, high=1)
+        made = build(T, beta_start=start, beta_end=end)
+    return made
+
+
+def _continuation(args: argparse.Namespace, output: str, steps: int) -> str:
+    words = ["fastdiff", "train", args.data, "--resume", output, "--steps", str(steps)]
+    for option, value, usual in (
+        ("--batch", args.batch, BATCH),
+        ("--validation", args.validation, None),
+        ("--backend", args.backend, "auto"),
+        ("--loss-plot", args.loss_plot, None),
+    ):
+        if value != usual:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _last_losses(model: Diffusion) -> str:
+    recent = model.history["loss"][-100:]
+    text = f"loss {sum(recent) / len(recent):.4g} (mean of the last {len(recent)})"
+    held = model.history["validation_loss"]
+    return f"{text}, {held[-1]:.4g} on held-out curves" if held else text
+
+
+# --------------------------------------------------------------------------------------- sample
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import numpy as np
+    from tqdm import tqdm
+
+    import fastdiff as fd
+    from fastdiff.data import ENDINGS, check_writable, save_curves
+
+    n = check_int("-n", args.n, low=1)
+    first = check_int("--first-sample", args.first_sample, low=0)
+    seed = None if args.seed is None else check_seed(args.seed, "--seed")
+    check_writable(args.output, ENDINGS)
+    if args.plot:
+        _check_picture(args.plot)
+    model = fd.load(args.model, backend=args.backend)
+    parts = []
+    with tqdm(total=n, desc="sampling", unit="curve", disable=args.quiet, leave=False) as bar:
+        for start in range(0, n, SAMPLES_AT_ONCE):
+            size = min(SAMPLES_AT_ONCE, n - start)
+            parts.append(
+                model.sample(
+                    size,
+                    sampler=args.sampler,
+                    steps=args.sample_steps,
+                    seed=seed,
+                    first_sample=first + start,
+                    ema=args.ema,
+                )
+            )
+            bar.update(size)
+    curves = np.concatenate(parts)
+    save_curves(args.output, curves)
+    print(f"{args.output}: {n} curves of {curves.shape[1]} points")
+    if args.plot:
+        from fastdiff import plots
+
+        plots.save(plots.generated(curves, count=16), args.plot)
+        print(f"{args.plot}: the first {min(16, n)} of them")
+    return 0
+
+
+# --------------------------------------------------------------------------------------- info
+
+
+def _info(args: argparse.Namespace) -> int:
+    if args.model is None:
+        facts = _installation()
+        title = f"fastdiff {facts.pop('version')}"
+    else:
+        from fastdiff.checkpoint import describe
+
+        facts = describe(args.model)
+        title = args.model
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(title)
+        print("\n".join(_aligned(facts)))
+    return 0
+
+
+def _installation() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import fastdiff as fd
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "version": _version(),
+        "backends": fd.available_backends(),
+        "processors": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("numpy", "numba", "scipy", "safetensors", "matplotlib")},
+    }
+
+
+def _aligned(facts: Mapping[str, Any]) -> list[str]:
+    """Lines ``key  value`` with all values in one column; a mapping within is indented below its key."""
+    rows = list(_rows(facts, "  "))
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:{width}}  {value}".rstrip() for name, value in rows]
+
+
+def _rows(facts: Mapping[str, Any], indent: str) -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = indent + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            yield name, "" if value else "none"
+            yield from _rows(value, indent + "  ")
+        else:
+            yield name, _shown(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        if len(value) > 8:
+            return f"{len(value)} values, {_shown(value[0])} to {_shown(value[-1])}"
+        return ", ".join(map(_shown, value)) if value else "none"
+    return str(value)
+
+
+# --------------------------------------------------------------------------------------- demo
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fastdiff import demo
+
+    demo.run(
+        args.output,
+        backend=args.backend,
+        seed=check_seed(args.seed, "--seed"),
+        quick=args.quick,
+        progress=not args.quiet,
+        say=lambda text: print(text, flush=True),
+    )
+    return 0
+
+
+# --------------------------------------------------------------------------------------- the parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdiff",
+        description="Train diffusion models on curves and draw new ones.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "start here:\n"
+            "  fastdiff demo                                  see it learn and draw, in a minute\n"
+            "  fastdiff train curves.csv -o m.safetensors     learn your own: one curve a line\n"
+            "  fastdiff sample m.safetensors -n 100 -o new.csv --plot new.png\n"
+            "\n"
+            "fastdiff COMMAND --help explains a command."
+        ),
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _command(
+        commands,
+        "demo",
+        "train on curves, draw new ones, and show how good they are",
+        "Trains two models, one on the tutorial's single curve and one on a family of\n"
+        "curves, draws new curves from both, writes models, curves and figures into a\n"
+        "folder, and prints how good they are.",
+        "example:\n  fastdiff demo -o demo\n",
+    )
+    demo.add_argument(
+        "-o", "--output", metavar="FOLDER", default="demo", help="default: demo; made if missing"
+    )
+    demo.add_argument("--quick", action="store_true", help="a tenth of the training: worse curves, sooner")
+    _add_common(demo, seed="of everything that is drawn (default 0)", usual_seed=0)
+    demo.set_defaults(run=_demo)
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(
+        commands,
+        "train",
+        "learn the curves of a file",
+        "Learns the curves of a .csv file (one curve a line, all of one length) or an\n"
+        ".npy file (one array, curves x points). Ctrl-C saves what was learned so far\n"
+        "and says how to continue.",
+        "examples:\n"
+        "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
+        "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
+        "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot loss.png\n"
+        "\n"
+        "On one backend the same file, options and seed give the same model, bit for\n"
+        "bit, and so does a run in two parts.\n",
+    )
+    train.add_argument("data", metavar="CURVES", help="a .csv or .npy file")
+    train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
+    train.add_argument(
+        "--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})"
+    )
+    train.add_argument(
+        "--batch", type=int, metavar="N", default=BATCH, help=f"curves a step (default {BATCH})"
+    )
+    train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
+    train.add_argument(
+        "--validation",
+        type=float,
+        metavar="FRACTION",
+        help="hold out this part of the curves, and report its loss",
+    )
+    train.add_argument(
+        "--resume",
+        metavar="MODEL",
+        help="continue this model for --steps more; -o may be left out, then it is updated",
+    )
+    train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
+    _add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
+    model = train.add_argument_group("the model")
+    model.add_argument(
+        "--network",
+        choices=("default", "tutorial"),
+        help="default: three hidden layers that the timestep scales and shifts; tutorial: the tutorial's",
+    )
+    model.add_argument(
+        "--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default noise)"
+    )
+    model.add_argument("--schedule", choices=tuple(SCHEDULES), help="default: chosen for the data")
+    model.add_argument("--timesteps", type=int, metavar="T", help="steps of noise; needs --schedule")
+    model.add_argument("--beta-start", type=float, metavar="BETA", help="noise of the first step")
+    model.add_argument("--beta-end", type=float, metavar="BETA", help="noise of the last step")
+    train.set_defaults(run=_train)
+
+
+def _add_sample(commands: Any) -> None:
+    sample = _command(
+        commands,
+        "sample",
+        "draw new curves from a model",
+        "Draws new curves from a trained model and writes them to a .csv file (one\n"
+        "curve a line) or an .npy file.",
+        "examples:\n"
+        "  fastdiff sample m.safetensors -n 100 -o new.csv --plot new.png\n"
+        "  fastdiff sample m.safetensors -n 1000 -o new.npy --sampler dpmpp_2m --sample-steps 20\n"
+        "\n"
+        "Curve k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
+        "repeats the last ten of -n 100.\n",
+    )
+    sample.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
+    sample.add_argument("-n", type=int, default=16, metavar="N", help="how many curves (default 16)")
+    sample.add_argument("-o", "--output", metavar="FILE", required=True, help="a .csv or .npy file")
+    sample.add_argument("--plot", metavar="FILE", help="draw the first 16 into this .png file")
+    sample.add_argument(
+        "--sampler", choices=SAMPLERS, default="ddpm", help="default ddpm; ddim and dpmpp_2m need fewer steps"
+    )
+    sample.add_argument(
+        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 50, 20)"
+    )
+    sample.add_argument("--first-sample", type=int, metavar="K", default=0, help="index of the first curve")
+    sample.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the running mean of the weights (default), or the last weights",
+    )
+    _add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
+    sample.set_defaults(run=_sample)
+
+
+def _add_info(commands: Any) -> None:
+    info = _command(
+        commands,
+        "info",
+        "say what is in a model file, or what is installed",
+        "Prints what a model file holds: network, schedule, training. Without a file:\n"
+        "version, backends and packages of this installation.",
+        "examples:\n  fastdiff info m.safetensors\n  fastdiff info\n",
+    )
+    info.add_argument("model", metavar="MODEL", nargs="?", help="a .safetensors file")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+
+def _command(commands: Any, name: str, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=brief,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return made
+
+
+def _add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:
+    command.add_argument("--seed", type=int, metavar="S", default=usual_seed, help=f"seed {seed}")
+    command.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="where to compute (default: the fastest there is)"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"fastdiff {_version()}")
+        parser.exit()
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("fastdiff-engine")
+
+
+# --------------------------------------------------------------------------------------- messages
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(text: str) -> int:
+    line = text.replace("\n", " ")
+    _note(f"fastdiff: error: {line}")
+    return 2
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        _note(f"fastdiff: {level}{record.getMessage()}")
+
+
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Show what the library logs and warns of as plain lines on stderr, while a command runs."""
+    log, handler = logging.getLogger("fastdiff"), _Handler()
+    level = log.level
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        _note(f"fastdiff: warning: {message}")
+
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C inside the block, where this thread may say so."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread: no Ctrl-C arrives here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

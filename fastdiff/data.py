@@ -1,0 +1,400 @@
+"""Curves: made, read, written and compared.
+
+A set of curves is one array (N, points), one curve a row. Files are ``.csv`` (one curve a line) or ``.npy``.
+Whatever is wrong with a file is a :class:`~fastdiff.errors.DataError` that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import secrets
+import tokenize
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import ArgumentError, DataError, check_array, check_float, check_int, check_seed
+from fastdiff.noise import Stream, check_rows, philox_words
+
+# What NumPy's reader of .npy headers, a Python literal, raises on hostile ones.
+_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    tokenize.TokenError,
+)
+
+ENDINGS = (".csv", ".npy")
+
+_log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------- made
+
+
+def harmonic_curves(
+    n: int,
+    *,
+    points: int = 50,
+    seed: int = 0,
+    cosines: int = 5,
+    max_frequency: float = 0.1,
+    first_sample: int = 0,
+) -> npt.NDArray[np.float32]:
+    """Draw random sums of cosines, each divided by its own standard deviation.
+
+    ``v[k] = sum_j cos(2 pi f_j k + phi_j)``, ``f_j`` uniform in ``[0, max_frequency)`` cycles a point,
+    ``phi_j`` uniform in ``[0, pi)``; the curve is ``v / std(v)``. The defaults are the tutorial's: 50 points
+    over 1 s, so 50 Hz, and frequencies from 0 to 5 Hz. The mean is not removed: a curve of low frequencies
+    only stays far from zero, which gives the family a long tail.
+
+    Parameters
+    ----------
+    n : int
+        Number of curves.
+    points : int, optional
+        Points of a curve, at least 2.
+    seed : int, optional
+        Seed of the noise law. Curve k of a seed has the same bits whatever `n` is.
+    cosines : int, optional
+        Cosines in each sum.
+    max_frequency : float, optional
+        Upper end of the frequencies in cycles a point, above 0 and at most 0.5 (where sampling folds them).
+    first_sample : int, optional
+        Index of the first curve: ``harmonic_curves(9)[4:]`` equals ``harmonic_curves(5, first_sample=4)``.
+
+    Returns
+    -------
+    ndarray
+        (n, points) float32, computed in float64.
+    """
+    n = check_int("n", n, low=0)
+    points = check_int("points", points, low=2)
+    cosines = check_int("cosines", cosines, low=1)
+    max_frequency = check_float("max_frequency", max_frequency, low=0, high=0.5, low_open=True)
+    seed = check_seed(seed)
+    first_sample = check_rows(first_sample, n)
+
+    blocks = -(-2 * cosines // 4)
+    words = philox_words(n, blocks, seed=seed, stream=Stream.DATA, first_sample=first_sample)
+    uniform = (words.reshape(n, 4 * blocks) >> np.uint32(8)) * 2.0**-24  # [0, 1), 24 bits, float64
+    turn = 2 * np.pi * max_frequency * uniform[:, :cosines]  # radians a point
+    phase = np.pi * uniform[:, cosines : 2 * cosines]
+    k = np.arange(points, dtype=np.float64)
+    curves = np.zeros((n, points))
+    for j in range(cosines):  # one (n, points) term at a time: memory does not grow with `cosines`
+        curves += np.cos(turn[:, j, None] * k + phase[:, j, None])
+    spread = curves.std(axis=1, keepdims=True)
+    spread[spread == 0] = 1  # all frequencies exactly 0: a flat line stays one
+    curves /= spread
+    return curves.astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------- read
+
+
+def load_curves(path: str | os.PathLike[str], *, header: bool | None = None) -> npt.NDArray[np.float32]:
+    """Read curves from a ``.csv`` or ``.npy`` file.
+
+    A CSV file holds one curve a line, in UTF-8. Cells are separated by semicolons, tabs, commas or blanks,
+    whichever the first line has, in this order; the decimal sign is the point. Empty lines and lines that
+    start with ``#`` are skipped. An ``.npy`` file holds one (N, points) array of real numbers; pickled
+    objects are refused.
+
+    Parameters
+    ----------
+    path : path
+        The file; the ending decides how it is read.
+    header : bool, optional
+        Whether the first line of a CSV file names the columns. None (default) looks: it does when no cell
+        is a number, or when the cells are 0, 1, 2, ... (which pandas writes above an array; this is logged).
+
+    Returns
+    -------
+    ndarray
+        (N, points) float32, N and points at least 1, all values finite.
+
+    Raises
+    ------
+    DataError
+        Naming file and line, when the file cannot be read, is empty, ragged, truncated or foreign, or holds
+        a cell that is not a finite number.
+    """
+    suffix = check_ending(path, ENDINGS)
+    try:
+        if suffix == ".csv":
+            return _load_csv(Path(path), header)
+        return _load_npy(Path(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _cells(line: str, separator: str | None) -> list[str]:
+    if separator is not None and '"' in line:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    return [cell.strip() for cell in line.split(separator)]
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell) if _plain(cell) else None
+    except ValueError:
+        return None
+
+
+def _plain(text: str) -> bool:
+    # float() also reads 1_000 and digits of other scripts; no other reader of CSV does.
+    return "_" not in text and text.isascii()
+
+
+def _is_header(cells: Sequence[str], where: str) -> bool:
+    if cells == [str(i) for i in range(len(cells))] and len(cells) > 2:
+        _log.warning("%s: 0, 1, 2, ... is taken as a line of column names, not as a curve", where)
+        return True
+    return all(_number(cell) is None for cell in cells)
+
+
+def _bad_cell(cells: Sequence[str], where: str) -> DataError:
+    for column, cell in enumerate(cells, 1):
+        if not cell:
+            return DataError(f"{where}, column {column}: empty cell")
+        if _number(cell) is None:
+            shown = cell if len(cell) <= 30 else f"{cell[:27]}..."
+            return DataError(f"{where}, column {column}: {shown!r} is not a number")
+    raise AssertionError("every cell is a number")
+
+
+def _load_csv(path: Path, header: bool | None) -> npt.NDArray[np.float32]:
+    values = array("d")
+    lines: list[int] = []  # the line of each curve, for messages
+    separator: str | None = None
+    width = 0
+    first = True
+    named = False
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                text = line.strip(" \r\n")
+                if not text.strip() or text.startswith("#"):
+                    continue
+                where = f"{path}, line {number}"
+                if first:
+                    separator = next((sign for sign in ";\t," if sign in text), None)
+                cells = _cells(text, separator)
+                if first:
+                    first = False
+                    width, width_line = len(cells), number
+                    if len(cells) > 1 and not cells[0] and all(cells[1:]):
+                        raise DataError(
+                            f"{where}: the first column has no name and looks like a row index; "
+                            "write the file without it (pandas: index=False)"
+                        )
+                    if header or (header is None and _is_header(cells, where)):
+                        named = True
+                        continue
+                if len(cells) != width:
+                    raise DataError(f"{where}: {len(cells)} cells, where line {width_line} has {width}")
+                try:
+                    if not _plain(text):
+                        raise ValueError
+                    row = array("d", map(float, cells))
+                except ValueError:
+                    raise _bad_cell(cells, where) from None
+                values.extend(row)
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: not a CSV file: {error}") from error
+    if not lines:
+        raise DataError(f"{path}: {'column names and no curves' if named else 'empty file'}")
+    wide = np.frombuffer(values, dtype=np.float64).reshape(len(lines), width)
+    return _as_float32(wide, lambda row: f"{path}, line {lines[row]}")
+
+
+def _load_npy(path: Path) -> npt.NDArray[np.float32]:
+    # np.load would fall back to pickle and zip files, and believe a header that promises terabytes.
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            elif version == (2, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+            else:
+                raise DataError(f"{path}: unknown .npy format {version[0]}.{version[1]}")
+        except _HEADER_ERRORS:
+            raise DataError(f"{path}: not an .npy file, or a damaged one") from None
+        if dtype.kind not in "fiu":
+            raise DataError(f"{path}: dtype {dtype}, where real floats or integers are wanted")
+        if len(shape) != 2 or min(shape) < 1:
+            raise DataError(f"{path}: shape {shape}, where (curves, points) is wanted")
+        wanted = shape[0] * shape[1] * dtype.itemsize
+        present = os.fstat(file.fileno()).st_size - file.tell()
+        if present != wanted:
+            state = "truncated" if present < wanted else "something follows the array"
+            raise DataError(f"{path}: {state}: {present} bytes of data, where {shape} {dtype} has {wanted}")
+        flat = np.fromfile(file, dtype=dtype, count=shape[0] * shape[1])
+    return _as_float32(flat.reshape(shape, order="F" if fortran else "C"), lambda row: f"{path}, curve {row}")
+
+
+def _as_float32(values: npt.NDArray[Any], where: Callable[[int], str]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        curves = np.ascontiguousarray(values, dtype=np.float32)
+    bad = ~np.isfinite(curves)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        value = values[row, column]
+        reason = "is too large for float32" if np.isfinite(value) else "is not a finite number"
+        raise DataError(f"{where(row)}, column {column + 1}: {value} {reason}")
+    return curves
+
+
+# --------------------------------------------------------------------------------------- written
+
+
+def save_curves(path: str | os.PathLike[str], X: npt.ArrayLike) -> None:
+    """Write curves to a ``.csv`` or ``.npy`` file; `load_curves` gives the same float32 bits back.
+
+    The file appears whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        The file; the ending decides how it is written. An existing file is replaced.
+    X : array_like
+        (N, points) real numbers, finite; stored as float32. In CSV: one curve a line, commas, no header.
+    """
+    suffix = check_ending(path, ENDINGS)
+    curves = check_array("X", X, shape=(None, None), dtype=np.float32)
+    with writing(path) as file:
+        if suffix == ".npy":
+            np.lib.format.write_array(file, curves, allow_pickle=False)
+        else:
+            np.savetxt(file, curves, fmt="%.9g", delimiter=",")  # 9 digits: float32 comes back exactly
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under `path` only when the block ends well.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed.
+    An exception in the block removes it and leaves whatever was at `path` as it was.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or the path cannot be written.
+    """
+    # A link is written through, as open() would; the replaced file is the one it points at.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(0, "the file there is read-only")
+        if not target.parent.is_dir():
+            raise FileNotFoundError(0, f"there is no folder {str(target.parent)!r}")
+        file = temporary.open("xb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        finally:
+            file.close()
+        temporary.replace(target)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def check_writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) -> None:
+    """Raise if `path` cannot be written: asked before long work whose result goes there.
+
+    Writes and removes an empty temporary file beside it; `path` itself is not touched.
+
+    Parameters
+    ----------
+    path : path
+        The file that will be written.
+    endings : sequence of str, optional
+        What its name may end in, like ``(".csv", ".npy")``; anything by default.
+
+    Raises
+    ------
+    ArgumentError
+        If it ends in something else.
+    DataError
+        If it cannot be written.
+    """
+    if endings:
+        check_ending(path, endings)
+    with suppress(_Tried), writing(path):
+        raise _Tried
+
+
+def check_ending(path: str | os.PathLike[str], known: Sequence[str]) -> str:
+    """Return the ending of a file name in lower case if it is one of `known`, or raise `ArgumentError`."""
+    ending = Path(path).suffix.lower()
+    if ending not in known:
+        wanted = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
+        raise ArgumentError("path", repr(os.fspath(path)), f"a file name that ends in {wanted}")
+    return ending
+
+
+class _Tried(Exception):
+    """Leaves a `writing` block without writing."""
+
+
+# --------------------------------------------------------------------------------------- compared
+
+
+def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike) -> float:
+    """Energy distance of two samples: 0 for equal distributions and positive for any others.
+
+    ``2 E|x - y| - E|x - x'| - E|y - y'|`` with Euclidean norms (Szekely and Rizzo 2013, there E or D^2; no
+    square root). The V-statistic: the means run over all pairs, each point with itself included. So it is
+    never negative, and two samples of one distribution lie a little above 0, by about
+    ``E|x - x'| (1/N + 1/M)``: compare with the distance of two samples that are known to be alike.
+
+    Parameters
+    ----------
+    X : array_like
+        (N, d) real numbers, N at least 1.
+    Y : array_like
+        (M, d) real numbers, M at least 1.
+
+    Returns
+    -------
+    float
+        In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
+    """
+    from scipy.spatial.distance import cdist
+
+    x = check_array("X", X, shape=(None, None), dtype=np.float64)
+    y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
+    for name, sample in (("X", x), ("Y", y)):
+        if not len(sample):
+            raise ArgumentError(name, "no rows", "at least one")
+
+    def mean_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+        total = sum(float(cdist(a[i : i + 256], b).sum()) for i in range(0, len(a), 256))
+        return total / (len(a) * len(b))
+
+    return max(0.0, 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y))

@@ -1,0 +1,152 @@
+"""``fastdiff demo``: train on curves, draw new ones, and measure them.
+
+A short script on the public API does the same without the measuring: ``examples/curves.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import plots
+from fastdiff.data import energy_distance, harmonic_curves, save_curves
+from fastdiff.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fastdiff.schedule import Schedule
+
+POINTS, RATE = 50, 50.0  # points a curve, points a second
+GENERATED = 2000  # curves that are drawn from each model and measured
+BATCH, LEARNING_RATE = 256, 1e-3
+CURVE_STEPS = 3000
+FAMILY_STEPS = 12000
+FAMILY_CURVES = 20000  # to learn from
+QUICK = 10  # --quick trains this many times shorter
+
+
+def run(
+    folder: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None],
+) -> None:
+    """Train both models, write models, curves and figures into `folder`, and say how good they are.
+
+    Parameters
+    ----------
+    folder : path
+        Made if missing; files of an earlier run are replaced.
+    backend : str, optional
+        Where to compute.
+    seed : int, optional
+        Seed of data, weights, batches and noise.
+    quick : bool, optional
+        Train a tenth as long.
+    progress : bool, optional
+        Whether training shows a bar.
+    say : callable
+        Takes the lines of the report.
+    """
+    from fastdiff.schedule import Schedule
+
+    plots.check_available()
+    start = time.perf_counter()
+    out = _Folder(folder, say)
+    schedule = Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    out.draw("schedule.png", plots.schedule_factors(schedule), "the two factors of the noising")
+    shorter = QUICK if quick else 1
+    _single_curve(out, schedule, CURVE_STEPS // shorter, backend=backend, seed=seed, progress=progress)
+    _family(out, schedule, FAMILY_STEPS // shorter, backend=backend, seed=seed, progress=progress)
+    say(f"\nAll in {out.path}{os.sep}, {time.perf_counter() - start:.0f} s in all. Next:")
+    say(f"  fastdiff info {out.path / 'family.safetensors'}")
+    say(f"  fastdiff sample {out.path / 'family.safetensors'} -n 100 -o new.csv --plot new.png")
+
+
+def _single_curve(
+    out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool
+) -> None:
+    import fastdiff as fd
+
+    out.say("\nOne curve, 50 points over 1 s: every sample should be this curve again.")
+    curve = harmonic_curves(1, points=POINTS, seed=seed)
+    model = fd.Diffusion(fd.MLP(POINTS, T=schedule.T), schedule, backend=backend, seed=seed)
+    begun = time.perf_counter()
+    model.fit(curve, steps=steps, batch=BATCH, lr=LEARNING_RATE, progress=progress)
+    out.measured(f"training, {steps} steps of {BATCH}: seconds", time.perf_counter() - begun, 1)
+    drawn = model.sample(GENERATED)
+    error = float(np.sqrt(np.mean((drawn - curve) ** 2, dtype=np.float64)))
+    out.measured(f"root mean square error of {GENERATED} generated curves", error)
+
+    chain = fd.forward_chain(curve, schedule, seed=seed, backend=backend)[:, 0]
+    _, path = model.sample(1, trajectory=True)
+    timesteps = np.arange(schedule.T)[::-1]
+    out.draw("curve_forward.png", plots.forward_diffusion(chain, rate=RATE), "the curve on its way to noise")
+    out.draw("curve_loss.png", plots.loss(model.history), "the loss")
+    out.draw(
+        "curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE), "noise on its way back"
+    )
+    out.draw("curve_lines.png", plots.reverse_lines(path[:, 0], timesteps), "the same, a line for each point")
+    out.draw(
+        "curve_generated.png", plots.around_target(drawn, curve[0], rate=RATE), "generated curves, target"
+    )
+    model.save(out.file("curve.safetensors", "the model"))
+
+
+def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool) -> None:
+    import fastdiff as fd
+
+    out.say("\nA family of such curves: samples should be new ones of the same kind.")
+
+    def curves(n: int, first: int) -> npt.NDArray[np.float32]:
+        return harmonic_curves(n, points=POINTS, seed=seed, first_sample=first)
+
+    seen = curves(FAMILY_CURVES, 0)
+    unseen = curves(GENERATED, FAMILY_CURVES)
+    others = curves(GENERATED, FAMILY_CURVES + GENERATED)
+    model = fd.Diffusion(fd.MLP(POINTS, T=schedule.T), schedule, backend=backend, seed=seed)
+    begun = time.perf_counter()
+    model.fit(seen, steps=steps, batch=BATCH, lr=LEARNING_RATE, validation=others, progress=progress)
+    out.measured(f"training, {steps} steps of {BATCH}: seconds", time.perf_counter() - begun, 1)
+    drawn = model.sample(GENERATED)
+    out.measured(
+        f"energy distance, {GENERATED} generated to {GENERATED} unseen", energy_distance(drawn, unseen)
+    )
+    out.measured("the same between two unseen sets", energy_distance(others, unseen))
+
+    beside = plots.generated(drawn, unseen, rate=RATE, names=("Generated", "Unseen in training"))
+    out.draw("family_generated.png", beside, "generated curves beside unseen ones")
+    out.draw("family_loss.png", plots.loss(model.history), "the loss")
+    save_curves(out.file("family.csv", "the generated curves"), drawn)
+    model.save(out.file("family.safetensors", "the model"))
+
+
+class _Folder:
+    """Where the files go; says each of them, and each measure, in one column."""
+
+    def __init__(self, path: str | os.PathLike[str], say: Callable[[str], None]) -> None:
+        self.path, self.say = Path(path), say
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{path}: no folder can be made there: {error.strerror or error}") from error
+
+    def measured(self, what: str, value: float, digits: int = 4) -> None:
+        self.say(f"  {what:52} {value:.{digits}f}")
+
+    def file(self, name: str, what: str) -> Path:
+        self.say(f"  {self.path / name}: {what}")
+        return self.path / name
+
+    def draw(self, name: str, figure: Figure, what: str) -> None:
+        plots.save(figure, self.file(name, what))

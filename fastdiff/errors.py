@@ -1,0 +1,191 @@
+"""The exceptions of fastdiff, and the checks that raise them where the user calls.
+
+Every exception derives from :class:`FastdiffError`, so ``except fastdiff.errors.FastdiffError`` catches all
+that the library raises on purpose; the command line prints them without a traceback.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class FastdiffError(Exception):
+    """Base of every exception that fastdiff raises on purpose."""
+
+
+class ArgumentError(FastdiffError, ValueError):
+    """An argument has the wrong type, shape, dtype or value.
+
+    Parameters
+    ----------
+    argument : str
+        Name of the argument as the user wrote it.
+    got : str
+        What arrived.
+    wants : str
+        What would be right.
+    """
+
+    def __init__(self, argument: str, got: str, wants: str) -> None:
+        super().__init__(argument, got, wants)
+        self.argument, self.got, self.wants = argument, got, wants
+
+    def __str__(self) -> str:
+        return f"{self.argument}: got {self.got}, wants {self.wants}"
+
+
+class DataError(FastdiffError, ValueError):
+    """A data file cannot be read as what it claims to be, or holds unusable values."""
+
+
+class CheckpointError(FastdiffError):
+    """A checkpoint is truncated, foreign, damaged or from a newer format."""
+
+
+class BackendError(FastdiffError, RuntimeError):
+    """A backend cannot be used on this machine or in this process."""
+
+
+class TrainingError(FastdiffError, RuntimeError):
+    """Training stopped because it could not go on (for instance a loss that is not finite)."""
+
+
+class ScheduleWarning(UserWarning):
+    """The doctor's word on a schedule that is legal and probably not meant."""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_int(argument: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
+    """Return `value` as an int within ``low..high`` (both inclusive), or raise `ArgumentError`."""
+    if low is not None and high is not None:
+        wants = f"an integer from {low} to {high}"
+    elif low is not None:
+        wants = f"an integer of at least {low}"
+    else:
+        wants = "an integer"
+    if isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(argument, _shown(value), wants)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(argument, _shown(value), wants) from None
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ArgumentError(argument, str(number), wants)
+    return number
+
+
+def check_float(
+    argument: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Return `value` as a finite float within the bounds (open where said), or raise `ArgumentError`."""
+    bounds = []
+    if low is not None:
+        bounds.append(f"{'above' if low_open else 'at least'} {low:g}")
+    if high is not None:
+        bounds.append(f"{'below' if high_open else 'at most'} {high:g}")
+    wants = "a finite number" + (f", {' and '.join(bounds)}" if bounds else "")
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise ArgumentError(argument, _shown(value), wants)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError(argument, _shown(value), wants) from None
+    too_low = low is not None and (number < low or (low_open and number == low))
+    too_high = high is not None and (number > high or (high_open and number == high))
+    if not math.isfinite(number) or too_low or too_high:
+        raise ArgumentError(argument, _shown(value), wants)
+    return number
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, or raise an `ArgumentError` that lists them."""
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(argument, _shown(value), f"one of {', '.join(map(repr, known))}")
+    return value
+
+
+def check_seed(value: Any, argument: str = "seed") -> int:
+    """Return a seed as an int in ``0 .. 2**64 - 1``, or raise `ArgumentError`."""
+    return check_int(argument, value, low=0, high=2**64 - 1)
+
+
+def check_array(
+    argument: str,
+    value: Any,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    min_ndim: int = 0,
+    finite: bool = True,
+    dtype: npt.DTypeLike | None = None,
+) -> npt.NDArray[Any]:
+    """Return `value` as a NumPy array of real numbers, or raise `ArgumentError`.
+
+    Parameters
+    ----------
+    argument : str
+        Name for the message.
+    value : array_like
+        Any real float or integer array; complex, object, bool and text are refused.
+    shape : tuple of int or None, optional
+        Wanted shape; None stands for any length on that axis.
+    min_ndim : int, optional
+        Least number of axes.
+    finite : bool, optional
+        Whether NaN and infinity are refused (default).
+    dtype : dtype, optional
+        Convert to this dtype after the checks; a value that overflows it counts as infinity.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ArgumentError(argument, "rows of different lengths", "a rectangular array of real numbers") from None
+    if array.dtype.kind not in "fiu":
+        raise ArgumentError(argument, f"dtype {array.dtype}", "real floats or integers")
+    if array.ndim < min_ndim:
+        raise ArgumentError(argument, f"shape {array.shape}", f"at least {min_ndim} axes")
+    if shape is not None and (
+        array.ndim != len(shape)
+        or any(want is not None and got != want for got, want in zip(array.shape, shape, strict=True))
+    ):
+        text = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ArgumentError(argument, f"shape {array.shape}", f"shape ({text}{',' if len(shape) == 1 else ''})")
+    if dtype is not None and array.dtype != dtype:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+    if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0]
+        at = tuple(int(i) for i in bad)
+        raise ArgumentError(argument, f"{array[at]} at index {at}", "finite values")
+    return array
+
+def check_timesteps(t: Any, T: int, n: int) -> npt.NDArray[np.int64]:
+    """Return timesteps as (n,) int64 within 0 .. T - 1, or raise `ArgumentError`."""
+    try:
+        array = np.asarray(t)
+    except ValueError:
+        raise ArgumentError("t", "rows of different lengths", f"an integer or shape ({n},)") from None
+    if array.dtype.kind not in "iu":
+        raise ArgumentError("t", f"dtype {array.dtype}", "integers")
+    if array.shape not in ((), (n,)):
+        raise ArgumentError("t", f"shape {array.shape}", f"an integer or shape ({n},)")
+    if array.size and (array.min() < 0 or array.max() >= T):
+        bad = array.min() if array.min() < 0 else array.max()
+        raise ArgumentError("t", str(bad), f"timesteps from 0 to {T - 1}")
+    return np.ascontiguousarray(np.broadcast_to(array, (n,)), np.int64)

@@ -1,0 +1,5 @@
+"""Networks with hand-written backward passes."""
+
+from fastdiff.nn.mlp import MLP
+
+__all__ = ["MLP"]

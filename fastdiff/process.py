@@ -1,0 +1,330 @@
+"""The forward process, its posterior, and running a sampler over a denoiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm.auto import tqdm
+
+from fastdiff.backends import Backend, MLPPlan, Row, get_backend
+from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, check_timesteps
+from fastdiff.noise import Stream, check_rows
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import Schedule
+
+Array = Any
+Evaluate = Callable[[Array, int], Array]
+
+
+def _schedule(value: Any) -> Schedule:
+    if not isinstance(value, Schedule):
+        raise ArgumentError("schedule", type(value).__name__, "a fastdiff.Schedule")
+    return value
+
+
+def forward_noise(
+    x0: Any,
+    t: Any,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    out: Any = None,
+    backend: str | Backend = "auto",
+) -> tuple[Array, Array]:
+    """Draw x_t from q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+
+    Parameters
+    ----------
+    x0 : (N, ...) array
+        Clean samples, floats or integers.
+    t : int or (N,) int array
+        Timesteps, 0 .. T - 1.
+    schedule : Schedule
+    seed, first_sample : int, optional
+        Sample k of the seed gets the noise of row ``first_sample + k`` of stream FORWARD: the same at every t.
+    out : (N, ...) array, optional
+        Where x_t is written; C-contiguous, of the dtype of the result.
+    backend : str or Backend, optional
+
+    Returns
+    -------
+    x_t, eps : (N, ...) arrays
+        float32; float64 for float64 input to the numpy backend.
+
+    Raises
+    ------
+    ArgumentError
+        Shape, dtype or value of an argument.
+    """
+    be, schedule = get_backend(backend), _schedule(schedule)
+    given = check_array("x0", x0, min_ndim=1)
+    clean = be.asarray(given.reshape(len(given), _width(given.shape)))
+    steps = check_timesteps(t, schedule.T, len(clean))
+    seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
+    eps = be.empty(clean.shape, clean.dtype)
+    if out is None:
+        out = be.empty(given.shape, clean.dtype)
+    elif not isinstance(out, np.ndarray) or out.shape != given.shape or out.dtype != clean.dtype:
+        shown = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ArgumentError("out", shown, f"an array of {clean.dtype} {given.shape}")
+    elif not (out.flags.c_contiguous and out.flags.writeable):
+        raise ArgumentError("out", "a read-only or strided view", "a writable C-contiguous array")
+    elif np.may_share_memory(out, clean):
+        clean = clean.copy()
+    be.forward_noise(
+        clean, steps, schedule.signal, schedule.noise, out.reshape(clean.shape), eps, seed=seed, first_sample=first_sample
+    )
+    return out, eps.reshape(given.shape)
+
+
+def forward_chain(
+    x0: Any, schedule: Schedule, *, seed: int = 0, first_sample: int = 0, backend: str | Backend = "auto"
+) -> Array:
+    """Run the Markov chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z (Ho et al. 2020, eq. 2), step by step.
+
+    Parameters
+    ----------
+    x0 : (N, ...) array
+        Clean samples.
+    schedule : Schedule
+    seed, first_sample : int, optional
+        Noise of stream CHAIN: row ``first_sample + k``, step t.
+    backend : str or Backend, optional
+
+    Returns
+    -------
+    (T + 1, N, ...) array
+        Entry 0 is x_0, entry t + 1 the state after timestep t.
+
+    Raises
+    ------
+    ArgumentError
+        Shape, dtype or value of an argument.
+    """
+    be, schedule = get_backend(backend), _schedule(schedule)
+    given = check_array("x0", x0, min_ndim=1)
+    clean = be.asarray(given.reshape(len(given), _width(given.shape)))
+    seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
+    chain = be.empty((schedule.T + 1, *clean.shape), clean.dtype)
+    chain[0] = clean
+    for t, beta in enumerate(schedule.betas):
+        chain[t + 1] = chain[t]
+        row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, c=0, e=0, s=math.sqrt(beta))
+        be.sampler_step(
+            chain[t + 1], None, None, row, None, seed=seed, stream=Stream.CHAIN, first_sample=first_sample
+        )
+    return chain.reshape(schedule.T + 1, *given.shape)
+
+
+def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: Any = None) -> tuple[Array, Array]:
+    """Return mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7 and 11).
+
+    From x_0: mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t.
+    From the noise: mean = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t).
+    Variance = (1 - abar_{t-1}) / (1 - abar_t) beta_t, which is 0 at t = 0.
+
+    Parameters
+    ----------
+    x_t : (N, ...) array
+        States at t.
+    t : int or (N,) int array
+        Timesteps, 0 .. T - 1.
+    schedule : Schedule
+    x0, noise : (N, ...) array
+        Exactly one of them: the clean samples, or the noise in x_t.
+
+    Returns
+    -------
+    mean : (N, ...) array
+        float32, or float64 for float64 input; computed in float64.
+    var : (N, 1, ...) float64
+        Broadcasts against the mean.
+
+    Raises
+    ------
+    ArgumentError
+        None or both of x0 and noise, or shape, dtype or value of an argument.
+    """
+    schedule = _schedule(schedule)
+    if (x0 is None) == (noise is None):
+        raise ArgumentError("x0, noise", "both" if x0 is not None else "neither", "exactly one of them")
+    state = check_array("x_t", x_t, min_ndim=1)
+    name, value = ("x0", x0) if noise is None else ("noise", noise)
+    other = check_array(name, value, shape=state.shape)
+    steps = check_timesteps(t, schedule.T, len(state))
+
+    def at_steps(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return table[steps].reshape(-1, *(1,) * (state.ndim - 1))
+
+    beta, alpha, abar = at_steps(schedule.betas), at_steps(schedule.alphas), at_steps(schedule.alphas_bar)
+    before = at_steps(np.concatenate([[1.0], schedule.alphas_bar[:-1]]))
+    if noise is None:
+        mean = (np.sqrt(before) * beta * other + np.sqrt(alpha) * (1 - before) * state) / (1 - abar)
+    else:
+        mean = (state - beta / np.sqrt(1 - abar) * other) / np.sqrt(alpha)
+    dtype = np.float64 if np.float64 in (state.dtype, other.dtype) else np.float32
+    return mean.astype(dtype), at_steps(schedule.posterior_variance)
+
+
+def sample(
+    denoiser: Any,
+    sampler: Sampler,
+    *,
+    n: int | None = None,
+    shape: tuple[int, ...] | int | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    batch: int | None = None,
+    backend: str | Backend = "auto",
+    initial: Any = None,
+    trajectory: bool = False,
+    callback: Callable[[int, int, Array], Any] | None = None,
+    progress: bool = False,
+) -> Any:
+    """Draw samples by running a sampler's table over a denoiser.
+
+    Parameters
+    ----------
+    denoiser : callable or object with ``predict``
+        Called as ``denoiser(x, t)`` with x (n, ...) and an int t, it returns an array like x in the table's
+        prediction. Where it has attributes ``T``, ``prediction`` or ``shape``, they must agree with the table.
+    sampler : Sampler
+        From `fastdiff.samplers`.
+    n : int, optional
+        Number of samples; 16, or as many as `initial` holds.
+    shape : tuple of int, optional
+        Shape of one sample; by default the denoiser's.
+    seed, first_sample : int, optional
+        Sample k has the noise of row ``first_sample + k``, whatever n and `batch` are.
+    batch : int, optional
+        At most this many samples go to the denoiser at once. Bounds memory, changes no bits of our networks.
+    backend : str or Backend, optional
+    initial : (n, ...) array, optional
+        Start from this state at the table's first timestep, instead of from noise.
+    trajectory : bool, optional
+        Also return the states of all rows.
+    callback : callable, optional
+        ``callback(i, t, x)`` after row i, x read-only; a true result stops, and the samples are returned as they are.
+    progress : bool, optional
+        Show a progress bar.
+
+    Returns
+    -------
+    x : (n, ...) float32
+        float64 on the numpy backend where `initial` is float64.
+    path : (rows + 1, n, ...), if `trajectory`
+        The states, noise first.
+
+    Raises
+    ------
+    ArgumentError
+        An argument's shape, dtype or value; a denoiser that disagrees with the table, or whose output has another
+        shape than x.
+    """
+    if not isinstance(sampler, Sampler):
+        raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
+    be = get_backend(backend)
+    _check_agreement(denoiser, sampler)
+    shape = _sample_shape(denoiser, shape, initial)
+    width = _width((0, *shape))
+    if initial is not None:
+        n = check_int("n", len(initial) if n is None else n, low=0)
+        x = be.asarray(check_array("initial", initial, shape=(n, *shape))).reshape(n, width).copy()
+    else:
+        n = check_int("n", 16 if n is None else n, low=0)
+        x = be.empty((n, width))
+    seed, first_sample = check_seed(seed), check_rows(first_sample, n)
+    batch = max(1, n) if batch is None else check_int("batch", batch, low=1)
+    if initial is None:
+        be.normal(x, seed=seed, stream=Stream.INIT, step=0, first_sample=first_sample)
+
+    rows = sampler.rows
+    stepwise = trajectory or callback is not None or progress
+    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not stepwise and n:
+        for i in range(0, n, batch):
+            be.mlp_chain(
+                denoiser.plan, denoiser.flat, x[i : i + batch], rows, sampler.clip, seed=seed, first_sample=first_sample + i
+            )
+        return x.reshape(n, *shape)
+
+    evaluate = _evaluator(denoiser, be, shape)
+    previous = be.asarray(np.zeros((n, width), x.dtype)) if any(row.c != 0 for row in rows) else None
+    path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
+    if path is not None:
+        path[0] = x
+    done = 0
+    for row in tqdm(rows, desc="sampling", disable=not progress, leave=False):
+        for i in range(0, n, batch):
+            part = slice(i, i + batch)
+            be.sampler_step(
+                x[part],
+                evaluate(x[part], row.t) if row.q != 0 or row.e != 0 else None,
+                None if previous is None else previous[part],
+                row,
+                sampler.clip,
+                seed=seed,
+                stream=Stream.STEP,
+                first_sample=first_sample + i,
+            )
+        done += 1
+        if path is not None:
+            path[done] = x
+        if callback is not None:
+            shown = x.reshape(n, *shape)
+            shown.flags.writeable = False
+            if callback(done - 1, row.t, shown):
+                break
+    x = x.reshape(n, *shape)
+    return (x, path[: done + 1].reshape(done + 1, n, *shape)) if path is not None else x
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
+
+
+def _check_agreement(denoiser: Any, sampler: Sampler) -> None:
+    if not callable(denoiser) and not callable(getattr(denoiser, "predict", None)):
+        raise ArgumentError("denoiser", type(denoiser).__name__, "a callable (x, t), or an object with .predict(x, t)")
+    T = getattr(denoiser, "T", None)
+    if T is not None and T != sampler.schedule.T:
+        raise ArgumentError("denoiser", f"T = {T}", f"T = {sampler.schedule.T}, the sampler's schedule")
+    prediction = getattr(denoiser, "prediction", None)
+    if isinstance(prediction, str) and prediction != sampler.prediction:
+        raise ArgumentError("denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction")
+
+
+def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
+    known = getattr(denoiser, "shape", None)
+    if shape is None:
+        if isinstance(known, tuple):
+            return known
+        if initial is not None:
+            return np.shape(initial)[1:]
+        raise ArgumentError("shape", "None", "the shape of one sample: this denoiser does not tell it")
+    shape = tuple(check_int("shape", size, low=1) for size in (shape if isinstance(shape, (tuple, list)) else (shape,)))
+    if isinstance(known, tuple) and known != shape:
+        raise ArgumentError("shape", str(shape), f"{known}, the shape that the denoiser works on")
+    return shape
+
+
+def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
+    """The denoiser as a function of flat states (n, D) and t."""
+    plan = getattr(denoiser, "plan", None)
+    if isinstance(plan, MLPPlan):
+        flat = denoiser.flat
+        return lambda x, t: be.mlp_forward(plan, flat, x, be.asarray(np.full(len(x), t), np.int64))
+    function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
+
+    def evaluate(x: Array, t: int) -> Array:
+        state = x.reshape(len(x), *shape).copy()  # the caller's to change
+        out = check_array("denoiser output", function(state, t), finite=False)
+        if out.shape != state.shape:
+            raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
+        return be.asarray(out, x.dtype).reshape(x.shape)
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""The compiled kernels of fastdiff, and nothing else: ``cpu`` (Numba)."""

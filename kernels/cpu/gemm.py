@@ -1,0 +1,262 @@
+"""Register-tiled float32 matrix multiplication, to be called from inside other Numba kernels.
+
+``gemm(c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, accumulate)`` computes, for i < m, j < n,
+
+    C[i, j] = (C[i, j] if accumulate else 0) + sum over k of A[i, k] * B[k, j]
+
+where C[i, j] is ``c[c_off + i * ldc + j]``, A[i, k] is ``a[a_off + i * a_rs + k * a_cs]`` and B[k, j] is
+``b[b_off + k * ldb + j]``.  With (a_rs, a_cs) = (ld, 1) it is y = x W; with (1, ld) it is dW = x^T dy.
+
+**The bits.**  Every C[i, j] is one chain of fused multiply-adds over ascending k, starting from C[i, j] or
+from +0.  Vectors run along j, rows are independent, and k is never split into partial sums.  So the bits
+depend neither on m and n, nor on the place of the element, nor on the tile that computed it; and a product
+split along k into several accumulating calls has the bits of the whole.  Widths 16, 8 and 4 agree to the bit;
+width 0, for machines without fused multiply-add, rounds each product and agrees with itself only.
+
+**The tiles.**  A tile is up to 6 rows by up to 4 vectors of sums, held in registers while k runs: each step
+loads one row of B, broadcasts one A for each row, and multiplies.  That is enough independent chains to hide
+the latency of the multiply-add, and few enough loads to keep it fed.  A single row takes up to 16 vectors
+instead, so that a matrix-vector product reads B nearly in order.  Rows and vectors are divided into tiles as
+evenly as can be: 13 vectors are 4 + 3 + 3 + 3, not 4 + 4 + 4 + 1, so that no tile has too few chains.  The
+last vector of a row is masked: nothing outside the m x n, m x k and k x n elements is read or written.
+Masked lanes are wasted: where the layout is free, let n be the size that the vector length divides.
+
+**One compiled copy.**  Numba links a copy of every callee into its caller and compiles it again.  Here the
+machine code is made once, when this module is imported (or read from Numba's cache), and given a symbol;
+``gemm`` is a mere call of that symbol, so a kernel that uses it compiles fast, and can be cached as well:
+name it as a module's global there, since Numba's cache never recognises an intrinsic held by a closure.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+from fastdiff.kernels.cpu.jit import kernel
+
+I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOAT_BYTES = 4
+
+# width: (lanes of a vector, most rows of a tile, most vectors of a tile, most vectors of a tile of one row).
+# 6 x 4 sums suit 32 registers (AVX-512, NEON), 6 x 2 the 16 of AVX2 and SSE.
+TILES = {16: (16, 6, 4, 16), 8: (8, 6, 2, 8), 4: (4, 6, 4, 8), 0: (4, 6, 2, 8)}
+DRIVER_ARGS = (types.int64,) * 11
+
+
+def host_width():
+    """The best width for the CPU that Numba compiles for: 16 (AVX-512), 8 (AVX2), 4 (NEON) or 0 (no FMA)."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    have = set(features.split(","))
+    if "+avx512f" in have:
+        return 16
+    if {"+avx2", "+fma"} <= have:
+        return 8
+    return 4 if triple.startswith(("aarch64", "arm64")) else 0
+
+
+def _int(value, bits=I64):
+    return ir.Constant(bits, value)
+
+
+class _Rows:
+    """Code for rows of vectors; the vector numbered `masked` (or None) has only its first `used` lanes."""
+
+    def __init__(self, builder, lanes, masked, used):
+        self.builder, self.lanes, self.masked = builder, lanes, masked
+        self.type = ir.VectorType(F32, lanes)
+        self.zero = ir.Constant(self.type, [0.0] * lanes)
+        index = ir.VectorType(I64, lanes)
+        self.mask = builder.icmp_signed("<", ir.Constant(index, list(range(lanes))), self.splat(used, index))
+
+    def splat(self, scalar, vector):
+        blank = ir.Constant(vector, ir.Undefined)
+        first = self.builder.insert_element(blank, scalar, _int(0, I32))
+        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first, blank, zeros)
+
+    def call(self, name, result, *args):
+        declared = ir.FunctionType(result, [arg.type for arg in args])
+        function = cgutils.get_or_insert_function(self.builder.module, declared, f"llvm.{name}")
+        return self.builder.call(function, args)
+
+    def address(self, row, j):
+        return self.builder.bitcast(self.builder.gep(row, [_int(j * self.lanes)]), self.type.as_pointer())
+
+    def load(self, row, j):
+        place = self.address(row, j)
+        if j != self.masked:
+            return self.builder.load(place, align=FLOAT_BYTES)
+        name = f"masked.load.v{self.lanes}f32.p0v{self.lanes}f32"
+        return self.call(name, self.type, place, _int(FLOAT_BYTES, I32), self.mask, self.zero)
+
+    def store(self, value, row, j):
+        place = self.address(row, j)
+        if j != self.masked:
+            self.builder.store(value, place, align=FLOAT_BYTES)
+        else:
+            name = f"masked.store.v{self.lanes}f32.p0v{self.lanes}f32"
+            self.call(name, ir.VoidType(), value, place, _int(FLOAT_BYTES, I32), self.mask)
+
+
+def _emit_tile(builder, vec, fused, rows, vectors, operands):
+    """Write one tile: fetch C or zeros, run over k, store C."""
+    c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate = operands
+    a_starts = [builder.mul(_int(i), a_rs) for i in range(rows)]
+    c_rows = [builder.gep(c, [builder.mul(_int(i), ldc)]) for i in range(rows)]
+    tile = [(i, j) for i in range(rows) for j in range(vectors)]
+
+    start = builder.block
+    fetch, loop, step, finish = map(builder.append_basic_block, ("fetch", "loop", "step", "finish"))
+    builder.cbranch(accumulate, fetch, loop)
+    builder.position_at_end(fetch)
+    old = {(i, j): vec.load(c_rows[i], j) for i, j in tile}
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+
+    def variable(from_start, from_fetch):
+        phi = builder.phi(from_start.type)
+        phi.add_incoming(from_start, start)
+        phi.add_incoming(from_fetch, fetch)
+        return phi
+
+    count, a_k, b_k = variable(_int(0), _int(0)), variable(a, a), variable(b, b)
+    sums = {ij: variable(vec.zero, old[ij]) for ij in tile}
+    builder.cbranch(builder.icmp_signed("<", count, k), step, finish)
+
+    builder.position_at_end(step)
+    b_row = [vec.load(b_k, j) for j in range(vectors)]
+    for i in range(rows):
+        a_ik = vec.splat(builder.load(builder.gep(a_k, [a_starts[i]]), align=FLOAT_BYTES), vec.type)
+        for j in range(vectors):
+            if fused:
+                total = vec.call(f"fma.v{vec.lanes}f32", vec.type, a_ik, b_row[j], sums[i, j])
+            else:
+                total = builder.fadd(builder.fmul(a_ik, b_row[j]), sums[i, j])
+            sums[i, j].add_incoming(total, step)
+    count.add_incoming(builder.add(count, _int(1)), step)
+    a_k.add_incoming(builder.gep(a_k, [a_cs]), step)
+    b_k.add_incoming(builder.gep(b_k, [ldb]), step)
+    builder.branch(loop)
+
+    builder.position_at_end(finish)
+    for i, j in tile:
+        vec.store(sums[i, j], c_rows[i], j)
+
+
+@intrinsic(prefer_literal=True)
+def _tile(typingctx, width, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate):
+    """One tile of `rows` x `vectors` at the addresses c, a, b; its last vectors have `used` lanes."""
+    lanes, most_rows, most_vectors, most_in_a_row = TILES[width.literal_value]
+
+    def codegen(context, builder, signature, args):
+        _, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate = args
+        c, a, b = (builder.inttoptr(address, F32.as_pointer()) for address in (c, a, b))
+        operands = c, ldc, a, a_rs, a_cs, b, ldb, k, builder.trunc(accumulate, I1)
+        # AVX masks for free, so every tile masks its last vector. Elsewhere a mask is a branch for each lane,
+        # so full tiles have code of their own.
+        always = lanes >= 8
+        masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
+        choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
+        never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
+        switch = builder.switch(choice, never)
+        builder.position_at_end(never)
+        builder.unreachable()
+        for r in range(1, most_rows + 1):
+            for v in range(1, 1 + (most_in_a_row if r == 1 else most_vectors)):
+                for masked in (1,) if always else (0, 1):
+                    case = builder.append_basic_block(f"tile_{r}x{v}")
+                    switch.add_case(_int((r << 8) + (v << 1) + masked), case)
+                    builder.position_at_end(case)
+                    vec = _Rows(builder, lanes, v - 1 if masked else None, used)
+                    _emit_tile(builder, vec, width.literal_value > 0, r, v, operands)
+                    builder.branch(leave)
+        builder.position_at_end(leave)
+        return context.get_dummy_value()
+
+    return types.void(width, *[types.int64] * 12), codegen
+
+
+def make_driver(width):
+    """The loops over the tiles: gemm with addresses for arrays and offsets, and 0 or 1 for accumulate."""
+    lanes, most_rows, most_vectors, most_in_a_row = TILES[width]
+
+    @kernel
+    def driver(c, ldc, a, a_rs, a_cs, b, ldb, m, n, k, accumulate):
+        if m <= 0 or n <= 0:
+            return
+        row_tiles = (m + most_rows - 1) // most_rows
+        vectors = (n + lanes - 1) // lanes
+        most = most_in_a_row if m == 1 else most_vectors
+        panels = (vectors + most - 1) // most
+        j = 0
+        for panel in range(panels):  # the outer loop, so that the panel of B stays in the cache for all rows
+            v = vectors // panels + (panel < vectors % panels)
+            used = min(lanes, n - j - (v - 1) * lanes)
+            i = 0
+            for row_tile in range(row_tiles):
+                r = m // row_tiles + (row_tile < m % row_tiles)
+                c_tile, a_tile, b_tile = c + 4 * (i * ldc + j), a + 4 * i * a_rs, b + 4 * j
+                _tile(width, r, v, used, c_tile, ldc, a_tile, a_rs, a_cs, b_tile, ldb, k, accumulate)
+                i += r
+            j += v * lanes
+
+    return driver
+
+
+def make_gemm(width):
+    """Compile the kernel of one width (16, 8, 4 or 0), or read it from the cache, and return its `gemm`.
+
+    The result is callable from nopython code only.  It checks nothing; its parameters are, in order,
+
+    c, c_off, ldc : float32 (any,), contiguous; offset of C (m, n) in it; distance between rows of C
+    a, a_off, a_rs, a_cs : the same for A (m, k), with a distance between rows and one between columns
+    b, b_off, ldb : the same for B (k, n)
+    m, n, k : int64, each may be 0; where k is 0, C becomes +0 or stays
+    accumulate : bool, whether the sums start from C rather than from +0
+
+    Offsets and distances count elements.  C may not overlap A or B.
+    """
+    driver = make_driver(width)
+    driver.compile(types.void(*DRIVER_ARGS))
+    compiled = driver.overloads[DRIVER_ARGS]
+    symbol = f"fastdiff_gemm_{width}"
+    llvm.add_symbol(symbol, compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+
+    @intrinsic
+    def gemm(typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, accumulate):
+        for array in (c, a, b):
+            if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1):
+                raise TypingError(f"gemm wants 1-D float32 arrays, got {array}")
+            if array.layout != "C" or not array.aligned:
+                raise TypingError(f"gemm wants contiguous arrays, got {array}")
+        if not c.mutable:
+            raise TypingError("gemm cannot write to a read-only array")
+
+        def codegen(context, builder, signature, args):
+            def address(position):
+                data = make_array(signature.args[position])(context, builder, args[position]).data
+                return builder.ptrtoint(builder.gep(data, [args[position + 1]]), I64)
+
+            _, _, ldc, _, _, a_rs, a_cs, _, _, ldb, m, n, k, accumulate = args
+            start = builder.zext(accumulate, I64)
+            values = address(0), ldc, address(3), a_rs, a_cs, address(7), ldb, m, n, k, start
+            declared = context.call_conv.get_function_type(types.none, DRIVER_ARGS)
+            function = cgutils.get_or_insert_function(builder.module, declared, symbol)
+            context.call_conv.call_function(builder, function, types.none, DRIVER_ARGS, values)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(c, i, i, a, i, i, i, b, i, i, i, i, i, types.boolean), codegen
+
+    gemm.driver = driver  # keeps the machine code alive
+    return gemm
+
+
+gemm = make_gemm(host_width())

@@ -1,0 +1,55 @@
+"""One home for how CPU kernels are compiled and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+log = logging.getLogger("fastdiff")
+
+# nogil: kernels run on the backend's own threads. No fast-math: every operation rounds once, in the written order.
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+@cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel at its first call, and keep the machine code on disk.
+
+    Numba takes a cached kernel for good as long as its own file is unchanged, also when a function that it inlines
+    from another file has changed. Here the stamp is the digest of all kernel sources.
+    """
+    try:
+        dispatcher = numba.njit(cache=True, **OPTIONS)(function)
+        dispatcher._cache._cache_file._source_stamp = _sources_digest()
+    except RuntimeError:  # no folder to write to
+        log.info("kernel %s is not cached: no writable cache folder (NUMBA_CACHE_DIR sets one)", function.__name__)
+        dispatcher = numba.njit(**OPTIONS)(function)
+    return dispatcher
+
+
+@intrinsic  # type: ignore[misc]
+def float_bits(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """The bits of a float32 as int32."""
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic  # type: ignore[misc]
+def bits_float(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """The float32 of the bits in an int32."""
+    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())

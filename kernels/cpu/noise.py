@@ -1,0 +1,223 @@
+"""Normals by the noise law (`fastdiff.noise`): the same operations in the same order, hence the same bits.
+
+A chunk of blocks is drawn in two passes, integers into four arrays of words and then Box-Muller per pair. Fused into
+one loop they would not vectorise; a chunk's arrays stay in cache between the passes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastdiff.kernels.cpu.jit import bits_float, float_bits, kernel
+from fastdiff.noise import (
+    ANGLE_UNIT,
+    COS_COEFFICIENTS,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG_COEFFICIENTS,
+    PHILOX_M,
+    SIN_COEFFICIENTS,
+    SQRT_HALF,
+    UNIFORM_UNIT,
+)
+
+CHUNK = 512
+"""Blocks drawn at once, so 2048 normals: the workspace stays in the first-level cache."""
+LANES = 16
+QUARTER = CHUNK + LANES  # distance of the four quarters in the workspace; the copies below read whole vectors
+ORDERED = 4 * QUARTER  # where normals in the order of their rows begin
+WORKSPACE = ORDERED + 4 * CHUNK + 4 * LANES
+
+# Constants with a fixed type: an untyped literal would widen the arithmetic.
+F = np.float32
+U = np.uint32
+M0, M1 = np.uint64(PHILOX_M[0]), np.uint64(PHILOX_M[1])
+SHIFT, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+L0, L1, L2, L3, L4, L5, L6, L7, L8 = (F(c) for c in LOG_COEFFICIENTS)
+S0, S1, S2 = (F(c) for c in SIN_COEFFICIENTS)
+C0, C1, C2 = (F(c) for c in COS_COEFFICIENTS)
+HALF, ONE, MINUS_TWO = F(0.5), F(1), F(-2)
+UNIT, ANGLE, ROOT, LN2_H, LN2_L = F(UNIFORM_UNIT), F(ANGLE_UNIT), F(SQRT_HALF), F(LN2_HIGH), F(LN2_LOW)
+MANTISSA, EXPONENT_HALF = np.int32(0x007FFFFF), np.int32(0x3F000000)
+I1, I2, I22, I23, BIAS, EIGHTH = (np.int32(i) for i in (1, 2, 22, 23, 126, 1 << 21))
+EIGHT = U(8)
+
+
+@kernel
+def log_uniform(w):
+    """ln((float32(w) + 0.5) 2^-32) of a word."""
+    bits = float_bits((F(w) + HALF) * UNIT)
+    m = bits_float((bits & MANTISSA) | EXPONENT_HALF)
+    small = m < ROOT
+    e = F((bits >> I23) - BIAS - (I1 if small else np.int32(0)))
+    m = (m + m if small else m) - ONE
+    square = m * m
+    y = L8 * m + L7
+    y = y * m + L6
+    y = y * m + L5
+    y = y * m + L4
+    y = y * m + L3
+    y = y * m + L2
+    y = y * m + L1
+    y = y * m + L0
+    y = y * m * square
+    y = y + e * LN2_L
+    y = y - HALF * square
+    return (m + y) + e * LN2_H
+
+
+@kernel
+def cos_sin_turn(w):
+    """Cosine and sine of the angle 2 pi (w >> 8) 2^-24 of a word."""
+    k = np.int32(w >> EIGHT)
+    quarter = (k + EIGHTH) >> I22
+    x = F(k - (quarter << I22)) * ANGLE
+    z = x * x
+    s = ((S2 * z + S1) * z + S0) * z * x + x
+    c = ((C2 * z + C1) * z + C0) * z * z - HALF * z + ONE
+    odd = (quarter & I1) == I1
+    cosine = s if odd else c
+    sine = c if odd else s
+    return (
+        -cosine if ((quarter + I1) & I2) != np.int32(0) else cosine,
+        -sine if (quarter & I2) != np.int32(0) else sine,
+    )
+
+
+@kernel
+def _round(c0, c1, c2, c3, k0, k1):
+    """One round of Philox4x32."""
+    product0 = M0 * np.uint64(c0)
+    product1 = M1 * np.uint64(c2)
+    return U(product1 >> SHIFT) ^ c1 ^ k0, U(product1), U(product0 >> SHIFT) ^ c3 ^ k1, U(product0)
+
+
+@kernel
+def _words(count, first_block, first_row, blocks, step, stream, keys, words):
+    """Words of `count` consecutive (row, block) pairs into words[0:4]; words[4:7] hold their counters."""
+    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    columns, lows, highs = words[4], words[5], words[6]
+    row = first_row + np.uint64(first_block // blocks)
+    block = first_block % blocks
+    i = 0
+    while i < count:
+        stop = min(count, i + blocks - block)
+        low, high = U(row & LOW), U(row >> SHIFT) | (U(stream) << U(24))
+        for j in range(i, stop):
+            columns[j] = U(block + (j - i))
+            lows[j] = low
+            highs[j] = high
+        row += np.uint64(1)
+        block = 0
+        i = stop
+    # Rounds written out: a loop over them would be the innermost one, and the outer one would not vectorise.
+    k0, k1 = keys[0, 0], keys[0, 1]
+    k2, k3 = keys[1, 0], keys[1, 1]
+    k4, k5 = keys[2, 0], keys[2, 1]
+    k6, k7 = keys[3, 0], keys[3, 1]
+    k8, k9 = keys[4, 0], keys[4, 1]
+    k10, k11 = keys[5, 0], keys[5, 1]
+    k12, k13 = keys[6, 0], keys[6, 1]
+    k14, k15 = keys[7, 0], keys[7, 1]
+    k16, k17 = keys[8, 0], keys[8, 1]
+    k18, k19 = keys[9, 0], keys[9, 1]
+    for i in range(count):
+        c0, c1, c2, c3 = columns[i], U(step), lows[i], highs[i]
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k2, k3)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k4, k5)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k6, k7)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k8, k9)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k10, k11)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k12, k13)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k14, k15)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k16, k17)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k18, k19)
+        w0[i] = c0
+        w1[i] = c1
+        w2[i] = c2
+        w3[i] = c3
+
+
+@kernel
+def _pair(count, wa, wb, za, zb):
+    for i in range(count):
+        radius = math.sqrt(MINUS_TWO * log_uniform(wa[i]))
+        cosine, sine = cos_sin_turn(wb[i])
+        za[i] = radius * cosine
+        zb[i] = radius * sine
+
+
+@kernel
+def _draw(count, first_block, first_row, blocks, step, stream, keys, words, z):
+    """Draw `count` <= CHUNK consecutive (row, block) pairs; value j of pair i goes to z[j QUARTER + i]."""
+    count = (count + LANES - 1) // LANES * LANES  # whole vectors also where little is wanted
+    _words(count, first_block, first_row, blocks, step, stream, keys, words)
+    _pair(count, words[0], words[1], z[:QUARTER], z[QUARTER:])
+    _pair(count, words[2], words[3], z[2 * QUARTER :], z[3 * QUARTER :])
+
+
+@kernel
+def draw_rows(rows, first_row, width, step, stream, keys, words, z):
+    """Draw `rows` whole rows of `width` values in at most CHUNK blocks; they lie in order from z[ORDERED]."""
+    blocks = (width + 3) // 4
+    _draw(rows * blocks, 0, first_row, blocks, step, stream, keys, words, z)
+    vectors = (blocks + LANES - 1) // LANES
+    # Whole vectors are copied: what they overrun is written again by the next quarter or row.
+    for row in range(rows):
+        for quarter in range(4):
+            target = z[ORDERED + row * width + quarter * blocks :]
+            source = z[quarter * QUARTER + row * blocks :]
+            for v in range(vectors):
+                for j in range(LANES):
+                    target[v * LANES + j] = source[v * LANES + j]
+
+
+@kernel
+def chunks_of(n, width):
+    """Number of chunks in which n rows are drawn: several rows a chunk, or several chunks a row."""
+    blocks = (width + 3) // 4
+    if blocks <= CHUNK:
+        rows = CHUNK // max(blocks, 1)
+        return (n + rows - 1) // rows
+    return n * ((blocks + CHUNK - 1) // CHUNK)
+
+
+@kernel
+def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments):
+    """Draw one chunk of the normals of (n, width).
+
+    Fills `segments` (4, 3) int64 with (begin in the flat array, length, begin in z), and returns how many there are.
+    `words` (7, CHUNK) uint32 and z (WORKSPACE,) float32 are workspace.
+    """
+    blocks = (width + 3) // 4
+    if blocks <= CHUNK:
+        rows = CHUNK // blocks
+        begin = chunk * rows
+        rows = min(rows, n - begin)
+        draw_rows(rows, first_row + np.uint64(begin), width, step, stream, keys, words, z)
+        segments[0, 0], segments[0, 1], segments[0, 2] = begin * width, rows * width, ORDERED
+        return 1
+    per_row = (blocks + CHUNK - 1) // CHUNK
+    row, block = chunk // per_row, (chunk % per_row) * CHUNK
+    count = min(CHUNK, blocks - block)
+    _draw(count, block, first_row + np.uint64(row), blocks, step, stream, keys, words, z)
+    for quarter in range(4):
+        column = block + quarter * blocks
+        segments[quarter, 0] = row * width + column
+        segments[quarter, 1] = max(0, min(count, width - column))
+        segments[quarter, 2] = quarter * QUARTER
+    return 4
+
+
+@kernel
+def normal_range(start, stop, out, n, width, first_row, step, stream, keys, words, z, segments):
+    """Fill the chunks start ... stop - 1 of the flat array `out` of (n, width) normals."""
+    for chunk in range(start, stop):
+        for k in range(draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments)):
+            begin, length, at = segments[k]
+            target, source = out[begin : begin + length], z[at : at + length]
+            for j in range(length):
+                target[j] = source[j]

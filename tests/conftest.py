@@ -1,0 +1,61 @@
+"""Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+PEERS = Path(__file__).parent / "peers"
+REQUIRE_ALL = os.environ.get("FASTDIFF_REQUIRE_ALL", "0") != "0"
+
+pytest_plugins = ["pytester"]
+
+settings.register_profile("fastdiff", deadline=None, derandomize=True, database=None)
+settings.load_profile("fastdiff")
+
+
+class AbsentLane(pytest.Directory):
+    """A folder of tests that stands for one skip."""
+
+    reason = ""
+
+    def collect(self):
+        raise pytest.skip.Exception(self.reason, allow_module_level=True)
+
+
+def pytest_collect_directory(path, parent):
+    missing = [name for name in ("torch", "diffusers") if find_spec(name) is None]
+    if path != PEERS or not missing:
+        return None
+    lane = AbsentLane.from_parent(parent, path=path)
+    lane.reason = f"the peers lane needs {' and '.join(missing)}: pip install 'fastdiff-engine[peers]'"
+    return lane
+
+
+def _skipped(config):
+    return config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+
+
+def pytest_sessionfinish(session):
+    if REQUIRE_ALL and _skipped(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skipped = len(_skipped(config))
+    if REQUIRE_ALL and skipped:
+        terminalreporter.write_line(f"FASTDIFF_REQUIRE_ALL: {skipped} skipped, which counts as failure", red=True)
+
+
+@pytest.fixture(params=["numpy", "cpu"])
+def backend(request):
+    """The name of every backend that works here."""
+    from fastdiff.backends import available_backends
+
+    if request.param not in available_backends():
+        pytest.skip(f"backend {request.param} does not work on this machine")
+    return request.param

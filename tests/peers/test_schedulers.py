@@ -1,0 +1,196 @@
+"""Schedules, timesteps and whole sampler runs against the schedulers of diffusers.
+
+Their tables are float32, and their DPM-Solver++ keeps its state in float32 too, so the tolerances here are
+measured, not derived: each is about three times the largest difference seen over the configurations of its
+test (torch 2.13 and diffusers 0.42 on a CPU).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdiff import samplers
+from fastdiff.schedule import Schedule
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("ignore::fastdiff.errors.ScheduleWarning"),  # some begin or end far from noise
+]
+
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
+SHAPE = (2, 3, 4)
+START = np.random.default_rng(0).normal(size=SHAPE)
+
+
+def schedules(name: str, T: int) -> tuple[Schedule, dict[str, Any]]:
+    """Our schedule and the arguments of theirs, the betas scaled to T."""
+    ends = {"beta_start": 0.1 / T, "beta_end": 20 / T}
+    ours = Schedule.cosine(T) if name == "cosine" else getattr(Schedule, name)(T, **ends)
+    theirs = {"num_train_timesteps": T, **ends}
+    if name == "sigmoid":  # which only their DDPM knows by name
+        return ours, {**theirs, "trained_betas": ours.betas}
+    return ours, {**theirs, "beta_schedule": SCHEDULES[name]}
+
+
+def network(schedule: Schedule, prediction: str):
+    """Some network in the form named, the same function of (x, t) whatever the form."""
+
+    def model(x, t):
+        alpha, sigma = schedule.signal[t], schedule.noise[t]
+        x0 = np.tanh(0.6 * x + np.cos(3 * x) * t / schedule.T)
+        noise = (x - alpha * x0) / sigma
+        return {"x0": x0, "noise": noise, "v": alpha * noise - sigma * x0}[prediction]
+
+    return model
+
+
+def ours_run(table, model, normals):
+    x, previous = START, None
+    for i, (t, p, q, a, b, c, e, s) in enumerate(table.rows):
+        out = model(x, t)
+        x0 = p * x + q * out
+        if table.clip is not None:
+            x0 = np.clip(x0, *table.clip)
+        following = a * x + b * x0 + e * out + s * normals[i]
+        x, previous = following + (c * previous if c else 0), x0
+    return x
+
+
+def theirs_run(scheduler, steps, model, options):
+    """The result of a scheduler's loop and its timesteps; `options` gives more arguments of step by row."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # theirs, between NumPy and torch
+        scheduler.set_timesteps(steps)
+    x = torch.from_numpy(START)
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.from_numpy(model(x.numpy(), int(t))), t, x, **options(i)).prev_sample
+    return x.numpy(), scheduler.timesteps.tolist()
+
+
+def generator(i: int):
+    import torch
+
+    return torch.Generator().manual_seed(1000 + i)
+
+
+def torch_normals(steps: int):
+    """What a step of theirs draws from `generator`."""
+    import torch
+
+    return [torch.randn(SHAPE, generator=generator(i), dtype=torch.float64) for i in range(steps)]
+
+
+@pytest.mark.parametrize("T", [1000, 100])
+@pytest.mark.parametrize("name", [*SCHEDULES, "sigmoid"])
+def test_schedules(name, T):
+    from diffusers import DDPMScheduler
+
+    ours, arguments = schedules(name, T)
+    arguments.pop("trained_betas", None)
+    theirs = DDPMScheduler(**{**arguments, "beta_schedule": SCHEDULES.get(name, name)})
+    np.testing.assert_allclose(ours.betas, theirs.betas.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours.alphas_bar, theirs.alphas_cumprod.numpy(), rtol=4e-5)
+    variance = [float(theirs._get_variance(t)) for t in range(T)]
+    # 1 - abar_0 in float32 is off by 6e-8 / beta_0
+    np.testing.assert_allclose(ours.posterior_variance, variance, rtol=2e-3, atol=1e-20)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", [*SCHEDULES, "sigmoid"])
+@pytest.mark.parametrize(
+    ("T", "steps", "spacing", "variance", "clip"),
+    [
+        (100, 100, "leading", "small", None),
+        (1000, 37, "linspace", "large", 1.0),
+        (1000, 20, "trailing", "small", 0.8),
+        (60, 7, "leading", "large", None),
+    ],
+)
+def test_ddpm(T, steps, spacing, variance, clip, name, prediction):
+    from diffusers import DDPMScheduler
+
+    schedule, arguments = schedules(name, T)
+    scheduler = DDPMScheduler(
+        **arguments,
+        variance_type=f"fixed_{variance}",
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+    )
+    model = network(schedule, prediction)
+    table = samplers.ddpm(
+        schedule, steps, variance=variance, clip=clip, prediction=prediction, spacing=spacing
+    )
+    expected, timesteps = theirs_run(scheduler, steps, model, lambda i: {"generator": generator(i)})
+    assert table.timesteps.tolist() == timesteps
+    normals = [z.numpy() for z in torch_normals(steps)]
+    np.testing.assert_allclose(ours_run(table, model, normals), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", [*SCHEDULES, "sigmoid"])
+@pytest.mark.parametrize(
+    ("T", "steps", "spacing", "eta", "clip"),
+    [  # trailing only where T is a multiple of the steps: their previous timestep is t - T // n
+        (100, 100, "leading", 0.0, None),
+        (1000, 37, "leading", 0.0, 1.0),
+        (1000, 20, "trailing", 0.5, 0.8),
+        (60, 10, "trailing", 1.0, None),
+    ],
+)
+def test_ddim(T, steps, spacing, eta, clip, name, prediction):
+    from diffusers import DDIMScheduler
+
+    schedule, arguments = schedules(name, T)
+    scheduler = DDIMScheduler(
+        **arguments,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+    )
+    model, normals = network(schedule, prediction), torch_normals(steps)
+    table = samplers.ddim(schedule, steps, eta=eta, clip=clip, prediction=prediction, spacing=spacing)
+    expected, timesteps = theirs_run(
+        scheduler, steps, model, lambda i: {"eta": eta, "variance_noise": normals[i]} if eta else {}
+    )
+    assert table.timesteps.tolist() == timesteps
+    found = ours_run(table, model, [z.numpy() for z in normals])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.5e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", [*SCHEDULES, "sigmoid"])
+@pytest.mark.parametrize(
+    ("T", "steps", "spacing", "final"),
+    [
+        (100, 30, "linspace_open", "zero"),
+        (1000, 10, "linspace_open", "sigma_min"),
+        (1000, 20, "trailing", "zero"),
+        (60, 12, "trailing", "sigma_min"),
+    ],
+)
+def test_dpmpp_2m(T, steps, spacing, final, name, prediction):
+    from diffusers import DPMSolverMultistepScheduler
+
+    schedule, arguments = schedules(name, T)
+    scheduler = DPMSolverMultistepScheduler(
+        **arguments,
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing=spacing.removesuffix("_open"),
+        lower_order_final=False,
+        final_sigmas_type=final,
+    )
+    model = network(schedule, prediction)
+    table = samplers.dpmpp_2m(schedule, steps, prediction=prediction, spacing=spacing, final=final)
+    expected, timesteps = theirs_run(scheduler, steps, model, lambda i: {})
+    assert table.timesteps.tolist() == timesteps
+    np.testing.assert_allclose(ours_run(table, model, [0.0] * steps), expected, rtol=0, atol=5e-4)

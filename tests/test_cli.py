@@ -1,0 +1,418 @@
+"""The command line as a user meets it: whole runs, one-line errors, nothing half-written, Ctrl-C."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastdiff as fd
+from fastdiff import cli, demo
+from fastdiff.data import harmonic_curves, load_curves, save_curves
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "curves.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_curves("curves.csv", harmonic_curves(64, points=12))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, stdout and stderr."""
+
+    def run(command, *more):
+        code = cli.main([*command.split(), *more])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+TRAIN = "train curves.csv --backend numpy --quiet --batch 16"
+
+
+@pytest.fixture
+def model(run):
+    assert run(f"{TRAIN} -o m.safetensors --steps 4")[0] == 0
+    return Path("m.safetensors")
+
+
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+def test_train_info_sample(run):
+    code, out, err = run(f"{TRAIN} -o m.safetensors --steps 20 --validation 0.25 --loss-plot loss.png")
+    assert code == 0
+    assert re.search(r"m\.safetensors: 20 steps in [\d.]+ s, now at step 20; loss \d\S* .* held-out", out)
+    assert "64 curves of 12 points from curves.csv" in err
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+
+    code, out, _ = run("info m.safetensors")
+    assert code == 0
+    assert re.search(r"^  step +20$", out, re.M)
+    facts = json.loads(run("info m.safetensors --json")[1])
+    assert facts["step"] == 20
+
+    code, out, _ = run("sample m.safetensors -n 5 -o new.csv --plot new.png --backend numpy")
+    assert code == 0
+    assert "new.csv: 5 curves of 12 points" in out
+    assert Path("new.png").read_bytes().startswith(b"\x89PNG")
+    drawn = load_curves("new.csv", header=False)
+    assert drawn.shape == (5, 12)
+    np.testing.assert_array_equal(drawn, fd.load("m.safetensors", backend="numpy").sample(5))
+    assert files() == ["curves.csv", "loss.png", "m.safetensors", "new.csv", "new.png"]
+
+
+def test_a_run_in_two_parts_is_the_same_run(run):
+    for options, parts in (("", (7, 5)), (" --validation 0.25 --seed 3 --lr 0.01 --schedule cosine", (5, 7))):
+        assert run(f"{TRAIN} -o whole.safetensors --steps 12{options}")[0] == 0
+        assert run(f"{TRAIN} -o half.safetensors --steps {parts[0]}{options}")[0] == 0
+        again = options[: options.index(" --seed")] if options else ""
+        assert run(f"{TRAIN} --resume half.safetensors --steps {parts[1]}{again}")[0] == 0
+        whole, halves = fd.load("whole.safetensors"), fd.load("half.safetensors")
+        assert whole.step == halves.step == 12
+        assert whole.history == halves.history
+        assert Path("whole.safetensors").read_bytes() == Path("half.safetensors").read_bytes()
+
+
+def test_resume_into_another_file_leaves_the_first(run, model):
+    before = model.read_bytes()
+    assert run(f"{TRAIN} --resume m.safetensors -o n.safetensors --steps 2")[0] == 0
+    assert model.read_bytes() == before
+    assert fd.load("n.safetensors").step == 6
+
+
+def test_options_reach_the_model(run):
+    options = "--network tutorial --prediction v --schedule linear --timesteps 30 --beta-end 0.3 --seed 9"
+    assert run(f"{TRAIN} -o m.safetensors --steps 2 {options}")[0] == 0
+    made = fd.load("m.safetensors")
+    assert made.schedule == fd.Schedule.linear(30, beta_start=1e-4, beta_end=0.3)
+    assert made.prediction == "v"
+    want = fd.Diffusion(fd.MLP.tutorial(12, T=30), made.schedule, prediction="v", backend="numpy", seed=9)
+    want.fit(load_curves("curves.csv"), steps=2, batch=16, progress=False)
+    np.testing.assert_array_equal(
+        fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True
+    )
+
+
+def test_sample_is_independent_of_how_many_and_of_chunks(run, model, monkeypatch):
+    assert run("sample m.safetensors -n 9 -o all.npy --seed 4")[0] == 0
+    everything = load_curves("all.npy")
+    assert run("sample m.safetensors -n 4 -o last.npy --seed 4 --first-sample 5")[0] == 0
+    np.testing.assert_allclose(load_curves("last.npy"), everything[5:], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(cli, "SAMPLES_AT_ONCE", 4)
+    assert run("sample m.safetensors -n 9 -o chunks.npy --seed 4")[0] == 0
+    np.testing.assert_allclose(load_curves("chunks.npy"), everything, rtol=1e-4, atol=1e-4)
+    assert run("sample m.safetensors -n 9 -o other.npy --seed 5")[0] == 0
+    assert not np.allclose(load_curves("other.npy"), everything)
+
+
+@pytest.mark.parametrize("options", ["--sampler ddim --sample-steps 5", "--sampler dpmpp_2m", "--no-ema"])
+def test_sampler_options_change_the_curves(run, model, options):
+    run("sample m.safetensors -n 2 -o plain.npy")
+    assert run(f"sample m.safetensors -n 2 -o other.npy {options}")[0] == 0
+    assert not np.array_equal(load_curves("plain.npy"), load_curves("other.npy"))
+
+
+def test_info_without_a_file_describes_the_installation(run):
+    code, out, _ = run("info")
+    assert code == 0
+    assert re.search(r"^fastdiff \d+\.\d+", out)
+    assert re.search(r"^  backends +numpy", out, re.M)
+    columns = {len(re.match(r"  .*?\s{2,}", line).group()) for line in out.splitlines()[1:]}
+    assert len(columns) == 1, "values are not in one column"
+
+
+def test_info_says_whether_a_file_can_be_trained_on(run, model):
+    fd.load(model).save("small.safetensors", training=False)
+    with_training, without = (
+        json.loads(run(f"info {name} --json")[1]) for name in (model, "small.safetensors")
+    )
+    assert with_training != without
+
+
+def test_demo(run, monkeypatch):
+    for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
+        monkeypatch.setattr(demo, name, value)
+    code, out, err = run("demo -o deep/demo --quick --backend numpy --quiet")
+    assert code == 0
+    assert re.search(r"root mean square error of 20 generated curves +\d", out)
+    assert re.search(r"energy distance, 20 generated to 20 unseen +\d", out)
+    assert re.search(r"between two unseen sets +\d", out)
+    named = {path for line in out.splitlines() for path in re.findall(r"^  (\S+): ", line)}
+    assert {str(path) for path in Path("deep/demo").iterdir()} == named
+    assert len([name for name in named if name.endswith(".png")]) == 8
+    assert "error" not in err
+    # What it advises to do next works.
+    for advice in re.findall(r"^  fastdiff (.*)$", out, re.M):
+        assert run(advice)[0] == 0
+
+
+def test_example(capsys):
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    main(["-o", "pictures", "--steps", "3"])
+    assert "root mean square error" in capsys.readouterr().out
+    assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
+
+
+# --------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "info"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command.split(), "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert f"  fastdiff {command}" in text
+    if command in ("demo", "train", "sample"):
+        assert "--seed" in text
+        assert "--backend {auto,numpy,cpu,cuda}" in text
+    assert max(map(len, text.splitlines())) <= 84
+
+
+def test_examples_in_the_help_are_options_that_exist(capsys):
+    parser = cli._parser()
+    for command in ("", "demo", "train", "sample", "info"):
+        with pytest.raises(SystemExit):
+            cli.main([*command.split(), "--help"])
+        for line in re.findall(r"^  fastdiff (.*?)(?:   .*)?$", capsys.readouterr().out, re.M):
+            parser.parse_args(line.split())
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from fastdiff import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numba', 'scipy', 'matplotlib', 'cupy', 'tqdm.auto'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_version(capsys):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fastdiff {version('fastdiff-engine')}\n"
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train none.csv -o m.safetensors", r"none\.csv: cannot be read: No such file"),
+        ("train empty.csv -o m.safetensors", r"empty\.csv: empty file"),
+        ("train ragged.csv -o m.safetensors", r"ragged\.csv, line 2: 1 cells, where line 1 has 2"),
+        ("train words.csv -o m.safetensors", r"words\.csv, line 2, column 1: 'x' is not a number"),
+        ("train nan.csv -o m.safetensors", r"nan\.csv, line 1, column 2: nan"),
+        (
+            "train curves.txt -o m.safetensors",
+            r"'curves\.txt', wants a file name that ends in \.csv or \.npy",
+        ),
+        ("train curves.csv", r"say where the model goes: -o"),
+        ("train curves.csv -o m.pt", r"'m\.pt', wants a file name that ends in \.safetensors"),
+        (
+            "train curves.csv -o none/m.safetensors",
+            r"none/m\.safetensors: cannot be written: there is no folder",
+        ),
+        ("train curves.csv -o curves.csv/m.safetensors", r"cannot be written: there is no folder"),
+        ("train curves.csv -o n.safetensors --steps 0", r"--steps: got 0, wants an integer of at least 1"),
+        ("train curves.csv -o n.safetensors --batch -3", r"--batch: got -3"),
+        ("train curves.csv -o n.safetensors --lr 0", r"lr: got 0"),
+        ("train curves.csv -o n.safetensors --lr nan", r"lr: got nan"),
+        ("train curves.csv -o n.safetensors --seed -1", r"--seed: got -1"),
+        ("train curves.csv -o n.safetensors --validation 1.5", r"validation: got 1\.5"),
+        ("train curves.csv -o n.safetensors --timesteps 9", r"--timesteps needs --schedule"),
+        ("train curves.csv -o n.safetensors --schedule cosine --beta-end 0.1", r"mean nothing to the cosine"),
+        ("train curves.csv -o n.safetensors --schedule linear --timesteps 0", r"--timesteps: got 0"),
+        ("train curves.csv -o n.safetensors --schedule linear --beta-end 2", r"--beta-end: got 2"),
+        ("train curves.csv -o n.safetensors --loss-plot none/x.png", r"none/x\.png: cannot be written"),
+        (
+            "train curves.csv -o n.safetensors --loss-plot x.xyz",
+            r"'x\.xyz', wants a file name that ends in \.png",
+        ),
+        ("train curves.csv --resume none.safetensors", r"none\.safetensors"),
+        ("train curves.csv --resume cut.safetensors", r"cut\.safetensors"),
+        ("train curves.csv --resume m.safetensors --lr 0.1", r"--lr cannot change with --resume"),
+        (
+            "train curves.csv --resume m.safetensors --beta-start 0.1",
+            r"--beta-start cannot change with --resume",
+        ),
+        ("train wide.csv --resume m.safetensors", r"12|points"),
+        ("train curves.csv --resume weights.safetensors", r"weights\.safetensors|training"),
+        ("sample none.safetensors -o x.csv", r"none\.safetensors"),
+        ("sample cut.safetensors -o x.csv", r"cut\.safetensors"),
+        ("sample foreign.safetensors -o x.csv", r"foreign\.safetensors"),
+        ("sample curves.csv -o x.csv", r"curves\.csv"),
+        ("sample m.safetensors -o x.txt", r"'x\.txt', wants a file name that ends in \.csv or \.npy"),
+        ("sample m.safetensors -o none/x.csv", r"none/x\.csv: cannot be written"),
+        ("sample m.safetensors -o x.csv -n 0", r"-n: got 0, wants an integer of at least 1"),
+        ("sample m.safetensors -o x.csv --plot none/x.png", r"none/x\.png: cannot be written"),
+        ("sample m.safetensors -o x.csv --sample-steps 0", r"steps: got 0"),
+        ("sample m.safetensors -o x.csv --sample-steps 5000", r"steps: got 5000"),
+        ("sample m.safetensors -o x.csv --first-sample -1", r"--first-sample: got -1"),
+        ("info none.safetensors", r"none\.safetensors"),
+        ("info cut.safetensors", r"cut\.safetensors"),
+        ("info foreign.safetensors", r"foreign\.safetensors"),
+        ("info curves.csv", r"curves\.csv"),
+        ("demo -o curves.csv", r"curves\.csv: no folder can be made there"),
+        ("demo --seed -1", r"--seed: got -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, model, command, message):
+    from safetensors.numpy import save_file
+
+    Path("empty.csv").touch()
+    Path("ragged.csv").write_text("1,2\n3\n")
+    Path("words.csv").write_text("1,2\nx,3\n")
+    Path("nan.csv").write_text("1,nan\n")
+    Path("wide.csv").write_text("1,2,3,4\n5,6,7,8\n")
+    Path("cut.safetensors").write_bytes(model.read_bytes()[:-10])
+    save_file({"weight": np.ones(3, np.float32)}, "foreign.safetensors")
+    fd.load(model).save("weights.safetensors", training=False)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    code, out, err = run(command)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("fastdiff: error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert "Traceback" not in err
+    assert err.endswith(lines[0] + "\n")
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        ("train curves.csv -o n.safetensors --backend gpu", "cuda"),
+        ("train curves.csv -o n.safetensors --schedule square", "sigmoid"),
+        ("train curves.csv -o n.safetensors --network big", "tutorial"),
+        ("train curves.csv -o n.safetensors --steps many", "--steps"),
+        ("sample m.safetensors -o x.csv --sampler euler", "dpmpp_2m"),
+        ("sample m.safetensors", "--output"),
+        ("paint", "train"),
+        ("", "COMMAND"),
+    ],
+)
+def test_unknown_names_are_told_the_known_ones(command, known, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(command.split())
+    assert left.value.code == 2
+    assert known in capsys.readouterr().err
+    assert files() == ["curves.csv"]
+
+
+def test_a_missing_gpu_is_one_line(run):
+    if "cuda" in fd.available_backends():
+        pytest.skip("there is a GPU")
+    code, _, err = run("train curves.csv -o m.safetensors --backend cuda")
+    assert code == 2
+    assert re.fullmatch(r"fastdiff: error: .*\n", err.splitlines(keepends=True)[-1])
+    assert files() == ["curves.csv"]
+
+
+def test_missing_matplotlib_is_said_before_training(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(f"{TRAIN} -o m.safetensors --loss-plot loss.png")
+    assert code == 2
+    assert 'pip install "fastdiff-engine[plot]"' in err
+    assert files() == ["curves.csv"]
+
+
+def test_warnings_are_plain_lines(run):
+    code, _, err = run(f"{TRAIN} -o m.safetensors --steps 1 --schedule linear --timesteps 10")
+    assert code == 0
+    assert re.search(r"^fastdiff: warning: .*schedule", err, re.M)
+    assert ".py" not in err
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m fastdiff info | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+# --------------------------------------------------------------------------------------- stopped
+
+
+def test_training_that_diverges_keeps_the_last_good_state(run):
+    save_curves("spike.csv", np.eye(64, 12) * 3)
+    code, out, err = run("train spike.csv -o m.safetensors --steps 500 --lr 1e12 --backend numpy --quiet")
+    assert code == 2
+    assert out == ""
+    assert re.search(r"^fastdiff: error: .*step \d+", err, re.M)
+    if "nothing to save" in err:
+        assert files() == ["curves.csv", "spike.csv"]
+    else:
+        assert all(np.isfinite(fd.load("m.safetensors").history["loss"]))
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fd.Diffusion, "fit", interrupted)
+    code, out, err = run(f"{TRAIN} -o m.safetensors")
+    assert code == 130
+    assert out == ""
+    assert "nothing to save" in err
+    assert files() == ["curves.csv"]
+
+
+def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
+    # As a user: a process of its own, a real SIGINT, some steps into a training that would take hours.
+    command = [sys.executable, "-m", "fastdiff", *TRAIN.replace("--quiet ", "").split()]
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    process = subprocess.Popen(
+        [*command, "-o", "m.safetensors", "--steps", "10000000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        # A background job of a shell ignores SIGINT, and tests may run as one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        seen = b""
+        while not re.search(rb"\b[1-9]\d*/10000000", seen):
+            part = os.read(process.stderr.fileno(), 4096)
+            assert part, f"ended early: {seen.decode()}"
+            seen += part
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    text = err.decode()
+    assert process.returncode == 130
+    assert out == b""
+    assert "Traceback" not in text
+    step = int(re.search(r"stopped after step (\d+), saved to m\.safetensors", text).group(1))
+    stopped = fd.load("m.safetensors", backend="numpy")
+    assert stopped.step == step > 0
+    assert files() == ["curves.csv", "m.safetensors"]
+
+    advice = re.search(r"^continue with: fastdiff (.*)$", text, re.M).group(1)
+    assert f"--steps {10_000_000 - step} " in advice
+    assert run(advice.replace(f"--steps {10_000_000 - step} ", "--steps 3 ") + " --quiet")[0] == 0
+    if step < 20_000:  # the whole run again, in this process
+        assert run(f"{TRAIN} -o whole.safetensors --steps {step + 3}")[0] == 0
+        assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()

@@ -1,0 +1,455 @@
+"""Sampler tables: golden numbers, the papers' formulas written as loops, the rules of a table, and bad input.
+
+`run` executes a table in plain NumPy, one term at a time. It is the table law as a test sees it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff import samplers
+from fastdiff.errors import ArgumentError, ScheduleWarning
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import SPACINGS, Schedule
+
+LINEAR = Schedule.linear()
+
+
+def run(table, model, x, noise=None):
+    """Every state of the chain, the start first; noise maps a timestep to z."""
+    states, previous = [x], None
+    for t, p, q, a, b, c, e, s in table.rows:
+        out = model(x, t)
+        x0 = p * x + q * out
+        if table.clip is not None:
+            x0 = np.clip(x0, *table.clip)
+        following = np.zeros_like(x)
+        for factor, term in ((a, x), (b, x0), (c, previous), (e, out)):
+            if factor != 0:
+                following = following + factor * term
+        if s != 0:
+            following = following + s * noise(t)
+        x, previous = following, x0
+        states.append(x)
+    return np.array(states)
+
+
+def normal(seed):
+    """z of a timestep: fixed, independent between timesteps."""
+    return lambda t: np.random.default_rng((seed, t)).normal(size=(3, 5))
+
+
+START = np.random.default_rng(5).normal(size=(3, 5))
+
+
+def smooth_x0(x, t):
+    """Some network that predicts x0, bounded as data is."""
+    return np.tanh(0.7 * x + 0.1 * np.roll(x, 1, axis=1) + 1e-3 * t)
+
+
+def as_prediction(schedule, prediction):
+    """The same network, in the form named."""
+
+    def model(x, t):
+        alpha, sigma = schedule.signal[t], schedule.noise[t]
+        x0 = smooth_x0(x, t)
+        noise = (x - alpha * x0) / sigma
+        return {"x0": x0, "noise": noise, "v": alpha * noise - sigma * x0}[prediction]
+
+    return model
+
+
+# -- golden numbers ----------------------------------------------------------------------------------------
+
+
+def golden_run(table):
+    x = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2)
+    return np.abs(run(table, lambda x, t: x * t / (t + 1), x)[-1])
+
+
+def test_golden_ddim():
+    result = golden_run(samplers.ddim(LINEAR, 10, clip=1.0, spacing="leading"))
+    assert result.sum() == pytest.approx(172.0067, abs=1e-3)
+    assert result.mean() == pytest.approx(0.223967, abs=1e-6)
+
+
+def test_golden_ddim_of_another_schedule():
+    schedule = Schedule.linear(beta_start=0.01)
+    result = golden_run(samplers.ddim(schedule, 10, clip=1.0, spacing="leading"))
+    assert result.sum() == pytest.approx(149.8295, abs=1e-3)
+
+
+def test_golden_dpmpp_2m():
+    result = golden_run(samplers.dpmpp_2m(LINEAR, 10, final="sigma_min"))
+    assert result.mean() == pytest.approx(0.3301, abs=5e-5)
+
+
+# -- the papers' formulas, as loops ------------------------------------------------------------------------
+
+
+def levels(schedule, timesteps):
+    """(t, abar, abar of the next, last?) along the timesteps."""
+    for i, t in enumerate(timesteps):
+        last = i + 1 == len(timesteps)
+        yield t, schedule.alphas_bar[t], 1.0 if last else schedule.alphas_bar[timesteps[i + 1]], last
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ddpm_is_algorithm_2(variance):
+    """Ho et al. 2020, algorithm 2: from the noise, with the table's own betas, over all T steps."""
+    schedule = Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    model, noise = as_prediction(schedule, "noise"), normal(1)
+    x, expected = START, [START]
+    for t in reversed(range(schedule.T)):
+        beta, abar = schedule.betas[t], schedule.alphas_bar[t]
+        x = (x - beta / math.sqrt(1 - abar) * model(x, t)) / math.sqrt(1 - beta)
+        if t > 0:
+            spread = beta if variance == "large" else schedule.posterior_variance[t]
+            x = x + math.sqrt(spread) * noise(t)
+        expected.append(x)
+    table = samplers.ddpm(schedule, variance=variance)
+    np.testing.assert_allclose(run(table, model, START, noise), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ddpm_with_skipped_steps_clips_before_the_mean(variance, spacing):
+    table = samplers.ddpm(LINEAR, 23, variance=variance, clip=0.5, prediction="x0", spacing=spacing)
+    noise = normal(2)
+    x, expected = START, [START]
+    for t, abar, before, last in levels(LINEAR, LINEAR.timesteps(23, spacing=spacing)):
+        beta = 1 - abar / before
+        x0 = np.clip(smooth_x0(x, t), -0.5, 0.5)
+        kept = math.sqrt(1 - beta) * (1 - before) / (1 - abar) * x
+        x = math.sqrt(before) * beta / (1 - abar) * x0 + kept
+        if not last:
+            x = x + math.sqrt(beta * ((1 - before) / (1 - abar) if variance == "small" else 1)) * noise(t)
+        expected.append(x)
+    np.testing.assert_allclose(run(table, smooth_x0, START, noise), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddim_is_equation_12(spacing, eta, clip):
+    table = samplers.ddim(LINEAR, 17, eta=eta, clip=clip, spacing=spacing)
+    model, noise = as_prediction(LINEAR, "noise"), normal(3)
+    x, expected = START, [START]
+    for t, abar, before, last in levels(LINEAR, LINEAR.timesteps(17, spacing=spacing)):
+        out = model(x, t)
+        x0 = (x - math.sqrt(1 - abar) * out) / math.sqrt(abar)
+        if clip is not None:
+            x0 = np.clip(x0, -clip, clip)
+        sigma = eta * math.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before - sigma**2) * out  # the raw noise, clipped or not
+        if not last:
+            x = x + sigma * noise(t)
+        expected.append(x)
+    np.testing.assert_allclose(run(table, model, START, noise), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_dpmpp_2m_is_algorithm_2(final):
+    """Lu et al. 2022 (arXiv 2211.01095), algorithm 2, with its multistep difference written out."""
+    table = samplers.dpmpp_2m(LINEAR, 12, clip=0.6, prediction="x0", final=final)
+    timesteps = LINEAR.timesteps(12, spacing="linspace_open")
+    alpha = [math.sqrt(LINEAR.alphas_bar[t]) for t in timesteps] + [math.sqrt(LINEAR.alphas_bar[0])]
+    sigma = [math.sqrt(1 - LINEAR.alphas_bar[t]) for t in timesteps] + [math.sqrt(1 - LINEAR.alphas_bar[0])]
+    if final == "zero":
+        alpha[-1], sigma[-1] = 1.0, 0.0
+    half_log_snr = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma, strict=True)]
+    x, previous, expected = START, None, [START]
+    for i, t in enumerate(timesteps):
+        x0 = np.clip(smooth_x0(x, t), -0.6, 0.6)
+        h = half_log_snr[i + 1] - half_log_snr[i]
+        d = x0
+        if i > 0 and h < math.inf:
+            d = x0 + (x0 - previous) / (2 * (half_log_snr[i] - half_log_snr[i - 1]) / h)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (math.exp(-h) - 1) * d
+        previous = x0
+        expected.append(x)
+    np.testing.assert_allclose(run(table, smooth_x0, START), expected, rtol=0, atol=1e-11)
+    assert (table.rows[-1].c == 0) is (final == "zero")
+
+
+# -- relations between the tables --------------------------------------------------------------------------
+
+MAKERS = {
+    "ddpm": lambda s, **options: samplers.ddpm(s, 30, **options),
+    "ddpm large": lambda s, **options: samplers.ddpm(s, 30, variance="large", **options),
+    "ddim": lambda s, **options: samplers.ddim(s, 30, **options),
+    "ddim eta": lambda s, **options: samplers.ddim(s, 30, eta=0.5, **options),
+    "dpmpp_2m": lambda s, **options: samplers.dpmpp_2m(s, 30, **options),
+    "dpmpp_2m sigma_min": lambda s, **options: samplers.dpmpp_2m(s, 30, final="sigma_min", **options),
+}
+
+
+@pytest.mark.parametrize("clip", [None, (-0.4, 0.6)])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_three_predictions_give_one_trajectory(maker, clip):
+    paths = []
+    for prediction in samplers.PREDICTIONS:
+        table = MAKERS[maker](LINEAR, prediction=prediction, clip=clip)
+        assert table.prediction == prediction
+        paths.append(run(table, as_prediction(LINEAR, prediction), START, normal(4)))
+    np.testing.assert_allclose(paths[1], paths[0], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(paths[2], paths[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1000, 37])
+@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+def test_ddim_with_eta_1_is_ddpm(prediction, steps):
+    model, noise = as_prediction(LINEAR, prediction), normal(6)
+    ddpm = run(samplers.ddpm(LINEAR, steps, prediction=prediction), model, START, noise)
+    ddim = run(samplers.ddim(LINEAR, steps, eta=1.0, prediction=prediction), model, START, noise)
+    np.testing.assert_allclose(ddim, ddpm, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("maker", "spacing"),
+    [
+        (maker, spacing)
+        for maker in MAKERS
+        for spacing in SPACINGS
+        if maker != "dpmpp_2m sigma_min"
+        or spacing in ("trailing", "linspace_open")  # the others end at t = 0
+    ],
+)
+def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing):
+    table = MAKERS[maker](LINEAR, spacing=spacing)
+    s = [row.s for row in table.rows]
+    stochastic = maker in ("ddpm", "ddpm large", "ddim eta")
+    assert s[-1] == 0
+    assert all((value > 0) is stochastic for value in s[:-1])
+    assert table.timesteps.tolist() == LINEAR.timesteps(30, spacing=spacing).tolist()
+    if maker != "dpmpp_2m sigma_min":  # what comes out is x0 itself
+        assert table.rows[-1][3:] == (0, 1, 0, 0, 0)
+
+
+def test_zero_coefficients_are_plain_zeros():
+    for maker, make in MAKERS.items():
+        for prediction in samplers.PREDICTIONS:
+            table = np.array(make(LINEAR, prediction=prediction).rows)
+            assert not np.signbit(table[table == 0]).any(), (maker, prediction)
+    assert all(row.a == 0 and row.c == 0 for row in MAKERS["ddim"](LINEAR).rows)
+    assert all(row.e == 0 for row in MAKERS["ddpm"](LINEAR).rows)
+    assert all(row.p == 0 and row.q == 1 for row in MAKERS["ddpm"](LINEAR, prediction="x0").rows)
+
+
+def test_the_small_variance_has_its_floor():
+    schedule = Schedule.from_betas([1e-24, 1e-24, 0.995])
+    assert samplers.ddpm(schedule).rows[1].s == 1e-10
+    assert samplers.ddpm(schedule).rows[2].s == 0
+
+
+@pytest.mark.filterwarnings("ignore::fastdiff.errors.ScheduleWarning")  # "leading" may start anywhere
+@given(
+    betas=st.lists(st.floats(1e-4, 0.95), min_size=2, max_size=40),
+    steps=st.integers(1, 40),
+    spacing=st.sampled_from(SPACINGS),
+    prediction=st.sampled_from(samplers.PREDICTIONS),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_schedule_makes_finite_tables_that_keep_a_perfect_guess(betas, steps, spacing, prediction):
+    """Where the network knows x0 and z, deterministic rows keep the state at signal x0 + noise z."""
+    schedule = Schedule(np.array(betas))
+    steps = min(steps, schedule.T - 1)
+    x0, z = 0.7, -1.3
+    tables = [samplers.ddim(schedule, steps, spacing=spacing, prediction=prediction)]
+    tables.append(samplers.dpmpp_2m(schedule, steps, spacing=spacing, prediction=prediction))
+    for table in tables:
+        first = table.rows[0].t
+        x = schedule.signal[first] * x0 + schedule.noise[first] * z
+
+        def model(x, t):
+            alpha, sigma = schedule.signal[t], schedule.noise[t]
+            return {"x0": x0, "noise": z, "v": alpha * z - sigma * x0}[prediction]
+
+        states = run(table, model, np.array(x))
+        # x0 is read from a noise prediction through 1 / signal, and extrapolated over uneven steps
+        slack = 1e-9 / schedule.signal[-1]
+        for t, state in zip(table.timesteps, states, strict=False):
+            assert abs(state - schedule.signal[t] * x0 - schedule.noise[t] * z) <= slack
+        assert abs(states[-1] - x0) <= slack
+
+
+# -- a table of one's own ----------------------------------------------------------------------------------
+
+GOOD = [(3, 1, -1, 0.5, 0.5, 0, 0, 0.1), (1, 1, -1, 0.5, 0.5, 0.2, 0, 0), (1, 1, -1, 0, 1, 0, 0, 0)]
+SHORT = Schedule.cosine(4)
+
+
+def test_a_custom_table():
+    table = Sampler(GOOD, SHORT, prediction="v", clip=2, name="mine", order=3)
+    assert len(table) == 3
+    assert table.rows == tuple(GOOD)
+    assert table.rows[0].t == 3
+    assert isinstance(table.rows[0].t, int)
+    assert table.rows[1].c == 0.2
+    assert table.timesteps.tolist() == [3, 1, 1]
+    assert table.timesteps.dtype == np.int64
+    assert not table.timesteps.flags.writeable
+    assert (table.prediction, table.clip, table.name, table.order) == ("v", (-2.0, 2.0), "mine", 3)
+    assert table.schedule is SHORT
+    assert Sampler(np.array(table.rows), SHORT, prediction="v", clip=(-2, 2)) == table
+    assert Sampler(table.rows, SHORT, prediction="v", clip=[-2, 2]) == table
+    plain = Sampler(GOOD, SHORT)
+    assert (plain.prediction, plain.clip, plain.name, plain.order) == ("noise", None, "custom", None)
+    assert plain != table
+    assert plain != "custom"
+    assert plain != Sampler(GOOD, SHORT, clip=2)
+    assert plain != Sampler(GOOD, SHORT, prediction="v")
+    assert plain != Sampler(GOOD, Schedule.cosine(5))
+    assert plain != Sampler(GOOD[:2], SHORT)
+    assert plain == Sampler(GOOD, SHORT, name="another", order=1)
+    assert repr(table) == "<Sampler mine: 3 rows of T=4, v prediction, x0 clipped to [-2, 2]>"
+    with pytest.raises(AttributeError):
+        table.clip = None
+
+
+def test_copies():
+    for make in MAKERS.values():
+        table = make(LINEAR, clip=(-1, 2), prediction="v")
+        for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+            assert other == table
+            assert hash(other) == hash(table)
+            assert (other.name, other.order) == (table.name, table.order)
+            assert not other.timesteps.flags.writeable
+            assert not other.schedule.betas.flags.writeable
+
+
+def changed(row, column, value):
+    rows = [list(r) for r in GOOD]
+    rows[row]["tpqabces".index(column)] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"rows: got shape \(0,\)"),
+        (np.zeros((0, 8)), r"rows: got shape \(0, 8\)"),
+        (np.zeros(8), r"rows: got shape \(8,\)"),
+        (np.zeros((2, 7)), r"rows: got shape \(2, 7\)"),
+        ([(1, 2), (1, 2, 3)], "rows: got rows of different lengths"),
+        (None, "rows: got dtype object"),
+        ([("1",) * 8], "rows: got dtype <U1"),
+        (changed(1, "b", math.nan), "rows: got nan"),
+        (changed(1, "q", -math.inf), "rows: got -inf"),
+        (changed(1, "t", 1.5), r"rows \(t\): got 1.5"),
+        (changed(0, "t", 4), "t: got 4"),
+        (changed(2, "t", -1), "t: got -1"),
+        (changed(2, "t", 2), r"rows \(t\): got timesteps that rise"),
+        (changed(0, "c", 0.1), r"rows \(c\): got 0.1 in the first row"),
+        (changed(1, "s", -0.1), r"rows \(s\): got -0.1"),
+        ([(1, 0, 1, 1, 1, 0, 0, 0.1), (1, 0, 1, 1, 1, 0, 0, 0.1)], r"rows \(s\): got noise in two rows"),
+    ],
+)
+def test_bad_rows(rows, message):
+    with pytest.raises(ArgumentError, match=message):
+        Sampler(rows, SHORT)
+
+
+BAD_CLIPS = [0, -1, math.nan, math.inf, "1", True, (1,), (1, 2, 3), (1, 1), (2, -2), (0, math.inf), (None, 1)]
+
+
+@pytest.mark.parametrize("clip", BAD_CLIPS)
+def test_bad_clip(clip):
+    with pytest.raises(ArgumentError, match="clip: got"):
+        Sampler(GOOD, SHORT, clip=clip)
+    with pytest.raises(ArgumentError, match="clip: got"):
+        samplers.ddim(LINEAR, 5, clip=clip)
+
+
+def test_bad_options_of_a_table():
+    for prediction in ("epsilon", None, 3):
+        with pytest.raises(ArgumentError, match=r"prediction.*'noise', 'x0', 'v'"):
+            Sampler(GOOD, SHORT, prediction=prediction)
+    for order in (0, -1, 1.5, True):
+        with pytest.raises(ArgumentError, match="order: got"):
+            Sampler(GOOD, SHORT, order=order)
+    for name in ("", None, 3):
+        with pytest.raises(ArgumentError, match="name: got"):
+            Sampler(GOOD, SHORT, name=name)
+    with pytest.raises(ArgumentError, match="schedule: got int"):
+        Sampler(GOOD, 4)
+
+
+# -- constructors: names and bad input ---------------------------------------------------------------------
+
+CONSTRUCTORS = [samplers.ddpm, samplers.ddim, samplers.dpmpp_2m]
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS)
+def test_bad_arguments(make):
+    with pytest.raises(ArgumentError, match="schedule: got int"):
+        make(1000, 10)
+    for steps in (0, -1, 1001, 2.5, "10", True):
+        with pytest.raises(ArgumentError, match="steps: got"):
+            make(LINEAR, steps)
+    with pytest.raises(ArgumentError, match="spacing: got 'even'"):
+        make(LINEAR, 10, spacing="even")
+    with pytest.raises(ArgumentError, match="prediction: got 'epsilon'"):
+        make(LINEAR, 10, prediction="epsilon")
+
+
+def test_bad_arguments_of_their_own():
+    with pytest.raises(ArgumentError, match=r"variance.*'small', 'large'"):
+        samplers.ddpm(LINEAR, variance="learned")
+    for eta in (-0.1, 1.1, math.nan, "1", None):
+        with pytest.raises(ArgumentError, match="eta: got"):
+            samplers.ddim(LINEAR, 10, eta=eta)
+    with pytest.raises(ArgumentError, match=r"final.*'zero', 'sigma_min'"):
+        samplers.dpmpp_2m(LINEAR, 10, final="sigma_max")
+    with pytest.raises(ArgumentError, match="steps: got None"):
+        samplers.ddim(LINEAR, None)
+    with pytest.raises(ArgumentError, match="timesteps that end at 0"):
+        samplers.dpmpp_2m(LINEAR, 10, final="sigma_min", spacing="linspace")
+    with pytest.raises(ArgumentError, match="abar does not change"):
+        samplers.dpmpp_2m(Schedule.from_betas([0.5, 1e-20, 0.99, 0.9]), 4, spacing="trailing")
+
+
+def test_a_start_far_from_noise_warns():
+    """60 of the tutorial's 100 steps by leading spacing begin at t = 59, where abar is 0.29."""
+    tutorial = Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    for make in CONSTRUCTORS:
+        with pytest.warns(ScheduleWarning, match=r"t = 59, where abar is 0.288") as caught:
+            make(tutorial, 60, spacing="leading")
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        make(tutorial, 60)  # a warning would be an error here
+
+
+def test_named():
+    assert samplers.named("ddpm", LINEAR) == samplers.ddpm(LINEAR)
+    assert samplers.named("ddim", LINEAR) == samplers.ddim(LINEAR, 50)
+    assert samplers.named("dpmpp_2m", LINEAR) == samplers.dpmpp_2m(LINEAR, 20)
+    for name, make in (("ddpm", samplers.ddpm), ("ddim", samplers.ddim), ("dpmpp_2m", samplers.dpmpp_2m)):
+        table = samplers.named(name, LINEAR, 7, prediction="v", clip=1.5)
+        assert table == make(LINEAR, 7, prediction="v", clip=1.5)
+        assert table.name == name
+        assert len(samplers.named(name, Schedule.cosine(10))) == (9 if name == "dpmpp_2m" else 10)
+    for name in ("euler", "", None, 3):
+        with pytest.raises(ArgumentError, match=r"sampler.*'ddpm', 'ddim', 'dpmpp_2m'"):
+            samplers.named(name, LINEAR)
+    with pytest.raises(ArgumentError, match="schedule: got NoneType"):
+        samplers.named("ddim", None)
+
+
+def test_order_is_declared_for_deterministic_samplers():
+    orders = {maker: make(LINEAR).order for maker, make in MAKERS.items()}
+    assert orders == {
+        "ddpm": None,
+        "ddpm large": None,
+        "ddim": 1,
+        "ddim eta": None,
+        "dpmpp_2m": 2,
+        "dpmpp_2m sigma_min": 2,
+    }

@@ -1,0 +1,356 @@
+"""Schedules: every table against a plain loop, spacings, the doctor, storage, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fastdiff.errors import ArgumentError, ScheduleWarning
+from fastdiff.schedule import SPACINGS, Schedule
+
+TABLES = ("betas", "alphas", "alphas_bar", "signal", "noise", "posterior_variance", "log_snr")
+
+
+def tutorial() -> Schedule:
+    return Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+
+
+MADE = {
+    "linear": Schedule.linear,
+    "scaled_linear": Schedule.scaled_linear,
+    "cosine": lambda: Schedule.cosine(50),
+    "sigmoid": tutorial,
+    "custom": lambda: Schedule.from_betas([0.3, 0.9, 0.2, 0.999]),
+}
+
+
+@pytest.fixture(params=MADE)
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    made: Schedule = MADE[request.param]()
+    assert made.name == request.param
+    return made
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def test_tables_equal_a_plain_loop(schedule):
+    abar = 1.0
+    for t in range(schedule.T):
+        beta = float(schedule.betas[t])
+        before, abar = abar, abar * (1 - beta)
+        expected = {
+            "alphas": 1 - beta,
+            "alphas_bar": abar,
+            "signal": math.sqrt(abar),
+            "noise": math.sqrt(1 - abar),
+            "posterior_variance": (1 - before) / (1 - abar) * beta,
+            "log_snr": math.log(abar / (1 - abar)),
+        }
+        for name, value in expected.items():
+            # the loop's own 1 - abar loses 1e-16 / beta; ours does not
+            assert getattr(schedule, name)[t] == pytest.approx(value, rel=1e-10, abs=1e-10 * beta), (name, t)
+
+
+def test_tables_are_float64_and_read_only(schedule):
+    for name in TABLES:
+        table = getattr(schedule, name)
+        assert table.shape == (schedule.T,)
+        assert table.dtype == np.float64
+        with pytest.raises(ValueError, match="read-only"):
+            table[0] = 0.5
+    with pytest.raises(AttributeError):
+        schedule.T = 3
+
+
+def test_the_constructors_give_their_formulas():
+    T, first, last = 7, 1e-3, 0.5
+    ramp = [i / (T - 1) for i in range(T)]
+    linear = [first + (last - first) * u for u in ramp]
+    scaled = [(math.sqrt(first) + (math.sqrt(last) - math.sqrt(first)) * u) ** 2 for u in ramp]
+    sigmoid = [first + (last - first) / (1 + math.exp(6 - 12 * u)) for u in ramp]
+
+    def f(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    cosine = [min(1 - f((i + 1) / T) / f(i / T), 0.999) for i in range(T)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScheduleWarning)
+        for name, betas in (("linear", linear), ("scaled_linear", scaled), ("sigmoid", sigmoid)):
+            made = getattr(Schedule, name)(T, beta_start=first, beta_end=last)
+            np.testing.assert_allclose(made.betas, betas, rtol=1e-14, err_msg=name)
+    np.testing.assert_allclose(Schedule.cosine(T).betas, cosine, rtol=1e-12)
+
+
+def test_known_numbers():
+    linear = Schedule.linear()
+    assert linear.T == 1000
+    assert linear.betas[0] == 1e-4
+    assert linear.betas[-1] == 0.02
+    assert linear.posterior_variance[487] == pytest.approx(0.00979, abs=5e-6)
+    assert linear.posterior_variance[999] == pytest.approx(0.02, abs=5e-6)
+    assert linear.posterior_variance[0] == 0
+    assert tutorial().alphas_bar[-1] == pytest.approx(0.00539, abs=5e-6)
+    assert Schedule.cosine().betas[-1] == 0.999
+    assert Schedule.cosine().name == "cosine"
+
+
+def test_noise_and_log_snr_stay_exact_for_tiny_betas():
+    """1 - abar would be 0 here: the betas are below the spacing of float64 at 1."""
+    tiny = Schedule.from_betas([1e-20, 3e-20, 0.995])
+    np.testing.assert_allclose(tiny.noise[:2], [1e-10, 2e-10], rtol=1e-15)
+    np.testing.assert_allclose(tiny.log_snr[:2], [20 * math.log(10), math.log(2.5e19)], rtol=1e-15)
+    assert tiny.posterior_variance[1] == pytest.approx(0.75e-20, rel=1e-15)
+
+
+# -- timesteps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ("trailing", [9, 7, 4, 1]),  # round(10, 7.5, 5, 2.5) - 1: halves go to the even number
+        ("leading", [6, 4, 2, 0]),
+        ("linspace", [9, 6, 3, 0]),
+        ("linspace_open", [9, 7, 4, 2]),  # 0, 2.25, 4.5, 6.75, 9
+    ],
+)
+def test_spacings_by_hand(spacing, expected):
+    steps = Schedule.cosine(10).timesteps(4, spacing=spacing)
+    assert steps.dtype == np.int64
+    assert steps.tolist() == expected
+
+
+@given(T=st.integers(1, 3000), share=st.floats(0, 1), spacing=st.sampled_from(SPACINGS))
+@settings(max_examples=150, deadline=None)
+def test_spacings_for_any_pair(T, share, spacing):
+    most = T - 1 if spacing == "linspace_open" else T
+    assume(most >= 1)
+    n = 1 + round(share * (most - 1))
+    steps = Schedule.cosine(T).timesteps(n, spacing=spacing)
+    assert steps.shape == (n,)
+    assert (np.diff(steps) < 0).all()
+    i = np.arange(n)
+    ideal = {
+        "trailing": T * (n - i) / n - 1,
+        "leading": (n - 1 - i) * (T // n),
+        "linspace": (T - 1) * (n - 1 - i) / max(1, n - 1) if n > 1 else np.array([T - 1]),
+        "linspace_open": (T - 1) * (n - i) / n,
+    }
+    assert np.abs(steps - ideal[spacing]).max() <= (0 if spacing == "leading" else 0.5 + 1e-9)
+    assert steps[0] <= T - 1
+    assert steps[-1] >= (1 if spacing == "linspace_open" else 0)
+
+
+def test_one_step_starts_at_the_noise_end():
+    for spacing in ("trailing", "linspace", "linspace_open"):
+        assert Schedule.cosine(20).timesteps(1, spacing=spacing).tolist() == [19]
+    for spacing in ("trailing", "linspace", "leading"):
+        assert Schedule.cosine(1).timesteps(1, spacing=spacing).tolist() == [0]
+
+
+def test_timesteps_bad_input():
+    s = Schedule.cosine(10)
+    for spacing in SPACINGS:
+        for steps in (0, -1, 11, 2.0, True, "3", None):
+            with pytest.raises(ArgumentError, match="steps: got"):
+                s.timesteps(steps, spacing=spacing)
+    with pytest.raises(ArgumentError, match="integer from 1 to 9"):
+        s.timesteps(10, spacing="linspace_open")
+    with pytest.raises(ArgumentError, match=r"spacing.*'trailing', 'leading', 'linspace', 'linspace_open'"):
+        s.timesteps(3, spacing="karras")
+    with pytest.raises(ArgumentError, match=r"spacing.*T of at least 2"):
+        Schedule.cosine(1).timesteps(1, spacing="linspace_open")
+
+
+# -- the doctor --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Schedule.linear(50),
+        lambda: Schedule.scaled_linear(100),
+        lambda: Schedule.sigmoid(10, beta_start=1e-5, beta_end=0.1),
+        lambda: Schedule.from_betas([0.5, 0.5]),
+    ],
+)
+def test_an_end_that_is_not_noise_warns_once_where_the_user_stands(make):
+    with pytest.warns(ScheduleWarning, match="does not end in noise") as caught:
+        made = make()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert made.diagnose()[0] == str(caught[0].message)
+
+
+def test_the_doctors_advice_helps():
+    with pytest.warns(ScheduleWarning) as caught:
+        Schedule.linear(50)
+    advice = str(caught[0].message)
+    k = float(advice.split("betas about ")[1].split(" times")[0])
+    steps = int(advice.split("or about ")[1].split(" steps")[0])
+    assert Schedule.linear(50, beta_start=k * 1e-4, beta_end=k * 0.02).diagnose() == []
+    assert Schedule.linear(steps).diagnose() == []
+    assert "Schedule.cosine(50)" in advice
+
+
+def test_advice_is_only_what_is_possible():
+    with pytest.warns(ScheduleWarning) as caught:
+        Schedule.from_betas([0.5])
+    assert "betas about" not in str(caught[0].message)
+    with pytest.warns(ScheduleWarning) as caught:
+        Schedule.from_betas([1e-300])  # abar is 1 to rounding: nothing can be worked out from it
+    assert "Take Schedule.cosine(1)." in str(caught[0].message)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 10, 1000, 4000])
+def test_a_sound_schedule_is_left_alone(T):
+    found = Schedule.cosine(T).diagnose()  # a warning would be an error here
+    assert found == [] or (T < 10 and "first step" in found[0])
+    assert Schedule.linear().diagnose() == []
+    assert tutorial().diagnose() == []
+
+
+def test_other_findings():
+    deep = Schedule.from_betas(np.linspace(0.01, 0.9, 50)).diagnose()
+    assert len(deep) == 1
+    assert "abar falls to" in deep[0]
+    falling = Schedule.linear(beta_start=0.02, beta_end=1e-4).diagnose()
+    assert len(falling) == 1
+    assert "fall at t = 1" in falling[0]
+    rough = Schedule.from_betas([0.5] * 10).diagnose()
+    assert len(rough) == 1
+    assert "first step" in rough[0]
+
+
+# -- copies and storage ------------------------------------------------------------------------------------
+
+
+def restored_copies(schedule: Schedule) -> list[Schedule]:
+    return [
+        copy.deepcopy(schedule),
+        copy.copy(schedule),
+        pickle.loads(pickle.dumps(schedule)),
+        Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))),
+    ]
+
+
+def test_copies_have_the_same_bits_and_stay_read_only(schedule):
+    for other in restored_copies(schedule):
+        assert other == schedule
+        assert hash(other) == hash(schedule)
+        assert other.name == schedule.name
+        assert other.T == schedule.T
+        for name in TABLES:
+            assert getattr(other, name).tobytes() == getattr(schedule, name).tobytes()
+            assert not getattr(other, name).flags.writeable
+
+
+def test_copies_are_silent():
+    with pytest.warns(ScheduleWarning):
+        short = Schedule.linear(5)
+    assert len(restored_copies(short)) == 4  # a warning would be an error here
+
+
+def test_equality():
+    assert Schedule.linear() == Schedule.from_betas(Schedule.linear().betas)
+    assert Schedule.linear() != Schedule.scaled_linear()
+    assert Schedule.cosine(5) != Schedule.cosine(6)
+    assert Schedule.cosine(5) != "cosine"
+    assert repr(tutorial()) == "<Schedule sigmoid: T=100, betas 0.000257 .. 0.0998, abar ends at 0.00539>"
+
+
+def test_the_callers_array_is_not_held():
+    betas = np.full(20, 0.5)
+    s = Schedule.from_betas(betas)
+    betas[:] = 0.1
+    assert (s.betas == 0.5).all()
+    assert betas.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        [],
+        "linear",
+        {},
+        {"name": "linear"},
+        {"betas": [0.9, 0.999]},
+        {"name": "linear", "betas": [0.999], "T": 1},
+        {"name": "linear", "betas": "0.1"},
+        {"name": "linear", "betas": []},
+        {"name": "linear", "betas": [0.999, None]},
+        {"name": "linear", "betas": [0.999, "0.1"]},
+        {"name": "linear", "betas": [0.999, math.nan]},
+        {"name": "linear", "betas": [0.999, 10**400]},
+        {"name": "linear", "betas": [True]},
+        {"name": "linear", "betas": [[0.999]]},
+        {"name": "linear", "betas": [[0.5], 0.5]},
+        {"name": "linear", "betas": {"0": 0.999}},
+        {"name": "linear", "betas": [1.0]},
+        {"name": "karras", "betas": [0.999]},
+        {"name": ["linear"], "betas": [0.999]},
+        {1: 2, "name": "linear", "betas": [0.999]},
+    ],
+)
+def test_from_dict_refuses_what_to_dict_never_wrote(stored):
+    with pytest.raises(ArgumentError, match=r"(schedule|betas|name): got"):
+        Schedule.from_dict(stored)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [0, -5, 10**6 + 1, 10.0, True, "10", None])
+def test_bad_T(T):
+    for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
+        options = {"beta_start": 1e-4, "beta_end": 0.02} if name != "cosine" else {}
+        with pytest.raises(ArgumentError, match="T: got"):
+            getattr(Schedule, name)(T, **options)
+
+
+@pytest.mark.parametrize("beta", [0, 1, -0.1, 1.5, math.nan, math.inf, "0.1", None, True])
+def test_bad_beta_ends(beta):
+    for name in ("linear", "scaled_linear", "sigmoid"):
+        with pytest.raises(ArgumentError, match="beta_start: got"):
+            getattr(Schedule, name)(1000, beta_start=beta, beta_end=0.02)
+        with pytest.raises(ArgumentError, match="beta_end: got"):
+            getattr(Schedule, name)(1000, beta_start=1e-4, beta_end=beta)
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ([], "0 values"),
+        (0.999, "shape"),
+        ([[0.999]], "shape"),
+        ([0.5, 0.0], "0.0 at index 1"),
+        ([1.0], "1.0 at index 0"),
+        ([-0.1], "-0.1"),
+        ([0.5, math.nan], "nan at index"),
+        ([math.inf], "inf"),
+        ([1 + 0.1j], "complex"),
+        (["0.1"], "dtype"),
+        ([True, True], "bool"),
+        ([0.1, [0.2]], "different lengths"),
+        (None, "object"),
+        (np.full(1000, 0.99), "vanishes"),
+    ],
+)
+def test_bad_betas(betas, message):
+    with pytest.raises(ArgumentError, match=message):
+        Schedule.from_betas(betas)
+
+
+def test_too_many_betas():
+    with pytest.raises(ArgumentError, match="1000001 values"):
+        Schedule.from_betas(np.full(10**6 + 1, 1e-5))
