@@ -41,8 +41,7 @@ readme-numbers: $(BIN)/python
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python
 	rm -rf build dist
-	$(PIP) build
-	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	sh tests/installed_wheel.sh $(PYTHON) dist
 
 clean:

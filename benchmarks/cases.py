@@ -229,7 +229,8 @@ def _step(fd: Any, case: Case, be: Any) -> Work:
 def _chain(fd: Any, case: Case, be: Any) -> Work:
     net, sampler = network(fd, case), fd.samplers.ddpm(schedule(fd, case))
     return Work(
-        lambda: fd.sample(net, sampler, n=case.n, seed=0, backend=be), finite((case.n, *case.shape), 0.01, 1e4)
+        lambda: fd.sample(net, sampler, n=case.n, seed=0, backend=be),
+        finite((case.n, *case.shape), 0.01, 1e4),
     )
 
 
@@ -294,16 +295,70 @@ CASES: tuple[Case, ...] = (
     Case("step-64x256x256x3", "DDPM step, 64 x 256 x 256 x 3", "step", 64, (256, 256, 3)),
     Case("chain-tutorial-1", "100-step chain, tutorial MLP, n = 1", "chain", 1, (POINTS,), "tutorial"),
     Case("chain-tutorial-1000", "100-step chain, tutorial MLP, n = 1000", "chain", 1000, (POINTS,), "tutorial"),
-    Case("chain-tutorial-100000", "100-step chain, tutorial MLP, n = 100,000", "chain", 100_000, (POINTS,), "tutorial"),
-    Case("train-tutorial-10", "training step, tutorial MLP, batch 10", "training", 10, (POINTS,), "tutorial", 1000),
-    Case("train-tutorial-1000", "training step, tutorial MLP, batch 1000", "training", 1000, (POINTS,), "tutorial", 200),
-    Case("train-tutorial-8192", "training step, tutorial MLP, batch 8192", "training", 8192, (POINTS,), "tutorial", 20),
+    Case(
+        "chain-tutorial-100000",
+        "100-step chain, tutorial MLP, n = 100,000",
+        "chain",
+        100_000,
+        (POINTS,),
+        "tutorial",
+    ),
+    Case(
+        "train-tutorial-10",
+        "training step, tutorial MLP, batch 10",
+        "training",
+        10,
+        (POINTS,),
+        "tutorial",
+        2000,
+    ),
+    Case(
+        "train-tutorial-1000",
+        "training step, tutorial MLP, batch 1000",
+        "training",
+        1000,
+        (POINTS,),
+        "tutorial",
+        200,
+    ),
+    Case(
+        "train-tutorial-8192",
+        "training step, tutorial MLP, batch 8192",
+        "training",
+        8192,
+        (POINTS,),
+        "tutorial",
+        20,
+    ),
     Case("cold-start", "new process, load, 16 curves", "cold", 16, (POINTS,), "tutorial"),
     Case("chain-default-1", "100-step chain, default MLP, n = 1", "chain", 1, (POINTS,), "default"),
     Case("chain-default-1000", "100-step chain, default MLP, n = 1000", "chain", 1000, (POINTS,), "default"),
-    Case("chain-default-100000", "100-step chain, default MLP, n = 100,000", "chain", 100_000, (POINTS,), "default"),
-    Case("train-default-10", "training step, default MLP, batch 10", "training", 10, (POINTS,), "default", 1000),
-    Case("train-default-1000", "training step, default MLP, batch 1000", "training", 1000, (POINTS,), "default", 200),
-    Case("train-default-8192", "training step, default MLP, batch 8192", "training", 8192, (POINTS,), "default", 20),
+    Case(
+        "chain-default-100000",
+        "100-step chain, default MLP, n = 100,000",
+        "chain",
+        100_000,
+        (POINTS,),
+        "default",
+    ),
+    Case("train-default-10", "training step, default MLP, batch 10", "training", 10, (POINTS,), "default", 2000),
+    Case(
+        "train-default-1000",
+        "training step, default MLP, batch 1000",
+        "training",
+        1000,
+        (POINTS,),
+        "default",
+        200,
+    ),
+    Case(
+        "train-default-8192",
+        "training step, default MLP, batch 8192",
+        "training",
+        8192,
+        (POINTS,),
+        "default",
+        20,
+    ),
 )
 BY_NAME = {case.name: case for case in CASES}

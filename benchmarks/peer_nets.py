@@ -86,7 +86,12 @@ def coefficients(betas: Any) -> list[tuple[int, float, float, float]]:
 
 
 @torch.no_grad()
-def chain(net: Any, rows: list[tuple[int, float, float, float]], shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Tensor:
+def chain(
+    net: Any,
+    rows: list[tuple[int, float, float, float]],
+    shape: tuple[int, ...],
+    randn: Callable[..., Tensor],
+) -> Tensor:
     """Draw samples by DDPM. The coefficients are Python numbers, the timesteps one tensor, and x is kept in place."""
     steps = torch.tensor([row[0] for row in rows])
     x = randn(shape)

@@ -127,7 +127,7 @@ def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
     model = cases.checkpoint(fd, case, be, folder / "model.safetensors")
     loaded = fd.load(folder / "model.safetensors", backend=be)
     inputs |= _weights(model.net) | {"noise": _noise(fd, be, case, model.seed, T)}
-    inputs |= {"mean": model.mean, "std": model.std}
+    inputs |= {"mean": model.normaliser.mean, "std": model.normaliser.std}
     return inputs, {"samples": loaded.sample(case.n)}
 
 
@@ -156,7 +156,7 @@ def _training_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any]) -> E
         draws["t"].append(fd.noise.scaled_words(case.n, T, stream=fd.noise.Stream.TRAIN_TIME, **at))
         draws["eps"].append(fd.normal((case.n, *case.shape), stream="train_noise", backend=be, **at))
     inputs |= {name: np.stack(values) for name, values in draws.items()}
-    inputs["X"] = (X - np.float32(model.mean)) / np.float32(model.std)
+    inputs["X"] = (X - np.float32(model.normaliser.mean)) / np.float32(model.normaliser.std)
     return inputs, {"losses": np.array(model.history["loss"]), "weights": _flat(_weights(model.net))}
 
 
@@ -404,7 +404,7 @@ class Worker:
 
 def _environment(threads: int) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **dict.fromkeys(names, str(threads))}
 
 
 def check_parity(case: Case, folder: Path) -> dict[str, dict[str, float]]:

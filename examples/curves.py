@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Noise enters in 100 steps, gently at first: x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z.
     schedule = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
 
-    # One curve, 50 points over one second, and the tutorial's network.
+    # One curve, 50 points over one second. fd.MLP.tutorial(50, T=100) as first argument of Diffusion would be
+    # the tutorial's own network; it needs more steps.
     curve = harmonic_curves(1)
-    model = fd.Diffusion(fd.MLP.tutorial(50, T=100), schedule).fit(curve, steps=args.steps)
+    model = fd.Diffusion(schedule=schedule).fit(curve, steps=args.steps)
     drawn, path = model.sample(100, trajectory=True)  # path: (101, 100, 50), noise first
     error = np.sqrt(np.mean((drawn - curve) ** 2))
     print(f"one curve: root mean square error {error:.3f} over {len(drawn)} generated curves")

@@ -109,5 +109,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
             "its samples would differ from those the checkpoint was made for"
         )
     if not dtypes <= _DTYPES:
-        raise CheckpointError(f"{path}: tensors of type {', '.join(sorted(dtypes - _DTYPES))}, wants {', '.join(sorted(_DTYPES))}")
+        raise CheckpointError(
+            f"{path}: tensors of type {', '.join(sorted(dtypes - _DTYPES))}, wants {', '.join(sorted(_DTYPES))}"
+        )
     return header, names

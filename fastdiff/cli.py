@@ -14,13 +14,14 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
+from fastdiff.errors import FastdiffError, ScheduleWarning, TrainingError, check_float, check_int, check_seed
 
 if TYPE_CHECKING:
     from fastdiff.model import Diffusion
@@ -93,35 +94,50 @@ def _train(args: argparse.Namespace) -> int:
     model = _resumed(args) if args.resume else _new_model(args, curves.shape[1])
     _note(f"{len(curves)} curves of {curves.shape[1]} points from {args.data}")
 
-    start, first, code = time.perf_counter(), model.step, 0
-    options: dict[str, Any] = {"steps": steps, "batch": batch, "validation": args.validation}
-    if not args.resume:
-        options["lr"] = LEARNING_RATE if args.lr is None else args.lr
+    start, first = time.perf_counter(), model.step
+    stop = _PatientInterrupt()
+    failure: TrainingError | None = None
     try:
-        model.fit(curves, progress=not args.quiet, **options)
+        with stop:
+            model.fit(
+                curves,
+                steps=steps,
+                batch=batch,
+                # A resumed model keeps its own rate; what fit takes for "not given" is its default.
+                lr=LEARNING_RATE if args.lr is None else args.lr,
+                validation=args.validation,
+                progress=not args.quiet,
+                callback=stop.wanted,
+            )
+        stopped = stop.presses > 0
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        if stop.gave_up:
+            raise
+        stopped = True
     except TrainingError as error:
-        code = _fail(str(error))
+        failure, stopped = error, True
     done = model.step - first
-    if code and not done:
-        _note("fastdiff: stopped before the first step: nothing to save")
-        return code
-    with _uninterrupted():  # an impatient second Ctrl-C must not cost the training
-        model.save(output)
-    if code:
-        _note(f"\nfastdiff: stopped after step {model.step}, saved to {output}")
-        if code == INTERRUPTED and done < steps:
-            _note(f"continue with: {_continuation(args, output, steps - done)}")
+    if done:
+        with _uninterrupted():
+            model.save(output)
+    if failure and not done:
+        return _fail(str(failure))
+    if stopped:
+        state = f"after step {model.step}, saved to {output}" if done else "before the first step: nothing to save"
+        _note(f"fastdiff: stopped {state}")
     else:
         seconds = time.perf_counter() - start
         print(f"{output}: {done} steps in {seconds:.1f} s, now at step {model.step}; {_last_losses(model)}")
-    if args.loss_plot:
+    if args.loss_plot and done:
         from fastdiff import plots
 
         plots.save(plots.loss(model.history), args.loss_plot)
-        print(f"{args.loss_plot}: the loss of every step")
-    return code
+        (_note if stopped else print)(f"{args.loss_plot}: the loss of every step")
+    if failure:
+        return _fail(str(failure))
+    if stopped and 0 < done < steps:
+        _note(f"continue with: {_continuation(args, output, steps - done)}")
+    return INTERRUPTED if stopped else 0
 
 
 def _check_picture(path: str) -> None:
@@ -261,8 +277,16 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
     else:
         print(title)
-        print("\n".join(_aligned(facts)))
+        print("\n".join(_aligned(facts if args.model is None else _brief(facts))))
     return 0
+
+
+def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a model file without what only programs want: those are in the JSON."""
+    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters")}
+    network = {**facts["network"], "parameters": facts["parameters"]}
+    training = facts["training"] or "not in this file: it can sample, but not be trained on"
+    return {**brief, "network": network, "training": training}
 
 
 def _installation() -> dict[str, Any]:
@@ -345,8 +369,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "start here:\n"
-            "  fastdiff demo                                  see it learn and draw, in a minute\n"
-            "  fastdiff train curves.csv -o m.safetensors     learn your own: one curve a line\n"
+            "  fastdiff demo                                see it learn and draw\n"
+            "  fastdiff train curves.csv -o m.safetensors   learn your own: one curve a line\n"
             "  fastdiff sample m.safetensors -n 100 -o new.csv --plot new.png\n"
             "\n"
             "fastdiff COMMAND --help explains a command."
@@ -371,9 +395,7 @@ def _add_demo(commands: Any) -> None:
         "folder, and prints how good they are.",
         "example:\n  fastdiff demo -o demo\n",
     )
-    demo.add_argument(
-        "-o", "--output", metavar="FOLDER", default="demo", help="default: demo; made if missing"
-    )
+    demo.add_argument("-o", "--output", metavar="FOLDER", default="demo", help="default: demo; made if missing")
     demo.add_argument("--quick", action="store_true", help="a tenth of the training: worse curves, sooner")
     _add_common(demo, seed="of everything that is drawn (default 0)", usual_seed=0)
     demo.set_defaults(run=_demo)
@@ -390,19 +412,15 @@ def _add_train(commands: Any) -> None:
         "examples:\n"
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
-        "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot loss.png\n"
+        "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
         "\n"
         "On one backend the same file, options and seed give the same model, bit for\n"
         "bit, and so does a run in two parts.\n",
     )
     train.add_argument("data", metavar="CURVES", help="a .csv or .npy file")
     train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
-    train.add_argument(
-        "--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})"
-    )
-    train.add_argument(
-        "--batch", type=int, metavar="N", default=BATCH, help=f"curves a step (default {BATCH})"
-    )
+    train.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})")
+    train.add_argument("--batch", type=int, metavar="N", default=BATCH, help=f"curves a step (default {BATCH})")
     train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
     train.add_argument(
         "--validation",
@@ -438,11 +456,10 @@ def _add_sample(commands: Any) -> None:
         commands,
         "sample",
         "draw new curves from a model",
-        "Draws new curves from a trained model and writes them to a .csv file (one\n"
-        "curve a line) or an .npy file.",
+        "Draws new curves from a trained model and writes them to a .csv file (one\ncurve a line) or an .npy file.",
         "examples:\n"
         "  fastdiff sample m.safetensors -n 100 -o new.csv --plot new.png\n"
-        "  fastdiff sample m.safetensors -n 1000 -o new.npy --sampler dpmpp_2m --sample-steps 20\n"
+        "  fastdiff sample m.safetensors -o new.npy --sampler dpmpp_2m --sample-steps 20\n"
         "\n"
         "Curve k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
         "repeats the last ten of -n 100.\n",
@@ -546,6 +563,7 @@ def _plain_messages() -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with warnings.catch_warnings():
+        warnings.simplefilter("always", ScheduleWarning)
         warnings.showwarning = show
         try:
             yield
@@ -554,14 +572,47 @@ def _plain_messages() -> Iterator[None]:
             log.setLevel(level)
 
 
+class _PatientInterrupt:
+    """Ctrl-C while a model trains.
+
+    `Diffusion.fit` holds the first one back until the step is whole, and hands further ones to the handler
+    that it found: this one. So the state is sound, and worth saving, until the user insists: an exception in
+    the middle of a step may leave weights and moments that belong to different steps.
+    """
+
+    def __init__(self) -> None:
+        self.presses = 0
+        self.gave_up = False
+
+    def wanted(self, step: int, loss: float) -> bool:
+        """Whether to stop: `fit` asks after each step, for a press that reached us outside of its steps."""
+        return self.presses > 0
+
+    def __enter__(self) -> None:
+        self._before = None
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job
+            self._before = signal.signal(signal.SIGINT, self._press)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self.presses += 1
+        if self.presses > 1:
+            self.gave_up = True
+            raise KeyboardInterrupt
+        _note("\nfastdiff: stopping after this step; once more to stop at once, without saving")
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C inside the block, where this thread may say so."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread: no Ctrl-C arrives here
-        yield
+    """Ignore Ctrl-C inside the block: an impatient second one must not cost the training."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no Ctrl-C arrives here
         return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:

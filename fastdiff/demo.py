@@ -73,9 +73,7 @@ def run(
     say(f"  fastdiff sample {out.path / 'family.safetensors'} -n 100 -o new.csv --plot new.png")
 
 
-def _single_curve(
-    out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool
-) -> None:
+def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool) -> None:
     import fastdiff as fd
 
     out.say("\nOne curve, 50 points over 1 s: every sample should be this curve again.")
@@ -93,13 +91,9 @@ def _single_curve(
     timesteps = np.arange(schedule.T)[::-1]
     out.draw("curve_forward.png", plots.forward_diffusion(chain, rate=RATE), "the curve on its way to noise")
     out.draw("curve_loss.png", plots.loss(model.history), "the loss")
-    out.draw(
-        "curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE), "noise on its way back"
-    )
+    out.draw("curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE), "noise on its way back")
     out.draw("curve_lines.png", plots.reverse_lines(path[:, 0], timesteps), "the same, a line for each point")
-    out.draw(
-        "curve_generated.png", plots.around_target(drawn, curve[0], rate=RATE), "generated curves, target"
-    )
+    out.draw("curve_generated.png", plots.around_target(drawn, curve[0], rate=RATE), "generated curves, target")
     model.save(out.file("curve.safetensors", "the model"))
 
 
@@ -119,9 +113,7 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
     model.fit(seen, steps=steps, batch=BATCH, lr=LEARNING_RATE, validation=others, progress=progress)
     out.measured(f"training, {steps} steps of {BATCH}: seconds", time.perf_counter() - begun, 1)
     drawn = model.sample(GENERATED)
-    out.measured(
-        f"energy distance, {GENERATED} generated to {GENERATED} unseen", energy_distance(drawn, unseen)
-    )
+    out.measured(f"energy distance, {GENERATED} generated to {GENERATED} unseen", energy_distance(drawn, unseen))
     out.measured("the same between two unseen sets", energy_distance(others, unseen))
 
     beside = plots.generated(drawn, unseen, rate=RATE, names=("Generated", "Unseen in training"))

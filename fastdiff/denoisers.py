@@ -81,9 +81,7 @@ class Gaussian:
         c = given.astype(np.float64)
         skew = np.abs(c - c.T).max()
         if skew > slack * np.abs(c).max():
-            raise ArgumentError(
-                "cov", f"entries that differ by {skew:.3g} from their mirror", "a symmetric matrix"
-            )
+            raise ArgumentError("cov", f"entries that differ by {skew:.3g} from their mirror", "a symmetric matrix")
         self.cov = _frozen((c + c.T) / 2)
         spectrum, basis = np.linalg.eigh(self.cov)
         if spectrum[0] < -slack * max(spectrum[-1], 0.0):
@@ -330,13 +328,9 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
     if sampler.clip is not None:
         raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None: a clipped chain is not Gaussian")
     if sampler.schedule != gaussian.schedule:
-        raise ArgumentError(
-            "sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}"
-        )
+        raise ArgumentError("sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
     if sampler.prediction != gaussian.prediction:
-        raise ArgumentError(
-            "sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}"
-        )
+        raise ArgumentError("sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}")
     basis = gaussian.data.basis
     mean, mean_x0 = np.zeros(gaussian.d), np.zeros(gaussian.d)
     f, g, h = np.ones(gaussian.d), np.zeros(gaussian.d), np.zeros(gaussian.d)

@@ -175,6 +175,7 @@ def check_array(
         raise ArgumentError(argument, f"{array[at]} at index {at}", "finite values")
     return array
 
+
 def check_timesteps(t: Any, T: int, n: int) -> npt.NDArray[np.int64]:
     """Return timesteps as (n,) int64 within 0 .. T - 1, or raise `ArgumentError`."""
     try:

@@ -248,7 +248,9 @@ class Diffusion:
         plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema", str(plan), f"those of the first fit, {self._optimizer.plan}; reset() starts anew"
+                "lr, warmup, decay_steps, clip_norm, ema",
+                str(plan),
+                f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
             )
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
@@ -267,7 +269,10 @@ class Diffusion:
         draws = TrainingDraws(data, self.schedule.signal, self.schedule.noise, *self._target_tables(), self.seed)
         checks = None if held_out is None else self._validation_set(be, held_out)
         grads = net.layout.zeros(net.dtype)
-        with _deferred_interrupt() as interrupted, tqdm(total=steps, disable=not progress, desc="training") as bar:
+        with (
+            _deferred_interrupt() as interrupted,
+            tqdm(total=steps, disable=not progress, desc="training") as bar,
+        ):
             for _ in range(steps):
                 if checks is not None and self.step % VALIDATION_EVERY == 0:
                     self._validate(be, checks)
@@ -279,7 +284,7 @@ class Diffusion:
                 if not math.isfinite(norm):
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
                     raise TrainingError(
-                        f"{what} in step {self.step}: stopped, the model keeps the state before it; a smaller lr may help"
+                        f"{what} in step {self.step}: stopped; the model keeps the state before it, try a smaller lr"
                     )
                 self.history["step"].append(self.step)
                 self.history["loss"].append(loss)
@@ -308,7 +313,11 @@ class Diffusion:
         fraction = check_float("validation", validation, low=0, high=1, low_open=True, high_open=True)
         count = round(fraction * len(X))
         if not 1 <= count < len(X):
-            raise ArgumentError("validation", f"{validation}", f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows")
+            raise ArgumentError(
+                "validation",
+                f"{validation}",
+                f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows",
+            )
         # Rows in the order of a word of their own: a choice that only seed and row number decide.
         words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
         order = np.argsort(words, kind="stable")
@@ -460,7 +469,9 @@ class Diffusion:
             buffers |= {"adam.m": self._optimizer.m, "adam.v": self._optimizer.v}
             plan = self._optimizer.plan.to_dict()
         tensors = {
-            f"{prefix}.{name}": view for prefix, flat in buffers.items() for name, view in net.layout.views(flat).items()
+            f"{prefix}.{name}": view
+            for prefix, flat in buffers.items()
+            for name, view in net.layout.views(flat).items()
         }
         for name, values in self.history.items():
             tensors[f"history.{name}"] = np.array(values, np.int64 if name.endswith("step") else np.float64)
@@ -528,7 +539,9 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     if header["training"] is not None:
         model._optimizer = _Optimizer(TrainingPlan.from_dict(header["training"]), buffer("adam.m"), buffer("adam.v"))
     for name in model.history:
-        model.history[name] = check_array(f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False).tolist()
+        model.history[name] = check_array(
+            f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
+        ).tolist()
     return model
 
 
@@ -541,7 +554,10 @@ def default_schedule(T: int = 100) -> Schedule:
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C in the main thread; yields a function that says whether one came."""
     seen = False
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN):
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
+        None,
+        signal.SIG_IGN,
+    ):
         yield lambda: False
         return
     previous = signal.getsignal(signal.SIGINT)

@@ -60,7 +60,7 @@ SIN_COEFFICIENTS = (-0.16666664, 0.008332749, -0.00019588009)
 COS_COEFFICIENTS = (0.041666664, -0.0013888304, 2.454804e-05)
 # ln 2 in two parts: the first has few bits, so that its product with an exponent is exact.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.1219444e-4
-SQRT_HALF = 0.70710677
+SQRT_HALF_BITS = 0x3F3504F3  # of sqrt(1/2) in float32
 ANGLE_UNIT = 3.7450703e-07  # 2 pi 2^-24: an angle is a whole number of these
 UNIFORM_UNIT = 2.0**-32
 
@@ -84,7 +84,9 @@ def round_keys(seed: int) -> npt.NDArray[np.uint32]:
     return np.array([[a & 0xFFFFFFFF, b & 0xFFFFFFFF] for a, b in keys], np.uint32)
 
 
-def philox(c0: Words, c1: Words, c2: Words, c3: Words, keys: npt.NDArray[np.uint32]) -> tuple[Words, Words, Words, Words]:
+def philox(
+    c0: Words, c1: Words, c2: Words, c3: Words, keys: npt.NDArray[np.uint32]
+) -> tuple[Words, Words, Words, Words]:
     """Apply Philox4x32-10 to counters.
 
     Parameters
@@ -112,7 +114,9 @@ def philox(c0: Words, c1: Words, c2: Words, c3: Words, keys: npt.NDArray[np.uint
     return c0, c1, c2, c3
 
 
-def _row_words(rows: npt.NDArray[np.uint64], blocks: Words, keys: npt.NDArray[np.uint32], stream: int, step: int) -> tuple[Words, ...]:
+def _row_words(
+    rows: npt.NDArray[np.uint64], blocks: Words, keys: npt.NDArray[np.uint32], stream: int, step: int
+) -> tuple[Words, ...]:
     """Words of flat (row, block) pairs: `rows` uint64 and `blocks` uint32 of one length."""
     low = (rows & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     high = (rows >> np.uint64(32)).astype(np.uint32) | np.uint32(stream << 24)
@@ -147,7 +151,7 @@ def philox_words(
 
 
 def _horner(coefficients: tuple[float, ...], x: Floats) -> Floats:
-    value = np.full_like(x, coefficients[-1])
+    value: Floats = np.full_like(x, coefficients[-1])
     for c in coefficients[-2::-1]:
         value = value * x + np.float32(c)
     return value
@@ -157,11 +161,9 @@ def log_uniform(w: Words) -> Floats:
     """Return ln u in float32 for u = (float32(w) + 0.5) 2^-32, which lies in [2^-33, 1]."""
     u = (w.astype(np.float32) + np.float32(0.5)) * np.float32(UNIFORM_UNIT)
     bits = u.view(np.int32)
-    exponent = (bits >> 23) - 126
-    m = ((bits & 0x007FFFFF) | 0x3F000000).view(np.float32)  # u = m 2^exponent, m in [0.5, 1)
-    small = m < np.float32(SQRT_HALF)
-    e = np.where(small, exponent - 1, exponent).astype(np.float32)
-    m = np.where(small, m + m, m) - np.float32(1)
+    exponent = (bits - SQRT_HALF_BITS) >> 23  # u = m 2^exponent with m in [sqrt(1/2), sqrt(2))
+    m = (bits - (exponent << 23)).view(np.float32) - np.float32(1)
+    e = exponent.astype(np.float32)
     square = m * m
     y = _horner(LOG_COEFFICIENTS, m) * m * square
     y = y + e * np.float32(LN2_LOW)
@@ -216,7 +218,9 @@ def fill_uniform(out: npt.NDArray[Any], *, seed: int, stream: Stream | int, step
     out[...] = (words.reshape(n, -1)[:, :width] >> np.uint32(8)) * 2.0**-24
 
 
-def scaled_words(n: int, bound: int, *, seed: int, stream: Stream | int, step: int, first_sample: int = 0) -> npt.NDArray[np.int64]:
+def scaled_words(
+    n: int, bound: int, *, seed: int, stream: Stream | int, step: int, first_sample: int = 0
+) -> npt.NDArray[np.int64]:
     """Return n integers (w0 bound) >> 32 in 0 .. bound - 1, one per row: the law's batch rows and timesteps."""
     w0 = philox_words(n, 1, seed=seed, stream=stream, step=step, first_sample=first_sample)[:, 0, 0]
     return ((w0.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
@@ -226,7 +230,9 @@ def check_rows(first_sample: Any, n: int) -> int:
     """Return `first_sample` as an int such that the n rows after it exist in the noise law."""
     first = check_int("first_sample", first_sample, low=0, high=MAX_ROW)
     if first + n - 1 > MAX_ROW:
-        raise ArgumentError("first_sample", str(first), f"at most 2**56 - n for n = {n}: rows are numbered with 56 bits")
+        raise ArgumentError(
+            "first_sample", str(first), f"at most 2**56 - n for n = {n}: rows are numbered with 56 bits"
+        )
     return first
 
 

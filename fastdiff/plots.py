@@ -156,9 +156,7 @@ def loss(history: Mapping[str, Sequence[float]]) -> Figure:
         axes.plot(step, value, color=BLUE, linewidth=0.6, alpha=0.35, label="each batch")
         axes.plot(step, _smoothed(value), color=BLUE, label="smoothed")
         if len(held):
-            axes.plot(
-                held_step, held, color=ORANGE, marker="o", markersize=4, linewidth=0.8, label="held out"
-            )
+            axes.plot(held_step, held, color=ORANGE, marker="o", markersize=4, linewidth=0.8, label="held out")
         axes.set(title="Training loss", xlabel="training step", ylabel="mean squared error")
         if min(value.min(), held.min() if len(held) else 1.0) > 0:  # False for NaN too
             axes.set_yscale("log")
@@ -168,9 +166,7 @@ def loss(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def reverse_chain(
-    path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None
-) -> Figure:
+def reverse_chain(path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None) -> Figure:
     """Draw all steps of one reverse chain over each other, from light (noise) to dark (the result).
 
     Parameters
@@ -378,9 +374,7 @@ def check_available() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise BackendError(
-            f'figures need matplotlib: pip install "fastdiff-engine[plot]" ({error})'
-        ) from error
+        raise BackendError(f'figures need matplotlib: pip install "fastdiff-engine[plot]" ({error})') from error
 
 
 # --------------------------------------------------------------------------------------- the one style

@@ -77,7 +77,14 @@ def forward_noise(
     elif np.may_share_memory(out, clean):
         clean = clean.copy()
     be.forward_noise(
-        clean, steps, schedule.signal, schedule.noise, out.reshape(clean.shape), eps, seed=seed, first_sample=first_sample
+        clean,
+        steps,
+        schedule.signal,
+        schedule.noise,
+        out.reshape(clean.shape),
+        eps,
+        seed=seed,
+        first_sample=first_sample,
     )
     return out, eps.reshape(given.shape)
 
@@ -115,9 +122,7 @@ def forward_chain(
     for t, beta in enumerate(schedule.betas):
         chain[t + 1] = chain[t]
         row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, c=0, e=0, s=math.sqrt(beta))
-        be.sampler_step(
-            chain[t + 1], None, None, row, None, seed=seed, stream=Stream.CHAIN, first_sample=first_sample
-        )
+        be.sampler_step(chain[t + 1], None, None, row, None, seed=seed, stream=Stream.CHAIN, first_sample=first_sample)
     return chain.reshape(schedule.T + 1, *given.shape)
 
 
@@ -248,7 +253,13 @@ def sample(
     if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not stepwise and n:
         for i in range(0, n, batch):
             be.mlp_chain(
-                denoiser.plan, denoiser.flat, x[i : i + batch], rows, sampler.clip, seed=seed, first_sample=first_sample + i
+                denoiser.plan,
+                denoiser.flat,
+                x[i : i + batch],
+                rows,
+                sampler.clip,
+                seed=seed,
+                first_sample=first_sample + i,
             )
         return x.reshape(n, *shape)
 
@@ -295,21 +306,25 @@ def _check_agreement(denoiser: Any, sampler: Sampler) -> None:
         raise ArgumentError("denoiser", f"T = {T}", f"T = {sampler.schedule.T}, the sampler's schedule")
     prediction = getattr(denoiser, "prediction", None)
     if isinstance(prediction, str) and prediction != sampler.prediction:
-        raise ArgumentError("denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction")
+        raise ArgumentError(
+            "denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction"
+        )
 
 
 def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
-    known = getattr(denoiser, "shape", None)
+    told = getattr(denoiser, "shape", None)
+    known: tuple[int, ...] | None = told if isinstance(told, tuple) else None
     if shape is None:
-        if isinstance(known, tuple):
+        if known is not None:
             return known
         if initial is not None:
-            return np.shape(initial)[1:]
+            return tuple(np.shape(initial)[1:])
         raise ArgumentError("shape", "None", "the shape of one sample: this denoiser does not tell it")
-    shape = tuple(check_int("shape", size, low=1) for size in (shape if isinstance(shape, (tuple, list)) else (shape,)))
-    if isinstance(known, tuple) and known != shape:
-        raise ArgumentError("shape", str(shape), f"{known}, the shape that the denoiser works on")
-    return shape
+    sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
+    wanted = tuple(check_int("shape", size, low=1) for size in sizes)
+    if known is not None and known != wanted:
+        raise ArgumentError("shape", str(wanted), f"{known}, the shape that the denoiser works on")
+    return wanted
 
 
 def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:

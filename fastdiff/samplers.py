@@ -456,9 +456,7 @@ def _checked_clip(clip: Any) -> tuple[float, float] | None:
         return None
     if isinstance(clip, (tuple, list)):
         if len(clip) != 2:
-            raise ArgumentError(
-                "clip", f"{len(clip)} values", "None, a positive number or a pair (low, high)"
-            )
+            raise ArgumentError("clip", f"{len(clip)} values", "None, a positive number or a pair (low, high)")
         low, high = (check_float("clip", bound) for bound in clip)
         if low >= high:
             raise ArgumentError("clip", f"({low:g}, {high:g})", "a pair with low below high")

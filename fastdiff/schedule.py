@@ -85,15 +85,11 @@ class Schedule:
             raise ArgumentError("betas", f"{betas.size} values", f"between 1 and {MAX_T} values")
         outside = np.flatnonzero((betas <= 0) | (betas >= 1))
         if outside.size:
-            raise ArgumentError(
-                "betas", f"{betas[outside[0]]} at index {outside[0]}", "numbers above 0 and below 1"
-            )
+            raise ArgumentError("betas", f"{betas[outside[0]]} at index {outside[0]}", "numbers above 0 and below 1")
         alphas = 1 - betas
         alphas_bar = np.cumprod(alphas)
         if alphas_bar[-1] < np.finfo(np.float64).tiny:
-            raise ArgumentError(
-                "betas", "a product of (1 - beta) that vanishes in float64", "fewer or smaller betas"
-            )
+            raise ArgumentError("betas", "a product of (1 - beta) that vanishes in float64", "fewer or smaller betas")
         variance = np.empty_like(betas)
         previous = 0.0
         for t in range(betas.size):

@@ -23,8 +23,7 @@ def test_harmonic_curves_follow_their_formula():
     for row, curve in enumerate(harmonic_curves(3, seed=11)):
         u = [int(w >> 8) / 2**24 for w in words[row]]
         v = [
-            sum(math.cos(2 * math.pi * 5.0 * u[j] * (k / 50) + math.pi * u[5 + j]) for j in range(5))
-            for k in range(50)
+            sum(math.cos(2 * math.pi * 5.0 * u[j] * (k / 50) + math.pi * u[5 + j]) for j in range(5)) for k in range(50)
         ]
         np.testing.assert_allclose(curve, np.array(v) / np.std(v), rtol=2e-6, atol=2e-6)
 

@@ -39,9 +39,7 @@ def law(schedule, t, mean=MEAN, cov=COV):
 # -- the denoiser ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "cov", [COV, covariance(4, rank=2), np.zeros((4, 4)), np.diag([1e-6, 1.0, 9.0, 1e3])]
-)
+@pytest.mark.parametrize("cov", [COV, covariance(4, rank=2), np.zeros((4, 4)), np.diag([1e-6, 1.0, 9.0, 1e3])])
 @pytest.mark.parametrize("t", [0, 37, 99])
 def test_predictions_are_conditional_expectations(t, cov):
     """E[u | x] = E[u] + Cov(u, x) Cov(x)^-1 (x - E[x]), with dense solves."""
@@ -73,9 +71,7 @@ def test_the_noise_prediction_is_the_score(rank):
     for j in range(4):
         shift = step * np.eye(4)[j]
         slope = (gaussian.log_density(X + shift, t) - gaussian.log_density(X - shift, t)) / (2 * step)
-        np.testing.assert_allclose(
-            gaussian.predict(X, t)[:, j], -TUTORIAL.noise[t] * slope, rtol=0, atol=1e-7
-        )
+        np.testing.assert_allclose(gaussian.predict(X, t)[:, j], -TUTORIAL.noise[t] * slope, rtol=0, atol=1e-7)
 
 
 def test_a_timestep_for_each_row():
@@ -96,15 +92,11 @@ def test_shapes_and_dtypes():
     x = np.random.default_rng(0).normal(size=(5, 2, 3, 2))
     flat = gaussian.predict(x.reshape(5, d), 3)
     np.testing.assert_array_equal(gaussian.predict(x, 3).reshape(5, d), flat)
-    np.testing.assert_array_equal(
-        gaussian.predict(np.asfortranarray(x), 3, labels=[1] * 5).reshape(5, d), flat
-    )
+    np.testing.assert_array_equal(gaussian.predict(np.asfortranarray(x), 3, labels=[1] * 5).reshape(5, d), flat)
     np.testing.assert_allclose(gaussian.predict(x[::-1], 3)[::-1].reshape(5, d), flat, rtol=0, atol=1e-13)
     single = gaussian.predict(x.astype(np.float32), 3)
     assert single.dtype == np.float32
-    np.testing.assert_array_equal(
-        single, gaussian.predict(x.astype(np.float32).astype(np.float64), 3).astype("f4")
-    )
+    np.testing.assert_array_equal(single, gaussian.predict(x.astype(np.float32).astype(np.float64), 3).astype("f4"))
     for dtype in (np.float64, np.float16, np.int8, np.uint64):
         assert gaussian.predict(np.ones((1, d), dtype), 3).dtype == np.float64
     assert gaussian.predict(np.zeros((0, 2, 3, 2)), 3).shape == (0, 2, 3, 2)
@@ -427,15 +419,11 @@ def test_order_of_convergence(name):
     tables = [ORDERS[name](schedule, int(n)) for n in steps]
     distance = [exact_chain(gaussian, table).w2() for table in tables]
     slopes = -np.diff(np.log(distance)) / np.diff(np.log(steps))
-    assert (
-        np.abs(slopes - tables[0].order).max() < 0.1
-    )  # measured: 0.97 to 0.99, 1.96 to 1.99, Heun 2.06 to 2.03
+    assert np.abs(slopes - tables[0].order).max() < 0.1  # measured: 0.97 to 0.99, 1.96 to 1.99, Heun 2.06 to 2.03
     assert distance[-1] < 0.1
 
 
-@pytest.mark.parametrize(
-    ("make", "limit"), [(samplers.ddpm, 0.015), (lambda s: samplers.ddim(s, s.T), 0.007)]
-)
+@pytest.mark.parametrize(("make", "limit"), [(samplers.ddpm, 0.015), (lambda s: samplers.ddim(s, s.T), 0.007)])
 def test_the_full_chain_ends_near_the_data(make, limit):
     """The covariance is right to 1 / T. What the start misses of the mean, DDIM keeps and DDPM forgets."""
     errors = {}

@@ -98,7 +98,17 @@ def test_real_arrays_pass(dtype):
 
 
 @pytest.mark.parametrize(
-    "value", [np.ones(3, complex), np.ones(3, bool), np.array(["a"]), np.array([None]), None, [1, None], b"ab", {1: 2}]
+    "value",
+    [
+        np.ones(3, complex),
+        np.ones(3, bool),
+        np.array(["a"]),
+        np.array([None]),
+        None,
+        [1, None],
+        b"ab",
+        {1: 2},
+    ],
 )
 def test_other_arrays_refused(value):
     assert "real floats or integers" in str(refusal(check_array, "x", value))
@@ -133,7 +143,9 @@ def test_timesteps_become_one_integer_a_sample(t):
     assert steps.tolist() == [3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("t", [-1, 10, [0, 1, 2, 10], [0, -1, 0, 0], 1.0, True, None, "1", [1, 2], [[1, 2, 3, 4]], [[1], [1, 2]]])
+@pytest.mark.parametrize(
+    "t", [-1, 10, [0, 1, 2, 10], [0, -1, 0, 0], 1.0, True, None, "1", [1, 2], [[1, 2, 3, 4]], [[1], [1, 2]]]
+)
 def test_timesteps_refused(t):
     refusal(lambda name, value: check_timesteps(value, 10, 4), "t", t)
 

@@ -218,8 +218,7 @@ def test_ddim_with_eta_1_is_ddpm(prediction, steps):
         (maker, spacing)
         for maker in MAKERS
         for spacing in SPACINGS
-        if maker != "dpmpp_2m sigma_min"
-        or spacing in ("trailing", "linspace_open")  # the others end at t = 0
+        if maker != "dpmpp_2m sigma_min" or spacing in ("trailing", "linspace_open")  # the others end at t = 0
     ],
 )
 def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing):

@@ -58,7 +58,9 @@ def assert_same_bits(got, want):
     different &= ~((got != got) & (want != want))
     if different.any():
         at = tuple(np.argwhere(different)[0])
-        raise AssertionError(f"{different.sum()} of {different.size} differ; first at {at}: {got[at]!r} for {want[at]!r}")
+        raise AssertionError(
+            f"{different.sum()} of {different.size} differ; first at {at}: {got[at]!r} for {want[at]!r}"
+        )
 
 
 def assert_estimate(got, want, standard_error):

@@ -213,7 +213,7 @@ class Backend(Protocol):
         """Change `x` (n, D) by all rows of a table, the network being the denoiser."""
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
-        """Change parameters, moments and their moving average by one step; return the gradient's norm before clipping."""
+        """Change parameters, moments and their moving average by one step; return the gradient's norm."""
 
 
 def available_backends() -> list[str]:

@@ -122,7 +122,7 @@ class _Workspace:
     """Scratch arrays of one worker, made once."""
 
     def __init__(self) -> None:
-        self.words = np.empty((7, noise_kernels.CHUNK), np.uint32)
+        self.words = np.empty((4, noise_kernels.CHUNK), np.uint32)
         self.z = np.empty(noise_kernels.WORKSPACE, np.float32)
         self.segments = np.empty((4, 3), np.int64)
 
@@ -176,7 +176,15 @@ class _MLPSpace:
             return params[plan.time_weight : plan.time_weight + max(1, plan.T * plan.time_width)], plan.T
         count = mlp_kernels.number_slots(t, self.slots, self.used)
         mlp_kernels.time_table(
-            count, self.used, self.features, self.rows, params, plan.time_weight, plan.time_bias, plan.time_width, self.table
+            count,
+            self.used,
+            self.features,
+            self.rows,
+            params,
+            plan.time_weight,
+            plan.time_bias,
+            plan.time_width,
+            self.table,
         )
         return self.table, count
 
@@ -242,7 +250,14 @@ class CpuBackend:
         seed: int,
         first_sample: int,
     ) -> None:
-        arrays = (x0.reshape(-1), t, signal.astype(np.float32), noise.astype(np.float32), out.reshape(-1), eps.reshape(-1))
+        arrays = (
+            x0.reshape(-1),
+            t,
+            signal.astype(np.float32),
+            noise.astype(np.float32),
+            out.reshape(-1),
+            eps.reshape(-1),
+        )
         keys, first = round_keys(seed), np.uint64(first_sample)
 
         def body(worker: int, start: int, stop: int) -> None:
@@ -288,9 +303,7 @@ class CpuBackend:
         def quiet(worker: int, start: int, stop: int) -> None:
             del worker
             part = slice(start, stop)
-            step_kernels.apply_row(
-                flat[part], outs[part], kept[part], flat[part], coefficients, low, high, keep
-            )
+            step_kernels.apply_row(flat[part], outs[part], kept[part], flat[part], coefficients, low, high, keep)
 
         if row.s != 0:
             self._chunks(noisy, x.shape)
@@ -313,7 +326,17 @@ class CpuBackend:
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.forward_range(
-                    start, stop, flat_x, flat_y, t, net.layers, params, table, plan.time_width, net.slots, net.arenas[worker]
+                    start,
+                    stop,
+                    flat_x,
+                    flat_y,
+                    t,
+                    net.layers,
+                    params,
+                    table,
+                    plan.time_width,
+                    net.slots,
+                    net.arenas[worker],
                 )
 
             self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
@@ -357,7 +380,9 @@ class CpuBackend:
             net = self._network(plan)
             net.grow(len(x))
             net.t[:] = t
-            loss = self._gradient(net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x))
+            loss = self._gradient(
+                net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x)
+            )
         return loss, dx
 
     def mlp_train_gradient(

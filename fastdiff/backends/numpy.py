@@ -16,6 +16,7 @@ from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, MLPPlan, Row, Trai
 from fastdiff.noise import Stream
 
 Array = npt.NDArray[Any]
+Saved = tuple[Array, Array, Array, Array]
 
 
 def linear(x: Array, w: Array, b: Array) -> Array:
@@ -41,13 +42,14 @@ def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
         return np.where(v > 0, dy, v.dtype.type(LEAKY_SLOPE) * dy)
     if kind == "silu":
         g = _sigmoid(v)
-        return dy * g * (1 + v * (1 - g))
+        dy = dy * g * (1 + v * (1 - g))
     return dy
 
 
 def _sigmoid(v: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-v) = inf gives the right 0
-        return 1 / (1 + np.exp(-v))
+        gate: Array = 1 / (1 + np.exp(-v))
+    return gate
 
 
 def modulate(u: Array, gain: Array, shift: Array) -> Array:
@@ -175,9 +177,7 @@ class NumpyBackend:
         previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
         for row in rows:
             out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
-            self.sampler_step(
-                x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample
-            )
+            self.sampler_step(x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample)
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         o = options
@@ -222,7 +222,7 @@ def _time_table(plan: MLPPlan, params: Array) -> Array:
     return linear(plan.features.astype(params.dtype), *_weights(plan, params)[-1])
 
 
-def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Array, list[tuple[Array, ...]]]:
+def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Array, list[Saved]]:
     """Output, and for every layer (input, u before modulation, v before activation, gain)."""
     time = _time_table(plan, params)[t]
     saved = []
@@ -242,9 +242,7 @@ def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array
     return none, columns[:, :width] if mode == "shift" else none
 
 
-def _mlp_backward(
-    plan: MLPPlan, params: Array, dy: Array, t: Array, saved: list[tuple[Array, ...]], grads: Array
-) -> Array:
+def _mlp_backward(plan: MLPPlan, params: Array, dy: Array, t: Array, saved: list[Saved], grads: Array) -> Array:
     """Fill `grads`, return the gradient of the network's input."""
     grads[...] = 0
     weights, dweights = _weights(plan, params), _weights(plan, grads)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise
-from fastdiff.backends import Backend, DenseLayer, MLPPlan, get_backend
+from fastdiff.backends import Activation, Backend, DenseLayer, MLPPlan, TimeMode, get_backend
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, check_timesteps
 from fastdiff.nn.params import Layout
 from fastdiff.noise import Stream
@@ -18,6 +19,7 @@ from fastdiff.noise import Stream
 TIME_FEATURES = 32
 MAX_PERIOD = 10_000.0
 MAX_WIDTH = 1 << 16
+TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
 
 
 def sinusoidal_features(T: int, width: int = TIME_FEATURES) -> npt.NDArray[np.float64]:
@@ -90,7 +92,14 @@ class MLP:
         return self
 
     def _build(
-        self, kind: str, points: int, hidden: tuple[int, ...], T: int, seed: int, dtype: str, draw: bool = True
+        self,
+        kind: str,
+        points: int,
+        hidden: tuple[int, ...],
+        T: int,
+        seed: int,
+        dtype: str,
+        draw: bool = True,
     ) -> None:
         self.kind = kind
         self.points = d = check_int("points", points, low=1, high=MAX_WIDTH)
@@ -99,17 +108,17 @@ class MLP:
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
         self.shape = (d,)
+        hidden_kind: tuple[Activation, TimeMode] = ("silu", "scale_shift")
+        kinds: list[tuple[Activation, TimeMode]]
         if kind == "tutorial":
-            widths = (d, 2 * d, 4 * d, 2 * d, d)
-            activations = ("leaky_relu", "none", "leaky_relu", "none")
-            modes = ("none", "shift", "none", "none")
+            widths = [d, 2 * d, 4 * d, 2 * d, d]
+            kinds = [("leaky_relu", "none"), ("none", "shift"), ("leaky_relu", "none"), ("none", "none")]
         else:
-            widths = (d, *hidden, d)
-            activations = ("silu",) * len(hidden) + ("none",)
-            modes = ("scale_shift",) * len(hidden) + ("none",)
-        columns = [{"none": 0, "shift": 1, "scale_shift": 2}[mode] * out for mode, out in zip(modes, widths[1:], strict=True)]
+            widths = [d, *hidden, d]
+            kinds = [*(hidden_kind for _ in hidden), ("none", "none")]
+        columns = [TIME_COLUMNS[mode] * outputs for (_, mode), outputs in zip(kinds, widths[1:], strict=True)]
         shapes: dict[str, tuple[int, ...]] = {}
-        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             shapes[f"layers.{i}.weight"] = (inputs, outputs)
             shapes[f"layers.{i}.bias"] = (outputs,)
         embedded = kind == "tutorial"
@@ -122,10 +131,9 @@ class MLP:
         self.plan = MLPPlan(
             layers=tuple(
                 DenseLayer(
-                    widths[i], widths[i + 1], at[f"layers.{i}.weight"], at[f"layers.{i}.bias"],
-                    activations[i], modes[i], sum(columns[:i]),
+                    inputs, outputs, at[f"layers.{i}.weight"], at[f"layers.{i}.bias"], *kinds[i], sum(columns[:i])
                 )
-                for i in range(len(modes))
+                for i, (inputs, outputs) in enumerate(pairwise(widths))
             ),
             T=self.T,
             size=self.layout.size,
@@ -133,7 +141,7 @@ class MLP:
             time_weight=at.get("time.weight", 0),
             time_bias=at.get("time.bias", 0),
             features=None if embedded or not sum(columns) else sinusoidal_features(self.T),
-        )  # fmt: skip
+        )
         self.flat = self.layout.zeros(self.dtype)
         if draw:
             self.redraw()
@@ -157,9 +165,7 @@ class MLP:
                 draw = (2 * draw - 1) / math.sqrt(fan_in)
             view[...] = draw.reshape(view.shape)
 
-    def predict(
-        self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None
-    ) -> Any:
+    def predict(self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None) -> Any:
         """Return the network's output for x at timesteps t.
 
         Parameters

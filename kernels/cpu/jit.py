@@ -44,12 +44,16 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
-def float_bits(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def float_bits(typingctx, x):  # type: ignore[no-untyped-def]
     """The bits of a float32 as int32."""
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.IntType(32)
+    )
 
 
 @intrinsic  # type: ignore[misc]
-def bits_float(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def bits_float(typingctx, x):  # type: ignore[no-untyped-def]
     """The float32 of the bits in an int32."""
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
+    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )

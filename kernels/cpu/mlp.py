@@ -14,7 +14,7 @@ import numpy as np
 from fastdiff.backends import LEAKY_SLOPE
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import bits_float, kernel
-from fastdiff.kernels.cpu.noise import CHUNK, LOW, SHIFT, _words, chunks_of, draw_chunk
+from fastdiff.kernels.cpu.noise import CHUNK, SHIFT, _words, chunks_of, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
 TILE = 128
@@ -304,7 +304,20 @@ def gradient_range(
                 target[i] = targets[begin * e + i]
         else:
             _draw_tile(
-                begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments
+                begin,
+                rows,
+                data,
+                indices,
+                t,
+                tables,
+                arena[at:],
+                target,
+                step,
+                stream,
+                keys,
+                words,
+                z,
+                segments,
             )
         times = t[begin : begin + rows]
         forward_tile(rows, layers, arena, params, table, width, slots, times)

@@ -19,13 +19,14 @@ from fastdiff.noise import (
     LOG_COEFFICIENTS,
     PHILOX_M,
     SIN_COEFFICIENTS,
-    SQRT_HALF,
+    SQRT_HALF_BITS,
     UNIFORM_UNIT,
 )
 
 CHUNK = 512
 """Blocks drawn at once, so 2048 normals: the workspace stays in the first-level cache."""
 LANES = 16
+MAGIC_BITS = 20
 QUARTER = CHUNK + LANES  # distance of the four quarters in the workspace; the copies below read whole vectors
 ORDERED = 4 * QUARTER  # where normals in the order of their rows begin
 WORKSPACE = ORDERED + 4 * CHUNK + 4 * LANES
@@ -39,9 +40,11 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = (F(c) for c in LOG_COEFFICIENTS)
 S0, S1, S2 = (F(c) for c in SIN_COEFFICIENTS)
 C0, C1, C2 = (F(c) for c in COS_COEFFICIENTS)
 HALF, ONE, MINUS_TWO = F(0.5), F(1), F(-2)
-UNIT, ANGLE, ROOT, LN2_H, LN2_L = F(UNIFORM_UNIT), F(ANGLE_UNIT), F(SQRT_HALF), F(LN2_HIGH), F(LN2_LOW)
-MANTISSA, EXPONENT_HALF = np.int32(0x007FFFFF), np.int32(0x3F000000)
-I1, I2, I22, I23, BIAS, EIGHTH = (np.int32(i) for i in (1, 2, 22, 23, 126, 1 << 21))
+UNIT, ANGLE, LN2_H, LN2_L = F(UNIFORM_UNIT), F(ANGLE_UNIT), F(LN2_HIGH), F(LN2_LOW)
+# Numba computes with 32-bit integers in 64 bits; the casts below say that 32 are enough, for vectors of 16.
+INT = np.int32
+ROOT_BITS, EIGHTH = INT(SQRT_HALF_BITS), INT(1 << 21)
+I1, I2, I22, I23, I30 = INT(1), INT(2), INT(22), INT(23), INT(30)
 EIGHT = U(8)
 
 
@@ -49,10 +52,9 @@ EIGHT = U(8)
 def log_uniform(w):
     """ln((float32(w) + 0.5) 2^-32) of a word."""
     bits = float_bits((F(w) + HALF) * UNIT)
-    m = bits_float((bits & MANTISSA) | EXPONENT_HALF)
-    small = m < ROOT
-    e = F((bits >> I23) - BIAS - (I1 if small else np.int32(0)))
-    m = (m + m if small else m) - ONE
+    exponent = INT(INT(bits - ROOT_BITS) >> I23)
+    m = bits_float(INT(bits - INT(exponent << I23))) - ONE
+    e = F(exponent)
     square = m * m
     y = L8 * m + L7
     y = y * m + L6
@@ -71,60 +73,54 @@ def log_uniform(w):
 @kernel
 def cos_sin_turn(w):
     """Cosine and sine of the angle 2 pi (w >> 8) 2^-24 of a word."""
-    k = np.int32(w >> EIGHT)
-    quarter = (k + EIGHTH) >> I22
-    x = F(k - (quarter << I22)) * ANGLE
+    k = INT(w >> EIGHT)
+    quarter = INT(INT(k + EIGHTH) >> I22)
+    x = F(INT(k - INT(quarter << I22))) * ANGLE
     z = x * x
     s = ((S2 * z + S1) * z + S0) * z * x + x
     c = ((C2 * z + C1) * z + C0) * z * z - HALF * z + ONE
-    odd = (quarter & I1) == I1
+    odd = INT(quarter & I1) == I1
     cosine = s if odd else c
     sine = c if odd else s
-    return (
-        -cosine if ((quarter + I1) & I2) != np.int32(0) else cosine,
-        -sine if (quarter & I2) != np.int32(0) else sine,
-    )
+    # Signs through the sign bit: the second and third quarter for the cosine, the third and fourth for the sine.
+    cosine = bits_float(INT(float_bits(cosine) ^ INT(INT(INT(quarter + I1) & I2) << I30)))
+    return cosine, bits_float(INT(float_bits(sine) ^ INT(INT(quarter & I2) << I30)))
 
 
 @kernel
 def _round(c0, c1, c2, c3, k0, k1):
-    """One round of Philox4x32."""
-    product0 = M0 * np.uint64(c0)
-    product1 = M1 * np.uint64(c2)
-    return U(product1 >> SHIFT) ^ c1 ^ k0, U(product1), U(product0 >> SHIFT) ^ c3 ^ k1, U(product0)
+    """One round of Philox4x32 in the low halves of 64-bit lanes, which is how the products come; the high halves
+    hold what the masks drop."""
+    product0, product1 = M0 * (c0 & LOW), M1 * (c2 & LOW)
+    return (product1 >> SHIFT) ^ c1 ^ k0, product1, (product0 >> SHIFT) ^ c3 ^ k1, product0
 
 
 @kernel
-def _words(count, first_block, first_row, blocks, step, stream, keys, words):
-    """Words of `count` consecutive (row, block) pairs into words[0:4]; words[4:7] hold their counters."""
+def _words(count, first_block, first_row, per_row, step, stream, keys, words):
+    """Words of `count` <= CHUNK blocks into words[0:4].
+
+    Block i is block ``first_block + i % per_row`` of row ``first_row + i // per_row``.
+    """
     w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
-    columns, lows, highs = words[4], words[5], words[6]
-    row = first_row + np.uint64(first_block // blocks)
-    block = first_block % blocks
-    i = 0
-    while i < count:
-        stop = min(count, i + blocks - block)
-        low, high = U(row & LOW), U(row >> SHIFT) | (U(stream) << U(24))
-        for j in range(i, stop):
-            columns[j] = U(block + (j - i))
-            lows[j] = low
-            highs[j] = high
-        row += np.uint64(1)
-        block = 0
-        i = stop
+    # i // per_row as a product: exact for i < CHUNK and per_row <= CHUNK, and for one row whatever its length.
+    magic = np.uint64((1 << MAGIC_BITS) // per_row + 1 if per_row <= CHUNK else 0)
+    length, block, tag = np.uint64(per_row), np.uint64(first_block), np.uint64(stream) << np.uint64(56)
+    step = np.uint64(step)
     # Rounds written out: a loop over them would be the innermost one, and the outer one would not vectorise.
-    k0, k1 = keys[0, 0], keys[0, 1]
-    k2, k3 = keys[1, 0], keys[1, 1]
-    k4, k5 = keys[2, 0], keys[2, 1]
-    k6, k7 = keys[3, 0], keys[3, 1]
-    k8, k9 = keys[4, 0], keys[4, 1]
-    k10, k11 = keys[5, 0], keys[5, 1]
-    k12, k13 = keys[6, 0], keys[6, 1]
-    k14, k15 = keys[7, 0], keys[7, 1]
-    k16, k17 = keys[8, 0], keys[8, 1]
-    k18, k19 = keys[9, 0], keys[9, 1]
+    k0, k1 = np.uint64(keys[0, 0]), np.uint64(keys[0, 1])
+    k2, k3 = np.uint64(keys[1, 0]), np.uint64(keys[1, 1])
+    k4, k5 = np.uint64(keys[2, 0]), np.uint64(keys[2, 1])
+    k6, k7 = np.uint64(keys[3, 0]), np.uint64(keys[3, 1])
+    k8, k9 = np.uint64(keys[4, 0]), np.uint64(keys[4, 1])
+    k10, k11 = np.uint64(keys[5, 0]), np.uint64(keys[5, 1])
+    k12, k13 = np.uint64(keys[6, 0]), np.uint64(keys[6, 1])
+    k14, k15 = np.uint64(keys[7, 0]), np.uint64(keys[7, 1])
+    k16, k17 = np.uint64(keys[8, 0]), np.uint64(keys[8, 1])
+    k18, k19 = np.uint64(keys[9, 0]), np.uint64(keys[9, 1])
     for i in range(count):
-        c0, c1, c2, c3 = columns[i], U(step), lows[i], highs[i]
+        past = (np.uint64(i) * magic) >> np.uint64(MAGIC_BITS)
+        row = (first_row + past) | tag
+        c0, c1, c2, c3 = block + (np.uint64(i) - past * length), step, row, row >> SHIFT
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k2, k3)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k4, k5)
@@ -135,10 +131,10 @@ def _words(count, first_block, first_row, blocks, step, stream, keys, words):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k14, k15)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k16, k17)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k18, k19)
-        w0[i] = c0
-        w1[i] = c1
-        w2[i] = c2
-        w3[i] = c3
+        w0[i] = U(c0)
+        w1[i] = U(c1)
+        w2[i] = U(c2)
+        w3[i] = U(c3)
 
 
 @kernel
@@ -151,10 +147,10 @@ def _pair(count, wa, wb, za, zb):
 
 
 @kernel
-def _draw(count, first_block, first_row, blocks, step, stream, keys, words, z):
-    """Draw `count` <= CHUNK consecutive (row, block) pairs; value j of pair i goes to z[j QUARTER + i]."""
+def _draw(count, first_block, first_row, per_row, step, stream, keys, words, z):
+    """Draw `count` blocks, numbered as in `_words`; value j of block i goes to z[j QUARTER + i]."""
     count = (count + LANES - 1) // LANES * LANES  # whole vectors also where little is wanted
-    _words(count, first_block, first_row, blocks, step, stream, keys, words)
+    _words(count, first_block, first_row, per_row, step, stream, keys, words)
     _pair(count, words[0], words[1], z[:QUARTER], z[QUARTER:])
     _pair(count, words[2], words[3], z[2 * QUARTER :], z[3 * QUARTER :])
 
@@ -190,7 +186,7 @@ def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segment
     """Draw one chunk of the normals of (n, width).
 
     Fills `segments` (4, 3) int64 with (begin in the flat array, length, begin in z), and returns how many there are.
-    `words` (7, CHUNK) uint32 and z (WORKSPACE,) float32 are workspace.
+    `words` (4, CHUNK) uint32 and z (WORKSPACE,) float32 are workspace.
     """
     blocks = (width + 3) // 4
     if blocks <= CHUNK:
@@ -203,7 +199,7 @@ def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segment
     per_row = (blocks + CHUNK - 1) // CHUNK
     row, block = chunk // per_row, (chunk % per_row) * CHUNK
     count = min(CHUNK, blocks - block)
-    _draw(count, block, first_row + np.uint64(row), blocks, step, stream, keys, words, z)
+    _draw(count, block, first_row + np.uint64(row), CHUNK + 1, step, stream, keys, words, z)
     for quarter in range(4):
         column = block + quarter * blocks
         segments[quarter, 0] = row * width + column

@@ -69,7 +69,24 @@ def apply_row(x, out, previous, z, row, low, high, keep):
 
 @kernel
 def step_range(
-    start, stop, x, out, previous, row, low, high, keep, n, width, first_row, step, stream, keys, words, z, segments
+    start,
+    stop,
+    x,
+    out,
+    previous,
+    row,
+    low,
+    high,
+    keep,
+    n,
+    width,
+    first_row,
+    step,
+    stream,
+    keys,
+    words,
+    z,
+    segments,
 ):
     """Chunks start ... stop - 1 of a sampler step on flat (n width,) arrays; see `apply_row`."""
     for chunk in range(start, stop):

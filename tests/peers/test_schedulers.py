@@ -126,9 +126,7 @@ def test_ddpm(T, steps, spacing, variance, clip, name, prediction):
         timestep_spacing=spacing,
     )
     model = network(schedule, prediction)
-    table = samplers.ddpm(
-        schedule, steps, variance=variance, clip=clip, prediction=prediction, spacing=spacing
-    )
+    table = samplers.ddpm(schedule, steps, variance=variance, clip=clip, prediction=prediction, spacing=spacing)
     expected, timesteps = theirs_run(scheduler, steps, model, lambda i: {"generator": generator(i)})
     assert table.timesteps.tolist() == timesteps
     normals = [z.numpy() for z in torch_normals(steps)]
