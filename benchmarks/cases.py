@@ -8,12 +8,14 @@ a user pays for those too.
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +102,7 @@ class Case:
     @property
     def products(self) -> tuple[int, ...]:
         """Multiplications of each layer for one sample."""
-        return tuple(a * b for a, b in zip(self.widths, self.widths[1:], strict=False))
+        return tuple(a * b for a, b in pairwise(self.widths))
 
     @property
     def parameters(self) -> int:
@@ -265,13 +267,14 @@ def cold_process(script: str, path: Path, case: Case, threads: int) -> str:
 
 
 def _cold(fd: Any, case: Case, be: Any) -> Work:
-    folder = tempfile.TemporaryDirectory(prefix="fastdiff-")
-    path = Path(folder.name) / "model.safetensors"
-    checkpoint(fd, case, be, path)
+    folder = tempfile.mkdtemp(prefix="fastdiff-")
+    path = Path(folder) / "model.safetensors"
 
-    def run(keep: Any = folder) -> str:  # the folder lives as long as this function
-        assert os.path.isdir(keep.name)
+    def run() -> str:
         return cold_process("cold_ours.py", path, case, be.threads)
+
+    weakref.finalize(run, shutil.rmtree, folder)
+    checkpoint(fd, case, be, path)
 
     def check(printed: str) -> None:
         assert printed.split("\n")[0] == f"({case.n}, {case.shape[0]})"

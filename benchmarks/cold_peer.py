@@ -28,9 +28,8 @@ def sample(path: str, n: int) -> torch.Tensor:
     state = load_file(path)
     betas, mean, std = state.pop("betas"), state.pop("mean"), state.pop("std")
     T, points = len(betas), len(state["up.2.bias"])
-    with torch.device("meta"):
-        net = Net(points, T)
-    net.load_state_dict(state, assign=True)
+    net = Net(points, T)
+    net.load_state_dict(state)
     scheduler = DDPMScheduler(num_train_timesteps=T, trained_betas=betas.numpy(), clip_sample=False)
     x = torch.randn(n, points)
     for t in scheduler.timesteps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Modulated(nn.Module):
     def __init__(self, points: int, hidden: tuple[int, ...], features: Tensor) -> None:
         super().__init__()
         widths = (points, *hidden, points)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.time = nn.Linear(features.shape[1], 2 * sum(hidden))
         self.register_buffer("features", features)
         self.columns = [width for width in hidden for _ in range(2)]  # gain and shift of each layer
@@ -106,12 +107,12 @@ def chain(
 class Trainer:
     """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1."""
 
-    def __init__(self, net: Any, X: Tensor, betas: Any, batch: int) -> None:
+    def __init__(self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False) -> None:
         self.net, self.X, self.batch = net, X, batch
         abar = (1 - torch.as_tensor(betas, dtype=torch.float64)).cumprod(0)
         self.signal, self.noise = abar.sqrt().float()[:, None], (1 - abar).sqrt().float()[:, None]
         self.parameters = list(net.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)
         self.losses: list[float] = []
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:

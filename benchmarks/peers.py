@@ -6,8 +6,9 @@ agree. Then they take turns: one of ours, one of theirs, and again. A round's ra
 table shows the median of the rounds' ratios with the smallest and the largest.
 
 What a time is: the median of the calls in one turn, warm, with the arguments in memory, and with the results newly
-allocated where the call under test returns new ones. Both sides use the same number of threads. PyTorch runs
-eagerly, under no_grad where it samples, with its default AdamW. See `peer_nets.py` and `cold_peer.py` for its code.
+allocated where the call under test returns new ones; for the cold start, from the start of a process to its exit,
+its files in the page cache. Both sides use the same number of threads. PyTorch runs eagerly, under no_grad where it
+samples, with its default AdamW; rows with the fused one are added. `peer_nets.py` and `cold_peer.py` are its code.
 
 Without --only, --quick or --threads the results go to ``results/peers-cpu.json`` and ``.md``.
 """
@@ -27,30 +28,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cases
 import numpy as np
-from cases import CASES, T, Case
+from cases import Case, T
 from readme_numbers import RESULTS, table, write
 
-# What must be reached, on two cores. Cases without a target are shown too.
-TARGETS = {
-    "normals-48x1000000": 5.0,
-    "normals-960000x50": 5.0,
-    "forward-1000000x50": 4.0,
-    "step-64x256x256x3": 6.0,
-    "chain-tutorial-1": 10.0,
-    "chain-tutorial-1000": 2.0,
-    "chain-tutorial-100000": 3.5,
-    "train-tutorial-10": 8.0,
-    "train-tutorial-1000": 2.0,
-    "train-tutorial-8192": 3.0,
-    "cold-start": 3.0,
-}
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case, what it is compared with, and the ratio that must be reached on two cores."""
+
+    case: str
+    target: float | None = None
+    fused: bool = False  # the peer trains with AdamW(fused=True), which is not PyTorch's default
+
+    @property
+    def name(self) -> str:
+        return self.case + ("-fused" if self.fused else "")
+
+    @property
+    def against(self) -> str:
+        what = PEERS[cases.BY_NAME[self.case].kind]
+        return what.replace("AdamW", "fused AdamW") if self.fused else what
+
+
 PEERS = {
     "normals": "torch.randn",
     "forward": "torch: randn_like, gather, two multiplies, add",
@@ -59,6 +65,27 @@ PEERS = {
     "training": "torch, AdamW, clipping",
     "cold": "torch + diffusers",
 }
+COMPARISONS = (
+    Comparison("normals-48x1000000", 5.0),
+    Comparison("normals-960000x50", 5.0),
+    Comparison("forward-1000000x50", 4.0),
+    Comparison("step-64x256x256x3", 6.0),
+    Comparison("chain-tutorial-1", 10.0),
+    Comparison("chain-tutorial-1000", 2.0),
+    Comparison("chain-tutorial-100000", 3.5),
+    Comparison("train-tutorial-10", 8.0),
+    Comparison("train-tutorial-1000", 2.0),
+    Comparison("train-tutorial-8192", 3.0),
+    Comparison("cold-start", 3.0),
+    Comparison("train-tutorial-10", fused=True),
+    Comparison("train-tutorial-1000", fused=True),
+    Comparison("chain-default-1"),
+    Comparison("chain-default-1000"),
+    Comparison("chain-default-100000"),
+    Comparison("train-default-10"),
+    Comparison("train-default-1000"),
+    Comparison("train-default-8192"),
+)
 # Samples in the example that both sides compute before they are timed.
 EXAMPLE = {"normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16}
 # How far the two results of an example may differ, through the size of the peer's result. Moments are in units of
@@ -69,13 +96,14 @@ TOLERANCES = {
     "x": 1e-5,
     "output": 1e-5,
     "samples": 1e-4,
-    "losses": 1e-4,
-    "weights": 1e-2,
+    "losses": 1e-5,
+    "weights": 1e-3,
 }
 EXAMPLE_STEPS = 5  # of training
 ROUNDS, LEAST_ROUNDS, PATIENCE = 9, 3, 30.0  # fewer rounds once a case has taken this many seconds
 TURN = 0.3  # seconds of calls in one turn
 PAUSE = 0.2  # between turns: threads of the other side stop spinning
+BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
 
 
 class PeersError(Exception):
@@ -180,7 +208,7 @@ def our_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any
     return work.run, work.units
 
 
-def peer_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any], int]:
+def peer_worker(case: Case, folder: Path, threads: int, fused: bool) -> tuple[Callable[[], Any], int]:
     """Compute the example from the inputs in the folder, and return what is to be timed."""
     import torch
 
@@ -188,7 +216,12 @@ def peer_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], An
     torch.manual_seed(0)
     with np.load(folder / "inputs.npz") as file:
         inputs = {name: file[name] for name in file.files}
-    outputs, run = PEER_KINDS[case.kind](case, inputs, folder, threads)
+    if case.kind == "training":
+        outputs, run = _peer_training(case, inputs, fused)
+    elif case.kind == "cold":
+        outputs, run = _peer_cold(case, inputs, folder, threads)
+    else:
+        outputs, run = PEER_KINDS[case.kind](case, inputs)
     np.savez(folder / "peer.npz", **outputs)
     assert "fastdiff" not in sys.modules
     return run, case.units
@@ -197,19 +230,18 @@ def peer_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], An
 PeerSide = tuple[dict[str, Any], Callable[[], Any]]
 
 
-def _peer_normals(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+def _peer_normals(case: Case, inputs: dict[str, Any]) -> PeerSide:
     import torch
 
-    del inputs, folder, threads
+    del inputs
     few = example_of(case)
     shape = (case.n, *case.shape)
     return {"moments": moments(torch.randn((few.n, *few.shape)))}, lambda: torch.randn(shape)
 
 
-def _peer_forward(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+def _peer_forward(case: Case, inputs: dict[str, Any]) -> PeerSide:
     import torch
 
-    del folder, threads
     abar = np.cumprod(1 - inputs["betas"])
     signal, noise = (torch.from_numpy(np.sqrt(v).astype(np.float32))[:, None] for v in (abar, 1 - abar))
 
@@ -224,11 +256,10 @@ def _peer_forward(case: Case, inputs: dict[str, Any], folder: Path, threads: int
     return {"x_t": x_t.numpy(), "moments": moments(own)}, lambda: forward(x0, t, torch.randn_like)
 
 
-def _peer_step(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+def _peer_step(case: Case, inputs: dict[str, Any]) -> PeerSide:
     import torch
     from diffusers import DDPMScheduler
 
-    del folder, threads
     scheduler = DDPMScheduler(num_train_timesteps=len(inputs["betas"]), beta_schedule="linear")  # clips x0 to [-1, 1]
     channels = case.shape[-1:] + case.shape[:-1]
 
@@ -253,11 +284,10 @@ def _peer_net(case: Case, inputs: dict[str, Any]) -> Any:
     return peer_nets.load(net, {name[2:]: value for name, value in inputs.items() if name.startswith("w/")})
 
 
-def _peer_chain(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+def _peer_chain(case: Case, inputs: dict[str, Any]) -> PeerSide:
     import peer_nets
     import torch
 
-    del folder, threads
     net, rows = _peer_net(case, inputs), peer_nets.coefficients(inputs["betas"])
     noise = torch.from_numpy(inputs["noise"])
     draws = iter(noise.clone())
@@ -269,13 +299,12 @@ def _peer_chain(case: Case, inputs: dict[str, Any], folder: Path, threads: int) 
     return outputs, lambda: peer_nets.chain(net, rows, shape, torch.randn)
 
 
-def _peer_training(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -> PeerSide:
+def _peer_training(case: Case, inputs: dict[str, Any], fused: bool) -> PeerSide:
     import peer_nets
     import torch
 
-    del folder, threads
     X = torch.from_numpy(inputs["X"])
-    trainer = peer_nets.Trainer(_peer_net(case, inputs), X, inputs["betas"], case.n)
+    trainer = peer_nets.Trainer(_peer_net(case, inputs), X, inputs["betas"], case.n, fused=fused)
     for rows, t, eps in zip(*(torch.from_numpy(inputs[name]) for name in ("rows", "t", "eps")), strict=True):
         trainer.step(rows, t, eps)
     weights = {f"w/{name}": value for name, value in peer_nets.weights_of(trainer.net).items()}
@@ -326,17 +355,15 @@ def fed(noise: Any) -> Iterator[None]:
     assert next(draws, None) is None
 
 
-PEER_KINDS: dict[str, Callable[[Case, dict[str, Any], Path, int], PeerSide]] = {
+PEER_KINDS: dict[str, Callable[[Case, dict[str, Any]], PeerSide]] = {
     "normals": _peer_normals,
     "forward": _peer_forward,
     "step": _peer_step,
     "chain": _peer_chain,
-    "training": _peer_training,
-    "cold": _peer_cold,
 }
 
 
-def serve(side: str, case: Case, folder: Path, threads: int) -> None:
+def serve(side: str, case: Case, folder: Path, threads: int, fused: bool) -> None:
     """Be a worker: prepare, then take one turn for each line of stdin that names how many seconds it lasts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -345,7 +372,10 @@ def serve(side: str, case: Case, folder: Path, threads: int) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    run, units = (our_worker if side == "ours" else peer_worker)(case, folder, threads)
+    if side == "ours":
+        run, units = our_worker(case, folder, threads)
+    else:
+        run, units = peer_worker(case, folder, threads, fused)
     say(ready=True)
     for line in sys.stdin:
         seconds: list[float] = []
@@ -363,9 +393,11 @@ def serve(side: str, case: Case, folder: Path, threads: int) -> None:
 class Worker:
     """The process of one side of a case."""
 
-    def __init__(self, side: str, case: Case, scale: float, folder: Path, threads: int) -> None:
+    def __init__(self, side: str, comparison: Comparison, scale: float, folder: Path, threads: int) -> None:
         self.side = side
-        command = [sys.executable, __file__, "--worker", side, "--case", case.name, "--scale", repr(scale)]
+        command = [sys.executable, __file__, "--worker", side, "--case", comparison.case, "--scale", repr(scale)]
+        if comparison.fused:
+            command.append("--fused")
         self.process = subprocess.Popen(
             [*command, "--folder", str(folder), "--threads", str(threads)],
             stdin=subprocess.PIPE,
@@ -433,29 +465,59 @@ def check_parity(case: Case, folder: Path) -> dict[str, dict[str, float]]:
     return parity
 
 
-def compare(case: Case, *, scale: float, rounds: int, turn: float, pause: float, threads: int) -> dict[str, Any]:
+class Others:
+    """How much of the machine other programs use, seen while both workers rest. Linux only; 0 elsewhere."""
+
+    def __init__(self) -> None:
+        self.busy = self.all = 0
+
+    @staticmethod
+    def _ticks() -> tuple[int, int]:
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        except OSError:
+            return 0, 0
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # less what was idle, or waited for a disk
+
+    def rest(self, seconds: float) -> None:
+        """Wait, and look who works."""
+        busy, everything = self._ticks()
+        time.sleep(seconds)
+        busy_after, everything_after = self._ticks()
+        self.busy, self.all = self.busy + busy_after - busy, self.all + everything_after - everything
+
+    @property
+    def share(self) -> float:
+        return self.busy / max(1, self.all)
+
+
+def compare(
+    comparison: Comparison, *, scale: float, rounds: int, turn: float, pause: float, threads: int
+) -> dict[str, Any]:
     """Time one case on both sides, in alternation; return its row of the results."""
+    case = cases.BY_NAME[comparison.case].at(scale)
     ours: list[float] = []
     peer: list[float] = []
+    others = Others()
     with tempfile.TemporaryDirectory(prefix="fastdiff-peers-") as name, contextlib.ExitStack() as stack:
         folder, workers = Path(name), []
         for side in ("ours", "peer"):
-            workers.append(Worker(side, case, scale, folder, threads))
+            workers.append(Worker(side, comparison, scale, folder, threads))
             stack.callback(workers[-1].close)
-        parity = check_parity(case.at(scale), folder)
+        parity = check_parity(case, folder)
         for worker in workers:
             worker.turn(0)  # warm
         begin = time.perf_counter()
         while len(ours) < rounds and (len(ours) < LEAST_ROUNDS or time.perf_counter() - begin < PATIENCE):
             for worker, seconds in zip(workers, (ours, peer), strict=True):
-                time.sleep(pause)
+                others.rest(pause)
                 seconds.append(worker.turn(turn))
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    middle, target = statistics.median(ratios), TARGETS.get(case.name)
+    middle, target = statistics.median(ratios), comparison.target
     return {
-        "name": case.name,
+        "name": comparison.name,
         "title": case.title,
-        "peer": PEERS[case.kind],
+        "peer": comparison.against,
         "bytes": case.bytes,
         "operations": case.operations,
         "normals": case.normals,
@@ -464,6 +526,7 @@ def compare(case: Case, *, scale: float, rounds: int, turn: float, pause: float,
         "met": None if target is None else middle >= target,
         "seconds": {"ours": statistics.median(ours), "peer": statistics.median(peer)},
         "rounds": [{"ours": a, "peer": b} for a, b in zip(ours, peer, strict=True)],
+        "others": round(others.share, 3),
         "parity": parity,
     }
 
@@ -481,7 +544,6 @@ def header(threads: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         **{name: version(package) for name, package in names.items()},
     }
@@ -523,36 +585,44 @@ def main() -> int:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--fused", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads)
+        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads, args.fused)
         return 0
 
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
         return 2
-    chosen = [c for c in CASES if not args.only or any(c.name.startswith(name) for name in args.only)]
-    if not chosen or args.rounds < 1 or args.threads < 1:
-        parser.error(f"no such case; there are {', '.join(c.name for c in CASES)}" if not chosen else "at least 1")
+    chosen = [c for c in COMPARISONS if not args.only or any(c.name.startswith(name) for name in args.only)]
+    if not chosen:
+        parser.error(f"no such case; there are {', '.join(c.name for c in COMPARISONS)}")
+    if args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads want at least 1")
     output = args.output or (RESULTS if not (args.only or args.quick or args.threads != 2) else None)
 
-    results: dict[str, Any] = {"header": header(args.threads), "rows": []}
-    how = {"scale": 0.001, "turn": 0.01, "pause": 0.0} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
+    rounds = min(args.rounds, 2) if args.quick else args.rounds
+    how = {"scale": 0.001, "turn": 0.01, "pause": 0.01} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
+    results: dict[str, Any] = {"header": header(args.threads) | {"scale": how["scale"]}, "rows": []}
     failed, begin = [], time.perf_counter()
-    for case in chosen:
+    for comparison in chosen:
         try:
-            row = compare(case, rounds=min(args.rounds, 2) if args.quick else args.rounds, threads=args.threads, **how)
+            row = compare(comparison, rounds=rounds, threads=args.threads, **how)
         except PeersError as error:
-            failed.append(case.name)
-            print(f"{case.name}: {error}", flush=True)
+            failed.append(comparison.name)
+            print(f"{comparison.name}: {error}", flush=True)
             continue
         results["rows"].append(row)
         ratio, target = row["ratio"], row["target"]
-        met = "" if target is None else f"  target {target:g}: {'met' if row['met'] else 'MISSED'}"
-        print(f"{case.name}: {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f}){met}", flush=True)
+        words = [f"{comparison.name}: {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f})"]
+        if target is not None:
+            words.append(f"target {target:g}: {'met' if row['met'] else 'MISSED'}")
+        if row["others"] > BUSY and not args.quick:
+            words.append(f"DOUBTFUL: other programs used {row['others']:.0%} of the machine")
+        print("  ".join(words), flush=True)
     print(f"\n{table(results)}\n{time.perf_counter() - begin:.0f} s")
     if failed:
         print(f"failed: {', '.join(failed)}; nothing written", file=sys.stderr)

@@ -41,10 +41,12 @@ def duration(seconds: float) -> str:
 def table(results: dict[str, Any]) -> str:
     """Return results of `peers.py` as Markdown: what was measured where, and a table."""
     h = results["header"]
+    tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the ratios mean nothing.** "
     lines = [
-        f"{h['cpu']}, {h['threads']} threads on {h['cores']} cores, {h['system']}; Python {h['python']}, "
+        f"{tiny}{h['cpu']}, {h['threads']} threads on {h['cores']} cores, {h['system']}; Python {h['python']}, "
         f"NumPy {h['numpy']}, Numba {h['numba']}; PyTorch {h['torch']}, diffusers {h['diffusers']}; "
-        f"{h['date']}, commit {h['commit']}. Ratio: their time through ours, median of the rounds (smallest .. largest).",
+        f"{h['date']}, commit {h['commit']}. "
+        "Ratio: their time through ours, median of the rounds (smallest .. largest).",
         "",
         "| work | against | ours | theirs | ratio | wanted |",
         "|---|---|---:|---:|---:|---:|",

@@ -103,8 +103,10 @@ def _train(args: argparse.Namespace) -> int:
                 curves,
                 steps=steps,
                 batch=batch,
-                # A resumed model keeps its own rate; what fit takes for "not given" is its default.
+                # A resumed model keeps its own plan: fit takes its defaults for "not given".
                 lr=LEARNING_RATE if args.lr is None else args.lr,
+                warmup=0 if args.warmup is None else args.warmup,
+                decay_steps=args.decay_steps,
                 validation=args.validation,
                 progress=not args.quiet,
                 callback=stop.wanted,
@@ -163,7 +165,18 @@ def _new_model(args: argparse.Namespace, points: int) -> Diffusion:
 def _resumed(args: argparse.Namespace) -> Diffusion:
     import fastdiff as fd
 
-    settled = ("lr", "seed", "network", "schedule", "timesteps", "beta_start", "beta_end", "prediction")
+    settled = (
+        "lr",
+        "warmup",
+        "decay_steps",
+        "seed",
+        "network",
+        "schedule",
+        "timesteps",
+        "beta_start",
+        "beta_end",
+        "prediction",
+    )
     for name in settled:
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -422,6 +435,10 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})")
     train.add_argument("--batch", type=int, metavar="N", default=BATCH, help=f"curves a step (default {BATCH})")
     train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
+    train.add_argument("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
+    train.add_argument(
+        "--decay-steps", type=int, metavar="N", help="the step by which the rate has fallen (default: it stays)"
+    )
     train.add_argument(
         "--validation",
         type=float,

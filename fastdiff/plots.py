@@ -156,7 +156,8 @@ def loss(history: Mapping[str, Sequence[float]]) -> Figure:
         axes.plot(step, value, color=BLUE, linewidth=0.6, alpha=0.35, label="each batch")
         axes.plot(step, _smoothed(value), color=BLUE, label="smoothed")
         if len(held):
-            axes.plot(held_step, held, color=ORANGE, marker="o", markersize=4, linewidth=0.8, label="held out")
+            mark = "o" if len(held) <= 25 else None  # more would cover the line
+            axes.plot(held_step, held, color=ORANGE, marker=mark, markersize=4, linewidth=1.3, label="held out")
         axes.set(title="Training loss", xlabel="training step", ylabel="mean squared error")
         if min(value.min(), held.min() if len(held) else 1.0) > 0:  # False for NaN too
             axes.set_yscale("log")
@@ -444,7 +445,8 @@ def _plain_logarithms(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axes.get_ylim()
-    steps = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    ratio = high / low
+    steps = (1, 2, 3, 4, 5, 6, 8) if ratio < 8 else (1, 2, 5) if ratio < 300 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

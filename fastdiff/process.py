@@ -62,8 +62,8 @@ def forward_noise(
         Shape, dtype or value of an argument.
     """
     be, schedule = get_backend(backend), _schedule(schedule)
-    given = check_array("x0", x0, min_ndim=1)
-    clean = be.asarray(given.reshape(len(given), _width(given.shape)))
+    given = _states("x0", x0, be)
+    clean = given.reshape(len(given), _width(given.shape))
     steps = check_timesteps(t, schedule.T, len(clean))
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
     eps = be.empty(clean.shape, clean.dtype)
@@ -114,8 +114,8 @@ def forward_chain(
         Shape, dtype or value of an argument.
     """
     be, schedule = get_backend(backend), _schedule(schedule)
-    given = check_array("x0", x0, min_ndim=1)
-    clean = be.asarray(given.reshape(len(given), _width(given.shape)))
+    given = _states("x0", x0, be)
+    clean = given.reshape(len(given), _width(given.shape))
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
     chain = be.empty((schedule.T + 1, *clean.shape), clean.dtype)
     chain[0] = clean
@@ -234,12 +234,14 @@ def sample(
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = get_backend(backend)
-    _check_agreement(denoiser, sampler)
+    _check_agreement(denoiser, sampler, be)
+    if initial is not None:
+        initial = _states("initial", initial, be)
     shape = _sample_shape(denoiser, shape, initial)
     width = _width((0, *shape))
     if initial is not None:
         n = check_int("n", len(initial) if n is None else n, low=0)
-        x = be.asarray(check_array("initial", initial, shape=(n, *shape))).reshape(n, width).copy()
+        x = check_array("initial", initial, shape=(n, *shape), finite=False).reshape(n, width).copy()
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
@@ -294,11 +296,17 @@ def sample(
     return (x, path[: done + 1].reshape(done + 1, n, *shape)) if path is not None else x
 
 
+def _states(argument: str, value: Any, be: Backend) -> Array:
+    """`value` (N, ...) in the float type that the backend computes in; what that cannot hold is refused as infinite."""
+    given = check_array(argument, value, min_ndim=1, finite=False)
+    return be.asarray(check_array(argument, given, dtype=be.asarray(given[:0]).dtype))
+
+
 def _width(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:])
 
 
-def _check_agreement(denoiser: Any, sampler: Sampler) -> None:
+def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
     if not callable(denoiser) and not callable(getattr(denoiser, "predict", None)):
         raise ArgumentError("denoiser", type(denoiser).__name__, "a callable (x, t), or an object with .predict(x, t)")
     T = getattr(denoiser, "T", None)
@@ -309,6 +317,8 @@ def _check_agreement(denoiser: Any, sampler: Sampler) -> None:
         raise ArgumentError(
             "denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction"
         )
+    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and denoiser.flat.dtype == np.float64 and be.name != "numpy":
+        raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
 
 
 def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
@@ -337,7 +347,7 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
 
     def evaluate(x: Array, t: int) -> Array:
         state = x.reshape(len(x), *shape).copy()  # the caller's to change
-        out = check_array("denoiser output", function(state, t), finite=False)
+        out = check_array("denoiser output", function(state, t), finite=False, dtype=x.dtype)
         if out.shape != state.shape:
             raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
         return be.asarray(out, x.dtype).reshape(x.shape)

@@ -39,10 +39,20 @@ def run(capsys):
 TRAIN = "train curves.csv --backend numpy --quiet --batch 16"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The bytes of a model after four steps, trained once."""
+    path = tmp_path_factory.mktemp("trained") / "m.safetensors"
+    curves = harmonic_curves(64, points=12)
+    fd.Diffusion(backend="numpy").fit(curves, steps=4, batch=16, progress=False).save(path)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def model(run):
-    assert run(f"{TRAIN} -o m.safetensors --steps 4")[0] == 0
-    return Path("m.safetensors")
+def model(trained):
+    path = Path("m.safetensors")
+    path.write_bytes(trained)
+    return path
 
 
 def files():
@@ -98,12 +108,13 @@ def test_resume_into_another_file_leaves_the_first(run, model):
 
 def test_options_reach_the_model(run):
     options = "--network tutorial --prediction v --schedule linear --timesteps 30 --beta-end 0.3 --seed 9"
-    assert run(f"{TRAIN} -o m.safetensors --steps 2 {options}")[0] == 0
+    plan = "--lr 0.01 --warmup 1 --decay-steps 5"
+    assert run(f"{TRAIN} -o m.safetensors --steps 3 {options} {plan}")[0] == 0
     made = fd.load("m.safetensors")
     assert made.schedule == fd.Schedule.linear(30, beta_start=1e-4, beta_end=0.3)
     assert made.prediction == "v"
     want = fd.Diffusion(fd.MLP.tutorial(12, T=30), made.schedule, prediction="v", backend="numpy", seed=9)
-    want.fit(load_curves("curves.csv"), steps=2, batch=16, progress=False)
+    want.fit(load_curves("curves.csv"), steps=3, batch=16, progress=False, lr=0.01, warmup=1, decay_steps=5)
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
@@ -415,6 +426,18 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
     if step < 20_000:  # the whole run again, in this process
         assert run(f"{TRAIN} -o whole.safetensors --steps {step + 3}")[0] == 0
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
+
+
+def test_ctrl_c_while_saving_does_not_cost_the_training(run, monkeypatch):
+    save = fd.Diffusion.save
+
+    def impatient(model, path):
+        signal.raise_signal(signal.SIGINT)
+        save(model, path)
+
+    monkeypatch.setattr(fd.Diffusion, "save", impatient)
+    assert run(f"{TRAIN} -o m.safetensors --steps 3")[0] == 0
+    assert fd.load("m.safetensors").step == 3
 
 
 def test_a_second_ctrl_c_waits_for_the_step_and_a_third_does_not(run, monkeypatch, capsys):

@@ -269,6 +269,12 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, X):
         np.testing.assert_array_equal(back.view(np.uint32), X.view(np.uint32), strict=True)
 
 
+def test_csv_keeps_every_bit_of_every_mantissa(tmp_path):
+    X = np.random.default_rng(0).integers(0, 0x7F800000, (200, 5), np.uint32).view(np.float32)
+    save_curves(tmp_path / "x.csv", X)
+    np.testing.assert_array_equal(load_curves(tmp_path / "x.csv"), X, strict=True)
+
+
 @pytest.mark.parametrize(
     "X", [np.zeros(3), np.array([[1, np.nan]]), np.array([["a"]]), [[1, 2], [3]], np.array([[1e300]])]
 )
@@ -293,6 +299,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, failure):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_file_takes_the_old_one_s_place_at_once(tmp_path):
+    # Whoever has the old file open goes on reading the old one, whole: nobody sees half of the new one.
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+    with path.open() as reader:
+        save_curves(path, [[1, 2]])
+        assert reader.read() == "old"
+    assert path.read_text() == "1,2\n"
 
 
 def test_written_file_has_the_usual_permissions_and_follows_a_link(tmp_path):

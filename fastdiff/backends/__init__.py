@@ -256,7 +256,9 @@ def get_backend(backend: str | Backend = "auto", *, threads: int | None = None) 
     BackendError
         "cuda": there is no CUDA backend in this version.
     """
-    if isinstance(backend, Backend) and not isinstance(backend, str):
+    if isinstance(backend, Backend) and not isinstance(backend, type):
+        if threads is not None:
+            raise ArgumentError("threads", str(threads), "None: a backend object has its own")
         return backend
     name = check_choice("backend", backend, ["auto", "numpy", "cpu", "cuda"])
     if name == "cuda":

@@ -57,10 +57,12 @@ class Workers:
     def _start(self) -> None:
         self.lock = threading.RLock()
         self._jobs: list[SimpleQueue[Any]] = []
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._settled = True  # False where an interrupt may have left a helper at work
 
     def run(self, body: Body, items: int, grain: int) -> None:
         """Call ``body(worker, start, stop)`` over ranges of at most `grain` of `items`; return when all are done."""
+        if not self._settled:
+            self._share(lambda worker: None, len(self._jobs))
         pieces = -(-items // grain)
         helpers = min(self.threads, pieces) - 1
         if helpers < 1:
@@ -70,7 +72,7 @@ class Workers:
         while len(self._jobs) < helpers:
             queue: SimpleQueue[Any] = SimpleQueue()
             threading.Thread(
-                target=_serve, args=(queue, self._done, len(self._jobs) + 1), name="fastdiff", daemon=True
+                target=_serve, args=(queue, len(self._jobs) + 1), name="fastdiff", daemon=True
             ).start()
             self._jobs.append(queue)
         counter = itertools.count()
@@ -79,13 +81,20 @@ class Workers:
             while (piece := next(counter)) < pieces:
                 body(worker, piece * grain, min(items, (piece + 1) * grain))
 
+        self._share(share, helpers)
+
+    def _share(self, job: Callable[[int], None], helpers: int) -> None:
+        """Call ``job(worker)`` here, as worker 0, and in the first `helpers` helpers; return when all are done."""
+        self._settled = False
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
         for queue in self._jobs[:helpers]:
-            queue.put(share)
+            queue.put((job, done))
         failures: list[BaseException | None] = []
         try:
-            share(0)
+            job(0)
         finally:
-            failures = [self._done.get() for _ in range(helpers)]
+            failures = [done.get() for _ in range(helpers)]
+            self._settled = True
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -100,16 +109,16 @@ def _forget(workers: weakref.ref[Workers]) -> Callable[[], None]:
     return restart
 
 
-def _serve(queue: SimpleQueue[Any], done: SimpleQueue[BaseException | None], worker: int) -> None:
+def _serve(queue: SimpleQueue[Any], worker: int) -> None:
     while True:
-        job = queue.get()
+        job, done = queue.get()
         try:
             job(worker)
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             done.put(error)
         else:
             done.put(None)
-        job = None
+        job = done = None
 
 
 def _cores() -> int:
@@ -136,7 +145,7 @@ class _MLPSpace:
 
     def __init__(self, plan: MLPPlan, threads: int) -> None:
         k = mlp_kernels
-        self.plan = plan
+        self.plan: MLPPlan = weakref.proxy(plan)  # or the plan, a weak key of `_networks`, would never go
         self.layers = np.zeros((len(plan.layers), k.LAYER_COLUMNS), np.int64)
         at = k.TILE * plan.layers[0].inputs
         x = 0
@@ -222,7 +231,7 @@ class CpuBackend:
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return np.ascontiguousarray(value, np.float32 if dtype is None else dtype)
 
-    def to_numpy(self, array: Array) -> Array:
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:

@@ -87,7 +87,7 @@ class NumpyBackend:
             dtype = np.float64 if array.dtype == np.float64 else np.float32
         return np.ascontiguousarray(array, dtype)
 
-    def to_numpy(self, array: Array) -> Array:
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
@@ -130,7 +130,7 @@ class NumpyBackend:
         def total(*terms: tuple[float, Array | None]) -> Array:
             value = np.zeros_like(x)
             for coefficient, array in terms:
-                if coefficient != 0:
+                if real(coefficient) != 0:
                     value += real(coefficient) * array
             return value
 

@@ -77,6 +77,8 @@ class MLP:
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
+        if not isinstance(hidden, Iterable):
+            raise ArgumentError("hidden", repr(hidden), "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build("modulated", points, widths, T, seed, dtype)
 
@@ -195,8 +197,12 @@ class MLP:
         be = get_backend(backend)
         if self.dtype == np.float64 and be.name != "numpy":
             raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
-        x = be.asarray(check_array("x", x, shape=(None, self.points)), self.dtype)
-        return be.mlp_forward(self.plan, self.flat if flat is None else flat, x, check_timesteps(t, self.T, len(x)))
+        x = be.asarray(check_array("x", x, shape=(None, self.points), dtype=self.dtype))
+        steps = check_timesteps(t, self.T, len(x))
+        if flat is None:
+            return be.mlp_forward(self.plan, self.flat, x, steps)
+        flat = be.asarray(check_array("flat", flat, shape=self.flat.shape, finite=False, dtype=self.dtype))
+        return be.mlp_forward(self.plan, flat, x, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; the parameters are not in it."""

@@ -1,0 +1,495 @@
+"""One protocol, and one result: NumPy, cpu and the loops of naive.py agree on every operation.
+
+Noise, noising and the sampler step agree to the bit; networks and the optimiser up to rounding. On cpu, a sample's
+bits depend neither on its batch nor on the threads, and a fused chain is its steps.
+"""
+
+import copy
+import gc
+import inspect
+import itertools
+import logging
+import math
+import pickle
+import weakref
+
+import naive
+import numpy as np
+import pytest
+from gradcheck import scatter
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff import backends
+from fastdiff.backends import Backend, Row, TrainingDraws, available_backends, get_backend
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.numpy import NumpyBackend, draw_batch
+from fastdiff.errors import ArgumentError, BackendError
+from fastdiff.nn import MLP
+from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import Stream
+from fastdiff.samplers import ddim, ddpm, dpmpp_2m
+from fastdiff.schedule import Schedule
+
+NUMPY, CPU = get_backend("numpy"), get_backend("cpu")
+THREADED = [get_backend("cpu", threads=threads) for threads in (1, 2, 3)]
+
+# ------------------------------------------------------------------------------------------- one protocol
+
+
+def operations(kind):
+    return {name: member for name, member in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("kind", [NumpyBackend, CpuBackend])
+def test_same_signatures(kind):
+    """Names, order, kinds, defaults and annotations; and nothing public besides."""
+    wanted, found = operations(Backend), operations(kind)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert inspect.signature(found[name]) == inspect.signature(wanted[name]), name
+
+
+def test_available_backends_are_backends():
+    assert available_backends()[0] == "numpy"
+    for name in available_backends():
+        be = get_backend(name)
+        assert isinstance(be, Backend)
+        assert be.name == name
+        assert be.threads >= 1
+        assert get_backend(name) is be
+        assert get_backend(be) is be
+
+
+def test_auto_logs_its_choice_once(caplog):
+    backends._choose_auto.cache_clear()
+    with caplog.at_level(logging.INFO, "fastdiff"):
+        assert get_backend() is get_backend("auto") is CPU
+    assert [record.getMessage() for record in caplog.records] == ["backend 'auto' chose 'cpu'"]
+
+
+def test_threads_are_for_cpu():
+    assert get_backend("cpu", threads=3).threads == 3
+    assert get_backend("auto", threads=1).threads == 1
+    for bad in (0, -1, 1.5, "2", True, 5000):
+        with pytest.raises(ArgumentError, match=r"^threads: got"):
+            get_backend("cpu", threads=bad)
+    for name in ("numpy", NUMPY, CPU):
+        with pytest.raises(ArgumentError, match=r"^threads: got 2, wants None"):
+            get_backend(name, threads=2)
+
+
+@pytest.mark.parametrize("bad", ["gpu", "CPU", "", None, 1, NumpyBackend, object()])
+def test_unknown_backends_are_refused_with_those_known(bad):
+    with pytest.raises(ArgumentError, match="'auto', 'numpy', 'cpu', 'cuda'"):
+        get_backend(bad)
+
+
+def test_cuda_says_what_to_do():
+    with pytest.raises(BackendError, match="backend='cpu'"):
+        get_backend("cuda")
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda be: pickle.loads(pickle.dumps(be))])
+def test_backends_survive_copy_and_pickle(backend, again):
+    be = get_backend(backend)
+    other = again(be)
+    assert type(other) is type(be)
+    assert other.threads == be.threads
+    assert_same_bits(drawn(other), drawn(be))
+
+
+def drawn(be, shape=(3, 5)):
+    z = be.empty(shape)
+    be.normal(z, seed=1, stream=Stream.INIT, step=0, first_sample=0)
+    return z
+
+
+def test_arrays(backend):
+    be = get_backend(backend)
+    strided = np.arange(12).reshape(3, 4)[:, ::2]
+    array = be.asarray(strided)
+    assert array.flags.c_contiguous
+    assert array.dtype == np.float32
+    assert be.asarray(strided, np.int64).dtype == np.int64
+    assert be.asarray(np.ones(2)).dtype == (np.float64 if backend == "numpy" else np.float32)
+    assert be.to_numpy(array).tolist() == strided.tolist()
+    assert be.empty((2, 3)).dtype == np.float32
+    assert be.empty((2, 3), np.int64).shape == (2, 3)
+
+
+# ------------------------------------------------------------------------------------------- noising
+
+SPECIAL = [0.0, -0.0, 1.0, -1.5, math.nan, math.inf, -math.inf, 1e-42, -1e-45, 3e38, -3e38, 1e-30]
+ANY_FLOAT = st.one_of(st.floats(width=32), st.sampled_from(SPECIAL))
+SHAPES = st.tuples(st.integers(0, 4), st.integers(0, 21))
+
+
+def noised(be, x0, t, signal, noise, **at):
+    out, eps = be.empty(x0.shape, x0.dtype), be.empty(x0.shape, x0.dtype)
+    with np.errstate(all="ignore"):
+        be.forward_noise(x0, t, signal, noise, out, eps, **at)
+    return out, eps
+
+
+@given(data=st.data(), x0=hnp.arrays(np.float32, SHAPES, elements=ANY_FLOAT), seed=st.integers(0, 2**64 - 1))
+@settings(max_examples=100)
+def test_forward_noise_has_the_same_bits_everywhere(data, x0, seed):
+    t = data.draw(hnp.arrays(np.int64, len(x0), elements=st.integers(0, 5)))
+    signal, noise = (data.draw(hnp.arrays(np.float64, 6, elements=st.floats(0, 1))) for _ in range(2))
+    first = data.draw(st.sampled_from([0, 7, 2**32 - 2, 2**56 - 4]))
+    z = naive.normal(*x0.shape, seed=seed, stream=Stream.FORWARD, first_sample=first)
+    with np.errstate(all="ignore"):
+        want = naive.forward_noise(x0, t, signal, noise, z)
+    for be in (NUMPY, CPU):
+        out, eps = noised(be, x0, t, signal, noise, seed=seed, first_sample=first)
+        assert_same_bits(out, want)
+        assert_same_bits(eps, z)
+
+
+@pytest.mark.parametrize("shape", [(3000, 67), (9, 9001), (20011, 3)])
+def test_forward_noise_beyond_the_chunks(shape):
+    x0 = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    t = np.arange(len(x0)) % 100
+    tables = Schedule.cosine(100).signal, Schedule.cosine(100).noise
+    want, z = noised(NUMPY, x0, t, *tables, seed=5, first_sample=3)
+    for be in THREADED:
+        out, eps = noised(be, x0, t, *tables, seed=5, first_sample=3)
+        assert_same_bits(out, want)
+        assert_same_bits(eps, z)
+
+
+# ------------------------------------------------------------------------------------------- the sampler step
+
+
+def stepped(be, x, out, previous, row, clip, **at):
+    x, previous = x.copy(), None if previous is None else previous.copy()
+    with np.errstate(all="ignore"):
+        be.sampler_step(x, out, previous, row, clip, **at)
+    return x, previous
+
+
+AT = {"seed": 9, "stream": Stream.STEP, "first_sample": 2**32 - 1}
+CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
+
+
+def test_every_combination_of_terms():
+    """All 2^7 sets of coefficients that are zero, all clips, with and without a previous x0; hostile values in all."""
+    values = np.array([*SPECIAL, 0.3, 0.7, -0.1], np.float32)
+    x, out, previous = (np.tile(np.roll(values, shift), 3).reshape(9, 5)[:, :5] for shift in (0, 4, 9))
+    x, out, previous = (np.ascontiguousarray(a) for a in (x, out, previous))
+    z = naive.normal(9, 5, seed=9, stream=Stream.STEP, step=6, first_sample=2**32 - 1)
+    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.2, 0.4)
+    for used in itertools.product((0, 1), repeat=7):
+        row = Row(6, *(number * use for number, use in zip(numbers, used, strict=True)))
+        for clip, memory in itertools.product(CLIPS, (previous, None)):
+            if memory is None and row.c != 0:
+                continue
+            with np.errstate(all="ignore"):
+                pairs = [
+                    naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], clip) for at in np.ndindex(x.shape)
+                ]
+            want, want_x0 = np.array(pairs, np.float32).reshape(*x.shape, 2).transpose(2, 0, 1)
+            for be in (NUMPY, CPU):
+                for given_out in (out, None) if row.q == 0 and row.e == 0 else (out,):
+                    got, kept = stepped(be, x, given_out, memory, row, clip, **AT)
+                    assert_same_bits(got, want)
+                    if memory is not None:
+                        assert_same_bits(kept, want_x0)
+
+
+COEFFICIENT = st.one_of(st.just(0.0), st.floats(-2, 2), st.sampled_from([1e-60, 1e-45, -1e-40, 1e30]))
+
+
+@given(data=st.data(), shape=SHAPES, row=st.tuples(*[COEFFICIENT] * 7), clip=st.sampled_from(CLIPS), seed=st.integers(0, 2**64 - 1))
+@settings(max_examples=150)
+def test_sampler_step_has_the_same_bits_everywhere(data, shape, row, clip, seed):
+    x, out, previous = (data.draw(hnp.arrays(np.float32, shape, elements=ANY_FLOAT)) for _ in range(3))
+    row = Row(data.draw(st.sampled_from([0, 999, 2**32 - 1])), *row)
+    at = {"seed": seed, "stream": data.draw(st.sampled_from(Stream)), "first_sample": data.draw(st.integers(0, 2**56 - 4))}
+    want, want_x0 = stepped(NUMPY, x, out, previous, row, clip, **at)
+    got, got_x0 = stepped(CPU, x, out, previous, row, clip, **at)
+    assert_same_bits(got, want)
+    assert_same_bits(got_x0, want_x0)
+
+
+@pytest.mark.parametrize("shape", [(3000, 67), (9, 9001)])
+@pytest.mark.parametrize("s", [0.0, 0.5])
+def test_sampler_step_beyond_the_chunks(shape, s):
+    x, out, previous = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, s)
+    want, want_x0 = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), **AT)
+    for be in THREADED:
+        got, got_x0 = stepped(be, x, out, previous, row, (-1.0, 1.0), **AT)
+        assert_same_bits(got, want)
+        assert_same_bits(got_x0, want_x0)
+
+
+def test_numpy_steps_in_float64():
+    x, out, previous = np.random.default_rng(2).normal(size=(3, 4, 7))
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, 0.5)
+    z = naive.normal(4, 7, seed=9, stream=Stream.STEP, step=3, first_sample=2**32 - 1).astype(np.float64)
+    got, _ = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), **AT)
+    for at in np.ndindex(x.shape):
+        want, _ = naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], (-1.0, 1.0), np.float64)
+        assert got[at] == want
+
+
+# ------------------------------------------------------------------------------------------- networks
+
+NETS = {
+    "default": lambda: MLP(50, T=100),
+    "tutorial": lambda: MLP.tutorial(50, T=100),
+    "linear": lambda: MLP(4, hidden=(), T=3),
+    "one": lambda: MLP(1, hidden=(1,), T=1),
+    "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
+    "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
+    "tutorial of three": lambda: MLP.tutorial(3, T=5),
+}
+
+
+@pytest.fixture(scope="module", params=NETS)
+def net(request):
+    return scatter(NETS[request.param]())
+
+
+def terms(net):
+    """How many products the longest way through the network adds up."""
+    return sum(layer.inputs for layer in net.plan.layers) + 32
+
+
+def batch_of(net, n, seed=0):
+    random = np.random.default_rng(seed)
+    x, target = random.normal(size=(2, n, net.points)).astype(np.float32)
+    return x, random.integers(0, net.T, n), target
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 130])
+def test_networks_agree_with_loops_and_with_each_other(net, n):
+    x, t, _ = batch_of(net, n)
+    params = {name: view.astype(np.float64).tolist() for name, view in net.params.items()}
+    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), x.astype(np.float64), t)
+    for k in {0, n // 2, n - 1}:
+        row = x[k].astype(np.float64).tolist()
+        loop = naive.tutorial(params, row, t[k]) if net.kind == "tutorial" else naive.mlp(params, row, t[k], net.T)
+        assert_close(want[k], loop, terms=terms(net), scale=1000)  # the angles of the time features are that large
+    for be in (NUMPY, CPU):
+        got = be.mlp_forward(net.plan, net.flat, x, t)
+        assert got.dtype == np.float32
+        assert_close(got, want, terms=terms(net))
+
+
+def test_networks_are_elementwise_right_at_the_ends_of_the_range():
+    """SiLU and LeakyReLU of huge, tiny and vanishing values: no overflow, no NaN."""
+    for made in (MLP(1, hidden=(1,), T=1), MLP.tutorial(1, T=1)):
+        for view in made.params.values():
+            view[...] = 1 if view.ndim == 2 and view.shape[0] != 32 else 0
+        x = np.array([[v] for v in (0, 1e-40, -1e-40, 1, -1, 20, -20, 87, -87, 88.5, -88.5, 104, -104, 1e30, -1e30)], np.float32)
+        t = np.zeros(len(x), np.int64)
+        want = NUMPY.mlp_forward(made.plan, made.flat.astype(np.float64), x.astype(np.float64), t)
+        for be in (NUMPY, CPU):
+            assert_close(be.mlp_forward(made.plan, made.flat, x, t), want, scale=1, terms=8)
+
+
+def gradients(be, net, x, t, target):
+    grads = np.full(net.flat.shape, np.nan, np.float32)
+    loss, dx = be.mlp_gradient(net.plan, net.flat, x, t, target, grads)
+    return loss, dx, grads
+
+
+@pytest.mark.parametrize("n", [1, 3, 257])
+def test_gradients_agree(net, n):
+    x, t, target = batch_of(net, n, seed=1)
+    grads = np.full(net.flat.shape, np.nan)
+    wide = net.flat.astype(np.float64), x.astype(np.float64), t, target.astype(np.float64)
+    loss, dx = NUMPY.mlp_gradient(net.plan, *wide, grads)
+    for be in (NUMPY, CPU):
+        got_loss, got_dx, got = gradients(be, net, x, t, target)
+        assert type(got_loss) is float
+        assert_close(np.float32(got_loss), loss, terms=terms(net))
+        assert_close(got_dx, dx, terms=terms(net))
+        views, wants = net.layout.views(got), net.layout.views(grads)
+        for name in views:
+            assert_close(views[name], wants[name], terms=terms(net) + n)
+        assert not got[padding(net)].any()
+
+
+def padding(net):
+    """Mask of the entries of the flat buffer that belong to no tensor."""
+    mask = np.ones(net.layout.size, bool)
+    for view in net.layout.views(mask).values():
+        view[...] = False
+    return mask
+
+
+def draws_for(net, rows=37, prediction=(1.0, 0.0)):
+    schedule = Schedule.cosine(net.T)
+    data = np.random.default_rng(3).normal(size=(rows, net.points)).astype(np.float32)
+    target_noise, target_data = (np.full(net.T, value) for value in prediction)
+    return TrainingDraws(data, schedule.signal, schedule.noise, target_noise, target_data, seed=2**63 + 5)
+
+
+def test_a_training_batch_is_the_noise_law(net):
+    draws = draws_for(net, prediction=(0.75, -0.5))
+    x, t, target = draw_batch(draws, net.T, step=12, batch=6)
+    assert t.tolist() == naive.scaled(6, net.T, seed=draws.seed, stream=Stream.TRAIN_TIME, step=12)
+    data = draws.data[naive.scaled(6, 37, seed=draws.seed, stream=Stream.BATCH, step=12)]
+    eps = naive.normal(6, net.points, seed=draws.seed, stream=Stream.TRAIN_NOISE, step=12)
+    assert_same_bits(x, naive.forward_noise(data, t, draws.signal, draws.noise, eps))
+    assert_same_bits(target, np.float32(0.75) * eps + np.float32(-0.5) * data)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 129, 1000])
+def test_a_training_gradient_is_the_gradient_of_the_drawn_batch(net, batch):
+    draws = draws_for(net, prediction=(0.75, -0.5))
+    drawn_batch = draw_batch(draws, net.T, 3, batch)
+    for be in (NUMPY, CPU):
+        grads = np.full(net.flat.shape, np.nan, np.float32)
+        loss = be.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
+        want_loss, _, want = gradients(be, net, *drawn_batch)
+        assert type(loss) is float
+        assert loss == want_loss
+        assert_same_bits(grads, want)
+
+
+# ------------------------------------------------------------------------------------------- the batch law
+
+
+@given(data=st.data(), n=st.integers(1, 400))
+@example(data=None, n=129)
+@settings(max_examples=8)
+def test_a_row_does_not_depend_on_its_batch(net, data, n):
+    x, t, _ = batch_of(net, n)
+    edges = [0, 1, 128, n] if data is None else [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=4))), n]
+    whole = CPU.mlp_forward(net.plan, net.flat, x, t)
+    for be in THREADED:
+        parts = [be.mlp_forward(net.plan, net.flat, x[a:b].copy(), t[a:b]) for a, b in itertools.pairwise(edges)]
+        assert_same_bits(np.concatenate(parts), whole)
+    shuffled = np.random.default_rng(n).permutation(n)
+    assert_same_bits(CPU.mlp_forward(net.plan, net.flat, x[shuffled], t[shuffled]), whole[shuffled])
+
+
+def table(net, name):
+    schedule = Schedule.cosine(max(net.T, 2))
+    return {
+        "ddpm": lambda: ddpm(schedule, min(schedule.T, 9), clip=1.0),
+        "ddim": lambda: ddim(schedule, min(schedule.T, 9), eta=0.5),
+        "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 9), prediction="v"),
+    }[name]()
+
+
+def chained(be, net, smp, x, first):
+    x = x.copy()
+    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, seed=4, first_sample=first)
+    return x
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_chain_is_its_steps_in_any_batch(net, name):
+    if net.T == 1:
+        net = scatter(MLP(1, hidden=(1,), T=2))
+    smp, first = table(net, name), 2**32 - 70
+    x, _, _ = batch_of(net, 300)
+    whole = chained(CPU, net, smp, x, first)
+    assert np.isfinite(whole).all()
+    state, previous = x.copy(), np.zeros_like(x)
+    for row in smp.rows:
+        out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
+        CPU.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
+    assert_same_bits(state, whole)
+    for be in THREADED:
+        for edges in ([0, 300], [0, 1, 128, 257, 300]):
+            parts = [chained(be, net, smp, x[a:b], first + a) for a, b in itertools.pairwise(edges)]
+            assert_same_bits(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+def test_chains_agree(name):
+    net = scatter(MLP(17, hidden=(33, 1, 19), T=11))
+    smp = table(net, name)
+    x, _, _ = batch_of(net, 40)
+    want = x.astype(np.float64)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=6)
+    for be in (NUMPY, CPU):
+        assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net))
+
+
+@pytest.mark.parametrize("batch", [100, 1000, 4500])
+def test_training_does_not_depend_on_threads(net, batch):
+    draws = draws_for(net)
+    results = []
+    for be in (*THREADED, THREADED[0]):
+        grads = np.full(net.flat.shape, np.nan, np.float32)
+        results.append((be.mlp_train_gradient(net.plan, net.flat, draws, 8, batch, grads), grads))
+    for loss, grads in results[1:]:
+        assert loss == results[0][0]
+        assert_same_bits(grads, results[0][1])
+
+
+def test_networks_leave_nothing_behind():
+    """A backend's buffers for a network go when the network goes."""
+    made = MLP(3, hidden=(5,), T=7)
+    CPU.mlp_forward(made.plan, made.flat, np.ones((2, 3), np.float32), np.zeros(2, np.int64))
+    gone = weakref.ref(made.plan)
+    del made
+    gc.collect()
+    assert gone() is None
+
+
+# ------------------------------------------------------------------------------------------- the optimiser
+
+
+def optimiser_state(size, seed=0, dtype=np.float32):
+    random = np.random.default_rng(seed)
+    p, m, average, g = random.normal(size=(4, size)).astype(dtype)
+    return [p, m, np.square(random.normal(size=size)).astype(dtype), average], g
+
+
+PLANS = {
+    "default": TrainingPlan(),
+    "clipped": TrainingPlan(clip_norm=1e-3, ema=0.5, weight_decay=0.3),
+    "free": TrainingPlan(clip_norm=None, ema=None, weight_decay=0.0, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("size", [1, 16, 1003])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_adamw_agrees_with_loops(plan, size):
+    state, g = optimiser_state(size)
+    options = plan.options(step=6, ema_updates=100)
+    want = naive.adamw(
+        [column.astype(np.float64).tolist() for column in state], g.astype(np.float64).tolist(),
+        step=6, rate=plan.lr, decay=plan.weight_decay, clip=plan.clip_norm or math.inf, ema=min(plan.ema or 0, 101 / 110),
+    )  # fmt: skip
+    for be, dtype in ((NUMPY, np.float64), (NUMPY, np.float32), (CPU, np.float32)):
+        got = [column.astype(dtype) for column in state]
+        norm = be.adamw(got[0], g.astype(dtype), *got[1:], options)
+        assert type(norm) is float
+        assert_close(norm, np.linalg.norm(g.astype(np.float64)), dtype=np.float64)
+        for column, wanted in zip(got, want, strict=True):
+            assert_close(column, wanted)
+
+
+def test_adamw_does_not_depend_on_threads():
+    results = []
+    for be in THREADED:
+        state, g = optimiser_state(300_007)
+        norm = be.adamw(state[0], g, *state[1:], PLANS["default"].options(0, 0))
+        results.append((norm, state))
+    for norm, state in results[1:]:
+        assert norm == results[0][0]
+        for got, want in zip(state, results[0][1], strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(backend, bad):
+    state, g = optimiser_state(100)
+    g[57] = bad
+    kept = [column.copy() for column in state]
+    norm = get_backend(backend).adamw(state[0], g, *state[1:], PLANS["free"].options(3, 3))
+    assert not math.isfinite(norm)
+    for got, want in zip(state, kept, strict=True):
+        assert_same_bits(got, want)

@@ -1,0 +1,169 @@
+"""What is installed, what an import costs, which room may hold what, and that a skipped lane cannot hide."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tolerances import HANG_SECONDS, IMPORT_SECONDS
+
+import fastdiff
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def python(code):
+    """The output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------- what is installed
+
+
+def test_every_package_is_shipped():
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace(os.sep, ".")
+        for top in ("fastdiff", "kernels")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(setuptools["packages"]) == {re.sub(r"^kernels", "fastdiff.kernels", folder) for folder in folders}
+    assert setuptools["package-dir"] == {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"}
+    assert (ROOT / "fastdiff" / "py.typed").exists()
+    assert "py.typed" in setuptools["package-data"]["fastdiff"]
+
+
+def test_one_version():
+    version = PYPROJECT["project"]["version"]
+    assert fastdiff.__version__ == version
+    assert importlib.metadata.version("fastdiff-engine") == version
+
+
+def test_the_public_names():
+    names = set(fastdiff.__all__)
+    assert names >= {
+        "available_backends", "get_backend", "Schedule", "normal", "forward_noise", "forward_chain", "posterior",
+        "samplers", "sample", "MLP", "Diffusion", "load", "denoisers", "data", "errors",
+    }  # fmt: skip
+    assert all(hasattr(fastdiff, name) for name in names)
+
+
+def test_what_the_code_imports_is_declared():
+    """Every third-party module is a dependency, or belongs to an extra."""
+    declared = " ".join(
+        [*PYPROJECT["project"]["dependencies"], *PYPROJECT["project"]["optional-dependencies"]["plot"], "PIL"]
+    )
+    for path in sources("fastdiff", "kernels"):
+        for name, _ in imports(path):
+            top = name.split(".")[0]
+            known = top in sys.stdlib_module_names or top in ("fastdiff", "llvmlite")  # llvmlite is a part of numba
+            assert known or re.search(rf"\b{top}\b", declared, re.IGNORECASE), f"{path}: {top}"
+
+
+# ------------------------------------------------------------------------------------------- what an import costs
+
+
+def test_an_import_loads_nothing_heavy():
+    loaded = python("import sys, fastdiff; print(*sys.modules)").split()
+    heavy = {"numba", "llvmlite", "scipy", "cupy", "matplotlib", "PIL", "torch", "pandas", "IPython"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+    assert not [name for name in loaded if name.startswith("fastdiff.kernels")]
+
+
+def test_an_import_is_quick():
+    code = "import time; start = time.perf_counter(); import fastdiff; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(4)) < IMPORT_SECONDS
+
+
+def test_the_command_line_shows_help_without_numba():
+    loaded = python(
+        "import sys, contextlib, fastdiff.cli\n"
+        "with contextlib.suppress(SystemExit): fastdiff.cli.main(['--help'])\n"
+        "print(*sys.modules)"
+    )
+    assert "usage" in loaded
+    assert not {"numba", "scipy", "matplotlib"} & set(loaded.split())
+
+
+# ------------------------------------------------------------------------------------------- which room holds what
+
+
+def sources(*tops):
+    return [path for top in tops for path in (ROOT / top).rglob("*.py")]
+
+
+def imports(path):
+    """(module, names) of every import statement of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ()
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, tuple(alias.name for alias in node.names)
+
+
+def test_fastdiff_holds_no_kernel():
+    for path in sources("fastdiff"):
+        assert not [name for name, _ in imports(path) if name.split(".")[0] in ("numba", "llvmlite")], path
+
+
+def test_kernels_are_imported_under_one_name():
+    for path in sources("fastdiff", "kernels", "tests", "examples", "benchmarks"):
+        assert not [name for name, _ in imports(path) if name.split(".")[0] == "kernels"], path
+
+
+def test_rooms_depend_one_way():
+    """model -> process, nn -> backends -> kernels; nothing looks back."""
+    order = ["errors", "noise", "backends", "schedule", "samplers", "process", "nn", "checkpoint", "model", "cli"]
+    rank = {room: k for k, room in enumerate(order)}
+
+    def room(module):
+        return module.split(".")[1] if module.startswith("fastdiff.") else None
+
+    for path in sources("fastdiff"):
+        own = path.relative_to(ROOT / "fastdiff").parts[0].removesuffix(".py")
+        if own not in rank or own == "noise":  # fd.normal asks for a backend, inside the function
+            continue
+        for module, names in imports(path):
+            seen = [room(module)] if module != "fastdiff" else list(names)
+            for other in seen:
+                assert rank.get(other, -1) <= rank[own], f"{path} imports {other}"
+    for path in sources("kernels"):
+        for module, _ in imports(path):
+            assert room(module) in (None, "kernels", "noise", "backends"), f"{path} imports {module}"
+
+
+# ------------------------------------------------------------------------------------------- skipped lanes
+
+
+@pytest.mark.parametrize(("required", "code"), [("1", 1), ("0", 0)])
+def test_a_skip_fails_where_all_lanes_are_required(pytester, monkeypatch, required, code):
+    monkeypatch.setenv("FASTDIFF_REQUIRE_ALL", required)
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(test_lane="import pytest\ndef test_it(): pytest.skip('no such machine')\ndef test_other(): pass")
+    result = pytester.runpytest_subprocess("-ra", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, skipped=1)
+    assert result.ret == code
+    result.stdout.fnmatch_lines(["SKIPPED*no such machine"])
+    assert ("FASTDIFF_REQUIRE_ALL: 1 skipped" in result.stdout.str()) == (required == "1")
+
+
+def test_the_peers_lane_is_one_skip_where_there_are_no_peers(pytester, monkeypatch):
+    monkeypatch.delenv("FASTDIFF_REQUIRE_ALL", raising=False)
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.mkdir("peers").joinpath("test_peer.py").write_text("def test_1(): pass\ndef test_2(): pass\n")
+    result = pytester.runpytest_subprocess("-ra", "-p", "no:cacheprovider")
+    if find_spec("torch") is None or find_spec("diffusers") is None:
+        result.assert_outcomes(skipped=1)
+        result.stdout.fnmatch_lines(["SKIPPED*peers lane needs*"])
+    else:
+        result.assert_outcomes(passed=2)

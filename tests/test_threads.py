@@ -1,0 +1,228 @@
+"""Threads of the user, forks, fresh processes, interrupts: right bits every time, never a hang."""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradcheck import scatter
+from tolerances import HANG_SECONDS
+
+from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.backends.cpu import CpuBackend, Workers
+from fastdiff.nn import MLP
+from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import normal
+from fastdiff.process import forward_noise, sample
+from fastdiff.samplers import ddpm
+from fastdiff.schedule import Schedule
+
+
+def work(be):
+    """A digest of everything a backend does, in sizes that occupy several threads."""
+    schedule = Schedule.cosine(20)
+    net = scatter(MLP(33, hidden=(40, 17), T=20))
+    x0 = normal((5000, 33), seed=1, backend=be)
+    x_t, eps = forward_noise(x0, 7, schedule, seed=2, backend=be)
+    drawn = sample(net, ddpm(schedule, 4, clip=2.0), n=300, seed=3, backend=be)
+    draws = TrainingDraws(
+        x0, schedule.signal, schedule.noise, np.ones(20), np.zeros(20), seed=4
+    )
+    grads, m, v, average = (net.layout.zeros(np.float32) for _ in range(4))
+    loss = be.mlp_train_gradient(net.plan, net.flat, draws, 5, 600, grads)
+    norm = be.adamw(net.flat, grads, m, v, average, TrainingPlan().options(0, 0))
+    digest = hashlib.sha256(repr((loss, norm)).encode())
+    for array in (x_t, eps, drawn, grads, net.flat, m, v, average):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return work(get_backend("cpu", threads=1))
+
+
+def test_the_number_of_threads_changes_nothing(expected):
+    assert work(get_backend("cpu")) == work(get_backend("cpu", threads=3)) == expected
+
+
+def test_two_threads_use_one_backend_and_several_at_once(expected):
+    cpu, numpy = get_backend("cpu", threads=2), get_backend("numpy")
+    jobs = [cpu, cpu, get_backend("cpu", threads=3), numpy, cpu, get_backend("cpu", threads=1), numpy, cpu] * 2
+    want = {"cpu": expected, "numpy": work(numpy)}
+    barrier = threading.Barrier(4)
+
+    def job(k):
+        if k < 4:
+            barrier.wait(HANG_SECONDS)
+        return work(jobs[k])
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(job, range(len(jobs)), timeout=HANG_SECONDS))
+    assert results == [want[be.name] for be in jobs]
+
+
+# ------------------------------------------------------------------------------------------- other processes
+
+
+def child(be, sender):
+    sender.send(work(be))
+    sender.close()
+
+
+def answer(context, be):
+    """What a child of the context computes; a child that hangs or dies is a failure."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(be, sender))
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(HANG_SECONDS), "the child hangs"
+        return receiver.recv()
+    finally:
+        process.join(1)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+needs_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="this platform has no fork"
+)
+forking = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # that it is deprecated is known
+
+
+@needs_fork
+@forking
+def test_a_fork_after_work_works(expected):
+    be = get_backend("cpu", threads=2)
+    assert work(be) == expected
+    assert any(thread.name == "fastdiff" for thread in threading.enumerate())
+    context = multiprocessing.get_context("fork")
+    assert answer(context, be) == expected
+    assert answer(context, get_backend("cpu")) == expected
+    assert work(be) == expected
+
+
+@needs_fork
+@forking
+def test_a_fork_during_work_works(expected):
+    """The parent's other thread holds the backend's lock; the child must not wait for it."""
+    be = get_backend("cpu", threads=2)
+    stop = threading.Event()
+    results = []
+
+    def busy():
+        while not stop.is_set():
+            results.append(work(be))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        context = multiprocessing.get_context("fork")
+        assert [answer(context, be) for _ in range(4)] == [expected] * 4
+    finally:
+        stop.set()
+        thread.join(HANG_SECONDS)
+    assert set(results) == {expected}
+
+
+def test_a_spawned_process_takes_a_pickled_backend(expected):
+    assert answer(multiprocessing.get_context("spawn"), get_backend("cpu", threads=2)) == expected
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_numbas_threading_layer_changes_nothing(layer, expected):
+    """Nor does the number of Numba's threads: the backend has its own."""
+    env = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "1"}
+    code = "from test_threads import *; print(work(get_backend('cpu', threads=2)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
+    assert done.stdout.strip() == expected, done.stderr
+
+
+# ------------------------------------------------------------------------------------------- the workers
+
+
+def covered(workers, items, grain):
+    seen = np.zeros(items, int)
+
+    def body(worker, start, stop):
+        assert 0 <= worker < workers.threads
+        assert start < stop <= items
+        seen[start:stop] += 1
+
+    workers.run(body, items, grain)
+    return seen
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("items", "grain"), [(0, 4), (1, 4), (4, 4), (5, 4), (103, 10), (7, 1)])
+def test_workers_do_every_item_once(threads, items, grain):
+    workers = Workers(threads)
+    for _ in range(3):
+        assert (covered(workers, items, grain) == 1).all()
+
+
+@pytest.mark.parametrize("where", ["caller", "helper"])
+def test_a_failure_in_any_worker_reaches_the_caller(where):
+    workers = Workers(2)
+    both = threading.Barrier(2)
+
+    def body(worker, start, stop):
+        both.wait(HANG_SECONDS)  # each worker has one piece
+        if (worker == 0) == (where == "caller"):
+            raise ValueError("broken piece")
+
+    with pytest.raises(ValueError, match="broken piece"):
+        workers.run(body, 2, 1)
+    assert (covered(workers, 100, 3) == 1).all()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timer signals")
+def test_an_interrupt_leaves_the_workers_in_step():
+    """Ctrl-C while the caller waits for a helper; the next job must not mistake the late helper for its own."""
+    workers = Workers(2)
+    both = threading.Barrier(2)
+    late = []
+
+    def slow(worker, start, stop):
+        both.wait(HANG_SECONDS)
+        if worker == 1:
+            time.sleep(0.3)
+            late.append(worker)
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(slow, 2, 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    finished = []
+
+    def steady(worker, start, stop):
+        assert late == [1]  # its buffers are free
+        both.wait(HANG_SECONDS)
+        time.sleep(0.05 * worker)
+        finished.append(worker)
+
+    workers.run(steady, 2, 1)
+    assert sorted(finished) == [0, 1]
+
+
+def test_a_pickled_backend_keeps_its_threads():
+    other = pickle.loads(pickle.dumps(CpuBackend(threads=3)))
+    assert isinstance(other, CpuBackend)
+    assert other.threads == 3
