@@ -7,6 +7,7 @@ a user pays for those too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import subprocess
@@ -220,9 +221,10 @@ def _forward(fd: Any, case: Case, be: Any) -> Work:
 
 def _step(fd: Any, case: Case, be: Any) -> Work:
     x, out, row, clip = image_step(fd, case)
+    seeds = itertools.count()  # the same noise again and again would add up
 
     def run() -> Any:
-        be.sampler_step(x, out, None, row, clip, seed=0, stream=fd.noise.Stream.STEP, first_sample=0)
+        be.sampler_step(x, out, None, row, clip, seed=next(seeds), stream=fd.noise.Stream.STEP, first_sample=0)
         return x
 
     return Work(run, finite(x.shape, 0.5, 2))

@@ -575,6 +575,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def choose(names: list[str] | None) -> list[Comparison]:
+    """Return the comparisons of these names, or whose names begin so; all by default."""
+    known = {comparison.name for comparison in COMPARISONS}
+
+    def named(comparison: Comparison, name: str) -> bool:
+        return comparison.name == name if name in known else comparison.name.startswith(name)
+
+    return [comparison for comparison in COMPARISONS if any(named(comparison, name) for name in names or [""])]
+
+
 def main() -> int:
     """Compare, print, and write the results; return the exit code."""
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__.split("\n")[0])
@@ -597,7 +607,7 @@ def main() -> int:
     if missing:
         print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
         return 2
-    chosen = [c for c in COMPARISONS if not args.only or any(c.name.startswith(name) for name in args.only)]
+    chosen = choose(args.only)
     if not chosen:
         parser.error(f"no such case; there are {', '.join(c.name for c in COMPARISONS)}")
     if args.rounds < 1 or args.threads < 1:

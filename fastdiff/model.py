@@ -220,8 +220,7 @@ class Diffusion:
             See `TrainingPlan`; those of the first call stay until `reset`. Warm-up and decay are absolute steps.
         validation : float or (M, points) array, optional
             A fraction of the rows to hold out (the same rows at each call with the same X), or other curves. Their
-            loss under the averaged weights, with fixed noise and timesteps, goes to `history` every 100 steps and
-            at the end.
+            loss under the averaged weights, with fixed noise and timesteps, goes to `history` every 100 steps.
         progress : bool, optional
             Show a progress bar.
         callback : callable, optional
@@ -239,7 +238,7 @@ class Diffusion:
         TrainingError
             A loss or gradient that is not finite: the model keeps the state before that step.
         KeyboardInterrupt
-            Ctrl-C takes effect after a whole step, so the state is sound; a second one at once.
+            Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         if y is not None:
             raise ArgumentError("y", type(y).__name__, "None: this network has no classes")
@@ -297,7 +296,7 @@ class Diffusion:
                     raise KeyboardInterrupt
                 if callback is not None and callback(self.step - 1, loss):
                     break
-        if checks is not None and self.history["validation_step"][-1:] != [self.step]:
+        if checks is not None and self.step % VALIDATION_EVERY == 0:
             self._validate(be, checks)
         return self
 
@@ -358,6 +357,8 @@ class Diffusion:
 
     def _validate(self, be: Backend, checks: tuple[Any, Any, Any]) -> None:
         assert self.net is not None
+        if self.history["validation_step"][-1:] == [self.step]:
+            return  # an earlier fit ended here
         x, t, target = checks
         out = be.mlp_forward(self.net.plan, self._average, x, t)
         self.history["validation_step"].append(self.step)
@@ -552,8 +553,8 @@ def default_schedule(T: int = 100) -> Schedule:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C in the main thread; yields a function that says whether one came."""
-    seen = False
+    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came."""
+    seen = 0
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
         None,
         signal.SIG_IGN,
@@ -564,11 +565,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     def hold(number: int, frame: Any) -> None:
         nonlocal seen
-        seen = True
-        signal.signal(number, previous)  # the next one is not held back
+        seen += 1
+        if seen == 2:
+            signal.signal(number, previous)
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield lambda: seen
+        yield lambda: seen > 0
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -84,6 +84,13 @@ def test_every_comparison_has_its_case():
     assert set(peers.PEERS) == set(peers.EXAMPLE) == set(cases.KINDS)
 
 
+def test_a_comparison_is_chosen_by_its_name_or_the_beginning_of_several():
+    assert peers.choose(None) == list(peers.COMPARISONS)
+    assert [comparison.name for comparison in peers.choose(["train-tutorial-10"])] == ["train-tutorial-10"]
+    assert len(peers.choose(["normals", "step"])) == 3
+    assert peers.choose(["nothing"]) == []
+
+
 def test_without_the_peers_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["peers.py"])

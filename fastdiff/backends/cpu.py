@@ -36,8 +36,11 @@ except ModuleNotFoundError as error:
 Array = npt.NDArray[Any]
 Body = Callable[[int, int, int], None]
 
+FEW = 8
 GROUP = 16  # tiles whose gradients are held at once: bounds the memory of a training step
-MIN_PIECE = 1 << 16  # values: less work than this is not worth waking a thread
+# Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
+MIN_PIECE = 1 << 16
+MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
 
 
 class Workers:
@@ -318,7 +321,7 @@ class CpuBackend:
             self._chunks(noisy, x.shape)
         else:
             with self._workers.lock:
-                self._workers.run(quiet, flat.size, MIN_PIECE)
+                self._workers.run(quiet, flat.size, MIN_LIGHT_PIECE)
 
     def _network(self, plan: MLPPlan) -> _MLPSpace:
         space = self._networks.get(plan)
@@ -372,6 +375,13 @@ class CpuBackend:
             net = self._network(plan)
             table, _ = net.time_table(params, steps)
 
+            def columns(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.chain_columns_range(
+                    start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
+                    net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
+                    net.arenas[worker], net.previous[worker],
+                )  # fmt: skip
+
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
                     start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
@@ -379,7 +389,11 @@ class CpuBackend:
                     net.arenas[worker], net.previous[worker], net.times[worker],
                 )  # fmt: skip
 
-            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+            # The same bits either way; vectors of few samples would be mostly empty.
+            if len(x) < FEW:
+                self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+            else:
+                self._workers.run(columns, -(-len(x) // mlp_kernels.COLUMNS), 1)
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -450,7 +464,7 @@ class CpuBackend:
                 del worker
                 mlp_kernels.add_partials(start, stop, grads, net.partials, 0 if first else 1, here)
 
-            self._workers.run(add, net.summed, max(MIN_PIECE // here, 1024))
+            self._workers.run(add, net.summed, max(MIN_LIGHT_PIECE // here, 1024))
             if width:
                 times = net.t[first * mlp_kernels.TILE : (first + here) * mlp_kernels.TILE]
 
@@ -458,7 +472,7 @@ class CpuBackend:
                     del worker
                     mlp_kernels.scatter_rows(start, stop, net.dtime, times, net.slots, dtable, width)
 
-                self._workers.run(scatter, width, max(64, MIN_PIECE // len(times)))
+                self._workers.run(scatter, width, max(64, MIN_LIGHT_PIECE // len(times)))
         if net.features is not None and width:
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
@@ -472,7 +486,7 @@ class CpuBackend:
             self._workers.run(
                 lambda worker, start, stop: optim_kernels.square_sums(start, stop, grads, sums, self._lanes[worker]),
                 len(sums),
-                MIN_PIECE // optim_kernels.BLOCK,
+                MIN_LIGHT_PIECE // optim_kernels.BLOCK,
             )
             norm = float(np.sqrt(sum(sums)))
             if not np.isfinite(norm):
@@ -489,6 +503,6 @@ class CpuBackend:
                     start, stop, params, grads, m, v, average, scalars
                 ),
                 params.size,
-                MIN_PIECE,
+                MIN_LIGHT_PIECE,
             )
         return norm

@@ -153,9 +153,10 @@ class NumpyBackend:
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
-        y, saved = _mlp_forward(plan, params, x, t)
-        loss, dy = squared_error(y, target)
-        return loss, _mlp_backward(plan, params, dy, t, saved, grads)
+        with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
+            y, saved = _mlp_forward(plan, params, x, t)
+            loss, dy = squared_error(y, target)
+            return loss, _mlp_backward(plan, params, dy, t, saved, grads)
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array

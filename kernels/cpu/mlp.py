@@ -14,10 +14,11 @@ import numpy as np
 from fastdiff.backends import LEAKY_SLOPE
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import bits_float, kernel
-from fastdiff.kernels.cpu.noise import CHUNK, SHIFT, _words, chunks_of, draw_chunk
+from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
 TILE = 128
+COLUMNS = 64  # samples of a tile that is stored feature by feature: 128 would make its rows collide in the cache
 
 # Columns of the layer table: widths, offsets of W and bias in the parameters, codes, first column in the time table,
 # and where the tile's input, u = x W + bias and y = activation lie in the arena (u = y where u is not needed again).
@@ -59,31 +60,36 @@ def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
     bias = params[layer[BIAS] : layer[BIAS] + n]
     for i in range(rows):
         u = arena[layer[U] + i * n : layer[U] + (i + 1) * n]
-        y = arena[layer[Y] + i * n : layer[Y] + (i + 1) * n]
-        if mode == SCALED:
-            at = slots[t[i]] * width + layer[COLUMN]
-            gain, shift = table[at : at + n], table[at + n : at + 2 * n]
-            for j in range(n):
-                u[j] = u[j] + bias[j]
-            for j in range(n):
-                y[j] = (ONE + gain[j]) * u[j] + shift[j]
-        elif mode == SHIFTED:
+        for j in range(n):
+            u[j] = u[j] + bias[j]
+        if layer[Y] != layer[U]:
+            # One array where they are the same: the compiler does not vectorise over two that overlap.
+            y = arena[layer[Y] + i * n : layer[Y] + (i + 1) * n]
+            if mode == SCALED:
+                at = slots[t[i]] * width + layer[COLUMN]
+                gain, shift = table[at : at + n], table[at + n : at + 2 * n]
+                if act == SILU:
+                    for j in range(n):
+                        v = (ONE + gain[j]) * u[j] + shift[j]
+                        y[j] = v * sigmoid(v)
+                    continue
+                for j in range(n):
+                    y[j] = (ONE + gain[j]) * u[j] + shift[j]
+            else:
+                for j in range(n):
+                    y[j] = u[j]
+            u = y
+        if mode == SHIFTED:
             at = slots[t[i]] * width + layer[COLUMN]
             shift = table[at : at + n]
             for j in range(n):
-                y[j] = (u[j] + bias[j]) + shift[j]
-        else:
-            for j in range(n):
-                u[j] = u[j] + bias[j]
-            if act == SILU:
-                for j in range(n):
-                    y[j] = u[j]
+                u[j] = u[j] + shift[j]
         if act == SILU:
             for j in range(n):
-                y[j] = y[j] * sigmoid(y[j])
+                u[j] = u[j] * sigmoid(u[j])
         elif act == LEAKY:
             for j in range(n):
-                y[j] = y[j] if y[j] > ZERO else SLOPE * y[j]
+                u[j] = u[j] if u[j] > ZERO else SLOPE * u[j]
 
 
 @kernel
@@ -146,12 +152,98 @@ def chain_range(
 
 
 @kernel
+def _modulate_activate_columns(rows, layer, arena, params, table, at):
+    """`_modulate_activate` in place at Y, for a tile that is stored feature by feature and whose rows share a timestep.
+
+    `at` is where the timestep's row of the time table begins.
+    """
+    n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
+    at += layer[COLUMN]
+    for j in range(n):
+        y = arena[layer[Y] + j * rows : layer[Y] + (j + 1) * rows]
+        bias = params[layer[BIAS] + j]
+        if mode == SCALED:
+            gain, shift = ONE + table[at + j], table[at + n + j]
+            if act == SILU:
+                for i in range(rows):
+                    v = gain * (y[i] + bias) + shift
+                    y[i] = v * sigmoid(v)
+                continue
+            for i in range(rows):
+                y[i] = gain * (y[i] + bias) + shift
+        elif mode == SHIFTED:
+            shift = table[at + j]
+            for i in range(rows):
+                y[i] = (y[i] + bias) + shift
+        else:
+            for i in range(rows):
+                y[i] = y[i] + bias
+        if act == SILU:
+            for i in range(rows):
+                y[i] = y[i] * sigmoid(y[i])
+        elif act == LEAKY:
+            for i in range(rows):
+                y[i] = y[i] if y[i] > ZERO else SLOPE * y[i]
+
+
+@kernel
+def chain_columns_range(
+    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
+    keys, words, z, arena, previous,
+):  # fmt: skip
+    """`chain_range` on tiles of COLUMNS samples that are stored feature by feature, with the same bits.
+
+    The samples are the vector lanes: no lane is wasted whatever the widths of the layers, and noise is drawn in the
+    order in which it is used. A tile is turned once before the chain and once after it.
+    """
+    d = layers[0, INPUTS]
+    n = len(x) // d
+    blocks = (d + 3) // 4
+    for tile in range(start, stop):
+        begin = tile * COLUMNS
+        rows = min(COLUMNS, n - begin)
+        at = layers[0, X]
+        for i in range(rows):
+            for j in range(d):
+                arena[at + j * rows + i] = x[(begin + i) * d + j]
+        state = arena[at : at + d * rows]
+        out = arena[layers[-1, Y] : layers[-1, Y] + d * rows]
+        kept = previous[: d * rows] if keep else state
+        first = first_row + np.uint64(begin)
+        together = CHUNK // rows  # blocks of all rows that are drawn at once
+        for r in range(len(steps)):
+            for k in range(len(layers)):
+                layer = layers[k]
+                inputs, outputs = layer[INPUTS], layer[OUTPUTS]
+                gemm(
+                    arena, layer[Y], rows, params, layer[WEIGHT], 1, outputs, arena, layer[X], rows,
+                    outputs, rows, inputs, False,
+                )  # fmt: skip
+                _modulate_activate_columns(rows, layer, arena, params, table, slots[steps[r]] * width)
+            row = coefficients[r]
+            if row[6] == ZERO:
+                apply_row(state, out, kept, state, row, low, high, keep)
+                continue
+            for block in range(0, blocks, together):
+                count = min(together, blocks - block)
+                draw(count * rows, block, first, rows, True, steps[r], stream, keys, words, z)
+                for quarter in range(4):
+                    a = (block + quarter * blocks) * rows
+                    b = min(a + count * rows, d * rows)
+                    if a < b:
+                        apply_row(state[a:b], out[a:b], kept[a:b], z[quarter * QUARTER :], row, low, high, keep)
+        for i in range(rows):
+            for j in range(d):
+                x[(begin + i) * d + j] = state[j * rows + i]
+
+
+@kernel
 def scaled_words(out, bound, step, stream, keys, words):
     """out[i] = (w0 bound) >> 32 with the word of row i: timesteps and batch rows of the noise law."""
     factor = np.uint64(bound)
     for begin in range(0, len(out), CHUNK):
         count = min(CHUNK, len(out) - begin)
-        _words(count, 0, np.uint64(begin), 1, step, stream, keys, words)
+        _words(count, 0, np.uint64(begin), CHUNK, True, step, stream, keys, words)
         for i in range(count):
             out[begin + i] = np.int64((np.uint64(words[0, i]) * factor) >> SHIFT)
 

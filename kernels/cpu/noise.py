@@ -96,15 +96,16 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @kernel
-def _words(count, first_block, first_row, per_row, step, stream, keys, words):
+def _words(count, first_block, first_row, run, along_rows, step, stream, keys, words):
     """Words of `count` <= CHUNK blocks into words[0:4].
 
-    Block i is block ``first_block + i % per_row`` of row ``first_row + i // per_row``.
+    Runs of `run` blocks go along one row: block i is block ``first_block + i % run`` of row ``first_row + i // run``.
+    Or, with `along_rows`, over the rows: it is block ``first_block + i // run`` of row ``first_row + i % run``.
     """
     w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
-    # i // per_row as a product: exact for i < CHUNK and per_row <= CHUNK, and for one row whatever its length.
-    magic = np.uint64((1 << MAGIC_BITS) // per_row + 1 if per_row <= CHUNK else 0)
-    length, block, tag = np.uint64(per_row), np.uint64(first_block), np.uint64(stream) << np.uint64(56)
+    # i // run as a product: exact for i < CHUNK and run <= CHUNK; a longer run does not end here.
+    magic = np.uint64((1 << MAGIC_BITS) // run + 1 if run <= CHUNK else 0)
+    length, block, tag = np.uint64(run), np.uint64(first_block), np.uint64(stream) << np.uint64(56)
     step = np.uint64(step)
     # Rounds written out: a loop over them would be the innermost one, and the outer one would not vectorise.
     k0, k1 = np.uint64(keys[0, 0]), np.uint64(keys[0, 1])
@@ -119,8 +120,9 @@ def _words(count, first_block, first_row, per_row, step, stream, keys, words):
     k18, k19 = np.uint64(keys[9, 0]), np.uint64(keys[9, 1])
     for i in range(count):
         past = (np.uint64(i) * magic) >> np.uint64(MAGIC_BITS)
-        row = (first_row + past) | tag
-        c0, c1, c2, c3 = block + (np.uint64(i) - past * length), step, row, row >> SHIFT
+        within = np.uint64(i) - past * length
+        row = (first_row + (within if along_rows else past)) | tag
+        c0, c1, c2, c3 = block + (past if along_rows else within), step, row, row >> SHIFT
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k2, k3)
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k4, k5)
@@ -147,10 +149,10 @@ def _pair(count, wa, wb, za, zb):
 
 
 @kernel
-def _draw(count, first_block, first_row, per_row, step, stream, keys, words, z):
+def draw(count, first_block, first_row, run, along_rows, step, stream, keys, words, z):
     """Draw `count` blocks, numbered as in `_words`; value j of block i goes to z[j QUARTER + i]."""
     count = (count + LANES - 1) // LANES * LANES  # whole vectors also where little is wanted
-    _words(count, first_block, first_row, per_row, step, stream, keys, words)
+    _words(count, first_block, first_row, run, along_rows, step, stream, keys, words)
     _pair(count, words[0], words[1], z[:QUARTER], z[QUARTER:])
     _pair(count, words[2], words[3], z[2 * QUARTER :], z[3 * QUARTER :])
 
@@ -159,7 +161,7 @@ def _draw(count, first_block, first_row, per_row, step, stream, keys, words, z):
 def draw_rows(rows, first_row, width, step, stream, keys, words, z):
     """Draw `rows` whole rows of `width` values in at most CHUNK blocks; they lie in order from z[ORDERED]."""
     blocks = (width + 3) // 4
-    _draw(rows * blocks, 0, first_row, blocks, step, stream, keys, words, z)
+    draw(rows * blocks, 0, first_row, blocks, False, step, stream, keys, words, z)
     vectors = (blocks + LANES - 1) // LANES
     # Whole vectors are copied: what they overrun is written again by the next quarter or row.
     for row in range(rows):
@@ -199,7 +201,7 @@ def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segment
     per_row = (blocks + CHUNK - 1) // CHUNK
     row, block = chunk // per_row, (chunk % per_row) * CHUNK
     count = min(CHUNK, blocks - block)
-    _draw(count, block, first_row + np.uint64(row), CHUNK + 1, step, stream, keys, words, z)
+    draw(count, block, first_row + np.uint64(row), CHUNK + 1, False, step, stream, keys, words, z)
     for quarter in range(4):
         column = block + quarter * blocks
         segments[quarter, 0] = row * width + column
