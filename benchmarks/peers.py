@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,7 @@ TOLERANCES = {
     "weights": 1e-3,
 }
 EXAMPLE_STEPS = 5  # of training
-ROUNDS, LEAST_ROUNDS, PATIENCE = 9, 3, 30.0  # fewer rounds once a case has taken this many seconds
+ROUNDS, LEAST_ROUNDS, PATIENCE = 7, 3, 20.0  # fewer rounds once a case has taken this many seconds
 TURN = 0.3  # seconds of calls in one turn
 PAUSE = 0.2  # between turns: threads of the other side stop spinning
 BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
@@ -421,16 +422,19 @@ class Worker:
     def turn(self, seconds: float) -> float:
         """Let it work for about that long; return its time for one unit of the work."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
         return self._answer()["seconds"]
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        self.process.terminate()  # it has nothing to save
         self.process.wait()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -612,6 +616,7 @@ def main() -> int:
         parser.error(f"no such case; there are {', '.join(c.name for c in COMPARISONS)}")
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads want at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing behind
     output = args.output or (RESULTS if not (args.only or args.quick or args.threads != 2) else None)
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds

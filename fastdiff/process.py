@@ -19,6 +19,8 @@ from fastdiff.schedule import Schedule
 Array = Any
 Evaluate = Callable[[Array, int], Array]
 
+BATCH_VALUES = 1 << 22  # that go to a denoiser at once where the caller does not say
+
 
 def _schedule(value: Any) -> Schedule:
     if not isinstance(value, Schedule):
@@ -207,14 +209,16 @@ def sample(
     seed, first_sample : int, optional
         Sample k has the noise of row ``first_sample + k``, whatever n and `batch` are.
     batch : int, optional
-        At most this many samples go to the denoiser at once. Bounds memory, changes no bits of our networks.
+        At most this many samples go to the denoiser at once; by default as many as have four million values. Bounds
+        memory, changes no bits of our networks.
     backend : str or Backend, optional
     initial : (n, ...) array, optional
         Start from this state at the table's first timestep, instead of from noise.
     trajectory : bool, optional
         Also return the states of all rows.
     callback : callable, optional
-        ``callback(i, t, x)`` after row i, x read-only; a true result stops, and the samples are returned as they are.
+        ``callback(i, t, x)`` after row i, x (n, ...) read-only; a true result stops, and the samples are returned as
+        they are.
     progress : bool, optional
         Show a progress bar.
 
@@ -246,52 +250,43 @@ def sample(
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
-    batch = max(1, n) if batch is None else check_int("batch", batch, low=1)
+    batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
     if initial is None:
         be.normal(x, seed=seed, stream=Stream.INIT, step=0, first_sample=first_sample)
 
-    rows = sampler.rows
-    stepwise = trajectory or callback is not None or progress
-    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not stepwise and n:
-        for i in range(0, n, batch):
-            be.mlp_chain(
-                denoiser.plan,
-                denoiser.flat,
-                x[i : i + batch],
-                rows,
-                sampler.clip,
-                seed=seed,
-                first_sample=first_sample + i,
-            )
+    rows, clip = sampler.rows, sampler.clip
+    batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
+    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not (trajectory or callback or progress):
+        for part in batches:
+            first = first_sample + part.start
+            be.mlp_chain(denoiser.plan, denoiser.flat, x[part], rows, clip, seed=seed, first_sample=first)
         return x.reshape(n, *shape)
 
     evaluate = _evaluator(denoiser, be, shape)
-    previous = be.asarray(np.zeros((n, width), x.dtype)) if any(row.c != 0 for row in rows) else None
+    remembers = any(row.c != 0 for row in rows)
     path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
     if path is not None:
         path[0] = x
-    done = 0
-    for row in tqdm(rows, desc="sampling", disable=not progress, leave=False):
-        for i in range(0, n, batch):
-            part = slice(i, i + batch)
-            be.sampler_step(
-                x[part],
-                evaluate(x[part], row.t) if row.q != 0 or row.e != 0 else None,
-                None if previous is None else previous[part],
-                row,
-                sampler.clip,
-                seed=seed,
-                stream=Stream.STEP,
-                first_sample=first_sample + i,
-            )
-        done += 1
-        if path is not None:
-            path[done] = x
-        if callback is not None:
-            shown = x.reshape(n, *shape)
-            shown.flags.writeable = False
-            if callback(done - 1, row.t, shown):
-                break
+    # A callback sees all samples after each row; without one a batch runs to its end before the next one starts.
+    groups = [batches] if callback is not None else [[part] for part in batches]
+    done = len(rows)
+    with tqdm(total=len(rows) * len(groups), desc="sampling", disable=not progress, leave=False) as bar:
+        for group in groups:
+            previous = [be.asarray(np.zeros_like(x[part])) if remembers else None for part in group]
+            for done, row in enumerate(rows, start=1):
+                for part, kept in zip(group, previous, strict=True):
+                    state = x[part]
+                    out = evaluate(state, row.t) if row.q != 0 or row.e != 0 else None
+                    first = first_sample + part.start
+                    be.sampler_step(state, out, kept, row, clip, seed=seed, stream=Stream.STEP, first_sample=first)
+                    if path is not None:
+                        path[done, part] = state
+                bar.update()
+                if callback is not None:
+                    shown = x.reshape(n, *shape)
+                    shown.flags.writeable = False
+                    if callback(done - 1, row.t, shown):
+                        break
     x = x.reshape(n, *shape)
     return (x, path[: done + 1].reshape(done + 1, n, *shape)) if path is not None else x
 
@@ -317,7 +312,11 @@ def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
         raise ArgumentError(
             "denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction"
         )
-    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and denoiser.flat.dtype == np.float64 and be.name != "numpy":
+    if (
+        isinstance(getattr(denoiser, "plan", None), MLPPlan)
+        and denoiser.flat.dtype == np.float64
+        and be.name != "numpy"
+    ):
         raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
 
 

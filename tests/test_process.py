@@ -304,7 +304,7 @@ def test_a_batch_bounds_what_the_denoiser_sees(backend):
         return wave(x, t)
 
     sample(watch, ddim(SCHEDULE, 2), n=5, shape=(3,), batch=2, backend=backend)
-    assert seen == [(2, 11), (2, 11), (1, 11), (2, 5), (2, 5), (1, 5)]
+    assert seen == [(2, 11), (2, 5), (2, 11), (2, 5), (1, 11), (1, 5)]
 
 
 def test_the_timestep_is_an_int_and_the_state_is_the_denoisers_own(backend):

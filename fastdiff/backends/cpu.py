@@ -74,9 +74,7 @@ class Workers:
             return
         while len(self._jobs) < helpers:
             queue: SimpleQueue[Any] = SimpleQueue()
-            threading.Thread(
-                target=_serve, args=(queue, len(self._jobs) + 1), name="fastdiff", daemon=True
-            ).start()
+            threading.Thread(target=_serve, args=(queue, len(self._jobs) + 1), name="fastdiff", daemon=True).start()
             self._jobs.append(queue)
         counter = itertools.count()
 

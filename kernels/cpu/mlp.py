@@ -297,12 +297,13 @@ def scatter_rows(start, stop, dtime, t, slots, dtable, width):
 
 @kernel
 def transpose_weights(layers, params, transposed):
-    """W^T of every layer but the first, at the offset of W."""
+    """W^T of every layer, at the offset of W."""
     for k in range(len(layers)):
         n, m, at = layers[k, INPUTS], layers[k, OUTPUTS], layers[k, WEIGHT]
+        source, target = params[at : at + n * m], transposed[at : at + n * m]
         for j in range(m):
             for i in range(n):
-                transposed[at + j * n + i] = params[at + i * m + j]
+                target[j * n + i] = source[i * m + j]
 
 
 @kernel
