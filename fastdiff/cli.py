@@ -592,9 +592,8 @@ def _plain_messages() -> Iterator[None]:
 class _PatientInterrupt:
     """Ctrl-C while a model trains.
 
-    `Diffusion.fit` holds the first one back until the step is whole, and hands further ones to the handler
-    that it found: this one. So the state is sound, and worth saving, until the user insists: an exception in
-    the middle of a step may leave weights and moments that belong to different steps.
+    The first one stops the training after the step, so the state is sound and worth saving. A second one stops at
+    once: an exception in the middle of a step may leave weights and moments that belong to different steps.
     """
 
     def __init__(self) -> None:
@@ -602,7 +601,7 @@ class _PatientInterrupt:
         self.gave_up = False
 
     def wanted(self, step: int, loss: float) -> bool:
-        """Whether to stop: `fit` asks after each step, for a press that reached us outside of its steps."""
+        """Whether to stop: `fit` asks after each step."""
         return self.presses > 0
 
     def __enter__(self) -> None:

@@ -169,11 +169,21 @@ def check_array(
     if dtype is not None and array.dtype != dtype:
         with np.errstate(over="ignore"):
             array = array.astype(dtype)
-    if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+    if finite and array.dtype.kind == "f" and not _all_finite(array):
         bad = np.argwhere(~np.isfinite(array))[0]
         at = tuple(int(i) for i in bad)
         raise ArgumentError(argument, f"{array[at]} at index {at}", "finite values")
     return array
+
+
+def _all_finite(array: npt.NDArray[Any]) -> bool:
+    """Whether all values are finite, in one pass and without an array of booleans as long as `array`."""
+    if array.flags.c_contiguous and array.dtype.itemsize >= 4:
+        flat = array.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(np.dot(flat, flat)):  # a sum of squares is finite only if all of them are
+                return True
+    return all(bool(np.isfinite(part).all()) for part in array) if array.ndim > 1 else bool(np.isfinite(array).all())
 
 
 def check_timesteps(t: Any, T: int, n: int) -> npt.NDArray[np.int64]:

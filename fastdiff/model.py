@@ -553,24 +553,24 @@ def default_schedule(T: int = 100) -> Schedule:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came."""
+    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came.
+
+    A handler that somebody else has set stays: it decides itself what an interrupt does.
+    """
     seen = 0
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
-        None,
-        signal.SIG_IGN,
-    ):
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: False
         return
-    previous = signal.getsignal(signal.SIGINT)
 
     def hold(number: int, frame: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == 2:
-            signal.signal(number, previous)
+            signal.signal(number, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, hold)
     try:
         yield lambda: seen > 0
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -340,8 +340,16 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
     """The denoiser as a function of flat states (n, D) and t."""
     plan = getattr(denoiser, "plan", None)
     if isinstance(plan, MLPPlan):
-        flat = denoiser.flat
-        return lambda x, t: be.mlp_forward(plan, flat, x, be.asarray(np.full(len(x), t), np.int64))
+        flat, out, steps = denoiser.flat, be.empty((0, 0)), be.empty((0,), np.int64)
+
+        def network(x: Array, t: int) -> Array:
+            nonlocal out, steps
+            if out.shape != x.shape:  # the last batch may be smaller
+                out, steps = be.empty(x.shape, x.dtype), be.empty((len(x),), np.int64)
+            steps[...] = t
+            return be.mlp_forward(plan, flat, x, steps, out)
+
+        return network
     function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
 
     def evaluate(x: Array, t: int) -> Array:

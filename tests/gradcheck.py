@@ -9,7 +9,7 @@ from tolerances import GRADIENT, GRADIENT_FLOOR, STEP
 
 
 def differences(function, array):
-    """The gradient of a scalar ``function()`` with respect to `array`, which it reads, by changing one entry at a time."""
+    """The gradient of a scalar ``function()`` with respect to `array`, which it reads, one entry at a time."""
     gradient = np.empty(array.shape)
     for at in np.ndindex(array.shape):
         kept = array[at]

@@ -440,7 +440,7 @@ def test_ctrl_c_while_saving_does_not_cost_the_training(run, monkeypatch):
     assert fd.load("m.safetensors").step == 3
 
 
-def test_a_second_ctrl_c_waits_for_the_step_and_a_third_does_not(run, monkeypatch, capsys):
+def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatch, capsys):
     presses, patient = 0, cli._PatientInterrupt
 
     def press(step, loss):
@@ -448,7 +448,7 @@ def test_a_second_ctrl_c_waits_for_the_step_and_a_third_does_not(run, monkeypatc
             signal.raise_signal(signal.SIGINT)
         return wanted(step, loss)
 
-    for presses, saved in ((1, True), (2, True), (3, False)):
+    for presses, saved in ((1, True), (2, False)):
         stop = patient()
         wanted, stop.wanted = stop.wanted, press
         monkeypatch.setattr(cli, "_PatientInterrupt", lambda stop=stop: stop)
@@ -457,7 +457,7 @@ def test_a_second_ctrl_c_waits_for_the_step_and_a_third_does_not(run, monkeypatc
         assert out == ""
         assert "Traceback" not in err
         assert Path(f"m{presses}.safetensors").exists() == saved
-        assert ("once more to stop at once" in err) == (presses > 1)
+        assert "once more to stop at once" in err
         assert ("continue with: fastdiff train" in err) == saved
         if saved:
             assert fd.load(f"m{presses}.safetensors").step <= 2

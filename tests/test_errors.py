@@ -1,4 +1,4 @@
-"""The exceptions, and the checks at the edge: what passes, what is refused, and that the message says all three things."""
+"""The exceptions, and the checks at the edge: what passes, what is refused, and what the message says."""
 
 import copy
 import math

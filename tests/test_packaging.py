@@ -21,8 +21,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def python(code):
     """The output of a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
-    return done.stdout
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=True).stdout
 
 
 # ------------------------------------------------------------------------------------------- what is installed
@@ -149,7 +149,7 @@ def test_rooms_depend_one_way():
 def test_a_skip_fails_where_all_lanes_are_required(pytester, monkeypatch, required, code):
     monkeypatch.setenv("FASTDIFF_REQUIRE_ALL", required)
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
-    pytester.makepyfile(test_lane="import pytest\ndef test_it(): pytest.skip('no such machine')\ndef test_other(): pass")
+    pytester.makepyfile("import pytest\ndef test_1(): pytest.skip('no such machine')\ndef test_2(): pass")
     result = pytester.runpytest_subprocess("-ra", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, skipped=1)
     assert result.ret == code

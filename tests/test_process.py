@@ -92,7 +92,7 @@ def test_any_layout_is_read_and_left_alone(backend):
 
 
 def test_out_is_filled_and_returned(backend):
-    want, eps = forward_noise(X0, T5, SCHEDULE, backend=backend)
+    want, _ = forward_noise(X0, T5, SCHEDULE, backend=backend)
     out = np.full_like(X0, np.nan)
     got, _ = forward_noise(X0, T5, SCHEDULE, out=out, backend=backend)
     assert got is out
@@ -118,7 +118,7 @@ def test_out_of_the_wrong_kind_is_refused_and_left_alone(backend):
         assert not np.any(out)
 
 
-BAD_ARRAYS = [np.ones((5, 7), complex), np.ones((5, 7), bool), np.ones((5, 7), object), np.full((5, 7), "1"), 1.0, None, [[1], [1, 2]]]
+BAD_ARRAYS = [*(np.ones((5, 7), dtype) for dtype in (complex, bool, object, str)), 1.0, None, [[1], [1, 2]]]
 BAD_VALUES = [np.full((5, 7), bad) for bad in (math.nan, math.inf, -math.inf)]
 
 
@@ -285,7 +285,7 @@ def test_sampling_is_the_table_law(backend, name):
     assert_same_bits(sample(lambda x, t: wave(x, t).tolist(), smp, **at), x)
 
 
-@given(name=st.sampled_from(sorted(TABLES)), cut=st.integers(0, 11), batch=st.integers(1, 12), seed=st.integers(0, 2**64 - 1))
+@given(st.sampled_from(sorted(TABLES)), st.integers(0, 11), st.integers(1, 12), st.integers(0, 2**64 - 1))
 @settings(max_examples=25)
 def test_samples_do_not_depend_on_batch_or_backend(name, cut, batch, seed):
     smp = TABLES[name]()
@@ -411,12 +411,10 @@ def test_progress_changes_nothing(backend, capsys):
 
 
 @pytest.mark.parametrize(
-    "output",
-    [lambda x: x[:, :2], lambda x: x[:1], lambda x: x.astype(complex), lambda x: None, lambda x: "no", lambda x: [[1], [1, 2]], lambda x: 1.0],
+    "output", [np.ones((3, 2)), np.ones((1, 4)), np.ones((3, 4), complex), None, "no", [[1], [1, 2]], 1.0], ids=repr
 )
 def test_a_denoiser_that_returns_something_else_is_refused(backend, output):
-    message = refused("denoiser output", sample, lambda x, t: output(x), ddim(SCHEDULE, 2), n=3, shape=4, backend=backend)
-    assert "got" in message
+    refused("denoiser output", sample, lambda x, t: output, ddim(SCHEDULE, 2), n=3, shape=4, backend=backend)
 
 
 def test_a_denoiser_may_return_values_that_are_not_finite(backend):

@@ -34,9 +34,7 @@ def work(be):
     x0 = normal((5000, 33), seed=1, backend=be)
     x_t, eps = forward_noise(x0, 7, schedule, seed=2, backend=be)
     drawn = sample(net, ddpm(schedule, 4, clip=2.0), n=300, seed=3, backend=be)
-    draws = TrainingDraws(
-        x0, schedule.signal, schedule.noise, np.ones(20), np.zeros(20), seed=4
-    )
+    draws = TrainingDraws(x0, schedule.signal, schedule.noise, np.ones(20), np.zeros(20), seed=4)
     grads, m, v, average = (net.layout.zeros(np.float32) for _ in range(4))
     loss = be.mlp_train_gradient(net.plan, net.flat, draws, 5, 600, grads)
     norm = be.adamw(net.flat, grads, m, v, average, TrainingPlan().options(0, 0))
@@ -145,9 +143,8 @@ def test_numbas_threading_layer_changes_nothing(layer, expected):
     """Nor does the number of Numba's threads: the backend has its own."""
     env = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "1"}
     code = "from test_threads import *; print(work(get_backend('cpu', threads=2)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
-    )
+    command, here = [sys.executable, "-c", code], Path(__file__).parent
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.stdout.strip() == expected, done.stderr
 
 

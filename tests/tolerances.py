@@ -23,7 +23,7 @@ P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so i
 
 WORKSPACE = 1 << 18  # bytes by which memory may grow besides what is returned
 IMPORT_SECONDS = 0.4
-HANG_SECONDS = 60.0
+HANG_SECONDS = 120.0
 
 
 def allowed(want, *, terms=1, scale=None):

@@ -186,13 +186,16 @@ class Backend(Protocol):
         `out` (n, D) is the denoiser's output; None where no term needs it.
         """
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
-        """Return the network's output (n, out) for x (n, in) and t (n,) int64."""
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given."""
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
-        """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x."""
+        """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x.
+
+        The padding between the tensors of `grads` must be zero, and stays so.
+        """
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array

@@ -9,6 +9,7 @@ write disjoint memory and sums over pieces are added in the order of the pieces.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import weakref
@@ -177,6 +178,9 @@ class _MLPSpace:
         self.t = np.empty(0, np.int64)
         self.indices = np.empty(0, np.int64)
         self.losses = np.zeros(GROUP)
+        self.draws: TrainingDraws | None = None
+        self.tables: Array = np.empty(0)
+        self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
@@ -225,6 +229,7 @@ class CpuBackend:
         self._spaces = [_Workspace() for _ in range(self.threads)]
         self._networks: weakref.WeakKeyDictionary[MLPPlan, _MLPSpace] = weakref.WeakKeyDictionary()
         self._lanes = [np.empty(optim_kernels.LANES) for _ in range(self.threads)]
+        self._sums, self._scalars = np.empty(0), np.empty(8, np.float32)
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
         return CpuBackend, (self.threads,)
@@ -327,8 +332,8 @@ class CpuBackend:
             space = self._networks[plan] = _MLPSpace(plan, self.threads)
         return space
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
-        y = np.empty((len(x), plan.layers[-1].outputs), np.float32)
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        y = np.empty((len(x), plan.layers[-1].outputs), np.float32) if out is None else out
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
         with self._workers.lock:
             net = self._network(plan)
@@ -409,10 +414,13 @@ class CpuBackend:
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
-        keys, words = round_keys(draws.seed), self._spaces[0].words
+        words = self._spaces[0].words
         with self._workers.lock:
             net = self._network(plan)
             net.grow(batch)
+            if net.draws is not draws:
+                net.draws, net.tables, net.keys = draws, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+            keys = net.keys
             mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
             mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
             nothing = net.nothing.reshape(-1)
@@ -431,7 +439,6 @@ class CpuBackend:
         """Gradient of the batch that is `given` or drawn, at the timesteps net.t."""
         plan, width = net.plan, net.plan.time_width
         table, count = net.time_table(params, net.t)
-        grads[:] = 0
         dtable = net.dtable
         if width and net.features is None:
             dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
@@ -440,7 +447,7 @@ class CpuBackend:
         if draws is None:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
-            data, tables, keys = draws.data, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+            data, tables, keys = draws.data, net.tables, net.keys
         tiles = -(-batch // mlp_kernels.TILE)
         total = 0.0
         for first in range(0, tiles, GROUP):
@@ -455,7 +462,7 @@ class CpuBackend:
                 )  # fmt: skip
 
             self._workers.run(body, here, 1)
-            for loss in net.losses[:here]:
+            for loss in net.losses[:here].tolist():
                 total += loss
 
             def add(worker: int, start: int, stop: int, first: int = first, here: int = here) -> None:
@@ -479,22 +486,22 @@ class CpuBackend:
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         o = options
-        sums = np.empty(-(-params.size // optim_kernels.BLOCK))
         with self._workers.lock:
+            blocks = -(-params.size // optim_kernels.BLOCK)
+            if len(self._sums) != blocks:
+                self._sums = np.empty(blocks)
+            sums, scalars = self._sums, self._scalars
             self._workers.run(
                 lambda worker, start, stop: optim_kernels.square_sums(start, stop, grads, sums, self._lanes[worker]),
                 len(sums),
                 MIN_LIGHT_PIECE // optim_kernels.BLOCK,
             )
-            norm = float(np.sqrt(sum(sums)))
-            if not np.isfinite(norm):
+            norm = math.sqrt(sum(sums.tolist()))
+            if not math.isfinite(norm):
                 return norm
-            scalars = np.array(
-                [
-                    min(1.0, o.clip_norm / (norm + 1e-6)), 1 - o.beta1, 1 - o.beta2, o.correction2**-0.5,
-                    o.eps, 1 - o.rate * o.decay, o.rate / o.correction1, 1 - o.ema,
-                ],
-                np.float32,
+            scalars[:] = (
+                min(1.0, o.clip_norm / (norm + 1e-6)), 1 - o.beta1, 1 - o.beta2, o.correction2**-0.5,
+                o.eps, 1 - o.rate * o.decay, o.rate / o.correction1, 1 - o.ema,
             )  # fmt: skip
             self._workers.run(
                 lambda worker, start, stop: optim_kernels.adamw_range(

@@ -147,8 +147,12 @@ class NumpyBackend:
         if previous is not None:
             previous[...] = x0
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array) -> Array:
-        return _mlp_forward(plan, params, x, t)[0]
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        y = _mlp_forward(plan, params, x, t)[0]
+        if out is None:
+            return y
+        out[...] = y
+        return out
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array

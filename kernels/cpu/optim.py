@@ -9,7 +9,7 @@ import numpy as np
 from fastdiff.kernels.cpu.jit import kernel
 
 BLOCK = 4096
-LANES = 16
+LANES = 64
 
 
 @kernel
@@ -18,14 +18,11 @@ def square_sums(start, stop, values, sums, lanes):
     for block in range(start, stop):
         part = values[block * BLOCK : min(len(values), (block + 1) * BLOCK)]
         lanes[:] = 0.0
-        whole = len(part) // LANES * LANES
-        for i in range(0, whole, LANES):
-            for j in range(LANES):
-                value = np.float64(part[i + j])
+        for i in range(0, len(part), LANES):
+            row = part[i : min(len(part), i + LANES)]
+            for j in range(len(row)):
+                value = np.float64(row[j])
                 lanes[j] += value * value
-        for i in range(whole, len(part)):
-            value = np.float64(part[i])
-            lanes[i - whole] += value * value
         total = 0.0
         for j in range(LANES):
             total += lanes[j]
