@@ -122,6 +122,7 @@ def test_arrays(backend):
 
 # ------------------------------------------------------------------------------------------- noising
 
+
 def unset(net, dtype):
     """A gradient buffer whose tensors are NaN; the padding between them is zero, as the protocol asks."""
     grads = net.layout.zeros(dtype)

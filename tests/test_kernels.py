@@ -1,0 +1,169 @@
+"""What makes the CPU kernels fast, as far as it can be asserted: vector code, no arrays made in a loop, its cache."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tracemalloc
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+
+import fastdiff as fd
+from fastdiff.backends import AdamW, TrainingDraws
+from fastdiff.kernels.cpu import jit, mlp, noise, optim, step
+from fastdiff.noise import round_keys
+
+N = 64
+F32, I64 = np.float32, np.int64
+
+
+def arrays(*shapes, dtype=F32):
+    return [np.zeros(shape, dtype) for shape in shapes]
+
+
+def layer(activation, mode):
+    """A one-layer table of width N, with u and y apart."""
+    row = np.zeros(mlp.LAYER_COLUMNS, I64)
+    row[[mlp.INPUTS, mlp.OUTPUTS]] = N
+    row[[mlp.ACTIVATION, mlp.MODE]] = activation, mode
+    row[[mlp.U, mlp.Y]] = N * N, 2 * N * N
+    return row
+
+
+def hot_kernels():
+    """Name: (kernel, arguments, packed operations that its loops must hold)."""
+    words = np.zeros((4, noise.CHUNK), np.uint32)
+    keys, row = round_keys(0), np.ones(7, F32)
+    x, out, kept, drawn = arrays(N, N, N, N)
+    arena, params, table = arrays(4 * N * N, N * N, 4 * N)
+    slots, t = arrays(N, N, dtype=I64)
+    p, g, m, v, a = arrays(N, N, N, N, N)
+    silu = layer(mlp.SILU, mlp.SCALED)
+    return {
+        "Philox": (noise._words, (N, 0, np.uint64(0), N, False, 0, 0, keys, words), ["multiply words"]),
+        "Box-Muller": (noise._pair, (N, words[0], words[1], x, out), ["multiply", "add", "root"]),
+        "sampler step": (step.apply_row, (x, out, kept, drawn, row, F32(-1), F32(1), True), ["multiply", "add"]),
+        "activation by samples": (
+            mlp._modulate_activate,
+            (N, silu, arena, params, table, 2 * N, slots, t),
+            ["multiply", "add", "divide"],
+        ),
+        "activation by features": (
+            mlp._modulate_activate_columns,
+            (N, silu, arena, params, table, 0),
+            ["multiply", "add", "divide"],
+        ),
+        "activation backward": (
+            mlp._layer_backward,
+            (N, silu, arena, arena[:N], table, 2 * N, slots, t, arena, 0, params),
+            ["multiply", "add", "divide"],
+        ),
+        "sums of tiles": (mlp.add_partials, (0, N, g, arena[: 2 * N].reshape(2, N), 0, 2), ["add"]),
+        "AdamW": (optim.adamw_range, (0, N, p, g, m, v, a, np.ones(8, F32)), ["multiply", "add", "divide", "root"]),
+    }  # fmt: skip
+
+
+X86 = {
+    "multiply": r"\bv?mulps\b.*{}",
+    "add": r"\bv?addps\b.*{}",
+    "divide": r"\bv?divps\b.*{}",
+    "root": r"\bv?sqrtps\b.*{}",
+    "multiply words": r"\bv?pmuludq\b.*{}",
+}
+ARM = {
+    "multiply": r"\bfmul(\.4s|\s+v\d+\.4s)",
+    "add": r"\bfadd(\.4s|\s+v\d+\.4s)",
+    "divide": r"\bfdiv(\.4s|\s+v\d+\.4s)",
+    "root": r"\bfsqrt(\.4s|\s+v\d+\.4s)",
+    "multiply words": r"\bumull2?(\.2d|\s+v\d+\.2d)",
+}
+
+
+@pytest.mark.parametrize("name", hot_kernels())
+def test_hot_kernels_are_vectorised(name):
+    kernel, arguments, operations = hot_kernels()[name]
+    fresh = numba.njit(**jit.OPTIONS)(kernel.py_func)  # cached code has no text
+    fresh(*arguments)
+    (text,) = fresh.inspect_asm().values()
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        patterns = ARM
+    else:
+        features = llvm.get_host_cpu_features()
+        register = "zmm" if features.get("avx512f") else "ymm" if features.get("avx") else "xmm"
+        patterns = {operation: pattern.format(register) for operation, pattern in X86.items()}
+    for operation in operations:
+        assert re.search(patterns[operation], text), f"no packed {operation}"
+
+
+def peak_of(work):
+    """Bytes of Python and NumPy memory that a warm call has at once beyond what there was before."""
+    for _ in range(3):
+        work()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+SMALL = 8 * 1024  # bytes of frames, closures and views; the arrays of one sample's worth of work here are larger
+
+
+@pytest.mark.parametrize("make", [fd.MLP, fd.MLP.tutorial])
+def test_a_warm_training_step_allocates_no_arrays(make):
+    net = make(50, T=100)
+    be = fd.get_backend("cpu", threads=2)
+    schedule = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    data = fd.data.harmonic_curves(64)
+    draws = TrainingDraws(data, schedule.signal, schedule.noise, np.ones(100), np.zeros(100), 0)
+    options = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.001, 1.0, 0.9)
+    grads, m, v = (net.layout.zeros(F32) for _ in range(3))
+    average = net.flat.copy()
+
+    def train():
+        be.mlp_train_gradient(net.plan, net.flat, draws, 7, 300, grads)
+        be.adamw(net.flat, grads, m, v, average, options)
+
+    assert peak_of(train) < SMALL
+
+
+def test_a_warm_sampling_loop_allocates_no_arrays():
+    net = fd.MLP.tutorial(50, T=100)
+    be = fd.get_backend("cpu", threads=2)
+    smp = fd.samplers.dpmpp_2m(fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1), 20)
+    n = 500
+    seen = []
+
+    def watch(i, t, x):
+        """Memory in use after each row: a loop that made an array a row and kept it would show it."""
+        current, peak = tracemalloc.get_traced_memory()
+        seen.append(peak - current)
+        tracemalloc.reset_peak()
+        return False
+
+    def run(callback=None):
+        return fd.sample(net, smp, n=n, backend=be, callback=callback)
+
+    run()
+    tracemalloc.start()
+    try:
+        run(watch)
+        stepwise = max(seen[1:])
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        x = run()
+        fused = tracemalloc.get_traced_memory()[1] - before - x.nbytes
+    finally:
+        tracemalloc.stop()
+    assert stepwise < SMALL
+    assert fused < 2 * SMALL
+
+
+def test_the_cache_knows_all_kernel_sources():
+    """Numba compares a stamp of the one file; ours is of all of them, so an inlined function counts as well."""
+    for kernel in (noise._pair, step.step_range, mlp.chain_range, optim.adamw_range):
+        assert kernel._cache._cache_file._source_stamp == jit._sources_digest()
