@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -30,13 +28,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cases
 import numpy as np
 from cases import Case, T
+from machine import header
 from readme_numbers import RESULTS, table, write
 
 
@@ -538,47 +536,6 @@ def compare(
 # -- the report ------------------------------------------------------------------------------------------------
 
 
-def header(threads: int) -> dict[str, Any]:
-    """Machine, versions, date and commit."""
-    names = {"fastdiff": "fastdiff-engine"} | {n: n for n in ("numpy", "numba", "torch", "diffusers", "safetensors")}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: version(package) for name, package in names.items()},
-    }
-
-
-def _commit() -> str:
-    """The commit, with a plus sign where tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(cases.HERE), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        known = {key.strip(): value.strip() for key, value in lines.items()}
-        flags = known.get("flags", "").split()
-        widest = next((name for name in ("avx512f", "avx2") if name in flags), "")
-        if "model name" in known:
-            return known["model name"] + (f" ({widest})" if widest else "")
-    return platform.processor() or platform.machine()
-
-
 def choose(names: list[str] | None) -> list[Comparison]:
     """Return the comparisons of these names, or whose names begin so; all by default."""
     known = {comparison.name for comparison in COMPARISONS}
@@ -621,7 +578,10 @@ def main() -> int:
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds
     how = {"scale": 0.001, "turn": 0.01, "pause": 0.01} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
-    results: dict[str, Any] = {"header": header(args.threads) | {"scale": how["scale"]}, "rows": []}
+    results: dict[str, Any] = {
+        "header": header(args.threads, "torch", "diffusers") | {"scale": how["scale"]},
+        "rows": [],
+    }
     failed, begin = [], time.perf_counter()
     for comparison in chosen:
         try:

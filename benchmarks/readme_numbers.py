@@ -38,15 +38,24 @@ def duration(seconds: float) -> str:
     raise AssertionError
 
 
+def place(header: dict[str, Any]) -> str:
+    """Return a header as a line of text."""
+    h = header
+    peers = f" PyTorch {h['torch']}, diffusers {h['diffusers']};" if "torch" in h else ""
+    return (
+        f"{h['cpu']}, {h['threads']} threads on {h['cores']} cores, {h['system']}; Python {h['python']}, "
+        f"NumPy {h['numpy']}, Numba {h['numba']};{peers} {h['date']}, commit {h['commit']}."
+    )
+
+
 def table(results: dict[str, Any]) -> str:
-    """Return results of `peers.py` as Markdown: what was measured where, and a table."""
+    """Return the results of `peers.py` or `compile_time.py` as Markdown: what was measured where, and a table."""
+    if "stages" in results:
+        return compile_table(results)
     h = results["header"]
     tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the ratios mean nothing.** "
     lines = [
-        f"{tiny}{h['cpu']}, {h['threads']} threads on {h['cores']} cores, {h['system']}; Python {h['python']}, "
-        f"NumPy {h['numpy']}, Numba {h['numba']}; PyTorch {h['torch']}, diffusers {h['diffusers']}; "
-        f"{h['date']}, commit {h['commit']}. "
-        "Ratio: their time through ours, median of the rounds (smallest .. largest).",
+        f"{tiny}{place(h)} Ratio: their time through ours, median of the rounds (smallest .. largest).",
         "",
         "| work | against | ours | theirs | ratio | wanted |",
         "|---|---|---:|---:|---:|---:|",
@@ -58,6 +67,21 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['title']} | {row['peer']} | {duration(seconds['ours'])} | {duration(seconds['peer'])} "
             f"| **{ratio['median']:.1f}** ({ratio['min']:.1f} .. {ratio['max']:.1f}) | {wanted} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def compile_table(results: dict[str, Any]) -> str:
+    """Return the results of `compile_time.py` as Markdown."""
+    lines = [
+        f"{place(results['header'])} {results['kernels']} compiled functions are cached.",
+        "",
+        "| in a new process | nothing cached | cached |",
+        "|---|---:|---:|",
+        *(
+            f"| {stage['what']} | {duration(stage['cold'])} | {duration(stage['warm'])} |"
+            for stage in results["stages"]
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 

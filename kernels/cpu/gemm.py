@@ -21,15 +21,12 @@ evenly as can be: 13 vectors are 4 + 3 + 3 + 3, not 4 + 4 + 4 + 1, so that no ti
 last vector of a row is masked: nothing outside the m x n, m x k and k x n elements is read or written.
 Masked lanes are wasted: where the layout is free, let n be the size that the vector length divides.
 
-**One compiled copy.**  Numba links a copy of every callee into its caller and compiles it again.  Here the
-machine code is made once, when this module is imported (or read from Numba's cache), and given a symbol;
-``gemm`` is a mere call of that symbol, so a kernel that uses it compiles fast, and can be cached as well:
-name it as a module's global there, since Numba's cache never recognises an intrinsic held by a closure.
+**One compiled copy.**  The machine code is made once (`export`), and ``gemm`` is a mere call of its symbol, so a
+kernel that uses it compiles fast, and can be cached as well.
 """
 
 from __future__ import annotations
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -38,7 +35,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.jit import export, kernel
 
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOAT_BYTES = 4
@@ -224,10 +221,7 @@ def make_gemm(width):
     Offsets and distances count elements.  C may not overlap A or B.
     """
     driver = make_driver(width)
-    driver.compile(types.void(*DRIVER_ARGS))
-    compiled = driver.overloads[DRIVER_ARGS]
-    symbol = f"fastdiff_gemm_{width}"
-    llvm.add_symbol(symbol, compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+    emit = export(driver, DRIVER_ARGS, f"gemm_{width}")
 
     @intrinsic
     def gemm(typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, accumulate):
@@ -247,10 +241,7 @@ def make_gemm(width):
             _, _, ldc, _, _, a_rs, a_cs, _, _, ldb, m, n, k, accumulate = args
             start = builder.zext(accumulate, I64)
             values = address(0), ldc, address(3), a_rs, a_cs, address(7), ldb, m, n, k, start
-            declared = context.call_conv.get_function_type(types.none, DRIVER_ARGS)
-            function = cgutils.get_or_insert_function(builder.module, declared, symbol)
-            context.call_conv.call_function(builder, function, types.none, DRIVER_ARGS, values)
-            return context.get_dummy_value()
+            return emit(context, builder, values)
 
         i = types.int64
         return types.void(c, i, i, a, i, i, i, b, i, i, i, i, i, types.boolean), codegen

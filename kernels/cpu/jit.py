@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 log = logging.getLogger("fastdiff")
@@ -41,6 +42,26 @@ def kernel(function: Callable[..., Any]) -> Any:
         log.info("kernel %s is not cached: no writable cache folder (NUMBA_CACHE_DIR sets one)", function.__name__)
         dispatcher = numba.njit(**OPTIONS)(function)
     return dispatcher
+
+
+def export(dispatcher: Any, argument_types: tuple[Any, ...], name: str) -> Callable[..., Any]:
+    """Compile a kernel now and give its machine code a symbol; return what an intrinsic emits to call it.
+
+    Numba links a copy of every callee into its caller and compiles it again. A kernel with many callers is compiled
+    once this way, or read from the cache, when its module is imported. It returns nothing.
+    """
+    dispatcher.compile(types.void(*argument_types))
+    compiled = dispatcher.overloads[argument_types]
+    symbol = f"fastdiff_{name}"
+    llvm.add_symbol(symbol, compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+
+    def emit(context: Any, builder: Any, arguments: Any) -> Any:
+        declared = context.call_conv.get_function_type(types.none, argument_types)
+        function = cgutils.get_or_insert_function(builder.module, declared, symbol)
+        context.call_conv.call_function(builder, function, types.none, argument_types, arguments)
+        return context.get_dummy_value()
+
+    return emit
 
 
 @intrinsic  # type: ignore[misc]

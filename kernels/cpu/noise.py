@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
-from fastdiff.kernels.cpu.jit import bits_float, float_bits, kernel
+from fastdiff.kernels.cpu.jit import bits_float, export, float_bits, kernel
 from fastdiff.noise import (
     ANGLE_UNIT,
     COS_COEFFICIENTS,
@@ -149,12 +151,25 @@ def _pair(count, wa, wb, za, zb):
 
 
 @kernel
-def draw(count, first_block, first_row, run, along_rows, step, stream, keys, words, z):
+def _draw(count, first_block, first_row, run, along_rows, step, stream, keys, words, z):
     """Draw `count` blocks, numbered as in `_words`; value j of block i goes to z[j QUARTER + i]."""
     count = (count + LANES - 1) // LANES * LANES  # whole vectors also where little is wanted
     _words(count, first_block, first_row, run, along_rows, step, stream, keys, words)
     _pair(count, words[0], words[1], z[:QUARTER], z[QUARTER:])
     _pair(count, words[2], words[3], z[2 * QUARTER :], z[3 * QUARTER :])
+
+
+DRAW_TYPES = (
+    *(types.int64, types.int64, types.uint64, types.int64, types.boolean, types.int64, types.int64),
+    *(types.uint32[:, ::1], types.uint32[:, ::1], types.float32[::1]),
+)
+_emit_draw = export(_draw, DRAW_TYPES, "draw")
+
+
+@intrinsic
+def draw(typingctx, count, first_block, first_row, run, along_rows, step, stream, keys, words, z):
+    """`_draw`, compiled once for all its callers."""
+    return types.void(*DRAW_TYPES), lambda context, builder, signature, args: _emit_draw(context, builder, args)
 
 
 @kernel
