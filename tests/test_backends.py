@@ -187,9 +187,9 @@ CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
 
 def test_every_combination_of_terms():
     """All 2^7 sets of coefficients that are zero, all clips, with and without a previous x0; hostile values in all."""
-    values = np.array([*SPECIAL, 0.3, 0.7, -0.1], np.float32)
-    x, out, previous = (np.tile(np.roll(values, shift), 3).reshape(9, 5)[:, :5] for shift in (0, 4, 9))
-    x, out, previous = (np.ascontiguousarray(a) for a in (x, out, previous))
+    x, out, previous = np.random.default_rng(4).normal(size=(3, 9, 5)).astype(np.float32)
+    for shift, array in enumerate((x, out, previous)):
+        array[:5] = np.roll(np.resize(SPECIAL, 25), 4 * shift).reshape(5, 5)
     z = naive.normal(9, 5, seed=9, stream=Stream.STEP, step=6, first_sample=2**32 - 1)
     numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.2, 0.4)
     for used in itertools.product((0, 1), repeat=7):
@@ -292,17 +292,26 @@ def test_networks_agree_with_loops_and_with_each_other(net, n):
         assert_close(got, want, terms=terms(net))
 
 
-def test_networks_are_elementwise_right_at_the_ends_of_the_range():
-    """SiLU and LeakyReLU of huge, tiny and vanishing values: no overflow, no NaN."""
+def through(made, sizes):
+    """A network of width one whose weights are 1 and biases 0: its activations, one after the other."""
+    for name, view in made.params.items():
+        view[...] = name.startswith("layers") and name.endswith("weight")
+    x = np.concatenate([sizes, -sizes]).astype(np.float32)[:, None]
+    t = np.zeros(len(x), np.int64)
+    want = NUMPY.mlp_forward(made.plan, made.flat.astype(np.float64), x.astype(np.float64), t)
+    return [(be.mlp_forward(made.plan, made.flat, x, t), want) for be in (NUMPY, CPU)]
+
+
+def test_silu_is_accurate():
+    for got, want in through(MLP(1, hidden=(1,), T=1), np.linspace(0, 80, 4001)):
+        assert_close(got, want, scale=0)
+
+
+def test_activations_at_the_ends_of_the_range():
+    """Vanishing and huge values: no overflow, no NaN."""
     for made in (MLP(1, hidden=(1,), T=1), MLP.tutorial(1, T=1)):
-        for view in made.params.values():
-            view[...] = 1 if view.ndim == 2 and view.shape[0] != 32 else 0
-        sizes = np.array([0, 1e-40, 1, 20, 87, 88.5, 104, 1e30], np.float32)
-        x = np.concatenate([sizes, -sizes])[:, None]
-        t = np.zeros(len(x), np.int64)
-        want = NUMPY.mlp_forward(made.plan, made.flat.astype(np.float64), x.astype(np.float64), t)
-        for be in (NUMPY, CPU):
-            assert_close(be.mlp_forward(made.plan, made.flat, x, t), want, scale=1, terms=8)
+        for got, want in through(made, np.array([0, 1e-40, 1e-30, 87, 88.5, 104, 1e30])):
+            assert_close(got, want, scale=1)
 
 
 def gradients(be, net, x, t, target):
@@ -412,9 +421,26 @@ def test_a_chain_is_its_steps_in_any_batch(net, name):
         CPU.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
     assert_same_bits(state, whole)
     for be in THREADED:
-        for edges in ([0, 300], [0, 1, 128, 257, 300]):
+        for edges in ([0, 300], [0, 1, 8, 24, 128, 257, 300]):
             parts = [chained(be, net, smp, x[a:b], first + a) for a, b in itertools.pairwise(edges)]
             assert_same_bits(np.concatenate(parts), whole)
+
+
+def test_curves_longer_than_a_chunk_of_noise():
+    net = scatter(MLP(2055, hidden=(3,), T=11))
+    smp = table(net, "ddim")
+    x, _, _ = batch_of(net, 70)
+    state = x.copy()
+    for row in smp.rows:
+        out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
+        CPU.sampler_step(state, out, None, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=7)
+    assert_same_bits(chained(CPU, net, smp, x, 7), state)
+    assert_same_bits(chained(CPU, net, smp, x[67:], 74), state[67:])
+    draws = draws_for(net)
+    grads, want = (np.full(net.flat.shape, np.nan, np.float32) for _ in range(2))
+    loss = CPU.mlp_train_gradient(net.plan, net.flat, draws, 3, 5, grads)
+    assert CPU.mlp_gradient(net.plan, net.flat, *draw_batch(draws, net.T, 3, 5), want)[0] == loss
+    assert_same_bits(grads, want)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])

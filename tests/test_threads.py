@@ -69,6 +69,15 @@ def test_two_threads_use_one_backend_and_several_at_once(expected):
     assert results == [want[be.name] for be in jobs]
 
 
+def test_long_draws_of_several_threads_do_not_mix():
+    """They overlap for sure: a backend's buffers serve one of them at a time."""
+    be = get_backend("cpu", threads=2)
+    want = normal((100_000, 21), seed=1, backend=get_backend("cpu", threads=1))
+    with ThreadPoolExecutor(4) as pool:
+        drawn = pool.map(lambda _: normal((100_000, 21), seed=1, backend=be), range(12), timeout=HANG_SECONDS)
+        assert all(np.array_equal(z, want) for z in drawn)
+
+
 # ------------------------------------------------------------------------------------------- other processes
 
 

@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 Body = Callable[[int, int, int], None]
 
 FEW = 8
-GROUP = 16  # tiles whose gradients are held at once: bounds the memory of a training step
+GROUP_VALUES = 1 << 23  # of gradients that a training step holds before it adds them up
 # Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
 MIN_PIECE = 1 << 16
 MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
@@ -177,7 +177,9 @@ class _MLPSpace:
         self.dtable = np.zeros(self.table.size, np.float32)
         self.t = np.empty(0, np.int64)
         self.indices = np.empty(0, np.int64)
-        self.losses = np.zeros(GROUP)
+        # Chunks whose gradients are held at once. Their sum has one order, so this is a bound on memory alone.
+        self.group = max(2, min(32, GROUP_VALUES // max(1, self.summed)))
+        self.losses = np.zeros(self.group)
         self.draws: TrainingDraws | None = None
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
@@ -204,10 +206,11 @@ class _MLPSpace:
 
     def grow(self, batch: int) -> None:
         """Have buffers for training steps of this batch."""
-        tiles = min(GROUP, -(-batch // mlp_kernels.TILE))
-        if tiles > len(self.partials):
-            self.partials = np.zeros((tiles, self.summed), np.float32)
-            self.dtime = np.empty(tiles * mlp_kernels.TILE * max(1, self.plan.time_width), np.float32)
+        size = mlp_kernels.CHUNK_TILES * mlp_kernels.TILE
+        chunks = min(self.group, -(-batch // size))
+        if chunks > len(self.partials):
+            self.partials = np.zeros((chunks, self.summed), np.float32)
+            self.dtime = np.empty(chunks * size * max(1, self.plan.time_width), np.float32)
         if batch != len(self.t):
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
 
@@ -448,10 +451,10 @@ class CpuBackend:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
             data, tables, keys = draws.data, net.tables, net.keys
-        tiles = -(-batch // mlp_kernels.TILE)
-        total = 0.0
-        for first in range(0, tiles, GROUP):
-            here = min(GROUP, tiles - first)
+        size = mlp_kernels.CHUNK_TILES * mlp_kernels.TILE
+        chunks, total = -(-batch // size), 0.0
+        for first in range(0, chunks, net.group):
+            here = min(net.group, chunks - first)
 
             def body(worker: int, start: int, stop: int, first: int = first) -> None:
                 mlp_kernels.gradient_range(
@@ -471,13 +474,13 @@ class CpuBackend:
 
             self._workers.run(add, net.summed, max(MIN_LIGHT_PIECE // here, 1024))
             if width:
-                times = net.t[first * mlp_kernels.TILE : (first + here) * mlp_kernels.TILE]
+                times = net.t[first * size : (first + here) * size]
 
                 def scatter(worker: int, start: int, stop: int, times: Array = times) -> None:
                     del worker
                     mlp_kernels.scatter_rows(start, stop, net.dtime, times, net.slots, dtable, width)
 
-                self._workers.run(scatter, width, max(64, MIN_LIGHT_PIECE // len(times)))
+                self._workers.run(scatter, width, max(-(-width // self.threads), MIN_LIGHT_PIECE // len(times)))
         if net.features is not None and width:
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias

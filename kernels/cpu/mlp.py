@@ -1,8 +1,8 @@
 """Multilayer perceptrons on tiles of samples that stay in cache: forward, backward, and a whole sampling chain.
 
 A tile is at most TILE rows. Which operations run on a row, and in which order, depends on the layers alone, so a
-row's bits do not depend on its tile. Gradients of the parameters are summed over a tile in the order of its rows
-(by the matrix product), and over tiles in the order of the tiles (`add_partials`).
+row's bits do not depend on its tile. Gradients of the parameters are summed over a chunk of CHUNK_TILES tiles in the
+order of its rows (by the matrix product), and over chunks in the order of the chunks (`add_partials`).
 
 Layers come as rows of an int64 table with the columns INPUTS ... Y; all numbers of a tile lie in one flat arena.
 """
@@ -18,6 +18,7 @@ from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of,
 from fastdiff.kernels.cpu.step import apply_row
 
 TILE = 128
+CHUNK_TILES = 2
 COLUMNS = 64  # samples of a tile that is stored feature by feature: 128 would make its rows collide in the cache
 
 # Columns of the layer table: widths, offsets of W and bias in the parameters, codes, first column in the time table,
@@ -58,38 +59,55 @@ def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
     """u = product + bias and y = act((1 + gain) u + shift), in the arena, for the rows of a tile."""
     n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
     bias = params[layer[BIAS] : layer[BIAS] + n]
-    for i in range(rows):
-        u = arena[layer[U] + i * n : layer[U] + (i + 1) * n]
-        for j in range(n):
-            u[j] = u[j] + bias[j]
-        if layer[Y] != layer[U]:
-            # One array where they are the same: the compiler does not vectorise over two that overlap.
-            y = arena[layer[Y] + i * n : layer[Y] + (i + 1) * n]
-            if mode == SCALED:
-                at = slots[t[i]] * width + layer[COLUMN]
-                gain, shift = table[at : at + n], table[at + n : at + 2 * n]
-                if act == SILU:
-                    for j in range(n):
-                        v = (ONE + gain[j]) * u[j] + shift[j]
-                        y[j] = v * sigmoid(v)
-                    continue
+    us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
+    if mode == 0 and act != SILU:  # apart, since cutting out a row costs as much as what is done with it
+        for i in range(rows):
+            y = ys[i * n : (i + 1) * n]
+            if act == LEAKY:
                 for j in range(n):
-                    y[j] = (ONE + gain[j]) * u[j] + shift[j]
+                    v = y[j] + bias[j]
+                    y[j] = v if v > ZERO else SLOPE * v
             else:
                 for j in range(n):
-                    y[j] = u[j]
-            u = y
-        if mode == SHIFTED:
-            at = slots[t[i]] * width + layer[COLUMN]
+                    y[j] = y[j] + bias[j]
+        return
+    column = layer[COLUMN]
+    for i in range(rows):
+        u, y = us[i * n : (i + 1) * n], ys[i * n : (i + 1) * n]
+        at = slots[t[i]] * width + column
+        # u and y are one place unless u is needed again (SiLU, or a gain): each loop below writes through one of the
+        # two names only where they are, since the compiler does not vectorise over arrays that overlap.
+        if mode == SCALED:
+            gain, shift = table[at : at + n], table[at + n : at + 2 * n]
+            for j in range(n):
+                u[j] = u[j] + bias[j]
+            if act == SILU:
+                for j in range(n):
+                    v = (ONE + gain[j]) * u[j] + shift[j]
+                    y[j] = v * sigmoid(v)
+                continue
+            for j in range(n):
+                y[j] = (ONE + gain[j]) * u[j] + shift[j]
+        elif mode == SHIFTED:
             shift = table[at : at + n]
+            if act == SILU:
+                for j in range(n):
+                    u[j] = u[j] + bias[j]
+                for j in range(n):
+                    v = u[j] + shift[j]
+                    y[j] = v * sigmoid(v)
+                continue
             for j in range(n):
-                u[j] = u[j] + shift[j]
-        if act == SILU:
+                y[j] = (y[j] + bias[j]) + shift[j]
+        else:
             for j in range(n):
-                u[j] = u[j] * sigmoid(u[j])
-        elif act == LEAKY:
+                u[j] = u[j] + bias[j]
             for j in range(n):
-                u[j] = u[j] if u[j] > ZERO else SLOPE * u[j]
+                y[j] = u[j] * sigmoid(u[j])
+            continue
+        if act == LEAKY:
+            for j in range(n):
+                y[j] = y[j] if y[j] > ZERO else SLOPE * y[j]
 
 
 @kernel
@@ -106,17 +124,21 @@ def forward_tile(rows, layers, arena, params, table, width, slots, t):
 
 
 @kernel
+def _copy(target, source, count):
+    for i in range(count):
+        target[i] = source[i]
+
+
+@kernel
 def forward_range(start, stop, x, y, t, layers, params, table, width, slots, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
-        for i in range(rows * d):
-            arena[layers[0, X] + i] = x[begin * d + i]
+        _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
         forward_tile(rows, layers, arena, params, table, width, slots, t[begin:])
-        for i in range(rows * e):
-            y[begin * e + i] = arena[layers[-1, Y] + i]
+        _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
 @kernel
@@ -136,8 +158,7 @@ def chain_range(
         for r in range(len(steps)):
             for i in range(rows):
                 t[i] = steps[r]
-            for i in range(rows * d):
-                arena[layers[0, X] + i] = state[i]
+            _copy(arena[layers[0, X] :], state, rows * d)
             forward_tile(rows, layers, arena, params, table, width, slots, t)
             out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
             row = coefficients[r]
@@ -268,10 +289,8 @@ def time_table(count, used, features, rows, params, weight, bias, width, table):
     """Time table rows of the timesteps used[:count]: features W + bias; `rows` gets their features, in order."""
     n = features.shape[1]
     for i in range(count):
-        for j in range(n):
-            rows[i * n + j] = features[used[i], j]
-        for j in range(width):
-            table[i * width + j] = params[bias + j]
+        _copy(rows[i * n :], features[used[i]], n)
+        _copy(table[i * width :], params[bias:], width)
     gemm(table, 0, width, rows, 0, n, 1, params, weight, width, count, width, n, True)
 
 
@@ -279,20 +298,22 @@ def time_table(count, used, features, rows, params, weight, bias, width, table):
 def time_table_backward(count, rows, features, dtable, width, grads, weight, bias):
     """Gradients of W and bias of `time_table`."""
     gemm(grads, weight, width, rows, 0, 1, features, dtable, 0, width, features, width, count, False)
-    for j in range(width):
-        grads[bias + j] = ZERO
+    sums = grads[bias : bias + width]
+    sums[:] = ZERO
     for i in range(count):
+        row = dtable[i * width : (i + 1) * width]
         for j in range(width):
-            grads[bias + j] += dtable[i * width + j]
+            sums[j] += row[j]
 
 
 @kernel
 def scatter_rows(start, stop, dtime, t, slots, dtable, width):
     """Columns start ... stop - 1 of dtable[slots[t[i]]] += dtime[i], in the order of i."""
     for i in range(len(t)):
-        source, target = i * width, slots[t[i]] * width
-        for j in range(start, stop):
-            dtable[target + j] += dtime[source + j]
+        at = slots[t[i]] * width
+        source, target = dtime[i * width + start : i * width + stop], dtable[at + start : at + stop]
+        for j in range(stop - start):
+            target[j] += source[j]
 
 
 @kernel
@@ -308,17 +329,29 @@ def transpose_weights(layers, params, transposed):
 
 @kernel
 def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, begin, partial):
-    """dy becomes du, in place; fills the tile's rows of dtime and its bias gradient."""
+    """dy becomes du, in place; fills the tile's rows of dtime and adds to the bias gradient."""
     n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
     db = partial[layer[BIAS] : layer[BIAS] + n]
-    db[:] = ZERO
+    us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
+    if mode == 0 and act != SILU:
+        for i in range(rows):
+            d = dy[i * n : (i + 1) * n]
+            if act == LEAKY:
+                y = ys[i * n : (i + 1) * n]
+                for j in range(n):
+                    v = d[j] if y[j] > ZERO else SLOPE * d[j]
+                    d[j] = v
+                    db[j] += v
+            else:
+                for j in range(n):
+                    db[j] += d[j]
+        return
+    column = layer[COLUMN]
     for i in range(rows):
-        u = arena[layer[U] + i * n : layer[U] + (i + 1) * n]
-        y = arena[layer[Y] + i * n : layer[Y] + (i + 1) * n]
-        d = dy[i * n : (i + 1) * n]
-        at = slots[t[i]] * width + layer[COLUMN]
-        to = (begin + i) * width + layer[COLUMN]
+        u, d = us[i * n : (i + 1) * n], dy[i * n : (i + 1) * n]
+        at, to = slots[t[i]] * width + column, (begin + i) * width + column
         if act == LEAKY:
+            y = ys[i * n : (i + 1) * n]
             for j in range(n):
                 d[j] = d[j] if y[j] > ZERO else SLOPE * d[j]
         elif act == SILU:
@@ -337,8 +370,12 @@ def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, begin
             for j in range(n):
                 dgain[j] = d[j] * u[j]
                 dshift[j] = d[j]
-                d[j] = d[j] * (ONE + gain[j])
-        elif mode == SHIFTED:
+            for j in range(n):
+                v = d[j] * (ONE + gain[j])
+                d[j] = v
+                db[j] += v
+            continue
+        if mode == SHIFTED:
             dshift = dtime[to : to + n]
             for j in range(n):
                 dshift[j] = d[j]
@@ -373,72 +410,64 @@ def _draw_tile(
 
 @kernel
 def gradient_range(
-    start, stop, first_tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
+    start, stop, first_chunk, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
     width, slots, dtime, grads, partials, losses, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
 ):  # fmt: skip
-    """Tiles first_tile + start ... of a training step: draws, forward, loss, backward.
+    """Chunks first_chunk + start ... of a training step: draws, forward, loss, backward.
 
-    With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
-    Tile 0 writes its gradients to `grads`, another to row (tile - first_tile) of `partials`; losses[tile - first_tile]
-    is the tile's sum of squared errors. `dtime` holds the rows of this group of tiles.
+    A chunk is CHUNK_TILES tiles, whose gradients are summed in order. With `given`, x and targets hold the batch and
+    dx takes the gradient of x; else the batch is drawn from `data`. Chunk 0 writes its gradients to `grads`, another
+    to row (chunk - first_chunk) of `partials`; losses[chunk - first_chunk] is its sum of squared errors. `dtime`
+    holds the rows of this group of chunks.
     """
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
+    size = CHUNK_TILES * TILE
     for local in range(start, stop):
-        tile = first_tile + local
-        begin = tile * TILE
-        rows = min(TILE, batch - begin)
-        partial = grads if tile == 0 else partials[local]
-        at = layers[0, X]
-        if given:
-            for i in range(rows * d):
-                arena[at + i] = x[begin * d + i]
-            for i in range(rows * e):
-                target[i] = targets[begin * e + i]
-        else:
-            _draw_tile(
-                begin,
-                rows,
-                data,
-                indices,
-                t,
-                tables,
-                arena[at:],
-                target,
-                step,
-                stream,
-                keys,
-                words,
-                z,
-                segments,
-            )
-        times = t[begin : begin + rows]
-        forward_tile(rows, layers, arena, params, table, width, slots, times)
+        chunk = first_chunk + local
+        partial = grads if chunk == 0 else partials[local]
+        for k in range(len(layers)):
+            partial[layers[k, BIAS] : layers[k, BIAS] + layers[k, OUTPUTS]] = ZERO
+        losses[local] = 0.0
+        for begin in range(chunk * size, min(batch, (chunk + 1) * size), TILE):
+            rows = min(TILE, batch - begin)
+            at = layers[0, X]
+            if given:
+                _copy(arena[at:], x[begin * d :], rows * d)
+                _copy(target, targets[begin * e :], rows * e)
+            else:
+                _draw_tile(
+                    begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments
+                )
+            times = t[begin : begin + rows]
+            forward_tile(rows, layers, arena, params, table, width, slots, times)
 
-        sums, dy, dnext = d_in[:e], d_out, d_in
-        sums[:] = ZERO  # squared errors, column by column
-        for i in range(rows):
-            y, wanted, dyi = arena[layers[-1, Y] + i * e :], target[i * e :], dy[i * e :]
+            sums, dy, dnext = d_in[:e], d_out, d_in
+            sums[:] = ZERO  # squared errors, column by column
+            for i in range(rows):
+                y, wanted, dyi = arena[layers[-1, Y] + i * e :], target[i * e :], dy[i * e :]
+                for j in range(e):
+                    difference = y[j] - wanted[j]
+                    sums[j] += difference * difference
+                    dyi[j] = difference * scale
             for j in range(e):
-                difference = y[j] - wanted[j]
-                sums[j] += difference * difference
-                dyi[j] = difference * scale
-        total = 0.0
-        for j in range(e):
-            total += np.float64(sums[j])
-        losses[local] = total
+                losses[local] += np.float64(sums[j])
 
-        for k in range(len(layers) - 1, -1, -1):
-            layer = layers[k]
-            n, m = layer[INPUTS], layer[OUTPUTS]
-            _layer_backward(rows, layer, arena, dy, table, width, slots, times, dtime, local * TILE, partial)
-            gemm(partial, layer[WEIGHT], m, arena, layer[X], 1, n, dy, 0, m, n, m, rows, False)
-            if k > 0 or given:
-                gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
-                dy, dnext = dnext, dy
-        if given:
-            for i in range(rows * d):
-                dx[begin * d + i] = dy[i]
+            for k in range(len(layers) - 1, -1, -1):
+                layer = layers[k]
+                n, m = layer[INPUTS], layer[OUTPUTS]
+                _layer_backward(
+                    rows, layer, arena, dy, table, width, slots, times, dtime, begin - first_chunk * size, partial
+                )
+                gemm(
+                    partial, layer[WEIGHT], m, arena, layer[X], 1, n, dy, 0, m,
+                    n, m, rows, begin > chunk * size,
+                )  # fmt: skip
+                if k > 0 or given:
+                    gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
+                    dy, dnext = dnext, dy
+            if given:
+                _copy(dx[begin * d :], dy, rows * d)
 
 
 @kernel

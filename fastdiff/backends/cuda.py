@@ -1,0 +1,182 @@
+"""The CUDA backend: kernels of our own on CuPy arrays, float32.
+
+Arrays and launches belong to a runtime (`fastdiff.kernels.cuda.runtime`), so that the same code runs where there is
+no GPU, on a runtime that executes the kernels on the CPU. Work is issued on the current stream and not waited for,
+except where a Python number is returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import AdamW, Row
+from fastdiff.backends.cuda_mlp import MLPOperations
+from fastdiff.errors import BackendError
+from fastdiff.noise import Stream, round_keys
+
+try:
+    from fastdiff.kernels.cuda import runtime as runtimes
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("fastdiff"):
+        raise
+    raise BackendError("fastdiff is imported from a source tree that is not installed: run pip install -e .") from error
+
+Array = Any
+
+VECTOR = 16  # bytes that are read and written at once where everything is aligned to them
+WIDE = 16  # a row of a multiple of this many values has four aligned quarters
+SUM_CHUNK, SUM_THREADS = 4096, 256  # as in optim.cu
+TABLES = 32  # kept on the device
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int) -> npt.NDArray[Any]:
+    keys = np.zeros(1, runtimes.STRUCTURES["RoundKeys"])
+    keys["words"] = round_keys(seed).reshape(1, -1)
+    return keys
+
+
+class CudaBackend(MLPOperations):
+    """CUDA kernels, float32.
+
+    Parameters
+    ----------
+    runtime : Runtime, optional
+        Where arrays and kernels live; by default CuPy on the current device.
+
+    Raises
+    ------
+    BackendError
+        CuPy, the driver or a GPU is missing, or the driver is too old.
+    """
+
+    name = "cuda"
+    threads = 1
+
+    def __init__(self, runtime: runtimes.Runtime | None = None) -> None:
+        self.runtime: runtimes.Runtime = runtimes.CupyRuntime() if runtime is None else runtime
+        self._lock = threading.RLock()  # two launches that share a buffer follow each other
+        self._tables: OrderedDict[tuple[int, bytes], Array] = OrderedDict()
+        self._norms: dict[int, tuple[Array, Array]] = {}
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return type(self), (self.runtime,)
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        return self.runtime.asarray(value, np.float32 if dtype is None else dtype)
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        return self.runtime.to_numpy(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return self.runtime.empty(shape, dtype)
+
+    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        self._by_blocks("noise", "normal", (out,), (*out.shape, first_sample, step, int(stream), _keys(seed)))
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        tables = self._table(signal), self._table(noise)
+        after = (*x0.shape, first_sample, int(Stream.FORWARD), _keys(seed))
+        self._by_blocks("noise", "forward_noise", (x0, out, eps), after, (x0, t, *tables, out, eps))
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        with np.errstate(over="ignore"):
+            p, q, a, b, c, e, s = np.array(row[1:], np.float32)
+        if b == 0 and previous is None:
+            p = q = np.float32(0)  # nothing takes x0
+        record = (p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf)))
+        arrays = (x, out, previous)
+        if s != 0:
+            after = (record, *x.shape, first_sample, row.t, int(stream), _keys(seed))
+            self._by_blocks("step", "step_noisy", arrays, after)
+        elif x.size:
+            fours = self._aligned(*arrays)
+            grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
+            self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
+
+    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+        with self._lock:
+            norm = self._issue_adamw(params, grads, m, v, average, options)
+            return float(self.runtime.to_numpy(norm)[0])
+
+    def _issue_adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, o: AdamW) -> Array:
+        """Issue an optimiser step; the gradient's norm is entry 0 of what is returned, once the work is done."""
+        launch, size = self.runtime.launch, params.size
+        chunks = max(1, -(-size // SUM_CHUNK))
+        queue = self.runtime.queue()
+        if queue not in self._norms or self._norms[queue][0].size != chunks:
+            self._norms[queue] = self.runtime.empty(chunks, np.float64), self.runtime.empty(2, np.float64)
+        sums, state = self._norms[queue]
+        launch("optim", "square_sums", *self.runtime.grid_1d(chunks * SUM_THREADS, SUM_THREADS), (grads, size, sums))
+        launch("optim", "finish_norm", 1, SUM_THREADS, (sums, chunks, o.clip_norm, state))
+        scalars = (
+            1 - o.beta1, 1 - o.beta2, o.correction2**-0.5, o.eps, 1 - o.rate * o.decay, o.rate / o.correction1,
+            1 - o.ema,
+        )  # fmt: skip
+        launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, scalars, state))
+        return state
+
+    def _by_blocks(
+        self,
+        source: str,
+        entry: str,
+        arrays: tuple[Array | None, ...],
+        after: tuple[Any, ...],
+        before: tuple[Any, ...] | None = None,
+    ) -> None:
+        """Launch an entry whose threads take Philox blocks; `arrays` decide which form: wide or not.
+
+        The entry takes `before`, by default the arrays, and `after`.
+        """
+        first = arrays[0]
+        n, width = first.shape  # type: ignore[union-attr]
+        if n == 0 or width == 0:
+            return
+        wide = width % WIDE == 0 and self._aligned(*arrays)
+        items = n * (width // WIDE if wide else -(-width // 4))
+        grid, block = self.runtime.grid_1d(items)
+        args = (*(arrays if before is None else before), *after)
+        self.runtime.launch(source, f"{entry}_wide" if wide else entry, grid, block, args)
+
+    def _aligned(self, *arrays: Array | None) -> bool:
+        return all(array is None or self.runtime.address(array) % VECTOR == 0 for array in arrays)
+
+    def _table(self, values: npt.NDArray[np.float64]) -> Array:
+        """A float64 table as float32 on the device; the last few are kept."""
+        key = (self.runtime.queue(), values.tobytes())
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            else:
+                self._tables[key] = self.runtime.asarray(values, np.float32)
+                if len(self._tables) > TABLES:
+                    self._tables.popitem(last=False)
+            return self._tables[key]

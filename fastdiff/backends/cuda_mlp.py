@@ -1,0 +1,389 @@
+"""The network operations of the CUDA backend: which kernels of ``mlp.cu`` run, in which order, on which buffers.
+
+A network whose activations fit into shared memory, 32 samples at a time, runs in one launch: its forward pass, and a
+whole sampling chain. Both are the same kernel, so a chain has the bits of its steps, and a sample's bits do not depend
+on its batch. Wider networks, and training, go layer by layer with the runtime's matrix product between our kernels.
+The choice is made by `chain_tile` from the sizes of the layers, never from the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import Backend, DenseLayer, MLPPlan, Row, TrainingDraws
+from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+from fastdiff.noise import Stream, round_keys
+
+Array = Any
+
+ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
+MODES = {"none": 0, "shift": 1, "scale_shift": 2}
+
+SHARED_LIMIT = 227 * 1024  # of sm_90; 163 KB on sm_80, 99 KB on sm_120
+TILES = (64, 32)  # samples that a block of `mlp_chain` holds
+FEW = 8  # where larger tiles would leave multiprocessors idle
+THREADS = 256  # of `mlp_chain`, `mlp_squared_error` and `mlp_order_times`, which are written for it
+COLUMN_THREADS = 128
+CHUNK_ROWS = 16  # samples whose bias gradients one thread adds up
+CHUNK_VALUES = 4096  # values whose squared errors one block adds up
+VALUE = 4  # bytes
+
+
+class Tile(NamedTuple):
+    """How `mlp_chain` runs a network.
+
+    Attributes
+    ----------
+    rows : int
+        Samples of a tile.
+    staged : bool
+        Whether the parameters lie in shared memory too, or are read through the caches.
+    """
+
+    rows: int
+    staged: bool
+
+
+def _round4(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+def _pitch(n: int) -> int:
+    return (n + 3) // 8 * 8 + 4  # mlp_pitch in mlp.cu
+
+
+def _widths(plan: MLPPlan) -> tuple[int, int]:
+    """Widest output of the layers 0, 2, ... and 1, 3, ..."""
+    outputs = [layer.outputs for layer in plan.layers]
+    return max(outputs[::2]), max(outputs[1::2], default=0)
+
+
+def packed_size(plan: MLPPlan) -> int:
+    """Return the length of the padded parameters: every row of W and every bias a multiple of four values."""
+    return sum((layer.inputs + 1) * _round4(layer.outputs) for layer in plan.layers)
+
+
+def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
+    """Return the shared memory of a block of `mlp_chain`; `memory`: the table needs the previous x0."""
+    even, odd = _widths(plan)
+    row = (2 if memory else 1) * _pitch(plan.layers[0].inputs) + _pitch(even) + _pitch(odd) + 1  # 1: the timestep
+    return VALUE * (tile.rows * row + (packed_size(plan) if tile.staged else 0))
+
+
+def chain_tile(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> Tile | None:
+    """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first."""
+    for rows in TILES:
+        for staged in (True, False):
+            if shared_bytes(plan, Tile(rows, staged)) <= shared_limit:
+                return Tile(rows, staged)
+    return None
+
+
+def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
+    """Return in words how the network's sampling chain runs on a device with so much shared memory in a block."""
+    tile = chain_tile(plan, shared_limit)
+    if tile is None:
+        return "layer by layer: its activations do not fit into shared memory"
+    size = shared_bytes(plan, tile) / 1024
+    where = "shared memory" if tile.staged else "the caches"
+    return f"one launch: {tile.rows} samples in {size:.0f} KB of shared memory, weights in {where}"
+
+
+class _Network:
+    """What the kernels need of one network, made once, and the buffers of its training, grown with the batch."""
+
+    def __init__(self, plan: MLPPlan, runtime: Runtime) -> None:
+        self.plan: MLPPlan = weakref.proxy(plan)  # the plan is a weak key of the dictionary that holds this
+        self.runtime = runtime
+        self.tile = chain_tile(plan, runtime.shared_limit)
+        self.widths = _widths(plan)
+        self.packed = runtime.empty((packed_size(plan) if self.tile else 0,))
+        rows, at, targets = [], 0, []
+        for layer in plan.layers:
+            bias = at + layer.inputs * _round4(layer.outputs)
+            rows.append(
+                (layer.inputs, layer.outputs, at, bias, layer.weight, layer.bias, ACTIVATIONS[layer.activation],
+                 MODES[layer.time], layer.time_column)
+            )  # fmt: skip
+            at = bias + _round4(layer.outputs)
+            targets.append(np.arange(layer.bias, layer.bias + layer.outputs))
+        # The kernel's offsets have 32 bits; a network that is too wide for shared memory does without the table.
+        self.layers = runtime.asarray(np.array(rows, np.int32)) if self.tile else None
+        self.targets = runtime.asarray(np.concatenate(targets).astype(np.int64))
+        self.offsets = np.cumsum([0, *(layer.outputs for layer in plan.layers)]).tolist()
+        self.features = self.table = self.dtable = None
+        if plan.features is not None:
+            self.features = runtime.asarray(plan.features.astype(np.float32))
+            self.table = runtime.empty((plan.T, plan.time_width))
+            self.dtable = runtime.empty((plan.T, plan.time_width))
+        self.loss = runtime.empty((1,), np.float64)
+        self.batch = 0
+        self.buffers: dict[str, Array] = {}
+        self.draws: TrainingDraws | None = None
+        self.data = self.tables = None
+        self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
+
+    def use(self, draws: TrainingDraws) -> None:
+        """Have the data and the tables of a training on the device."""
+        if self.draws is not draws:
+            self.draws, self.keys = draws, round_keys(draws.seed)
+            self.data = self.runtime.asarray(draws.data, np.float32)
+            self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
+
+    def grow(self, n: int) -> None:
+        """Have buffers for a gradient of n samples."""
+        if n == self.batch:
+            return
+        plan, empty = self.plan, self.runtime.empty
+        widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
+        chunks, blocks = -(-n // CHUNK_ROWS), -(-n * plan.layers[-1].outputs // CHUNK_VALUES)
+        self.buffers = {
+            "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
+            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)), "order": empty((n,), np.int32),
+            "partials": empty((chunks, self.offsets[-1])), "sums": empty((blocks,), np.float64),
+            "d0": empty((n * widest,)), "d1": empty((n * widest,)),
+        }  # fmt: skip
+        for k, layer in enumerate(plan.layers):
+            self.buffers[f"u{k}"] = empty((n, layer.outputs))
+            # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
+            keep = layer.activation == "silu" or layer.time == "scale_shift"
+            self.buffers[f"y{k}"] = empty((n, layer.outputs)) if keep else self.buffers[f"u{k}"]
+        self.batch = n
+
+
+def _weight(layer: DenseLayer, flat: Array) -> Array:
+    size = layer.inputs * layer.outputs
+    return flat[layer.weight : layer.weight + size].reshape(layer.inputs, layer.outputs)
+
+
+class MLPOperations:
+    """The ``mlp_`` operations of a backend whose arrays and launches are those of `runtime`."""
+
+    runtime: Runtime
+
+    _lock: threading.RLock
+
+    @cached_property
+    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
+        return weakref.WeakKeyDictionary()
+
+    def _network(self, plan: MLPPlan) -> _Network:
+        """The network's buffers for the current queue: work on another one may still use those of that one."""
+        queues = self._mlp_networks.setdefault(plan, {})
+        queue = self.runtime.queue()
+        if queue not in queues:
+            queues[queue] = _Network(plan, self.runtime)
+        return queues[queue]
+
+    def _launch(self, entry: str, items: int, *args: Any) -> None:
+        """Launch a kernel that loops over `items`."""
+        self.runtime.launch("mlp", entry, *self.runtime.grid_1d(items), args)
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        y = self.runtime.empty((len(x), plan.layers[-1].outputs)) if out is None else out
+        if len(x) == 0:
+            return y
+        with self._lock:
+            net = self._network(plan)
+            table = self._time_table(net, params)
+            if net.tile is not None:
+                self._tiles(net, net.tile, params, table, x, y, t)
+            else:
+                self._forward(net, params, table, x, t, y)
+        return y
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        first_sample: int,
+    ) -> None:
+        if len(x) == 0 or not rows:
+            return
+        memory = any(row.c != 0 for row in rows)
+        with self._lock:
+            net = self._network(plan)
+            if net.tile is not None:
+                table = self._time_table(net, params)
+                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, memory, seed, first_sample)
+                return
+        previous = self.runtime.zeros(x.shape) if memory else None
+        out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
+        for row in rows:
+            t.fill(row.t)
+            self.mlp_forward(plan, params, x, t, out)
+            cast(Backend, self).sampler_step(
+                x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample
+            )
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        dx = self.runtime.empty(x.shape)
+        with self._lock:
+            net = self._network(plan)
+            net.grow(len(x))
+            self._gradient(net, params, x, t, target, grads, dx)
+            return self._read_loss(net), dx
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        with self._lock:
+            net = self._network(plan)
+            net.grow(batch)
+            x, t, target = self._draw(net, draws, step)
+            self._gradient(net, params, x, t, target, grads, None)
+            return self._read_loss(net)
+
+    def _read_loss(self, net: _Network) -> float:
+        """The one place of a training step that waits for the device."""
+        return float(self.runtime.to_numpy(net.loss)[0])
+
+    def _draw(self, net: _Network, draws: TrainingDraws, step: int) -> tuple[Array, Array, Array]:
+        """x_t, t and target of a training step, in the network's buffers."""
+        net.use(draws)
+        assert net.data is not None
+        n, d = net.buffers["x"].shape
+        x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        self._launch(
+            "mlp_draw_batch", n * (-(-d // 4)),
+            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, net.keys,
+        )  # fmt: skip
+        return x, t, target
+
+    def _time_table(self, net: _Network, params: Array) -> Array | None:
+        """The time table (T, time_width), flat where it is a parameter; None for a network without time."""
+        plan = net.plan
+        if plan.time_width == 0:
+            return None
+        if net.features is None:
+            return params[plan.time_weight : plan.time_weight + plan.T * plan.time_width]
+        self._launch(
+            "mlp_time_table", plan.T * plan.time_width,
+            net.features, params[plan.time_weight :], params[plan.time_bias :], net.table,
+            plan.T, net.features.shape[1], plan.time_width,
+        )  # fmt: skip
+        return net.table
+
+    def _tiles(
+        self,
+        net: _Network,
+        tile: Tile,
+        params: Array,
+        table: Array | None,
+        x: Array,
+        y: Array | None,
+        t: Array | None,
+        rows: tuple[Row, ...] = (),
+        clip: tuple[float, float] | None = None,
+        memory: bool = False,
+        seed: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        """One launch of `mlp_chain`: the forward pass where there are no rows, else all of them."""
+        plan, n = net.plan, len(x)
+        self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
+        sizes = [size for size in TILES if size <= tile.rows and -(-n // size) >= self.runtime.multiprocessors]
+        tile = tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
+        table_rows = steps = None
+        if rows:
+            bounds = clip or (-np.inf, np.inf)
+            with np.errstate(over="ignore"):
+                records = np.array([(*row[1:], *bounds) for row in rows], STRUCTURES["TableRow"])
+            table_rows = self.runtime.asarray(records.view(np.uint8))
+            steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
+        grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
+        self.runtime.launch(
+            "mlp", "mlp_chain", grid, THREADS,
+            (x, y, t, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed, net.packed.size,
+             table, plan.time_width, n, tile.rows, *net.widths, tile.staged, first_sample, round_keys(seed)),
+            shared_bytes(plan, tile, memory=memory),
+        )  # fmt: skip
+
+    def _layer(
+        self, layer: DenseLayer, params: Array, table: Array | None, width: int, x: Array, t: Array, u: Array, y: Array
+    ) -> None:
+        """u = x W + bias, y = act((1 + gain) u + shift)."""
+        n, m = u.shape
+        self.runtime.matmul(x, _weight(layer, params), u)
+        self._launch(
+            "mlp_bias_activate", n * m,
+            u, y, params[layer.bias :], table, t, n, m, width, layer.time_column,
+            MODES[layer.time], ACTIVATIONS[layer.activation],
+        )  # fmt: skip
+
+    def _forward(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array, y: Array) -> None:
+        """Layer by layer, keeping nothing."""
+        for layer in net.plan.layers[:-1]:
+            u = self.runtime.empty((len(x), layer.outputs))
+            self._layer(layer, params, table, net.plan.time_width, x, t, u, u)
+            x = u
+        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, x, t, y, y)
+
+    def _gradient(
+        self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
+    ) -> None:
+        """Fill `grads`, net.loss and, where given, dx."""
+        plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
+        table = self._time_table(net, params)
+        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
+        for k, layer in enumerate(plan.layers):
+            self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+
+        size, blocks = inputs[-1].size, buffers["sums"].size
+        dy, free = buffers["d0"], buffers["d1"]
+        self.runtime.launch(
+            "mlp", "mlp_squared_error", blocks, THREADS,
+            (inputs[-1], target, dy, buffers["sums"], size, CHUNK_VALUES, 2 / size),
+        )  # fmt: skip
+        partials = buffers["partials"]
+        for k in reversed(range(len(plan.layers))):
+            layer = plan.layers[k]
+            m = layer.outputs
+            self.runtime.launch(
+                "mlp", "mlp_layer_backward", len(partials) * -(-m // COLUMN_THREADS), COLUMN_THREADS,
+                (dy, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], partials, n, m, width,
+                 layer.time_column, net.offsets[-1], net.offsets[k], CHUNK_ROWS,
+                 MODES[layer.time], ACTIVATIONS[layer.activation]),
+            )  # fmt: skip
+            du = dy[: n * m].reshape(n, m)
+            self.runtime.matmul(inputs[k].T, du, _weight(layer, grads))
+            if k > 0 or dx is not None:
+                to = dx if k == 0 else free[: n * layer.inputs].reshape(n, layer.inputs)
+                self.runtime.matmul(du, _weight(layer, params).T, to)
+                dy, free = free, dy
+        self._launch(
+            "mlp_finish", net.offsets[-1] + 1,
+            partials, net.targets, grads, buffers["sums"], net.loss, len(partials), net.offsets[-1], blocks, size,
+        )  # fmt: skip
+        if width:
+            self._time_gradient(net, t, grads)
+
+    def _time_gradient(self, net: _Network, t: Array, grads: Array) -> None:
+        """Gradient of the time table from the rows of dtime, and of what it is made from."""
+        plan, n, width = net.plan, len(t), net.plan.time_width
+        dtime, order = net.buffers["dtime"], net.buffers["order"]
+        dtable = net.dtable
+        if dtable is None:
+            dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
+        dtable.fill(0)
+        self.runtime.launch("mlp", "mlp_order_times", -(-n // THREADS), THREADS, (t, order, n))
+        self._launch("mlp_time_gradient", n * width, dtime, t, order, dtable, n, width)
+        if net.features is not None:
+            count = net.features.shape[1]
+            self._launch(
+                "mlp_time_table_backward", (count + 1) * width,
+                net.features, dtable, grads[plan.time_weight :], grads[plan.time_bias :], plan.T, count, width,
+            )  # fmt: skip
