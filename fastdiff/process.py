@@ -217,8 +217,8 @@ def sample(
     trajectory : bool, optional
         Also return the states of all rows.
     callback : callable, optional
-        ``callback(i, t, x)`` after row i, x (n, ...) read-only; a true result stops, and the samples are returned as
-        they are.
+        ``callback(i, t, x)`` after row i; x (n, ...) is a read-only view of the state, to be copied if it is kept. A
+        true result stops, and the samples are returned as they are.
     progress : bool, optional
         Show a progress bar.
 
@@ -304,7 +304,8 @@ def _width(shape: tuple[int, ...]) -> int:
 def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
     if not callable(denoiser) and not callable(getattr(denoiser, "predict", None)):
         raise ArgumentError("denoiser", type(denoiser).__name__, "a callable (x, t), or an object with .predict(x, t)")
-    T = getattr(denoiser, "T", None)
+    plan = getattr(denoiser, "plan", None)
+    T = plan.T if isinstance(plan, MLPPlan) else getattr(denoiser, "T", None)
     if T is not None and T != sampler.schedule.T:
         raise ArgumentError("denoiser", f"T = {T}", f"T = {sampler.schedule.T}, the sampler's schedule")
     prediction = getattr(denoiser, "prediction", None)

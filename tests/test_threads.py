@@ -232,3 +232,15 @@ def test_a_pickled_backend_keeps_its_threads():
     other = pickle.loads(pickle.dumps(CpuBackend(threads=3)))
     assert isinstance(other, CpuBackend)
     assert other.threads == 3
+
+
+def test_a_dropped_backend_ends_its_threads():
+    before = set(threading.enumerate())
+    be = CpuBackend(threads=3)
+    be.normal(np.empty((4000, 100), np.float32), seed=0, stream=0, step=0, first_sample=0)
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 2
+    del be
+    for thread in helpers:
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive()

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 Array = npt.NDArray[Any]
 Body = Callable[[int, int, int], None]
 
-FEW = 8
+FEW = 7  # samples: a chain of so few runs sample by sample
 GROUP_VALUES = 1 << 23  # of gradients that a training step holds before it adds them up
 # Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
 MIN_PIECE = 1 << 16
@@ -61,6 +61,7 @@ class Workers:
     def _start(self) -> None:
         self.lock = threading.RLock()
         self._jobs: list[SimpleQueue[Any]] = []
+        weakref.finalize(self, _dismiss, self._jobs)
         self._settled = True  # False where an interrupt may have left a helper at work
 
     def run(self, body: Body, items: int, grain: int) -> None:
@@ -111,16 +112,21 @@ def _forget(workers: weakref.ref[Workers]) -> Callable[[], None]:
     return restart
 
 
+def _dismiss(jobs: list[SimpleQueue[Any]]) -> None:
+    for queue in jobs:
+        queue.put(None)
+
+
 def _serve(queue: SimpleQueue[Any], worker: int) -> None:
-    while True:
-        job, done = queue.get()
+    while (task := queue.get()) is not None:
+        job, done = task
         try:
             job(worker)
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             done.put(error)
         else:
             done.put(None)
-        job = done = None
+        task = job = done = None
 
 
 def _cores() -> int:
@@ -381,25 +387,22 @@ class CpuBackend:
             net = self._network(plan)
             table, _ = net.time_table(params, steps)
 
-            def columns(worker: int, start: int, stop: int) -> None:
-                mlp_kernels.chain_columns_range(
+            # The same bits either way; vectors of few samples would be mostly empty.
+            if len(x) <= FEW:
+                mlp_kernels.chain_few(
+                    flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width, net.slots,
+                    first, int(Stream.STEP), keys, *self._spaces[0].noise, net.arenas[0], net.previous[0], net.times[0],
+                )  # fmt: skip
+                return
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.chain_range(
                     start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
                     net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.previous[worker],
                 )  # fmt: skip
 
-            def body(worker: int, start: int, stop: int) -> None:
-                mlp_kernels.chain_range(
-                    start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
-                    net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise,
-                    net.arenas[worker], net.previous[worker], net.times[worker],
-                )  # fmt: skip
-
-            # The same bits either way; vectors of few samples would be mostly empty.
-            if len(x) < FEW:
-                self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
-            else:
-                self._workers.run(columns, -(-len(x) // mlp_kernels.COLUMNS), 1)
+            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -468,19 +471,20 @@ class CpuBackend:
             for loss in net.losses[:here].tolist():
                 total += loss
 
-            def add(worker: int, start: int, stop: int, first: int = first, here: int = here) -> None:
+            times = net.t[first * size : (first + here) * size]
+            pieces = min(self.threads, 1 + (here * net.summed + len(times) * width) // MIN_LIGHT_PIECE)
+
+            def collect(
+                worker: int, start: int, stop: int, first: int = first, here: int = here, times: Array = times,
+                pieces: int = pieces,
+            ) -> None:  # fmt: skip
                 del worker
-                mlp_kernels.add_partials(start, stop, grads, net.partials, 0 if first else 1, here)
+                cuts = [(n * start // pieces, n * stop // pieces) for n in (net.summed, width)]
+                mlp_kernels.add_partials(*cuts[0], grads, net.partials, 0 if first else 1, here)
+                if width:
+                    mlp_kernels.scatter_rows(*cuts[1], net.dtime, times, net.slots, dtable, width)
 
-            self._workers.run(add, net.summed, max(MIN_LIGHT_PIECE // here, 1024))
-            if width:
-                times = net.t[first * size : (first + here) * size]
-
-                def scatter(worker: int, start: int, stop: int, times: Array = times) -> None:
-                    del worker
-                    mlp_kernels.scatter_rows(start, stop, net.dtime, times, net.slots, dtable, width)
-
-                self._workers.run(scatter, width, max(-(-width // self.threads), MIN_LIGHT_PIECE // len(times)))
+            self._workers.run(collect, pieces, 1)
         if net.features is not None and width:
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias

@@ -17,9 +17,8 @@ from fastdiff.kernels.cpu.jit import bits_float, kernel
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
-TILE = 128
+TILE = 64
 CHUNK_TILES = 2
-COLUMNS = 64  # samples of a tile that is stored feature by feature: 128 would make its rows collide in the cache
 
 # Columns of the layer table: widths, offsets of W and bias in the parameters, codes, first column in the time table,
 # and where the tile's input, u = x W + bias and y = activation lie in the arena (u = y where u is not needed again).
@@ -142,34 +141,28 @@ def forward_range(start, stop, x, y, t, layers, params, table, width, slots, are
 
 
 @kernel
-def chain_range(
-    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
+def chain_few(
+    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
     keys, words, z, segments, arena, previous, t,
 ):  # fmt: skip
-    """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat."""
+    """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
     d = layers[0, INPUTS]
-    n = len(x) // d
-    for tile in range(start, stop):
-        begin = tile * TILE
-        rows = min(TILE, n - begin)
-        state = x[begin * d : (begin + rows) * d]
-        kept = previous[: rows * d] if keep else state
-        first = first_row + np.uint64(begin)
-        for r in range(len(steps)):
-            for i in range(rows):
-                t[i] = steps[r]
-            _copy(arena[layers[0, X] :], state, rows * d)
-            forward_tile(rows, layers, arena, params, table, width, slots, t)
-            out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
-            row = coefficients[r]
-            if row[6] == ZERO:
-                apply_row(state, out, kept, state, row, low, high, keep)
-                continue
-            for chunk in range(chunks_of(rows, d)):
-                for k in range(draw_chunk(chunk, rows, d, first, steps[r], stream, keys, words, z, segments)):
-                    a, length, at = segments[k]
-                    b = a + length
-                    apply_row(state[a:b], out[a:b], kept[a:b], z[at : at + length], row, low, high, keep)
+    rows = len(x) // d
+    kept = previous[: rows * d] if keep else x
+    for r in range(len(steps)):
+        t[:rows] = steps[r]
+        _copy(arena[layers[0, X] :], x, rows * d)
+        forward_tile(rows, layers, arena, params, table, width, slots, t)
+        out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
+        row = coefficients[r]
+        if row[6] == ZERO:
+            apply_row(x, out, kept, x, row, low, high, keep)
+            continue
+        for chunk in range(chunks_of(rows, d)):
+            for k in range(draw_chunk(chunk, rows, d, first_row, steps[r], stream, keys, words, z, segments)):
+                a, length, at = segments[k]
+                b = a + length
+                apply_row(x[a:b], out[a:b], kept[a:b], z[at : at + length], row, low, high, keep)
 
 
 @kernel
@@ -208,21 +201,22 @@ def _modulate_activate_columns(rows, layer, arena, params, table, at):
 
 
 @kernel
-def chain_columns_range(
+def chain_range(
     start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
     keys, words, z, arena, previous,
 ):  # fmt: skip
-    """`chain_range` on tiles of COLUMNS samples that are stored feature by feature, with the same bits.
+    """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat, with the bits of `chain_few`.
 
-    The samples are the vector lanes: no lane is wasted whatever the widths of the layers, and noise is drawn in the
-    order in which it is used. A tile is turned once before the chain and once after it.
+    A tile is stored feature by feature, so the samples are the vector lanes: no lane is wasted whatever the widths of
+    the layers, and noise is drawn in the order in which it is used. A tile is turned once before the chain and once
+    after it.
     """
     d = layers[0, INPUTS]
     n = len(x) // d
     blocks = (d + 3) // 4
     for tile in range(start, stop):
-        begin = tile * COLUMNS
-        rows = min(COLUMNS, n - begin)
+        begin = tile * TILE
+        rows = min(TILE, n - begin)
         at = layers[0, X]
         for i in range(rows):
             for j in range(d):
