@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench peers compile-time readme-numbers wheel clean
+.PHONY: demo test check bench peers gate gpu compile-time readme-numbers wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-plot
 	$(BIN)/fastdiff demo -o demo
 
-test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers)
+test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers $(VENV)/.installed-cuda-check)
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-lint $(VENV)/.installed-plot
@@ -34,6 +34,14 @@ bench: $(VENV)/.installed-bench
 
 peers: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/peers.py
+
+# Compiles every CUDA kernel for every architecture, with nvcc or with NVRTC (extra cuda-check), without a GPU.
+gate: $(VENV)/.installed-test
+	$(BIN)/python tests/cuda_gate.py
+
+# On a machine with a GPU, with a Python that has CuPy; installs nothing.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 compile-time: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/compile_time.py

@@ -137,6 +137,8 @@ def check_array(
 ) -> npt.NDArray[Any]:
     """Return `value` as a NumPy array of real numbers, or raise `ArgumentError`.
 
+    An array on a GPU (whatever has ``__cuda_array_interface__``) is returned as it is; its values are not looked at.
+
     Parameters
     ----------
     argument : str
@@ -152,8 +154,9 @@ def check_array(
     dtype : dtype, optional
         Convert to this dtype after the checks; a value that overflows it counts as infinity.
     """
+    on_device = is_on_device(value)
     try:
-        array = np.asarray(value)
+        array = value if on_device else np.asarray(value)
     except ValueError:
         raise ArgumentError(argument, "rows of different lengths", "a rectangular array of real numbers") from None
     if array.dtype.kind not in "fiu":
@@ -169,11 +172,16 @@ def check_array(
     if dtype is not None and array.dtype != dtype:
         with np.errstate(over="ignore"):
             array = array.astype(dtype)
-    if finite and array.dtype.kind == "f" and not _all_finite(array):
+    if finite and not on_device and array.dtype.kind == "f" and not _all_finite(array):
         bad = np.argwhere(~np.isfinite(array))[0]
         at = tuple(int(i) for i in bad)
         raise ArgumentError(argument, f"{array[at]} at index {at}", "finite values")
     return array
+
+
+def is_on_device(value: Any) -> bool:
+    """Whether `value` is an array in the memory of a GPU."""
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def _all_finite(array: npt.NDArray[Any]) -> bool:
@@ -186,16 +194,22 @@ def _all_finite(array: npt.NDArray[Any]) -> bool:
     return all(bool(np.isfinite(part).all()) for part in array) if array.ndim > 1 else bool(np.isfinite(array).all())
 
 
-def check_timesteps(t: Any, T: int, n: int) -> npt.NDArray[np.int64]:
-    """Return timesteps as (n,) int64 within 0 .. T - 1, or raise `ArgumentError`."""
+def check_timesteps(t: Any, T: int, n: int) -> Any:
+    """Return timesteps as (n,) int64 within 0 .. T - 1, or raise `ArgumentError`.
+
+    Those on a GPU stay there, and their values are not looked at.
+    """
+    on_device = is_on_device(t)
     try:
-        array = np.asarray(t)
+        array = t if on_device else np.asarray(t)
     except ValueError:
         raise ArgumentError("t", "rows of different lengths", f"an integer or shape ({n},)") from None
     if array.dtype.kind not in "iu":
         raise ArgumentError("t", f"dtype {array.dtype}", "integers")
     if array.shape not in ((), (n,)):
         raise ArgumentError("t", f"shape {array.shape}", f"an integer or shape ({n},)")
+    if on_device:
+        return array.astype(np.int64) + np.zeros_like(array, np.int64, shape=(n,))
     if array.size and (array.min() < 0 or array.max() >= T):
         bad = array.min() if array.min() < 0 else array.max()
         raise ArgumentError("t", str(bad), f"timesteps from 0 to {T - 1}")

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -26,6 +26,7 @@ from fastdiff.errors import (
     check_float,
     check_int,
     check_seed,
+    is_on_device,
 )
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.optim import TrainingPlan
@@ -254,7 +255,7 @@ class Diffusion:
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         points = None if self.net is None else self.net.points
-        curves = check_array("X", X, shape=(None, points))
+        curves = check_array("X", _on_host(be, X), shape=(None, points))
         if curves.size == 0:
             raise ArgumentError("X", f"shape {curves.shape}", "at least one curve of at least one point")
         curves, held_out = self._split(curves, validation)
@@ -267,19 +268,30 @@ class Diffusion:
         data = be.asarray(self.normaliser.apply(curves, net.dtype), net.dtype)
         draws = TrainingDraws(data, self.schedule.signal, self.schedule.noise, *self._target_tables(), self.seed)
         checks = None if held_out is None else self._validation_set(be, held_out)
-        grads = net.layout.zeros(net.dtype)
+        grads = be.asarray(net.layout.zeros(net.dtype), net.dtype)
+        # The same arrays on the CPU; on a GPU copies, that are brought back below.
+        host = (net.flat, optimizer.m, optimizer.v, self._average)
+        params, m, v, average = state = [be.asarray(array, net.dtype) for array in host]
+
+        def bring_back() -> None:
+            for ours, theirs in zip(host, state, strict=True):
+                if ours is not theirs:
+                    ours[...] = be.to_numpy(theirs)
+
         with (
+            ExitStack() as last,
             _deferred_interrupt() as interrupted,
             tqdm(total=steps, disable=not progress, desc="training") as bar,
         ):
+            last.callback(bring_back)
             for _ in range(steps):
                 if checks is not None and self.step % VALIDATION_EVERY == 0:
-                    self._validate(be, checks)
-                loss = be.mlp_train_gradient(net.plan, net.flat, draws, self.step, batch, grads)
+                    self._validate(be, average, checks)
+                loss = be.mlp_train_gradient(net.plan, params, draws, self.step, batch, grads)
                 norm = math.nan
                 if math.isfinite(loss):
                     options = optimizer.plan.options(self.step, self.ema_updates)
-                    norm = be.adamw(net.flat, grads, optimizer.m, optimizer.v, self._average, options)
+                    norm = be.adamw(params, grads, m, v, average, options)
                 if not math.isfinite(norm):
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
                     raise TrainingError(
@@ -294,10 +306,12 @@ class Diffusion:
                     bar.set_postfix(loss=f"{np.mean(self.history['loss'][-50:]):.4f}", refresh=False)
                 if interrupted():
                     raise KeyboardInterrupt
-                if callback is not None and callback(self.step - 1, loss):
-                    break
-        if checks is not None and self.step % VALIDATION_EVERY == 0:
-            self._validate(be, checks)
+                if callback is not None:
+                    bring_back()
+                    if callback(self.step - 1, loss):
+                        break
+            if checks is not None and self.step % VALIDATION_EVERY == 0:
+                self._validate(be, average, checks)
         return self
 
     def _split(self, X: npt.NDArray[Any], validation: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
@@ -353,14 +367,15 @@ class Diffusion:
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
         of_noise, of_data = (table[t, None] for table in self._target_tables())
-        return x, t, (of_noise * eps + of_data * x0).astype(x.dtype)
+        target = (of_noise * eps + of_data * x0).astype(x.dtype)
+        return be.asarray(x), be.asarray(t, np.int64), target
 
-    def _validate(self, be: Backend, checks: tuple[Any, Any, Any]) -> None:
+    def _validate(self, be: Backend, average: Any, checks: tuple[Any, Any, Any]) -> None:
         assert self.net is not None
         if self.history["validation_step"][-1:] == [self.step]:
             return  # an earlier fit ended here
         x, t, target = checks
-        out = be.mlp_forward(self.net.plan, self._average, x, t)
+        out = be.to_numpy(be.mlp_forward(self.net.plan, average, x, t))
         self.history["validation_step"].append(self.step)
         self.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
 
@@ -373,7 +388,8 @@ class Diffusion:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range."""
         net, _, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
-        return NetworkDenoiser(net, flat.copy(), self.prediction, get_backend(self.backend))
+        be = get_backend(self.backend)
+        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be)
 
     def sample(
         self,
@@ -544,6 +560,11 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
             f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
         ).tolist()
     return model
+
+
+def _on_host(be: Backend, X: Any) -> Any:
+    """Training data as NumPy: it is normalised on the host, once."""
+    return be.to_numpy(X) if is_on_device(X) and be.owns(X) else X
 
 
 def default_schedule(T: int = 100) -> Schedule:

@@ -283,4 +283,4 @@ def normal(
     be = get_backend(backend)
     out = be.empty((shape[0], int(np.prod(shape[1:], dtype=np.int64))))
     be.normal(out, seed=seed, stream=stream, step=step, first_sample=first_sample)
-    return out.reshape(shape)
+    return out.reshape(shape) if backend != "auto" else be.to_numpy(out).reshape(shape)

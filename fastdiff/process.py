@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from fastdiff.backends import Backend, MLPPlan, Row, get_backend
-from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, check_timesteps
+from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, check_timesteps, is_on_device
 from fastdiff.noise import Stream, check_rows
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
@@ -66,29 +66,21 @@ def forward_noise(
     be, schedule = get_backend(backend), _schedule(schedule)
     given = _states("x0", x0, be)
     clean = given.reshape(len(given), _width(given.shape))
-    steps = check_timesteps(t, schedule.T, len(clean))
+    steps = be.asarray(check_timesteps(t, schedule.T, len(clean)), np.int64)
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
     eps = be.empty(clean.shape, clean.dtype)
-    if out is None:
-        out = be.empty(given.shape, clean.dtype)
-    elif not isinstance(out, np.ndarray) or out.shape != given.shape or out.dtype != clean.dtype:
-        shown = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ArgumentError("out", shown, f"an array of {clean.dtype} {given.shape}")
-    elif not (out.flags.c_contiguous and out.flags.writeable):
-        raise ArgumentError("out", "a read-only or strided view", "a writable C-contiguous array")
-    elif np.may_share_memory(out, clean):
-        clean = clean.copy()
-    be.forward_noise(
-        clean,
-        steps,
-        schedule.signal,
-        schedule.noise,
-        out.reshape(clean.shape),
-        eps,
-        seed=seed,
-        first_sample=first_sample,
-    )
-    return out, eps.reshape(given.shape)
+    target = None
+    if out is not None:
+        _check_out(out, given, like=x0)
+        if be.owns(out):
+            target = out.reshape(clean.shape)
+            clean = clean.copy() if is_on_device(out) or np.may_share_memory(out, clean) else clean
+    noisy = be.empty(clean.shape, clean.dtype) if target is None else target
+    be.forward_noise(clean, steps, schedule.signal, schedule.noise, noisy, eps, seed=seed, first_sample=first_sample)
+    noisy, eps = (returned(be, array.reshape(given.shape), is_on_device(x0)) for array in (noisy, eps))
+    if out is not None and target is None:
+        out[...] = noisy
+    return noisy if out is None else out, eps
 
 
 def forward_chain(
@@ -125,7 +117,7 @@ def forward_chain(
         chain[t + 1] = chain[t]
         row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, c=0, e=0, s=math.sqrt(beta))
         be.sampler_step(chain[t + 1], None, None, row, None, seed=seed, stream=Stream.CHAIN, first_sample=first_sample)
-    return chain.reshape(schedule.T + 1, *given.shape)
+    return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
 
 def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: Any = None) -> tuple[Array, Array]:
@@ -160,6 +152,9 @@ def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: An
     schedule = _schedule(schedule)
     if (x0 is None) == (noise is None):
         raise ArgumentError("x0, noise", "both" if x0 is not None else "neither", "exactly one of them")
+    for name, value in (("x_t", x_t), ("x0", x0), ("noise", noise)):
+        if is_on_device(value):
+            raise ArgumentError(name, "an array on a GPU", "a NumPy array: the posterior is computed on the host")
     state = check_array("x_t", x_t, min_ndim=1)
     name, value = ("x0", x0) if noise is None else ("noise", noise)
     other = check_array(name, value, shape=state.shape)
@@ -239,13 +234,13 @@ def sample(
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = get_backend(backend)
     _check_agreement(denoiser, sampler, be)
-    if initial is not None:
-        initial = _states("initial", initial, be)
-    shape = _sample_shape(denoiser, shape, initial)
+    states = None if initial is None else _states("initial", initial, be)
+    shape = _sample_shape(denoiser, shape, states)
     width = _width((0, *shape))
-    if initial is not None:
-        n = check_int("n", len(initial) if n is None else n, low=0)
-        x = check_array("initial", initial, shape=(n, *shape), finite=False).reshape(n, width).copy()
+    on_device = is_on_device(initial) if states is not None else backend != "auto"
+    if states is not None:
+        n = check_int("n", len(states) if n is None else n, low=0)
+        x = check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width).copy()
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
@@ -257,10 +252,11 @@ def sample(
     rows, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
     if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not (trajectory or callback or progress):
+        flat = be.asarray(denoiser.flat, denoiser.flat.dtype)
         for part in batches:
             first = first_sample + part.start
-            be.mlp_chain(denoiser.plan, denoiser.flat, x[part], rows, clip, seed=seed, first_sample=first)
-        return x.reshape(n, *shape)
+            be.mlp_chain(denoiser.plan, flat, x[part], rows, clip, seed=seed, first_sample=first)
+        return returned(be, x.reshape(n, *shape), on_device)
 
     evaluate = _evaluator(denoiser, be, shape)
     remembers = any(row.c != 0 for row in rows)
@@ -284,15 +280,36 @@ def sample(
                 bar.update()
                 if callback is not None:
                     shown = x.reshape(n, *shape)
-                    shown.flags.writeable = False
+                    if isinstance(shown, np.ndarray):  # others cannot be protected
+                        shown.flags.writeable = False
                     if callback(done - 1, row.t, shown):
                         break
-    x = x.reshape(n, *shape)
-    return (x, path[: done + 1].reshape(done + 1, n, *shape)) if path is not None else x
+    x = returned(be, x.reshape(n, *shape), on_device)
+    if path is None:
+        return x
+    return x, returned(be, path[: done + 1].reshape(done + 1, n, *shape), on_device)
+
+
+def returned(be: Backend, array: Array, on_device: bool) -> Array:
+    """A result as the caller's kind of array: NumPy, or left where the backend has it."""
+    return array if on_device else be.to_numpy(array)
+
+
+def _check_out(out: Any, given: Array, *, like: Any) -> None:
+    """`out` must be able to hold a result of the shape and dtype of `given`, and be of the kind of `like`."""
+    kind = "an array on the GPU" if is_on_device(like) else "a NumPy array"
+    if is_on_device(out) != is_on_device(like) or not (is_on_device(out) or isinstance(out, np.ndarray)):
+        raise ArgumentError("out", type(out).__name__, f"{kind} of {given.dtype} {given.shape}")
+    if out.shape != given.shape or out.dtype != given.dtype:
+        raise ArgumentError("out", f"{out.dtype} {out.shape}", f"{kind} of {given.dtype} {given.shape}")
+    if not (out.flags.c_contiguous and (is_on_device(out) or out.flags.writeable)):
+        raise ArgumentError("out", "a read-only or strided view", "a writable C-contiguous array")
 
 
 def _states(argument: str, value: Any, be: Backend) -> Array:
     """`value` (N, ...) in the float type that the backend computes in; what that cannot hold is refused as infinite."""
+    if is_on_device(value) and not be.owns(value):
+        raise ArgumentError(argument, "an array on a GPU", f"backend='cuda' with it, or a NumPy array for {be.name!r}")
     given = check_array(argument, value, min_ndim=1, finite=False)
     return be.asarray(check_array(argument, given, dtype=be.asarray(given[:0]).dtype))
 
@@ -305,6 +322,7 @@ def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
     if not callable(denoiser) and not callable(getattr(denoiser, "predict", None)):
         raise ArgumentError("denoiser", type(denoiser).__name__, "a callable (x, t), or an object with .predict(x, t)")
     plan = getattr(denoiser, "plan", None)
+    ours = isinstance(plan, MLPPlan)
     T = plan.T if isinstance(plan, MLPPlan) else getattr(denoiser, "T", None)
     if T is not None and T != sampler.schedule.T:
         raise ArgumentError("denoiser", f"T = {T}", f"T = {sampler.schedule.T}, the sampler's schedule")
@@ -313,11 +331,7 @@ def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
         raise ArgumentError(
             "denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction"
         )
-    if (
-        isinstance(getattr(denoiser, "plan", None), MLPPlan)
-        and denoiser.flat.dtype == np.float64
-        and be.name != "numpy"
-    ):
+    if ours and denoiser.flat.dtype == np.float64 and be.name != "numpy":
         raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
 
 
@@ -341,7 +355,8 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
     """The denoiser as a function of flat states (n, D) and t."""
     plan = getattr(denoiser, "plan", None)
     if isinstance(plan, MLPPlan):
-        flat, out, steps = denoiser.flat, be.empty((0, 0)), be.empty((0,), np.int64)
+        flat = be.asarray(denoiser.flat, denoiser.flat.dtype)
+        out, steps = be.empty((0, 0)), be.empty((0,), np.int64)
 
         def network(x: Array, t: int) -> Array:
             nonlocal out, steps
@@ -355,7 +370,7 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
 
     def evaluate(x: Array, t: int) -> Array:
         state = x.reshape(len(x), *shape).copy()  # the caller's to change
-        out = check_array("denoiser output", function(state, t), finite=False, dtype=x.dtype)
+        out = check_array("denoiser output", function(state, t), finite=False, dtype=x.dtype)  # host arrays are sent
         if out.shape != state.shape:
             raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
         return be.asarray(out, x.dtype).reshape(x.shape)

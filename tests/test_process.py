@@ -294,6 +294,8 @@ def test_samples_do_not_depend_on_batch_or_backend(name, cut, batch, seed):
         first = sample(wave, smp, n=cut, shape=5, seed=seed, batch=batch, backend=be)
         rest = sample(wave, smp, n=11 - cut, shape=5, seed=seed, first_sample=cut, batch=batch, backend=be)
         assert_same_bits(np.concatenate([first, rest]), whole)
+        watched = sample(wave, smp, n=11, shape=5, seed=seed, batch=batch, backend=be, callback=lambda i, t, x: None)
+        assert_same_bits(watched, whole)
 
 
 def test_a_batch_bounds_what_the_denoiser_sees(backend):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -146,6 +147,9 @@ class Backend(Protocol):
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         """Return `value` as a C-contiguous array of this backend, in `dtype` or its working float type."""
 
+    def owns(self, value: Any) -> bool:
+        """Whether `value` is an array of this backend's kind."""
+
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         """Return a backend array as NumPy."""
 
@@ -221,15 +225,31 @@ class Backend(Protocol):
 
 def available_backends() -> list[str]:
     """Return the names of the backends that work on this machine, the reference first."""
-    return ["numpy", "cpu"]
+    return ["numpy", "cpu", *(["cuda"] if _has_cuda() else [])]
 
 
 @cache
-def _shared(name: str, threads: int | None) -> Backend:
+def _has_cuda() -> bool:
+    if find_spec("cupy") is None:
+        return False
+    try:
+        _shared("cuda", None, "raw")
+    except BackendError as error:
+        log.info("no backend 'cuda': %s", error)
+        return False
+    return True
+
+
+@cache
+def _shared(name: str, threads: int | None, kernels: str) -> Backend:
     if name == "numpy":
         from fastdiff.backends.numpy import NumpyBackend
 
         return NumpyBackend()
+    if name == "cuda":
+        from fastdiff.backends.cuda import CudaBackend
+
+        return CudaBackend(kernels=kernels)
     from fastdiff.backends.cpu import CpuBackend
 
     return CpuBackend(threads=threads)
@@ -237,39 +257,43 @@ def _shared(name: str, threads: int | None) -> Backend:
 
 @cache
 def _choose_auto() -> str:
+    # Not "cuda", until its speed has been measured on a GPU.
     log.info("backend 'auto' chose 'cpu'")
     return "cpu"
 
 
-def get_backend(backend: str | Backend = "auto", *, threads: int | None = None) -> Backend:
+def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, kernels: str | None = None) -> Backend:
     """Return a backend.
 
     Parameters
     ----------
     backend : {"auto", "numpy", "cpu", "cuda"} or Backend
-        A backend object is returned as it is. "auto" takes the fastest that works here, and logs once what it chose.
+        A backend object is returned as it is. "auto" is the CPU in this version; it logs once what it chose.
     threads : int, optional
         For "cpu": how many threads its kernels use; by default one per core this process may run on. Results do not
         depend on it.
+    kernels : {"raw", "numba"}, optional
+        For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
 
     Raises
     ------
     ArgumentError
-        An unknown name, or threads for a backend that has none.
+        An unknown name, or an option that the backend does not have.
     BackendError
-        "cuda": there is no CUDA backend in this version.
+        "cuda" where CuPy, a driver or a GPU is missing: the message says what to install.
     """
     if isinstance(backend, Backend) and not isinstance(backend, type):
-        if threads is not None:
-            raise ArgumentError("threads", str(threads), "None: a backend object has its own")
+        for name, option in (("threads", threads), ("kernels", kernels)):
+            if option is not None:
+                raise ArgumentError(name, str(option), "None: a backend object has its own")
         return backend
     name = check_choice("backend", backend, ["auto", "numpy", "cpu", "cuda"])
-    if name == "cuda":
-        raise BackendError("backend 'cuda' is not part of this version; backend='cpu' works on this machine")
     if name == "auto":
         name = _choose_auto()
     if threads is not None:
         threads = check_int("threads", threads, low=1, high=1024)
         if name != "cpu":
             raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
-    return _shared(name, threads)
+    if kernels is not None and name != "cuda":
+        raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
+    return _shared(name, threads, check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"]))

@@ -13,7 +13,8 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -38,7 +39,6 @@ Array = npt.NDArray[Any]
 Body = Callable[[int, int, int], None]
 
 FEW = 7  # samples: a chain of so few runs sample by sample
-GROUP_VALUES = 1 << 23  # of gradients that a training step holds before it adds them up
 # Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
 MIN_PIECE = 1 << 16
 MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
@@ -178,14 +178,13 @@ class _MLPSpace:
         # The time table's parameters come last in the flat buffer; sums over tiles concern what is before them.
         self.summed = plan.time_weight if plan.time_width else plan.size
         self.transposed = np.empty(self.summed, np.float32)
-        self.partials = np.zeros((0, self.summed), np.float32)
-        self.dtime = np.empty(0, np.float32)
         self.dtable = np.zeros(self.table.size, np.float32)
         self.t = np.empty(0, np.int64)
         self.indices = np.empty(0, np.int64)
-        # Chunks whose gradients are held at once. Their sum has one order, so this is a bound on memory alone.
-        self.group = max(2, min(32, GROUP_VALUES // max(1, self.summed)))
-        self.losses = np.zeros(self.group)
+        # Of the tile that a worker is at, made at the first training step.
+        self.partials: list[Array] = []
+        self.dtime: list[Array] = []
+        self.losses: list[Array] = []
         self.draws: TrainingDraws | None = None
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
@@ -212,13 +211,43 @@ class _MLPSpace:
 
     def grow(self, batch: int) -> None:
         """Have buffers for training steps of this batch."""
-        size = mlp_kernels.CHUNK_TILES * mlp_kernels.TILE
-        chunks = min(self.group, -(-batch // size))
-        if chunks > len(self.partials):
-            self.partials = np.zeros((chunks, self.summed), np.float32)
-            self.dtime = np.empty(chunks * size * max(1, self.plan.time_width), np.float32)
+        if not self.dtime:
+            rows = mlp_kernels.TILE
+            for _ in self.arenas:
+                self.partials.append(np.zeros(self.summed, np.float32))
+                self.dtime.append(np.empty(rows * max(1, self.plan.time_width), np.float32))
+                self.losses.append(np.zeros(1))
         if batch != len(self.t):
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
+
+
+class _Order:
+    """Lets the pieces of a job, which threads take in rising order, do their last part one after another."""
+
+    def __init__(self) -> None:
+        self._next, self._failed = 0, False
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """A piece that fails inside here is not waited for."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
+            raise
+
+    @contextmanager
+    def turn(self, piece: int) -> Iterator[None]:
+        """Wait for the pieces before this one."""
+        with self._changed:
+            while self._next != piece and not self._failed:
+                self._changed.wait()
+            yield
+            self._next = piece + 1
+            self._changed.notify_all()
 
 
 class CpuBackend:
@@ -245,6 +274,9 @@ class CpuBackend:
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return np.ascontiguousarray(value, np.float32 if dtype is None else dtype)
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
 
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return array
@@ -402,7 +434,7 @@ class CpuBackend:
                     net.arenas[worker], net.previous[worker],
                 )  # fmt: skip
 
-            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+            self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -454,37 +486,29 @@ class CpuBackend:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
             data, tables, keys = draws.data, net.tables, net.keys
-        size = mlp_kernels.CHUNK_TILES * mlp_kernels.TILE
-        chunks, total = -(-batch // size), 0.0
-        for first in range(0, chunks, net.group):
-            here = min(net.group, chunks - first)
+        size = mlp_kernels.TILE
+        order, total = _Order(), 0.0
 
-            def body(worker: int, start: int, stop: int, first: int = first) -> None:
-                mlp_kernels.gradient_range(
-                    start, stop, first, draws is None, *given, data, net.indices, net.t, tables, batch,
-                    net.layers, params, net.transposed, table, width, net.slots, net.dtime, grads, net.partials,
-                    net.losses, step, int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise,
-                    net.arenas[worker], *net.deltas[worker],
-                )  # fmt: skip
+        def body(worker: int, start: int, stop: int) -> None:
+            nonlocal total
+            for tile in range(start, stop):
+                # Tile 0 needs no sum; a tile that waits for its turn is still in its worker's cache.
+                partial, loss = net.partials[worker] if tile else grads, net.losses[worker]
+                with order.watch():
+                    mlp_kernels.gradient_tile(
+                        tile, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers, params,
+                        net.transposed, table, width, net.slots, net.dtime[worker], partial, loss, step,
+                        int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise, net.arenas[worker],
+                        *net.deltas[worker],
+                    )  # fmt: skip
+                    with order.turn(tile):
+                        times = net.t[tile * size : (tile + 1) * size]
+                        mlp_kernels.collect_tile(
+                            tile > 0, grads[: net.summed], partial, net.dtime[worker], times, net.slots, dtable, width
+                        )
+                        total += loss[0]
 
-            self._workers.run(body, here, 1)
-            for loss in net.losses[:here].tolist():
-                total += loss
-
-            times = net.t[first * size : (first + here) * size]
-            pieces = min(self.threads, 1 + (here * net.summed + len(times) * width) // MIN_LIGHT_PIECE)
-
-            def collect(
-                worker: int, start: int, stop: int, first: int = first, here: int = here, times: Array = times,
-                pieces: int = pieces,
-            ) -> None:  # fmt: skip
-                del worker
-                cuts = [(n * start // pieces, n * stop // pieces) for n in (net.summed, width)]
-                mlp_kernels.add_partials(*cuts[0], grads, net.partials, 0 if first else 1, here)
-                if width:
-                    mlp_kernels.scatter_rows(*cuts[1], net.dtime, times, net.slots, dtable, width)
-
-            self._workers.run(collect, pieces, 1)
+        self._workers.run(body, -(-batch // size), 1)
         if net.features is not None and width:
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import AdamW, Row
 from fastdiff.backends.cuda_mlp import MLPOperations
-from fastdiff.errors import BackendError
+from fastdiff.errors import BackendError, check_choice
 from fastdiff.noise import Stream, round_keys
 
 try:
@@ -42,6 +42,16 @@ def _keys(seed: int) -> npt.NDArray[Any]:
     return keys
 
 
+def _numba_twins() -> Any:
+    try:
+        from fastdiff.kernels.cuda import numba_twins
+    except ImportError as error:
+        raise BackendError(
+            f"kernels='numba' needs Numba's CUDA target: pip install 'fastdiff-engine[cuda13]' ({error})"
+        ) from error
+    return numba_twins
+
+
 class CudaBackend(MLPOperations):
     """CUDA kernels, float32.
 
@@ -49,6 +59,8 @@ class CudaBackend(MLPOperations):
     ----------
     runtime : Runtime, optional
         Where arrays and kernels live; by default CuPy on the current device.
+    kernels : {"raw", "numba"}, optional
+        "numba": forward noising and the sampler step in Numba's CUDA target, of the same bits; for comparison.
 
     Raises
     ------
@@ -59,17 +71,22 @@ class CudaBackend(MLPOperations):
     name = "cuda"
     threads = 1
 
-    def __init__(self, runtime: runtimes.Runtime | None = None) -> None:
+    def __init__(self, runtime: runtimes.Runtime | None = None, kernels: str = "raw") -> None:
+        self.kernels = check_choice("kernels", kernels, ["raw", "numba"])
         self.runtime: runtimes.Runtime = runtimes.CupyRuntime() if runtime is None else runtime
+        self._twins = _numba_twins() if kernels == "numba" else None
         self._lock = threading.RLock()  # two launches that share a buffer follow each other
         self._tables: OrderedDict[tuple[int, bytes], Array] = OrderedDict()
         self._norms: dict[int, tuple[Array, Array]] = {}
 
-    def __reduce__(self) -> tuple[Any, tuple[Any]]:
-        return type(self), (self.runtime,)
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return type(self), (self.runtime, self.kernels)
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return self.runtime.asarray(value, np.float32 if dtype is None else dtype)
+
+    def owns(self, value: Any) -> bool:
+        return self.runtime.owns(value)
 
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return self.runtime.to_numpy(array)
@@ -93,6 +110,10 @@ class CudaBackend(MLPOperations):
         first_sample: int,
     ) -> None:
         tables = self._table(signal), self._table(noise)
+        if self._twins:
+            queue = self.runtime.queue()
+            self._twins.forward_noise(x0, t, *tables, out, eps, seed=seed, first_sample=first_sample, queue=queue)
+            return
         after = (*x0.shape, first_sample, int(Stream.FORWARD), _keys(seed))
         self._by_blocks("noise", "forward_noise", (x0, out, eps), after, (x0, t, *tables, out, eps))
 
@@ -108,6 +129,10 @@ class CudaBackend(MLPOperations):
         stream: int,
         first_sample: int,
     ) -> None:
+        if self._twins:
+            at = {"seed": seed, "stream": stream, "first_sample": first_sample, "queue": self.runtime.queue()}
+            self._twins.sampler_step(x, out, previous, row, clip, **at)
+            return
         with np.errstate(over="ignore"):
             p, q, a, b, c, e, s = np.array(row[1:], np.float32)
         if b == 0 and previous is None:

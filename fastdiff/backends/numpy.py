@@ -87,6 +87,9 @@ class NumpyBackend:
             dtype = np.float64 if array.dtype == np.float64 else np.float32
         return np.ascontiguousarray(array, dtype)
 
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
+
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return array
 

@@ -12,7 +12,15 @@ import numpy.typing as npt
 
 from fastdiff import noise
 from fastdiff.backends import Activation, Backend, DenseLayer, MLPPlan, TimeMode, get_backend
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, check_timesteps
+from fastdiff.errors import (
+    ArgumentError,
+    check_array,
+    check_choice,
+    check_int,
+    check_seed,
+    check_timesteps,
+    is_on_device,
+)
 from fastdiff.nn.params import Layout
 from fastdiff.noise import Stream
 
@@ -197,12 +205,14 @@ class MLP:
         be = get_backend(backend)
         if self.dtype == np.float64 and be.name != "numpy":
             raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
+        on_device = is_on_device(x)
         x = be.asarray(check_array("x", x, shape=(None, self.points), dtype=self.dtype))
-        steps = check_timesteps(t, self.T, len(x))
-        if flat is None:
-            return be.mlp_forward(self.plan, self.flat, x, steps)
-        flat = be.asarray(check_array("flat", flat, shape=self.flat.shape, finite=False, dtype=self.dtype))
-        return be.mlp_forward(self.plan, flat, x, steps)
+        steps = be.asarray(check_timesteps(t, self.T, len(x)), np.int64)
+        weights = self.flat
+        if flat is not None:
+            weights = check_array("flat", flat, shape=self.flat.shape, finite=False, dtype=self.dtype)
+        y = be.mlp_forward(self.plan, be.asarray(weights, self.dtype), x, steps)
+        return y if on_device else be.to_numpy(y)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; the parameters are not in it."""

@@ -1,8 +1,8 @@
 """Multilayer perceptrons on tiles of samples that stay in cache: forward, backward, and a whole sampling chain.
 
 A tile is at most TILE rows. Which operations run on a row, and in which order, depends on the layers alone, so a
-row's bits do not depend on its tile. Gradients of the parameters are summed over a chunk of CHUNK_TILES tiles in the
-order of its rows (by the matrix product), and over chunks in the order of the chunks (`add_partials`).
+row's bits do not depend on its tile. Gradients of the parameters are summed over a tile in the order of its rows
+(by the matrix product), and over tiles in the order of the tiles (`collect_tile`).
 
 Layers come as rows of an int64 table with the columns INPUTS ... Y; all numbers of a tile lie in one flat arena.
 """
@@ -17,8 +17,8 @@ from fastdiff.kernels.cpu.jit import bits_float, kernel
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
-TILE = 64
-CHUNK_TILES = 2
+TILE = 128
+CHAIN_TILE = 64  # stored feature by feature: rows of 128 samples would collide in the cache
 
 # Columns of the layer table: widths, offsets of W and bias in the parameters, codes, first column in the time table,
 # and where the tile's input, u = x W + bias and y = activation lie in the arena (u = y where u is not needed again).
@@ -215,8 +215,8 @@ def chain_range(
     n = len(x) // d
     blocks = (d + 3) // 4
     for tile in range(start, stop):
-        begin = tile * TILE
-        rows = min(TILE, n - begin)
+        begin = tile * CHAIN_TILE
+        rows = min(CHAIN_TILE, n - begin)
         at = layers[0, X]
         for i in range(rows):
             for j in range(d):
@@ -301,16 +301,6 @@ def time_table_backward(count, rows, features, dtable, width, grads, weight, bia
 
 
 @kernel
-def scatter_rows(start, stop, dtime, t, slots, dtable, width):
-    """Columns start ... stop - 1 of dtable[slots[t[i]]] += dtime[i], in the order of i."""
-    for i in range(len(t)):
-        at = slots[t[i]] * width
-        source, target = dtime[i * width + start : i * width + stop], dtable[at + start : at + stop]
-        for j in range(stop - start):
-            target[j] += source[j]
-
-
-@kernel
 def transpose_weights(layers, params, transposed):
     """W^T of every layer, at the offset of W."""
     for k in range(len(layers)):
@@ -322,7 +312,7 @@ def transpose_weights(layers, params, transposed):
 
 
 @kernel
-def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, begin, partial):
+def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, partial):
     """dy becomes du, in place; fills the tile's rows of dtime and adds to the bias gradient."""
     n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
     db = partial[layer[BIAS] : layer[BIAS] + n]
@@ -343,7 +333,7 @@ def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, begin
     column = layer[COLUMN]
     for i in range(rows):
         u, d = us[i * n : (i + 1) * n], dy[i * n : (i + 1) * n]
-        at, to = slots[t[i]] * width + column, (begin + i) * width + column
+        at, to = slots[t[i]] * width + column, i * width + column
         if act == LEAKY:
             y = ys[i * n : (i + 1) * n]
             for j in range(n):
@@ -403,71 +393,65 @@ def _draw_tile(
 
 
 @kernel
-def gradient_range(
-    start, stop, first_chunk, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
-    width, slots, dtime, grads, partials, losses, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
+def gradient_tile(
+    tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
+    dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
 ):  # fmt: skip
-    """Chunks first_chunk + start ... of a training step: draws, forward, loss, backward.
+    """One tile of a training step: draws, forward, loss, backward.
 
-    A chunk is CHUNK_TILES tiles, whose gradients are summed in order. With `given`, x and targets hold the batch and
-    dx takes the gradient of x; else the batch is drawn from `data`. Chunk 0 writes its gradients to `grads`, another
-    to row (chunk - first_chunk) of `partials`; losses[chunk - first_chunk] is its sum of squared errors. `dtime`
-    holds the rows of this group of chunks.
+    With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
+    `partial` becomes the gradient of W and bias, loss[0] the sum of squared errors, `dtime` the gradients of the
+    tile's rows of the time table.
     """
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
-    size = CHUNK_TILES * TILE
-    for local in range(start, stop):
-        chunk = first_chunk + local
-        partial = grads if chunk == 0 else partials[local]
-        for k in range(len(layers)):
-            partial[layers[k, BIAS] : layers[k, BIAS] + layers[k, OUTPUTS]] = ZERO
-        losses[local] = 0.0
-        for begin in range(chunk * size, min(batch, (chunk + 1) * size), TILE):
-            rows = min(TILE, batch - begin)
-            at = layers[0, X]
-            if given:
-                _copy(arena[at:], x[begin * d :], rows * d)
-                _copy(target, targets[begin * e :], rows * e)
-            else:
-                _draw_tile(
-                    begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments
-                )
-            times = t[begin : begin + rows]
-            forward_tile(rows, layers, arena, params, table, width, slots, times)
+    for k in range(len(layers)):
+        partial[layers[k, BIAS] : layers[k, BIAS] + layers[k, OUTPUTS]] = ZERO
+    loss[0] = 0.0
+    begin = tile * TILE
+    rows = min(TILE, batch - begin)
+    at = layers[0, X]
+    if given:
+        _copy(arena[at:], x[begin * d :], rows * d)
+        _copy(target, targets[begin * e :], rows * e)
+    else:
+        _draw_tile(begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
+    times = t[begin : begin + rows]
+    forward_tile(rows, layers, arena, params, table, width, slots, times)
 
-            sums, dy, dnext = d_in[:e], d_out, d_in
-            sums[:] = ZERO  # squared errors, column by column
-            for i in range(rows):
-                y, wanted, dyi = arena[layers[-1, Y] + i * e :], target[i * e :], dy[i * e :]
-                for j in range(e):
-                    difference = y[j] - wanted[j]
-                    sums[j] += difference * difference
-                    dyi[j] = difference * scale
-            for j in range(e):
-                losses[local] += np.float64(sums[j])
+    sums, dy, dnext = d_in[:e], d_out, d_in
+    sums[:] = ZERO  # squared errors, column by column
+    for i in range(rows):
+        y, wanted, dyi = arena[layers[-1, Y] + i * e :], target[i * e :], dy[i * e :]
+        for j in range(e):
+            difference = y[j] - wanted[j]
+            sums[j] += difference * difference
+            dyi[j] = difference * scale
+    for j in range(e):
+        loss[0] += np.float64(sums[j])
 
-            for k in range(len(layers) - 1, -1, -1):
-                layer = layers[k]
-                n, m = layer[INPUTS], layer[OUTPUTS]
-                _layer_backward(
-                    rows, layer, arena, dy, table, width, slots, times, dtime, begin - first_chunk * size, partial
-                )
-                gemm(
-                    partial, layer[WEIGHT], m, arena, layer[X], 1, n, dy, 0, m,
-                    n, m, rows, begin > chunk * size,
-                )  # fmt: skip
-                if k > 0 or given:
-                    gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
-                    dy, dnext = dnext, dy
-            if given:
-                _copy(dx[begin * d :], dy, rows * d)
+    for k in range(len(layers) - 1, -1, -1):
+        layer = layers[k]
+        n, m = layer[INPUTS], layer[OUTPUTS]
+        _layer_backward(rows, layer, arena, dy, table, width, slots, times, dtime, partial)
+        gemm(partial, layer[WEIGHT], m, arena, layer[X], 1, n, dy, 0, m, n, m, rows, False)
+        if k > 0 or given:
+            gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
+            dy, dnext = dnext, dy
+    if given:
+        _copy(dx[begin * d :], dy, rows * d)
 
 
 @kernel
-def add_partials(start, stop, grads, partials, first, count):
-    """grads[start:stop] += partials[first], ..., partials[count - 1], in this order."""
-    for k in range(first, count):
-        target, source = grads[start:stop], partials[k, start:stop]
-        for j in range(stop - start):
+def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
+    """grads += partial where `add`, and dtable[slots[t[i]]] += dtime[i] in the order of i."""
+    if add:
+        for j in range(len(grads)):
+            grads[j] += partial[j]
+    if width == 0:
+        return
+    for i in range(len(t)):
+        at = slots[t[i]] * width
+        source, target = dtime[i * width : (i + 1) * width], dtable[at : at + width]
+        for j in range(width):
             target[j] += source[j]

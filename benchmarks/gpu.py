@@ -1,0 +1,434 @@
+"""Tests and benchmarks on a machine with a GPU: ``python benchmarks/gpu.py``, or ``make gpu``.
+
+Three stages: the tests in tests/gpu (parity at full size, bits against NumPy); the small ones again under
+compute-sanitizer, where it is installed; and the times of our kernels, beside a device-to-device copy of the same
+run and, where torch is installed, beside PyTorch: as it stands, compiled, and compiled and replayed as a CUDA graph.
+
+A time is what one call takes in a row of calls that is waited for at its end, arguments and results on the device.
+All ways take turns; the table shows medians of the rounds. Forward noising, the step and the normals are compared
+with the bandwidth of the copy by the bytes that have to cross memory.
+
+The results go to ``results/gpu.json`` and ``.md``, unless only a part was run. Exit code 1: something failed; 2:
+there is no usable GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cases
+import numpy as np
+from machine import header
+from readme_numbers import RESULTS, duration, write
+
+TESTS = Path(__file__).parents[1] / "tests" / "gpu"
+STAGES = ("tests", "sanitizer", "benchmarks")
+TOOLS = ("memcheck", "racecheck", "synccheck")
+ROUNDS, TURN = 7, 0.3  # seconds of calls in one turn
+COPY_BYTES = 1 << 30
+WAYS = {"eager": "PyTorch", "compiled": "compiled", "graphs": "compiled, CUDA graph"}
+CASES = (
+    cases.BY_NAME["normals-48x1000000"],
+    cases.BY_NAME["forward-1000000x50"],
+    cases.BY_NAME["step-64x256x256x3"],
+    cases.BY_NAME["chain-tutorial-1000"],
+    replace(
+        cases.BY_NAME["chain-tutorial-100000"],
+        name="chain-tutorial-1000000",
+        title="100-step chain, tutorial MLP, n = 1,000,000",
+        n=1_000_000,
+    ),
+    cases.BY_NAME["chain-default-100000"],
+    cases.BY_NAME["train-tutorial-1000"],
+    cases.BY_NAME["train-tutorial-8192"],
+    cases.BY_NAME["train-default-1000"],
+)
+# What must be reached: a share of the copy's bandwidth, and times of the ways through ours.
+WANTED: dict[str, dict[str, float]] = {
+    "forward-1000000x50": {"copy": 0.85, "eager": 3.0, "compiled": 1.2},
+    "step-64x256x256x3": {"copy": 0.85, "eager": 3.0, "compiled": 1.2},
+    "chain-tutorial-1000000": {"graphs": 5.0},
+    "train-tutorial-1000": {"eager": 3.0},
+}
+MEMORY_BOUND = ("normals", "forward", "step")
+SAME = 1e-4  # largest difference of the two sides' results on the same inputs, through the largest value
+
+
+class Ways(NamedTuple):
+    """The ways to do one piece of work, and how many units of it one call does."""
+
+    runs: dict[str, Callable[[], Any]]
+    units: dict[str, int]
+
+
+# -- the work ------------------------------------------------------------------------------------------------------
+
+
+def agree(name: str, ours: Any, theirs: Any) -> None:
+    """Raise where two results on the same inputs differ."""
+    error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    if not error <= SAME:
+        raise AssertionError(f"{name}: ours and PyTorch's differ by {error:.3g}, allowed are {SAME:g}")
+
+
+def prepare(be: Any, case: cases.Case, peers: Any, twins: Any) -> Ways:
+    """Make the arrays of a case on the device, check that all sides agree, and return what is to be timed.
+
+    `peers` is the module `gpu_peers` or None, `twins` the module with the Numba kernels or None.
+    """
+    ways = {"normals": _normals, "forward": _forward, "step": _step, "chain": _chain, "training": _training}
+    runs, units = ways[case.kind](be, case, peers, twins)
+    return Ways(runs, {name: units if name == "ours" else 1 for name in runs})
+
+
+Prepared = tuple[dict[str, Callable[[], Any]], int]
+
+
+def _normals(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    del twins
+    shape = (case.n, case.values // case.n)
+    out = be.empty(shape)
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: be.normal(out, seed=0, stream=0, step=0, first_sample=0),
+    }
+    return runs | (peers.normals(*shape) if peers else {}), 1
+
+
+def _forward(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+
+    x0, t, s = cases.noising(fd, case)
+    arrays = be.asarray(x0), be.asarray(t, np.int64)
+    out, eps = be.empty(x0.shape), be.empty(x0.shape)
+    where = {"seed": 0, "first_sample": 0}
+
+    def ours() -> None:
+        be.forward_noise(*arrays, s.signal, s.noise, out, eps, **where)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if twins:
+        tables = be.asarray(s.signal), be.asarray(s.noise)
+        runs["twin"] = lambda: twins.forward_noise(*arrays, *tables, out, eps, queue=be.runtime.queue(), **where)
+    if peers:
+        ours()
+        theirs, x_t = peers.forward(x0, t, s.signal, s.noise, be.to_numpy(eps))
+        agree(case.name, be.to_numpy(out), x_t)
+        runs |= theirs
+    return runs, 1
+
+
+def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+
+    host_x, host_out, row, clip = cases.image_step(fd, case)
+    x, out = be.asarray(host_x), be.asarray(host_out)
+    seeds = itertools.count(1)  # the same noise again and again would add up
+    where: dict[str, Any] = {"stream": fd.noise.Stream.STEP, "first_sample": 0}
+
+    def ours() -> None:
+        be.sampler_step(x, out, None, row, clip, seed=next(seeds), **where)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if twins:
+        runs["twin"] = lambda: twins.sampler_step(
+            x, out, None, row, clip, seed=next(seeds), queue=be.runtime.queue(), **where
+        )
+    if peers:
+        z = be.empty(host_x.shape)
+        be.normal(z, seed=0, step=row.t, **where)
+        theirs, wanted = peers.step(host_x, host_out, row, clip, be.to_numpy(z))
+        be.sampler_step(x, out, None, row, clip, seed=0, **where)
+        agree(case.name, be.to_numpy(x), wanted)
+        runs |= theirs
+    return runs, 1
+
+
+def _peer_network(case: cases.Case, net: Any, peers: Any) -> Any:
+    features = None if net.plan.features is None else net.plan.features.astype(np.float32)
+    return peers.network(case, dict(net.params), cases.T, cases.HIDDEN, features)
+
+
+def _chain(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+
+    del twins
+    net, s = cases.network(fd, case), cases.schedule(fd, case)
+    sampler = fd.samplers.ddpm(s)
+    params, x = be.asarray(net.flat), be.empty((case.n, *case.shape))
+
+    def ours() -> None:
+        be.normal(x, seed=0, stream=fd.noise.Stream.INIT, step=0, first_sample=0)
+        be.mlp_chain(net.plan, params, x, sampler.rows, sampler.clip, seed=0, first_sample=0)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if peers:
+        theirs = _peer_network(case, net, peers)
+        few = np.random.default_rng(0).standard_normal((64, *case.shape), np.float32)
+        t = be.asarray(np.full(64, cases.T // 2), np.int64)
+        y = be.to_numpy(be.mlp_forward(net.plan, params, be.asarray(few), t))
+        agree(case.name, y, peers.output(theirs, few, cases.T // 2))
+        runs |= peers.chain(theirs, s.betas, case.n, case.shape[0])
+    return runs, 1
+
+
+def _training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+
+    del twins
+    work = case.setup(be)
+    work.check(work.run())
+    runs: dict[str, Callable[[], Any]] = {"ours": work.run}
+    if peers:
+        net = _peer_network(case, cases.network(fd, case), peers)
+        X = cases.curves(fd, case)
+        X = (X - X.mean()) / X.std()
+        runs |= peers.training(net, X, cases.schedule(fd, case).betas, case.n)
+    return runs, work.units
+
+
+# -- timing --------------------------------------------------------------------------------------------------------
+
+
+def turn(run: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> float:
+    """Return the time of one call: of as many in a row as take so many seconds, waited for at the end."""
+    calls, taken = 1, 0.0
+    while taken < seconds:
+        if taken:
+            calls = max(2 * calls, min(100 * calls, int(1.2 * calls * seconds / taken)))
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wait()
+        taken = time.perf_counter() - start
+    return taken / calls
+
+
+def measure(
+    ways: Ways, wait: Callable[[], Any], rounds: int, seconds: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the median time of a unit of every way, the ways taking turns, and why a way could not be timed."""
+    failed: dict[str, str] = {}
+    for name, run in ways.runs.items():  # compiles and warms
+        try:
+            for _ in range(3):
+                run()
+            wait()
+        except Exception as error:  # a way of PyTorch's that fails here is reported, and the rest timed
+            if name in ("ours", "copy"):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    taken: dict[str, list[float]] = {name: [] for name in ways.runs if name not in failed}
+    for _ in range(rounds):
+        for name, times in taken.items():
+            times.append(turn(ways.runs[name], wait, seconds) / ways.units[name])
+    return {name: statistics.median(times) for name, times in taken.items()}, failed
+
+
+def row_of(case: cases.Case, seconds: dict[str, float], failed: dict[str, str], bandwidth: float) -> dict[str, Any]:
+    """Return a row of the results; `bandwidth` is that of the copy, in bytes a second."""
+    ratios = {name: value / seconds["ours"] for name, value in seconds.items() if name in WAYS}
+    share = {
+        name: case.bytes / seconds[name] / bandwidth
+        for name in ("ours", "twin")
+        if case.kind in MEMORY_BOUND and name in seconds
+    }
+    reached = ratios | ({"copy": share["ours"]} if share else {})
+    wanted = WANTED.get(case.name, {})
+    return {
+        "name": case.name,
+        "title": case.title,
+        "bytes": case.bytes,
+        "operations": case.operations,
+        "seconds": seconds,
+        "ratios": ratios,
+        "share of copy": share,
+        "wanted": wanted,
+        "missed": sorted(name for name, least in wanted.items() if name in reached and reached[name] < least),
+        "unknown": sorted(set(wanted) - set(reached)),
+        "failed": failed,
+    }
+
+
+def benchmark(be: Any, wait: Callable[[], Any], chosen: list[cases.Case], *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Time cases; yield their rows."""
+    peers: Any = None
+    if importlib.util.find_spec("torch") is not None:
+        import gpu_peers as peers
+    twins: Any = None
+    if importlib.util.find_spec("numba_cuda") is not None:
+        from fastdiff.kernels.cuda import numba_twins as twins
+    rounds, seconds = (1, 0.01) if quick else (ROUNDS, TURN)
+    source = be.runtime.zeros((COPY_BYTES // 4 // (100 if quick else 1),))
+    target = be.runtime.zeros(source.shape)
+
+    def copy() -> None:
+        be.runtime.copy(target, source)
+
+    for case in chosen:
+        small = case.at(0.001) if quick else case
+        prepared = prepare(be, small, peers, twins)
+        ways = Ways(prepared.runs | {"copy": copy}, prepared.units | {"copy": 1})
+        times, failed = measure(ways, wait, rounds, seconds)
+        yield row_of(small, times, failed, 2 * source.nbytes / times.pop("copy"))
+
+
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    h = results["header"]
+    versions = ", ".join(f"{name} {h[name]}" for name in ("cupy", "numba-cuda", "torch") if h.get(name))
+    tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the numbers mean nothing.** "
+    lines = [
+        f"{tiny}{h['gpu']}; {versions}; Python {h['python']}, {h['system']}; {h['date']}, commit {h['commit']}. "
+        "Of the copy: bytes that must cross memory, through the bandwidth of a device-to-device copy of the same run. "
+        "Ratios: their time through ours.",
+        "",
+        "| work | ours | of the copy | Numba twin | " + " | ".join(WAYS.values()) + " | wanted |",
+        "|---|---:|---:|---:|" + "---:|" * (len(WAYS) + 1),
+    ]
+    for row in results["rows"]:
+        seconds, share = row["seconds"], row["share of copy"]
+        cells = [row["title"], duration(seconds["ours"])]
+        cells.append(f"{share['ours']:.0%}" if "ours" in share else "")
+        cells.append(duration(seconds["twin"]) if "twin" in seconds else "")
+        for way in WAYS:
+            ratio = row["ratios"].get(way)
+            cells.append("failed" if way in row["failed"] else f"**{ratio:.1f}**" if ratio is not None else "")
+        cells.append(", ".join(_wish(name, least, row) for name, least in row["wanted"].items()))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"{name}: {outcome}." for name, outcome in results["stages"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _wish(name: str, least: float, row: dict[str, Any]) -> str:
+    words = f"{least:.0%} of the copy" if name == "copy" else f"{least:g} x {WAYS[name]}"
+    return f"{words}: **missed**" if name in row["missed"] else words
+
+
+# -- tests ---------------------------------------------------------------------------------------------------------
+
+
+def run_tests(*options: str, under: tuple[str, ...] = ()) -> str:
+    """Run the tests in tests/gpu; return "" if they pass, else the end of what they say."""
+    # Their own conftest only: that of tests/ needs packages which a GPU machine need not have.
+    command = [*under, sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", "-W", "default", "-q"]
+    done = subprocess.run(
+        [*command, *options],
+        env={**os.environ, "FASTDIFF_GPU": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        cwd=TESTS.parents[1],
+    )
+    print(done.stdout, flush=True)
+    return "" if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-5:]) or f"exit code {done.returncode}"
+
+
+def sanitize() -> str:
+    """Run the small parity tests under the tools of compute-sanitizer; return "" if all pass, else what does not."""
+    failed = []
+    for tool in TOOLS:
+        under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        if run_tests("-k", "test_parity and small", under=under):
+            failed.append(tool)
+    return f"errors found by {', '.join(failed)}" if failed else ""
+
+
+# -- the program ---------------------------------------------------------------------------------------------------
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a distribution, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def head(be: Any, scale: float) -> dict[str, Any]:
+    """Return what was measured where."""
+    import cupy
+
+    optional = {name: installed(name) for name in ("numba-cuda", "torch")}
+    return header(be.threads) | {"gpu": be.runtime.device, "cupy": cupy.__version__, "scale": scale, **optional}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages, print, and write the results; return the exit code."""
+    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
+    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
+    args = parser.parse_args(argv)
+    chosen = [case for case in CASES if any(case.name.startswith(name) for name in args.only or [""])]
+    if not chosen:
+        parser.error(f"no such case; there are {', '.join(case.name for case in CASES)}")
+    stages = args.stage or list(STAGES)
+
+    from fastdiff.errors import BackendError
+
+    try:
+        from fastdiff.backends.cuda import CudaBackend
+
+        be = CudaBackend()
+    except BackendError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    import cupy
+
+    outcomes: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    if "tests" in stages:
+        faults["tests"] = run_tests()
+        outcomes["GPU tests"] = "**failed**" if faults["tests"] else "passed"
+    if "sanitizer" in stages:
+        if shutil.which("compute-sanitizer"):
+            faults["sanitizer"] = sanitize()
+            outcomes["compute-sanitizer"] = f"**{faults['sanitizer']}**" if faults["sanitizer"] else "no errors"
+        else:
+            outcomes["compute-sanitizer"] = "not installed"
+    rows = []
+    if "benchmarks" in stages:
+        if importlib.util.find_spec("torch") is None:
+            outcomes["PyTorch"] = "not installed"
+        try:
+            for row in benchmark(be, cupy.cuda.runtime.deviceSynchronize, chosen, quick=args.quick):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        except AssertionError as error:
+            faults["benchmarks"] = str(error)
+    results = {"header": head(be, 0.001 if args.quick else 1.0), "stages": outcomes, "rows": rows}
+    print(f"\n{table(results)}")
+    output = args.output or (None if args.only or args.quick or args.stage else RESULTS)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write(output / "gpu.json", json.dumps(results, indent=1) + "\n")
+        write(output / "gpu.md", table(results))
+        print(f"written to {output}")
+    for name, fault in faults.items():
+        if fault:
+            print(f"gpu.py: {name}: {fault}", file=sys.stderr)
+    return int(any(faults.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+// Multilayer perceptrons. Layer: u = x W + b, v = (1 + gain) u + shift, y = act(v); gain and shift are columns of the
+// row of the time table that belongs to the sample's timestep.
+//
+// Two ways. mlp_chain holds a tile of samples in shared memory through all layers, and through all rows of a sampler's
+// table; with no rows it is the network's forward pass, so that a chain and its steps have the same bits. Per layer,
+// for training and for networks too wide for that, a matrix product is followed by one of the kernels below.
+//
+// Every sum has a fixed order: products over k ascending, batches in fixed chunks that are added in order.
+
+enum { ACTIVATION_NONE, LEAKY_RELU, SILU };
+enum { TIME_NONE, SHIFT, SCALE_SHIFT };
+
+// ------------------------------------------------------------------------------------------- elements
+
+// 1 / (1 + exp(-v)): exp(r) = 1 + r + r^2 P(r) for |r| <= ln(2) / 2, the polynomial of kernels/cpu/mlp.py.
+FD_DEVICE real mlp_sigmoid(real v) {
+    const real x = fminf(fmaxf(-v, -87.0f), 88.0f);
+    const real whole = floorf(x * 1.4426950408889634f + 0.5f);
+    const real r = (x - whole * 0.693359375f) - whole * -2.1219444e-4f;
+    const real p = (((0.0013941218f * r + 0.008363235f) * r + 0.041666374f) * r + 0.16666576f) * r + 0.5f;
+    const real y = p * r * r + r + 1.0f;
+    return 1.0f / (1.0f + y * fd_bits_float(((int)whole + 127) * (1 << 23)));
+}
+
+FD_DEVICE real mlp_modulate(real u, int mode, real gain, real shift) {
+    if (mode == SCALE_SHIFT) return (1.0f + gain) * u + shift;
+    return mode == SHIFT ? u + shift : u;
+}
+
+FD_DEVICE real mlp_activate(real v, int activation) {
+    if (activation == SILU) return v * mlp_sigmoid(v);
+    return activation == LEAKY_RELU && !(v > 0) ? FD_LEAKY_SLOPE * v : v;
+}
+
+// Gain and shift of column j; a layer with both has its `width` gains first.
+FD_DEVICE real mlp_gain(const real *row, int mode, int64 j) { return mode == SCALE_SHIFT ? row[j] : 0; }
+
+FD_DEVICE real mlp_shift(const real *row, int mode, int64 width, int64 j) {
+    return mode == SCALE_SHIFT ? row[width + j] : mode == SHIFT ? row[j] : 0;
+}
+
+// ------------------------------------------------------------------------------------------- per layer
+
+// u holds the product x W (n, m): u += bias, y = act((1 + gain) u + shift). y may be u where u is not needed again.
+FD_KERNEL mlp_bias_activate(real *u, real *y, const real *bias, const real *table, const int64 *t, int64 n, int64 m,
+                            int64 table_width, int64 column, int mode, int activation) {
+    for (Walk walk = fd_walk(m); walk.row < n; fd_walk_on(walk, m)) {
+        const int64 row = walk.row, j = walk.item, i = row * m + j;
+        const real *modulation = mode == TIME_NONE ? table : table + t[row] * table_width + column;
+        const real biased = u[i] + bias[j];
+        const real v = mlp_modulate(biased, mode, mlp_gain(modulation, mode, j), mlp_shift(modulation, mode, m, j));
+        u[i] = biased;
+        y[i] = mlp_activate(v, activation);
+    }
+}
+
+// d (n, m) holds dy and becomes du. Fills the layer's columns of dtime (n, table_width), and partials[chunk, at + j],
+// the sum of du[:, j] over a chunk of rows. A block is one chunk times blockDim.x columns.
+FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *table, const int64 *t, real *dtime,
+                             real *partials, int64 n, int64 m, int64 table_width, int64 column, int64 partial_width,
+                             int64 at, int64 chunk_rows, int mode, int activation) {
+    const int64 across = (m + blockDim.x - 1) / blockDim.x, chunk = blockIdx.x / across;
+    const int64 j = blockIdx.x % across * blockDim.x + threadIdx.x;
+    if (j >= m) return;
+    const int64 begin = chunk * chunk_rows, end = min(begin + chunk_rows, n);
+    real sum = 0;
+    for (int64 row = begin; row < end; row++) {
+        const int64 i = row * m + j;
+        real value = d[i], gain = 0;
+        if (mode == SCALE_SHIFT) gain = table[t[row] * table_width + column + j];
+        if (activation == SILU) {
+            const real *modulation = mode == TIME_NONE ? table : table + t[row] * table_width + column;
+            const real v = mlp_modulate(u[i], mode, gain, mlp_shift(modulation, mode, m, j));
+            const real g = mlp_sigmoid(v);
+            value = value * g * (1.0f + v * (1.0f - g));
+        } else if (activation == LEAKY_RELU) {
+            value = y[i] > 0 ? value : FD_LEAKY_SLOPE * value;
+        }
+        if (mode != TIME_NONE) {
+            real *to = dtime + row * table_width + column;
+            if (mode == SCALE_SHIFT) {
+                to[j] = value * u[i];
+                to[m + j] = value;
+                value = value * (1.0f + gain);
+            } else {
+                to[j] = value;
+            }
+        }
+        sum = sum + value;
+        d[i] = value;
+    }
+    partials[chunk * partial_width + at + j] = sum;
+}
+
+// dy = 2 (y - target) / size, with scale = 2 / size, and sums[block] of the squares of `chunk` entries.
+// blockDim.x is a power of two of at most 256.
+FD_KERNEL mlp_squared_error(const real *y, const real *target, real *dy, double *sums, int64 size, int64 chunk,
+                            real scale) {
+    FD_SHARED_ARRAY(double, shared, 256);
+    const int64 begin = blockIdx.x * chunk, end = min(begin + chunk, size);
+    double sum = 0;
+    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        const real difference = y[i] - target[i];
+        sum += (double)difference * difference;
+        dy[i] = difference * scale;
+    }
+    shared[threadIdx.x] = sum;
+    for (uint32 half = blockDim.x / 2; half > 0; half /= 2) {
+        fd_syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
+}
+
+// The second stage of both sums: grads[targets[j]] = partials[:, j] added over chunks, loss = `sums` added / size.
+FD_KERNEL mlp_finish(const real *partials, const int64 *targets, real *grads, const double *sums, double *loss,
+                     int64 chunks, int64 partial_width, int64 blocks, int64 size) {
+    FD_GRID_STRIDE(j, partial_width + 1) {
+        double sum = 0;
+        if (j < partial_width) {
+            for (int64 chunk = 0; chunk < chunks; chunk++) sum += partials[chunk * partial_width + j];
+            grads[targets[j]] = (real)sum;
+        } else {
+            for (int64 block = 0; block < blocks; block++) sum += sums[block];
+            *loss = sum / (double)size;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- the time table
+
+// table (T, width) = features (T, F) W (F, width) + bias.
+FD_KERNEL mlp_time_table(const real *features, const real *weight, const real *bias, real *table, int64 T, int64 F,
+                         int64 width) {
+    for (Walk walk = fd_walk(width); walk.row < T; fd_walk_on(walk, width)) {
+        const int64 row = walk.row, j = walk.item;
+        real sum = bias[j];
+        for (int64 k = 0; k < F; k++) sum = fmaf(features[row * F + k], weight[k * width + j], sum);
+        table[row * width + j] = sum;
+    }
+}
+
+// Gradients of W and, as row F of the same loop, of the bias.
+FD_KERNEL mlp_time_table_backward(const real *features, const real *dtable, real *dweight, real *dbias, int64 T,
+                                  int64 F, int64 width) {
+    for (Walk walk = fd_walk(width); walk.row <= F; fd_walk_on(walk, width)) {
+        const int64 k = walk.row, j = walk.item;
+        real sum = 0;
+        for (int64 row = 0; row < T; row++) {
+            const real d = dtable[row * width + j];
+            sum = k < F ? fmaf(features[row * F + k], d, sum) : sum + d;
+        }
+        (k < F ? dweight[k * width + j] : dbias[j]) = sum;
+    }
+}
+
+// order = the samples sorted by timestep, those of one timestep in the order of the batch: a sample's place is how many
+// come before it. Quadratic, but one launch without atomics; a batch of 4096 takes a few microseconds.
+FD_KERNEL mlp_order_times(const int64 *t, int *order, int64 n) {
+    FD_SHARED_ARRAY(int, tile, 256);
+    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int mine = i < n ? (int)t[i] : 0;
+    int64 place = 0;
+    for (int64 begin = 0; begin < n; begin += blockDim.x) {
+        if (begin + threadIdx.x < n) tile[threadIdx.x] = (int)t[begin + threadIdx.x];
+        fd_syncthreads();
+        const int count = (int)min((int64)blockDim.x, n - begin);
+        for (int k = 0; k < count; k++) place += tile[k] < mine || (tile[k] == mine && begin + k < i);
+        fd_syncthreads();
+    }
+    if (i < n) order[place] = (int)i;
+}
+
+// dtable[s] = sum of dtime[i] over the samples with t[i] = s, in the order of the batch. One thread per column and
+// place in `order`; the first place of a timestep adds them up. Other rows of dtable are left alone.
+FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order, real *dtable, int64 n, int64 width) {
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        int64 place = walk.row;
+        const int64 j = walk.item;
+        const int64 step = t[order[place]];
+        if (place > 0 && t[order[place - 1]] == step) continue;
+        real sum = 0;
+        for (; place < n && t[order[place]] == step; place++) sum = sum + dtime[order[place] * width + j];
+        dtable[step * width + j] = sum;
+    }
+}
+
+// ------------------------------------------------------------------------------------------- training draws
+
+// The batch of a training step by the noise law: t, x = signal[t] x0 + noise[t] eps and
+// target = target_noise[t] eps + target_data[t] x0, with x0 a drawn row of data (N, d). tables (4, T) holds signal,
+// noise, target_noise, target_data. One thread per noise block: it draws its sample's row and timestep again, which is
+// cheaper than a launch.
+FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *target, int64 *t, int64 n, int64 d,
+                         int64 N, int64 T, uint32 step, RoundKeys keys) {
+    const int64 quarter = (d + 3) / 4;
+    for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
+        const int64 row = walk.row, q = walk.item;
+        const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
+        const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
+        const int64 s = (int64)((time_word * (uint64)T) >> 32);
+        const real *x0 = data + (int64)((data_word * (uint64)N) >> 32) * d;
+        const real signal = tables[s], noise = tables[T + s];
+        const real target_noise = tables[2 * T + s], target_data = tables[3 * T + s];
+        const Normals normals = fd_normals(row, (uint32)q, step, FD_STREAM_TRAIN_NOISE, keys);
+        const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
+        FD_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const int64 j = q + k * quarter;
+            if (j >= d) break;
+            x[row * d + j] = signal * x0[j] + noise * z[k];
+            target[row * d + j] = target_noise * z[k] + target_data * x0[j];
+        }
+        if (q == 0) t[row] = s;
+    }
+}
+
+// ------------------------------------------------------------------------------------------- tiles of samples
+
+// Columns of the layer table. WEIGHT and BIAS are offsets in the packed parameters, where a row of W is padded to a
+// multiple of four values with zeros; FROM_WEIGHT and FROM_BIAS are those in the network's own buffer.
+enum { INPUTS, OUTPUTS, WEIGHT, BIAS, FROM_WEIGHT, FROM_BIAS, ACTIVATION, MODE, COLUMN, LAYER_COLUMNS };
+
+FD_DEVICE int mlp_round4(int n) { return (n + 3) / 4 * 4; }
+
+// Distance of two rows in shared memory: 4 beyond a multiple of 8, so that four rows lie in different banks.
+FD_DEVICE int mlp_pitch(int n) { return (n + 3) / 8 * 8 + 4; }
+
+FD_KERNEL mlp_pack(const real *params, real *packed, const int *layers, int count, int64 size) {
+    FD_GRID_STRIDE(i, size) {
+        int k = 0;
+        while (k + 1 < count && i >= layers[(k + 1) * LAYER_COLUMNS + WEIGHT]) k++;
+        const int *layer = layers + k * LAYER_COLUMNS;
+        const int outputs = layer[OUTPUTS], pitch = mlp_round4(outputs);
+        const int within = (int)(i - layer[WEIGHT]), row = within / pitch, j = within % pitch;
+        // The bias follows the last row of W.
+        const int64 from = row < layer[INPUTS] ? layer[FROM_WEIGHT] + (int64)row * outputs : layer[FROM_BIAS];
+        packed[i] = j < outputs ? params[from + j] : 0;
+    }
+}
+
+FD_DEVICE void mlp_fma4(real (&acc)[4], real x, const float4 w) {
+    acc[0] = fmaf(x, w.x, acc[0]);
+    acc[1] = fmaf(x, w.y, acc[1]);
+    acc[2] = fmaf(x, w.z, acc[2]);
+    acc[3] = fmaf(x, w.w, acc[3]);
+}
+
+// One layer on a tile of `rows` samples, a multiple of 4 R: in and out lie in shared memory with their pitches. A warp
+// makes 4 R rows times 32 columns at a time; a lane R rows (4 apart) times 4 columns.
+template <int R>
+FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, int in_pitch, real *out, int out_pitch,
+                         const real *table, int64 table_width, const int *times, int rows) {
+    const int inputs = layer[INPUTS], outputs = layer[OUTPUTS], mode = layer[MODE], activation = layer[ACTIVATION];
+    const int pitch = mlp_round4(outputs), column = layer[COLUMN];
+    const real *weight = packed + layer[WEIGHT], *bias = packed + layer[BIAS];
+    const int lane = threadIdx.x % FD_WARP, across = (outputs + 31) / 32, pieces = rows / (4 * R) * across;
+    for (int piece = threadIdx.x / FD_WARP; piece < pieces; piece += blockDim.x / FD_WARP) {
+        const int first = piece / across * (4 * R) + lane / 8, j = piece % across * 32 + lane % 8 * 4;
+        const real *w = weight + min(j, pitch - 4);  // lanes beyond the last column do another's work
+        const real *a = in + first * in_pitch;
+        real acc[R][4];
+        FD_UNROLL
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = 0;
+        int k = 0;
+        for (; k + 4 <= inputs; k += 4, w += 4 * pitch) {
+            const float4 w0 = fd_load4(w), w1 = fd_load4(w + pitch), w2 = fd_load4(w + 2 * pitch),
+                        w3 = fd_load4(w + 3 * pitch);
+            FD_UNROLL
+            for (int r = 0; r < R; r++) {
+                const float4 x = fd_load4(a + 4 * r * in_pitch + k);
+                mlp_fma4(acc[r], x.x, w0);
+                mlp_fma4(acc[r], x.y, w1);
+                mlp_fma4(acc[r], x.z, w2);
+                mlp_fma4(acc[r], x.w, w3);
+            }
+        }
+        for (; k < inputs; k++, w += pitch) {
+            const float4 w0 = fd_load4(w);
+            FD_UNROLL
+            for (int r = 0; r < R; r++) mlp_fma4(acc[r], a[4 * r * in_pitch + k], w0);
+        }
+        if (j >= outputs) continue;
+        FD_UNROLL
+        for (int r = 0; r < R; r++) {
+            const int row = first + 4 * r;
+            const real *modulation = mode == TIME_NONE ? table : table + times[row] * table_width + column;
+            FD_UNROLL
+            for (int c = 0; c < 4; c++) {
+                const int at = min(j + c, outputs - 1);  // values beyond the last column are never read
+                const real u = acc[r][c] + bias[at];
+                const real v =
+                    mlp_modulate(u, mode, mlp_gain(modulation, mode, at), mlp_shift(modulation, mode, outputs, at));
+                out[row * out_pitch + j + c] = mlp_activate(v, activation);
+            }
+        }
+    }
+}
+
+// All rows of a sampler's table on the tiles of this block, or with none of them one forward pass.
+// Shared memory: packed parameters (STAGED), x, x0_previous (keep), outputs of even layers, of odd layers, timesteps.
+template <int R, bool STAGED>
+FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows,
+                         const int64 *steps, int step_count, bool keep, const int *layers, int layer_count,
+                         const real *packed, int packed_size, const real *table, int64 table_width, int64 n, int rows,
+                         int even_width, int odd_width, uint64 first_row, const RoundKeys &keys) {
+    const int thread = threadIdx.x, threads = blockDim.x;
+    const int d = layers[INPUTS], e = layers[(layer_count - 1) * LAYER_COLUMNS + OUTPUTS], quarter = (d + 3) / 4;
+    const int pitch = mlp_pitch(d), even_pitch = mlp_pitch(even_width), odd_pitch = mlp_pitch(odd_width);
+    real *const state = shared + (STAGED ? packed_size : 0);
+    real *const previous = state + rows * pitch;
+    real *const even = previous + (keep ? rows * pitch : 0), *const odd = even + rows * even_pitch;
+    int *const times = reinterpret_cast<int *>(odd + rows * odd_pitch);
+    const real *const out = layer_count % 2 ? even : odd;
+    const int out_pitch = layer_count % 2 ? even_pitch : odd_pitch;
+    if (STAGED) {
+        for (int i = thread; i < packed_size; i += threads) shared[i] = packed[i];
+    }
+    for (int64 begin = (int64)blockIdx.x * rows; begin < n; begin += (int64)gridDim.x * rows) {
+        const int here = (int)min((int64)rows, n - begin);
+        for (int i = thread; i < rows * d; i += threads) {
+            const int row = i / d, j = i % d;
+            state[row * pitch + j] = row < here ? x[begin * d + i] : 0;
+            if (keep) previous[row * pitch + j] = 0;
+        }
+        for (int r = 0; r < max(step_count, 1); r++) {
+            for (int row = thread; row < rows; row += threads) {
+                times[row] = (int)(step_count ? steps[r] : row < here ? t[begin + row] : 0);
+            }
+            fd_syncthreads();
+            for (int k = 0; k < layer_count; k++) {
+                const real *const in = k == 0 ? state : k % 2 ? even : odd;
+                mlp_dense<R>(layers + k * LAYER_COLUMNS, STAGED ? shared : packed, in,
+                             k == 0 ? pitch : k % 2 ? even_pitch : odd_pitch, k % 2 ? odd : even,
+                             k % 2 ? odd_pitch : even_pitch, table, table_width, times, rows);
+                fd_syncthreads();
+            }
+            if (step_count == 0) {
+                for (int i = thread; i < here * e; i += threads) y[begin * e + i] = out[i / e * out_pitch + i % e];
+                continue;
+            }
+            const TableRow coefficients = table_rows[r];
+            for (int i = thread; i < here * quarter; i += threads) {
+                const int row = i / quarter, q = i % quarter;
+                real z[4] = {0, 0, 0, 0};
+                if (coefficients.s != 0) {
+                    const Normals normals =
+                        fd_normals(first_row + begin + row, q, (uint32)steps[r], FD_STREAM_STEP, keys);
+                    z[0] = normals.z0, z[1] = normals.z1, z[2] = normals.z2, z[3] = normals.z3;
+                }
+                FD_UNROLL
+                for (int c = 0; c < 4; c++) {
+                    const int j = q + c * quarter;
+                    if (j >= d) break;
+                    real &value = state[row * pitch + j];
+                    const real output = out[row * out_pitch + j];
+                    const real x0 = fd_row_x0(coefficients, value, output);
+                    value = fd_row_x(coefficients, value, x0, keep ? previous[row * pitch + j] : 0, output, z[c]);
+                    if (keep) previous[row * pitch + j] = x0;
+                }
+            }
+        }
+        // A thread stores the values of `state` that it loads again for its next tile: no barrier after this.
+        fd_syncthreads();
+        for (int i = thread; step_count && i < here * d; i += threads) {
+            x[begin * d + i] = state[i / d * pitch + i % d];
+        }
+    }
+}
+
+// x (n, d) is changed by the `step_count` rows of a table, or, where there are none, y becomes the network's output at
+// the timesteps t. `rows` samples are a tile, 8 or a multiple of 32; `staged` keeps the packed parameters in shared
+// memory. Neither changes a bit.
+FD_KERNEL mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
+                    int keep, const int *layers, int layer_count, const real *packed, int packed_size,
+                    const real *table, int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged,
+                    uint64 first_row, RoundKeys keys) {
+    FD_SHARED(real, shared);
+    if (rows % 32 == 0) {
+        if (staged)
+            mlp_tiles<8, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                               packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+        else
+            mlp_tiles<8, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                                packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+    } else {
+        if (staged)
+            mlp_tiles<2, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                               packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+        else
+            mlp_tiles<2, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                                packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+    }
+}

@@ -1,0 +1,245 @@
+"""Forward noising and the fused sampler step for Numba's CUDA target, from the element functions of the CPU kernels.
+
+A thread makes the four normals of one Philox block and takes the four values of its row that they belong to:
+neighbouring threads have neighbouring blocks, so loads and stores are contiguous. Numba's CUDA simulator
+(``NUMBA_ENABLE_CUDASIM=1``) runs the same kernels on NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import operator
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import config, cuda, float32
+
+from fastdiff.kernels.cpu import noise as cpu_noise
+from fastdiff.kernels.cpu import step as cpu_step
+from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W, Stream
+
+THREADS = 256  # of a block
+BLOCKS_PER_MULTIPROCESSOR = 8  # so many are resident; a grid-stride loop covers the rest
+
+W0, W1 = np.uint64(PHILOX_W[0]), np.uint64(PHILOX_W[1])
+MINUS_TWO, ZERO = np.float32(-2), np.float32(0)
+
+if config.ENABLE_CUDASIM:  # it has no libdevice: the same in NumPy
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    mul = operator.mul
+
+    def float_bits(x: Any) -> Any:
+        """The bits of a float32 as int32."""
+        return x.view(np.int32)
+
+    def bits_float(x: Any) -> Any:
+        """The float32 of the bits in an int32."""
+        return x.view(np.float32)
+
+else:
+    from numba.cuda import libdevice
+
+    # Numba has no switch for contraction: a * b + c becomes one fused operation. A product that states its rounding
+    # is never fused.
+    mul = libdevice.fmul_rn
+    float_bits, bits_float = libdevice.float_as_int, libdevice.int_as_float
+
+
+class _Products(ast.NodeTransformer):
+    """Every a * b becomes mul(a, b)."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mult):
+            return node
+        return ast.Call(ast.Name("mul", ast.Load()), [node.left, node.right], [])
+
+
+def rounded(function: Callable[..., Any]) -> Any:
+    """Make a device function of a Python function of float32, each of its products rounded by itself.
+
+    Parameters
+    ----------
+    function : callable
+        A function or a CPU kernel; its text is compiled anew, with this module's `mul` for its products and this
+        module's bit casts.
+    """
+    function = getattr(function, "py_func", function)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    tree = ast.fix_missing_locations(_Products().visit(tree))
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
+    names = {**function.__globals__, "mul": mul, "float_bits": float_bits, "bits_float": bits_float}
+    exec(compile(tree, function.__code__.co_filename, "exec"), names)
+    return cuda.jit(device=True)(names[definition.name])
+
+
+log_uniform = rounded(cpu_noise.log_uniform)
+cos_sin_turn = rounded(cpu_noise.cos_sin_turn)
+apply_row = rounded(cpu_step.apply_row)
+philox_round = cuda.jit(device=True)(cpu_noise._round.py_func)  # integers
+
+
+@rounded
+def noised(signal, clean, noise, z):
+    """One value of x_t."""
+    return signal * clean + noise * z
+
+
+@rounded
+def box_muller(wa, wb):
+    """Two normals of two words, the cosine first."""
+    radius = float32(math.sqrt(MINUS_TWO * log_uniform(wa)))
+    cosine, sine = cos_sin_turn(wb)
+    return radius * cosine, radius * sine
+
+
+@cuda.jit(device=True)
+def draw(block, row, step, tag, k0, k1, z):
+    """Normals of one block of a row: value j belongs to column block + j Q, Q being the blocks of a row."""
+    c0, c1, c2 = np.uint64(block), step, row | tag
+    c3 = c2 >> cpu_noise.SHIFT
+    for _ in range(PHILOX_ROUNDS):
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        k0, k1 = k0 + W0, k1 + W1  # 64-bit lanes: what goes over the low half is dropped
+    z[0], z[1] = box_muller(np.uint32(c0), np.uint32(c1))
+    z[2], z[3] = box_muller(np.uint32(c2), np.uint32(c3))
+
+
+@cuda.jit
+def forward_noise_kernel(x0, t, signal, noise, out, eps, first_row, tag, k0, k1):
+    """out = signal[t] x0 + noise[t] eps, for arrays (n, width)."""
+    n, width = x0.shape
+    blocks = (width + 3) // 4
+    z = cuda.local.array(4, float32)
+    for i in range(cuda.grid(1), n * blocks, cuda.gridsize(1)):
+        row, block = i // blocks, i % blocks
+        draw(block, first_row + np.uint64(row), np.uint64(0), tag, k0, k1, z)
+        a, b = signal[t[row]], noise[t[row]]
+        for j in range(4):
+            column = block + j * blocks
+            if column < width:
+                out[row, column] = noised(a, x0[row, column], b, z[j])
+                eps[row, column] = z[j]
+
+
+@cuda.jit
+def step_kernel(x, out, previous, coefficients, low, high, keep, first_row, step, tag, k0, k1):
+    """One row of a sampler's table, in place; `coefficients` is (p, q, a, b, c, e, s)."""
+    n, width = x.shape
+    blocks = (width + 3) // 4
+    z = cuda.local.array(4, float32)
+    for i in range(cuda.grid(1), n * blocks, cuda.gridsize(1)):
+        row, block = i // blocks, i % blocks
+        if coefficients[6] != ZERO:
+            draw(block, first_row + np.uint64(row), step, tag, k0, k1, z)
+        # The columns of this block: block, block + Q, ...
+        apply_row(
+            x[row, block::blocks],
+            out[row, block::blocks],
+            previous[row, block::blocks],
+            z,
+            coefficients,
+            low,
+            high,
+            keep,
+        )
+
+
+def forward_noise(
+    x0: Any,
+    t: Any,
+    signal: Any,
+    noise: Any,
+    out: Any,
+    eps: Any,
+    *,
+    seed: int,
+    first_sample: int,
+    queue: Any = 0,
+    threads: int = THREADS,
+) -> None:
+    """Fill `eps` (n, D) with stream FORWARD and `out` with signal[t] x0 + noise[t] eps.
+
+    Parameters
+    ----------
+    x0, out, eps : (n, D) float32 device arrays
+        Anything with ``__cuda_array_interface__``; NumPy arrays under the simulator.
+    t : (n,) int64 device array
+    signal, noise : (T,) float32 device arrays
+    seed, first_sample : int
+    queue : int or stream, optional
+        The CUDA stream, as an address or one of Numba's.
+    threads : int, optional
+        Threads of a block.
+    """
+    arguments = (x0, t, signal, noise, out, eps, np.uint64(first_sample))
+    _launch(forward_noise_kernel, x0.shape, queue, threads, *arguments, _tag(Stream.FORWARD), *_key(seed))
+
+
+def sampler_step(
+    x: Any,
+    out: Any,
+    previous: Any,
+    row: Any,
+    clip: tuple[float, float] | None,
+    *,
+    seed: int,
+    stream: int,
+    first_sample: int,
+    queue: Any = 0,
+    threads: int = THREADS,
+) -> None:
+    """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
+
+    Parameters
+    ----------
+    x : (n, D) float32 device array
+    out, previous : like x, or None
+    row : Row
+        Of the sampler's table.
+    clip : (low, high) or None
+    seed, stream, first_sample : int
+        Which noise.
+    queue, threads
+        As for `forward_noise`.
+    """
+    keep = previous is not None
+    low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+    with np.errstate(over="ignore"):
+        coefficients = tuple(np.array(row[1:], np.float32))
+    # What is not needed is not touched: any array of the shape will do.
+    arguments = (x, x if out is None else out, previous if keep else x, coefficients, low, high, keep)
+    counter = (np.uint64(first_sample), np.uint64(row.t), _tag(stream))
+    _launch(step_kernel, x.shape, queue, threads, *arguments, *counter, *_key(seed))
+
+
+def _tag(stream: int) -> Any:
+    return np.uint64(int(stream) << 56)
+
+
+def _key(seed: int) -> tuple[Any, Any]:
+    return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+
+
+def _launch(kernel: Any, shape: tuple[int, int], queue: Any, threads: int, *arguments: Any) -> None:
+    n, width = shape
+    items = n * (-(-width // 4))
+    if items == 0:
+        return
+    if config.ENABLE_CUDASIM:
+        queue, grid = 0, -(-items // (2 * threads))  # each thread goes round twice
+        # The simulator copies NumPy arrays in and out: one that is given twice would lose what was written to it.
+        arguments = tuple(FakeCUDAArray(a) if isinstance(a, np.ndarray) else a for a in arguments)
+    else:
+        queue = cuda.external_stream(queue) if isinstance(queue, int) and queue else queue
+        resident = BLOCKS_PER_MULTIPROCESSOR * cuda.get_current_device().MULTIPROCESSOR_COUNT
+        grid = min(-(-items // threads), resident)
+    kernel[grid, threads, queue](*arguments)

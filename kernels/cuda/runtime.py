@@ -1,0 +1,456 @@
+"""How CUDA sources are put together, compiled, cached and launched: one home for options, geometry and arguments.
+
+A source is one translation unit: constants made from `fastdiff.noise`, ``common.cuh``, ``laws.cuh``, the file.
+`CupyRuntime` runs it on a GPU. Whatever has the methods of `Runtime` may take its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import noise as law
+from fastdiff.backends import LEAKY_SLOPE
+from fastdiff.errors import BackendError
+
+log = logging.getLogger("fastdiff")
+
+Array = Any
+
+REAL = np.dtype(np.float32)
+
+# -fmad=false: one rounding per operation, as in NumPy; likewise denormals, division and square roots as IEEE 754 says.
+COMPILE_OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
+
+# What a parameter of an entry may be, and the NumPy type it is cast to.
+SCALARS = {
+    "real": REAL,
+    "float": np.dtype(np.float32),
+    "double": np.dtype(np.float64),
+    "int": np.dtype(np.int32),
+    "int32": np.dtype(np.int32),
+    "uint32": np.dtype(np.uint32),
+    "int64": np.dtype(np.int64),
+    "uint64": np.dtype(np.uint64),
+}
+# Structures passed by value; their C text is made from this.
+STRUCTURES = {
+    # The ten key pairs of Philox, from `fastdiff.noise.round_keys`.
+    "RoundKeys": np.dtype([("words", np.uint32, (20,))]),
+    # One row of a sampler table, and the bounds of x0.
+    "TableRow": np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c", "e", "s", "low", "high")]),
+    # The scalars of an optimiser step; `clip_norm` may be infinite.
+    "AdamWScalars": np.dtype(
+        [(name, REAL) for name in ("one_beta1", "one_beta2", "root", "eps", "keep", "rate", "one_ema")]
+    ),
+}
+
+
+class Parameter(NamedTuple):
+    """One parameter of an entry."""
+
+    name: str
+    dtype: np.dtype[Any]
+    pointer: bool
+    written: bool
+
+
+# --------------------------------------------------------------------------------------------- the sources
+
+
+def source_names() -> list[str]:
+    """Return the names of the kernel sources, without ``.cu``."""
+    folder = resources.files("fastdiff.kernels.cuda")
+    return sorted(path.name[: -len(".cu")] for path in folder.iterdir() if path.name.endswith(".cu"))
+
+
+def _read(name: str) -> str:
+    return resources.files("fastdiff.kernels.cuda").joinpath(name).read_text(encoding="utf-8")
+
+
+def constants() -> str:
+    """Return the C text of what the sources take from `fastdiff.noise`, and of the structures."""
+
+    def real(value: float) -> str:
+        return f"{np.float32(value)!s}f"  # the shortest decimal that reads back as this float32
+
+    lines = [
+        *(f"#define FD_PHILOX_M{i} {m:#x}u" for i, m in enumerate(law.PHILOX_M)),
+        *(f"#define FD_LOG_{i} ({real(c)})" for i, c in enumerate(law.LOG_COEFFICIENTS)),
+        *(f"#define FD_SIN_{i} ({real(c)})" for i, c in enumerate(law.SIN_COEFFICIENTS)),
+        *(f"#define FD_COS_{i} ({real(c)})" for i, c in enumerate(law.COS_COEFFICIENTS)),
+        f"#define FD_LN2_HIGH ({real(law.LN2_HIGH)})",
+        f"#define FD_LN2_LOW ({real(law.LN2_LOW)})",
+        f"#define FD_SQRT_HALF_BITS {law.SQRT_HALF_BITS:#x}",
+        f"#define FD_ANGLE_UNIT ({real(law.ANGLE_UNIT)})",
+        f"#define FD_UNIFORM_UNIT ({real(law.UNIFORM_UNIT)})",
+        *(f"#define FD_STREAM_{stream.name} {int(stream)}u" for stream in law.Stream),
+        f"#define FD_LEAKY_SLOPE ({real(LEAKY_SLOPE)})",
+    ]
+    names = {np.dtype(np.float32): "float", np.dtype(np.uint32): "unsigned int"}
+    for structure, dtype in STRUCTURES.items():
+        fields = []
+        for field in dtype.names or ():
+            kind = dtype[field]
+            c_type = "FD_REAL" if kind.base == REAL else names[kind.base]
+            fields.append(f"{c_type} {field}{''.join(f'[{n}]' for n in kind.shape)};")
+        lines.append(f"struct {structure} {{ {' '.join(fields)} }};")
+    return "\n".join(["#ifndef FD_REAL", "#define FD_REAL float", "#endif", *lines, ""])
+
+
+@cache
+def source_text(name: str) -> str:
+    """Return the whole text of the source ``name.cu``, as compilers get it."""
+    parts = ("common.cuh", "laws.cuh", f"{name}.cu")
+    return "\n".join([constants(), *(f'#line 1 "{part}"\n{_read(part)}' for part in parts)])
+
+
+_ENTRY = re.compile(r"FD_KERNEL\s+(\w+)\s*\(([^)]*)\)\s*\{")
+_PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
+
+
+@cache
+def entries(name: str) -> dict[str, tuple[Parameter, ...]]:
+    """Return the entries of the source ``name.cu`` with their parameters, read from its text."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", _read(f"{name}.cu"), flags=re.DOTALL)
+    found = {}
+    for entry, declared in _ENTRY.findall(text):
+        parameters = []
+        for part in filter(None, (piece.strip() for piece in declared.split(","))):
+            match = _PARAMETER.fullmatch(part)
+            kinds = SCALARS | STRUCTURES
+            if match is None or match[2] not in kinds:
+                raise ValueError(f"{name}.cu: parameter {part!r} of {entry} is of no type that runtime.py knows")
+            parameters.append(Parameter(match[4], kinds[match[2]], bool(match[3]), not match[1]))
+        found[entry] = tuple(parameters)
+    return found
+
+
+def cast_arguments(source: str, entry: str, args: Sequence[Any]) -> list[Any]:
+    """Return the arguments of an entry as it declares them: arrays as they are, numbers as NumPy scalars.
+
+    A launch checks nothing by itself. Here an array must be C-contiguous and have the declared dtype (None is a null
+    pointer), and a number must fit its type; a structure is given as a tuple or an array.
+    """
+    parameters = entries(source)[entry]
+    if len(args) != len(parameters):
+        raise TypeError(f"{entry} takes {len(parameters)} arguments, got {len(args)}")
+    cast: list[Any] = []
+    for parameter, value in zip(parameters, args, strict=True):
+        name, dtype = parameter.name, parameter.dtype
+        if parameter.pointer:
+            if value is not None:
+                if value.dtype != dtype and not (dtype.fields and value.dtype == np.uint8):
+                    raise TypeError(f"{entry}: {name} has dtype {value.dtype}, declared is {dtype}")
+                if not value.flags.c_contiguous:
+                    raise TypeError(f"{entry}: {name} is not C-contiguous")
+            cast.append(value)
+        elif dtype.fields:
+            cast.append(_structure(dtype, value))
+        elif dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                cast.append(dtype.type(value))
+        else:
+            cast.append(dtype.type(value))
+    return cast
+
+
+def _structure(dtype: np.dtype[Any], value: Any) -> npt.NDArray[Any]:
+    record = np.zeros(1, dtype)
+    if isinstance(value, np.ndarray) and value.dtype == dtype:
+        record[0] = value.reshape(-1)[0]
+    else:
+        assert dtype.names is not None
+        base = dtype[0].base  # fields of one type, so that the structure is a plain vector
+        flat = record.view(base)
+        with np.errstate(over="ignore"):
+            flat[:] = np.asarray(value).reshape(-1).astype(base)
+    return record
+
+
+# --------------------------------------------------------------------------------------------- runtimes
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """Where the arrays and the kernels of a `CudaBackend` live."""
+
+    name: str
+    device: str
+    """What it runs on, in words."""
+    multiprocessors: int
+    shared_limit: int
+    """Bytes of dynamic shared memory that a block may ask for."""
+    block: int
+    """Threads of a block where the kernel does not fix them; any number will do."""
+
+    def empty(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
+        """Return an uninitialised array."""
+
+    def zeros(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
+        """Return an array of zeros."""
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return a C-contiguous array here, `value` itself where it is one."""
+
+    def owns(self, value: Any) -> bool:
+        """Whether `value` is an array of this runtime's kind."""
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        """Return a NumPy array; waits for the work that makes it."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy `source` into `target`, of one shape and dtype."""
+
+    def address(self, array: Array) -> int:
+        """Where the array begins in memory."""
+
+    def queue(self) -> int:
+        """The stream that work is issued on now, as a number."""
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """out = a b for matrices; `a` and `b` may be transposed views."""
+
+    def grid_1d(self, n: int, block: int | None = None) -> tuple[int, int]:
+        """Return (grid, block) for a grid-stride loop over n items."""
+
+    def launch(
+        self, source: str, entry: str, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0
+    ) -> None:
+        """Launch an entry of ``source.cu`` on the current stream; see `cast_arguments`."""
+
+
+WAVES = 8  # blocks per multiprocessor in a grid-stride launch: 2048 threads of 256
+
+
+def grid_1d(n: int, block: int, most: int) -> tuple[int, int]:
+    """Return (grid, block) for a grid-stride loop over n items in at most `most` blocks."""
+    return max(1, min(-(-n // block), most)), block
+
+
+# --------------------------------------------------------------------------------------------- CuPy
+
+CPU_INSTEAD = "backend='cpu' works without a GPU"
+INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+STATIC_SHARED = 48 * 1024  # a block may have more only where the kernel has been told
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def import_cupy() -> Any:
+    """Return the module cupy, with a device that can be used, or raise a `BackendError` that says what is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendError(
+            "backend 'cuda' needs CuPy: pip install 'fastdiff-engine[cuda13]', or [cuda12] for an older driver; "
+            f"{CPU_INSTEAD} ({error})"
+        ) from error
+    api = cupy.cuda.runtime
+    try:
+        driver = api.driverGetVersion()
+        if driver == 0:
+            raise BackendError(f"backend 'cuda' needs an NVIDIA driver, and this machine has none; {CPU_INSTEAD}")
+        count = api.getDeviceCount()
+    except api.CUDARuntimeError as error:
+        if error.status == INSUFFICIENT_DRIVER:
+            raise BackendError(
+                f"the NVIDIA driver is too old: it knows CUDA {_version(driver)}, and CuPy was built for CUDA "
+                f"{_version(api.runtimeGetVersion())}; update the driver, or install 'fastdiff-engine[cuda12]'; "
+                f"{CPU_INSTEAD}"
+            ) from error
+        if error.status == NO_DEVICE:
+            count = 0
+        else:
+            raise BackendError(f"CUDA does not start: {error}; {CPU_INSTEAD}") from error
+    if count == 0:
+        raise BackendError(
+            f"backend 'cuda' needs an NVIDIA GPU, and the driver shows none (CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}); {CPU_INSTEAD}"
+        )
+    return cupy
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept: FASTDIFF_CACHE_DIR, or the user's cache folder."""
+    given = os.environ.get("FASTDIFF_CACHE_DIR")
+    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdiff"
+    return base / "cuda"
+
+
+def compile_cubin(nvrtc: Any, name: str, arch: str) -> bytes:
+    """Compile the source ``name.cu`` for an architecture such as "90".
+
+    Through NVRTC itself and not through CuPy's own compiler, which sets ``-ftz=true``: denormals would be zeros.
+    """
+    program = nvrtc.createProgram(source_text(name), f"{name}.cu", [], [])
+    try:
+        try:
+            nvrtc.compileProgram(program, [*COMPILE_OPTIONS, f"-arch=sm_{arch}"])
+        except Exception as error:
+            raise BackendError(
+                f"{name}.cu does not compile for sm_{arch} with NVRTC {'.'.join(map(str, nvrtc.getVersion()))}: "
+                f"{error}\n{nvrtc.getProgramLog(program)}"
+            ) from error
+        return bytes(nvrtc.getCUBIN(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cached_cubin(nvrtc: Any, name: str, arch: str) -> Path:
+    """Return the path of the machine code of ``name.cu``, compiled now or found from an earlier time."""
+    try:
+        version = nvrtc.getVersion()
+    except Exception as error:
+        raise BackendError(f"CuPy finds no NVRTC to compile with: pip install nvidia-cuda-nvrtc ({error})") from error
+    key = repr((source_text(name), COMPILE_OPTIONS, arch, version)).encode()
+    file_name = f"{name}-sm_{arch}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
+    path = cache_folder() / file_name
+    if path.exists():
+        return path
+    log.info("compiling %s.cu for sm_%s", name, arch)
+    code = compile_cubin(nvrtc, name, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+    except OSError as error:
+        log.info("compiled kernels are not kept: %s (FASTDIFF_CACHE_DIR names a folder)", error)
+        path = Path(tempfile.mkdtemp(prefix="fastdiff-")) / file_name
+        path.write_bytes(code)
+        return path
+    with os.fdopen(handle, "wb") as file:
+        file.write(code)
+    os.replace(temporary, path)  # whole or not at all, whoever else compiles it now
+    return path
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+class CupyRuntime:
+    """CuPy arrays on the device that is current when this is made; work goes to CuPy's current stream.
+
+    Raises
+    ------
+    BackendError
+        CuPy, the driver or a GPU is missing, or the driver is too old.
+    """
+
+    name = "cupy"
+    block = 256
+
+    def __init__(self) -> None:
+        self._cupy = cupy = import_cupy()
+        device = cupy.cuda.Device()
+        self.device_id = int(device.id)
+        attributes = device.attributes
+        self.multiprocessors = int(attributes["MultiProcessorCount"])
+        self.shared_limit = int(attributes["MaxSharedMemoryPerBlockOptin"])
+        self.arch = str(device.compute_capability)
+        title = cupy.cuda.runtime.getDeviceProperties(self.device_id)["name"]
+        self.device = title.decode() if isinstance(title, bytes) else str(title)
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._shared: dict[tuple[str, str], int] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CupyRuntime, ()
+
+    def _allocate(self, make: Any, count: Any, *args: Any) -> Array:
+        try:
+            return make(*args)
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            free += self._cupy.get_default_memory_pool().free_bytes()
+            raise BackendError(
+                f"out of device memory on {self.device}: asked for {_size(count())}, {_size(free)} of {_size(total)} "
+                "are free; a smaller batch needs less (batch=...)"
+            ) from error
+
+    def empty(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
+        return self._allocate(self._cupy.empty, lambda: _bytes(shape, dtype), shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
+        return self._allocate(self._cupy.zeros, lambda: _bytes(shape, dtype), shape, dtype)
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        cupy = self._cupy
+
+        def make() -> Array:
+            if isinstance(value, cupy.ndarray):
+                array = value if value.device.id == self.device_id else value.copy()  # a copy is made here
+            elif hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+                array = cupy.from_dlpack(value)
+            else:
+                array = cupy.asarray(value, dtype)
+            return cupy.ascontiguousarray(array, dtype)
+
+        return self._allocate(make, lambda: _bytes(np.shape(value), dtype or REAL))
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, self._cupy.ndarray)
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        return self._cupy.asnumpy(array)
+
+    def copy(self, target: Array, source: Array) -> None:
+        self._cupy.copyto(target, source, casting="no")
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def queue(self) -> int:
+        return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        self._allocate(self._cupy.dot, lambda: out.nbytes, a, b, out)
+
+    def grid_1d(self, n: int, block: int | None = None) -> tuple[int, int]:
+        return grid_1d(n, block or self.block, self.multiprocessors * WAVES)
+
+    def kernel(self, source: str, entry: str) -> Any:
+        """Return CuPy's kernel object of an entry."""
+        key = (source, entry)
+        if key not in self._kernels:
+            module = self._cupy.RawModule(path=str(cached_cubin(self._cupy.cuda.nvrtc, source, self.arch)))
+            self._kernels.update({(source, name): module.get_function(name) for name in entries(source)})
+        return self._kernels[key]
+
+    def launch(
+        self, source: str, entry: str, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0
+    ) -> None:
+        cast = cast_arguments(source, entry, args)
+        for parameter, value in zip(entries(source)[entry], cast, strict=True):
+            if parameter.pointer and value is not None:
+                if not self.owns(value):
+                    raise TypeError(f"{entry}: {parameter.name} is {type(value).__name__}, wants a CuPy array")
+                if value.data.device_id != self.device_id:
+                    raise TypeError(
+                        f"{entry}: {parameter.name} is on device {value.data.device_id}, wants device {self.device_id}"
+                    )
+        kernel = self.kernel(source, entry)
+        if shared_bytes > max(STATIC_SHARED, self._shared.get((source, entry), 0)):
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared[source, entry] = shared_bytes
+        kernel((grid,), (block,), tuple(cast), shared_mem=shared_bytes)
+
+
+def _bytes(shape: Any, dtype: npt.DTypeLike) -> int:
+    return int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize

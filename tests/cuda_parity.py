@@ -1,0 +1,203 @@
+"""What every CUDA kernel must agree with, as checks that run on any runtime: the host one, and a GPU's.
+
+A check takes a `CudaBackend` and the size of the work, "small" or "full", and raises where something disagrees.
+``python tests/cuda_parity.py`` runs all of them, small, on the host runtime.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import Row
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.numpy import NumpyBackend
+from fastdiff.kernels.cuda import runtime
+from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import Stream, fill_normal, round_keys
+
+NUMPY = NumpyBackend()
+
+
+class Check(NamedTuple):
+    """A check, and the (source, entry) that it covers."""
+
+    run: Callable[[CudaBackend, str], None]
+    covers: frozenset[tuple[str, str]]
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def covers(source, *entries):
+    """Register a check of entries of one source."""
+
+    def register(run):
+        CHECKS[run.__name__] = Check(run, frozenset((source, entry) for entry in entries))
+        return run
+
+    return register
+
+
+def all_entries():
+    """(source, entry) of everything in kernels/cuda."""
+    return {(source, entry) for source in runtime.source_names() for entry in runtime.entries(source)}
+
+
+# Widths around quarters, groups of 16 and blocks; more items than threads.
+SHAPES = {
+    "small": [(1, 1), (3, 2), (5, 3), (2, 4), (7, 9), (3, 16), (2, 17), (5, 48), (40, 50), (1, 999), (9, 112), (99, 1)],
+    "full": [(1, 1), (7, 13), (1_000_003, 3), (200_003, 50), (3001, 3072), (3, 1_000_001), (20_001, 100)],
+}  # fmt: skip
+SPECIAL = [0.0, -0.0, 1.0, -1.5, math.nan, math.inf, -math.inf, 1e-42, -1e-45, 3e38, -3e38, 1e-30]
+LAST_ROW = 2**56 - 1
+
+
+def filled(shape, seed):
+    """Normals with hostile values among them."""
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    flat = values.reshape(-1)
+    at = np.arange(0, flat.size, 3)
+    flat[at] = np.resize(np.roll(SPECIAL, seed), at.size).astype(np.float32)
+    return values
+
+
+def off_by_one(be, values):
+    """A copy on the backend that begins 4 bytes beyond a multiple of 16."""
+    room = be.runtime.empty(values.size + 1)
+    be.runtime.copy(room[1:], be.asarray(values.reshape(-1)))
+    return room[1:].reshape(values.shape)
+
+
+def both_ways(be, *arrays):
+    """Copies of the arrays (None stays None), aligned to 16 bytes and not."""
+    for place in (lambda values: be.asarray(values.copy()), lambda values: off_by_one(be, values)):
+        yield [None if array is None else place(array) for array in arrays]
+
+
+@covers("noise", "normal", "normal_wide")
+def normals(be, size):
+    for i, (n, width) in enumerate(SHAPES[size]):
+        at = {
+            "seed": (0, 1, 2**64 - 1, 0x9E3779B97F4A7C15)[i % 4],
+            "stream": list(Stream)[i % len(Stream)],
+            "step": (0, 7, 2**32 - 1)[i % 3],
+            "first_sample": (0, 2**32 - 2, LAST_ROW - n + 1)[i // 2 % 3],
+        }
+        want = np.empty((n, width), np.float32)
+        fill_normal(want, **at)
+        for (out,) in both_ways(be, np.full_like(want, np.nan)):
+            be.normal(out, **at)
+            assert_same_bits(be.to_numpy(out), want)
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        be.normal(be.empty(shape), seed=0, stream=0, step=0, first_sample=0)
+
+
+@covers("noise", "forward_noise", "forward_noise_wide")
+def forward_noising(be, size):
+    random = np.random.default_rng(1)
+    signal, noise = random.random((2, 11))
+    signal[:3], noise[:3] = (0, 1, 1e-42), (1, 0, 1e-42)
+    for i, shape in enumerate(SHAPES[size]):
+        x0, t = filled(shape, i), random.integers(0, 11, shape[0])
+        at = {"seed": 3 + i, "first_sample": 2**32 - 3}
+        want, eps = np.empty_like(x0), np.empty_like(x0)
+        with np.errstate(all="ignore"):
+            NUMPY.forward_noise(x0, t, signal, noise, want, eps, **at)
+        for got_x0, out, drawn in both_ways(be, x0, np.full_like(x0, np.nan), np.full_like(x0, np.nan)):
+            be.forward_noise(got_x0, be.asarray(t, np.int64), signal, noise, out, drawn, **at)
+            assert_same_bits(be.to_numpy(out), want)
+            assert_same_bits(be.to_numpy(drawn), eps)
+        # Without eps, which is the caller's wish.
+        out = be.empty(shape)
+        entry = "forward_noise_wide" if shape[1] % 16 == 0 else "forward_noise"
+        tables = be.asarray(signal), be.asarray(noise)
+        args = (be.asarray(x0), be.asarray(t, np.int64), *tables, out, None, *shape, 2**32 - 3, Stream.FORWARD)
+        be.runtime.launch("noise", entry, *be.runtime.grid_1d(x0.size), (*args, round_keys(3 + i)))
+        assert_same_bits(be.to_numpy(out), want)
+
+
+CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
+
+
+@covers("step", "step_noisy", "step_noisy_wide", "step_quiet")
+def sampler_steps(be, size):
+    """All 2^7 sets of coefficients that are zero, all clips, with and without a previous x0."""
+    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.2, 0.4)
+    for k, used in enumerate(itertools.product((0, 1), repeat=7)):
+        row = Row(2**32 - 1 - k, *(number * use for number, use in zip(numbers, used, strict=True)))
+        for clip, memory in itertools.product(CLIPS, (True, False)):
+            step_agrees(be, (5, (7, 32)[k % 2]), row, clip, memory)
+    for coefficient in (1e-60, 1e-45, -1e-40, 1e30, 1e60):  # in float32: zero, denormals, large, infinite
+        step_agrees(be, (3, 16), Row(5, *[coefficient] * 7), (-1.0, 1.0), memory=True)
+    for shape in SHAPES[size]:
+        for s in (0.0, 0.5):
+            step_agrees(be, shape, Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, s), (-1.0, 1.0), memory=True)
+    # An x0 that nobody wants is not computed: the output may be absent.
+    step_agrees(be, (3, 5), Row(3, 1.1, -0.4, 0.3, 0, 0, 0, 0.5), None, memory=False)
+
+
+def step_agrees(be, shape, row, clip, memory):
+    if row.c != 0 and not memory:
+        return
+    x, out, previous = (filled(shape, seed) for seed in (1, 2, 3))
+    if row.e == 0 and (row.q == 0 or (row.b == 0 and not memory)):
+        out = None
+    if not memory:
+        previous = None
+    at = {"seed": 9, "stream": Stream.STEP, "first_sample": 2**32 - 1}
+    want, kept = x.copy(), None if previous is None else previous.copy()
+    with np.errstate(all="ignore"):
+        NUMPY.sampler_step(want, out, kept, row, clip, **at)
+    for got, got_out, got_previous in both_ways(be, x, out, previous):
+        be.sampler_step(got, got_out, got_previous, row, clip, **at)
+        assert_same_bits(be.to_numpy(got), want)
+        if kept is not None:
+            assert_same_bits(be.to_numpy(got_previous), kept)
+
+
+PLANS = (
+    TrainingPlan(),
+    TrainingPlan(clip_norm=1e-3, ema=0.5, weight_decay=0.3),
+    TrainingPlan(clip_norm=None, ema=None, weight_decay=0.0, lr=0.1),
+)
+SIZES = {"small": [1, 16, 1003, 4096, 4097, 30_011], "full": [1, 4097, 300_007, 20_000_003]}
+
+
+@covers("optim", "square_sums", "finish_norm", "adamw")
+def optimiser(be, size):
+    for count, plan in itertools.product(SIZES[size], PLANS):
+        random = np.random.default_rng(count)
+        state = list(random.normal(size=(4, count)).astype(np.float32))
+        state[2] = np.square(state[2])
+        g = random.normal(size=count).astype(np.float32)
+        options = plan.options(6, 100)
+        want = [column.copy() for column in state]
+        want_norm = NUMPY.adamw(want[0], g, *want[1:], options)
+        got = [be.asarray(column.copy()) for column in state]
+        norm = be.adamw(got[0], be.asarray(g), *got[1:], options)
+        assert type(norm) is float
+        assert_close(norm, want_norm, terms=count, dtype=np.float64)
+        for column, wanted in zip(got, want, strict=True):
+            assert_same_bits(be.to_numpy(column), wanted)
+        for bad in (math.nan, math.inf, -math.inf):
+            g[count // 2] = bad
+            got = [be.asarray(column.copy()) for column in state]
+            assert not math.isfinite(be.adamw(got[0], be.asarray(g), *got[1:], options))
+            for column, wanted in zip(got, state, strict=True):
+                assert_same_bits(be.to_numpy(column), wanted)
+
+
+if __name__ == "__main__":
+    import cuda_parity
+    import cuda_parity_mlp  # noqa: F401 - registers its checks
+    from host_cuda import HostRuntime
+
+    for name, check in cuda_parity.CHECKS.items():
+        check.run(CudaBackend(HostRuntime("shuffled")), "small")
+        print(name, "agrees")  # noqa: T201

@@ -1,0 +1,134 @@
+"""The parity checks of the network operations, beside those of `cuda_parity`: they run on any runtime."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+from cuda_parity import NUMPY, covers
+from gradcheck import scatter
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import TrainingDraws
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.numpy import draw_batch
+from fastdiff.nn import MLP
+from fastdiff.samplers import ddpm, dpmpp_2m
+from fastdiff.schedule import Schedule
+
+NETS = {
+    "tutorial": lambda: MLP.tutorial(50, T=100),
+    "default": lambda: MLP(50, T=100),
+    "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
+}
+BATCH = {"small": 37, "full": 8195}
+CHAIN_STEPS = {"small": 3, "full": 100}
+
+
+def terms(net):
+    """How many products the longest way through the network adds up."""
+    return sum(layer.inputs for layer in net.plan.layers) + 32
+
+
+def both_paths(be):
+    """The backend, whose networks run in one launch, and one where none fits and all go layer by layer."""
+    yield be, True
+    limit = be.runtime.shared_limit
+    be.runtime.shared_limit = 64
+    try:
+        yield CudaBackend(be.runtime), False
+    finally:
+        be.runtime.shared_limit = limit
+
+
+def networks():
+    """Networks whose parameters are all random, and their values in float64."""
+    for make in NETS.values():
+        net = scatter(make())
+        yield net, net.flat.astype(np.float64)
+
+
+def batch_of(net, n):
+    random = np.random.default_rng(n)
+    x, target = random.normal(size=(2, n, net.points)).astype(np.float32)
+    return x, random.integers(0, net.T, n), target
+
+
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate")
+def networks_forward(be, size):
+    n = BATCH[size]
+    for net, wide in networks():
+        x, t, _ = batch_of(net, n)
+        want = NUMPY.mlp_forward(net.plan, wide, x.astype(np.float64), t)
+        with contextlib.closing(both_paths(be)) as paths:
+            for path, own in paths:
+                params, x_there, t_there = path.asarray(net.flat), path.asarray(x), path.asarray(t, np.int64)
+                got = path.to_numpy(path.mlp_forward(net.plan, params, x_there, t_there))
+                assert_close(got, want, terms=terms(net))
+                if own:  # a row does not depend on its batch
+                    part = path.mlp_forward(net.plan, params, path.asarray(x[3:9]), path.asarray(t[3:9], np.int64))
+                    assert_same_bits(path.to_numpy(part), got[3:9])
+
+
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate")
+def chains(be, size):
+    n = BATCH[size] // 2
+    for net, wide in networks():
+        schedule = Schedule.cosine(net.T)
+        steps = min(CHAIN_STEPS[size], net.T - 1)
+        for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v")):
+            x, _, _ = batch_of(net, n)
+            at = {"seed": 4, "first_sample": 2**32 - 5}
+            want = x.astype(np.float64)
+            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, **at)
+            with contextlib.closing(both_paths(be)) as paths:
+                for path, own in paths:
+                    params, got = path.asarray(net.flat), path.asarray(x.copy())
+                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, **at)
+                    assert_close(path.to_numpy(got), want, terms=len(smp) * terms(net))
+                    if own:
+                        part, later = path.asarray(x[5:].copy()), at | {"first_sample": at["first_sample"] + 5}
+                        path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, **later)
+                        assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
+
+
+GRADIENT = ("mlp_bias_activate", "mlp_squared_error", "mlp_layer_backward", "mlp_finish", "mlp_order_times")
+TIME_GRADIENT = ("mlp_time_gradient", "mlp_time_table", "mlp_time_table_backward")
+
+
+@covers("mlp", *GRADIENT, *TIME_GRADIENT)
+def gradients(be, size):
+    for net, wide in networks():
+        x, t, target = batch_of(net, BATCH[size])
+        want = np.zeros_like(wide)
+        want_loss, want_dx = NUMPY.mlp_gradient(
+            net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want
+        )
+        grads = be.asarray(np.zeros_like(net.flat))
+        arrays = be.asarray(x), be.asarray(t, np.int64), be.asarray(target)
+        loss, dx = be.mlp_gradient(net.plan, be.asarray(net.flat), *arrays, grads)
+        assert_close(np.float32(loss), want_loss, terms=terms(net))
+        assert_close(be.to_numpy(dx), want_dx, terms=terms(net))
+        compare_gradients(net, be.to_numpy(grads), want, BATCH[size])
+
+
+@covers("mlp", "mlp_draw_batch", *GRADIENT, *TIME_GRADIENT)
+def training_gradients(be, size):
+    n = BATCH[size]
+    for net, wide in networks():
+        schedule = Schedule.cosine(net.T)
+        data = np.random.default_rng(3).normal(size=(1003, net.points)).astype(np.float32)
+        of_noise, of_data = np.full((2, net.T), [[0.75], [-0.5]])
+        draws = TrainingDraws(data, schedule.signal, schedule.noise, of_noise, of_data, seed=2**63 + 5)
+        x, t, target = draw_batch(draws, net.T, 12, n)
+        want = np.zeros_like(wide)
+        want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want)
+        grads, params = be.asarray(np.zeros_like(net.flat)), be.asarray(net.flat)
+        loss = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
+        assert_close(np.float32(loss), want_loss, terms=terms(net))
+        compare_gradients(net, be.to_numpy(grads), want, n)
+
+
+def compare_gradients(net, got, want, n):
+    for name, view in net.layout.views(got).items():
+        assert_close(view, net.layout.views(want)[name], terms=terms(net) + n)

@@ -1,0 +1,200 @@
+"""The CUDA sources of fastdiff on machines without a GPU: compiled by g++ against ``shim.hpp``, run on NumPy arrays.
+
+A library is built once per source text, shim and flags, and kept under ``build/host_cuda``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from fastdiff.kernels.cuda import runtime
+
+SHIM = Path(__file__).with_name("shim.hpp")
+ROOT = Path(__file__).parents[2]
+CXX = os.environ.get("CXX", "g++")
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+# The optimiser may not fuse a product and a sum, nor assume types behind pointers: kernels read float as float4.
+FLAGS = (
+    "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing",
+    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+)  # fmt: skip
+# Undefined behaviour ends the process; address errors do so anyway.
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+C_TYPES = {np.dtype(k): v for k, v in [
+    (np.float32, "float"), (np.float64, "double"), (np.int32, "int"), (np.uint32, "unsigned int"),
+    (np.int64, "long long"), (np.uint64, "unsigned long long"),
+]}  # fmt: skip
+
+_LOCK = threading.Lock()  # a library holds the state of one launch
+
+
+class HostError(RuntimeError):
+    """A launch did what is undefined on a GPU."""
+
+
+def has_compiler() -> bool:
+    """Whether the host run can be built here."""
+    return shutil.which(CXX) is not None
+
+
+def sanitizer_library() -> str:
+    """Return the path of libasan, to be preloaded into the process that loads a sanitized library."""
+    command = [CXX, "-print-file-name=libasan.so"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _c_type(parameter: runtime.Parameter) -> str:
+    for name, dtype in runtime.STRUCTURES.items():
+        if dtype == parameter.dtype:
+            return name
+    return C_TYPES[parameter.dtype]
+
+
+def host_text(source: str) -> str:
+    """Return the text that g++ compiles: the source, and a function per entry that launches it."""
+    parts = [runtime.source_text(source), '#line 1 "launchers"']
+    for entry, parameters in runtime.entries(source).items():
+        passed = ", ".join(
+            f"{'*' if not p.pointer else ''}({'' if p.written else 'const '}{_c_type(p)} *)args[{i}]"
+            for i, p in enumerate(parameters)
+        )
+        parts.append(
+            f"static void call_{entry}(void **args) {{ (void)args; {entry}({passed}); }}\n"
+            f'extern "C" const char *launch_{entry}(void **args, unsigned grid, unsigned block, size_t shared_bytes, '
+            "int order, unsigned seed) {\n"
+            f"    return fd_host::launch(call_{entry}, args, grid, block, shared_bytes, order, seed);\n}}"
+        )
+    return "\n".join(parts) + "\n"
+
+
+def build(text: str, sanitize: bool = False) -> Path:
+    """Return the shared library of a text, compiled now or found from an earlier time."""
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ())]
+    key = hashlib.sha256("\0".join([text, SHIM.read_text(), CXX, *flags]).encode()).hexdigest()[:24]
+    folder = ROOT / "build" / "host_cuda"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / "fastdiff-host-cuda"
+        folder.mkdir(exist_ok=True)
+    library = folder / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            source, made = Path(work, "source.cpp"), Path(work, "made.so")
+            source.write_text(text)
+            command = [CXX, *flags, "-DFD_HOST", f"-I{SHIM.parent}", str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise HostError(f"{' '.join(command)}\n{done.stderr}")
+            made.replace(library)
+    return library
+
+
+@cache
+def _library(text: str, sanitize: bool) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(text, sanitize)))
+
+
+class HostRuntime:
+    """The runtime of a `CudaBackend` on NumPy arrays.
+
+    Parameters
+    ----------
+    order : {"forward", "backward", "shuffled"}
+        In which order the threads of a block, and the blocks, run.
+    seed : int
+        Of the shuffling.
+    sanitize : bool
+        Whether libraries are built under AddressSanitizer and UndefinedBehaviorSanitizer; libasan must be preloaded.
+    block : int
+        Threads of a block where the kernel does not fix them. A prime: nothing divides by it.
+    multiprocessors : int
+        Few, so that grid-stride loops go round.
+    """
+
+    name = "host"
+    device = "host"
+    shared_limit = 227 * 1024
+    waves = 2
+
+    def __init__(
+        self,
+        order: str = "forward",
+        seed: int = 1,
+        sanitize: bool | None = None,
+        block: int = 61,
+        multiprocessors: int = 2,
+    ) -> None:
+        self.order, self.seed = order, seed
+        self.sanitize = os.environ.get("FASTDIFF_HOST_SANITIZE", "0") != "0" if sanitize is None else sanitize
+        self.block, self.multiprocessors = block, multiprocessors
+        self.launches: list[tuple[str, str]] = []
+        """(source, entry) of every launch so far."""
+
+    def empty(self, shape, dtype=runtime.REAL):
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8).fill(255)  # NaN: what is read must have been written
+        return array
+
+    def zeros(self, shape, dtype=runtime.REAL):
+        return np.zeros(shape, dtype)
+
+    def asarray(self, value, dtype=None):
+        return np.ascontiguousarray(value, dtype)
+
+    def owns(self, value):
+        return isinstance(value, np.ndarray)
+
+    def to_numpy(self, array):
+        return array
+
+    def copy(self, target, source):
+        np.copyto(target, source, casting="no")
+
+    def matmul(self, a, b, out):
+        np.matmul(a, b, out=out)
+
+    def address(self, array):
+        return array.ctypes.data
+
+    def queue(self):
+        return 0
+
+    def grid_1d(self, n, block=None):
+        return runtime.grid_1d(n, block or self.block, self.multiprocessors * self.waves)
+
+    def launch(self, source, entry, grid, block, args, shared_bytes=0):
+        if shared_bytes > self.shared_limit:
+            raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
+        cast = runtime.cast_arguments(source, entry, args)
+        pointers = (ctypes.c_void_p * max(1, len(cast)))()
+        kept = []
+        for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
+            if parameter.pointer:
+                assert value is None or isinstance(value, np.ndarray), f"{entry}: {parameter.name} is {type(value)}"
+                pointers[i] = None if value is None else value.ctypes.data
+            else:
+                kept.append(np.ascontiguousarray(value).reshape(-1))
+                pointers[i] = kept[-1].ctypes.data
+        function = _library(host_text(source), self.sanitize)[f"launch_{entry}"]
+        function.restype = ctypes.c_char_p
+        function.argtypes = [
+            ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
+        ]  # fmt: skip
+        with _LOCK:
+            self.seed = (self.seed * 69069 + 1) % 2**32
+            error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
+        self.launches.append((source, entry))
+        if error:
+            raise HostError(f"{source}.cu, {entry}: {error.decode()}")

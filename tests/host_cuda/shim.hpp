@@ -1,0 +1,370 @@
+// CUDA C++ on the CPU: what common.cuh asks for, for g++. A block's threads are fibers that run until they wait or
+// end; blocks run one after another. It reports what a GPU would leave undefined: a barrier or a shuffle that not all
+// reach, threads at different barriers, shuffles of a broken warp. Data races it cannot see: run the threads in
+// several orders.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) && !defined(FD_HOST_UCONTEXT)
+#define FD_HOST_SWITCH 1
+#else
+#define FD_HOST_SWITCH 0
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Hidden: a kernel called like a function of the C library is not taken for it.
+#define FD_KERNEL extern "C" __attribute__((visibility("hidden"))) void
+#define FD_DEVICE static inline __attribute__((unused))
+#define FD_UNROLL
+
+#define FD_SHARED(type, name) type *const name = reinterpret_cast<type *>(fd_host::dynamic_shared())
+#define FD_SHARED_ARRAY(type, name, count)  \
+    static char name##_site;                \
+    type *const name = reinterpret_cast<type *>(fd_host::static_shared(&name##_site, sizeof(type) * (count)))
+
+#define fd_syncthreads() fd_host::wait(fd_host::State::barrier, __FILE__, __LINE__)
+#define fd_syncwarp() fd_host::wait(fd_host::State::warp, __FILE__, __LINE__)
+#define fd_shuffle(value, lane) fd_host::exchange(value, lane, __FILE__, __LINE__)
+#define fd_shuffle_down(value, delta) \
+    fd_host::exchange(value, fd_host::down(fd_host::lane(), delta), __FILE__, __LINE__)
+#define fd_shuffle_xor(value, mask) fd_host::exchange(value, fd_host::lane() ^ (mask), __FILE__, __LINE__)
+
+struct dim3 {
+    unsigned x, y, z;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) double2 {
+    double x, y;
+};
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline double2 make_double2(double x, double y) { return {x, y}; }
+
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+static inline int fd_float_bits(float x) {
+    int i;
+    memcpy(&i, &x, 4);
+    return i;
+}
+static inline float fd_bits_float(int i) {
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
+template <class T>
+static inline T fd_atomic_add(T *address, T value) {
+    T old = *address;
+    *address = old + value;
+    return old;
+}
+using std::isfinite;
+using std::max;
+using std::min;
+
+namespace fd_host {
+
+constexpr int warp_size = 32, max_threads = 1024;
+constexpr size_t page = 4096;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t stack_size = 64 * page;  // instrumented frames are larger
+#else
+constexpr size_t stack_size = 16 * page;
+#endif
+constexpr unsigned char poison = 0xff;  // as float or double: NaN
+
+enum class State { fresh, ready, barrier, warp, done };
+
+struct Fiber {
+    State state;
+    char *stack;
+    const char *file;  // where it waits
+    int line;
+    int round;  // shuffles so far: which of the two slots is next
+#if FD_HOST_SWITCH
+    void *context;
+#else
+    ucontext_t context;
+#endif
+    void *fake_stack;
+};
+
+struct Shared {
+    const void *site;
+    unsigned char *memory;
+    size_t size;
+};
+
+static std::vector<Fiber> fibers(max_threads);
+static std::vector<char *> free_stacks;
+static std::vector<Shared> shared;
+static unsigned char *dynamic_memory;
+static unsigned long long slots[2][max_threads];
+static unsigned current;  // thread that runs
+static char error[400];
+static void (*body)(void **);
+static void **arguments;
+#if FD_HOST_SWITCH
+static void *scheduler;
+#else
+static ucontext_t scheduler;
+#endif
+[[maybe_unused]] static void *scheduler_fake_stack;
+[[maybe_unused]] static const void *scheduler_bottom;
+[[maybe_unused]] static size_t scheduler_size;
+
+#if FD_HOST_SWITCH
+// Saves what the calling convention keeps, changes stacks, and returns on the other one.
+__attribute__((naked, noinline, used)) static void switch_stacks(void ** /*save*/, void * /*load*/) {
+    asm volatile(
+        "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+        "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+        "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
+}
+#endif
+
+static inline char *take_stack() {
+    if (free_stacks.empty()) {
+        void *memory = mmap(nullptr, page + stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
+            perror("host_cuda: stack");
+            abort();
+        }
+        free_stacks.push_back(static_cast<char *>(memory) + page);
+    }
+    char *stack = free_stacks.back();
+    free_stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(stack, stack_size);
+#endif
+    return stack;
+}
+
+// Back to the scheduler, until it lets this fiber go on.
+__attribute__((noinline)) static void leave(bool for_good) {
+    Fiber &self = fibers[current];
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake_stack, scheduler_bottom, scheduler_size);
+#else
+    (void)for_good;
+#endif
+#if FD_HOST_SWITCH
+    switch_stacks(&self.context, scheduler);
+#else
+    swapcontext(&self.context, &scheduler);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
+#endif
+}
+
+static void run_thread() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+#endif
+    body(arguments);
+    fibers[current].state = State::done;
+    leave(true);
+    abort();
+}
+
+static void resume(unsigned thread) {
+    Fiber &fiber = fibers[thread];
+    current = thread;
+    threadIdx = {thread, 0, 0};
+    if (fiber.state == State::fresh) {
+        fiber.stack = take_stack();
+        fiber.fake_stack = nullptr;
+#if FD_HOST_SWITCH
+        // As if run_thread had been called, which leaves the stack 8 bytes off a multiple of 16, and six registers saved.
+        void **top = reinterpret_cast<void **>(fiber.stack + stack_size) - 1;
+        *top-- = nullptr;
+        *top = reinterpret_cast<void *>(run_thread);
+        fiber.context = top - 6;
+#else
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack;
+        fiber.context.uc_stack.ss_size = stack_size;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_thread, 0);
+#endif
+    }
+    fiber.state = State::ready;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, stack_size);
+#endif
+#if FD_HOST_SWITCH
+    switch_stacks(&scheduler, fiber.context);
+#else
+    swapcontext(&scheduler, &fiber.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+    if (fiber.state == State::done) {
+        free_stacks.push_back(fiber.stack);
+        fiber.stack = nullptr;
+    }
+}
+
+static inline void wait(State state, const char *file, int line) {
+    Fiber &self = fibers[current];
+    self.state = state;
+    self.file = file;
+    self.line = line;
+    leave(false);
+}
+
+static inline unsigned lane() { return threadIdx.x % warp_size; }
+static inline unsigned down(unsigned lane, unsigned delta) { return lane + delta < warp_size ? lane + delta : lane; }
+
+// All lanes put a value down and read another's. Two rounds of slots: a lane can be one shuffle ahead, not two.
+template <class T>
+static inline T exchange(T value, unsigned from, const char *file, int line) {
+    static_assert(sizeof(T) <= sizeof(slots[0][0]), "a shuffle moves at most 8 bytes");
+    const unsigned thread = current;
+    const int round = fibers[thread].round ^= 1;
+    memcpy(&slots[round][thread], &value, sizeof(T));
+    wait(State::warp, file, line);
+    memcpy(&value, &slots[round][thread / warp_size * warp_size + from % warp_size], sizeof(T));
+    return value;
+}
+
+static inline unsigned char *dynamic_shared() { return dynamic_memory; }
+
+static inline unsigned char *allocate(size_t size) {
+    // Of the exact size, so that AddressSanitizer sees the end.
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 16, size ? size : 1) != 0) abort();
+    memset(memory, poison, size);
+    return static_cast<unsigned char *>(memory);
+}
+
+static inline unsigned char *static_shared(const void *site, size_t size) {
+    for (const Shared &array : shared)
+        if (array.site == site) return array.memory;
+    shared.push_back({site, allocate(size), size});
+    return shared.back().memory;
+}
+
+static unsigned long long shuffle_state;
+
+static void arrange(std::vector<unsigned> &indices, int order) {
+    std::iota(indices.begin(), indices.end(), 0u);
+    const size_t n = indices.size();
+    if (order == 1)
+        for (size_t i = 0; i < n / 2; i++) std::swap(indices[i], indices[n - 1 - i]);
+    if (order == 2)
+        for (size_t i = n; i > 1; i--) {
+            shuffle_state = shuffle_state * 6364136223846793005ull + 1442695040888963407ull;
+            std::swap(indices[i - 1], indices[(shuffle_state >> 33) % i]);
+        }
+}
+
+// Lets the threads first .. last - 1 go on if all of them wait for one another. False: an error was written.
+static bool release(State state, unsigned first, unsigned last, const char *group, const char *what) {
+    unsigned waiting = 0, other = last;
+    const Fiber *where = nullptr;
+    for (unsigned i = first; i < last; i++) {
+        const Fiber &fiber = fibers[i];
+        if (fiber.state != state) {
+            other = i;
+            continue;
+        }
+        waiting++;
+        if (where && (where->line != fiber.line || strcmp(where->file, fiber.file) != 0)) {
+            snprintf(error, sizeof error, "block %u: threads of one %s wait at different %ss: %s:%d and %s:%d",
+                     blockIdx.x, group, what, where->file, where->line, fiber.file, fiber.line);
+            return false;
+        }
+        where = &fiber;
+    }
+    if (waiting == 0) return true;
+    if (waiting != last - first || (state == State::warp && waiting != warp_size)) {
+        snprintf(error, sizeof error, "block %u: not all threads reached the %s at %s:%d: %u of %u did, thread %u %s",
+                 blockIdx.x, what, where->file, where->line, waiting,
+                 state == State::warp ? unsigned(warp_size) : last - first, other,
+                 other == last ? "does not exist" : fibers[other].state == State::done ? "ended" : "waits elsewhere");
+        return false;
+    }
+    for (unsigned i = first; i < last; i++) fibers[i].state = State::ready;
+    return true;
+}
+
+static bool run_block(std::vector<unsigned> &threads, int order) {
+    const unsigned count = blockDim.x;
+    for (const Shared &array : shared) memset(array.memory, poison, array.size);
+    for (unsigned i = 0; i < count; i++) fibers[i].state = State::fresh, fibers[i].round = 0;
+    for (;;) {
+        arrange(threads, order);
+        for (unsigned i : threads)
+            if (fibers[i].state == State::fresh || fibers[i].state == State::ready) resume(i);
+        // Every thread now waits or has ended. Warps go first: their lanes may be on the way to the barrier.
+        bool any_warp = false, all_done = true, all_at_barrier = true;
+        for (unsigned i = 0; i < count; i++) {
+            any_warp |= fibers[i].state == State::warp;
+            all_done &= fibers[i].state == State::done;
+            all_at_barrier &= fibers[i].state == State::barrier;
+        }
+        if (all_done) return true;
+        if (any_warp) {
+            for (unsigned first = 0; first < count; first += warp_size) {
+                const unsigned last = first + warp_size < count ? first + warp_size : count;
+                if (!release(State::warp, first, last, "warp", "shuffle")) return false;
+            }
+        } else if (!release(State::barrier, 0, count, "block", "barrier")) {
+            return false;
+        }
+    }
+}
+
+// Runs a kernel; returns nullptr or what went wrong.
+static const char *launch(void (*kernel)(void **), void **args, unsigned grid, unsigned block, size_t shared_bytes,
+                          int order, unsigned seed) {
+    if (grid < 1 || block < 1 || block > max_threads) {
+        snprintf(error, sizeof error, "a launch of %u blocks of %u threads", grid, block);
+        return error;
+    }
+    body = kernel;
+    arguments = args;
+    gridDim = {grid, 1, 1};
+    blockDim = {block, 1, 1};
+    shuffle_state = seed;
+    error[0] = 0;
+    dynamic_memory = allocate(shared_bytes);
+    std::vector<unsigned> blocks(grid), threads(block);
+    arrange(blocks, order);
+    bool good = true;
+    for (unsigned b : blocks) {
+        blockIdx = {b, 0, 0};
+        memset(dynamic_memory, poison, shared_bytes);
+        if (!(good = run_block(threads, order))) break;
+    }
+    for (Fiber &fiber : fibers)  // abandoned by an error
+        if (fiber.stack) free_stacks.push_back(fiber.stack), fiber.stack = nullptr;
+    for (const Shared &array : shared) free(array.memory);
+    shared.clear();
+    free(dynamic_memory);
+    return good ? nullptr : error;
+}
+
+}  // namespace fd_host

@@ -1,0 +1,67 @@
+"""Every entry in kernels/cuda has a parity check, and every check notices when an entry that it names goes wrong."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_parity_mlp  # noqa: F401 - registers its checks
+import numpy as np
+import pytest
+from cuda_parity import CHECKS, all_entries
+from host_cuda import HostRuntime, has_compiler
+
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.kernels.cuda import runtime
+
+ENTRIES = sorted(all_entries())
+COVERING = [(name, *key) for name, check in CHECKS.items() for key in sorted(check.covers)]
+
+
+class Broken(HostRuntime):
+    """A runtime on which everything that one entry changes becomes zero."""
+
+    def __init__(self, source, entry):
+        super().__init__()
+        self.broken = source, entry
+
+    def launch(self, source, entry, grid, block, args, shared_bytes=0):
+        if (source, entry) != self.broken:
+            super().launch(source, entry, grid, block, args, shared_bytes)
+            return
+        parameters = runtime.entries(source)[entry]
+        written = [a for p, a in zip(parameters, args, strict=True) if p.pointer and p.written and a is not None]
+        before = [array.copy() for array in written]
+        super().launch(source, entry, grid, block, args, shared_bytes)
+        for array, old in zip(written, before, strict=True):
+            word = np.dtype(f"u{array.itemsize}")
+            array[array.view(word) != old.view(word)] = 0
+
+
+def uncovered(entries):
+    """The entries that no parity check names."""
+    return set(entries).difference(*(check.covers for check in CHECKS.values()))
+
+
+def test_every_entry_has_a_parity_check():
+    assert not uncovered(ENTRIES)
+    assert uncovered([*ENTRIES, ("step", "new")]) == {("step", "new")}
+    stale = {key for check in CHECKS.values() for key in check.covers}.difference(ENTRIES)
+    assert not stale
+
+
+@pytest.mark.parametrize("source", runtime.source_names())
+def test_no_entry_hides(source):
+    """What is a kernel in the text is an entry of the runtime, however it is written."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", runtime._read(f"{source}.cu"), flags=re.DOTALL)
+    assert len(re.findall(r"\bFD_KERNEL\b", text)) == len(runtime.entries(source)) > 0
+    assert "__global__" not in text
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+@pytest.mark.parametrize(("name", "source", "entry"), COVERING, ids=[f"{c[0]}-{c[2]}" for c in COVERING])
+def test_a_check_notices_a_wrong_entry(name, source, entry):
+    """Hence the check launches the entry, and compares everything that depends on its result."""
+    broken = Broken(source, entry)
+    with pytest.raises(AssertionError, match=r"differ|off by"):
+        CHECKS[name].run(CudaBackend(broken), "small")
+    assert (source, entry) in broken.launches

@@ -1,0 +1,132 @@
+"""The compile gate: every CUDA source compiles for every architecture and keeps nothing in local memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_gate
+import pytest
+
+from fastdiff.kernels.cuda import runtime
+
+GATE = Path(cuda_gate.__file__)
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 70 registers, used 1 barriers, 1024 bytes smem, 364 bytes cmem[0]
+ptxas info    : Compile time = 21.890 ms
+ptxas info    : Compiling entry function 'second' for 'sm_90'
+ptxas info    : Function properties for second
+ptxas         .     256 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 256 bytes cumulative stack size
+ptxas info    : Function properties for _Z6helperf
+    40 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+
+STACK = """
+extern "C" __global__ void stacked(float *x, int n) {
+    float a[64];
+    for (int i = 0; i < 64; ++i) a[i] = x[i];
+    for (int i = 0; i < n; ++i) x[i] = a[(int)x[i] & 63];
+}
+"""
+# 200 live values in the 64 registers that 1024 threads leave to each; the barrier keeps loads and stores apart.
+SPILL = """
+extern "C" __global__ void __launch_bounds__(1024) spilling(float *x) {
+    float a[200];
+#pragma unroll
+    for (int i = 0; i < 200; ++i) a[i] = x[i * 1024 + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 200; ++i) x[i * 1024 + threadIdx.x] = a[199 - i] * a[i];
+}
+"""
+GOOD = 'extern "C" __global__ void good(float *x) { x[threadIdx.x] += 1.0f; }\n'
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return cuda_gate.find_compiler()[0]
+    except cuda_gate.NoCompilerError as error:
+        pytest.skip(f"the compile gate: {error}")
+
+
+def gate(*arguments):
+    command = [sys.executable, str(GATE), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_source_passes(compiler):
+    done = gate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources = runtime.source_names()
+    entries = [entry for source in sources for entry in runtime.entries(source)]
+    assert f"{len(sources)} sources, {len(entries)} entries, compiled by {compiler}" in done.stdout
+    for entry in entries:
+        for arch in cuda_gate.ARCHITECTURES:
+            assert any(line.split()[:2] == [entry, arch] for line in done.stdout.splitlines()), (entry, arch)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (STACK, "stacked keeps 256 bytes in local memory on sm_90"),
+        (SPILL, "bytes of registers on sm_90"),
+        (GOOD.replace("float", "flaot"), "does not compile for sm_90"),
+    ],
+    ids=["stack", "spill", "syntax"],
+)
+def test_what_does_not_pass(compiler, tmp_path, text, fault):
+    (tmp_path / "good.cu").write_text(GOOD)
+    (tmp_path / "bad.cu").write_text(text)
+    done = gate("--arch", "sm_90", tmp_path / "good.cu", tmp_path / "bad.cu")
+    assert done.returncode == 1
+    assert fault in done.stderr
+    assert "good" in done.stdout
+    assert "good.cu" not in done.stderr
+
+
+def test_what_passes(compiler, tmp_path):
+    (tmp_path / "good.cu").write_text(GOOD)
+    done = gate("--arch", "sm_90", tmp_path / "good.cu")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_entry_that_only_one_side_sees_fails(compiler):
+    compile_text = cuda_gate.find_compiler()[1]
+    for wanted in ({"good", "lost"}, set()):
+        _, faults = cuda_gate.examine({"source": GOOD}, {"source": wanted}, compile_text, ["sm_90"])
+        assert len(faults) == 1
+        assert "does not see this entry" in faults[0]
+    assert cuda_gate.examine({"source": GOOD}, {"source": {"good"}}, compile_text, ["sm_90"])[1] == []
+
+
+def test_what_ptxas_says_is_read():
+    first, second, helper = cuda_gate.uses(LOG, "sm_90")
+    assert first == ("sm_90", "first", 70, 1024, 0, 0)
+    assert not first.fault
+    assert second == ("sm_90", "second", 255, 0, 256, 24)
+    assert "spills 24 bytes" in second.fault
+    assert helper == ("sm_90", "_Z6helperf", 0, 0, 40, 0)
+    assert "40 bytes in local memory" in helper.fault
+    lines = cuda_gate.table([first, second]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["first", "sm_90", "70", "1024", "0", "0"],
+        ["second", "sm_90", "255", "0", "256", "24", "FAILS"],
+    ]
+
+
+def test_no_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_gate.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert cuda_gate.main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert len(err.splitlines()) == 1
+    assert "pip install cuda-core nvidia-cuda-nvrtc" in err

@@ -1,0 +1,670 @@
+"""The CUDA sources and the CUDA backend without a GPU: every kernel runs on the CPU, from the text that a GPU gets.
+
+`host_cuda` runs them; `cuda_parity` says what they must agree with. Here too: that the host run notices what a GPU
+leaves undefined, and the runtime for CuPy against a stand-in for CuPy.
+"""
+
+import copy
+import inspect
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import cuda_parity
+import cuda_parity_mlp  # noqa: F401 - registers its checks
+import host_cuda
+import numpy as np
+import pytest
+from cuda_parity import CHECKS
+from host_cuda import HostError, HostRuntime
+from tolerances import HANG_SECONDS, assert_same_bits
+
+import fastdiff as fd
+from fastdiff import backends
+from fastdiff.backends import Backend
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.errors import ArgumentError, BackendError
+from fastdiff.kernels.cuda import runtime
+from fastdiff.noise import Stream
+
+if not host_cuda.has_compiler():
+    pytest.skip("the host run of the CUDA kernels needs g++", allow_module_level=True)
+
+# ------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("order", host_cuda.ORDERS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_agree(name, order):
+    """In three orders of threads and blocks; and each check launches what it claims to cover."""
+    here = HostRuntime(order)
+    CHECKS[name].run(CudaBackend(here), "small")
+    assert set(here.launches) >= CHECKS[name].covers
+
+
+@pytest.mark.parametrize("block", [1, 32, 256, 1024])
+def test_noise_does_not_depend_on_the_geometry(block):
+    for multiprocessors in (1, 7):
+        be = CudaBackend(HostRuntime(block=block, multiprocessors=multiprocessors))
+        for name in ("normals", "forward_noising", "sampler_steps"):
+            if name != "sampler_steps" or block == 256:
+                CHECKS[name].run(be, "small")
+
+
+def test_the_norm_does_not_depend_on_the_geometry():
+    g = np.random.default_rng(0).normal(size=70_001).astype(np.float32)
+    options = cuda_parity.PLANS[0].options(0, 0)
+    norms = set()
+    for multiprocessors in (1, 3, 50):
+        be = CudaBackend(HostRuntime(multiprocessors=multiprocessors))
+        norms.add(be.adamw(*(np.zeros_like(g), g, *np.zeros((3, g.size), np.float32)), options))
+    assert len(norms) == 1
+
+
+# ------------------------------------------------------------------------------------------- the sanitizers
+
+SANITIZED = {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc", "FASTDIFF_HOST_SANITIZE": "1"}
+
+
+def sanitized(*arguments):
+    environment = {**os.environ, **SANITIZED, "LD_PRELOAD": host_cuda.sanitizer_library()}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, check=False, cwd=Path(__file__).parent,
+    )  # fmt: skip
+
+
+needs_sanitizers = pytest.mark.skipif(
+    not Path(host_cuda.sanitizer_library()).is_absolute(), reason="the sanitizer run of the CUDA kernels needs libasan"
+)
+
+
+@needs_sanitizers
+def test_kernels_agree_under_sanitizers():
+    done = sanitized("cuda_parity.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == len(CHECKS)
+
+
+BAD_KERNELS = {
+    "heap-buffer-overflow": "FD_KERNEL bad(float *x, int n) { x[n] = 1; }",
+    "heap-buffer-overflow ": "FD_KERNEL bad(float *x, int n) { FD_SHARED_ARRAY(int, s, 8); s[n] = n; x[0] = s[n]; }",
+    "misaligned address": "FD_KERNEL bad(float *x, int n) { fd_store4(x + n - 7, make_float4(0, 0, 0, 0)); }",
+    "signed integer overflow": "FD_KERNEL bad(float *x, int n) { x[0] = (float)(n * (1 << 30)); }",
+}
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("message", BAD_KERNELS)
+def test_sanitizers_see_what_is_wrong(message):
+    code = (
+        "import numpy as np\nfrom host_cuda import HostRuntime\nfrom fastdiff.kernels.cuda import runtime\n"
+        f"read, text = runtime._read, {BAD_KERNELS[message]!r}\n"
+        "runtime._read = lambda name: text if name == 'bad.cu' else read(name)\n"
+        "HostRuntime().launch('bad', 'bad', 1, 1, (np.zeros(8, np.float32), 8))\n"
+    )
+    done = sanitized("-c", code)
+    assert done.returncode != 0
+    assert message.strip() in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- the host run itself
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Launch the only entry of a text."""
+    read, texts = runtime._read, {}
+    monkeypatch.setattr(runtime, "_read", lambda name: texts.get(name) or read(name))
+
+    def launch(text, grid, block, *args, here=None, shared_bytes=0):
+        name = f"text{zlib.crc32(text.encode())}"
+        texts[f"{name}.cu"] = text
+        (entry,) = runtime.entries(name)
+        (here or HostRuntime()).launch(name, entry, grid, block, args, shared_bytes)
+
+    return launch
+
+
+def test_barriers_and_shared_memory(run):
+    """A reversal within blocks through shared memory, dynamic and static."""
+    text = """
+    FD_KERNEL reverse(float *x) {
+        FD_SHARED(float, a);
+        FD_SHARED_ARRAY(float, b, 70);
+        const int i = threadIdx.x, n = blockDim.x;
+        a[i] = x[blockIdx.x * n + i];
+        fd_syncthreads();
+        b[i] = a[n - 1 - i] + 1;
+        fd_syncthreads();
+        x[blockIdx.x * n + i] = b[i] + 0 * a[(i + 1) % n];
+    }"""
+    for order in host_cuda.ORDERS:
+        x = np.arange(210, dtype=np.float32)
+        run(text, 3, 70, x, here=HostRuntime(order), shared_bytes=280)
+        assert_same_bits(x, np.arange(210, dtype=np.float32).reshape(3, 70)[:, ::-1].ravel() + np.float32(1))
+
+
+def test_shuffles(run):
+    text = """
+    FD_KERNEL shuffle(int *i, double *d, int64 *all) {
+        const int k = threadIdx.x;
+        const int down = fd_shuffle_down(k, 5), swapped = fd_shuffle_xor(down, 3);
+        i[k] = fd_shuffle(swapped, 7) * 1000 + swapped;
+        double sum = k;
+        for (int delta = 16; delta > 0; delta /= 2) sum += fd_shuffle_down(sum, delta);
+        d[k] = sum;
+        int64 total = 1ll << 40;
+        for (int mask = 1; mask < 32; mask *= 2) total += fd_shuffle_xor(total, mask);
+        all[k] = total;
+    }"""
+    lane = np.arange(32)
+    down = np.where(lane + 5 < 32, lane + 5, lane)
+    for order in host_cuda.ORDERS:
+        i, d, all_lanes = np.empty(96, np.int32), np.empty(96), np.empty(96, np.int64)
+        run(text, 1, 96, i, d, all_lanes, here=HostRuntime(order))
+        for warp in range(3):
+            swapped = (down + 32 * warp)[lane ^ 3]
+            assert i[32 * warp :][:32].tolist() == (swapped[7] * 1000 + swapped).tolist()
+            assert d[32 * warp] == (lane + 32 * warp).sum()
+        assert all_lanes.tolist() == [32 << 40] * 96
+
+
+def test_shared_memory_is_garbage_in_every_block(run):
+    text = """
+    FD_KERNEL peek(float *x) {
+        FD_SHARED(float, a);
+        FD_SHARED_ARRAY(float, b, 1);
+        x[2 * blockIdx.x] = a[0];
+        x[2 * blockIdx.x + 1] = b[0];
+        a[0] = b[0] = 1;
+    }"""
+    x = np.zeros(6, np.float32)
+    run(text, 3, 1, x, shared_bytes=4)
+    assert np.isnan(x).all()
+
+
+# What a kernel does, how many threads do it, and what is said.
+WAITING = {
+    "one ends before a barrier": (
+        "if (threadIdx.x == 2) return;\n fd_syncthreads();",
+        4, "not all threads reached the barrier at text.*:3: 3 of 4 did, thread 2 ended",
+    ),
+    "two barriers": (
+        "if (threadIdx.x == 2) fd_syncthreads();\n else fd_syncthreads();",
+        4, r"threads of one block wait at different barriers: text.*:[23] and text.*:[23]$",
+    ),
+    "one lane at a barrier": (
+        "if (threadIdx.x == 5) fd_syncthreads(); else fd_shuffle_down(1, 1);",
+        32, "not all threads reached the shuffle .*: 31 of 32 did, thread 5 waits elsewhere",
+    ),
+    "two shuffles": (
+        "if (threadIdx.x == 5) fd_shuffle_down(1, 1);\n else fd_shuffle_down(1, 1);",
+        64, "threads of one warp wait at different shuffles",
+    ),
+    "a broken warp": ("fd_shuffle_xor(1, 1);", 36, "4 of 32 did, thread 36 does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize("order", host_cuda.ORDERS)
+def test_what_not_all_threads_reach_is_reported(run, name, order):
+    here, (body, threads, message) = HostRuntime(order), WAITING[name]
+    x = np.zeros(1, np.int32)
+    with pytest.raises(HostError, match=message):
+        run(f"FD_KERNEL wait(int *x) {{ x[0] = 1;\n {body} }}", 2, threads, x, here=here)
+    # The next launch finds everything in order.
+    run("FD_KERNEL fine(int *x) { fd_syncthreads(); if (threadIdx.x == 0) x[0] = 5; }", 1, 64, x, here=here)
+    assert x == 5
+
+
+def test_orders_show_a_missing_barrier(run):
+    text = """
+    FD_KERNEL race(float *x) {
+        FD_SHARED_ARRAY(float, a, 64);
+        a[threadIdx.x] = threadIdx.x;
+        x[threadIdx.x] = a[63 - threadIdx.x];
+    }"""
+    results = []
+    for order in host_cuda.ORDERS:
+        x = np.zeros(64, np.float32)
+        run(text, 1, 64, x, here=HostRuntime(order))
+        results.append(np.isnan(x).tolist())
+    assert results[0] != results[1] != results[2]
+
+
+def test_launches_that_no_device_takes(run):
+    text = "FD_KERNEL nothing(int n) { (void)n; }"
+    for grid, block in ((0, 1), (1, 0), (1, 1025)):
+        with pytest.raises(HostError, match="a launch of"):
+            run(text, grid, block, 1)
+    with pytest.raises(HostError, match="shared memory"):
+        run(text, 1, 1, 1, shared_bytes=228 * 1024)
+
+
+def test_what_does_not_compile_is_shown(run):
+    with pytest.raises(HostError, match=r"text\d+\.cu:2.*oops"):
+        run("FD_KERNEL wrong(int n) {\n oops(n); }", 1, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def test_arguments_are_cast_as_declared(run):
+    text = """
+    FD_KERNEL take(double *out, const float *null, int a, uint32 b, int64 c, uint64 d, real e, double f, TableRow r) {
+        const double values[] = {(double)a, (double)b, (double)c, (double)d, e, f, r.p, r.high, null ? 0.0 : 1.0};
+        for (int i = 0; i < 9; i++) out[i] = values[i];
+    }"""
+    out = np.zeros(9)
+    row = (1.5, 0, 0, 0, 0, 0, 0, -math.inf, math.inf)
+    run(text, 1, 1, out, None, -3, 2**32 - 1, -(2**62), 2**63, 0.1, 0.1, row)
+    assert out.tolist() == [-3, 2**32 - 1, -(2**62), 2**63, np.float32(0.1), 0.1, 1.5, math.inf, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((np.zeros(4, np.float32),), "copies takes 3 arguments, got 1"),
+        ((np.zeros(4), np.zeros(4, np.float32), 4), "to_n has dtype float64, declared is float32"),
+        ((np.zeros(8, np.float32)[::2], np.zeros(4, np.float32), 4), "to_n is not C-contiguous"),
+        ((np.zeros(4, np.float32), np.zeros(4, np.int64), 4), "from_n has dtype int64"),
+    ],
+)
+def test_wrong_arrays_are_refused_by_name(run, args, message):
+    with pytest.raises(TypeError, match=message):
+        run("FD_KERNEL copies(float *__restrict__ to_n, const float *__restrict__ from_n, int n) {}", 1, 1, *args)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("int", 2**31), ("uint32", -1), ("uint32", 2**32), ("int64", 2**63)])
+def test_numbers_that_do_not_fit_are_refused(run, kind, value):
+    with pytest.raises(OverflowError):
+        run(f"FD_KERNEL take({kind} n) {{ (void)n; }}", 1, 1, value)
+
+
+def test_unknown_types_are_refused(run):
+    with pytest.raises(ValueError, match=r"parameter 'short n' of take"):
+        run("FD_KERNEL take(short n) {}", 1, 1, 1)
+
+
+def test_constants_are_those_of_the_noise_law():
+    """Each reads back as the float32 that NumPy takes."""
+    lines = dict(line.split(" ", 2)[1:] for line in runtime.constants().splitlines() if line.startswith("#define FD_L"))
+    from fastdiff.noise import LN2_LOW, LOG_COEFFICIENTS
+
+    assert np.float32(lines["FD_LOG_4"].strip("()f")) == np.float32(LOG_COEFFICIENTS[4])
+    assert np.float32(lines["FD_LN2_LOW"].strip("()f")) == np.float32(LN2_LOW)
+    assert np.float32(lines["FD_LEAKY_SLOPE"].strip("()f")) == np.float32(backends.LEAKY_SLOPE)
+
+
+# ------------------------------------------------------------------------------------------- the backend
+
+
+def test_same_signatures():
+    def operations(kind):
+        return {name: f for name, f in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+
+    wanted, found = operations(Backend), operations(CudaBackend)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert inspect.signature(found[name]) == inspect.signature(wanted[name]), name
+    assert isinstance(CudaBackend(HostRuntime()), Backend)
+    assert isinstance(HostRuntime(), runtime.Runtime)
+
+
+def test_arrays():
+    be = CudaBackend(HostRuntime())
+    strided = np.arange(12).reshape(3, 4)[:, ::2]
+    array = be.asarray(strided)
+    assert array.flags.c_contiguous
+    assert array.dtype == be.asarray(np.ones(2)).dtype == be.empty((2, 3)).dtype == np.float32
+    assert be.asarray(strided, np.int64).dtype == be.empty((2, 3), np.int64).dtype == np.int64
+    assert be.to_numpy(array).tolist() == strided.tolist()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda be: pickle.loads(pickle.dumps(be))])
+def test_the_backend_survives_copy_and_pickle(again):
+    be = again(CudaBackend(HostRuntime()))
+    z = be.empty((3, 5))
+    be.normal(z, seed=1, stream=Stream.INIT, step=0, first_sample=0)
+    assert_same_bits(z, fd.normal((3, 5), seed=1, stream="init", backend="numpy"))
+
+
+def test_tables_are_kept_and_forgotten():
+    be = CudaBackend(HostRuntime())
+    first = be._table(np.array([0.5]))
+    assert be._table(np.array([0.5])) is first
+    for k in range(100):
+        be._table(np.array([float(k)]))
+    assert be._table(np.array([0.5])) is not first
+    assert len(be._tables) < 50
+
+
+TWINS = """
+import numpy as np
+from cuda_parity import filled, step_agrees
+from host_cuda import HostRuntime
+from fastdiff.backends import Row, get_backend
+from fastdiff.backends.cuda import CudaBackend
+here = HostRuntime()
+be = CudaBackend(here, "numba")
+x0, t, at = filled((3, 7), 1), np.array([0, 1, 1]), {"seed": 5, "first_sample": 2}
+results = []
+for each in (be, get_backend("numpy")):
+    out, eps = np.empty_like(x0), np.empty_like(x0)
+    with np.errstate(all="ignore"):
+        each.forward_noise(x0, t, np.array([0.5, 0.1]), np.array([0.3, 0.2]), out, eps, **at)
+    results.append((out, eps))
+for got, want in zip(*results):
+    assert got.tobytes() == want.tobytes()
+for row in (Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, 0.5), Row(3, 1.1, 0, 0.3, 0.7, 0, 0, 0)):
+    step_agrees(be, (3, 7), row, (-1.0, 1.0), True)
+assert not here.launches
+print("agree")
+"""
+
+
+def test_the_backend_on_numba_kernels():
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TWINS],
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, check=False, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert done.stdout == "agree\n", done.stderr[-2000:]
+
+
+def test_without_numba_for_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastdiff.kernels.cuda.numba_twins", None)
+    with pytest.raises(BackendError, match="kernels='numba' needs Numba's CUDA target"):
+        CudaBackend(HostRuntime(), "numba")
+    with pytest.raises(ArgumentError, match="kernels: got 'triton'"):
+        CudaBackend(HostRuntime(), "triton")
+
+
+def test_train_save_load_and_sample(tmp_path):
+    be = CudaBackend(HostRuntime("shuffled"))
+    curves = fd.data.harmonic_curves(60, points=10, seed=0)
+    options = {"steps": 4, "batch": 40, "progress": False}
+    model = fd.Diffusion(fd.MLP(10, hidden=(16, 16), T=12), backend=be, seed=3).fit(curves, **options)
+    other = fd.Diffusion(fd.MLP(10, hidden=(16, 16), T=12), backend="numpy", seed=3).fit(curves, **options)
+    model.save(tmp_path / "m.safetensors", training=True)
+    loaded = fd.load(tmp_path / "m.safetensors", backend=be)
+    for name in ("ddpm", "ddim", "dpmpp_2m"):
+        samples = model.sample(5, sampler=name)
+        assert_same_bits(loaded.sample(5, sampler=name), samples)
+        assert np.abs(samples - other.sample(5, sampler=name)).max() < 1e-3
+    loaded.fit(curves, steps=2, progress=False)
+    model.fit(curves, steps=2, progress=False)
+    assert_same_bits(loaded.sample(3), model.sample(3))
+
+
+# ------------------------------------------------------------------------------------------- CuPy
+
+
+class DeviceArray(np.ndarray):
+    """Stands for cupy.ndarray."""
+
+    where = 0
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.ctypes.data, device_id=self.where)
+
+    @property
+    def device(self):
+        return types.SimpleNamespace(id=self.where)
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+class StandIn(types.ModuleType):
+    """What `CupyRuntime` uses of CuPy, on NumPy arrays and the host run."""
+
+    ndarray = DeviceArray
+
+    def __init__(self, driver=13000, devices=1):
+        super().__init__("cupy")
+        self.host, self.compiled, self.asked = HostRuntime(), [], {}
+        api = types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            driverGetVersion=lambda: driver,
+            runtimeGetVersion=lambda: 13020,
+            getDeviceCount=lambda: self.count(devices),
+            getDeviceProperties=lambda number: {"name": b"Stand-in"},
+            memGetInfo=lambda: (3 << 20, 80 << 30),
+        )
+        device = types.SimpleNamespace(
+            id=0, compute_capability="90",
+            attributes={"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024},
+        )  # fmt: skip
+        nvrtc = types.SimpleNamespace(
+            getVersion=lambda: (13, 0),
+            createProgram=lambda text, name, headers, includes: [text],
+            compileProgram=lambda program, options: self.compiled.append(options),
+            getCUBIN=lambda program: program[0].encode(),
+            getProgramLog=lambda program: "the log",
+            destroyProgram=list.clear,
+        )
+        memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+        self.cuda = types.SimpleNamespace(
+            runtime=api, Device=lambda: device, nvrtc=nvrtc, memory=memory,
+            get_current_stream=lambda: types.SimpleNamespace(ptr=0),
+        )  # fmt: skip
+
+    @staticmethod
+    def count(devices):
+        if isinstance(devices, int):
+            return devices
+        raise devices
+
+    def get_default_memory_pool(self):
+        return types.SimpleNamespace(free_bytes=lambda: 1 << 20)
+
+    def empty(self, shape, dtype):
+        if np.prod(shape) > 2**40:
+            raise OutOfMemoryError
+        return self.host.empty(shape, dtype).view(DeviceArray)
+
+    def zeros(self, shape, dtype):
+        return np.zeros(shape, dtype).view(DeviceArray)
+
+    def asarray(self, value, dtype=None):
+        return np.array(value, dtype).view(DeviceArray)
+
+    def ascontiguousarray(self, value, dtype=None):
+        return np.ascontiguousarray(value, dtype).view(DeviceArray)
+
+    def from_dlpack(self, value):
+        return np.from_dlpack(value).view(DeviceArray)
+
+    def asnumpy(self, array):
+        return np.array(array)
+
+    def copyto(self, target, source, casting):
+        np.copyto(target, source, casting=casting)
+
+    def dot(self, a, b, out):
+        return np.dot(a, b, out)
+
+    def RawModule(self, *, path):
+        return types.SimpleNamespace(get_function=lambda entry: StandInKernel(self, Path(path), entry))
+
+
+class StandInKernel:
+    def __init__(self, cupy, path, entry):
+        self.cupy, self.source, self.entry = cupy, path.name.split("-")[0], entry
+        assert path.read_text() == runtime.source_text(self.source)
+        self.max_dynamic_shared_size_bytes = 48 * 1024
+
+    def __call__(self, grid, block, args, shared_mem):
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        for parameter, value in zip(runtime.entries(self.source)[self.entry], args, strict=True):
+            if parameter.pointer:
+                assert value is None or isinstance(value, DeviceArray)
+            else:  # by value: a scalar or an array of size one
+                assert value.dtype == parameter.dtype
+                assert value.size == 1
+                assert not isinstance(value, DeviceArray)
+        self.cupy.host.launch(self.source, self.entry, *grid, *block, args, shared_mem)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTDIFF_CACHE_DIR", str(tmp_path))
+
+    def install(**options):
+        cupy = StandIn(**options)
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        return cupy
+
+    return install
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_agree_through_cupy(stand_in, name):
+    stand_in()
+    CHECKS[name].run(CudaBackend(), "small")
+
+
+def test_train_and_sample_through_cupy(stand_in):
+    """The same bits as on the host runtime: arrays go where the backend wants them."""
+    stand_in()
+    curves, samples = fd.data.harmonic_curves(30, points=10, seed=0), []
+    for be in (CudaBackend(), CudaBackend(HostRuntime())):
+        model = fd.Diffusion(fd.MLP(10, hidden=(16,), T=12), backend=be, seed=3)
+        samples.append(np.asarray(model.fit(curves, steps=3, batch=20, progress=False).sample(3)))
+    assert_same_bits(*samples)
+
+
+def test_kernels_are_compiled_once(stand_in, tmp_path):
+    """For all processes: the file is found again. -ftz=true is CuPy's habit and is not among the options."""
+    cupy = stand_in()
+    for _ in range(2):
+        CHECKS["optimiser"].run(CudaBackend(), "small")
+    assert cupy.compiled == [[*runtime.COMPILE_OPTIONS, "-arch=sm_90"]]
+    assert "-ftz=false" in runtime.COMPILE_OPTIONS
+    assert "-fmad=false" in runtime.COMPILE_OPTIONS
+    assert [path.name.split("-")[:2] for path in (tmp_path / "cuda").iterdir()] == [["optim", "sm_90"]]
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(stand_in, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTDIFF_CACHE_DIR", str(tmp_path / "file"))
+    stand_in()
+    CHECKS["optimiser"].run(CudaBackend(), "small")
+
+
+def test_where_compiled_kernels_are_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTDIFF_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "fastdiff" / "cuda"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / ".cache" / "fastdiff" / "cuda"
+
+
+def test_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(BackendError, match=r"needs CuPy: pip install 'fastdiff-engine\[cuda13\]'.*backend='cpu'"):
+        CudaBackend()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"driver": 0}, "needs an NVIDIA driver, and this machine has none.*backend='cpu'"),
+        ({"driver": 12040, "devices": CUDARuntimeError(35)}, r"too old: it knows CUDA 12\.4, .* CUDA 13\.2; .*cuda12"),
+        ({"devices": CUDARuntimeError(100)}, "needs an NVIDIA GPU, .*CUDA_VISIBLE_DEVICES"),
+        ({"devices": 0}, "needs an NVIDIA GPU, .*CUDA_VISIBLE_DEVICES"),
+        ({"devices": CUDARuntimeError(999)}, "CUDA does not start: status 999; backend='cpu'"),
+    ],
+)
+def test_machines_without_a_usable_gpu(stand_in, options, message):
+    stand_in(**options)
+    with pytest.raises(BackendError, match=message):
+        CudaBackend()
+
+
+def test_out_of_device_memory(stand_in):
+    stand_in()
+    with pytest.raises(
+        BackendError, match=r"on Stand-in: asked for 1\.638e\+04 GiB, 4 MiB of 80 GiB are free; a smaller batch"
+    ):
+        CudaBackend().empty((2**21, 2**21))
+
+
+def test_compiler_errors_are_shown(stand_in):
+    cupy = stand_in()
+
+    def fail(program, options):
+        raise RuntimeError("NVRTC_ERROR_COMPILATION")
+
+    cupy.cuda.nvrtc.compileProgram = fail
+    with pytest.raises(BackendError, match=r"(?s)noise.cu does not compile for sm_90 with NVRTC 13\.0.*the log"):
+        CHECKS["normals"].run(CudaBackend(), "small")
+
+    def missing():
+        raise RuntimeError("libnvrtc.so")
+
+    cupy.cuda.nvrtc.getVersion = missing
+    with pytest.raises(BackendError, match="pip install nvidia-cuda-nvrtc"):
+        CHECKS["normals"].run(CudaBackend(), "small")
+
+
+def test_foreign_arrays_are_taken_in_or_refused(stand_in):
+    stand_in()
+    be = CudaBackend()
+    here = be.asarray(np.ones((4, 4)))
+    assert be.asarray(here) is here or be.asarray(here).ctypes.data == here.ctypes.data
+    assert be.asarray(here[:, ::2]).flags.c_contiguous
+
+    class Capsule:
+        def __dlpack__(self, **options):
+            return here.view(np.ndarray).__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return here.view(np.ndarray).__dlpack_device__()
+
+    assert be.asarray(Capsule()).ctypes.data == here.ctypes.data
+    elsewhere = here.copy()
+    elsewhere.where = 1
+    assert be.asarray(elsewhere).device.id == 0
+    at = {"seed": 0, "stream": 0, "step": 0, "first_sample": 0}
+    with pytest.raises(TypeError, match="out_nd is on device 1, wants device 0"):
+        be.normal(elsewhere, **at)
+    with pytest.raises(TypeError, match=r"out_nd is (list|ndarray), wants a CuPy array"):
+        be.runtime.launch(
+            "noise", "normal", 1, 1, (np.ones((4, 4), np.float32), 4, 4, 0, 0, 0, np.zeros(20, np.uint32))
+        )
+
+
+def test_large_shared_memory_is_announced_to_the_kernel(stand_in, monkeypatch):
+    text = "FD_KERNEL large(float *x) { FD_SHARED(float, a); a[20000] = 3; x[0] = a[20000]; }"
+    read = runtime._read
+    monkeypatch.setattr(runtime, "_read", lambda name: text if name == "large.cu" else read(name))
+    stand_in()
+    be = CudaBackend()
+    x = be.empty((1,))
+    for size in (100_000, 90_000, 120_000):
+        be.runtime.launch("large", "large", 1, 1, (x,), size)
+        assert x == 3
+
+
+def test_the_cupy_runtime_survives_pickle(stand_in):
+    stand_in()
+    be = pickle.loads(pickle.dumps(CudaBackend()))
+    assert be.runtime.device == "Stand-in"
+    assert isinstance(be.runtime, runtime.Runtime)

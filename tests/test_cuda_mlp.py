@@ -1,0 +1,459 @@
+"""The network kernels of the CUDA backend and its network operations, run on the CPU from the same text.
+
+Every kernel agrees with the reference's formulas, up to rounding, draws and sums in batch order to the bit; the
+operations agree with NumPy in float64. A sample's bits depend on no batch, tile or order of threads, and a chain is
+its steps.
+"""
+
+import gc
+import itertools
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gradcheck import scatter
+from host_cuda import ORDERS, HostRuntime, has_compiler
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, get_backend
+from fastdiff.backends import cuda_mlp as operations
+from fastdiff.backends import numpy as reference
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda_mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.kernels.cpu.gemm import host_width
+from fastdiff.nn import MLP
+from fastdiff.nn.mlp import sinusoidal_features
+from fastdiff.noise import Stream
+from fastdiff.samplers import ddim, ddpm, dpmpp_2m
+from fastdiff.schedule import Schedule
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+
+NUMPY, CPU = get_backend("numpy"), get_backend("cpu")
+F = np.float32
+KINDS = list(itertools.product(["none", "leaky_relu", "silu"], ["none", "shift", "scale_shift"]))
+LAYERED = 64  # bytes of shared memory: no network fits, and all go layer by layer
+
+
+def cuda(order="forward", shared_limit=None):
+    runtime = HostRuntime(order)
+    if shared_limit is not None:
+        runtime.shared_limit = shared_limit
+    return CudaBackend(runtime)
+
+
+BACKENDS = {order: cuda(order) for order in ORDERS}
+ONE_LAUNCH, PER_LAYER = BACKENDS["shuffled"], cuda("shuffled", LAYERED)
+
+
+def normals(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(F)
+
+
+# ------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture(params=ORDERS)
+def runtime(request):
+    return HostRuntime(request.param)
+
+
+SHAPES = [(1, 1), (5, 3), (33, 17), (7, 130)]
+
+
+def modulation(mode, m, T, before=2, after=1):
+    """A time table with columns of other layers on both sides."""
+    return normals(T, before + {"none": 0, "shift": 1, "scale_shift": 2}[mode] * m + after, seed=7), before
+
+
+def gain_and_shift(mode, table, t, column, m):
+    return reference._gain_and_shift(mode, table[t][:, column:].astype(np.float64), m)
+
+
+@pytest.mark.parametrize(("activation", "mode"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_modulation_and_activation(runtime, shape, activation, mode):
+    (n, m), T = shape, 5
+    product, bias, t = 3 * normals(n, m), normals(m, seed=1), np.arange(n) * 3 % T
+    table, column = modulation(mode, m, T)
+    codes = operations.MODES[mode], operations.ACTIVATIONS[activation]
+    u, y = product.copy(), runtime.empty((n, m))
+    args = (bias, table, t, n, m, table.shape[1], column, *codes)
+    runtime.launch("mlp", "mlp_bias_activate", *runtime.grid_1d(n * m), (u, y, *args))
+    in_place = product.copy()
+    runtime.launch("mlp", "mlp_bias_activate", *runtime.grid_1d(n * m), (in_place, in_place, *args))
+    assert_same_bits(u, product + bias)
+    assert_same_bits(in_place, y)
+    wide = product.astype(np.float64) + bias
+    want = reference.activate(reference.modulate(wide, *gain_and_shift(mode, table, t, column, m)), activation)
+    assert_close(y, want, terms=4)
+
+
+@pytest.mark.parametrize(("activation", "mode"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_of_a_layer(runtime, shape, activation, mode):
+    (n, m), T, chunk, threads = shape, 5, 4, 32
+    dy, u, t = normals(n, m), 3 * normals(n, m, seed=1), np.arange(n) * 3 % T
+    table, column = modulation(mode, m, T)
+    gain, shift = gain_and_shift(mode, table, t, column, m)
+    v = reference.modulate(u.astype(np.float64), gain, shift)
+    y = reference.activate(v, activation).astype(F)
+    chunks, across, width = -(-n // chunk), -(-m // threads), table.shape[1]
+    d, dtime, partials = dy.copy(), np.full((n, width), 7, F), np.full((chunks, m + 2), 7, F)
+    args = (d, u, y, table, t, dtime, partials, n, m, width, column, m + 2, 1, chunk)
+    codes = operations.MODES[mode], operations.ACTIVATIONS[activation]
+    runtime.launch("mlp", "mlp_layer_backward", chunks * across, threads, (*args, *codes))
+
+    dv = reference.activate_backward(dy.astype(np.float64), v, activation)
+    du, dgain, dshift = reference.modulate_backward(dv, u.astype(np.float64), gain)
+    assert_close(d, du, terms=4)
+    parts = {"none": [], "shift": [dshift], "scale_shift": [dgain, dshift]}[mode]
+    want = np.full((n, width), 7.0)
+    for k, part in enumerate(parts):
+        want[:, column + k * m : column + (k + 1) * m] = part
+    assert_close(dtime, want, terms=4)
+    sums = np.stack([du[begin : begin + chunk].sum(axis=0) for begin in range(0, n, chunk)])
+    assert_close(partials[:, 1:-1], sums, terms=4 + chunk)
+    assert (partials[:, [0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("size", [1, 255, 4097, 9000])
+def test_squared_error_and_its_sums(runtime, size):
+    y, target = normals(2, size)
+    blocks, chunks, columns = -(-size // 4096), 5, 3
+    dy, sums, loss = runtime.empty((size,)), runtime.empty((blocks,), np.float64), runtime.empty((1,), np.float64)
+    scale = F(2 / size)
+    runtime.launch("mlp", "mlp_squared_error", blocks, 256, (y, target, dy, sums, size, 4096, scale))
+    partials, grads, targets = normals(chunks, columns, seed=4), np.full(8, 7, F), np.array([6, 0, 3])
+    args = (partials, targets, grads, sums, loss, chunks, columns, blocks, size)
+    runtime.launch("mlp", "mlp_finish", *runtime.grid_1d(columns + 1), args)
+    want, dwant = reference.squared_error(y, target)
+    assert_same_bits(dy, dwant)
+    assert_close(loss[0], want, terms=size, dtype=np.float64)
+    assert_same_bits(grads[targets], partials.sum(axis=0, dtype=np.float64).astype(F))
+    assert (np.delete(grads, targets) == 7).all()
+
+
+@pytest.mark.parametrize(("T", "width"), [(1, 1), (11, 7), (40, 66)])
+def test_the_time_table_and_its_gradient(runtime, T, width):
+    features = sinusoidal_features(T).astype(F)
+    weight, bias, dtable = normals(32, width), normals(width, seed=1), normals(T, width, seed=2)
+    table, dweight, dbias = runtime.empty((T, width)), runtime.empty((32, width)), runtime.empty((width,))
+    runtime.launch("mlp", "mlp_time_table", *runtime.grid_1d(T * width), (features, weight, bias, table, T, 32, width))
+    args = (features, dtable, dweight, dbias, T, 32, width)
+    runtime.launch("mlp", "mlp_time_table_backward", *runtime.grid_1d(33 * width), args)
+    wide = [array.astype(np.float64) for array in (features, weight, bias, dtable)]
+    assert_close(table, reference.linear(*wide[:3]), terms=33)
+    _, want_weight, want_bias = reference.linear_backward(wide[3], wide[0], wide[1])
+    assert_close(dweight, want_weight, terms=T)
+    assert_close(dbias, want_bias, terms=T)
+
+
+@pytest.mark.parametrize(("n", "T", "width"), [(1, 1, 1), (300, 7, 5), (40, 100, 66), (257, 1, 3)])
+def test_rows_of_one_timestep_are_added_in_the_order_of_the_batch(runtime, n, T, width):
+    t, dtime = np.random.default_rng(n).integers(0, T, n), normals(n, width)
+    order, dtable = runtime.empty((n,), np.int32), np.zeros((T, width), F)
+    runtime.launch("mlp", "mlp_order_times", -(-n // 256), 256, (t, order, n))
+    runtime.launch("mlp", "mlp_time_gradient", *runtime.grid_1d(n * width), (dtime, t, order, dtable, n, width))
+    assert order.tolist() == np.argsort(t, kind="stable").tolist()
+    assert_same_bits(dtable, reference.embedding_backward(dtime, t, T))
+
+
+def draws_for(net, rows=37, seed=2**63 + 5):
+    schedule = Schedule.cosine(net.T)
+    data = np.random.default_rng(3).normal(size=(rows, net.points)).astype(F)
+    of_noise, of_data = np.linspace(0.5, 0.9, net.T), np.linspace(-0.5, 0.5, net.T)
+    return TrainingDraws(data, schedule.signal, schedule.noise, of_noise, of_data, seed=seed)
+
+
+@pytest.mark.parametrize(("n", "d", "T"), [(1, 1, 1), (5, 3, 11), (33, 50, 100), (9, 18, 1000)])
+@pytest.mark.parametrize("step", [0, 2**32 - 1])
+def test_training_draws_have_the_bits_of_the_reference(runtime, n, d, T, step):
+    net = MLP(d, hidden=(1,), T=T)
+    be, draws = CudaBackend(runtime), draws_for(net)
+    buffers = be._network(net.plan)
+    buffers.grow(n)
+    got = be._draw(buffers, draws, step)
+    for array, want in zip(got, reference.draw_batch(draws, T, step, n), strict=True):
+        assert_same_bits(array, want)
+
+
+def test_packed_parameters(runtime):
+    net = scatter(MLP(5, hidden=(3, 8, 1), T=2))
+    be = CudaBackend(runtime)
+    buffers = be._network(net.plan)
+    be.mlp_forward(net.plan, net.flat, normals(2, 5), np.zeros(2, np.int64))
+    want = []
+    for layer in net.plan.layers:
+        w = net.flat[layer.weight : layer.weight + layer.inputs * layer.outputs].reshape(layer.inputs, layer.outputs)
+        rows = np.vstack([w, net.flat[layer.bias : layer.bias + layer.outputs]])
+        want.append(np.pad(rows, ((0, 0), (0, -layer.outputs % 4))).ravel())
+    assert_same_bits(buffers.packed, np.concatenate(want))
+    assert len(buffers.packed) == packed_size(net.plan)
+
+
+# ------------------------------------------------------------------------------------------- operations
+
+NETS = {
+    "default": lambda: MLP(50, T=100),
+    "tutorial": lambda: MLP.tutorial(50, T=100),
+    "linear": lambda: MLP(4, hidden=(), T=3),
+    "one": lambda: MLP(1, hidden=(1,), T=2),
+    "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
+    "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
+    "tutorial of three": lambda: MLP.tutorial(3, T=5),
+}
+
+
+@pytest.fixture(scope="module", params=NETS)
+def net(request):
+    return scatter(NETS[request.param]())
+
+
+@pytest.fixture(params=["one launch", "per layer"])
+def be(request):
+    return ONE_LAUNCH if request.param == "one launch" else PER_LAYER
+
+
+def terms(plan):
+    """How many products the longest way through the network adds up."""
+    return sum(layer.inputs for layer in plan.layers) + 32
+
+
+def batch_of(net, n, seed=0):
+    x, target = normals(2, n, net.points, seed=seed)
+    return x, np.random.default_rng(seed).integers(0, net.T, n), target
+
+
+def test_the_ways_are_what_they_are_called(net):
+    assert ONE_LAUNCH._network(net.plan).tile is not None
+    assert PER_LAYER._network(net.plan).tile is None
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 70])
+def test_forward_agrees(net, be, n):
+    x, t, _ = batch_of(net, n)
+    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), x.astype(np.float64), t)
+    out = be.empty(want.shape)
+    got = be.mlp_forward(net.plan, net.flat, x, t)
+    assert got.dtype == F
+    assert be.mlp_forward(net.plan, net.flat, x, t, out) is out
+    assert_same_bits(out, got)
+    assert_close(got, want, terms=terms(net.plan))
+
+
+@pytest.mark.skipif(host_width() == 0, reason="the CPU backend rounds its products here")
+def test_one_launch_has_the_bits_of_the_cpu_backend(net):
+    x, t, _ = batch_of(net, 70)
+    assert_same_bits(ONE_LAUNCH.mlp_forward(net.plan, net.flat, x, t), CPU.mlp_forward(net.plan, net.flat, x, t))
+
+
+def unset(size, plan):
+    """A gradient buffer that is NaN, but for the padding between the tensors."""
+    grads = np.zeros(size, F)
+    spans = [(at, n) for la in plan.layers for at, n in ((la.weight, la.inputs * la.outputs), (la.bias, la.outputs))]
+    if plan.time_width and plan.features is None:
+        spans.append((plan.time_weight, plan.T * plan.time_width))
+    elif plan.time_width:
+        spans += [(plan.time_weight, plan.features.shape[1] * plan.time_width), (plan.time_bias, plan.time_width)]
+    for at, n in spans:
+        grads[at : at + n] = np.nan
+    return grads, spans
+
+
+def check_gradients(be, plan, flat, x, t, target):
+    grads, spans = unset(len(flat), plan)
+    padding = grads == 0
+    wide = np.zeros(len(flat))
+    want_loss, want_dx = NUMPY.mlp_gradient(
+        plan, flat.astype(np.float64), x.astype(np.float64), t, target.astype(np.float64), wide
+    )
+    loss, dx = be.mlp_gradient(plan, flat, x, t, target, grads)
+    assert type(loss) is float
+    assert_close(F(loss), want_loss, terms=terms(plan))
+    assert_close(dx, want_dx, terms=terms(plan))
+    for at, n in spans:
+        assert_close(grads[at : at + n], wide[at : at + n], terms=terms(plan) + len(x))
+    assert not grads[padding].any()
+
+
+@pytest.mark.parametrize("n", [1, 3, 257])
+def test_gradients_agree(net, n):
+    x, t, target = batch_of(net, n, seed=1)
+    check_gradients(ONE_LAUNCH, net.plan, net.flat, x, t, target)
+
+
+def mixed_plan():
+    """Every activation with every kind of modulation, an odd width each, more outputs than inputs."""
+    at, column, width, layers = 0, 0, 3, []
+    for k, (activation, mode) in enumerate(KINDS):
+        outputs = 5 + k
+        layers.append(DenseLayer(width, outputs, at, at + width * outputs, activation, mode, column))
+        at += (width + 1) * outputs + 2
+        column += {"none": 0, "shift": 1, "scale_shift": 2}[mode] * outputs
+        width = outputs
+    return MLPPlan(
+        tuple(layers), T=6, size=at + 6 * column, time_width=column, time_weight=at, time_bias=0, features=None
+    )
+
+
+def test_every_kind_of_layer(be):
+    plan = mixed_plan()
+    flat, x, target = normals(plan.size) / 3, normals(37, 3, seed=1), normals(37, plan.layers[-1].outputs, seed=2)
+    t = np.arange(37) % 6
+    want = NUMPY.mlp_forward(plan, flat.astype(np.float64), x.astype(np.float64), t)
+    assert_close(be.mlp_forward(plan, flat, x, t), want, terms=terms(plan))
+    check_gradients(be, plan, flat, x, t, target)
+
+
+@pytest.mark.parametrize("batch", [1, 37])
+def test_a_training_gradient_is_the_gradient_of_the_drawn_batch(net, batch):
+    draws = draws_for(net)
+    grads, want = unset(len(net.flat), net.plan)[0], unset(len(net.flat), net.plan)[0]
+    loss = ONE_LAUNCH.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
+    drawn = reference.draw_batch(draws, net.T, 3, batch)
+    assert ONE_LAUNCH.mlp_gradient(net.plan, net.flat, *drawn, want)[0] == loss
+    assert_same_bits(grads, want)
+
+
+@pytest.mark.parametrize("make", [lambda: MLP(5, hidden=(9,), T=7), lambda: MLP.tutorial(5, T=7)])
+def test_training_goes_the_way_of_the_reference(make):
+    """A few steps of AdamW; every order of threads gives the same bits."""
+
+    def trained(be, dtype=F):
+        net = scatter(make())
+        flat = net.flat.astype(dtype)
+        draws = draws_for(net)._replace(data=draws_for(net).data.astype(dtype))
+        grads, m, v, average = (np.zeros_like(flat) for _ in range(4))
+        losses = []
+        for step in range(6):
+            losses.append(be.mlp_train_gradient(net.plan, flat, draws, step, 29, grads))
+            options = AdamW(1e-2, 0.9, 0.99, 1e-3, 0.0, 1 - 0.9 ** (step + 1), 1 - 0.99 ** (step + 1), np.inf, 0.0)
+            be.adamw(flat, grads, m, v, average, options)
+        return losses, flat
+
+    want, want_flat = trained(NUMPY, np.float64)
+    results = [trained(be) for be in BACKENDS.values()]
+    assert_close(np.array(results[0][0], F), np.array(want), terms=6 * 100)
+    assert_close(results[0][1], want_flat, terms=6 * 100)
+    for losses, flat in results[1:]:
+        assert losses == results[0][0]
+        assert_same_bits(flat, results[0][1])
+
+
+# ------------------------------------------------------------------------------------------- batches and chains
+
+
+def test_a_row_does_not_depend_on_its_batch_or_the_order_of_threads(net):
+    x, t, _ = batch_of(net, 130)
+    whole = ONE_LAUNCH.mlp_forward(net.plan, net.flat, x, t)
+    for be, edges in zip(BACKENDS.values(), ([0, 130], [0, 1, 130], [0, 9, 73, 130]), strict=True):
+        parts = [be.mlp_forward(net.plan, net.flat, x[a:b], t[a:b]) for a, b in itertools.pairwise(edges)]
+        assert_same_bits(np.concatenate(parts), whole)
+    shuffled = np.random.default_rng(0).permutation(130)
+    assert_same_bits(ONE_LAUNCH.mlp_forward(net.plan, net.flat, x[shuffled], t[shuffled]), whole[shuffled])
+
+
+def table(net, name):
+    schedule = Schedule.cosine(max(net.T, 2))
+    return {
+        "ddpm": lambda: ddpm(schedule, min(schedule.T, 4), clip=1.0),
+        "ddim": lambda: ddim(schedule, min(schedule.T, 4), eta=0.5),
+        "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 4), prediction="v"),
+    }[name]()
+
+
+def chained(be, net, smp, x, first):
+    x = x.copy()
+    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, seed=4, first_sample=first)
+    return x
+
+
+def stepped(be, net, smp, x, first):
+    state, previous = x.copy(), np.zeros_like(x) if any(row.c != 0 for row in smp.rows) else None
+    for row in smp.rows:
+        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
+        be.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
+    return state
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_chain_is_its_steps_in_any_batch(net, be, name):
+    smp, first = table(net, name), 2**32 - 30
+    x, _, _ = batch_of(net, 70)
+    whole = chained(be, net, smp, x, first)
+    assert np.isfinite(whole).all()
+    assert_same_bits(stepped(be, net, smp, x, first), whole)
+    if be is ONE_LAUNCH:  # else the bits are those of the matrix product
+        for other, edges in zip(BACKENDS.values(), ([0, 70], [0, 1, 70], [0, 9, 43, 70]), strict=True):
+            parts = [chained(other, net, smp, x[a:b], first + a) for a, b in itertools.pairwise(edges)]
+            assert_same_bits(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+def test_chains_agree(net, be, name):
+    smp = table(net, name)
+    x, _, _ = batch_of(net, 9)
+    want = x.astype(np.float64)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=6)
+    assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net.plan))
+
+
+def test_every_term_of_a_table(be):
+    """Rows with all terms, the previous x0 already in the first, where it is zero; clips on one side."""
+    net = scatter(NETS["odd"]())
+    numbers = np.random.default_rng(8).normal(size=(3, 7)) / 2
+    rows = tuple(Row(t, *row) for t, row in zip((10, 3, 3), numbers.tolist(), strict=True))
+    smp = SimpleNamespace(rows=(*rows, rows[1]._replace(s=0.0)), clip=(-0.25, 2.0))
+    x, _, _ = batch_of(net, 70)
+    got = chained(be, net, smp, x, 2**56 - 70)
+    assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
+    want = x.astype(np.float64)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=2**56 - 70)
+    assert_close(got, want, terms=4 * terms(net.plan))
+
+
+def test_an_empty_chain_changes_nothing(be):
+    net = scatter(MLP(3, hidden=(5,), T=7))
+    x = normals(4, 3)
+    kept = x.copy()
+    be.mlp_chain(net.plan, net.flat, x, (), None, seed=0, first_sample=0)
+    assert_same_bits(x, kept)
+    assert chained(be, net, table(net, "ddpm"), x[:0], 0).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["odd", "tutorial of three"])
+def test_tiles_and_staging_change_no_bits(name):
+    """A limit of every way: 64 or 32 samples a tile, parameters in shared memory or in the caches."""
+    net = scatter(NETS[name]())
+    smp = table(net, "dpmpp_2m")
+    x, _, _ = batch_of(net, 130)
+    want, seen = chained(ONE_LAUNCH, net, smp, x, 5), set()
+    for tile in itertools.starmap(Tile, itertools.product((64, 32), (True, False))):
+        be = cuda("backward", shared_bytes(net.plan, tile))
+        seen.add(chain_tile(net.plan, be.runtime.shared_limit))
+        assert_same_bits(chained(be, net, smp, x, 5), want)
+        assert_same_bits(chained(be, net, smp, x[:7], 5), want[:7])
+    assert {tile.staged for tile in seen} == {True, False}
+    assert {tile.rows for tile in seen} == {32, 64}
+
+
+def test_the_chosen_way_is_told():
+    plan = MLP.tutorial(50, T=100).plan
+    for limit in (227 * 1024, 163 * 1024, 99 * 1024, 48 * 1024):
+        tile = chain_tile(plan, limit)
+        assert tile is None or shared_bytes(plan, tile) <= limit
+    assert chain_plan(plan) == "one launch: 64 samples in 102 KB of shared memory, weights in the caches"
+    assert chain_plan(plan, 99 * 1024) == "one launch: 32 samples in 51 KB of shared memory, weights in the caches"
+    assert chain_plan(MLP(50, hidden=(64, 64)).plan).endswith("weights in shared memory")
+    assert chain_plan(MLP(50, hidden=(1024, 1024)).plan).startswith("layer by layer")
+
+
+def test_networks_leave_nothing_behind():
+    made = MLP(3, hidden=(5,), T=7)
+    ONE_LAUNCH.mlp_forward(made.plan, made.flat, np.ones((2, 3), F), np.zeros(2, np.int64))
+    gone = weakref.ref(made.plan)
+    del made
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,180 @@
+"""The Numba twins: the bits of NumPy in Numba's CUDA simulator, and compiled without fused operations.
+
+The simulator is chosen when Numba is imported, so the cases run in a process of their own: this file as a program.
+It has a thread of Python for every CUDA thread: shapes are small, odd, and blocks have a prime size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tolerances import assert_same_bits
+
+from fastdiff.backends import Row, get_backend
+from fastdiff.noise import Stream
+
+SHAPES = [(1, 1), (3, 2), (2, 4), (5, 3), (3, 7), (2, 13), (1, 31)]
+WHERE = [(0, 0), (2**64 - 1, 2**56 - 40), (0x299F31D0A4093822, 2**32 - 2)]  # (seed, first sample)
+THREADS = 7
+# Coefficients (p, q, a, b, c, e, s): every one absent somewhere, and all of them together.
+ROWS = [
+    Row(3, 1.25, -0.75, 0.5, 0.25, -0.5, 0.125, 0.75),
+    Row(0, 1.25, -0.75, 0.5, 0.25, 0, 0, 0),
+    Row(99, 0, 0, 0.9, 0, 0, -0.3, 1.5),
+    Row(2**32 - 1, 0, 1, 0, 1, 0.5, 0, 0.1),
+    Row(7, 1, 0, 0, 1.5, -0.5, 0, 0),
+]
+CLIPS = [None, (-0.5, 0.75)]
+TINY = np.float32(1e-41)  # a denormal
+
+
+def data(seed, shape):
+    """Normals with a denormal, and zeros of both signs, among them."""
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    x.reshape(-1)[1::11] = -0.0
+    x.reshape(-1)[2::11] = TINY
+    return x
+
+
+def forward_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
+    """Run forward noising against NumPy; return the number of cases."""
+    reference, count = get_backend("numpy"), 0
+    for shape, (seed, first) in itertools.product(shapes, WHERE):
+        rng = np.random.default_rng(1)
+        x0, t = data(2, shape), rng.integers(0, 10, shape[0])
+        signal, noise = rng.random(10), rng.random(10)
+        signal[0], noise[1] = 1.0, 0.0
+        want = np.empty_like(x0), np.empty_like(x0)
+        reference.forward_noise(x0, t, signal, noise, *want, seed=seed, first_sample=first)
+        tables = (to_device(table.astype(np.float32)) for table in (signal, noise))
+        got = [to_device(np.full(shape, np.nan, np.float32)) for _ in range(2)]
+        twins.forward_noise(to_device(x0), to_device(t), *tables, *got, seed=seed, first_sample=first, **options)
+        for a, b in zip(got, want, strict=True):
+            assert_same_bits(to_host(a), b)
+        count += 1
+    return count
+
+
+def step_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
+    """Run rows of sampler tables against NumPy; return the number of cases."""
+    reference, count = get_backend("numpy"), 0
+    for shape, row, clip in itertools.product(shapes, ROWS, CLIPS):
+        seed, first = WHERE[count % len(WHERE)]
+        where = {"seed": seed, "first_sample": first, "stream": Stream.STEP if count % 2 else Stream.CHAIN}
+        for keep in {row.c != 0, True}:
+            x, out, previous = data(3, shape), data(4, shape), data(5, shape) if keep else None
+            outs = out if row.q or row.e else None
+            arrays = [None if a is None else to_device(a.copy()) for a in (x, outs, previous)]
+            reference.sampler_step(x, outs, previous, row, clip, **where)
+            twins.sampler_step(*arrays, row, clip, **where, **options)
+            assert_same_bits(to_host(arrays[0]), x)
+            if keep:
+                assert_same_bits(to_host(arrays[2]), previous)
+            count += 1
+    return count
+
+
+def to_host(array):
+    """A device array, of CuPy or of Numba, or a NumPy array as NumPy."""
+    for method in ("get", "copy_to_host"):
+        if hasattr(array, method):
+            return getattr(array, method)()
+    return array
+
+
+# ------------------------------------------------------------------------------------------- in the simulator
+
+
+def program(*arguments, simulator="1"):
+    """Run this file."""
+    command = [sys.executable, "-W", "error", __file__, *arguments]
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": simulator}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_same_bits_in_the_simulator():
+    done = program("simulate")
+    assert done.returncode == 0, done.stderr
+    forward, step = map(int, done.stdout.split())
+    assert forward == len(SHAPES) * len(WHERE)
+    assert step > len(SHAPES) * len(ROWS) * len(CLIPS)
+
+
+@pytest.mark.parametrize("broken", ["draw", "noised", "apply_row"])
+def test_a_wrong_element_function_is_noticed(broken):
+    done = program("simulate", broken)
+    assert done.returncode == 1
+    assert "differ; first at" in done.stderr
+
+
+def simulate(broken=""):
+    """Run all cases; `broken` names an element function to put a small error into."""
+    from numba import cuda
+
+    from fastdiff.kernels.cuda import numba_twins as twins
+
+    changed = {"draw": -1, "apply_row": 0}.get(broken)  # the argument that it writes to, if it returns nothing
+
+    def wrong(*values):
+        result = right(*values)
+        if changed is None:
+            return np.nextafter(result, np.float32(9))
+        values[changed][0] = np.nextafter(values[changed][0], np.float32(9))
+        return result
+
+    if broken:
+        right = getattr(twins, broken)
+        setattr(twins, broken, cuda.jit(device=True)(wrong))
+    print(forward_cases(twins, threads=THREADS), step_cases(twins, threads=THREADS))  # noqa: T201
+
+
+# ------------------------------------------------------------------------------------------- compiled
+
+
+def test_products_are_never_fused():
+    """PTX needs no GPU. A product there says how it is rounded: only so nothing fuses it with an addition."""
+    for package in ("numba-cuda", "nvidia-nvvm"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip("compiling the Numba twins needs NVVM: pip install numba-cuda nvidia-nvvm")
+    done = program("ptx", simulator="0")
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.split(".entry")[1:]
+    assert len(kernels) == 2
+    for ptx in kernels:
+        operations = set(re.findall(r"\b(\w+)\.((?:\w+\.)*)f32\b", ptx))
+        names = {name for name, _ in operations}
+        assert {"add", "mul", "sqrt"} <= names
+        assert "fma" not in names
+        assert {how for name, how in operations if name in ("mul", "sqrt")} == {"rn."}
+        assert not any("ftz" in how or "approx" in how for _, how in operations)
+        assert ".f64" not in ptx
+
+
+def ptx():
+    """Print the PTX of the kernels."""
+    from numba import cuda, types
+    from numba.cuda import dispatcher
+
+    from fastdiff.kernels.cuda import numba_twins as twins
+
+    # A device function is compiled for the device at hand, and there may be none.
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
+    matrix, vector, number, word = types.float32[:, ::1], types.float32[::1], types.float32, types.uint64
+    forward = (matrix, types.int64[::1], vector, vector, matrix, matrix, *[word] * 4)
+    step = (*[matrix] * 3, types.UniTuple(number, 7), number, number, types.boolean, *[word] * 5)
+    for kernel, signature in ((twins.forward_noise_kernel, forward), (twins.step_kernel, step)):
+        print(cuda.compile(kernel.py_func, signature, device=False, abi="numba", cc=(9, 0))[0])  # noqa: T201
+
+
+if __name__ == "__main__":
+    {"simulate": simulate, "ptx": ptx}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,128 @@
+"""The program behind ``make gpu``, as far as it runs without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_cuda import HostRuntime, has_compiler
+
+from fastdiff.backends.cuda import CudaBackend
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+gpu, cases = map(importlib.import_module, ("gpu", "cases"))
+
+FORWARD = cases.BY_NAME["forward-1000000x50"]
+HEADER = {
+    "gpu": "NVIDIA H200", "cupy": "14.2.0", "numba-cuda": None, "torch": "2.13.0", "python": "3.12.1", "scale": 1.0,
+    "system": "Linux x86_64", "date": "2026-01-02", "commit": "abc",
+}  # fmt: skip
+
+
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--output", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("gpu.py: backend 'cuda' needs ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_are_refused(capsys):
+    for bad in (["--only", "nothing"], ["--stage", "all"], ["more"]):
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main(bad)
+        assert "usage: gpu.py" in capsys.readouterr().err
+
+
+def test_what_is_wanted_is_measured():
+    names = {case.name for case in gpu.CASES}
+    assert set(gpu.WANTED) <= names
+    assert all(set(wanted) <= {*gpu.WAYS, "copy"} for wanted in gpu.WANTED.values())
+    by_name = {case.name: case for case in gpu.CASES}
+    assert all(by_name[name].kind in gpu.MEMORY_BOUND for name, wanted in gpu.WANTED.items() if "copy" in wanted)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+@pytest.mark.parametrize("case", [case for case in gpu.CASES if case.kind != "normals"], ids=lambda case: case.name)
+def test_a_case_runs_on_the_host(case):
+    waits = []
+    be = CudaBackend(HostRuntime())
+    small = replace(case.at(0.0001), n=2)
+    ways = gpu.prepare(be, small, None, None)
+    seconds, failed = gpu.measure(ways, lambda: waits.append(1), 1, 0.0001)
+    assert seconds["ours"] > 0
+    assert not failed
+    assert waits
+    row = gpu.row_of(small, seconds, failed, 1e9)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_a_turn_times_many_calls_and_waits_for_them(monkeypatch):
+    now, calls = [0.0], [0]
+
+    def run():
+        calls[0] += 1
+
+    def wait():  # what was issued takes 2 ms a call, and is done only now
+        now[0] += 0.002 * calls[0]
+        calls[0] = 0
+
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    assert gpu.turn(run, wait, 0.1) == pytest.approx(0.002)
+    assert now[0] > 0.1
+
+
+def test_a_peer_that_fails_is_left_out_and_we_are_not():
+    def broken():
+        raise RuntimeError("no Triton\nand more")
+
+    ways = gpu.Ways({"ours": int, "eager": int, "compiled": broken}, {"ours": 10, "eager": 1, "compiled": 1})
+    seconds, failed = gpu.measure(ways, int, 1, 0.001)
+    assert set(seconds) == {"ours", "eager"}
+    assert seconds["ours"] < seconds["eager"]
+    assert failed == {"compiled": "RuntimeError: no Triton"}
+    with pytest.raises(RuntimeError, match="no Triton"):
+        gpu.measure(gpu.Ways({"ours": broken}, {"ours": 1}), int, 1, 0.001)
+
+
+def test_the_table():
+    """Half the bandwidth of a copy that moves as many bytes a second as the case has."""
+    seconds = {"ours": 2.0, "twin": 4.0, "eager": 8.0}
+    row = gpu.row_of(FORWARD, seconds, {"compiled": "RuntimeError: no"}, float(FORWARD.bytes))
+    assert row["ratios"] == {"eager": 4.0}
+    assert row["share of copy"] == {"ours": 0.5, "twin": 0.25}
+    assert row["missed"] == ["copy"]
+    assert row["unknown"] == ["compiled"]
+    fast = gpu.row_of(FORWARD, {"ours": 1.1, "compiled": 1.3, "eager": 3.2}, {}, float(FORWARD.bytes))
+    assert fast["missed"] == ["compiled", "eager"]
+    chain = gpu.row_of(gpu.CASES[4], {"ours": 1.0, "graphs": 6.0}, {}, 1e9)
+    assert (chain["share of copy"], chain["missed"]) == ({}, [])
+    text = gpu.table({"header": HEADER, "stages": {"GPU tests": "passed"}, "rows": [row, fast, chain]})
+    lines = text.splitlines()
+    assert "NVIDIA H200; cupy 14.2.0, torch 2.13.0; Python 3.12.1" in lines[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert {len(cells) for cells in rows} == {8}
+    assert rows[2][:7] == [FORWARD.title, "2.00 s", "50%", "4.00 s", "**4.0**", "failed", ""]
+    assert rows[2][7] == "85% of the copy: **missed**, 3 x PyTorch, 1.2 x compiled"
+    assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph"]
+    assert lines[-1] == "GPU tests: passed."
+
+
+def test_results_that_differ_are_not_timed():
+    ours = np.ones(3, np.float32)
+    gpu.agree("case", ours, ours + np.float32(1e-6))
+    with pytest.raises(AssertionError, match="case: ours and PyTorch's differ by"):
+        gpu.agree("case", ours, ours + np.float32(1e-2))
+    with pytest.raises(AssertionError):
+        gpu.agree("case", ours * np.float32("nan"), ours)
