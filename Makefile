@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench peers gate gpu compile-time readme-numbers wheel clean
+.PHONY: demo test check bench peers quality gate gpu compile-time readme-numbers wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ gpu:
 
 compile-time: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/compile_time.py
+
+quality: $(VENV)/.installed-plot
+	$(BIN)/python benchmarks/quality.py
 
 readme-numbers: $(BIN)/python
 	$(BIN)/python benchmarks/readme_numbers.py
