@@ -101,6 +101,38 @@ class MLPPlan:
     features: npt.NDArray[np.float64] | None
 
 
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """A linear map of rows, x (m, n) to y (m, k): y = x scale + (x left) right + offset, in that order of terms.
+
+    Where `right` is None, x left is the product itself. The map of rows by a covariance or its factor, dense or of
+    low rank; a plan, which a backend may keep in its own form for as long as the object lives.
+
+    Attributes
+    ----------
+    scale : (n,) float64 or None
+        Needs k = n.
+    left : (n, r) float64 or None
+    right : (r, k) float64 or None
+    offset : (k,) float64 or None
+    standardise : bool
+        Afterwards subtract each row's mean from it and divide it by its standard deviation; a constant row becomes 0.
+    """
+
+    scale: npt.NDArray[np.float64] | None = None
+    left: npt.NDArray[np.float64] | None = None
+    right: npt.NDArray[np.float64] | None = None
+    offset: npt.NDArray[np.float64] | None = None
+    standardise: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        first, last = (m for m in (self.scale, self.left, self.right) if m is not None), self.right
+        n = next(first).shape[0]
+        return n, n if self.left is None else (self.left if last is None else last).shape[1]
+
+
 class TrainingDraws(NamedTuple):
     """What a training step draws its batch from: the noise law's TRAIN streams over a data set.
 
@@ -218,6 +250,39 @@ class Backend(Protocol):
         first_sample: int,
     ) -> None:
         """Change `x` (n, D) by all rows of a table, the network being the denoiser."""
+
+    def similarity(self, v: Array, out: Array) -> None:
+        """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""
+
+    def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
+        """Fill `out` (m, k) with the map of the rows of x (m, n)."""
+
+    def mapped_normal(
+        self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int
+    ) -> None:
+        """Fill `out` (m, k) with the map of normals (m, n) by the noise law, which are not stored."""
+
+    def posterior_mean(
+        self,
+        x: Array,
+        data: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        log_sum: Array,
+    ) -> None:
+        """Fill `out` (m, d) with E[x0 | x] where x0 is a row of `data` (N, d), each as likely as the others.
+
+        Row i of x (m, d) is signal[i] x0 + noise[i] z. The weight of data row k is exp(-|x - signal y_k|^2 /
+        (2 noise^2)), and `log_sum` (m,) takes the logarithm of the sum of the weights; no weight underflows.
+        """
+
+    def blend(self, out: Array, state: Array, parts: Array, residuals: Array, constant: float) -> None:
+        """Add one component to a running average weighted by exp(constant - |residuals|^2 / 2), row by row.
+
+        `out` (m, d) is the average so far of `parts` (m, d); `state` (m, 2) holds the greatest exponent so far and
+        the sum of the weights relative to it: (-inf, 0) before the first component. `residuals` is (m, r).
+        """
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         """Change parameters, moments and their moving average by one step; return the gradient's norm."""

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError
 from fastdiff.noise import Stream, round_keys
 
@@ -514,6 +515,12 @@ class CpuBackend:
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
             )
         return float(total / (batch * plan.layers[-1].outputs))
+
+    similarity = NumpyBackend.similarity  # TODO kernels
+    map_rows = NumpyBackend.map_rows
+    mapped_normal = NumpyBackend.mapped_normal
+    posterior_mean = NumpyBackend.posterior_mean
+    blend = NumpyBackend.blend
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         o = options

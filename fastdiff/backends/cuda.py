@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import AdamW, Row
 from fastdiff.backends.cuda_mlp import MLPOperations
+from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError, check_choice
 from fastdiff.noise import Stream, round_keys
 
@@ -146,6 +147,12 @@ class CudaBackend(MLPOperations):
             fours = self._aligned(*arrays)
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
             self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
+
+    similarity = NumpyBackend.similarity  # TODO kernels
+    map_rows = NumpyBackend.map_rows
+    mapped_normal = NumpyBackend.mapped_normal
+    posterior_mean = NumpyBackend.posterior_mean
+    blend = NumpyBackend.blend
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         with self._lock:

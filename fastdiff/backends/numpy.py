@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, MLPPlan, Row, RowMap, TrainingDraws
 from fastdiff.noise import Stream
 
 Array = npt.NDArray[Any]
@@ -186,6 +186,58 @@ class NumpyBackend:
         for row in rows:
             out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
             self.sampler_step(x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample)
+
+    def similarity(self, v: Array, out: Array) -> None:
+        np.exp(-np.square(v[:, :, None] - v[:, None, :]), out=out)
+
+    def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
+        real = x.dtype.type
+        y = np.zeros(out.shape, real)
+        if plan.scale is not None:
+            y += x * plan.scale.astype(real)
+        if plan.left is not None:
+            product = x @ plan.left.astype(real)
+            y += product if plan.right is None else product @ plan.right.astype(real)
+        if plan.offset is not None:
+            y += plan.offset.astype(real)
+        if plan.standardise:
+            y -= y.mean(axis=1, keepdims=True)
+            deviation = np.sqrt(np.mean(np.square(y), axis=1, keepdims=True))
+            y /= np.where(deviation > 0, deviation, real(1))
+        out[...] = y
+
+    def mapped_normal(
+        self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int
+    ) -> None:
+        z = np.empty((len(out), plan.shape[0]), out.dtype)
+        self.normal(z, seed=seed, stream=stream, step=step, first_sample=first_sample)
+        self.map_rows(z, out, plan)
+
+    def posterior_mean(
+        self,
+        x: Array,
+        data: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        log_sum: Array,
+    ) -> None:
+        real = x.dtype.type
+        state = np.empty((len(x), 2), real)
+        out[...], state[...] = 0, (-np.inf, 0)
+        signal, noise = (levels.astype(real)[:, None] for levels in (signal, noise))
+        for row in data:
+            self.blend(out, state, np.broadcast_to(row, x.shape), (x - signal * row) / noise, 0.0)
+        log_sum[...] = state[:, 0] + np.log(state[:, 1])
+
+    def blend(self, out: Array, state: Array, parts: Array, residuals: Array, constant: float) -> None:
+        real = out.dtype.type
+        exponent = real(constant) - real(0.5) * np.square(residuals).sum(axis=1)
+        top = np.maximum(state[:, 0], exponent)
+        before, weight = state[:, 1] * np.exp(state[:, 0] - top), np.exp(exponent - top)
+        total = before + weight
+        out += (weight / total)[:, None] * (parts - out)
+        state[:, 0], state[:, 1] = top, total
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         o = options

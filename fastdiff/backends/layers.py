@@ -1,0 +1,160 @@
+"""The protocol of a backend that also runs image networks: their layers, forward and backward.
+
+Arrays are NHWC (a curve is an image of height 1), C-contiguous, and made by the caller: an operation fills what its
+text names and allocates no more than scratch of its own. For a scalar loss, ``dy`` is the gradient of the loss with
+respect to ``y``. A gradient is filled, not added to, except where a parameter `add` says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from fastdiff.backends import Array, Backend
+
+
+class Conv(NamedTuple):
+    """Geometry of a convolution of (N, H, W, C) images.
+
+    Attributes
+    ----------
+    kernel : (int, int)
+        Rows and columns.
+    stride : (int, int)
+    pad : (int, int, int, int)
+        Zeros before the first row, after the last, before the first column, after the last.
+    up : (int, int)
+        Every row and column of the input is first repeated so often (nearest upsampling).
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    up: tuple[int, int] = (1, 1)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        rows = height * self.up[0] + self.pad[0] + self.pad[1] - self.kernel[0]
+        columns = width * self.up[1] + self.pad[2] + self.pad[3] - self.kernel[1]
+        return rows // self.stride[0] + 1, columns // self.stride[1] + 1
+
+
+@runtime_checkable
+class LayerBackend(Backend, Protocol):
+    """What a backend provides besides `Backend` to run image networks."""
+
+    def conv(
+        self,
+        geometry: Conv,
+        x: Array,
+        w: Array,
+        b: Array,
+        out: Array,
+        *,
+        shift: Array | None = None,
+        residual: Array | None = None,
+    ) -> None:
+        """Fill `out` (N, H', W', K) with the correlation of x (N, H, W, C) and w (rows, columns, C, K), plus b (K,).
+
+        ``out[n, i, j, k] = sum over r, s, c of X[n, i stride + r, j stride + s, c] w[r, s, c, k]``, X being x repeated
+        and padded. `shift` (N, K), per image and channel, and `residual`, like `out`, are added after b, in this order.
+        A kernel of (1, 1) is a linear layer over pixels, or over rows (N, 1, 1, C).
+        """
+
+    def conv_backward(
+        self,
+        geometry: Conv,
+        dy: Array,
+        x: Array,
+        w: Array,
+        dx: Array | None,
+        dw: Array,
+        db: Array,
+        *,
+        dshift: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        """Fill `dx`, dw, db and `dshift` for dy like `out`; with `add`, dx is added to. The residual's is dy itself."""
+
+    def norm(
+        self,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        out: Array,
+        stats: Array,
+        *,
+        groups: int,
+        eps: float,
+        silu: bool,
+        modulation: Array | None = None,
+    ) -> None:
+        """Fill `out` with GroupNorm of x (N, H, W, C), times gamma (C,) plus beta, through SiLU where `silu`.
+
+        Every group of C / groups neighbouring channels of an image is shifted to mean 0 and divided by
+        sqrt(variance + eps), the biased variance. `stats` (N, groups, 2) takes mean and 1 / sqrt(variance + eps).
+        `modulation` (N, 2 C) holds gain and shift: v becomes (1 + gain) v + shift before SiLU.
+        """
+
+    def norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        groups: int,
+        silu: bool,
+        modulation: Array | None = None,
+        dmodulation: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off."""
+
+    def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
+        """Fill `out` (N, L, C) with softmax(q k^T / sqrt(C / heads)) v of every head.
+
+        `qkv` (N, L, 3 C) holds queries, keys and values, head by head within each. `log_sums` (N, heads, L) takes
+        the logarithm of every row's sum of exponentials, for the backward pass.
+        """
+
+    def attention_backward(
+        self, dy: Array, qkv: Array, out: Array, log_sums: Array, dqkv: Array, *, heads: int
+    ) -> None:
+        """Fill `dqkv` (N, L, 3 C)."""
+
+    def silu(self, x: Array, out: Array) -> None:
+        """Fill `out` with x / (1 + exp(-x))."""
+
+    def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        """Fill `dx`; with `add`, add to it."""
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        """Fill `out` with a + b; it may be one of them."""
+
+    def concatenate(self, a: Array, b: Array, out: Array) -> None:
+        """Fill `out` (..., A + B) with a (..., A) and b (..., B), side by side."""
+
+    def split(self, x: Array, a: Array, b: Array, *, add: bool = False) -> None:
+        """Fill `a` and `b` with the two parts of x, as `concatenate` joined them; with `add`, add to `a`."""
+
+    def take(self, table: Array, index: Array, out: Array, *, add: bool = False) -> None:
+        """Fill `out` (N, C) with the rows `index` (N,) int64 of a table; with `add`, add to it."""
+
+    def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
+        """Fill `dtable` with sums of the rows of dy (N, C), in rising order for each row of the table."""
+
+    def dropout(
+        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
+    ) -> None:
+        """Fill `out` with x / (1 - rate) where it is kept, and 0 elsewhere; also the backward pass, dx from dy.
+
+        Value j of image i, in the order of memory, is dropped where word j % 4 of Philox block
+        ``first_block + j // 4`` of row ``first_sample + i``, stream DROPOUT, is below rate 2^32.
+        """
+
+    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
+        """Fill `dy` with 2 (y - target) / size, and return the mean of (y - target)^2 as an array of one value."""
