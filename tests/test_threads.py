@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from gradcheck import scatter
@@ -19,6 +20,8 @@ from tolerances import HANG_SECONDS
 
 from fastdiff.backends import TrainingDraws, get_backend
 from fastdiff.backends.cpu import CpuBackend, Workers
+from fastdiff.kernels.cpu import mlp as mlp_kernels
+from fastdiff.kernels.cpu.jit import OPTIONS
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import normal
@@ -226,6 +229,42 @@ def test_an_interrupt_leaves_the_workers_in_step():
 
     workers.run(steady, 2, 1)
     assert sorted(finished) == [0, 1]
+
+
+def test_threads_that_tire_of_waiting_for_their_turn_change_nothing(monkeypatch, expected):
+    monkeypatch.setattr(mlp_kernels, "PATIENCE", 1)
+    kernel = numba.njit(**OPTIONS)(mlp_kernels.gradient_tiles.py_func)
+    held = []
+
+    def counted(*arguments):
+        held.append(kernel(*arguments))
+        return held[-1]
+
+    monkeypatch.setattr(mlp_kernels, "gradient_tiles", counted)
+    be, deadline = CpuBackend(3), time.monotonic() + HANG_SECONDS
+    while max(held, default=-1) < 0:  # which thread waits is for the machine to decide
+        assert work(be) == expected
+        assert time.monotonic() < deadline
+
+
+def test_a_training_step_that_fails_in_one_thread_ends_in_all(monkeypatch, expected):
+    kernel, be = mlp_kernels.gradient_tiles, CpuBackend(3)
+    taken = threading.Event()
+
+    def failing(held, turns, *rest):
+        if threading.current_thread() is threading.main_thread():
+            turns[0] = 1  # takes the first tile, which the others then wait for
+            taken.set()
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        assert taken.wait(HANG_SECONDS)
+        return kernel(held, turns, *rest)
+
+    monkeypatch.setattr(mlp_kernels, "gradient_tiles", failing)
+    with pytest.raises(KeyboardInterrupt):
+        work(be)
+    monkeypatch.undo()
+    assert work(be) == expected
 
 
 def test_a_pickled_backend_keeps_its_threads():

@@ -12,9 +12,9 @@ import itertools
 import math
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
@@ -220,35 +220,6 @@ class _MLPSpace:
                 self.losses.append(np.zeros(1))
         if batch != len(self.t):
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
-
-
-class _Order:
-    """Lets the pieces of a job, which threads take in rising order, do their last part one after another."""
-
-    def __init__(self) -> None:
-        self._next, self._failed = 0, False
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """A piece that fails inside here is not waited for."""
-        try:
-            yield
-        except BaseException:
-            with self._changed:
-                self._failed = True
-                self._changed.notify_all()
-            raise
-
-    @contextmanager
-    def turn(self, piece: int) -> Iterator[None]:
-        """Wait for the pieces before this one."""
-        with self._changed:
-            while self._next != piece and not self._failed:
-                self._changed.wait()
-            yield
-            self._next = piece + 1
-            self._changed.notify_all()
 
 
 class CpuBackend:
@@ -487,34 +458,32 @@ class CpuBackend:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
             data, tables, keys = draws.data, net.tables, net.keys
-        size = mlp_kernels.TILE
-        order, total = _Order(), 0.0
+        turns, total = np.zeros(2, np.int64), np.zeros(1)
 
         def body(worker: int, start: int, stop: int) -> None:
-            nonlocal total
-            for tile in range(start, stop):
-                # Tile 0 needs no sum; a tile that waits for its turn is still in its worker's cache.
-                partial, loss = net.partials[worker] if tile else grads, net.losses[worker]
-                with order.watch():
-                    mlp_kernels.gradient_tile(
-                        tile, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers, params,
-                        net.transposed, table, width, net.slots, net.dtime[worker], partial, loss, step,
-                        int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise, net.arenas[worker],
-                        *net.deltas[worker],
+            del start, stop
+            held = -1
+            try:
+                while True:
+                    held = mlp_kernels.gradient_tiles(
+                        held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
+                        params, net.transposed, table, width, net.slots, net.dtime[worker], grads, net.summed,
+                        net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE), keys,
+                        *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
                     )  # fmt: skip
-                    with order.turn(tile):
-                        times = net.t[tile * size : (tile + 1) * size]
-                        mlp_kernels.collect_tile(
-                            tile > 0, grads[: net.summed], partial, net.dtime[worker], times, net.slots, dtable, width
-                        )
-                        total += loss[0]
+                    if held < 0:
+                        return
+                    time.sleep(0)
+            except BaseException:
+                turns[1] = -1  # the others would wait for this thread's tile
+                raise
 
-        self._workers.run(body, -(-batch // size), 1)
+        self._workers.run(body, min(self.threads, -(-batch // mlp_kernels.TILE)), 1)
         if net.features is not None and width:
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
             )
-        return float(total / (batch * plan.layers[-1].outputs))
+        return float(total[0] / (batch * plan.layers[-1].outputs))
 
     similarity = NumpyBackend.similarity  # TODO kernels
     map_rows = NumpyBackend.map_rows

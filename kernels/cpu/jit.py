@@ -14,6 +14,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 log = logging.getLogger("fastdiff")
 
@@ -78,3 +79,42 @@ def bits_float(typingctx, x):  # type: ignore[no-untyped-def]
     return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
         args[0], ir.FloatType()
     )
+
+
+def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return builder.gep(make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+
+
+WORD = types.Array(types.int64, 1, "C")
+
+
+@intrinsic  # type: ignore[misc]
+def atomic_take(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Return array[index] and add 1 to it, as one operation of all threads; the array is int64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = _element(context, builder, signature, args)
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(WORD, types.int64), emit
+
+
+@intrinsic  # type: ignore[misc]
+def atomic_load(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index] of an int64 array, with all that was written before its `atomic_store`."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_element(context, builder, signature, args), "acquire", 8)
+
+    return types.int64(WORD, types.int64), emit
+
+
+@intrinsic  # type: ignore[misc]
+def atomic_store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """array[index] = value for an int64 array, after all that was written before."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store_atomic(args[2], _element(context, builder, signature, args), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(WORD, types.int64, types.int64), emit

@@ -2,7 +2,7 @@
 
 A tile is at most TILE rows. Which operations run on a row, and in which order, depends on the layers alone, so a
 row's bits do not depend on its tile. Gradients of the parameters are summed over a tile in the order of its rows
-(by the matrix product), and over tiles in the order of the tiles (`collect_tile`).
+(by the matrix product), and over tiles in the order of the tiles (`gradient_tiles`).
 
 Layers come as rows of an int64 table with the columns INPUTS ... Y; all numbers of a tile lie in one flat arena.
 """
@@ -13,11 +13,12 @@ import numpy as np
 
 from fastdiff.backends import LEAKY_SLOPE
 from fastdiff.kernels.cpu.gemm import gemm
-from fastdiff.kernels.cpu.jit import bits_float, kernel
+from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, bits_float, kernel
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
 TILE = 128
+PATIENCE = 20_000  # looks at whose turn it is, some 20 ns each
 CHAIN_TILE = 64  # stored feature by feature: rows of 128 samples would collide in the cache
 
 # Columns of the layer table: widths, offsets of W and bias in the parameters, codes, first column in the time table,
@@ -455,3 +456,42 @@ def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
         source, target = dtime[i * width : (i + 1) * width], dtable[at : at + width]
         for j in range(width):
             target[j] += source[j]
+
+
+@kernel
+def gradient_tiles(
+    held, turns, total, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
+    width, slots, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments, arena, target,
+    d_in, d_out,
+):  # fmt: skip
+    """Tiles of a training step, one after another until none is left; returns -1.
+
+    Threads that run this at once share turns [tile to take next, tile to add next], and `total`, the loss. A tile is
+    added to grads[:summed] and `dtable` when all before it are. Where that takes long, perhaps because the thread that
+    has them waits for a core, the tile's number is returned: call again with it as `held`, else -1. A negative
+    turns[1] ends all.
+    """
+    tiles = (batch + TILE - 1) // TILE
+    while True:
+        if held < 0:
+            held = atomic_take(turns, 0)
+            if held >= tiles:
+                return -1
+            # Tile 0 needs no sum.
+            gradient_tile(
+                held, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width,
+                slots, dtime, partial if held > 0 else grads, loss, step, stream, keys, words, z, segments, arena,
+                target, d_in, d_out,
+            )  # fmt: skip
+        patience = PATIENCE
+        while atomic_load(turns, 1) != held:
+            patience -= 1
+            if atomic_load(turns, 1) < 0:
+                return -1
+            if patience == 0:
+                return held
+        times = t[held * TILE : min((held + 1) * TILE, batch)]
+        collect_tile(held > 0, grads[:summed], partial, dtime, times, slots, dtable, width)
+        total[0] += loss[0]
+        atomic_store(turns, 1, held + 1)
+        held = -1
