@@ -28,6 +28,7 @@ CURVES = 10_000  # that training draws from
 HIDDEN = (128, 128, 128)  # of the default MLP
 TIME_FEATURES = 32
 IMAGE_T, IMAGE_STEP = 1000, 500  # schedule and timestep of the image step
+DATA_ROWS, DATA_STEP = 10_000, 70  # of the denoiser whose data are rows
 HERE = Path(__file__).parent
 
 
@@ -115,6 +116,8 @@ class Case:
     @property
     def normals(self) -> int:
         """Normals drawn for one unit of the work."""
+        if self.kind in ("similarity", "reshape", "standardise", "posterior"):
+            return 0
         return self.values * (T if self.kind in ("chain", "cold") else 1)
 
     @property
@@ -127,13 +130,18 @@ class Case:
             "chain": 4 * self.values + 4 * self.parameters,
             "training": 4 * self.values + 24 * self.parameters,  # parameters and two moments, in and out
             "cold": 4 * self.values + 4 * self.parameters,
+            "similarity": 4 * self.values * (1 + self.shape[0]),
+            "reshape": 8 * self.values + 4 * self.shape[0] ** 2,
+            "standardise": 8 * self.values + 4 * self.shape[0] ** 2,
+            "shaped": 4 * self.values + 4 * self.shape[0] ** 2,
+            "posterior": 8 * self.values + 4 * DATA_ROWS * self.shape[0],
         }[self.kind]
 
     @property
     def operations(self) -> int:
         """Multiplications and additions of one unit: matrix products, and the formulas of noising and of a step.
 
-        Draws, activations, the time table and the optimiser are not counted.
+        Draws, activations, exponentials, the time table and the optimiser are not counted.
         """
         forward = 2 * sum(self.products)
         backward = 4 * sum(self.products) - 2 * (self.products or (0,))[0]  # the input needs no gradient
@@ -144,6 +152,11 @@ class Case:
             "chain": T * (self.n * forward + 8 * self.values),
             "training": self.n * (forward + backward) + 3 * self.values,
             "cold": T * (self.n * forward + 8 * self.values),
+            "similarity": 3 * self.values * self.shape[0],  # and as many exponentials
+            "reshape": 2 * self.values * self.shape[0],
+            "standardise": 2 * self.values * self.shape[0] + 5 * self.values,
+            "shaped": 2 * self.values * self.shape[0],
+            "posterior": 6 * self.values * DATA_ROWS,  # and as many exponentials as states and rows
         }[self.kind]
 
 
@@ -284,6 +297,87 @@ def _cold(fd: Any, case: Case, be: Any) -> Work:
     return Work(run, check)
 
 
+def shape_of_noise(fd: Any, case: Case) -> Any:
+    """Return the reshaping of white noise to the scatter of smooth curves, of full rank."""
+    d = case.shape[0]
+    curves = fd.data.harmonic_curves(4 * d, points=d)
+    target = fd.covariance.scatter(curves, normalise=True) + 1e-2 * np.eye(d)
+    return fd.covariance.reshaping(np.eye(d), target)
+
+
+def white_rows(case: Case) -> Any:
+    """Return the curves whose similarity is computed, or the rows that are reshaped."""
+    return np.random.default_rng(0).standard_normal((case.n, *case.shape), np.float32)
+
+
+def _similarity(fd: Any, case: Case, be: Any) -> Work:
+    v = white_rows(case)
+
+    def check(C: Any) -> None:
+        assert C.shape == (*v.shape, *case.shape)
+        for k in (0, len(v) - 1):
+            exact = np.exp(-((v[k, :, None] - v[k].astype(np.float64)) ** 2))
+            np.testing.assert_allclose(C[k], exact, rtol=0, atol=1e-6)
+
+    return Work(lambda: fd.covariance.similarity(v, backend=be), check)
+
+
+def _reshape(fd: Any, case: Case, be: Any) -> Work:
+    x, reshaping, standardise = white_rows(case), shape_of_noise(fd, case), case.kind == "standardise"
+
+    def check(y: Any) -> None:
+        assert y.shape == x.shape
+        exact = x[:100] @ reshaping.matrix
+        if standardise:
+            exact = (exact - exact.mean(axis=1, keepdims=True)) / exact.std(axis=1, keepdims=True)
+        np.testing.assert_allclose(y[:100], exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+    return Work(lambda: reshaping.apply(x, standardise=standardise, backend=be), check)
+
+
+def _shaped(fd: Any, case: Case, be: Any) -> Work:
+    from fastdiff.backends import RowMap
+
+    plan, shape = RowMap(left=shape_of_noise(fd, case).matrix), (case.n, *case.shape)
+    at = {"seed": 0, "stream": fd.noise.Stream.FORWARD, "step": 0, "first_sample": 0}
+
+    def run() -> Any:
+        out = be.empty(shape)
+        be.mapped_normal(out, plan, **at)
+        return out
+
+    def check(y: Any) -> None:
+        assert y.shape == shape
+        exact = fd.normal((min(100, case.n), *case.shape), seed=0).astype(np.float64) @ plan.left
+        np.testing.assert_allclose(y[:100], exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+    return Work(run, check)
+
+
+def posterior_of(fd: Any, case: Case) -> tuple[Any, Any, float, float]:
+    """Return states that are noised rows of data, the data, and the signal and noise of their timestep."""
+    s = schedule(fd, case)
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((DATA_ROWS, *case.shape), np.float32)
+    signal, noise = s.signal[DATA_STEP], s.noise[DATA_STEP]
+    x = signal * data[rng.integers(0, DATA_ROWS, case.n)] + noise * white_rows(case)
+    return x.astype(np.float32), data, float(signal), float(noise)
+
+
+def _posterior(fd: Any, case: Case, be: Any) -> Work:
+    x, data, signal, noise = posterior_of(fd, case)
+    denoiser = fd.denoisers.Empirical(data, schedule(fd, case), prediction="x0")
+
+    def check(x0: Any) -> None:
+        assert x0.shape == x.shape
+        gaps = np.square((x[:10, None] - signal * data) / noise, dtype=np.float64).sum(axis=2)
+        weights = np.exp(0.5 * (gaps.min(axis=1, keepdims=True) - gaps))
+        exact = weights @ data / weights.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(x0[:10], exact, rtol=0, atol=1e-4)
+
+    return Work(lambda: denoiser.predict(x, DATA_STEP, backend=be), check)
+
+
 KINDS: dict[str, Callable[[Any, Case, Any], Work]] = {
     "normals": _normals,
     "forward": _forward,
@@ -291,6 +385,11 @@ KINDS: dict[str, Callable[[Any, Case, Any], Work]] = {
     "chain": _chain,
     "training": _training,
     "cold": _cold,
+    "similarity": _similarity,
+    "reshape": _reshape,
+    "standardise": _reshape,
+    "shaped": _shaped,
+    "posterior": _posterior,
 }
 
 CURVE = (POINTS,)
@@ -314,6 +413,11 @@ CASES: tuple[Case, ...] = (
     Case("train-default-10", "training step, default MLP, batch 10", "training", 10, CURVE, "default", 1000),
     Case("train-default-1000", "training step, default MLP, batch 1000", "training", 1000, CURVE, "default", 200),
     Case("train-default-8192", "training step, default MLP, batch 8192", "training", 8192, CURVE, "default", 20),
+    Case("similarity-4096x128", "similarity of 4,096 curves of 128 points", "similarity", 4096, (128,)),
+    Case("reshape-1000000x128", "reshaping, 1,000,000 x 128", "reshape", 1_000_000, (128,)),
+    Case("standardise-1000000x128", "reshaping, standardising, 1,000,000 x 128", "standardise", 1_000_000, (128,)),
+    Case("shaped-1000000x128", "shaped noise, 1,000,000 x 128", "shaped", 1_000_000, (128,)),
+    Case("posterior-1000x10000x64", "denoiser of 10,000 x 64 data, 1,000 states", "posterior", 1000, (64,)),
 )
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

@@ -44,16 +44,16 @@ class Comparison:
 
     case: str
     target: float | None = None
-    fused: bool = False  # the peer trains with AdamW(fused=True), which is not PyTorch's default
+    variant: str = ""  # "fused": the peer trains with fused AdamW, not PyTorch's default; "numpy": the peer is NumPy
 
     @property
     def name(self) -> str:
-        return self.case + ("-fused" if self.fused else "")
+        return self.case + (f"-{self.variant}" if self.variant else "")
 
     @property
     def against(self) -> str:
         what = PEERS[cases.BY_NAME[self.case].kind]
-        return what.replace("AdamW", "fused AdamW") if self.fused else what
+        return {"": what, "fused": what.replace("AdamW", "fused AdamW"), "numpy": "NumPy broadcasting"}[self.variant]
 
 
 PEERS = {
@@ -63,6 +63,11 @@ PEERS = {
     "chain": "torch, no_grad",
     "training": "torch, AdamW, clipping",
     "cold": "torch + diffusers",
+    "similarity": "torch broadcasting",
+    "reshape": "torch.matmul",
+    "standardise": "torch: matmul, mean, std, subtract, divide",
+    "shaped": "torch: randn, matmul",
+    "posterior": "torch: addmm, softmax, matmul",
 }
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
@@ -76,17 +81,27 @@ COMPARISONS = (
     Comparison("train-tutorial-1000", 2.0),
     Comparison("train-tutorial-8192", 3.0),
     Comparison("cold-start", 3.0),
-    Comparison("train-tutorial-10", fused=True),
-    Comparison("train-tutorial-1000", fused=True),
+    Comparison("train-tutorial-10", variant="fused"),
+    Comparison("train-tutorial-1000", variant="fused"),
     Comparison("chain-default-1"),
     Comparison("chain-default-1000"),
     Comparison("chain-default-100000"),
     Comparison("train-default-10"),
     Comparison("train-default-1000"),
     Comparison("train-default-8192"),
+    Comparison("similarity-4096x128", 2.0),
+    Comparison("similarity-4096x128", 5.0, variant="numpy"),
+    Comparison("reshape-1000000x128", 0.95),
+    Comparison("standardise-1000000x128", 1.5),
+    Comparison("shaped-1000000x128", 1.5),
+    Comparison("posterior-1000x10000x64"),
 )
 # Samples in the example that both sides compute before they are timed.
-EXAMPLE = {"normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16}
+EXAMPLE = {
+    "normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16,
+    "similarity": 64, "reshape": 10_000, "standardise": 10_000, "shaped": 10_000,
+    "posterior": 100,
+}  # fmt: skip
 # How far the two results of an example may differ, through the size of the peer's result. Moments are in units of
 # their standard error; a weight may differ by a part of how far training moved the weights.
 TOLERANCES = {
@@ -97,6 +112,11 @@ TOLERANCES = {
     "samples": 1e-4,
     "losses": 1e-5,
     "weights": 1e-3,
+    "similarity": 1e-6,
+    "reshaped": 1e-6,
+    "standardised": 1e-5,  # rows of small deviation are divided by it
+    "shaped": 1e-6,
+    "posterior": 1e-4,  # the peer's squares cancel
 }
 EXAMPLE_STEPS = 5  # of training
 ROUNDS, LEAST_ROUNDS, PATIENCE = 7, 3, 20.0  # fewer rounds once a case has taken this many seconds
@@ -144,6 +164,12 @@ def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
         x, out, row, _ = cases.image_step(fd, case)
         z = fd.normal(x.shape, seed=0, stream="step", step=row.t, backend=be)
         return inputs | {"x": x, "out": out, "z": z}, {"x": case.setup(be).run()}
+    if case.kind in ("similarity", "reshape", "standardise", "shaped"):
+        return _covariance_example(fd, be, case)
+    if case.kind == "posterior":
+        x, data, signal, noise = cases.posterior_of(fd, case)
+        inputs |= {"x": x, "data": data, "levels": np.array([signal, noise])}
+        return inputs, {"posterior": case.setup(be).run()}
     if case.kind == "chain":
         net = cases.network(fd, case)
         x = fd.normal((case.n, *case.shape), seed=0, stream="init", backend=be)
@@ -157,6 +183,17 @@ def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
     inputs |= _weights(model.net) | {"noise": _noise(fd, be, case, model.seed, T)}
     inputs |= {"mean": model.normaliser.mean, "std": model.normaliser.std}
     return inputs, {"samples": loaded.sample(case.n)}
+
+
+def _covariance_example(fd: Any, be: Any, case: Case) -> Example:
+    inputs, result = {"x": cases.white_rows(case)}, case.setup(be).run()
+    if case.kind == "similarity":
+        return inputs, {"similarity": result}
+    inputs["matrix"] = cases.shape_of_noise(fd, case).matrix.astype(np.float32)
+    if case.kind == "shaped":
+        inputs["x"] = fd.normal((case.n, *case.shape), seed=0, backend=be)
+        return inputs, {"shaped": result, "moments": moments(inputs["x"])}
+    return inputs, {"reshaped" if case.kind == "reshape" else "standardised": result}
 
 
 def _weights(net: Any) -> dict[str, Any]:
@@ -208,7 +245,7 @@ def our_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any
     return work.run, work.units
 
 
-def peer_worker(case: Case, folder: Path, threads: int, fused: bool) -> tuple[Callable[[], Any], int]:
+def peer_worker(case: Case, folder: Path, threads: int, variant: str) -> tuple[Callable[[], Any], int]:
     """Compute the example from the inputs in the folder, and return what is to be timed."""
     import torch
 
@@ -217,9 +254,11 @@ def peer_worker(case: Case, folder: Path, threads: int, fused: bool) -> tuple[Ca
     with np.load(folder / "inputs.npz") as file:
         inputs = {name: file[name] for name in file.files}
     if case.kind == "training":
-        outputs, run = _peer_training(case, inputs, fused)
+        outputs, run = _peer_training(case, inputs, variant == "fused")
     elif case.kind == "cold":
         outputs, run = _peer_cold(case, inputs, folder, threads)
+    elif variant == "numpy":
+        outputs, run = _numpy_similarity(case, inputs)
     else:
         outputs, run = PEER_KINDS[case.kind](case, inputs)
     np.savez(folder / "peer.npz", **outputs)
@@ -334,6 +373,68 @@ def _peer_cold(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -
     return {"samples": samples.numpy()}, lambda: cases.cold_process("cold_peer.py", path, case, threads)
 
 
+def _numpy_similarity(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    def similarity(v: Any) -> Any:
+        return np.exp(-((v[:, :, None] - v[:, None, :]) ** 2))
+
+    v = cases.white_rows(case)
+    return {"similarity": similarity(inputs["x"])}, lambda: similarity(v)
+
+
+def _peer_similarity(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    import torch
+
+    def similarity(v: Any) -> Any:
+        return torch.exp(-((v[:, :, None] - v[:, None, :]) ** 2))
+
+    v = torch.randn(case.n, *case.shape)
+    return {"similarity": similarity(torch.from_numpy(inputs["x"])).numpy()}, lambda: similarity(v)
+
+
+def _peer_reshape(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    import torch
+
+    matrix, x = torch.from_numpy(inputs["matrix"]), torch.randn(case.n, *case.shape)
+    return {"reshaped": torch.matmul(torch.from_numpy(inputs["x"]), matrix).numpy()}, lambda: torch.matmul(x, matrix)
+
+
+def _peer_standardise(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    import torch
+
+    matrix, x = torch.from_numpy(inputs["matrix"]), torch.randn(case.n, *case.shape)
+
+    def reshape(x: Any) -> Any:
+        y = torch.matmul(x, matrix)
+        y = y - y.mean(1, keepdim=True)
+        return y / y.std(1, correction=0, keepdim=True)
+
+    return {"standardised": reshape(torch.from_numpy(inputs["x"])).numpy()}, lambda: reshape(x)
+
+
+def _peer_shaped(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    import torch
+
+    matrix, shape = torch.from_numpy(inputs["matrix"]), (case.n, *case.shape)
+    shaped = torch.matmul(torch.from_numpy(inputs["x"]), matrix)
+    outputs = {"shaped": shaped.numpy(), "moments": moments(torch.randn(inputs["x"].shape))}
+    return outputs, lambda: torch.matmul(torch.randn(shape), matrix)
+
+
+def _peer_posterior(case: Case, inputs: dict[str, Any]) -> PeerSide:
+    import torch
+
+    data = torch.from_numpy(inputs["data"])
+    signal, noise = inputs["levels"].tolist()
+
+    def mean(x: Any) -> Any:
+        squares = (signal * signal * data.square().sum(1))[None]  # |x|^2 is the same for all rows
+        exponents = torch.addmm(squares, x, data.T, beta=-0.5 / noise**2, alpha=signal / noise**2)
+        return torch.matmul(torch.softmax(exponents, 1), data)
+
+    x = signal * data[torch.randint(len(data), (case.n,))] + noise * torch.randn(case.n, *case.shape)
+    return {"posterior": mean(torch.from_numpy(inputs["x"])).numpy()}, lambda: mean(x)
+
+
 @contextlib.contextmanager
 def fed(noise: Any) -> Iterator[None]:
     """Let torch.randn, and with it the schedulers of diffusers, draw the given arrays one after the other."""
@@ -360,10 +461,15 @@ PEER_KINDS: dict[str, Callable[[Case, dict[str, Any]], PeerSide]] = {
     "forward": _peer_forward,
     "step": _peer_step,
     "chain": _peer_chain,
+    "similarity": _peer_similarity,
+    "reshape": _peer_reshape,
+    "standardise": _peer_standardise,
+    "shaped": _peer_shaped,
+    "posterior": _peer_posterior,
 }
 
 
-def serve(side: str, case: Case, folder: Path, threads: int, fused: bool) -> None:
+def serve(side: str, case: Case, folder: Path, threads: int, variant: str) -> None:
     """Be a worker: prepare, then take one turn for each line of stdin that names how many seconds it lasts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -375,7 +481,7 @@ def serve(side: str, case: Case, folder: Path, threads: int, fused: bool) -> Non
     if side == "ours":
         run, units = our_worker(case, folder, threads)
     else:
-        run, units = peer_worker(case, folder, threads, fused)
+        run, units = peer_worker(case, folder, threads, variant)
     say(ready=True)
     last = 0.0
     for line in sys.stdin:
@@ -401,8 +507,7 @@ class Worker:
     def __init__(self, side: str, comparison: Comparison, scale: float, folder: Path, threads: int) -> None:
         self.side = side
         command = [sys.executable, __file__, "--worker", side, "--case", comparison.case, "--scale", repr(scale)]
-        if comparison.fused:
-            command.append("--fused")
+        command += ["--variant", comparison.variant]
         self.process = subprocess.Popen(
             [*command, "--folder", str(folder), "--threads", str(threads)],
             stdin=subprocess.PIPE,
@@ -562,12 +667,12 @@ def main() -> int:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--fused", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", default="", help=argparse.SUPPRESS)
     parser.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads, args.fused)
+        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads, args.variant)
         return 0
 
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]

@@ -6,11 +6,13 @@
 >>> new = model.sample(16)  # doctest: +SKIP
 """
 
-from fastdiff import data, denoisers, errors, noise, samplers
+from fastdiff import covariance, data, denoisers, errors, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
+from fastdiff.interop import load_diffusers
 from fastdiff.model import Diffusion, load
-from fastdiff.nn import MLP
+from fastdiff.nn import MLP, UNet
 from fastdiff.noise import normal
+from fastdiff.noise_shape import NoiseShape
 from fastdiff.process import forward_chain, forward_noise, posterior, sample
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
@@ -21,9 +23,12 @@ __all__ = [
     "MLP",
     "Backend",
     "Diffusion",
+    "NoiseShape",
     "Sampler",
     "Schedule",
+    "UNet",
     "available_backends",
+    "covariance",
     "data",
     "denoisers",
     "errors",
@@ -31,6 +36,7 @@ __all__ = [
     "forward_noise",
     "get_backend",
     "load",
+    "load_diffusers",
     "noise",
     "normal",
     "posterior",

@@ -17,7 +17,7 @@ from fastdiff.data import writing
 from fastdiff.errors import CheckpointError
 from fastdiff.noise import NOISE_LAW_VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 may have a noise shape
 _KEY = "fastdiff"
 _DTYPES = {"F32", "F64", "I64"}
 

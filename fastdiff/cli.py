@@ -263,7 +263,8 @@ def _sample(args: argparse.Namespace) -> int:
                 )
             )
             bar.update(size)
-    curves = np.concatenate(parts)
+    as_numpy = fd.get_backend(args.backend).to_numpy
+    curves = np.concatenate([as_numpy(part) for part in parts])
     save_curves(args.output, curves)
     print(f"{args.output}: {n} curves of {curves.shape[1]} points")
     if args.plot:
@@ -286,6 +287,8 @@ def _info(args: argparse.Namespace) -> int:
 
         facts = describe(args.model)
         title = args.model
+    if args.backend == "cuda":
+        facts["cuda"] = _on_cuda(facts.get("network"))
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -300,6 +303,26 @@ def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
     return {**brief, "network": network, "training": training}
+
+
+def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The GPU here, or why none can be used; and how a perceptron's sampling chain runs on it and on others."""
+    from fastdiff.backends import get_backend
+    from fastdiff.backends.cuda_mlp import SHARED_LIMITS, chain_plan
+    from fastdiff.errors import BackendError
+    from fastdiff.nn.mlp import KINDS, MLP
+
+    limits = {f"on compute capability {name}": limit for name, limit in SHARED_LIMITS.items()}
+    try:
+        runtime: Any = get_backend("cuda").runtime  # type: ignore[attr-defined]
+        device, limits = runtime.device, {"here": runtime.shared_limit, **limits}
+    except BackendError as error:
+        device = str(error)
+    facts: dict[str, Any] = {"device": device}
+    if network is not None and network.get("kind") in KINDS:
+        plan = MLP.from_dict(network, draw=False).plan
+        facts["sampling chain"] = {name: chain_plan(plan, limit) for name, limit in limits.items()}
+    return facts
 
 
 def _installation() -> dict[str, Any]:
@@ -509,9 +532,12 @@ def _add_info(commands: Any) -> None:
         "say what is in a model file, or what is installed",
         "Prints what a model file holds: network, schedule, training. Without a file:\n"
         "version, backends and packages of this installation.",
-        "examples:\n  fastdiff info m.safetensors\n  fastdiff info\n",
+        "examples:\n  fastdiff info m.safetensors\n  fastdiff info m.safetensors --backend cuda\n  fastdiff info\n",
     )
     info.add_argument("model", metavar="MODEL", nargs="?", help="a .safetensors file")
+    info.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="cuda: also the GPU, and how the model samples on GPUs"
+    )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 

@@ -83,12 +83,13 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     begun = time.perf_counter()
     model.fit(curve, steps=steps, batch=BATCH, lr=CURVE_RATE, progress=progress)
     out.measured(f"training, {steps} steps of {BATCH}: seconds", time.perf_counter() - begun, 1)
-    drawn = model.sample(GENERATED)
+    as_numpy = fd.get_backend(backend).to_numpy
+    drawn = as_numpy(model.sample(GENERATED))
     error = float(np.sqrt(np.mean((drawn - curve) ** 2, dtype=np.float64)))
     out.measured(f"root mean square error of {GENERATED} generated curves", error)
 
     chain = fd.forward_chain(curve, schedule, seed=seed, backend=backend)[:, 0]
-    _, path = model.sample(1, trajectory=True)
+    path = as_numpy(model.sample(1, trajectory=True)[1])
     timesteps = np.arange(schedule.T)[::-1]
     out.draw("curve_forward.png", plots.forward_diffusion(chain, rate=RATE), "the curve on its way to noise")
     out.draw("curve_loss.png", plots.loss(model.history), "the loss")
@@ -125,7 +126,7 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
         progress=progress,
     )
     out.measured(f"training, {steps} steps of {BATCH}: seconds", time.perf_counter() - begun, 1)
-    drawn = model.sample(GENERATED)
+    drawn = fd.get_backend(backend).to_numpy(model.sample(GENERATED))
     out.measured(f"energy distance, {GENERATED} generated to {GENERATED} unseen", energy_distance(drawn, unseen))
     out.measured("the same between two unseen sets", energy_distance(others, unseen))
 

@@ -135,9 +135,9 @@ def check_array(
     finite: bool = True,
     dtype: npt.DTypeLike | None = None,
 ) -> npt.NDArray[Any]:
-    """Return `value` as a NumPy array of real numbers, or raise `ArgumentError`.
+    """Return `value` as an array of real numbers (see `as_array`), or raise `ArgumentError`.
 
-    An array on a GPU (whatever has ``__cuda_array_interface__``) is returned as it is; its values are not looked at.
+    The values of an array on a GPU are not looked at.
 
     Parameters
     ----------
@@ -154,11 +154,7 @@ def check_array(
     dtype : dtype, optional
         Convert to this dtype after the checks; a value that overflows it counts as infinity.
     """
-    on_device = is_on_device(value)
-    try:
-        array = value if on_device else np.asarray(value)
-    except ValueError:
-        raise ArgumentError(argument, "rows of different lengths", "a rectangular array of real numbers") from None
+    on_device, array = is_on_device(value), as_array(argument, value, "a rectangular array of real numbers")
     if array.dtype.kind not in "fiu":
         raise ArgumentError(argument, f"dtype {array.dtype}", "real floats or integers")
     if array.ndim < min_ndim:
@@ -179,9 +175,45 @@ def check_array(
     return array
 
 
+CUDA_DEVICES = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
+
+
 def is_on_device(value: Any) -> bool:
-    """Whether `value` is an array in the memory of a GPU."""
-    return hasattr(value, "__cuda_array_interface__")
+    """Whether `value` is an array in the memory of a GPU, of CuPy or another library."""
+    if isinstance(value, (np.ndarray, np.generic)) or not hasattr(value, "__dlpack_device__"):
+        return hasattr(value, "__cuda_array_interface__")
+    return value.__dlpack_device__()[0] in CUDA_DEVICES
+
+
+def as_array(argument: str, value: Any, wants: str) -> Any:
+    """Return an argument as a NumPy array, or, where it is on a GPU, as an array there with NumPy's attributes.
+
+    Arrays of other libraries (``torch.Tensor``, ...) are taken through DLPack, without a copy: those of the host become
+    NumPy arrays, those of a GPU CuPy arrays. Hence results for them are NumPy and CuPy arrays, which have DLPack
+    themselves.
+
+    Raises
+    ------
+    ArgumentError
+        It is no array, or one that DLPack does not hand over (a tensor that needs gradients, bfloat16).
+    """
+    on_device = is_on_device(value)
+    if on_device and isinstance(getattr(value, "dtype", None), np.dtype):
+        return value
+    try:
+        if on_device:
+            import cupy
+
+            return cupy.from_dlpack(value) if hasattr(value, "__dlpack__") else cupy.asarray(value)
+        if hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic)):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except ImportError:
+        raise ArgumentError(argument, "an array on a GPU", "CuPy for it, or an array of the host") from None
+    except ValueError:
+        raise ArgumentError(argument, "rows of different lengths", wants) from None
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ArgumentError(argument, f"{type(value).__name__} ({error})", wants) from error
 
 
 def _all_finite(array: npt.NDArray[Any]) -> bool:
@@ -199,18 +231,19 @@ def check_timesteps(t: Any, T: int, n: int) -> Any:
 
     Those on a GPU stay there, and their values are not looked at.
     """
-    on_device = is_on_device(t)
-    try:
-        array = t if on_device else np.asarray(t)
-    except ValueError:
-        raise ArgumentError("t", "rows of different lengths", f"an integer or shape ({n},)") from None
+    return check_indices("t", t, T, n)
+
+
+def check_indices(argument: str, value: Any, count: int, n: int) -> Any:
+    """Return indices as (n,) int64 within 0 .. count - 1, as `check_timesteps` does."""
+    on_device, array = is_on_device(value), as_array(argument, value, f"an integer or shape ({n},)")
     if array.dtype.kind not in "iu":
-        raise ArgumentError("t", f"dtype {array.dtype}", "integers")
+        raise ArgumentError(argument, f"dtype {array.dtype}", "integers")
     if array.shape not in ((), (n,)):
-        raise ArgumentError("t", f"shape {array.shape}", f"an integer or shape ({n},)")
+        raise ArgumentError(argument, f"shape {array.shape}", f"an integer or shape ({n},)")
     if on_device:
-        return array.astype(np.int64) + np.zeros_like(array, np.int64, shape=(n,))
-    if array.size and (array.min() < 0 or array.max() >= T):
+        return (array if array.shape == (n,) else array.reshape(1).repeat(n)).astype(np.int64)
+    if array.size and (array.min() < 0 or array.max() >= count):
         bad = array.min() if array.min() < 0 else array.max()
-        raise ArgumentError("t", str(bad), f"timesteps from 0 to {T - 1}")
+        raise ArgumentError(argument, str(bad), f"integers from 0 to {count - 1}")
     return np.ascontiguousarray(np.broadcast_to(array, (n,)), np.int64)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from fastdiff import checkpoint, noise, process, samplers
-from fastdiff.backends import Backend, TrainingDraws, get_backend
+from fastdiff.backends import Backend, TrainingDraws, backend_for, get_backend
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -31,6 +31,7 @@ from fastdiff.errors import (
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Stream
+from fastdiff.noise_shape import NoiseShape
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
 
@@ -38,30 +39,49 @@ VALIDATION_EVERY = 100  # steps, counted from 0
 
 
 class Normaliser(NamedTuple):
-    """Maps data to the network's range, (x - mean) / std, and back: one mean and one deviation for all values."""
+    """Maps data to the network's range, (x - mean) / std, and back: one mean and one deviation for all values.
+
+    With a noise shape x is first L^-1 x, where the noise is white.
+    """
 
     mean: float
     std: float
+    noise_shape: NoiseShape | None = None
 
     @classmethod
-    def of(cls, X: npt.NDArray[Any]) -> Normaliser:
+    def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None) -> Normaliser:
         """Return the normaliser of a data set; a deviation under 1e-6 max|x| counts as 1."""
+        X = cls(0.0, 1.0, noise_shape)._white(X)
         scale = float(np.max(np.abs(X)))
         if scale == 0:
-            return cls(0.0, 1.0)
+            return cls(0.0, 1.0, noise_shape)
         scaled = X / scale  # squares of huge values would overflow
-        std = float(np.std(scaled, dtype=np.float64))
-        return cls(float(np.mean(scaled, dtype=np.float64)) * scale, std * scale if std >= 1e-6 else 1.0)
+        mean, std = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
+        return cls(mean * scale, std * scale if std >= 1e-6 else 1.0, noise_shape)
 
     def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return the data in the network's range."""
-        return np.ascontiguousarray((np.asarray(X, np.float64) - self.mean) / self.std, dtype)
+        return np.ascontiguousarray((np.asarray(self._white(X), np.float64) - self.mean) / self.std, dtype)
 
-    def invert(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return network values in the data's range, in place where the array is its own."""
+    def invert(self, x: Any, be: Backend) -> Any:
+        """Return network values (..., points) in the data's range, in place where the array is its own."""
         x *= x.dtype.type(self.std)
         x += x.dtype.type(self.mean)
-        return x
+        if self.noise_shape is None:
+            return x
+        rows = be.asarray(x.reshape(-1, self.noise_shape.d))
+        out = be.empty(rows.shape, rows.dtype)
+        self.noise_shape.apply(be, rows, out)
+        return process.returned(be, out.reshape(x.shape), is_on_device(x))
+
+    def log_det(self, points: int) -> float:
+        """Return log |det| of `apply` for curves of so many points: log density of data less that of its image."""
+        return -points * math.log(self.std) - (0.0 if self.noise_shape is None else self.noise_shape.log_det)
+
+    def _white(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self.noise_shape is None:
+            return X
+        return np.asarray(self.noise_shape.whiten(np.asarray(X, np.float64), backend="numpy"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +148,9 @@ class Diffusion:
     backend : str or Backend, optional
     seed : int, optional
         Of the weights, of all training draws, and of the samples unless `sample` names another.
+    noise_shape : NoiseShape, optional
+        Covariance S of the noise; by default white. The network learns L^-1 x, whose noise is white. As that is
+        normalised, a multiple of S makes the same model.
 
     Attributes
     ----------
@@ -137,7 +160,7 @@ class Diffusion:
         "step" and "loss" for every step; "validation_step" and "validation_loss" for every evaluation. A loss
         belongs to the weights before its step.
     normaliser : Normaliser or None
-        Set by the first fit.
+        Set by the first fit: the map from data to the network's range, with the log of its determinant.
     ema_updates : int
         Number of updates of the averaged weights.
 
@@ -155,6 +178,7 @@ class Diffusion:
         prediction: str = "noise",
         backend: str | Backend = "auto",
         seed: int = 0,
+        noise_shape: NoiseShape | None = None,
     ) -> None:
         if net is not None and not isinstance(net, MLP):
             raise ArgumentError("net", type(net).__name__, "a fastdiff.MLP")
@@ -164,8 +188,12 @@ class Diffusion:
             schedule = default_schedule(net.T)
         if net is not None and schedule is not None and net.T != schedule.T:
             raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
+        if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
+            raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
+        if net is not None and noise_shape is not None and noise_shape.d != net.points:
+            raise ArgumentError("noise_shape", repr(noise_shape), f"one of {net.points} values, as the network has")
         get_backend(backend)  # an unusable one is reported here
-        self.net, self.schedule, self.backend = net, schedule, backend
+        self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
         self.seed = check_seed(seed)
         self._own_net = net is None
@@ -254,7 +282,7 @@ class Diffusion:
             )
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        points = None if self.net is None else self.net.points
+        points = getattr(self.noise_shape, "d", None) if self.net is None else self.net.points
         curves = check_array("X", _on_host(be, X), shape=(None, points))
         if curves.size == 0:
             raise ArgumentError("X", f"shape {curves.shape}", "at least one curve of at least one point")
@@ -287,11 +315,8 @@ class Diffusion:
             for _ in range(steps):
                 if checks is not None and self.step % VALIDATION_EVERY == 0:
                     self._validate(be, average, checks)
-                loss = be.mlp_train_gradient(net.plan, params, draws, self.step, batch, grads)
-                norm = math.nan
-                if math.isfinite(loss):
-                    options = optimizer.plan.options(self.step, self.ema_updates)
-                    norm = be.adamw(params, grads, m, v, average, options)
+                options = optimizer.plan.options(self.step, self.ema_updates)
+                loss, norm = be.mlp_train_step(net.plan, params, draws, self.step, batch, grads, m, v, average, options)
                 if not math.isfinite(norm):
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
                     raise TrainingError(
@@ -340,7 +365,7 @@ class Diffusion:
         """What the first fit decides: network, schedule, normaliser, plan and buffers."""
         if self.normaliser is not None:
             return
-        normaliser = Normaliser.of(X)
+        normaliser = Normaliser.of(X, self.noise_shape)
         if self.schedule is None:
             self.schedule = default_schedule()
         if self.net is None:
@@ -385,7 +410,7 @@ class Diffusion:
         return self.net, self.schedule, self.normaliser
 
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
-        """Return the network with a copy of its averaged (or raw) weights, in the model's inner range."""
+        """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
         net, _, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
         be = get_backend(self.backend)
@@ -414,7 +439,8 @@ class Diffusion:
         labels : None
             This network has no classes.
         sampler : {"ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction. It
+            must not clip where the model has a noise shape.
         steps : int, optional
             Number of steps of a named sampler.
         seed : int, optional
@@ -453,13 +479,16 @@ class Diffusion:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
+        if normaliser.noise_shape is not None:
+            process.refuse_clip(sampler)
+        be = get_backend(self.backend)
         result = process.sample(
             self.denoiser(ema=ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, trajectory=trajectory, progress=progress,
         )  # fmt: skip
         if trajectory:
-            return tuple(normaliser.invert(part) for part in result)
-        return normaliser.invert(result)
+            return tuple(normaliser.invert(part, be) for part in result)
+        return normaliser.invert(result, be)
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.
@@ -492,10 +521,14 @@ class Diffusion:
         }
         for name, values in self.history.items():
             tensors[f"history.{name}"] = np.array(values, np.int64 if name.endswith("step") else np.float64)
+        noise_shape = normaliser.noise_shape
+        if noise_shape is not None:
+            tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
         header = {
             "network": net.to_dict(), "schedule": schedule.to_dict(), "prediction": self.prediction,
-            "normaliser": normaliser._asdict(), "seed": self.seed, "step": self.step, "ema_updates": self.ema_updates,
-            "training": plan,
+            "normaliser": {"mean": normaliser.mean, "std": normaliser.std},
+            "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
+            "step": self.step, "ema_updates": self.ema_updates, "training": plan,
         }  # fmt: skip
         checkpoint.write(path, header, tensors)
 
@@ -532,9 +565,15 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
 def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backend: str | Backend) -> Diffusion:
     schedule = Schedule.from_dict(header["schedule"])
     net = MLP.from_dict(header["network"], draw=False)
-    model = Diffusion(net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"])
-    mean, std = (check_float(f"normaliser.{name}", header["normaliser"][name]) for name in Normaliser._fields)
-    model.normaliser = Normaliser(mean, check_float("normaliser.std", std, low=0, low_open=True))
+    kind = "white" if header["format"] == 1 else header["noise_shape"]
+    prefix = "noise_shape."
+    arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
+    model = Diffusion(
+        net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
+    )
+    mean, std = (check_float(f"normaliser.{name}", header["normaliser"][name]) for name in ("mean", "std"))
+    model.normaliser = Normaliser(mean, check_float("normaliser.std", std, low=0, low_open=True), noise_shape)
     model.step = check_int("step", header["step"], low=0)
     model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
 
@@ -564,7 +603,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
 
 def _on_host(be: Backend, X: Any) -> Any:
     """Training data as NumPy: it is normalised on the host, once."""
-    return be.to_numpy(X) if is_on_device(X) and be.owns(X) else X
+    if not is_on_device(X):
+        return X
+    be, array = backend_for(be, X=X), check_array("X", X)
+    return be.to_numpy(be.asarray(array, array.dtype))
 
 
 def default_schedule(T: int = 100) -> Schedule:

@@ -44,6 +44,7 @@ class Stream(IntEnum):
     DATA = 7
     DROPOUT = 8
     CHAIN = 9
+    AUGMENT = 10
 
 
 # Philox4x32: multipliers of the two products, and the Weyl increments of the two key words.
@@ -224,6 +225,14 @@ def scaled_words(
     """Return n integers (w0 bound) >> 32 in 0 .. bound - 1, one per row: the law's batch rows and timesteps."""
     w0 = philox_words(n, 1, seed=seed, stream=stream, step=step, first_sample=first_sample)[:, 0, 0]
     return ((w0.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def flips(n: int, *, seed: int, step: int, first_sample: int = 0) -> npt.NDArray[np.bool_]:
+    """Return which of n pictures of a training batch are mirrored left to right: those with w0 < 2^31, (n,) bool.
+
+    Stream AUGMENT: the row is the position in the batch, the step the training step, as for BATCH.
+    """
+    return scaled_words(n, 2, seed=seed, stream=Stream.AUGMENT, step=step, first_sample=first_sample) == 0
 
 
 def check_rows(first_sample: Any, n: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from fastdiff.backends import Backend, MLPPlan, Row, get_backend
+from fastdiff.backends import Backend, MLPPlan, Row, backend_for
 from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, check_timesteps, is_on_device
 from fastdiff.noise import Stream, check_rows
 from fastdiff.samplers import Sampler
@@ -20,6 +21,17 @@ Array = Any
 Evaluate = Callable[[Array, int], Array]
 
 BATCH_VALUES = 1 << 22  # that go to a denoiser at once where the caller does not say
+BLOCK_VALUES = 1 << 18  # of a sum that NumPy takes: its terms stay in cache
+
+
+@runtime_checkable
+class ShapedNoise(Protocol):
+    """What a process needs of noise that is not white: `fastdiff.NoiseShape` is one."""
+
+    d: int
+
+    def fill(self, be: Backend, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        """Fill `out` (n, d) with the noise that takes the place of the white noise of the noise law."""
 
 
 def _schedule(value: Any) -> Schedule:
@@ -37,6 +49,7 @@ def forward_noise(
     first_sample: int = 0,
     out: Any = None,
     backend: str | Backend = "auto",
+    noise_shape: ShapedNoise | None = None,
 ) -> tuple[Array, Array]:
     """Draw x_t from q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
 
@@ -52,6 +65,8 @@ def forward_noise(
     out : (N, ...) array, optional
         Where x_t is written; C-contiguous, of the dtype of the result.
     backend : str or Backend, optional
+    noise_shape : NoiseShape, optional
+        Covariance S of eps; by default white. eps = L z with the z that white noise would be.
 
     Returns
     -------
@@ -63,20 +78,29 @@ def forward_noise(
     ArgumentError
         Shape, dtype or value of an argument.
     """
-    be, schedule = get_backend(backend), _schedule(schedule)
+    be, schedule = backend_for(backend, x0=x0, t=t), _schedule(schedule)
     given = _states("x0", x0, be)
     clean = given.reshape(len(given), _width(given.shape))
     steps = be.asarray(check_timesteps(t, schedule.T, len(clean)), np.int64)
+    shaped = _shaped(noise_shape, clean.shape[1])
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
     eps = be.empty(clean.shape, clean.dtype)
     target = None
     if out is not None:
-        _check_out(out, given, like=x0)
+        _check_out(out, given, be, like=x0)
         if be.owns(out):
             target = out.reshape(clean.shape)
-            clean = clean.copy() if is_on_device(out) or np.may_share_memory(out, clean) else clean
+            clean = _copy(be, clean) if is_on_device(out) or np.may_share_memory(out, clean) else clean
     noisy = be.empty(clean.shape, clean.dtype) if target is None else target
-    be.forward_noise(clean, steps, schedule.signal, schedule.noise, noisy, eps, seed=seed, first_sample=first_sample)
+    tables = schedule.signal, schedule.noise
+    if shaped is None:
+        be.forward_noise(clean, steps, *tables, noisy, eps, seed=seed, first_sample=first_sample)
+    else:
+        shaped.fill(be, eps, seed=seed, stream=Stream.FORWARD, step=0, first_sample=first_sample)
+        signal, noise = (be.asarray(table, clean.dtype)[steps, None] for table in tables)
+        for start in range(0, len(clean), rows := max(1, BLOCK_VALUES // clean.shape[1])):
+            part = slice(start, start + rows)
+            noisy[part] = signal[part] * clean[part] + noise[part] * eps[part]
     noisy, eps = (returned(be, array.reshape(given.shape), is_on_device(x0)) for array in (noisy, eps))
     if out is not None and target is None:
         out[...] = noisy
@@ -84,7 +108,13 @@ def forward_noise(
 
 
 def forward_chain(
-    x0: Any, schedule: Schedule, *, seed: int = 0, first_sample: int = 0, backend: str | Backend = "auto"
+    x0: Any,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    backend: str | Backend = "auto",
+    noise_shape: ShapedNoise | None = None,
 ) -> Array:
     """Run the Markov chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z (Ho et al. 2020, eq. 2), step by step.
 
@@ -96,6 +126,8 @@ def forward_chain(
     seed, first_sample : int, optional
         Noise of stream CHAIN: row ``first_sample + k``, step t.
     backend : str or Backend, optional
+    noise_shape : NoiseShape, optional
+        Covariance of the noise; by default white.
 
     Returns
     -------
@@ -107,20 +139,30 @@ def forward_chain(
     ArgumentError
         Shape, dtype or value of an argument.
     """
-    be, schedule = get_backend(backend), _schedule(schedule)
+    be, schedule = backend_for(backend, x0=x0), _schedule(schedule)
     given = _states("x0", x0, be)
     clean = given.reshape(len(given), _width(given.shape))
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
+    step = _stepper(be, clean, _shaped(noise_shape, clean.shape[1]), None, seed=seed, stream=Stream.CHAIN)
     chain = be.empty((schedule.T + 1, *clean.shape), clean.dtype)
     chain[0] = clean
     for t, beta in enumerate(schedule.betas):
         chain[t + 1] = chain[t]
         row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, c=0, e=0, s=math.sqrt(beta))
-        be.sampler_step(chain[t + 1], None, None, row, None, seed=seed, stream=Stream.CHAIN, first_sample=first_sample)
+        step(chain[t + 1], None, None, row, first_sample)
     return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
 
-def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: Any = None) -> tuple[Array, Array]:
+def posterior(
+    x_t: Any,
+    t: Any,
+    schedule: Schedule,
+    *,
+    x0: Any = None,
+    noise: Any = None,
+    backend: str | Backend = "auto",
+    noise_shape: ShapedNoise | None = None,
+) -> tuple[Array, Array]:
     """Return mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7 and 11).
 
     From x_0: mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t.
@@ -136,11 +178,14 @@ def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: An
     schedule : Schedule
     x0, noise : (N, ...) array
         Exactly one of them: the clean samples, or the noise in x_t.
+    backend : str or Backend, optional
+    noise_shape : NoiseShape, optional
+        Covariance S of the noise; by default white. The law is N(mean, var S): neither result depends on S.
 
     Returns
     -------
     mean : (N, ...) array
-        float32, or float64 for float64 input; computed in float64.
+        float32, or float64 for float64 input; computed in float64 on every backend.
     var : (N, 1, ...) float64
         Broadcasts against the mean.
 
@@ -152,25 +197,27 @@ def posterior(x_t: Any, t: Any, schedule: Schedule, *, x0: Any = None, noise: An
     schedule = _schedule(schedule)
     if (x0 is None) == (noise is None):
         raise ArgumentError("x0, noise", "both" if x0 is not None else "neither", "exactly one of them")
-    for name, value in (("x_t", x_t), ("x0", x0), ("noise", noise)):
-        if is_on_device(value):
-            raise ArgumentError(name, "an array on a GPU", "a NumPy array: the posterior is computed on the host")
-    state = check_array("x_t", x_t, min_ndim=1)
+    be = backend_for(backend, x_t=x_t, x0=x0, noise=noise, t=t)
+    given = check_array("x_t", x_t, min_ndim=1)
     name, value = ("x0", x0) if noise is None else ("noise", noise)
-    other = check_array(name, value, shape=state.shape)
-    steps = check_timesteps(t, schedule.T, len(state))
+    other = check_array(name, value, shape=given.shape)
+    _shaped(noise_shape, _width(given.shape))
+    dtype = np.float64 if np.float64 in (given.dtype, other.dtype) else np.float32
+    steps = be.asarray(check_timesteps(t, schedule.T, len(given)), np.int64)
 
-    def at_steps(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return table[steps].reshape(-1, *(1,) * (state.ndim - 1))
+    def at_steps(table: npt.NDArray[np.float64]) -> Array:
+        return be.asarray(table, np.float64)[steps].reshape(-1, *(1,) * (given.ndim - 1))
 
-    beta, alpha, abar = at_steps(schedule.betas), at_steps(schedule.alphas), at_steps(schedule.alphas_bar)
-    before = at_steps(np.concatenate([[1.0], schedule.alphas_bar[:-1]]))
+    beta, alpha, rest = schedule.betas, schedule.alphas, 1 - schedule.alphas_bar
     if noise is None:
-        mean = (np.sqrt(before) * beta * other + np.sqrt(alpha) * (1 - before) * state) / (1 - abar)
+        before = np.concatenate([[1.0], schedule.alphas_bar[:-1]])
+        of_state, of_other = np.sqrt(alpha) * (1 - before) / rest, np.sqrt(before) * beta / rest
     else:
-        mean = (state - beta / np.sqrt(1 - abar) * other) / np.sqrt(alpha)
-    dtype = np.float64 if np.float64 in (state.dtype, other.dtype) else np.float32
-    return mean.astype(dtype), at_steps(schedule.posterior_variance)
+        of_state, of_other = 1 / np.sqrt(alpha), -beta / np.sqrt(rest * alpha)
+    state, other = (be.asarray(array, array.dtype) for array in (given, other))
+    mean = (at_steps(of_state) * state + at_steps(of_other) * other).astype(dtype)
+    variance, on_device = at_steps(schedule.posterior_variance), is_on_device(x_t)
+    return returned(be, mean, on_device), returned(be, variance, on_device)
 
 
 def sample(
@@ -187,6 +234,7 @@ def sample(
     trajectory: bool = False,
     callback: Callable[[int, int, Array], Any] | None = None,
     progress: bool = False,
+    noise_shape: ShapedNoise | None = None,
 ) -> Any:
     """Draw samples by running a sampler's table over a denoiser.
 
@@ -216,6 +264,10 @@ def sample(
         true result stops, and the samples are returned as they are.
     progress : bool, optional
         Show a progress bar.
+    noise_shape : NoiseShape, optional
+        Covariance S of the noise that the denoiser takes away; by default white. The samples are L times those of the
+        white sampler with the denoiser u -> L^-1 denoiser(L u). Denoiser, `initial`, callback and results are in the
+        data's space. The table must not clip.
 
     Returns
     -------
@@ -228,30 +280,35 @@ def sample(
     ------
     ArgumentError
         An argument's shape, dtype or value; a denoiser that disagrees with the table, or whose output has another
-        shape than x.
+        shape than x; a table that clips, with a noise shape.
     """
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
-    be = get_backend(backend)
+    be = backend_for(backend, initial=initial)
     _check_agreement(denoiser, sampler, be)
     states = None if initial is None else _states("initial", initial, be)
     shape = _sample_shape(denoiser, shape, states)
     width = _width((0, *shape))
+    shaped = _shaped(noise_shape, width)
+    if shaped is not None:
+        refuse_clip(sampler)
     on_device = is_on_device(initial) if states is not None else backend != "auto"
     if states is not None:
         n = check_int("n", len(states) if n is None else n, low=0)
-        x = check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width).copy()
+        x = _copy(be, check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width))
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
     batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
     if initial is None:
-        be.normal(x, seed=seed, stream=Stream.INIT, step=0, first_sample=first_sample)
+        fill = be.normal if shaped is None else partial(shaped.fill, be)
+        fill(x, seed=seed, stream=Stream.INIT, step=0, first_sample=first_sample)
 
     rows, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not (trajectory or callback or progress):
+    stepwise = trajectory or callback or progress or shaped is not None
+    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not stepwise:
         flat = be.asarray(denoiser.flat, denoiser.flat.dtype)
         for part in batches:
             first = first_sample + part.start
@@ -259,6 +316,7 @@ def sample(
         return returned(be, x.reshape(n, *shape), on_device)
 
     evaluate = _evaluator(denoiser, be, shape)
+    step = _stepper(be, x[:batch], shaped, clip, seed=seed, stream=Stream.STEP)
     remembers = any(row.c != 0 for row in rows)
     path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
     if path is not None:
@@ -268,13 +326,15 @@ def sample(
     done = len(rows)
     with tqdm(total=len(rows) * len(groups), desc="sampling", disable=not progress, leave=False) as bar:
         for group in groups:
-            previous = [be.asarray(np.zeros_like(x[part])) if remembers else None for part in group]
+            previous = [be.empty((part.stop - part.start, width), x.dtype) if remembers else None for part in group]
+            for kept in previous:
+                if kept is not None:
+                    kept.fill(0)
             for done, row in enumerate(rows, start=1):
                 for part, kept in zip(group, previous, strict=True):
                     state = x[part]
                     out = evaluate(state, row.t) if row.q != 0 or row.e != 0 else None
-                    first = first_sample + part.start
-                    be.sampler_step(state, out, kept, row, clip, seed=seed, stream=Stream.STEP, first_sample=first)
+                    step(state, out, kept, row, first_sample + part.start)
                     if path is not None:
                         path[done, part] = state
                 bar.update()
@@ -290,16 +350,60 @@ def sample(
     return x, returned(be, path[: done + 1].reshape(done + 1, n, *shape), on_device)
 
 
+def refuse_clip(sampler: Sampler) -> None:
+    """Shaped noise is white noise on L^-1 x, and bounds of that x0 would not be bounds of the data."""
+    if sampler.clip is not None:
+        raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None with a noise_shape: it would bound L^-1 x0")
+
+
+def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
+    if noise_shape is None:
+        return None
+    if not isinstance(noise_shape, ShapedNoise):
+        raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None for white noise")
+    if noise_shape.d != width:
+        raise ArgumentError("noise_shape", repr(noise_shape), f"one of {width} values, as a sample has")
+    return noise_shape
+
+
+def _stepper(
+    be: Backend, like: Array, shaped: ShapedNoise | None, clip: tuple[float, float] | None, *, seed: int, stream: Stream
+) -> Callable[[Array, Array | None, Array | None, Row, int], None]:
+    """`Backend.sampler_step` for states no longer than `like`: (x, out, previous, row, first_sample).
+
+    Shaped noise is drawn by itself and added as the e term of a second row, which rounds like the s term of the first.
+    """
+    noise = like if shaped is None else be.empty(like.shape, like.dtype)
+
+    def step(x: Array, out: Array | None, previous: Array | None, row: Row, first_sample: int) -> None:
+        law = {"seed": seed, "stream": stream, "first_sample": first_sample}
+        be.sampler_step(x, out, previous, row if shaped is None else row._replace(s=0.0), clip, **law)
+        if shaped is not None and row.s != 0:
+            z = noise[: len(x)]
+            shaped.fill(be, z, step=row.t, **law)
+            be.sampler_step(x, z, None, Row(row.t, p=0, q=0, a=1, b=0, c=0, e=row.s, s=0), None, **law)
+
+    return step
+
+
 def returned(be: Backend, array: Array, on_device: bool) -> Array:
     """A result as the caller's kind of array: NumPy, or left where the backend has it."""
     return array if on_device else be.to_numpy(array)
 
 
-def _check_out(out: Any, given: Array, *, like: Any) -> None:
+def _copy(be: Backend, array: Array) -> Array:
+    """A copy in memory that the backend has allocated: it knows what to say where there is none."""
+    copy = be.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _check_out(out: Any, given: Array, be: Backend, *, like: Any) -> None:
     """`out` must be able to hold a result of the shape and dtype of `given`, and be of the kind of `like`."""
-    kind = "an array on the GPU" if is_on_device(like) else "a NumPy array"
-    if is_on_device(out) != is_on_device(like) or not (is_on_device(out) or isinstance(out, np.ndarray)):
-        raise ArgumentError("out", type(out).__name__, f"{kind} of {given.dtype} {given.shape}")
+    kind = "a CuPy array on the backend's GPU" if is_on_device(like) else "a NumPy array"
+    if not (be.owns(out) if is_on_device(like) else isinstance(out, np.ndarray)):
+        where = f" on GPU {out.device.id}" if is_on_device(out) and hasattr(out, "device") else ""
+        raise ArgumentError("out", type(out).__name__ + where, f"{kind} of {given.dtype} {given.shape}")
     if out.shape != given.shape or out.dtype != given.dtype:
         raise ArgumentError("out", f"{out.dtype} {out.shape}", f"{kind} of {given.dtype} {given.shape}")
     if not (out.flags.c_contiguous and (is_on_device(out) or out.flags.writeable)):
@@ -308,8 +412,6 @@ def _check_out(out: Any, given: Array, *, like: Any) -> None:
 
 def _states(argument: str, value: Any, be: Backend) -> Array:
     """`value` (N, ...) in the float type that the backend computes in; what that cannot hold is refused as infinite."""
-    if is_on_device(value) and not be.owns(value):
-        raise ArgumentError(argument, "an array on a GPU", f"backend='cuda' with it, or a NumPy array for {be.name!r}")
     given = check_array(argument, value, min_ndim=1, finite=False)
     return be.asarray(check_array(argument, given, dtype=be.asarray(given[:0]).dtype))
 
@@ -342,7 +444,7 @@ def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
         if known is not None:
             return known
         if initial is not None:
-            return tuple(np.shape(initial)[1:])
+            return tuple(initial.shape[1:])
         raise ArgumentError("shape", "None", "the shape of one sample: this denoiser does not tell it")
     sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
     wanted = tuple(check_int("shape", size, low=1) for size in sizes)
@@ -366,10 +468,13 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
             return be.mlp_forward(plan, flat, x, steps, out)
 
         return network
+    if hasattr(denoiser, "evaluator"):  # an exact denoiser
+        known: Evaluate = denoiser.evaluator(be)
+        return known
     function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
 
     def evaluate(x: Array, t: int) -> Array:
-        state = x.reshape(len(x), *shape).copy()  # the caller's to change
+        state = _copy(be, x).reshape(len(x), *shape)  # the caller's to change
         out = check_array("denoiser output", function(state, t), finite=False, dtype=x.dtype)  # host arrays are sent
         if out.shape != state.shape:
             raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")

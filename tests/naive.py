@@ -175,6 +175,59 @@ def sampler_step(x, out, previous, z, row, clip, real=F):
     return following, x0
 
 
+# ------------------------------------------------------------------------------------------- covariance
+
+
+def similarity(v):
+    """exp(-(v_i - v_j)^2) of one curve."""
+    return [[math.exp(-((a - b) ** 2)) for b in v] for a in v]
+
+
+def scatter(rows, centre=False):
+    """X^T X, about the mean where asked."""
+    n = len(rows[0])
+    mean = [sum(row[j] for row in rows) / len(rows) if centre else 0.0 for j in range(n)]
+    return [[sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in rows) for j in range(n)] for i in range(n)]
+
+
+def map_row(x, scale=None, left=None, right=None, offset=None, standardise=False):
+    """One row of x scale + (x left) right + offset."""
+
+    def product(row, matrix):
+        return [sum(row[i] * matrix[i][j] for i in range(len(row))) for j in range(len(matrix[0]))]
+
+    parts = [] if scale is None else [[value * factor for value, factor in zip(x, scale, strict=True)]]
+    if left is not None:
+        parts.append(product(x, left) if right is None else product(product(x, left), right))
+    if offset is not None:
+        parts.append(offset)
+    y = [sum(values) for values in zip(*parts, strict=True)]
+    if standardise:
+        if len(set(y)) == 1:
+            return [0.0] * len(y)
+        mean = sum(y) / len(y)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in y) / len(y))
+        y = [(value - mean) / deviation for value in y]
+    return y
+
+
+def weighted_mean(exponents, parts):
+    """The mean of the rows `parts` weighted by exp(exponents), and the logarithm of the sum of the weights."""
+    top = max(exponents)
+    weights = [math.exp(exponent - top) for exponent in exponents]
+    total = sum(weights)
+    mean = [
+        sum(w * value for w, value in zip(weights, column, strict=True)) / total for column in zip(*parts, strict=True)
+    ]
+    return mean, top + math.log(total)
+
+
+def posterior_mean(x, data, signal, noise):
+    """E[x0 | x] of one row x = signal x0 + noise z, x0 being a row of data; and the logarithm of the weights' sum."""
+    squares = [sum((a - signal * b) ** 2 for a, b in zip(x, row, strict=True)) for row in data]
+    return weighted_mean([-square / (2 * noise**2) for square in squares], data)
+
+
 # ------------------------------------------------------------------------------------------- networks
 
 
@@ -221,6 +274,69 @@ def tutorial(params, x, t):
     h = layer(1, [leaky_relu(v) for v in layer(0, x)])
     h = [v + b for v, b in zip(h, params["time.weight"][t], strict=True)]
     return layer(3, [leaky_relu(v) for v in layer(2, h)])
+
+
+def conv(x, w, b, *, stride=(1, 1), pad=(0, 0, 0, 0), up=(1, 1), shift=None, residual=None):
+    """Correlation of x (N, H, W, C), repeated `up` times and padded, with w (rows, columns, C, K)."""
+    n, height, width, channels = x.shape
+    rows, columns, _, outputs = w.shape
+    tall, wide = height * up[0], width * up[1]
+    out_height = (tall + pad[0] + pad[1] - rows) // stride[0] + 1
+    out_width = (wide + pad[2] + pad[3] - columns) // stride[1] + 1
+    y = np.empty((n, out_height, out_width, outputs))
+    for image, i, j, k in np.ndindex(y.shape):
+        total = b[k]
+        for r, s, c in np.ndindex(rows, columns, channels):
+            row, column = i * stride[0] + r - pad[0], j * stride[1] + s - pad[2]
+            if 0 <= row < tall and 0 <= column < wide:
+                total += x[image, row // up[0], column // up[1], c] * w[r, s, c, k]
+        total += 0 if shift is None else shift[image, k]
+        y[image, i, j, k] = total + (0 if residual is None else residual[image, i, j, k])
+    return y
+
+
+def norm(x, gamma, beta, *, groups, eps, activated, modulation=None):
+    """GroupNorm of x (N, H, W, C); `modulation` (N, 2 C) holds gain and shift."""
+    n, height, width, channels = x.shape
+    size = channels // groups
+    y = np.empty(x.shape)
+    for image, group in np.ndindex(n, groups):
+        inside = [(i, j, group * size + c) for i, j, c in np.ndindex(height, width, size)]
+        values = [x[image, i, j, c] for i, j, c in inside]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + eps)
+        for i, j, c in inside:
+            v = gamma[c] * (x[image, i, j, c] - mean) / deviation + beta[c]
+            if modulation is not None:
+                v = (1 + modulation[image, c]) * v + modulation[image, channels + c]
+            y[image, i, j, c] = silu(v) if activated else v
+    return y
+
+
+def attention(qkv, heads):
+    """Softmax attention of qkv (N, L, 3 C), and the logarithm of every row's sum of exponentials."""
+    n, length, width = qkv.shape
+    size = width // 3 // heads
+    y, log_sums = np.zeros((n, length, width // 3)), np.empty((n, heads, length))
+    for image, head, i in np.ndindex(n, heads, length):
+        q, k, v = ([row[(part * heads + head) * size :][:size] for row in qkv[image]] for part in range(3))
+        scores = [sum(a * b for a, b in zip(q[i], k[j], strict=True)) / math.sqrt(size) for j in range(length)]
+        total = sum(math.exp(score - max(scores)) for score in scores)
+        log_sums[image, head, i] = max(scores) + math.log(total)
+        for j, c in np.ndindex(length, size):
+            y[image, i, head * size + c] += math.exp(scores[j] - max(scores)) / total * v[j][c]
+    return y, log_sums
+
+
+def dropout(x, *, rate, seed, step, first_block, first_sample=0, stream=8):
+    """Every image of x (N, ...) is a row of the noise law; value j has word j % 4 of block first_block + j // 4."""
+    y = np.zeros(x.shape)
+    for row, (values, kept) in enumerate(zip(x.reshape(len(x), -1), y.reshape(len(x), -1), strict=True)):
+        for j, value in enumerate(values):
+            at = {"seed": seed, "stream": stream, "step": step, "row": first_sample + row}
+            if words(first_block + j // 4, **at)[j % 4] >= rate * 2**32:
+                kept[j] = value / (1 - rate)
+    return y
 
 
 def adamw(state, gradient, *, step, rate, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.01, clip=math.inf, ema=0.0):

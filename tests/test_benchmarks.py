@@ -38,6 +38,11 @@ SIZES = {
     "train-default-10": (10, (50,)),
     "train-default-1000": (1000, (50,)),
     "train-default-8192": (8192, (50,)),
+    "similarity-4096x128": (4096, (128,)),
+    "reshape-1000000x128": (1_000_000, (128,)),
+    "standardise-1000000x128": (1_000_000, (128,)),
+    "shaped-1000000x128": (1_000_000, (128,)),
+    "posterior-1000x10000x64": (1000, (64,)),
 }
 
 
@@ -50,7 +55,7 @@ def test_the_table_only_grows():
 def test_a_case_counts_its_work(case):
     assert case.kind in cases.KINDS
     assert case.bytes >= 4 * case.values > 0
-    assert case.normals >= case.values
+    assert case.normals >= case.values or case.kind in ("similarity", "reshape", "standardise", "posterior")
     assert (case.operations > 0) == (case.kind != "normals")
     if case.net:
         net = cases.network(fd, case)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
-from fastdiff.backends import AdamW, TrainingDraws
-from fastdiff.kernels.cpu import jit, mlp, noise, optim, step
+from fastdiff.backends import AdamW, RowMap, TrainingDraws
+from fastdiff.kernels.cpu import covariance, gemm, jit, mlp, noise, optim, posterior, step
 from fastdiff.noise import round_keys
 
 N = 64
@@ -42,6 +42,9 @@ def hot_kernels():
     slots, t = arrays(N, N, dtype=I64)
     p, g, m, v, a = arrays(N, N, N, N, N)
     silu = layer(mlp.SILU, mlp.SCALED)
+    lane = np.ones(posterior.TILE, F32)
+    columns, squares = arrays(9 * posterior.TILE, 4 * posterior.TILE)
+    fused = ["multiply and add"] if gemm.host_width() else ["multiply", "add"]
     return {
         "Philox": (noise._words, (N, 0, np.uint64(0), N, False, 0, 0, keys, words), ["multiply words"]),
         "Box-Muller": (noise._pair, (N, words[0], words[1], x, out), ["multiply", "add", "root"]),
@@ -61,7 +64,19 @@ def hot_kernels():
             (N, silu, arena, arena[:N], table, 2 * N, slots, t, arena, params),
             ["multiply", "add", "divide"],
         ),
+        "similarity": (covariance.similarity_range, (0, 1, x, out, N), ["multiply", "add"]),
+        "standardised rows": (covariance._standardise, (1, x, N, out, kept, drawn), ["multiply"]),
         "sums of tiles": (mlp.collect_tile, (True, g, p, arena, t, slots, v, 0), ["add"]),
+        "squared distances": (
+            posterior._distances,
+            (4, posterior.TILE, columns, lane, np.ones(36, F32), 9, squares),
+            fused,
+        ),
+        "weights": (
+            posterior._weigh,
+            (4, posterior.TILE, squares, lane, lane.copy(), lane.copy(), lane.copy()),
+            ["multiply", "add"],
+        ),
         "AdamW": (optim.adamw_range, (0, N, p, g, m, v, a, np.ones(8, F32)), ["multiply", "add", "divide", "root"]),
     }  # fmt: skip
 
@@ -72,6 +87,7 @@ X86 = {
     "divide": r"\bv?divps\b.*{}",
     "root": r"\bv?sqrtps\b.*{}",
     "multiply words": r"\bv?pmuludq\b.*{}",
+    "multiply and add": r"\bvfn?m(add|sub)(132|213|231)ps\b.*{}",
 }
 ARM = {
     "multiply": r"\bfmul(\.4s|\s+v\d+\.4s)",
@@ -79,6 +95,7 @@ ARM = {
     "divide": r"\bfdiv(\.4s|\s+v\d+\.4s)",
     "root": r"\bfsqrt(\.4s|\s+v\d+\.4s)",
     "multiply words": r"\bumull2?(\.2d|\s+v\d+\.2d)",
+    "multiply and add": r"\bfml[as](\.4s|\s+v\d+\.4s)",
 }
 
 
@@ -131,6 +148,20 @@ def test_a_warm_training_step_allocates_no_arrays(make):
     assert peak_of(train) < SMALL
 
 
+def test_a_warm_map_of_rows_allocates_no_arrays():
+    be = fd.get_backend("cpu", threads=2)
+    v, x, out = arrays((20, 60), (3000, 40), (3000, 40))
+    similarities = np.empty((20, 60, 60), F32)
+    plan = RowMap(scale=np.ones(40), left=np.ones((40, 7)), right=np.ones((7, 40)), standardise=True)
+
+    def work():
+        be.similarity(v, similarities)
+        be.map_rows(x, out, plan)
+        be.mapped_normal(out, plan, seed=0, stream=0, step=0, first_sample=0)
+
+    assert peak_of(work) < SMALL
+
+
 def test_a_warm_sampling_loop_allocates_no_arrays():
     net = fd.MLP.tutorial(50, T=100)
     be = fd.get_backend("cpu", threads=2)
@@ -163,7 +194,23 @@ def test_a_warm_sampling_loop_allocates_no_arrays():
     assert fused < 2 * SMALL
 
 
+def test_a_warm_exact_denoiser_allocates_no_arrays():
+    """Nothing of the size of the states (60 KB), nor of the data (60 KB) or of their differences."""
+    rng = np.random.default_rng(0)
+    schedule = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    be = fd.get_backend("cpu", threads=2)
+    x = rng.normal(size=(300, 50)).astype(F32)
+    law = rng.normal(size=50), np.eye(50)
+    for denoiser in (
+        fd.denoisers.Gaussian(*law, schedule),
+        fd.denoisers.Mixture([0.5, 0.5], [law[0]] * 2, [law[1]] * 2, schedule),
+        fd.denoisers.Empirical(x, schedule),
+    ):
+        evaluate = denoiser.evaluator(be)
+        assert peak_of(lambda evaluate=evaluate: evaluate(x, 60)) < SMALL
+
+
 def test_the_cache_knows_all_kernel_sources():
     """Numba compares a stamp of the one file; ours is of all of them, so an inlined function counts as well."""
-    for kernel in (noise._pair, step.step_range, mlp.chain_range, optim.adamw_range):
+    for kernel in (noise._pair, step.step_range, mlp.chain_range, optim.adamw_range, posterior.blend_range):
         assert kernel._cache._cache_file._source_stamp == jit._sources_digest()

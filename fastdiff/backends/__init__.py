@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int
+from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device
 
 log = logging.getLogger("fastdiff")
 
@@ -287,6 +287,24 @@ class Backend(Protocol):
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         """Change parameters, moments and their moving average by one step; return the gradient's norm."""
 
+    def mlp_train_step(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        draws: TrainingDraws,
+        step: int,
+        batch: int,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        """Do `mlp_train_gradient`, then `adamw`; return the loss and the gradient's norm.
+
+        Where one of them is not finite nothing but `grads` is changed, and the norm is not finite.
+        """
+
 
 def available_backends() -> list[str]:
     """Return the names of the backends that work on this machine, the reference first."""
@@ -362,3 +380,22 @@ def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, 
     if kernels is not None and name != "cuda":
         raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
     return _shared(name, threads, check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"]))
+
+
+def backend_for(backend: str | Backend, **arrays: Any) -> Backend:
+    """Return the backend for arguments that may be arrays on a GPU: of those, "auto" is "cuda".
+
+    Raises
+    ------
+    ArgumentError
+        An array on a GPU, for a backend of the host.
+    BackendError
+        As of `get_backend`.
+    """
+    on_device = [name for name, array in arrays.items() if is_on_device(array)]
+    be = get_backend("cuda" if on_device and isinstance(backend, str) and backend == "auto" else backend)
+    if on_device and be.name != "cuda":
+        raise ArgumentError(
+            on_device[0], "an array on a GPU", f"backend='cuda' with it, or a NumPy array for {be.name!r}"
+        )
+    return be

@@ -21,15 +21,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError
 from fastdiff.noise import Stream, round_keys
 
 try:
+    from fastdiff.backends.cpu_layers import CpuLayers
+    from fastdiff.kernels.cpu import covariance as covariance_kernels
     from fastdiff.kernels.cpu import mlp as mlp_kernels
     from fastdiff.kernels.cpu import noise as noise_kernels
     from fastdiff.kernels.cpu import optim as optim_kernels
+    from fastdiff.kernels.cpu import posterior as posterior_kernels
     from fastdiff.kernels.cpu import step as step_kernels
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("fastdiff"):
@@ -43,6 +46,7 @@ FEW = 7  # samples: a chain of so few runs sample by sample
 # Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
 MIN_PIECE = 1 << 16
 MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
+FRESH_PIECE = 1 << 20  # at most, of a new result: two huge pages of 2 MB
 
 
 class Workers:
@@ -222,7 +226,32 @@ class _MLPSpace:
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
 
 
-class CpuBackend:
+class _MapSpace:
+    """A map of rows in float32, and what the kernels need besides, made once."""
+
+    def __init__(self, plan: RowMap, threads: int) -> None:
+        n, k = plan.shape
+        products = 0 if plan.left is None else 1 if plan.right is None else 2
+        r = len(plan.right) if plan.left is not None and plan.right is not None else 0
+        self.n, self.sizes = n, (n, k, r, products, plan.standardise)
+        self.tile = rows = covariance_kernels.tile_rows(n, k, products > 0)
+        self.parts = tuple(
+            np.array([] if part is None else part, np.float32).reshape(-1)
+            for part in (plan.scale, plan.left, plan.right, plan.offset)
+        )
+        # The middle of two products, a tile of squares, sums of rows, and the weights that make means of them.
+        sizes = (rows * r, rows * k, rows, k) if plan.standardise else (rows * r, 0, 0, 0)
+        self.work = [tuple(np.full(size, 1 / max(1, k), np.float32) for size in sizes) for _ in range(threads)]
+        self._drawn: list[Array] = []
+
+    def drawn(self) -> list[Array]:
+        """Room for a tile of normals, for each worker."""
+        while len(self._drawn) < len(self.work):
+            self._drawn.append(np.empty(self.tile * self.n, np.float32))
+        return self._drawn
+
+
+class CpuBackend(CpuLayers):
     """Numba kernels on the CPU, float32.
 
     Parameters
@@ -238,8 +267,10 @@ class CpuBackend:
         self._workers = Workers(self.threads)
         self._spaces = [_Workspace() for _ in range(self.threads)]
         self._networks: weakref.WeakKeyDictionary[MLPPlan, _MLPSpace] = weakref.WeakKeyDictionary()
+        self._maps: weakref.WeakKeyDictionary[RowMap, _MapSpace] = weakref.WeakKeyDictionary()
         self._lanes = [np.empty(optim_kernels.LANES) for _ in range(self.threads)]
         self._sums, self._scalars = np.empty(0), np.empty(8, np.float32)
+        self._arenas = [np.empty(posterior_kernels.LANES, np.float32) for _ in range(self.threads)]
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
         return CpuBackend, (self.threads,)
@@ -485,11 +516,88 @@ class CpuBackend:
             )
         return float(total[0] / (batch * plan.layers[-1].outputs))
 
-    similarity = NumpyBackend.similarity  # TODO kernels
-    map_rows = NumpyBackend.map_rows
-    mapped_normal = NumpyBackend.mapped_normal
-    posterior_mean = NumpyBackend.posterior_mean
-    blend = NumpyBackend.blend
+    def similarity(self, v: Array, out: Array) -> None:
+        flat, flat_out, n = v.reshape(-1), out.reshape(-1), max(1, v.shape[1])
+
+        def body(worker: int, start: int, stop: int) -> None:
+            del worker
+            covariance_kernels.similarity_range(start, stop, flat, flat_out, n)
+
+        with self._workers.lock:
+            self._workers.run(body, flat.size, max(1, self._grain(flat_out.size) // n))
+
+    def _grain(self, values: int) -> int:
+        """Values in a piece of a result that may be fresh memory: threads should not be on one page of it at once."""
+        return max(MIN_PIECE, min(FRESH_PIECE, values // (8 * self.threads)))
+
+    def _row_map(self, plan: RowMap) -> _MapSpace:
+        space = self._maps.get(plan)
+        if space is None:
+            space = self._maps[plan] = _MapSpace(plan, self.threads)
+        return space
+
+    def _run_tiles(self, body: Body, space: _MapSpace, out: Array) -> None:
+        """Call `body` over the tiles of a map's result."""
+        if out.size:
+            tiles, values = -(-len(out) // space.tile), space.tile * max(space.sizes[:2])
+            self._workers.run(body, tiles, max(1, self._grain(out.size) // values))
+
+    def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
+        flat, flat_out = x.reshape(-1), out.reshape(-1)
+        with self._workers.lock:
+            space = self._row_map(plan)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                covariance_kernels.map_range(
+                    start, stop, space.tile, flat, flat_out, *space.sizes, space.parts, space.work[worker]
+                )
+
+            self._run_tiles(body, space, out)
+
+    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+        with self._workers.lock:
+            space = self._row_map(plan)
+            drawn = space.drawn()
+
+            def body(worker: int, start: int, stop: int) -> None:
+                covariance_kernels.mapped_normal_range(
+                    start, stop, space.tile, drawn[worker], flat, *space.sizes, space.parts, space.work[worker],
+                    first, step, int(stream), keys, *self._spaces[worker].noise,
+                )  # fmt: skip
+
+            self._run_tiles(body, space, out)
+
+    def posterior_mean(
+        self,
+        x: Array,
+        data: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        log_sum: Array,
+    ) -> None:
+        k, (m, d) = posterior_kernels, x.shape
+        flat = x.reshape(-1), data.reshape(-1), np.array([-signal, -0.5 / noise**2], np.float32), out.reshape(-1)
+        rows = min(k.TILE, -(-m // (self.threads * k.LANES)) * k.LANES)  # the bits are the same in any tile
+        with self._workers.lock:
+            if len(self._arenas[0]) < k.arena_size(d):
+                self._arenas = [np.empty(k.arena_size(d), np.float32) for _ in range(self.threads)]
+
+            def body(worker: int, start: int, stop: int) -> None:
+                k.posterior_mean_range(start, stop, rows, *flat, log_sum, d, self._arenas[worker])
+
+            self._workers.run(body, -(-m // max(rows, 1)), 1)
+
+    def blend(self, out: Array, state: Array, parts: Array, residuals: Array, constant: float) -> None:
+        k, (m, d), r = posterior_kernels, out.shape, residuals.shape[1]
+        flat = out.reshape(-1), state.reshape(-1), parts.reshape(-1), residuals.reshape(-1)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            k.blend_range(start, stop, *flat, d, r, np.float32(constant), self._arenas[worker][: k.LANES])
+
+        with self._workers.lock:
+            self._workers.run(body, m, max(1, MIN_PIECE // (d + r)))
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         o = options
@@ -518,3 +626,5 @@ class CpuBackend:
                 MIN_LIGHT_PIECE,
             )
         return norm
+
+    mlp_train_step = NumpyBackend.mlp_train_step

@@ -6,76 +6,35 @@ with respect to ``y``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, MLPPlan, Row, RowMap, TrainingDraws
+from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws
+from fastdiff.backends.numpy_layers import (
+    NumpyLayers,
+    activate,
+    activate_backward,
+    embedding_backward,
+    linear,
+    linear_backward,
+    modulate,
+    modulate_backward,
+    squared_error,
+)
 from fastdiff.noise import Stream
 
 Array = npt.NDArray[Any]
 Saved = tuple[Array, Array, Array, Array]
 
 
-def linear(x: Array, w: Array, b: Array) -> Array:
-    """Return y = x W + b for x (n, in), W (in, out), b (out,)."""
-    return x @ w + b
+POSTERIOR_VALUES = 1 << 18  # differences of states and data that are held at once
 
 
-def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Return dx = dy W^T, dW = x^T dy and db, the column sums of dy."""
-    return dy @ w.T, x.T @ dy, dy.sum(axis=0)
-
-
-def activate(v: Array, kind: Activation) -> Array:
-    """Return LeakyReLU max(v, 0.01 v), SiLU v / (1 + exp(-v)), or v itself."""
-    if kind == "leaky_relu":
-        return np.where(v > 0, v, v.dtype.type(LEAKY_SLOPE) * v)
-    return v * _sigmoid(v) if kind == "silu" else v
-
-
-def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
-    """Return dv; for SiLU with g = 1 / (1 + exp(-v)) it is dy g (1 + v (1 - g))."""
-    if kind == "leaky_relu":
-        return np.where(v > 0, dy, v.dtype.type(LEAKY_SLOPE) * dy)
-    if kind == "silu":
-        g = _sigmoid(v)
-        dy = dy * g * (1 + v * (1 - g))
-    return dy
-
-
-def _sigmoid(v: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(-v) = inf gives the right 0
-        gate: Array = 1 / (1 + np.exp(-v))
-    return gate
-
-
-def modulate(u: Array, gain: Array, shift: Array) -> Array:
-    """Return (1 + gain) u + shift."""
-    return (1 + gain) * u + shift
-
-
-def modulate_backward(dv: Array, u: Array, gain: Array) -> tuple[Array, Array, Array]:
-    """Return du = dv (1 + gain), dgain = dv u and dshift = dv."""
-    return dv * (1 + gain), dv * u, dv
-
-
-def embedding_backward(drows: Array, t: Array, rows: int) -> Array:
-    """Return the gradient (rows, width) of a table whose rows t were taken: the sums of `drows` over equal t."""
-    dtable = np.zeros((rows, drows.shape[1]), drows.dtype)
-    np.add.at(dtable, t, drows)
-    return dtable
-
-
-def squared_error(y: Array, target: Array) -> tuple[float, Array]:
-    """Return the mean of (y - target)^2 over all entries, and its gradient dy = 2 (y - target) / size."""
-    difference = y - target
-    return float(np.mean(np.square(difference, dtype=np.float64))), difference * y.dtype.type(2 / y.size)
-
-
-class NumpyBackend:
+class NumpyBackend(NumpyLayers):
     """Plain NumPy. Arrays are ``numpy.ndarray``; float64 input is computed in float64."""
 
     name = "numpy"
@@ -188,7 +147,9 @@ class NumpyBackend:
             self.sampler_step(x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample)
 
     def similarity(self, v: Array, out: Array) -> None:
-        np.exp(-np.square(v[:, :, None] - v[:, None, :]), out=out)
+        with np.errstate(over="ignore"):  # exp(-inf) is the right 0
+            np.subtract(v[:, :, None], v[:, None, :], out=out)
+            np.exp(np.negative(np.square(out, out=out), out=out), out=out)
 
     def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
         real = x.dtype.type
@@ -201,14 +162,13 @@ class NumpyBackend:
         if plan.offset is not None:
             y += plan.offset.astype(real)
         if plan.standardise:
+            y -= y[:, :1].copy()  # the mean of a constant row need not be its value; of zeros it is
             y -= y.mean(axis=1, keepdims=True)
             deviation = np.sqrt(np.mean(np.square(y), axis=1, keepdims=True))
             y /= np.where(deviation > 0, deviation, real(1))
         out[...] = y
 
-    def mapped_normal(
-        self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int
-    ) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
         z = np.empty((len(out), plan.shape[0]), out.dtype)
         self.normal(z, seed=seed, stream=stream, step=step, first_sample=first_sample)
         self.map_rows(z, out, plan)
@@ -223,12 +183,19 @@ class NumpyBackend:
         log_sum: Array,
     ) -> None:
         real = x.dtype.type
-        state = np.empty((len(x), 2), real)
-        out[...], state[...] = 0, (-np.inf, 0)
-        signal, noise = (levels.astype(real)[:, None] for levels in (signal, noise))
-        for row in data:
-            self.blend(out, state, np.broadcast_to(row, x.shape), (x - signal * row) / noise, 0.0)
-        log_sum[...] = state[:, 0] + np.log(state[:, 1])
+        signal, noise = (levels.astype(real)[:, None, None] for levels in (signal, noise))
+        top, total = np.full((len(x), 1), -np.inf, real), np.zeros((len(x), 1), real)
+        out[...] = 0
+        rows = max(1, POSTERIOR_VALUES // max(1, x.size))
+        for first in range(0, len(data), rows):
+            part = data[first : first + rows]
+            exponents = real(-0.5) * np.square((x[:, None] - signal * part) / noise).sum(axis=2)
+            before, top = top, np.maximum(top, exponents.max(axis=1, keepdims=True))
+            weights, keep = np.exp(exponents - top), np.exp(before - top)
+            out[...] = keep * out + weights @ part
+            total = keep * total + weights.sum(axis=1, keepdims=True)
+        out /= total
+        log_sum[...] = (top + np.log(total))[:, 0]
 
     def blend(self, out: Array, state: Array, parts: Array, residuals: Array, constant: float) -> None:
         real = out.dtype.type
@@ -253,6 +220,22 @@ class NumpyBackend:
         params -= real(o.rate / o.correction1) * (m / denominator)
         average += real(1 - o.ema) * (params - average)
         return norm
+
+    def mlp_train_step(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        draws: TrainingDraws,
+        step: int,
+        batch: int,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        loss = self.mlp_train_gradient(plan, params, draws, step, batch, grads)
+        return loss, self.adamw(params, grads, m, v, average, options) if math.isfinite(loss) else math.nan
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise
-from fastdiff.backends import Activation, Backend, DenseLayer, MLPPlan, TimeMode, get_backend
+from fastdiff.backends import Activation, Backend, DenseLayer, MLPPlan, TimeMode, backend_for
 from fastdiff.errors import (
     ArgumentError,
     check_array,
@@ -27,6 +27,7 @@ from fastdiff.noise import Stream
 TIME_FEATURES = 32
 MAX_PERIOD = 10_000.0
 MAX_WIDTH = 1 << 16
+KINDS = ("modulated", "tutorial")
 TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
 
 
@@ -164,7 +165,8 @@ class MLP:
         """Draw the weights anew from the network's seed."""
         for tensor, (name, view) in enumerate(self.params.items()):
             if self.kind == "modulated" and (name.startswith("time.") or name == f"layers.{len(self.hidden)}.weight"):
-                continue  # starts at zero: no modulation, and the best constant guess at the noise
+                view[...] = 0  # no modulation, and the best constant guess at the noise
+                continue
             fan_in = self.layout.shapes[name.replace("bias", "weight")][0]
             draw = np.empty((1, view.size))
             at = {"seed": self.seed, "stream": Stream.WEIGHTS, "step": 0, "first_sample": tensor}
@@ -202,7 +204,7 @@ class MLP:
         """
         if labels is not None:
             raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-        be = get_backend(backend)
+        be = backend_for(backend, x=x, t=t, flat=flat)
         if self.dtype == np.float64 and be.name != "numpy":
             raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
         on_device = is_on_device(x)
@@ -235,7 +237,7 @@ class MLP:
             shown = sorted(map(str, config)) if isinstance(config, Mapping) else type(config).__name__
             raise ArgumentError("network", str(shown), f"the keys {sorted(keys)}")
         self = cls.__new__(cls)
-        kind = check_choice("kind", config["kind"], ["modulated", "tutorial"])
+        kind = check_choice("kind", config["kind"], KINDS)
         hidden = config["hidden"]
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
             raise ArgumentError("hidden", repr(hidden), "a list of layer widths, empty for the tutorial network")

@@ -90,7 +90,7 @@ def cos_sin_turn(w):
 
 
 @kernel
-def _round(c0, c1, c2, c3, k0, k1):
+def philox_round(c0, c1, c2, c3, k0, k1):
     """One round of Philox4x32 in the low halves of 64-bit lanes, which is how the products come; the high halves
     hold what the masks drop."""
     product0, product1 = M0 * (c0 & LOW), M1 * (c2 & LOW)
@@ -125,16 +125,16 @@ def _words(count, first_block, first_row, run, along_rows, step, stream, keys, w
         within = np.uint64(i) - past * length
         row = (first_row + (within if along_rows else past)) | tag
         c0, c1, c2, c3 = block + (past if along_rows else within), step, row, row >> SHIFT
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k2, k3)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k4, k5)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k6, k7)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k8, k9)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k10, k11)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k12, k13)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k14, k15)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k16, k17)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k18, k19)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k2, k3)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k4, k5)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k6, k7)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k8, k9)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k10, k11)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k12, k13)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k14, k15)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k16, k17)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k18, k19)
         w0[i] = U(c0)
         w1[i] = U(c1)
         w2[i] = U(c2)

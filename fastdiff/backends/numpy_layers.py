@@ -1,0 +1,303 @@
+"""The reference formulas of layers: element functions, and every operation of image networks.
+
+Forward and backward stand side by side. For a scalar loss, ``dy`` is the gradient of the loss with respect to ``y``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import noise as law
+from fastdiff.backends import LEAKY_SLOPE, Activation
+from fastdiff.backends.layers import Conv
+from fastdiff.noise import Stream
+
+Array = npt.NDArray[Any]
+
+
+def linear(x: Array, w: Array, b: Array) -> Array:
+    """Return y = x W + b for x (n, in), W (in, out), b (out,)."""
+    return x @ w + b
+
+
+def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Return dx = dy W^T, dW = x^T dy and db, the column sums of dy."""
+    return dy @ w.T, x.T @ dy, dy.sum(axis=0)
+
+
+def activate(v: Array, kind: Activation) -> Array:
+    """Return LeakyReLU max(v, 0.01 v), SiLU v / (1 + exp(-v)), or v itself."""
+    if kind == "leaky_relu":
+        return np.where(v > 0, v, v.dtype.type(LEAKY_SLOPE) * v)
+    return v * _sigmoid(v) if kind == "silu" else v
+
+
+def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
+    """Return dv; for SiLU with g = 1 / (1 + exp(-v)) it is dy g (1 + v (1 - g))."""
+    if kind == "leaky_relu":
+        return np.where(v > 0, dy, v.dtype.type(LEAKY_SLOPE) * dy)
+    if kind == "silu":
+        g = _sigmoid(v)
+        dy = dy * g * (1 + v * (1 - g))
+    return dy
+
+
+def _sigmoid(v: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-v) = inf gives the right 0
+        gate: Array = 1 / (1 + np.exp(-v))
+    return gate
+
+
+def modulate(u: Array, gain: Array, shift: Array) -> Array:
+    """Return (1 + gain) u + shift."""
+    return (1 + gain) * u + shift
+
+
+def modulate_backward(dv: Array, u: Array, gain: Array) -> tuple[Array, Array, Array]:
+    """Return du = dv (1 + gain), dgain = dv u and dshift = dv."""
+    return dv * (1 + gain), dv * u, dv
+
+
+def embedding_backward(drows: Array, t: Array, rows: int) -> Array:
+    """Return the gradient (rows, width) of a table whose rows t were taken: the sums of `drows` over equal t."""
+    dtable = np.zeros((rows, drows.shape[1]), drows.dtype)
+    np.add.at(dtable, t, drows)
+    return dtable
+
+
+def squared_error(y: Array, target: Array) -> tuple[float, Array]:
+    """Return the mean of (y - target)^2 over all entries, NaN of none, and its gradient dy = 2 (y - target) / size."""
+    difference = y - target
+    if y.size == 0:
+        return math.nan, difference
+    return float(np.mean(np.square(difference, dtype=np.float64))), difference * y.dtype.type(2 / y.size)
+
+
+def _store(gradient: Array, out: Array, add: bool) -> None:
+    out[...] = out + gradient if add else gradient
+
+
+class NumpyLayers:
+    """The layers of `LayerBackend` in plain NumPy, float32 or float64."""
+
+    def conv(
+        self,
+        geometry: Conv,
+        x: Array,
+        w: Array,
+        b: Array,
+        out: Array,
+        *,
+        shift: Array | None = None,
+        residual: Array | None = None,
+    ) -> None:
+        """A sum over the taps (r, s) of matrix products: y = sum X_rs w_rs + b, X_rs being the pixels under a tap."""
+        padded = _padded(geometry, x)
+        y = np.zeros(out.shape, out.dtype)
+        for tap, window in _taps(geometry, out.shape):
+            y += padded[window] @ w[tap]
+        y += b
+        if shift is not None:
+            y += shift[:, None, None]
+        if residual is not None:
+            y += residual
+        out[...] = y
+
+    def conv_backward(
+        self,
+        geometry: Conv,
+        dy: Array,
+        x: Array,
+        w: Array,
+        dx: Array | None,
+        dw: Array,
+        db: Array,
+        *,
+        dshift: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        """Every tap is linear: dw_rs = X_rs^T dy, and dX_rs += dy w_rs^T.
+
+        b is added to every pixel and `shift` to every pixel of an image, so theirs are sums of dy over those. The
+        padding of X has no gradient, and a value of x that is repeated takes the sum over its copies.
+        """
+        padded = _padded(geometry, x)
+        dpadded = np.zeros_like(padded)
+        rows = dy.reshape(-1, dy.shape[-1])
+        for tap, window in _taps(geometry, dy.shape):
+            dw[tap] = padded[window].reshape(len(rows), -1).T @ rows
+            dpadded[window] += dy @ w[tap].T
+        db[...] = rows.sum(axis=0)
+        if dshift is not None:
+            dshift[...] = dy.sum(axis=(1, 2))
+        if dx is not None:
+            n, height, width, channels = x.shape
+            (up, across), (top, _, left, _) = geometry.up, geometry.pad
+            inner = dpadded[:, top : top + height * up, left : left + width * across]
+            _store(inner.reshape(n, height, up, width, across, channels).sum(axis=(2, 4)), dx, add)
+
+    def norm(
+        self,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        out: Array,
+        stats: Array,
+        *,
+        groups: int,
+        eps: float,
+        silu: bool,
+        modulation: Array | None = None,
+    ) -> None:
+        """u = gamma (x - mean) / sqrt(variance + eps) + beta, v = (1 + gain) u + shift, y = SiLU(v)."""
+        grouped = _grouped(x, groups)
+        mean = grouped.mean(axis=(1, 3))
+        variance = np.square(grouped - mean[:, None, :, None]).mean(axis=(1, 3))
+        stats[..., 0], stats[..., 1] = mean, 1 / np.sqrt(variance + x.dtype.type(eps))
+        v = _normalised(x, stats) * gamma + beta
+        if modulation is not None:
+            v = modulate(v, *_gain_and_shift(modulation))
+        out[...] = activate(v, "silu") if silu else v
+
+    def norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        groups: int,
+        silu: bool,
+        modulation: Array | None = None,
+        dmodulation: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        """With h = (x - mean) r and r = 1 / sqrt(variance + eps), <.> being the mean over the m values of a group:
+
+        dmean / dx_j = 1 / m and dr / dx_j = -r^2 h_j / m, so dx = r (dh - <dh> - h <dh h>).
+        """
+        h = _normalised(x, stats)
+        u = h * gamma + beta
+        gain, shift = (np.zeros(1, x.dtype),) * 2 if modulation is None else _gain_and_shift(modulation)
+        dv = activate_backward(dy, modulate(u, gain, shift), "silu") if silu else dy
+        du, dgain, dshift = modulate_backward(dv, u, gain)
+        if dmodulation is not None:
+            dmodulation[...] = np.hstack([dgain.sum(axis=(1, 2)), dshift.sum(axis=(1, 2))])
+        dgamma[...] = (du * h).sum(axis=(0, 1, 2))
+        dbeta[...] = du.sum(axis=(0, 1, 2))
+        dh, h = _grouped(du * gamma, groups), _grouped(h, groups)
+        dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
+        _store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
+
+    def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
+        """S = q k^T / sqrt(d), P = exp(S - log sum exp S), y = P v, for every head of width d."""
+        q, k, v, scale = _heads(qkv, heads)
+        scores = q @ k.swapaxes(2, 3) * scale
+        top = scores.max(axis=-1, keepdims=True)
+        log_sums[...] = (top + np.log(np.exp(scores - top).sum(axis=-1, keepdims=True)))[..., 0]
+        out[...] = (np.exp(scores - log_sums[..., None]) @ v).swapaxes(1, 2).reshape(out.shape)
+
+    def attention_backward(
+        self, dy: Array, qkv: Array, out: Array, log_sums: Array, dqkv: Array, *, heads: int
+    ) -> None:
+        """dv = P^T dy, dP = dy v^T, dS = P (dP - sum over the row of P dP), dq = dS k / sqrt(d), dk = dS^T q / sqrt(d).
+
+        The sum over the row of P dP is that over the channels of dy y, because y = P v.
+        """
+        q, k, v, scale = _heads(qkv, heads)
+        shape = (*out.shape[:2], heads, -1)
+        dout, y = dy.reshape(shape).swapaxes(1, 2), out.reshape(shape).swapaxes(1, 2)
+        p = np.exp(q @ k.swapaxes(2, 3) * scale - log_sums[..., None])
+        ds = p * (dout @ v.swapaxes(2, 3) - (dout * y).sum(axis=-1, keepdims=True)) * scale
+        parts = [ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout]
+        dqkv[...] = np.concatenate([part.swapaxes(1, 2).reshape(out.shape) for part in parts], axis=-1)
+
+    def silu(self, x: Array, out: Array) -> None:
+        out[...] = activate(x, "silu")
+
+    def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        _store(activate_backward(dy, x, "silu"), dx, add)
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        np.add(a, b, out=out)
+
+    def concatenate(self, a: Array, b: Array, out: Array) -> None:
+        np.concatenate([a, b], axis=-1, out=out)
+
+    def split(self, x: Array, a: Array, b: Array, *, add: bool = False) -> None:
+        _store(x[..., : a.shape[-1]], a, add)
+        b[...] = x[..., a.shape[-1] :]
+
+    def take(self, table: Array, index: Array, out: Array, *, add: bool = False) -> None:
+        _store(table[index], out, add)
+
+    def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
+        dtable[...] = embedding_backward(dy, index, len(dtable))
+
+    def dropout(
+        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
+    ) -> None:
+        values = x.reshape(len(x), -1)
+        rows = np.arange(first_sample, first_sample + len(x), dtype=np.uint64)[:, None]
+        blocks = np.arange(first_block, first_block - (-values.shape[1] // 4), dtype=np.uint32)
+        low = (rows & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        high = (rows >> np.uint64(32)).astype(np.uint32) | np.uint32(Stream.DROPOUT << 24)
+        words = law.philox(blocks, np.full_like(blocks, step), low, high, law.round_keys(seed))
+        kept = np.stack(words, axis=-1).reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
+        out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
+
+    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
+        loss, dy[...] = squared_error(y, target)
+        return np.array([loss])
+
+
+def _padded(geometry: Conv, x: Array) -> Array:
+    """x with its rows and columns repeated and zeros around."""
+    top, bottom, left, right = geometry.pad
+    x = x.repeat(geometry.up[0], axis=1).repeat(geometry.up[1], axis=2)
+    n, height, width, channels = x.shape
+    padded = np.zeros((n, top + height + bottom, left + width + right, channels), x.dtype)
+    padded[:, top : top + height, left : left + width] = x
+    return padded
+
+
+def _taps(geometry: Conv, shape: tuple[int, ...]) -> list[tuple[tuple[int, int], tuple[slice, ...]]]:
+    """For every tap of the kernel, the pixels under it when the output has this shape."""
+    _, height, width, _ = shape
+    down, across = geometry.stride
+    return [
+        ((r, s), (slice(None), slice(r, r + height * down, down), slice(s, s + width * across, across)))
+        for r in range(geometry.kernel[0])
+        for s in range(geometry.kernel[1])
+    ]
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """(N, pixels, groups, channels of a group)."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height * width, groups, channels // groups)
+
+
+def _normalised(x: Array, stats: Array) -> Array:
+    mean, scale = stats[:, None, :, 0, None], stats[:, None, :, 1, None]
+    return ((_grouped(x, stats.shape[1]) - mean) * scale).reshape(x.shape)
+
+
+def _gain_and_shift(modulation: Array) -> tuple[Array, Array]:
+    gain, shift = np.split(modulation[:, None, None], 2, axis=-1)
+    return gain, shift
+
+
+def _heads(qkv: Array, heads: int) -> tuple[Array, Array, Array, Any]:
+    """q, k and v (N, heads, L, d), and 1 / sqrt(d)."""
+    n, length, width = qkv.shape
+    q, k, v = qkv.reshape(n, length, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4)
+    return q, k, v, qkv.dtype.type(1 / math.sqrt(q.shape[-1]))

@@ -1,0 +1,436 @@
+"""Layers of image networks: recorded once for a batch size, run many times in one arena.
+
+A network is written as calls of a `Program`. They compute nothing: each records an operation, forward and backward
+side by side, and returns the `Value` that it makes. `Program.plan` then places every array in the arena, from the
+operation that makes it to the last one that needs it, in the backward pass too; a run allocates nothing. The
+operations themselves, with their formulas, are those of `LayerBackend`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from bisect import insort
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import Array, Backend
+from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.nn.params import ALIGNMENT
+
+MAX_PROGRAMS = 8  # kept for each backend
+
+
+class _Block:
+    """A place in the arena, in use at the times start .. stop."""
+
+    def __init__(self, shape: tuple[int, ...], start: int) -> None:
+        self.size = -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        self.start = self.stop = start
+        self.offset = 0
+
+
+class Value:
+    """An array of a program, and its gradient.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    trained : bool
+        Whether it depends on parameters, and so has a gradient.
+    data, grad : array or None
+        Set when memory is placed, or at a run for parameters and what is given.
+    """
+
+    def __init__(self, shape: tuple[int, ...], trained: bool = True) -> None:
+        self.shape, self.trained = shape, trained
+        self.data: Array = None
+        self.grad: Array = None
+        self.block: _Block | None = None
+        self.grad_block: _Block | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return self.shape[-1]
+
+
+@dataclass
+class _Operation:
+    """What one call recorded.
+
+    Attributes
+    ----------
+    forward : callable
+        ``forward(be)`` fills `makes`, the first of which is the result.
+    backward : callable or None
+        ``backward(be, add)`` fills the gradients of `fresh` and fills or, with `add`, adds to that of `source`.
+    needs : tuple of Value
+        Whose data the backward pass reads.
+    through : Value or None
+        A term of the result: its gradient is the result's own.
+    in_place : bool
+        Whether the gradient of `source` may take the place of the result's.
+    """
+
+    forward: Callable[[LayerBackend], None]
+    backward: Callable[[LayerBackend, bool], None] | None
+    makes: tuple[Value, ...]
+    reads: tuple[Value, ...]
+    needs: tuple[Value, ...] = ()
+    source: Value | None = None
+    fresh: tuple[Value, ...] = ()
+    through: Value | None = None
+    in_place: bool = False
+    add: bool = field(default=False, init=False)
+    add_through: bool = field(default=False, init=False)
+
+
+class Program:
+    """The operations of a network on n images.
+
+    Parameters
+    ----------
+    n : int
+        Number of images.
+    training : bool
+        Whether a backward pass follows; without it dropout is left out.
+
+    Attributes
+    ----------
+    parameters : dict of str to tuple of int
+        Shapes of the tensors that the operations use, in the order of their first use.
+    size : int
+        Values in the arena, once planned.
+    """
+
+    def __init__(self, n: int, training: bool) -> None:
+        self.n, self.training = n, training
+        self.parameters: dict[str, tuple[int, ...]] = {}
+        self.size = 0
+        self._operations: list[_Operation] = []
+        self._tensors: dict[str, Value] = {}
+        self._given: dict[str, Value] = {}
+        self._blocks: list[_Block] = []
+        self._values: list[Value] = []
+        self._dropped = 0  # blocks of the noise law that dropout has used, for each image
+        self._draw: dict[str, int] = {}
+
+    def given(self, name: str, shape: tuple[int, ...]) -> Value:
+        """Return an array that every run is given under a name."""
+        self._given[name] = value = Value(shape, trained=False)
+        return value
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        """Return a tensor of the network."""
+        self.parameters[name] = shape
+        self._tensors[name] = value = Value(shape)
+        return value
+
+    def _record(self, operation: _Operation) -> Value:
+        self._operations.append(operation)
+        return operation.makes[0]
+
+    def conv(
+        self,
+        name: str,
+        x: Value,
+        outputs: int,
+        geometry: Conv = Conv(),  # noqa: B008 - immutable
+        *,
+        shift: Value | None = None,
+        residual: Value | None = None,
+    ) -> Value:
+        """Record a convolution, or a linear layer; `shift` has one row an image."""
+        w = self.parameter(f"{name}.weight", (*geometry.kernel, x.width, outputs))
+        b = self.parameter(f"{name}.bias", (outputs,))
+        y = Value((self.n, *geometry.size(*x.shape[1:3]), outputs))
+
+        def forward(be: LayerBackend) -> None:
+            be.conv(geometry, x.data, w.data, b.data, y.data, shift=_rows(shift), residual=residual and residual.data)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.conv_backward(
+                geometry, y.grad, x.data, w.data, x.grad, w.grad, b.grad, dshift=_rows(shift, "grad"), add=add
+            )
+
+        parts = tuple(value for value in (shift, residual) if value is not None)
+        fresh = () if shift is None else (shift,)
+        return self._record(_Operation(forward, backward, (y,), (x, *parts), (x,), x, fresh, residual))
+
+    def norm(
+        self, name: str, x: Value, *, groups: int, eps: float, silu: bool, modulation: Value | None = None
+    ) -> Value:
+        """Record GroupNorm; `modulation` has one row (gain, shift) an image."""
+        gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
+        y, stats = Value(x.shape), Value((self.n, groups, 2))
+
+        def forward(be: LayerBackend) -> None:
+            be.norm(
+                x.data, gamma.data, beta.data, y.data, stats.data,
+                groups=groups, eps=eps, silu=silu, modulation=_rows(modulation),
+            )  # fmt: skip
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.norm_backward(
+                y.grad, x.data, gamma.data, beta.data, stats.data, x.grad, gamma.grad, beta.grad, groups=groups,
+                silu=silu, modulation=_rows(modulation), dmodulation=_rows(modulation, "grad"), add=add,
+            )  # fmt: skip
+
+        parts = () if modulation is None else (modulation,)
+        return self._record(
+            _Operation(forward, backward, (y, stats), (x, *parts), (x, stats, *parts), x, parts, in_place=True)
+        )
+
+    def attention(self, qkv: Value, heads: int) -> Value:
+        """Record self-attention over the pixels of an image."""
+        n, height, width, channels = qkv.shape
+        y = Value((n, height, width, channels // 3))
+        log_sums = Value((n, heads, height * width))
+
+        def pixels(array: Array) -> Array:
+            return array.reshape(n, height * width, array.shape[-1])
+
+        def forward(be: LayerBackend) -> None:
+            be.attention(pixels(qkv.data), pixels(y.data), log_sums.data, heads=heads)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            dy, dqkv = pixels(y.grad), pixels(qkv.grad)
+            be.attention_backward(dy, pixels(qkv.data), pixels(y.data), log_sums.data, dqkv, heads=heads)
+
+        return self._record(
+            _Operation(forward, backward, (y, log_sums), (qkv,), (qkv, y, log_sums), fresh=(qkv,))
+        )  # fmt: skip
+
+    def silu(self, x: Value) -> Value:
+        """Record SiLU."""
+        y = Value(x.shape)
+        return self._record(
+            _Operation(
+                lambda be: be.silu(x.data, y.data),
+                lambda be, add: be.silu_backward(y.grad, x.data, x.grad, add=add),
+                (y,), (x,), (x,), x,
+            )
+        )  # fmt: skip
+
+    def concatenate(self, a: Value, b: Value) -> Value:
+        """Record the channels of a, then those of b; whatever else uses them has been recorded before."""
+        y = Value((*a.shape[:-1], a.width + b.width))
+        return self._record(
+            _Operation(
+                lambda be: be.concatenate(a.data, b.data, y.data),
+                lambda be, add: be.split(y.grad, a.grad, b.grad),
+                (y,), (a, b), fresh=(a, b),
+            )
+        )  # fmt: skip
+
+    def take(self, table: Value, index: Value) -> Value:
+        """Record the rows of a table that an image's index names, as (n, 1, 1, width)."""
+        y = Value((self.n, 1, 1, table.width), table.trained)
+        return self._record(
+            _Operation(
+                lambda be: be.take(table.data, index.data, _rows(y)),
+                (lambda be, add: be.take_backward(_rows(y, "grad"), index.data, table.grad)) if table.trained else None,
+                (y,), (table, index),
+            )
+        )  # fmt: skip
+
+    def dropout(self, x: Value, rate: float) -> Value:
+        """Record dropout, in a training program with a rate; its rows of the noise law are positions in the batch."""
+        first, values = self._dropped, math.prod(x.shape[1:])
+        self._dropped += -(-values // 4)
+        if not self.training or rate == 0:
+            return x
+        y = Value(x.shape)
+        at: dict[str, Any] = {"rate": rate, "first_block": first}
+        return self._record(
+            _Operation(
+                lambda be: be.dropout(x.data, y.data, **at, **self._draw),
+                lambda be, add: be.dropout(y.grad, x.grad, **at, **self._draw),
+                (y,), (x,), fresh=(x,),
+            )
+        )  # fmt: skip
+
+    def resize(self, x: Value, height: int, width: int) -> Value:
+        """Record x with rows and columns cut off at the end, or zeros there."""
+        if x.shape[1:3] == (height, width):
+            return x
+        y = Value((self.n, height, width, x.width), x.trained)
+        inside = (slice(None), slice(min(height, x.shape[1])), slice(min(width, x.shape[2])))
+
+        def copy(source: Array, target: Array) -> None:
+            target[...] = 0
+            target[inside] = source[inside]
+
+        return self._record(
+            _Operation(
+                lambda be: copy(x.data, y.data),
+                (lambda be, add: copy(y.grad, x.grad)) if x.trained else None,
+                (y,), (x,), fresh=(x,) if x.trained else (),
+            )
+        )  # fmt: skip
+
+    def plan(self) -> None:
+        """Decide the place of every array; the last value recorded is the result.
+
+        Operation i of F runs forward at time i and backward at time 2 F - i; at time F the caller has the result, and
+        fills its gradient. The gradient of a value is filled by the last operation that uses it and added to by those
+        before, so it lives from the former's backward pass to that of the value's own operation.
+        """
+        end = len(self._operations)
+        for time, operation in enumerate(self._operations):
+            for value in operation.makes:
+                self._place(value, time)
+            _use(operation.reads, time)
+        self.output = self._operations[-1].makes[0]
+        _use((self.output,), end)
+        if self.training:
+            self.output.grad_block = self._block(self.output.shape, end)
+            for time, operation in enumerate(reversed(self._operations), end + 1):
+                if operation.backward is not None:
+                    self._plan_backward(operation, time)
+        self.size = _arrange(self._blocks)
+
+    def _plan_backward(self, operation: _Operation, time: int) -> None:
+        block = operation.makes[0].grad_block
+        assert block is not None
+        block.stop = time
+        _use(operation.needs, time)
+        for value in operation.fresh:
+            assert value.grad_block is None
+            value.grad_block = self._block(value.shape, time)
+        source, through = operation.source, operation.through
+        if source is not None and source.trained:
+            operation.add = source.grad_block is not None
+            if source.grad_block is None:
+                source.grad_block = block if operation.in_place else self._block(source.shape, time)
+            source.grad_block.stop = time
+        if through is not None:
+            operation.add_through = through.grad_block is not None
+            if through.grad_block is None:
+                through.grad_block = block  # nothing needs the result's gradient any more
+            through.grad_block.stop = time
+
+    def _place(self, value: Value, time: int) -> None:
+        value.block = self._block(value.shape, time)
+        self._values.append(value)
+
+    def _block(self, shape: tuple[int, ...], time: int) -> _Block:
+        self._blocks.append(_Block(shape, time))
+        return self._blocks[-1]
+
+    def lay(self, arena: Array) -> None:
+        """Give every value its part of a flat buffer of `size` values."""
+        for value in self._values:
+            for name, block in (("data", value.block), ("grad", value.grad_block)):
+                if block is not None:
+                    part = arena[block.offset : block.offset + math.prod(value.shape)]
+                    setattr(value, name, part.reshape(value.shape))
+
+    def run(
+        self,
+        be: LayerBackend,
+        params: Mapping[str, Array],
+        given: Mapping[str, Array],
+        grads: Mapping[str, Array] | None = None,
+        target: Array | None = None,
+        **draw: int,
+    ) -> Array:
+        """Return the result, which stays valid until the next run in the arena.
+
+        With `grads` and `target`, fill the former with the gradients of the mean squared error and return that, as
+        an array of one value; `draw` then holds seed, step and first_sample of dropout.
+        """
+        self._draw = draw
+        for name, value in self._given.items():
+            value.data = given[name]
+        for name, value in self._tensors.items():
+            value.data, value.grad = params[name], None if grads is None else grads[name]
+        for operation in self._operations:
+            operation.forward(be)
+        result = self.output.data
+        if grads is not None:
+            result = be.squared_error(self.output.data, target, self.output.grad)
+            for operation in reversed(self._operations):
+                if operation.backward is not None:
+                    operation.backward(be, operation.add)
+                if operation.add_through and operation.through is not None:
+                    be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
+        for value in (*self._given.values(), *self._tensors.values()):
+            value.data = value.grad = None  # they are the caller's
+        return result
+
+
+def _rows(value: Value | None, which: str = "data") -> Array:
+    """Data or gradient of a value as rows (n, width)."""
+    array = None if value is None else getattr(value, which)
+    return None if array is None else array.reshape(len(array), -1)
+
+
+def _use(values: tuple[Value, ...], time: int) -> None:
+    for value in values:
+        if value.block is not None:
+            value.block.stop = time
+
+
+def _arrange(blocks: list[_Block]) -> int:
+    """Give every block an offset such that no two overlap in memory and time, large ones first; return the size."""
+    placed: list[_Block] = []
+    for block in sorted(blocks, key=lambda block: -block.size):
+        for other in placed:  # from low to high offsets: the first gap that is wide enough
+            if other.start <= block.stop and block.start <= other.stop:
+                if other.offset - block.offset >= block.size:
+                    break
+                block.offset = max(block.offset, other.offset + other.size)
+        insort(placed, block, key=lambda block: block.offset)
+    return max((block.offset + block.size for block in placed), default=0)
+
+
+class Workspace:
+    """The programs of one network, and for each backend the arena that they share. A copy of it is empty."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._spaces: weakref.WeakKeyDictionary[Backend, tuple[Array, dict[Any, Program]]] = (
+            weakref.WeakKeyDictionary()
+        )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return Workspace, ()
+
+    def program(
+        self, be: LayerBackend, n: int, training: bool, dtype: npt.DTypeLike, write: Callable[[Program], Any]
+    ) -> Program:
+        """Return the program for n images, which `write` records if there is none; hold the lock until it has run."""
+        arena, programs = self._spaces.get(be, (None, {}))
+        program = programs.get((n, training))
+        if program is not None:
+            return program
+        program = Program(n, training)
+        write(program)
+        program.plan()
+        if arena is None or len(arena) < program.size:
+            programs = {}
+            self._spaces[be] = None, programs
+            arena = None  # the old one goes before the new one comes
+            arena = _aligned(be, program.size, dtype)
+        elif len(programs) == MAX_PROGRAMS:
+            programs.pop(next(iter(programs)))
+        program.lay(arena)
+        programs[n, training] = program
+        self._spaces[be] = arena, programs
+        return program
+
+
+def _aligned(be: Backend, size: int, dtype: npt.DTypeLike) -> Array:
+    """An array of `size` values that starts on a cache line, where the backend's memory is the host's."""
+    array = be.empty((size + ALIGNMENT,), dtype)
+    start = 0
+    if isinstance(array, np.ndarray):
+        start = -array.ctypes.data // array.itemsize % ALIGNMENT
+    return array[start : start + size]

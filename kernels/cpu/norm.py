@@ -1,0 +1,220 @@
+"""GroupNorm with modulation and SiLU: statistics in two passes over an image in cache, and one pass for the output.
+
+An image is read as rows of some pixels times all channels, so that the inner loops are long and run over contiguous
+memory; what belongs to a channel (mean, scale, shift) is repeated to the length of such a row. Rows are summed in
+float32 for a few rows and in float64 beyond, always in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.mlp import sigmoid
+
+ROW = 1024  # values, or the channels of one pixel if they are more
+RUN = 32  # rows summed in float32
+LANES = 6  # rows of scratch
+
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@kernel
+def _repeat(values, count, row):
+    """The first values times `count`."""
+    n = len(values)
+    for p in range(count):
+        part = row[p * n : (p + 1) * n]
+        for j in range(n):
+            part[j] = values[j]
+
+
+@kernel
+def _fold(lanes, totals):
+    """totals[c] += the lanes of channel c, which become 0."""
+    channels = len(totals)
+    for p in range(len(lanes) // channels):
+        part = lanes[p * channels : (p + 1) * channels]
+        for c in range(channels):
+            totals[c] += np.float64(part[c])
+    lanes[:] = ZERO
+
+
+@kernel
+def _moments(image, length, mean, squares, lanes, totals):
+    """totals[c] = the sum of image - mean over the pixels of channel c, or of its square."""
+    totals[:] = 0.0
+    lanes[:] = ZERO
+    run = 0
+    for at in range(0, len(image), length):
+        row = image[at : min(at + length, len(image))]
+        if squares:
+            for i in range(len(row)):
+                d = row[i] - mean[i]
+                lanes[i] += d * d
+        else:
+            for i in range(len(row)):
+                lanes[i] += row[i]
+        run += 1
+        if run == RUN:
+            _fold(lanes, totals)
+            run = 0
+    _fold(lanes, totals)
+
+
+@kernel
+def _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels):
+    """Rows 0, 1 and 2 of the scratch: v = (x - mean) scale + shift for image n, before SiLU."""
+    mean, scale, shift = rows[0, :channels], rows[1, :channels], rows[2, :channels]
+    size = channels // groups
+    for c in range(channels):
+        at = 2 * (n * groups + c // size)
+        mean[c] = stats[at]
+        scale[c], shift[c] = stats[at + 1] * gamma[c], beta[c]
+    if len(modulation) > 0:
+        gain = modulation[2 * n * channels : (2 * n + 1) * channels]
+        added = modulation[(2 * n + 1) * channels : (2 * n + 2) * channels]
+        for c in range(channels):
+            scale[c] = scale[c] * (ONE + gain[c])
+            shift[c] = shift[c] * (ONE + gain[c]) + added[c]
+    for k in range(3):
+        _repeat(rows[k, :channels], repeats - 1, rows[k, channels:])
+
+
+@kernel
+def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, groups, eps, silu, rows, totals):
+    """Images start ... stop - 1; x, out, stats and modulation (may be empty) are flat."""
+    channels = len(gamma)
+    size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
+    length = repeats * channels
+    count = np.float64(pixels * size)
+    for n in range(start, stop):
+        image = x[n * pixels * channels : (n + 1) * pixels * channels]
+        lanes, mean = rows[3, :length], rows[0, :length]
+        _moments(image, length, mean, False, lanes, totals)
+        for g in range(groups):
+            total = 0.0
+            for c in range(g * size, (g + 1) * size):
+                total += totals[c]
+            value = np.float32(total / count)
+            stats[2 * (n * groups + g)] = value
+            for c in range(g * size, (g + 1) * size):
+                mean[c] = value
+        _repeat(mean[:channels], repeats - 1, mean[channels:])
+        _moments(image, length, mean, True, lanes, totals)
+        for g in range(groups):
+            total = 0.0
+            for c in range(g * size, (g + 1) * size):
+                total += totals[c]
+            stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(total / count + eps))
+        _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+        scale, shift = rows[1, :length], rows[2, :length]
+        to = out[n * pixels * channels : (n + 1) * pixels * channels]
+        for at in range(0, len(image), length):
+            end = min(at + length, len(image))
+            row, y = image[at:end], to[at:end]
+            if silu:
+                for i in range(len(row)):
+                    v = (row[i] - mean[i]) * scale[i] + shift[i]
+                    y[i] = v * sigmoid(v)
+            else:
+                for i in range(len(row)):
+                    y[i] = (row[i] - mean[i]) * scale[i] + shift[i]
+
+
+@kernel
+def norm_backward_range(
+    start, stop, dy, x, gamma, beta, stats, modulation, dx, sums, pixels, groups, silu, add, rows, totals, dv
+):  # fmt: skip
+    """Images start ... stop - 1; sums[n] (2, channels) takes the sums of dv and dv (x - mean) r over the pixels.
+
+    dv has room for an image; totals is (2, channels). dx may be dy unless `add`.
+    """
+    channels = len(gamma)
+    size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
+    length, whole = repeats * channels, pixels * channels
+    count = np.float64(pixels * size)
+    for n in range(start, stop):
+        image, above = x[n * whole : (n + 1) * whole], dy[n * whole : (n + 1) * whole]
+        _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+        mean, scale, shift = rows[0, :length], rows[1, :length], rows[2, :length]
+        first, second = rows[3, :length], rows[4, :length]
+        first[:] = ZERO
+        second[:] = ZERO
+        totals[:] = 0.0
+        run = 0
+        for at in range(0, whole, length):
+            end = min(at + length, whole)
+            row, d, to = image[at:end], above[at:end], dv[at:end]
+            if silu:
+                for i in range(len(row)):
+                    v = (row[i] - mean[i]) * scale[i] + shift[i]
+                    g = sigmoid(v)
+                    to[i] = d[i] * g * (ONE + v * (ONE - g))
+            else:
+                for i in range(len(row)):
+                    to[i] = d[i]
+            for i in range(len(row)):
+                first[i] += to[i]
+                second[i] += to[i] * (row[i] - mean[i])
+            run += 1
+            if run == RUN:
+                _fold(first, totals[0])
+                _fold(second, totals[1])
+                run = 0
+        _fold(first, totals[0])
+        _fold(second, totals[1])
+        # dx = r (dh - <dh> - h <dh h>) with dh = dv scale / r: factors of dv (row 1 as it is), of x - mean, and 1.
+        own, by_mean, constant = sums[2 * n * channels : 2 * (n + 1) * channels], rows[2], rows[5]
+        for g in range(groups):
+            r = np.float64(stats[2 * (n * groups + g) + 1])
+            of_dh, of_dhh = 0.0, 0.0
+            for c in range(g * size, (g + 1) * size):
+                totals[1, c] *= r
+                own[c], own[channels + c] = np.float32(totals[0, c]), np.float32(totals[1, c])
+                of_dh += np.float64(scale[c]) * totals[0, c]
+                of_dhh += np.float64(scale[c]) * totals[1, c]
+            for c in range(g * size, (g + 1) * size):
+                constant[c] = np.float32(-of_dh / count)
+                by_mean[c] = np.float32(-of_dhh * r / count)
+        _repeat(by_mean[:channels], repeats - 1, by_mean[channels:])
+        _repeat(constant[:channels], repeats - 1, constant[channels:])
+        to = dx[n * whole : (n + 1) * whole]
+        for at in range(0, whole, length):
+            end = min(at + length, whole)
+            row, d, out = image[at:end], dv[at:end], to[at:end]
+            if add:
+                for i in range(len(row)):
+                    out[i] += (d[i] * scale[i] + (row[i] - mean[i]) * by_mean[i]) + constant[i]
+            else:
+                for i in range(len(row)):
+                    out[i] = (d[i] * scale[i] + (row[i] - mean[i]) * by_mean[i]) + constant[i]
+
+
+@kernel
+def collect_norm(sums, gamma, beta, modulation, dgamma, dbeta, dmodulation):
+    """Gradients from the sums (n, 2, channels) of `norm_backward_range`, image by image.
+
+    With h = (x - mean) r and u = gamma h + beta: dgain = sum of dv u, dshift = sum of dv, and du = (1 + gain) dv.
+    """
+    channels = len(gamma)
+    dgamma[:] = ZERO
+    dbeta[:] = ZERO
+    for at in range(0, len(sums), 2 * channels):
+        plain, by_h = sums[at : at + channels], sums[at + channels : at + 2 * channels]
+        if len(modulation) > 0:
+            gain = modulation[at : at + channels]
+            for c in range(channels):
+                dgamma[c] += (ONE + gain[c]) * by_h[c]
+                dbeta[c] += (ONE + gain[c]) * plain[c]
+        else:
+            for c in range(channels):
+                dgamma[c] += by_h[c]
+                dbeta[c] += plain[c]
+        if len(dmodulation) > 0:
+            dgain, dshift = dmodulation[at : at + channels], dmodulation[at + channels : at + 2 * channels]
+            for c in range(channels):
+                dgain[c] = gamma[c] * by_h[c] + beta[c] * plain[c]
+                dshift[c] = plain[c]

@@ -1,0 +1,116 @@
+"""What image networks do value by value, or row by row, besides convolutions, norms and attention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.mlp import sigmoid
+from fastdiff.kernels.cpu.noise import CHUNK, _words
+
+BLOCK = 4096  # values whose squares are summed together
+LANES = 64
+
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@kernel
+def silu_range(start, stop, x, out):
+    """Values start ... stop - 1 of out = x / (1 + exp(-x))."""
+    a, y = x[start:stop], out[start:stop]
+    for i in range(stop - start):
+        y[i] = a[i] * sigmoid(a[i])
+
+
+@kernel
+def silu_backward_range(start, stop, dy, x, dx, add):
+    """dx = dy g (1 + x (1 - g)) with g = 1 / (1 + exp(-x))."""
+    d, a, to = dy[start:stop], x[start:stop], dx[start:stop]
+    for i in range(stop - start):
+        g = sigmoid(a[i])
+        value = d[i] * g * (ONE + a[i] * (ONE - g))
+        to[i] = to[i] + value if add else value
+
+
+@kernel
+def add_range(start, stop, a, b, out):
+    """out = a + b; out may be a or b."""
+    x, y, to = a[start:stop], b[start:stop], out[start:stop]
+    for i in range(stop - start):
+        to[i] = x[i] + y[i]
+
+
+@kernel
+def copy_columns(start, stop, source, from_column, from_width, target, to_column, to_width, width, add):
+    """Rows start ... stop - 1: `width` columns of one matrix to another, both flat; with `add`, added."""
+    for row in range(start, stop):
+        a, b = row * from_width + from_column, row * to_width + to_column
+        x, y = source[a : a + width], target[b : b + width]
+        if add:
+            for j in range(width):
+                y[j] += x[j]
+        else:
+            for j in range(width):
+                y[j] = x[j]
+
+
+@kernel
+def take_rows(table, index, out, width, add):
+    """Row i of out (n, width), flat, becomes row index[i] of the table, or has it added."""
+    for i in range(len(index)):
+        x, y = table[index[i] * width : (index[i] + 1) * width], out[i * width : (i + 1) * width]
+        if add:
+            for j in range(width):
+                y[j] += x[j]
+        else:
+            for j in range(width):
+                y[j] = x[j]
+
+
+@kernel
+def take_rows_backward(dy, index, dtable, width):
+    """dtable becomes 0, and row i of dy is added to its row index[i], in the order of i."""
+    dtable[:] = ZERO
+    for i in range(len(index)):
+        x, y = dy[i * width : (i + 1) * width], dtable[index[i] * width : (index[i] + 1) * width]
+        for j in range(width):
+            y[j] += x[j]
+
+
+@kernel
+def dropout_range(start, stop, x, out, size, limit, scale, step, stream, first_block, first_row, keys, words):
+    """Images start ... stop - 1 of `size` values: value j is dropped where word j % 4 of its block is below `limit`."""
+    for n in range(start, stop):
+        for begin in range(0, size, 4 * CHUNK):
+            count = min(4 * CHUNK, size - begin)
+            blocks = (count + 3) // 4
+            row = first_row + np.uint64(n)
+            _words(blocks, first_block + begin // 4, row, CHUNK, False, step, stream, keys, words)
+            at = n * size + begin
+            for word in range(4):
+                drawn, many = words[word], (count - word + 3) // 4
+                a, y = x[at + word : at + count], out[at + word : at + count]
+                for i in range(many):
+                    kept = np.uint64(drawn[i]) >= limit
+                    y[4 * i] = a[4 * i] * scale if kept else ZERO
+
+
+@kernel
+def squared_error_range(start, stop, y, target, dy, scale, sums, lanes):
+    """Blocks start ... stop - 1: dy = (y - target) scale, sums[block] = the sum of the squares of y - target."""
+    for block in range(start, stop):
+        first, last = block * BLOCK, min(len(y), (block + 1) * BLOCK)
+        a, b, to = y[first:last], target[first:last], dy[first:last]
+        for i in range(last - first):
+            to[i] = a[i] - b[i]
+        lanes[:] = 0.0
+        for i in range(0, last - first, LANES):
+            row = to[i : min(last - first, i + LANES)]
+            for j in range(len(row)):
+                value = np.float64(row[j])
+                lanes[j] += value * value
+                row[j] = row[j] * scale
+        total = 0.0
+        for j in range(LANES):
+            total += lanes[j]
+        sums[block] = total

@@ -1,0 +1,271 @@
+"""Layers of image networks: the reference against loops, and every entry of every gradient against differences."""
+
+import naive
+import numpy as np
+import pytest
+from gradcheck import assert_gradient
+from tolerances import assert_close
+
+from fastdiff.backends import get_backend
+from fastdiff.backends.layers import Conv, LayerBackend
+
+NUMPY = get_backend("numpy")
+FLOATS = pytest.mark.parametrize("dtype", [np.float64, np.float32])
+
+
+def arrays(*shapes, seed=0, dtype=np.float64):
+    random = np.random.default_rng(seed)
+    return [random.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+def unset(*like):
+    return [np.full_like(array, np.nan) for array in like]
+
+
+def test_the_reference_has_every_layer():
+    assert isinstance(NUMPY, LayerBackend)
+
+
+# ------------------------------------------------------------------------------------------- convolution
+
+CONVS = {
+    "1x1": (Conv(), (2, 3, 2, 3)),
+    "linear": (Conv(), (3, 1, 1, 2)),
+    "3x3": (Conv((3, 3), pad=(1, 1, 1, 1)), (2, 3, 4, 2)),
+    "3x3 of one pixel": (Conv((3, 3), pad=(1, 1, 1, 1)), (1, 1, 1, 2)),
+    "stride 2": (Conv((3, 3), (2, 2), (1, 1, 1, 1)), (1, 4, 5, 2)),
+    "stride 2, odd": (Conv((3, 3), (2, 2), (1, 1, 1, 1)), (1, 3, 1, 2)),
+    "stride 2, padded below": (Conv((3, 3), (2, 2), (0, 1, 0, 1)), (2, 4, 6, 1)),
+    "stride 2, padded below, odd": (Conv((3, 3), (2, 2), (0, 1, 0, 1)), (1, 5, 3, 2)),
+    "up": (Conv((3, 3), pad=(1, 1, 1, 1), up=(2, 2)), (2, 2, 3, 2)),
+    "1-D": (Conv((1, 3), pad=(0, 0, 1, 1)), (2, 1, 5, 2)),
+    "1-D, stride 2": (Conv((1, 3), (1, 2), (0, 0, 1, 1)), (1, 1, 5, 2)),
+    "1-D, up": (Conv((1, 3), pad=(0, 0, 1, 1), up=(1, 2)), (1, 1, 3, 2)),
+}
+convs = pytest.mark.parametrize(("geometry", "shape"), CONVS.values(), ids=CONVS)
+
+
+def conv_case(geometry, shape, dtype=np.float64, outputs=3):
+    """x, w, b, shift and residual."""
+    n, height, width, channels = shape
+    size = geometry.size(height, width)
+    shapes = (*geometry.kernel, channels, outputs), (outputs,), (n, outputs), (n, *size, outputs)
+    return arrays(shape, *shapes, dtype=dtype)
+
+
+@FLOATS
+@convs
+def test_conv(geometry, shape, dtype):
+    x, w, b, shift, residual = conv_case(geometry, shape, dtype)
+    place = {"stride": geometry.stride, "pad": geometry.pad, "up": geometry.up}
+    for extra in ({}, {"shift": shift}, {"residual": residual}, {"shift": shift, "residual": residual}):
+        (out,) = unset(residual)
+        NUMPY.conv(geometry, x, w, b, out, **extra)
+        assert_close(out, naive.conv(x, w, b, **place, **extra), terms=w.size, scale=3)
+
+
+@convs
+def test_conv_backward(geometry, shape):
+    x, w, b, shift, residual = conv_case(geometry, shape)
+    out, (dy,) = np.empty_like(residual), arrays(residual.shape, seed=1)
+
+    def loss():
+        NUMPY.conv(geometry, x, w, b, out, shift=shift, residual=residual)
+        return np.sum(out * dy)
+
+    dx, dw, db, dshift = unset(x, w, b, shift)
+    NUMPY.conv_backward(geometry, dy, x, w, dx, dw, db, dshift=dshift)
+    for array, gradient in zip((x, w, b, shift, residual), (dx, dw, db, dshift, dy), strict=True):
+        assert_gradient(loss, array, gradient)
+    more, again = x.copy(), unset(w, b)
+    NUMPY.conv_backward(geometry, dy, x, w, more, *again, add=True)
+    assert_close(more, x + dx)
+    NUMPY.conv_backward(geometry, dy, x, w, None, *again)
+    assert np.array_equal(again[0], dw)
+    assert np.array_equal(again[1], db)
+
+
+# ------------------------------------------------------------------------------------------- normalisation
+
+NORMS = [((2, 2, 3, 4), 2), ((1, 1, 5, 3), 1), ((2, 3, 1, 3), 3), ((1, 1, 1, 6), 2)]
+norms = pytest.mark.parametrize(("shape", "groups"), NORMS)
+silus = pytest.mark.parametrize("silu", [False, True])
+modulated = pytest.mark.parametrize("modulates", [False, True])
+
+
+def norm_case(shape, groups, modulates, dtype=np.float64):
+    x, gamma, beta, modulation = arrays(shape, shape[-1:], shape[-1:], (shape[0], 2 * shape[-1]), dtype=dtype)
+    return x, gamma, beta, np.empty((shape[0], groups, 2), dtype), modulation if modulates else None
+
+
+@FLOATS
+@modulated
+@silus
+@norms
+def test_norm(shape, groups, silu, modulates, dtype):
+    x, gamma, beta, stats, modulation = norm_case(shape, groups, modulates, dtype)
+    x += 3
+    options = {"groups": groups, "eps": 1e-3, "modulation": modulation}
+    (out,) = unset(x)
+    NUMPY.norm(x, gamma, beta, out, stats, silu=silu, **options)
+    scale = 10 / np.sqrt(x.var(axis=(1, 2)).min() + 1e-3)  # x / deviation, before the mean is subtracted
+    assert_close(out, naive.norm(x, gamma, beta, activated=silu, **options), terms=x.size, scale=scale)
+    grouped = x.reshape(shape[0], -1, groups, shape[-1] // groups)
+    assert_close(stats[..., 0], grouped.mean(axis=(1, 3)), terms=x.size)
+    assert_close(stats[..., 1], 1 / np.sqrt(grouped.var(axis=(1, 3)) + 1e-3), terms=x.size)
+
+
+@modulated
+@silus
+@norms
+def test_norm_backward(shape, groups, silu, modulates):
+    x, gamma, beta, stats, modulation = norm_case(shape, groups, modulates)
+    out, (dy,) = np.empty_like(x), arrays(shape, seed=1)
+    options = {"groups": groups, "silu": silu, "modulation": modulation}
+
+    def loss():
+        NUMPY.norm(x, gamma, beta, out, stats, eps=0.1, **options)
+        return np.sum(out * dy)
+
+    loss()
+    saved = stats.copy()
+    dx, dgamma, dbeta = unset(x, gamma, beta)
+    dmodulation = unset(modulation)[0] if modulates else None
+    NUMPY.norm_backward(dy, x, gamma, beta, saved, dx, dgamma, dbeta, dmodulation=dmodulation, **options)
+    pairs = [(x, dx), (gamma, dgamma), (beta, dbeta), *([(modulation, dmodulation)] if modulates else [])]
+    for array, gradient in pairs:
+        assert_gradient(loss, array, gradient)
+    more, in_place, rest = x.copy(), dy.copy(), unset(gamma, beta)
+    NUMPY.norm_backward(dy, x, gamma, beta, saved, more, *rest, add=True, **options)
+    assert_close(more, x + dx)
+    NUMPY.norm_backward(in_place, x, gamma, beta, saved, in_place, *rest, **options)
+    assert np.array_equal(in_place, dx)
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+ATTENTIONS = [((2, 3, 12), 2), ((1, 1, 3), 1), ((1, 5, 6), 2), ((2, 4, 9), 1)]
+
+
+@FLOATS
+@pytest.mark.parametrize(("shape", "heads"), ATTENTIONS)
+def test_attention(shape, heads, dtype):
+    (qkv,) = arrays(shape, dtype=dtype)
+    n, length, width = shape
+    out, log_sums = unset(np.empty((n, length, width // 3), dtype), np.empty((n, heads, length), dtype))
+    NUMPY.attention(qkv, out, log_sums, heads=heads)
+    want, want_sums = naive.attention(qkv, heads)
+    assert_close(out, want, terms=length * width)
+    assert_close(log_sums, want_sums, terms=length * width, scale=4)
+
+
+@pytest.mark.parametrize(("shape", "heads"), ATTENTIONS)
+def test_attention_backward(shape, heads):
+    (qkv,) = arrays(shape)
+    n, length, width = shape
+    dy, out, log_sums = arrays((n, length, width // 3), (n, length, width // 3), (n, heads, length), seed=1)
+
+    def loss():
+        NUMPY.attention(qkv, out, log_sums, heads=heads)
+        return np.sum(out * dy)
+
+    loss()
+    (dqkv,) = unset(qkv)
+    NUMPY.attention_backward(dy, qkv, out.copy(), log_sums.copy(), dqkv, heads=heads)
+    assert_gradient(loss, qkv, dqkv)
+
+
+def test_attention_does_not_overflow():
+    qkv = np.full((1, 2, 3), 1e4, np.float32)
+    qkv[0, 1, 1] = -1e4
+    out, log_sums = np.empty((1, 2, 1), np.float32), np.empty((1, 1, 2), np.float32)
+    NUMPY.attention(qkv, out, log_sums, heads=1)
+    assert np.array_equal(out, np.full_like(out, 1e4))
+    assert np.array_equal(log_sums, np.full_like(log_sums, 1e8))
+
+
+# ------------------------------------------------------------------------------------------- the rest
+
+
+def test_silu():
+    x, dy = arrays((2, 7), (2, 7))
+    x[0] = (-800, -30, -1, 0, 1, 30, 800)
+    out, dx = unset(x, x)
+    NUMPY.silu(x, out)
+    assert_close(out, np.vectorize(naive.silu)(x), scale=0)
+    x[0] = (-50, -5, -1, 0, 1, 5, 50)
+
+    def loss():
+        NUMPY.silu(x, out)
+        return np.sum(out * dy)
+
+    NUMPY.silu_backward(dy, x, dx)
+    assert_gradient(loss, x, dx)
+    more = x.copy()
+    NUMPY.silu_backward(dy, x, more, add=True)
+    assert_close(more, x + dx)
+
+
+def test_add_concatenate_and_split():
+    a, b, c = arrays((2, 1, 3, 2), (2, 1, 3, 5), (2, 1, 3, 2))
+    total = a.copy()
+    NUMPY.add(total, c, total)
+    assert np.array_equal(total, a + c)
+    joined = np.empty((2, 1, 3, 7))
+    NUMPY.concatenate(a, b, joined)
+    assert np.array_equal(joined[..., :2], a)
+    assert np.array_equal(joined[..., 2:], b)
+    first, second = unset(a, b)
+    NUMPY.split(joined, first, second)
+    assert np.array_equal(first, a)
+    assert np.array_equal(second, b)
+    NUMPY.split(joined, first, second, add=True)
+    assert np.array_equal(first, a + a)
+    assert np.array_equal(second, b)
+
+
+def test_take():
+    table, dy = arrays((4, 3), (5, 3))
+    index = np.array([2, 0, 2, 3, 2])
+    out, dtable = unset(dy, table)
+
+    def loss():
+        NUMPY.take(table, index, out)
+        return np.sum(out * dy)
+
+    loss()
+    assert np.array_equal(out, table[index])
+    NUMPY.take_backward(dy, index, dtable)
+    assert_gradient(loss, table, dtable)
+    (more,) = arrays((5, 3), seed=2)
+    want = more + table[index]
+    NUMPY.take(table, index, more, add=True)
+    assert np.array_equal(more, want)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.7])
+@pytest.mark.parametrize("first_sample", [0, 2**32 - 2])
+def test_dropout(rate, first_sample):
+    (x,) = arrays((4, 2, 3, 3))
+    at = {"rate": rate, "seed": 2**40 + 3, "step": 7, "first_block": 11, "first_sample": first_sample}
+    (out,) = unset(x)
+    NUMPY.dropout(x, out, **at)
+    assert_close(out, naive.dropout(x, **at), scale=0)
+    assert np.count_nonzero(out) < x.size or not rate
+
+
+def test_dropout_keeps_its_share():
+    x, rate = np.ones((50, 2000)), 0.3
+    out = np.empty_like(x)
+    NUMPY.dropout(x, out, rate=rate, seed=1, step=0, first_block=0)
+    share = np.mean(out == 0)
+    assert abs(share - rate) < 5 * np.sqrt(rate * (1 - rate) / x.size)
+
+
+def test_squared_error():
+    y, target = arrays((2, 3, 1, 2), (2, 3, 1, 2))
+    (dy,) = unset(y)
+    loss = NUMPY.squared_error(y, target, dy)
+    assert loss.shape == (1,)
+    assert_close(loss, [np.mean((y - target) ** 2)])
+    assert_gradient(lambda: NUMPY.squared_error(y, target, np.empty_like(y))[0], y, dy)
