@@ -5,8 +5,8 @@ compute-sanitizer, where it is installed; and the times of our kernels, beside a
 run and, where torch is installed, beside PyTorch: as it stands, compiled, and compiled and replayed as a CUDA graph.
 
 A time is what one call takes in a row of calls that is waited for at its end, arguments and results on the device.
-All ways take turns; the table shows medians of the rounds. Forward noising, the step and the normals are compared
-with the bandwidth of the copy by the bytes that have to cross memory.
+All ways take turns; the table shows medians of the rounds. What is bound by memory, or could be, is compared with the
+bandwidth of the copy by the bytes that have to cross memory.
 
 The results go to ``results/gpu.json`` and ``.md``, unless only a part was run. Exit code 1: something failed; 2:
 there is no usable GPU.
@@ -56,6 +56,16 @@ CASES = (
     cases.BY_NAME["train-tutorial-1000"],
     cases.BY_NAME["train-tutorial-8192"],
     cases.BY_NAME["train-default-1000"],
+    cases.BY_NAME["similarity-4096x128"],
+    cases.BY_NAME["reshape-1000000x128"],
+    cases.BY_NAME["standardise-1000000x128"],
+    cases.BY_NAME["shaped-1000000x128"],
+    replace(
+        cases.BY_NAME["posterior-1000x10000x64"],
+        name="posterior-16384x10000x64",
+        title="denoiser of 10,000 x 64 data, 16,384 states",
+        n=16_384,
+    ),
 )
 # What must be reached: a share of the copy's bandwidth, and times of the ways through ours.
 WANTED: dict[str, dict[str, float]] = {
@@ -64,7 +74,7 @@ WANTED: dict[str, dict[str, float]] = {
     "chain-tutorial-1000000": {"graphs": 5.0},
     "train-tutorial-1000": {"eager": 3.0},
 }
-MEMORY_BOUND = ("normals", "forward", "step")
+MEMORY_BOUND = ("normals", "forward", "step", "similarity", "reshape", "standardise", "shaped")
 SAME = 1e-4  # largest difference of the two sides' results on the same inputs, through the largest value
 
 
@@ -90,7 +100,11 @@ def prepare(be: Any, case: cases.Case, peers: Any, twins: Any) -> Ways:
 
     `peers` is the module `gpu_peers` or None, `twins` the module with the Numba kernels or None.
     """
-    ways = {"normals": _normals, "forward": _forward, "step": _step, "chain": _chain, "training": _training}
+    ways = {
+        "normals": _normals, "forward": _forward, "step": _step, "chain": _chain, "training": _training,
+        "similarity": _similarity, "reshape": _reshape, "standardise": _reshape, "shaped": _shaped,
+        "posterior": _posterior,
+    }  # fmt: skip
     runs, units = ways[case.kind](be, case, peers, twins)
     return Ways(runs, {name: units if name == "ours" else 1 for name in runs})
 
@@ -198,6 +212,90 @@ def _training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         X = (X - X.mean()) / X.std()
         runs |= peers.training(net, X, cases.schedule(fd, case).betas, case.n)
     return runs, work.units
+
+
+def _similarity(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    del twins
+    host_v = cases.white_rows(case)
+    v, out = be.asarray(host_v), be.empty((*host_v.shape, *case.shape))
+
+    def ours() -> None:
+        be.similarity(v, out)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if peers:
+        ours()
+        theirs, wanted = peers.similarity(host_v)
+        agree(case.name, be.to_numpy(out), wanted)
+        runs |= theirs
+    return runs, 1
+
+
+def _reshape(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+    from fastdiff.backends import RowMap
+    from fastdiff.backends.cuda import CudaBackend
+
+    standardise = case.kind == "standardise"
+    host_x, plan = cases.white_rows(case), RowMap(left=cases.shape_of_noise(fd, case).matrix, standardise=standardise)
+    x, out = be.asarray(host_x), be.empty(host_x.shape)
+
+    def ours() -> None:
+        be.map_rows(x, out, plan)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if twins and not standardise:
+        numba = CudaBackend(be.runtime, "numba")
+        runs["twin"] = lambda: numba.map_rows(x, out, plan)
+    if peers:
+        ours()
+        theirs, wanted = peers.reshape(host_x, plan.left, standardise)
+        agree(case.name, be.to_numpy(out), wanted)
+        runs |= theirs
+    return runs, 1
+
+
+def _shaped(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+    from fastdiff.backends import RowMap
+
+    del twins
+    plan, out = RowMap(left=cases.shape_of_noise(fd, case).matrix), be.empty((case.n, *case.shape))
+    where = {"seed": 0, "stream": fd.noise.Stream.FORWARD, "step": 0, "first_sample": 0}
+
+    def ours() -> None:
+        be.mapped_normal(out, plan, **where)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if peers:
+        ours()
+        z = be.empty(out.shape)
+        be.normal(z, **where)
+        theirs, wanted = peers.shaped(be.to_numpy(z), plan.left)
+        agree(case.name, be.to_numpy(out), wanted)
+        runs |= theirs
+    return runs, 1
+
+
+def _posterior(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    import fastdiff as fd
+
+    del twins
+    host_x, host_data, *levels = cases.posterior_of(fd, case)
+    x, data = be.asarray(host_x), be.asarray(host_data)
+    out, log_sum = be.empty(x.shape), be.empty((case.n,))
+    signal, noise = (np.full(case.n, level) for level in levels)
+
+    def ours() -> None:
+        be.posterior_mean(x, data, signal, noise, out, log_sum)
+
+    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    if peers:
+        ours()
+        theirs, wanted = peers.posterior(host_x, host_data, *levels)
+        agree(case.name, be.to_numpy(out), wanted)
+        runs |= theirs
+    return runs, 1
 
 
 # -- timing --------------------------------------------------------------------------------------------------------

@@ -84,6 +84,51 @@ def step(x: Any, out: Any, row: Any, clip: tuple[float, float], z: Any) -> tuple
     return ways(lambda: work(x, out), lambda: fast(x, out)), formula(x, out, z).cpu().numpy()
 
 
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[dict[str, Run], Any]:
+    """Return ways to do a piece of work on arrays of the device, and what it makes of them."""
+    fast = torch.compile(work)
+    return ways(lambda: work(*arguments), lambda: fast(*arguments)), work(*arguments).cpu().numpy()
+
+
+def similarity(v: Any) -> tuple[dict[str, Run], Any]:
+    """Return ways to compare the points of every curve with each other, and the result."""
+    return _timed(lambda v: torch.exp(-((v[:, :, None] - v[:, None, :]) ** 2)), device(v))
+
+
+def reshape(x: Any, matrix: Any, standardise: bool) -> tuple[dict[str, Run], Any]:
+    """Return ways to multiply rows by a matrix, and to standardise the results, and the result."""
+
+    def work(x: Any, matrix: Any) -> Any:
+        y = torch.matmul(x, matrix)
+        if standardise:
+            y = y - y.mean(1, keepdim=True)
+            y = y / y.std(1, correction=0, keepdim=True)
+        return y
+
+    return _timed(work, device(x), device(np.asarray(matrix, np.float32)))
+
+
+def shaped(z: Any, matrix: Any) -> tuple[dict[str, Run], Any]:
+    """Return ways to draw noise and to multiply it by a matrix, and the result for the given noise."""
+    z, matrix = device(z), device(np.asarray(matrix, np.float32))
+
+    def work(z: Any, matrix: Any) -> Any:
+        return torch.matmul(torch.randn_like(z), matrix)
+
+    return _timed(work, z, matrix)[0], torch.matmul(z, matrix).cpu().numpy()
+
+
+def posterior(x: Any, data: Any, signal: float, noise: float) -> tuple[dict[str, Run], Any]:
+    """Return ways to compute posterior means by products, the squares being expanded, and the result."""
+
+    def work(x: Any, data: Any) -> Any:
+        squares = (signal * signal * data.square().sum(1))[None]  # |x|^2 is the same for all rows
+        exponents = torch.addmm(squares, x, data.T, beta=-0.5 / noise**2, alpha=signal / noise**2)
+        return torch.matmul(torch.softmax(exponents, 1), data)
+
+    return _timed(work, device(x), device(data))
+
+
 def network(case: Any, weights: dict[str, Any], T: int, hidden: tuple[int, ...], features: Any) -> Any:
     """Return the network of a case with our weights, on the GPU."""
     import peer_nets
@@ -127,7 +172,7 @@ def chain(net: Any, betas: Any, n: int, width: int) -> dict[str, Run]:
 def training(net: Any, X: Any, betas: Any, batch: int) -> dict[str, Run]:
     """Return ways to take one training step: draws, noising, loss, gradient, clipping, AdamW. No loss is read."""
     X = device(X)
-    abar = (1 - torch.as_tensor(betas, dtype=torch.float64)).cumprod(0)
+    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
     signal, noise = abar.sqrt().float().to(DEVICE)[:, None], (1 - abar).sqrt().float().to(DEVICE)[:, None]
     parameters = list(net.parameters())
 

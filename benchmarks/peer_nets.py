@@ -76,7 +76,7 @@ def weights_of(net: Any) -> dict[str, Any]:
 
 def coefficients(betas: Any) -> list[tuple[int, float, float, float]]:
     """Rows (t, a, e, s) of the DDPM step x' = a x + e out + s z (Ho et al. 2020, algorithm 2), t descending."""
-    betas = torch.as_tensor(betas, dtype=torch.float64)
+    betas = torch.tensor(betas, dtype=torch.float64)
     alphas = 1 - betas
     abar = alphas.cumprod(0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
@@ -109,7 +109,7 @@ class Trainer:
 
     def __init__(self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False) -> None:
         self.net, self.X, self.batch = net, X, batch
-        abar = (1 - torch.as_tensor(betas, dtype=torch.float64)).cumprod(0)
+        abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
         self.signal, self.noise = abar.sqrt().float()[:, None], (1 - abar).sqrt().float()[:, None]
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)

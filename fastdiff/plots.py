@@ -1,4 +1,4 @@
-"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it.
+"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it, `animation` a GIF.
 
 matplotlib is imported inside the functions only, and never through pyplot: nothing global is touched, no
 window opens, and a figure drawn in a thread or on a machine without a display is the same figure. One style,
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.data import check_ending, writing
+from fastdiff import covariance
+from fastdiff.data import as_uint8, check_ending, check_pillow, to_pillow, writing
 from fastdiff.errors import ArgumentError, BackendError, check_array, check_float, check_int
 
 if TYPE_CHECKING:
@@ -362,6 +363,226 @@ def around_target(
     return figure
 
 
+def covariances(matrices: Mapping[str, npt.ArrayLike]) -> Figure:
+    """Draw matrices as heat maps, each over its spectrum: how much of it lies in how few directions.
+
+    Parameters
+    ----------
+    matrices : mapping of str to (n, n) array_like
+        Titles and symmetric matrices, of any sizes. The effective rank (entropy form) stands with the spectrum.
+    """
+    given = {title: check_array("matrices", matrix, shape=(None, None)) for title, matrix in matrices.items()}
+    if not given:
+        raise ArgumentError("matrices", "none", "at least one")
+    with _style():
+        figure = _blank(2.9 * len(given) + 0.2, 4.6)
+        top, bottom = figure.subplots(2, len(given), squeeze=False, height_ratios=(3, 2))
+        floor = 1e-6  # of the largest eigenvalue: below it there is rounding, or nothing
+        for axes, title in zip(top, given, strict=True):
+            image = axes.imshow(given[title], cmap="viridis", interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set(title=title, xticks=[], yticks=[])
+            bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+            bar.outline.set_visible(False)
+            bar.ax.tick_params(labelsize=7.5)
+        for axes, matrix in zip(bottom, given.values(), strict=True):
+            values = covariance.spectrum(matrix)
+            shown = values[values > floor * values[0]]
+            axes.semilogy(np.arange(1, len(shown) + 1), shown, color=BLUE)
+            rank = f"effective rank {covariance.effective_rank(matrix):.1f} of {len(values)}"
+            axes.set_title(rank, fontsize=9, fontweight="normal", pad=4)
+            margin = 0.015 * len(values)
+            axes.set(
+                xlabel="eigenvalue", ylim=(floor * values[0], 3 * values[0]), xlim=(1 - margin, len(values) + margin)
+            )
+            _whole_numbers(axes)
+        bottom[0].set_ylabel("size")
+    return figure
+
+
+def spectra(source: npt.ArrayLike, target: npt.ArrayLike) -> Figure:
+    """Draw the spectra of two covariances and, on the same axes, the gain that turns one into the other.
+
+    Parameters
+    ----------
+    source, target : (n, n) array_like
+        Of `covariance.reshaping`; the gain of a direction is the root of the ratio of its eigenvalues.
+    """
+    here, there = covariance.spectrum(source), covariance.spectrum(target)
+    if len(here) != len(there):
+        raise ArgumentError("target", f"size {len(there)}", f"size {len(here)}, as the source has")
+    at, shown = np.arange(1, len(here) + 1), there > 1e-10 * there[0]
+    with _figure(6.4, 3.6) as (figure, axes):
+        axes.semilogy(at, here, color=GREY, label="source")
+        axes.semilogy(at[shown], there[shown], color=BLUE, label="target")
+        gain = np.sqrt(there[shown] / here[shown])
+        axes.semilogy(at[shown], gain, color=ORANGE, linestyle="--", label="gain")
+        axes.set(title="What reshaping does to each direction", xlabel="eigenvalue", ylabel="size")
+        _whole_numbers(axes)
+        _legend(axes)
+    return figure
+
+
+def reshaped(
+    before: npt.ArrayLike, after: npt.ArrayLike, signal: npt.ArrayLike, *, rate: float | None = None
+) -> Figure:
+    """Draw curves before and after a reshaping, coloured by how far from a signal each ends.
+
+    Parameters
+    ----------
+    before, after : (m, n) array_like
+        The same curves in the same order.
+    signal : (n,) array_like
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds.
+    """
+    first = check_array("before", before, shape=(None, None))
+    last = check_array("after", after, shape=first.shape)
+    wanted = check_array("signal", signal, shape=first.shape[1:])
+    if not first.size:
+        raise ArgumentError("before", f"shape {first.shape}", "at least one curve")
+    with _style():
+        from matplotlib.collections import LineCollection
+
+        figure = _blank(7.4, 3.4)
+        panels = figure.subplots(1, 2, sharey=True)
+        x, label = _horizontal(first.shape[1], rate)
+        distance = np.sqrt(np.mean((last - wanted) ** 2, axis=1))
+        order = np.argsort(-distance)  # the nearest on top
+        for axes, curves, title in zip(panels, (first, last), ("Noise", "Reshaped noise"), strict=True):
+            lines = LineCollection(
+                [np.column_stack([x, curve]) for curve in curves[order]],
+                cmap=_blues().reversed(), linewidths=0.8, array=distance[order],
+            )  # fmt: skip
+            axes.add_collection(lines)
+            axes.plot(x, wanted, color=RED, linewidth=1.6, label="signal")
+            axes.autoscale_view()
+            axes.set(title=title, xlabel=label)
+        panels[0].set_ylabel("value")
+        _legend(panels[1])
+        bar = figure.colorbar(lines, ax=panels, pad=0.02, fraction=0.04, aspect=30)
+        bar.set_label("distance to the signal in the end")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def convergence(steps: npt.ArrayLike, distances: Mapping[str, npt.ArrayLike]) -> Figure:
+    """Draw how far samplers end from the data, against their number of steps.
+
+    Parameters
+    ----------
+    steps : (k,) array_like of int
+    distances : mapping of str to (k,) array_like
+        For each sampler, above 0: ``exact_chain(...).w2()``. NaN where a sampler cannot take so many steps.
+    """
+    at = check_array("steps", steps, shape=(None,))
+    with _figure(6.4, 3.8) as (figure, axes):
+        for (name, values), colour in zip(distances.items(), (GREY, BLUE, ORANGE, RED) * len(distances), strict=False):
+            shown = check_array(f"distances[{name!r}]", values, shape=at.shape, finite=False)
+            axes.loglog(at, shown, color=colour, marker="o", markersize=3.5, label=name)
+        axes.set(title="Exact distance to the data", xlabel="sampling steps", ylabel="2-Wasserstein distance")
+        axes.xaxis.set_major_formatter("{x:g}")
+        _legend(axes)
+    return figure
+
+
+def image_grid(
+    images: npt.ArrayLike,
+    *,
+    columns: int = 4,
+    labels: Sequence[str] | None = None,
+    title: str = "Generated pictures",
+    data_range: tuple[float, float] = (0, 255),
+) -> Figure:
+    """Draw pictures side by side, row by row; small ones enlarged by a whole number, pixel for pixel.
+
+    Parameters
+    ----------
+    images : array_like
+        (N, H, W, C) real numbers, C = 1 (gray) or 3 (RGB).
+    columns : int, optional
+        Pictures in a row.
+    labels : sequence of str, optional
+        A word above each picture.
+    title : str, optional
+        The heading.
+    data_range : pair of float, optional
+        The values of black and white; what is outside is clipped.
+    """
+    pixels = as_uint8(images, data_range=data_range)
+    columns = min(check_int("columns", columns, low=1), len(pixels))
+    if not len(pixels):
+        raise ArgumentError("images", "none", "at least one")
+    if labels is not None and len(labels) != len(pixels):
+        raise ArgumentError("labels", f"{len(labels)} words", f"one for each of {len(pixels)} pictures")
+    return _pictures(pixels, columns, title, labels or [])
+
+
+def image_trace(path: npt.ArrayLike, *, frames: int = 11, data_range: tuple[float, float] = (0, 255)) -> Figure:
+    """Draw chains from noise to picture, a row each, in frames that are evenly spaced over the steps.
+
+    Parameters
+    ----------
+    path : array_like
+        (steps + 1, n, H, W, C), noise first: a trajectory, every chain of which is drawn. Or that of one chain,
+        (steps + 1, H, W, C).
+    frames : int, optional
+        Pictures of each chain, at least 2; all of them where there are fewer.
+    data_range : pair of float, optional
+        The values of black and white; what is outside is clipped, so early frames show less contrast than they have.
+    """
+    pixels, steps = _frames(path, frames, data_range)
+    shown = np.swapaxes(pixels, 0, 1).reshape(-1, *pixels.shape[2:])
+    words = [str(step) for step in steps]
+    return _pictures(shown, len(steps), "From noise to a picture", words, caption="sampling steps done")
+
+
+def animation(
+    path: npt.ArrayLike,
+    file: str | os.PathLike[str],
+    *,
+    columns: int = 4,
+    frames: int = 50,
+    seconds: float = 4.0,
+    hold: float = 2.0,
+    data_range: tuple[float, float] = (0, 255),
+) -> None:
+    """Write chains from noise to picture as an animated GIF that repeats for ever; needs Pillow, not matplotlib.
+
+    Gray pictures keep every value; in colour each frame has the 255 colours that suit it best, and the gaps are white.
+
+    Parameters
+    ----------
+    path : array_like
+        (steps + 1, n, H, W, C), noise first: a trajectory, whose n chains run side by side. Or that of one chain,
+        (steps + 1, H, W, C).
+    file : path
+        A file name that ends in .gif. It appears whole or not at all.
+    columns : int, optional
+        Pictures in a row.
+    frames : int, optional
+        States shown, at least 2, evenly spaced over the steps; all of them where there are fewer.
+    seconds, hold : float, optional
+        Time for all frames, and how much longer the last one stands.
+    data_range : pair of float, optional
+        The values of black and white; what is outside is clipped.
+    """
+    check_pillow()
+    check_ending(file, (".gif",))
+    pixels, steps = _frames(path, frames, data_range)
+    columns = min(check_int("columns", columns, low=1), pixels.shape[1])
+    # GIF counts hundredths of a second, and many viewers take less than two of them for ten.
+    each = max(20, round(1000 * check_float("seconds", seconds, low=0, low_open=True) / len(steps)))
+    last = each + round(1000 * check_float("hold", hold, low=0, high=600))
+    scale = _enlargement(pixels.shape[2:4], columns, 96)
+    images = [_indexed(frame, columns, scale) for frame in pixels]
+    with writing(file) as out:
+        images[0].save(
+            out, format="GIF", save_all=True, append_images=images[1:], loop=0, optimize=False,
+            duration=[each] * (len(images) - 1) + [last],
+        )  # fmt: skip
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure, whole or not at all; the ending of `path` says how (.png, .pdf, .svg)."""
     check_available()
@@ -405,6 +626,94 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     with _style():
         figure = _blank(width, height)
         yield figure, figure.subplots()
+
+
+WIDTH, GAP, MARGIN = 960, 6, 24  # pixels: of a usual figure, between pictures, around them
+
+
+def _enlargement(size: Sequence[int], columns: int, most: int) -> int:
+    """The whole number by which pictures (H, W) are enlarged: to at most so many pixels, and a row to `WIDTH`."""
+    return max(1, min(most // max(size), WIDTH // (columns * size[1])))
+
+
+def _mosaic(
+    pictures: npt.NDArray[np.uint8], columns: int, scale: int, gap: tuple[int, int] = (GAP, GAP)
+) -> npt.NDArray[np.uint8]:
+    """Pictures (n, H, W, C) enlarged and laid out in rows on 255, (rows (scale H + gap) - gap, ..., C)."""
+    n, height, width, channels = pictures.shape
+    rows, high, wide = -(-n // columns), height * scale, width * scale
+    cells = np.full((rows * columns, high + gap[0], wide + gap[1], channels), 255, np.uint8)
+    cells[:n, :high, :wide] = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    grid = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
+    return grid.reshape(rows * (high + gap[0]), -1, channels)[: -gap[0], : -gap[1]]
+
+
+def _pictures(
+    pixels: npt.NDArray[np.uint8], columns: int, title: str, words: Sequence[str], caption: str | None = None
+) -> Figure:
+    """Pictures in rows, a pixel of theirs a square of whole pixels of the figure, with words above the first ones."""
+    scale = _enlargement(pixels.shape[1:3], columns, 160)
+    line = 26  # pixels of a line of words
+    gap = (GAP + line if len(words) > columns else GAP, GAP)
+    mosaic = _mosaic(pixels, columns, scale, gap)
+    height, width = mosaic.shape[:2]
+    with _style():
+        figure = _blank(1, 1)
+        figure.set_layout_engine("none")  # places are given in pixels
+        heading = figure.suptitle(title, ha="left", va="top", fontsize=10.5, fontweight="bold")
+        room = heading.get_window_extent().width
+        above = MARGIN + 34 + (line if words else 0)
+        below = MARGIN + (line if caption else 0)
+        whole_width, whole_height = max(width, int(room) + 1) + 2 * MARGIN, above + height + below
+        figure.set_size_inches(whole_width / figure.dpi, whole_height / figure.dpi)
+        heading.set_position((MARGIN / whole_width, 1 - MARGIN / whole_height))
+        axes = figure.add_axes(
+            (MARGIN / whole_width, below / whole_height, width / whole_width, height / whole_height), frameon=False
+        )
+        axes.imshow(mosaic.repeat(3 // mosaic.shape[2], axis=2), interpolation="nearest", aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        cell = (pixels.shape[1] * scale + gap[0], pixels.shape[2] * scale + gap[1])
+        for k, word in enumerate(words):
+            row, column = divmod(k, columns)
+            axes.text(
+                column * cell[1] + (cell[1] - gap[1]) / 2 - 0.5, row * cell[0] - 0.5 - GAP, word,
+                ha="center", va="bottom", fontsize=8.5,
+            )  # fmt: skip
+        if caption:
+            axes.set_xlabel(caption, loc="left")
+    return figure
+
+
+def _frames(
+    path: npt.ArrayLike, frames: int, data_range: tuple[float, float]
+) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """States of a trajectory as bytes (frames, n, H, W, C), evenly spaced, and the number of steps before each."""
+    states = check_array("path", path, min_ndim=4, finite=False)
+    if states.ndim == 4:
+        states = states[:, None]
+    if states.ndim != 5 or len(states) < 2 or not states.shape[1]:
+        raise ArgumentError("path", f"shape {states.shape}", "(steps + 1, n, H, W, C) with at least one step")
+    count = min(check_int("frames", frames, low=2), len(states))
+    steps = np.linspace(0, len(states) - 1, count).round().astype(int).tolist()
+    shown = states[steps]
+    pixels = as_uint8(shown.reshape(-1, *shown.shape[2:]), data_range=data_range, argument="path")
+    return pixels.reshape(shown.shape), steps
+
+
+def _indexed(pictures: npt.NDArray[np.uint8], columns: int, scale: int) -> Any:
+    """A mosaic as a GIF frame with at most 256 colours, 255 the white of the gaps."""
+    n, height, width, channels = pictures.shape
+    if channels == 1:
+        return to_pillow(_mosaic(pictures, columns, scale))
+    from PIL import Image
+
+    # Colours are chosen before the enlargement and without the gaps: neither changes them.
+    strip = to_pillow(pictures.reshape(n * height, width, 3)).quantize(255, Image.Quantize.MEDIANCUT, kmeans=1)
+    frame = to_pillow(_mosaic(np.asarray(strip).reshape(n, height, width, 1), columns, scale))
+    palette = strip.getpalette()[: 3 * 255]
+    frame.putpalette(palette + [0] * (3 * 255 - len(palette)) + [255] * 3)
+    return frame
 
 
 def _legend(axes: Axes) -> None:

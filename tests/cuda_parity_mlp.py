@@ -13,6 +13,7 @@ from fastdiff.backends import TrainingDraws
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.nn import MLP
+from fastdiff.nn.optim import TrainingPlan
 from fastdiff.samplers import ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -127,6 +128,38 @@ def training_gradients(be, size):
         loss = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
         assert_close(np.float32(loss), want_loss, terms=terms(net))
         compare_gradients(net, be.to_numpy(grads), want, n)
+
+
+@covers("optim", "square_sums", "finish_norm", "adamw")
+def training_steps(be, size):
+    """Gradient and optimiser in one: loss and norm come back together, and what is not finite changes nothing."""
+    n, steps, plan = BATCH[size], 3, TrainingPlan(clip_norm=0.5)
+    for net, wide in networks():
+        schedule = Schedule.cosine(net.T)
+        ones, zeros = np.ones(net.T), np.zeros(net.T)
+        data = np.random.default_rng(3).normal(size=(1003, net.points)).astype(np.float32)
+        draws = TrainingDraws(data, schedule.signal, schedule.noise, ones, zeros, seed=5)
+        want = [wide, *(np.zeros_like(wide) for _ in range(3))]
+        state, apart = ([be.asarray(column, np.float32) for column in want] for _ in range(2))
+        grads, wide_grads = be.asarray(np.zeros_like(net.flat)), np.zeros_like(wide)
+        for step in range(steps):
+            options = plan.options(step, step)
+            there = draws._replace(data=data.astype(np.float64))
+            wanted = NUMPY.mlp_train_step(net.plan, want[0], there, step, n, wide_grads, *want[1:], options)
+            got = be.mlp_train_step(net.plan, state[0], draws, step, n, grads, *state[1:], options)
+            assert [type(value) for value in got] == [float, float]
+            assert_close(np.array(got, np.float32), np.array(wanted), terms=steps * (terms(net) + n))
+            # Weights cannot be compared with NumPy's: Adam divides a gradient by its size, be it a rounding error.
+            loss = be.mlp_train_gradient(net.plan, apart[0], draws, step, n, grads)
+            assert (loss, be.adamw(apart[0], grads, *apart[1:], options)) == got, "the two in one differ"
+            for column, wanted in zip(state, apart, strict=True):
+                assert_same_bits(be.to_numpy(column), be.to_numpy(wanted))
+        before = [be.to_numpy(column) for column in state]
+        broken = draws._replace(data=np.full_like(data, np.nan))
+        loss, norm = be.mlp_train_step(net.plan, state[0], broken, 3, n, grads, *state[1:], plan.options(3, 3))
+        assert not np.isfinite([loss, norm]).any()
+        for column, wanted in zip(state, before, strict=True):
+            assert_same_bits(be.to_numpy(column), wanted)
 
 
 def compare_gradients(net, got, want, n):

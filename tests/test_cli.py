@@ -16,7 +16,7 @@ import fastdiff as fd
 from fastdiff import cli, demo
 from fastdiff.data import harmonic_curves, load_curves, save_curves
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "curves.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -170,10 +170,18 @@ def test_demo(run, monkeypatch):
 
 
 def test_example(capsys):
-    main = runpy.run_path(str(EXAMPLE))["main"]
+    main = runpy.run_path(str(EXAMPLES / "curves.py"))["main"]
     main(["-o", "pictures", "--steps", "3"])
     assert "root mean square error" in capsys.readouterr().out
     assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
+
+
+def test_the_covariance_example_draws_its_pictures(capsys):
+    runpy.run_path(str(EXAMPLES / "covariance.py"))["main"](["-o", "pictures"])
+    printed = capsys.readouterr().out
+    assert re.search(r"effective rank: noise 49\.\d, signal 3\.\d", printed)
+    assert float(re.search(r"scatter off by (\S+)", printed)[1]) < 1e-5
+    assert sorted(os.listdir("pictures")) == ["convergence.png", "curves.png", "matrices.png", "spectra.png"]
 
 
 # --------------------------------------------------------------------------------------- help

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import cuda_parity_covariance  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
 import numpy as np
 import pytest
 from cuda_parity import CHECKS, all_entries
 from host_cuda import HostRuntime, has_compiler
 
+from fastdiff.backends import cuda_mlp
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.kernels.cuda import runtime
 
@@ -55,6 +57,13 @@ def test_no_entry_hides(source):
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", runtime._read(f"{source}.cu"), flags=re.DOTALL)
     assert len(re.findall(r"\bFD_KERNEL\b", text)) == len(runtime.entries(source)) > 0
     assert "__global__" not in text
+
+
+def test_bounds_are_those_of_the_launch():
+    """More threads than an entry has promised its compiler are refused on a GPU, and nowhere else."""
+    (threads,) = re.findall(r"FD_BOUNDS\((\d+), \d+\)\s+mlp_chain\(", runtime._read("mlp.cu"))
+    assert int(threads) == cuda_mlp.THREADS
+    assert "mlp_chain" in runtime.entries("mlp")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")

@@ -9,9 +9,11 @@ from pathlib import Path
 import cuda_gate
 import pytest
 
+from fastdiff.backends.cuda_mlp import THREADS
 from fastdiff.kernels.cuda import runtime
 
 GATE = Path(cuda_gate.__file__)
+REGISTERS = 1 << 16  # of a multiprocessor, on all of these architectures
 
 LOG = """\
 ptxas info    : 0 bytes gmem
@@ -71,6 +73,9 @@ def test_every_source_passes(compiler):
     for entry in entries:
         for arch in cuda_gate.ARCHITECTURES:
             assert any(line.split()[:2] == [entry, arch] for line in done.stdout.splitlines()), (entry, arch)
+    chain = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("mlp_chain ")]
+    assert len(chain) == len(cuda_gate.ARCHITECTURES)
+    assert max(chain) * 2 * THREADS <= REGISTERS, "two blocks of mlp_chain do not fit on a multiprocessor"
 
 
 @pytest.mark.parametrize(

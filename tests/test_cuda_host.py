@@ -16,11 +16,13 @@ import zlib
 from pathlib import Path
 
 import cuda_parity
+import cuda_parity_covariance  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
 import host_cuda
 import numpy as np
 import pytest
 from cuda_parity import CHECKS
+from device_array import DeviceArray, DeviceRuntime
 from host_cuda import HostError, HostRuntime
 from tolerances import HANG_SECONDS, assert_same_bits
 
@@ -406,20 +408,6 @@ def test_train_save_load_and_sample(tmp_path):
 # ------------------------------------------------------------------------------------------- CuPy
 
 
-class DeviceArray(np.ndarray):
-    """Stands for cupy.ndarray."""
-
-    where = 0
-
-    @property
-    def data(self):
-        return types.SimpleNamespace(ptr=self.ctypes.data, device_id=self.where)
-
-    @property
-    def device(self):
-        return types.SimpleNamespace(id=self.where)
-
-
 class CUDARuntimeError(RuntimeError):
     def __init__(self, status):
         super().__init__(f"status {status}")
@@ -431,13 +419,13 @@ class OutOfMemoryError(MemoryError):
 
 
 class StandIn(types.ModuleType):
-    """What `CupyRuntime` uses of CuPy, on NumPy arrays and the host run."""
+    """What `CupyRuntime` uses of CuPy, on arrays of a pretended device and the host run."""
 
     ndarray = DeviceArray
 
     def __init__(self, driver=13000, devices=1):
         super().__init__("cupy")
-        self.host, self.compiled, self.asked = HostRuntime(), [], {}
+        self.host, self.compiled, self.most = DeviceRuntime(), [], 2**40
         api = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: driver,
@@ -473,31 +461,34 @@ class StandIn(types.ModuleType):
     def get_default_memory_pool(self):
         return types.SimpleNamespace(free_bytes=lambda: 1 << 20)
 
-    def empty(self, shape, dtype):
-        if np.prod(shape) > 2**40:
+    def _fits(self, size):
+        if size > self.most:
             raise OutOfMemoryError
-        return self.host.empty(shape, dtype).view(DeviceArray)
+
+    def empty(self, shape, dtype):
+        self._fits(math.prod(shape) if isinstance(shape, tuple) else shape)
+        return self.host.empty(shape, dtype)
 
     def zeros(self, shape, dtype):
-        return np.zeros(shape, dtype).view(DeviceArray)
+        return self.host.zeros(shape, dtype)
 
     def asarray(self, value, dtype=None):
-        return np.array(value, dtype).view(DeviceArray)
+        self._fits(np.size(value))
+        return self.host.asarray(value, dtype)
 
     def ascontiguousarray(self, value, dtype=None):
-        return np.ascontiguousarray(value, dtype).view(DeviceArray)
-
-    def from_dlpack(self, value):
-        return np.from_dlpack(value).view(DeviceArray)
+        return self.host.asarray(value, dtype)
 
     def asnumpy(self, array):
-        return np.array(array)
+        return self.host.to_numpy(array)
 
     def copyto(self, target, source, casting):
-        np.copyto(target, source, casting=casting)
+        assert casting == "no"
+        self.host.copy(target, source)
 
     def dot(self, a, b, out):
-        return np.dot(a, b, out)
+        self._fits(out.size)
+        self.host.matmul(a, b, out)
 
     def RawModule(self, *, path):
         return types.SimpleNamespace(get_function=lambda entry: StandInKernel(self, Path(path), entry))
@@ -545,7 +536,7 @@ def test_train_and_sample_through_cupy(stand_in):
     curves, samples = fd.data.harmonic_curves(30, points=10, seed=0), []
     for be in (CudaBackend(), CudaBackend(HostRuntime())):
         model = fd.Diffusion(fd.MLP(10, hidden=(16,), T=12), backend=be, seed=3)
-        samples.append(np.asarray(model.fit(curves, steps=3, batch=20, progress=False).sample(3)))
+        samples.append(be.to_numpy(model.fit(curves, steps=3, batch=20, progress=False).sample(3)))
     assert_same_bits(*samples)
 
 
@@ -606,6 +597,28 @@ def test_out_of_device_memory(stand_in):
         CudaBackend().empty((2**21, 2**21))
 
 
+def test_out_of_device_memory_wherever_some_is_needed(stand_in):
+    """Whatever allocates says how much it asked for: 1001 float32 values here, one more than there are."""
+    cupy, be = stand_in(), CudaBackend()
+    x, t = np.zeros((7, 143), np.float32), np.zeros(7, np.int64)
+    schedule, net = fd.Schedule.cosine(5), fd.MLP(143, hidden=(4,), T=5)
+    table, there = fd.samplers.ddpm(schedule), be.asarray(x)
+    cupy.most = 1000
+    for call in (
+        lambda: be.empty(x.shape),
+        lambda: be.asarray(x),
+        lambda: be.runtime.matmul(be.empty((7, 1)), be.empty((1, 143)), there),
+        lambda: fd.forward_noise(x, 3, schedule, backend=be),
+        lambda: fd.forward_noise(there, 3, schedule, backend=be),
+        lambda: fd.sample(net, table, n=7, backend=be),
+        lambda: fd.sample(lambda x, t: x, table, initial=there, backend=be),
+        lambda: be.mlp_forward(net.plan, be.asarray(net.flat[:1000]), there, be.asarray(t, np.int64)),
+        lambda: fd.Diffusion(fd.MLP(143, hidden=(), T=5), schedule, backend=be).fit(x, steps=1, progress=False),
+    ):
+        with pytest.raises(BackendError, match=r"^out of device memory on Stand-in: asked for .* a smaller batch"):
+            call()
+
+
 def test_compiler_errors_are_shown(stand_in):
     cupy = stand_in()
 
@@ -628,20 +641,11 @@ def test_foreign_arrays_are_taken_in_or_refused(stand_in):
     stand_in()
     be = CudaBackend()
     here = be.asarray(np.ones((4, 4)))
-    assert be.asarray(here) is here or be.asarray(here).ctypes.data == here.ctypes.data
+    assert be.asarray(here) is here
     assert be.asarray(here[:, ::2]).flags.c_contiguous
-
-    class Capsule:
-        def __dlpack__(self, **options):
-            return here.view(np.ndarray).__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return here.view(np.ndarray).__dlpack_device__()
-
-    assert be.asarray(Capsule()).ctypes.data == here.ctypes.data
-    elsewhere = here.copy()
-    elsewhere.where = 1
+    elsewhere = DeviceArray(np.ones((4, 4), np.float32), where=1)
     assert be.asarray(elsewhere).device.id == 0
+    assert (be.owns(here), be.owns(elsewhere), be.owns(np.ones(3))) == (True, False, False)
     at = {"seed": 0, "stream": 0, "step": 0, "first_sample": 0}
     with pytest.raises(TypeError, match="out_nd is on device 1, wants device 0"):
         be.normal(elsewhere, **at)
@@ -660,7 +664,7 @@ def test_large_shared_memory_is_announced_to_the_kernel(stand_in, monkeypatch):
     x = be.empty((1,))
     for size in (100_000, 90_000, 120_000):
         be.runtime.launch("large", "large", 1, 1, (x,), size)
-        assert x == 3
+        assert be.to_numpy(x) == 3
 
 
 def test_the_cupy_runtime_survives_pickle(stand_in):

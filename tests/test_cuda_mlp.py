@@ -444,10 +444,12 @@ def test_the_chosen_way_is_told():
     for limit in (227 * 1024, 163 * 1024, 99 * 1024, 48 * 1024):
         tile = chain_tile(plan, limit)
         assert tile is None or shared_bytes(plan, tile) <= limit
-    assert chain_plan(plan) == "one launch: 64 samples in 102 KB of shared memory, weights in the caches"
-    assert chain_plan(plan, 99 * 1024) == "one launch: 32 samples in 51 KB of shared memory, weights in the caches"
-    assert chain_plan(MLP(50, hidden=(64, 64)).plan).endswith("weights in shared memory")
-    assert chain_plan(MLP(50, hidden=(1024, 1024)).plan).startswith("layer by layer")
+    caches = "weights in the caches: their 198 KB do not fit beside"
+    assert chain_plan(plan) == f"one launch: 64 samples in 102 KB of shared memory, {caches}"
+    assert chain_plan(plan, 99 * 1024) == f"one launch: 32 samples in 51 KB of shared memory, {caches}"
+    assert chain_plan(MLP(50, hidden=(64, 64)).plan).endswith("of shared memory, weights in it")
+    wide = MLP(50, hidden=(1024, 1024)).plan
+    assert chain_plan(wide) == "layer by layer: 32 samples need 270 KB of shared memory, a block has 227 KB"
 
 
 def test_networks_leave_nothing_behind():

@@ -1,5 +1,7 @@
 """The Numba twins: the bits of NumPy in Numba's CUDA simulator, and compiled without fused operations.
 
+Maps of rows are products, and agree up to rounding.
+
 The simulator is chosen when Numba is imported, so the cases run in a process of their own: this file as a program.
 It has a thread of Python for every CUDA thread: shapes are small, odd, and blocks have a prime size.
 """
@@ -16,9 +18,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tolerances import assert_same_bits
+from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import Row, get_backend
+from fastdiff.backends import Row, RowMap, get_backend
+from fastdiff.backends.cuda_covariance import _TwinMap
 from fastdiff.noise import Stream
 
 SHAPES = [(1, 1), (3, 2), (2, 4), (5, 3), (3, 7), (2, 13), (1, 31)]
@@ -34,6 +37,8 @@ ROWS = [
 ]
 CLIPS = [None, (-0.5, 0.75)]
 TINY = np.float32(1e-41)  # a denormal
+# (rows, inputs, outputs, rank or 0): tiles of 8 rows and 32 inputs, blocks of 7 columns.
+MAPS = [(1, 1, 1, 0), (9, 5, 3, 0), (8, 33, 15, 0), (3, 7, 7, 0), (3, 7, 7, 2), (10, 4, 11, 3)]
 
 
 def data(seed, shape):
@@ -82,6 +87,28 @@ def step_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
     return count
 
 
+def map_cases(twins, to_device=np.asarray, maps=MAPS, **options):
+    """Run maps of rows against NumPy; return the number of cases."""
+    reference, count = get_backend("numpy"), 0
+    for (m, n, k, rank), offset in itertools.product(maps, (False, True)):
+        rng = np.random.default_rng(m)
+        x, left = rng.normal(size=(m, n)).astype(np.float32), rng.normal(size=(n, rank or k))
+        plan = RowMap(
+            scale=rng.normal(size=n) if n == k else None,
+            left=left,
+            right=rng.normal(size=(rank, k)) if rank else None,
+            offset=rng.normal(size=k) if offset else None,
+        )
+        want = np.empty((m, k))
+        reference.map_rows(x.astype(np.float64), want, plan)
+        got, inner = (to_device(np.full((m, width), np.nan, np.float32)) for width in (k, rank))
+        placed = _TwinMap(plan, SimpleNamespace(asarray=lambda array, dtype: to_device(array.astype(dtype))))
+        twins.map_rows(to_device(x), got, *placed.arguments, inner if rank else None, **options)
+        assert_close(to_host(got), want, terms=n + rank + 2)
+        count += 1
+    return count
+
+
 def to_host(array):
     """A device array, of CuPy or of Numba, or a NumPy array as NumPy."""
     for method in ("get", "copy_to_host"):
@@ -103,9 +130,10 @@ def program(*arguments, simulator="1"):
 def test_same_bits_in_the_simulator():
     done = program("simulate")
     assert done.returncode == 0, done.stderr
-    forward, step = map(int, done.stdout.split())
+    forward, step, maps = map(int, done.stdout.split())
     assert forward == len(SHAPES) * len(WHERE)
     assert step > len(SHAPES) * len(ROWS) * len(CLIPS)
+    assert maps == 2 * len(MAPS)
 
 
 @pytest.mark.parametrize("broken", ["draw", "noised", "apply_row"])
@@ -121,26 +149,61 @@ def simulate(broken=""):
 
     from fastdiff.kernels.cuda import numba_twins as twins
 
-    changed = {"draw": -1, "apply_row": 0}.get(broken)  # the argument that it writes to, if it returns nothing
-
     def wrong(*values):
         result = right(*values)
-        if changed is None:
-            return np.nextafter(result, np.float32(9))
-        values[changed][0] = np.nextafter(values[changed][0], np.float32(9))
+        if result is None:  # it writes to its first argument
+            values[0][0] = np.nextafter(values[0][0], np.float32(9))
+        elif isinstance(result, tuple):
+            result = (np.nextafter(result[0], np.float32(9)), *result[1:])
+        else:
+            result = np.nextafter(result, np.float32(9))
         return result
 
     if broken:
         right = getattr(twins, broken)
         setattr(twins, broken, cuda.jit(device=True)(wrong))
-    print(forward_cases(twins, threads=THREADS), step_cases(twins, threads=THREADS))  # noqa: T201
+    cases = (forward_cases, step_cases, map_cases)
+    print(*(run(twins, threads=THREADS) for run in cases))  # noqa: T201
+
+
+def test_a_launch_goes_to_the_device_of_its_arrays():
+    done = program("devices")
+    assert done.stdout.split() == ["enter", "1", "leave", "1"], done.stderr
+
+
+def devices():
+    """Run a step on an array that says it is on device 1; print which device was current then."""
+    from numba import cuda
+
+    from fastdiff.kernels.cuda import numba_twins as twins
+
+    class Array(np.ndarray):
+        device = SimpleNamespace(id=1)
+
+    class Device:
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            print("enter", self.number)  # noqa: T201
+
+        def __exit__(self, *error):
+            print("leave", self.number, *filter(None, error))  # noqa: T201
+
+    cuda.gpus = [Device(0), Device(1)]
+    where = {"seed": 0, "stream": 1, "first_sample": 0, "threads": THREADS}
+    twins.sampler_step(data(3, (3, 7)).view(Array), data(4, (3, 7)), None, ROWS[2], None, **where)
+    twins.sampler_step(data(3, (3, 7)), data(4, (3, 7)), None, ROWS[2], None, **where)
 
 
 # ------------------------------------------------------------------------------------------- compiled
 
 
 def test_products_are_never_fused():
-    """PTX needs no GPU. A product there says how it is rounded: only so nothing fuses it with an addition."""
+    """PTX needs no GPU. A product there says how it is rounded: only so nothing fuses it with an addition.
+
+    And nothing lies in local memory. In a matrix product fusing is welcome.
+    """
     for package in ("numba-cuda", "nvidia-nvvm"):
         try:
             version(package)
@@ -148,7 +211,9 @@ def test_products_are_never_fused():
             pytest.skip("compiling the Numba twins needs NVVM: pip install numba-cuda nvidia-nvvm")
     done = program("ptx", simulator="0")
     assert done.returncode == 0, done.stderr
-    kernels = done.stdout.split(".entry")[1:]
+    *kernels, product = done.stdout.split(".entry")[1:]
+    assert "fma" in product
+    assert ".local" not in product
     assert len(kernels) == 2
     for ptx in kernels:
         operations = set(re.findall(r"\b(\w+)\.((?:\w+\.)*)f32\b", ptx))
@@ -158,6 +223,7 @@ def test_products_are_never_fused():
         assert {how for name, how in operations if name in ("mul", "sqrt")} == {"rn."}
         assert not any("ftz" in how or "approx" in how for _, how in operations)
         assert ".f64" not in ptx
+        assert ".local" not in ptx
 
 
 def ptx():
@@ -172,9 +238,11 @@ def ptx():
     matrix, vector, number, word = types.float32[:, ::1], types.float32[::1], types.float32, types.uint64
     forward = (matrix, types.int64[::1], vector, vector, matrix, matrix, *[word] * 4)
     step = (*[matrix] * 3, types.UniTuple(number, 7), number, number, types.boolean, *[word] * 5)
-    for kernel, signature in ((twins.forward_noise_kernel, forward), (twins.step_kernel, step)):
+    maps = (*[matrix] * 5, types.boolean, types.boolean)
+    kernels = ((twins.forward_noise_kernel, forward), (twins.step_kernel, step), (twins.map_kernel, maps))
+    for kernel, signature in kernels:
         print(cuda.compile(kernel.py_func, signature, device=False, abi="numba", cc=(9, 0))[0])  # noqa: T201
 
 
 if __name__ == "__main__":
-    {"simulate": simulate, "ptx": ptx}[sys.argv[1]](*sys.argv[2:])
+    {"simulate": simulate, "devices": devices, "ptx": ptx}[sys.argv[1]](*sys.argv[2:])

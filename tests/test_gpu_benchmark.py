@@ -9,9 +9,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from device_array import DeviceRuntime
 from host_cuda import HostRuntime, has_compiler
 
 from fastdiff.backends.cuda import CudaBackend
@@ -66,6 +68,37 @@ def test_a_case_runs_on_the_host(case):
     assert waits
     row = gpu.row_of(small, seconds, failed, 1e9)
     assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capsys):
+    """All stages but the test runs themselves, on arrays that refuse to come to the host unasked."""
+    be, asked = CudaBackend(DeviceRuntime()), []
+    cupy = SimpleNamespace(
+        __version__="14.2.0",
+        cuda=SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=lambda: asked.append("wait"))),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr("fastdiff.backends.cuda.CudaBackend", lambda *args: be)
+    monkeypatch.setattr(gpu, "run_tests", lambda *options, under=(): asked.append(("tests", *under, *options)) or "")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    chosen = ["--only", "forward", "--only", "step", "--only", "normals"]
+    assert gpu.main(["--quick", "--output", str(tmp_path), *chosen]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["name"].split("-")[0] for row in results["rows"]] == ["normals", "forward", "step"]
+    assert all(set(row["share of copy"]) == {"ours"} for row in results["rows"])
+    assert results["stages"] == {"GPU tests": "passed", "compute-sanitizer": "no errors", "PyTorch": "not installed"}
+    assert results["header"]["gpu"] == "host"
+    assert (tmp_path / "gpu.md").read_text() in out
+    assert [call[2:4] for call in asked if call[1:2] == ("compute-sanitizer",)] == [("--tool", t) for t in gpu.TOOLS]
+    assert "wait" in asked
+    monkeypatch.setattr(gpu, "run_tests", lambda *options, under=(): "1 failed")
+    assert gpu.main(["--quick", "--stage", "tests", "--stage", "sanitizer"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "gpu.py: tests: 1 failed", "gpu.py: sanitizer: errors found by memcheck, racecheck, synccheck",
+    ]  # fmt: skip
 
 
 def test_a_turn_times_many_calls_and_waits_for_them(monkeypatch):

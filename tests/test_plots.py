@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastdiff import plots
+from fastdiff import covariance, plots
 from fastdiff.data import harmonic_curves
 from fastdiff.errors import ArgumentError, BackendError, DataError
 
@@ -20,6 +20,7 @@ CHAIN = np.stack([(1 - k / T) * CURVE + k / T * RNG.standard_normal(POINTS) for 
 PATH = CHAIN[::-1]
 SIGNAL = np.linspace(1, 0.1, T)
 SCHEDULE = SimpleNamespace(signal=SIGNAL, noise=np.sqrt(1 - SIGNAL**2))
+SOURCE, TARGET = np.eye(POINTS), np.exp(-np.square(CURVE[:, None] - CURVE))
 HISTORY = {
     "step": list(range(1, 301)),
     "loss": (np.exp(-np.arange(300) / 60) + 0.1).tolist(),
@@ -48,6 +49,11 @@ FIGURES = {
     "generated alone": lambda: plots.generated(CHAIN[:5]),
     "generated, flat": lambda: plots.generated(np.zeros((1, 1))),
     "around_target": lambda: plots.around_target(CHAIN, CURVE),
+    "covariances": lambda: plots.covariances({"Noise": SOURCE, "Signal": TARGET, "Both": SOURCE + TARGET}),
+    "covariances, one": lambda: plots.covariances({"Signal": TARGET}),
+    "spectra": lambda: plots.spectra(SOURCE, TARGET),
+    "reshaped": lambda: plots.reshaped(CHAIN, PATH, CURVE, rate=50),
+    "convergence": lambda: plots.convergence([5, 10, 20], {"ddpm": [2, 1, 0.5], "ddim": [1, np.nan, 0.2]}),
 }
 
 
@@ -160,6 +166,37 @@ def test_around_target_counts_all_curves_in_the_error():
     assert len(figure.axes[0].collections[0].get_segments()) == 1
 
 
+def test_covariances_draws_each_matrix_over_its_spectrum():
+    first, second, over, under = (a for a in plots.covariances({"a": SOURCE, "b": TARGET}).axes if a.get_label() == "")
+    np.testing.assert_array_equal(second.images[0].get_array(), TARGET)
+    assert first.get_title(loc="left") == "a"
+    np.testing.assert_allclose(over.lines[0].get_ydata(), np.ones(POINTS))
+    assert over.get_title(loc="left") == "effective rank 50.0 of 50"
+    values = np.sort(np.linalg.eigvalsh(TARGET))[::-1]
+    (shown,) = under.lines
+    assert 3 < len(shown.get_ydata()) < POINTS  # what is drowned in rounding is left out
+    np.testing.assert_allclose(shown.get_ydata(), values[: len(shown.get_ydata())])
+
+
+def test_spectra_draws_the_gain_that_reshaping_has():
+    source = 4 * SOURCE
+    lines = plots.spectra(source, TARGET).axes[0].lines
+    np.testing.assert_allclose(lines[0].get_ydata(), 4)
+    gains = covariance.reshaping(source, TARGET).gains
+    np.testing.assert_allclose(lines[2].get_ydata()[:5], gains[:5])
+
+
+def test_reshaped_draws_the_nearest_darkest_and_last():
+    after = CURVE + np.array([[1.0], [0.0], [2.0]])
+    figure = plots.reshaped(-after, after, CURVE)
+    for axes, curves in zip(figure.axes[:2], (-after, after), strict=True):
+        (lines,) = axes.collections
+        np.testing.assert_allclose([s[:, 1] for s in lines.get_segments()], curves[[2, 0, 1]])
+        np.testing.assert_allclose(lines.get_array(), [2, 1, 0], atol=1e-12)
+        lines.update_scalarmappable()
+        assert (np.diff(lines.get_edgecolor()[:, :3].mean(axis=1)) < 0).all()
+
+
 @pytest.mark.parametrize(
     ("draw", "named"),
     [
@@ -180,11 +217,189 @@ def test_around_target_counts_all_curves_in_the_error():
         (lambda: plots.generated(np.full((2, 3), np.nan)), "curves"),
         (lambda: plots.around_target(CHAIN, PATH), "target"),
         (lambda: plots.around_target(CHAIN[:0], CURVE), "curves"),
+        (lambda: plots.covariances({}), "matrices"),
+        (lambda: plots.covariances({"a": CURVE}), "matrices"),
+        (lambda: plots.spectra(SOURCE, TARGET[1:, 1:]), "target"),
+        (lambda: plots.reshaped(CHAIN, PATH[:3], CURVE), "after"),
+        (lambda: plots.reshaped(CHAIN, PATH, CURVE[1:]), "signal"),
+        (lambda: plots.reshaped(CHAIN[:0], PATH[:0], CURVE), "before"),
+        (lambda: plots.convergence([5, 10], {"ddpm": [1.0]}), r"distances\['ddpm'\]"),
     ],
 )
 def test_figures_refuse(draw, named):
     with pytest.raises(ArgumentError, match=f"^{named}: got "):
         draw()
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+COLOUR = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
+GRAY = RNG.integers(0, 256, (6, 5, 4, 1), np.uint8)
+STEPS = 40
+REVERSE = {  # (steps + 1, 2, H, W, C), noise first, and much of it outside 0 .. 255
+    name: np.linspace(RNG.normal(128, 150, images[:2].shape), images[:2], STEPS + 1)
+    for name, images in {"colour": COLOUR, "gray": GRAY}.items()
+}
+
+
+def laid_out(pictures, columns, scale, gap, line=0):
+    """The pictures one after the other, each pixel a square, on white; by loops."""
+    n, height, width, _ = pictures.shape
+    rows = -(-n // columns)
+    high, wide = height * scale + gap + line, width * scale + gap
+    canvas = np.full((rows * high - gap - line, columns * wide - gap, 3), 255, np.uint8)
+    for k, one in enumerate(pictures):
+        for y in range(height * scale):
+            for x in range(width * scale):
+                canvas[k // columns * high + y, k % columns * wide + x] = one[y // scale, x // scale]
+    return canvas
+
+
+def drawn_pixels(figure, tmp_path):
+    """What the PNG of a figure shows at the place of its only axes."""
+    from PIL import Image
+
+    plots.save(figure, tmp_path / "figure.png")
+    shown = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    (axes,) = figure.axes
+    box = axes.get_position()
+    left, right = (round(x * shown.shape[1]) for x in (box.x0, box.x1))
+    top, bottom = (round((1 - y) * shown.shape[0]) for y in (box.y1, box.y0))
+    assert (np.delete(shown, np.s_[left - 1 : right + 1], axis=1)[top:bottom] == 255).all()
+    return shown[top:bottom, left:right]
+
+
+@pytest.mark.parametrize("images", [COLOUR, GRAY, COLOUR[:1], GRAY[:4]], ids=["colour", "gray", "one", "one row"])
+def test_image_grid_draws_every_pixel(tmp_path, images):
+    drawn = drawn_pixels(plots.image_grid(images), tmp_path)
+    np.testing.assert_array_equal(drawn, laid_out(images, min(4, len(images)), 160 // 5, plots.GAP))
+
+
+def test_image_grid_fits_the_usual_width_and_does_not_shrink(tmp_path):
+    wide = RNG.integers(0, 256, (20, 16, 30, 3), np.uint8)
+    drawn = drawn_pixels(plots.image_grid(wide, columns=10), tmp_path)
+    np.testing.assert_array_equal(drawn, laid_out(wide, 10, 3, plots.GAP))  # 10 x 30 x 3 <= 960
+    large = RNG.integers(0, 256, (1, 200, 170, 1), np.uint8)
+    np.testing.assert_array_equal(drawn_pixels(plots.image_grid(large), tmp_path), large[0].repeat(3, axis=2))
+
+
+def test_image_grid_clips_to_its_range(tmp_path):
+    unit = np.linspace(-2, 2, 20).reshape(1, 5, 4, 1)
+    drawn = drawn_pixels(plots.image_grid(unit, data_range=(-1, 1)), tmp_path)[16::32, 16::32, 0]
+    np.testing.assert_array_equal(drawn, np.rint(np.clip(unit[0, ..., 0] + 1, 0, 2) * 127.5))
+
+
+def inside(figure, text):
+    figure.draw_without_rendering()
+    box = text.get_window_extent()
+    assert figure.bbox.contains(box.x0, box.y0)
+    assert figure.bbox.contains(box.x1, box.y1)
+    return box
+
+
+@pytest.mark.parametrize("title", ["Generated pictures", "A heading that is much wider than one small picture below"])
+def test_the_words_of_pictures_stand_above_them(title):
+    figure = plots.image_grid(COLOUR, columns=3, labels=list("ABCyyy"), title=title)
+    narrow = plots.image_grid(COLOUR[:1], title=title)
+    for each in (figure, narrow):
+        heading = inside(each, each._suptitle)
+        assert heading.y0 > max([each.axes[0].bbox.y1, *(t.get_window_extent().y1 for t in each.axes[0].texts)])
+        assert not each.axes[0].get_xticks().size
+        assert not each.axes[0].get_yticks().size
+    axes = figure.axes[0]
+    high, wide = 160 // 5 * 5, 160 // 5 * 4
+    for k, text in enumerate(axes.texts):
+        box = inside(figure, text)
+        left = axes.bbox.x0 + k % 3 * (wide + plots.GAP)
+        lower = axes.bbox.y1 - k // 3 * (axes.bbox.height - high)  # the upper edge of its picture
+        assert lower < box.y0 < box.y1 < lower + 32
+        assert (box.x0 + box.x1) / 2 == pytest.approx(left + wide / 2, abs=1.5)
+    assert [text.get_text() for text in axes.texts] == list("ABCyyy")
+
+
+@pytest.mark.parametrize("kind", ["colour", "gray"])
+def test_image_trace_draws_eleven_even_frames_of_each_chain(tmp_path, kind):
+    path = REVERSE[kind]
+    figure = plots.image_trace(path)
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(k) for k in range(0, 41, 4)]
+    assert figure.axes[0].get_xlabel() == "sampling steps done"
+    inside(figure, figure.axes[0].xaxis.label)
+    chains = np.concatenate([path[::4, 0], path[::4, 1]])
+    want = np.rint(chains).clip(0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(want, 11, 960 // 44, plots.GAP))
+    one = plots.image_trace(path[:, 1], frames=3)
+    np.testing.assert_array_equal(drawn_pixels(one, tmp_path), laid_out(want[[11, 16, 21]], 3, 32, plots.GAP))
+    few = plots.image_trace(path[-2:])
+    assert [text.get_text() for text in few.axes[0].texts] == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind", ["colour", "gray"])
+def test_an_animation_shows_the_states_in_order_and_holds_the_last(tmp_path, kind):
+    from PIL import Image
+
+    path = REVERSE[kind]
+    plots.animation(path, tmp_path / "x.gif", frames=21, seconds=2.1, hold=1.5)
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames == 21
+        assert film.info["loop"] == 0
+        for k in range(21):
+            film.seek(k)
+            assert film.info["duration"] == (1600 if k == 20 else 100)
+            shown = np.asarray(film.convert("RGB"))
+            want = laid_out(np.rint(path[2 * k]).clip(0, 255).astype(np.uint8), 2, 96 // 5, plots.GAP)
+            np.testing.assert_array_equal(shown, want)  # 40 colours a frame: none has to give way
+
+
+def test_many_colours_of_an_animation_give_way_to_near_ones(tmp_path):
+    from PIL import Image
+
+    x, y = np.meshgrid(np.arange(32), np.arange(32))
+    smooth = np.stack([8 * x, 8 * y, 255 - 4 * x - 4 * y], axis=-1)[None, None]
+    plots.animation(np.concatenate([smooth[:, :, ::-1], smooth]), tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        film.seek(1)
+        shown = np.asarray(film.convert("RGB")).astype(int)
+    off = shown - laid_out(smooth[0].astype(np.uint8), 1, 3, plots.GAP)
+    assert np.sqrt(np.mean(off**2)) < 8
+
+
+def test_an_animation_needs_no_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots.animation(REVERSE["gray"][:, 0], tmp_path / "x.gif")
+    assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF89a")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(BackendError, match=r'pip install "fastdiff-engine\[plot\]"'):
+        plots.animation(REVERSE["gray"], tmp_path / "y.gif")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gif"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "named"),
+    [
+        (lambda to: plots.image_grid(COLOUR[0]), "images"),
+        (lambda to: plots.image_grid(COLOUR[:0]), "images"),
+        (lambda to: plots.image_grid(COLOUR[..., :2]), "images"),
+        (lambda to: plots.image_grid(np.full((1, 2, 2, 1), np.nan)), "images"),
+        (lambda to: plots.image_grid(COLOUR, columns=0), "columns"),
+        (lambda to: plots.image_grid(COLOUR, labels=["a"]), "labels"),
+        (lambda to: plots.image_grid(COLOUR, data_range=(1, 0)), "data_range"),
+        (lambda to: plots.image_trace(COLOUR[0]), "path"),
+        (lambda to: plots.image_trace(COLOUR[:1]), "path"),
+        (lambda to: plots.image_trace(REVERSE["gray"][:, :0]), "path"),
+        (lambda to: plots.image_trace(REVERSE["gray"] * np.inf), "path"),
+        (lambda to: plots.image_trace(REVERSE["gray"], frames=1), "frames"),
+        (lambda to: plots.animation(REVERSE["gray"], to / "x.png"), "path"),
+        (lambda to: plots.animation(COLOUR[0], to / "x.gif"), "path"),
+        (lambda to: plots.animation(REVERSE["gray"], to / "x.gif", columns=0), "columns"),
+        (lambda to: plots.animation(REVERSE["gray"], to / "x.gif", frames=0), "frames"),
+        (lambda to: plots.animation(REVERSE["gray"], to / "x.gif", seconds=0), "seconds"),
+        (lambda to: plots.animation(REVERSE["gray"], to / "x.gif", hold=-1), "hold"),
+    ],
+)
+def test_figures_of_pictures_refuse(tmp_path, draw, named):
+    with pytest.raises(ArgumentError, match=f"^{named}: got "):
+        draw(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_refuses(tmp_path):

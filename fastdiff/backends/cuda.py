@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Row
+from fastdiff.backends import AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.cuda_covariance import CovarianceOperations
 from fastdiff.backends.cuda_mlp import MLPOperations
-from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError, check_choice
 from fastdiff.noise import Stream, round_keys
 
@@ -53,7 +53,7 @@ def _numba_twins() -> Any:
     return numba_twins
 
 
-class CudaBackend(MLPOperations):
+class CudaBackend(CovarianceOperations, MLPOperations):
     """CUDA kernels, float32.
 
     Parameters
@@ -148,27 +148,42 @@ class CudaBackend(MLPOperations):
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
             self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
 
-    similarity = NumpyBackend.similarity  # TODO kernels
-    map_rows = NumpyBackend.map_rows
-    mapped_normal = NumpyBackend.mapped_normal
-    posterior_mean = NumpyBackend.posterior_mean
-    blend = NumpyBackend.blend
-
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         with self._lock:
-            norm = self._issue_adamw(params, grads, m, v, average, options)
-            return float(self.runtime.to_numpy(norm)[0])
+            state = self._issue_adamw(params, grads, m, v, average, options)
+            return float(self.runtime.to_numpy(state)[0])
 
-    def _issue_adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, o: AdamW) -> Array:
-        """Issue an optimiser step; the gradient's norm is entry 0 of what is returned, once the work is done."""
+    def mlp_train_step(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        draws: TrainingDraws,
+        step: int,
+        batch: int,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        with self._lock:
+            loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
+            state = self._issue_adamw(params, grads, m, v, average, options, loss)
+            norm, _, value = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
+        return value, norm
+
+    def _issue_adamw(
+        self, params: Array, grads: Array, m: Array, v: Array, average: Array, o: AdamW, loss: Array | None = None
+    ) -> Array:
+        """Issue an optimiser step; once the work is done, what is returned holds (norm, scale, loss)."""
         launch, size = self.runtime.launch, params.size
         chunks = max(1, -(-size // SUM_CHUNK))
         queue = self.runtime.queue()
         if queue not in self._norms or self._norms[queue][0].size != chunks:
-            self._norms[queue] = self.runtime.empty(chunks, np.float64), self.runtime.empty(2, np.float64)
+            self._norms[queue] = self.runtime.empty(chunks, np.float64), self.runtime.empty(3, np.float64)
         sums, state = self._norms[queue]
         launch("optim", "square_sums", *self.runtime.grid_1d(chunks * SUM_THREADS, SUM_THREADS), (grads, size, sums))
-        launch("optim", "finish_norm", 1, SUM_THREADS, (sums, chunks, o.clip_norm, state))
+        launch("optim", "finish_norm", 1, SUM_THREADS, (sums, chunks, o.clip_norm, loss, state))
         scalars = (
             1 - o.beta1, 1 - o.beta2, o.correction2**-0.5, o.eps, 1 - o.rate * o.decay, o.rate / o.correction1,
             1 - o.ema,

@@ -8,6 +8,7 @@ The choice is made by `chain_tile` from the sizes of the layers, never from the 
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from functools import cached_property
@@ -25,7 +26,9 @@ Array = Any
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
 MODES = {"none": 0, "shift": 1, "scale_shift": 2}
 
-SHARED_LIMIT = 227 * 1024  # of sm_90; 163 KB on sm_80, 99 KB on sm_120
+# Shared memory that a block may have, by compute capability (CUDA C++ programming guide, "Compute Capabilities").
+SHARED_LIMITS = {"8.0": 163 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
+SHARED_LIMIT = SHARED_LIMITS["9.0"]
 TILES = (64, 32)  # samples that a block of `mlp_chain` holds
 FEW = 8  # where larger tiles would leave multiprocessors idle
 THREADS = 256  # of `mlp_chain`, `mlp_squared_error` and `mlp_order_times`, which are written for it
@@ -86,13 +89,18 @@ def chain_tile(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> Tile | None:
 
 
 def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
-    """Return in words how the network's sampling chain runs on a device with so much shared memory in a block."""
+    """Return in words how the network's sampling chain runs where a block may have so much shared memory, and why."""
+
+    def size(count: int) -> str:
+        return f"{count / 1024:.0f} KB"
+
     tile = chain_tile(plan, shared_limit)
     if tile is None:
-        return "layer by layer: its activations do not fit into shared memory"
-    size = shared_bytes(plan, tile) / 1024
-    where = "shared memory" if tile.staged else "the caches"
-    return f"one launch: {tile.rows} samples in {size:.0f} KB of shared memory, weights in {where}"
+        least = size(shared_bytes(plan, Tile(TILES[-1], staged=False)))
+        return f"layer by layer: {TILES[-1]} samples need {least} of shared memory, a block has {size(shared_limit)}"
+    how = f"one launch: {tile.rows} samples in {size(shared_bytes(plan, tile))} of shared memory, weights in "
+    weights = size(VALUE * packed_size(plan))
+    return how + ("it" if tile.staged else f"the caches: their {weights} do not fit beside")
 
 
 class _Network:
@@ -231,25 +239,31 @@ class MLPOperations:
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
         dx = self.runtime.empty(x.shape)
+        if len(x) == 0:
+            grads.fill(0)
+            return math.nan, dx
         with self._lock:
             net = self._network(plan)
             net.grow(len(x))
             self._gradient(net, params, x, t, target, grads, dx)
-            return self._read_loss(net), dx
+            return float(self.runtime.to_numpy(net.loss)[0]), dx
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
         with self._lock:
-            net = self._network(plan)
-            net.grow(batch)
-            x, t, target = self._draw(net, draws, step)
-            self._gradient(net, params, x, t, target, grads, None)
-            return self._read_loss(net)
+            loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
+            return float(self.runtime.to_numpy(loss)[0])
 
-    def _read_loss(self, net: _Network) -> float:
-        """The one place of a training step that waits for the device."""
-        return float(self.runtime.to_numpy(net.loss)[0])
+    def _issue_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> Array:
+        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
+        net = self._network(plan)
+        net.grow(batch)
+        x, t, target = self._draw(net, draws, step)
+        self._gradient(net, params, x, t, target, grads, None)
+        return net.loss
 
     def _draw(self, net: _Network, draws: TrainingDraws, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""

@@ -371,10 +371,11 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
 // x (n, d) is changed by the `step_count` rows of a table, or, where there are none, y becomes the network's output at
 // the timesteps t. `rows` samples are a tile, 8 or a multiple of 32; `staged` keeps the packed parameters in shared
 // memory. Neither changes a bit.
-FD_KERNEL mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
-                    int keep, const int *layers, int layer_count, const real *packed, int packed_size,
-                    const real *table, int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged,
-                    uint64 first_row, RoundKeys keys) {
+FD_KERNEL FD_BOUNDS(256, 2)
+    mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
+              int keep, const int *layers, int layer_count, const real *packed, int packed_size, const real *table,
+              int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
+              RoundKeys keys) {
     FD_SHARED(real, shared);
     if (rows % 32 == 0) {
         if (staged)

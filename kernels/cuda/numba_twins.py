@@ -1,7 +1,8 @@
-"""Forward noising and the fused sampler step for Numba's CUDA target, from the element functions of the CPU kernels.
+"""Forward noising, the fused sampler step and maps of rows for Numba's CUDA target.
 
-A thread makes the four normals of one Philox block and takes the four values of its row that they belong to:
-neighbouring threads have neighbouring blocks, so loads and stores are contiguous. Numba's CUDA simulator
+The first two are made from the element functions of the CPU kernels: a thread makes the four normals of one Philox
+block and takes the four values of its row that they belong to, and since neighbouring threads have neighbouring blocks,
+loads and stores are contiguous. A map is a matrix product on tiles of rows in shared memory. Numba's CUDA simulator
 (``NUMBA_ENABLE_CUDASIM=1``) runs the same kernels on NumPy arrays.
 """
 
@@ -13,6 +14,7 @@ import math
 import operator
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W, Stream
 
 THREADS = 256  # of a block
 BLOCKS_PER_MULTIPROCESSOR = 8  # so many are resident; a grid-stride loop covers the rest
+
+MAP_ROWS, MAP_DEPTH = 8, 32  # of a tile in shared memory
 
 W0, W1 = np.uint64(PHILOX_W[0]), np.uint64(PHILOX_W[1])
 MINUS_TWO, ZERO = np.float32(-2), np.float32(0)
@@ -84,7 +88,7 @@ def rounded(function: Callable[..., Any]) -> Any:
 log_uniform = rounded(cpu_noise.log_uniform)
 cos_sin_turn = rounded(cpu_noise.cos_sin_turn)
 apply_row = rounded(cpu_step.apply_row)
-philox_round = cuda.jit(device=True)(cpu_noise._round.py_func)  # integers
+philox_round = cuda.jit(device=True)(cpu_noise.philox_round.py_func)  # integers
 
 
 @rounded
@@ -102,15 +106,16 @@ def box_muller(wa, wb):
 
 
 @cuda.jit(device=True)
-def draw(block, row, step, tag, k0, k1, z):
-    """Normals of one block of a row: value j belongs to column block + j Q, Q being the blocks of a row."""
+def draw(block, row, step, tag, k0, k1):
+    """The four normals of one block of a row: value j belongs to column block + j Q, Q being the blocks of a row."""
     c0, c1, c2 = np.uint64(block), step, row | tag
     c3 = c2 >> cpu_noise.SHIFT
     for _ in range(PHILOX_ROUNDS):
         c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
         k0, k1 = k0 + W0, k1 + W1  # 64-bit lanes: what goes over the low half is dropped
-    z[0], z[1] = box_muller(np.uint32(c0), np.uint32(c1))
-    z[2], z[3] = box_muller(np.uint32(c2), np.uint32(c3))
+    z0, z1 = box_muller(np.uint32(c0), np.uint32(c1))
+    z2, z3 = box_muller(np.uint32(c2), np.uint32(c3))
+    return z0, z1, z2, z3
 
 
 @cuda.jit
@@ -118,10 +123,9 @@ def forward_noise_kernel(x0, t, signal, noise, out, eps, first_row, tag, k0, k1)
     """out = signal[t] x0 + noise[t] eps, for arrays (n, width)."""
     n, width = x0.shape
     blocks = (width + 3) // 4
-    z = cuda.local.array(4, float32)
     for i in range(cuda.grid(1), n * blocks, cuda.gridsize(1)):
         row, block = i // blocks, i % blocks
-        draw(block, first_row + np.uint64(row), np.uint64(0), tag, k0, k1, z)
+        z = draw(block, first_row + np.uint64(row), np.uint64(0), tag, k0, k1)
         a, b = signal[t[row]], noise[t[row]]
         for j in range(4):
             column = block + j * blocks
@@ -135,11 +139,11 @@ def step_kernel(x, out, previous, coefficients, low, high, keep, first_row, step
     """One row of a sampler's table, in place; `coefficients` is (p, q, a, b, c, e, s)."""
     n, width = x.shape
     blocks = (width + 3) // 4
-    z = cuda.local.array(4, float32)
     for i in range(cuda.grid(1), n * blocks, cuda.gridsize(1)):
         row, block = i // blocks, i % blocks
+        z = ZERO, ZERO, ZERO, ZERO  # a tuple stays in registers, where an array would lie in local memory
         if coefficients[6] != ZERO:
-            draw(block, first_row + np.uint64(row), step, tag, k0, k1, z)
+            z = draw(block, first_row + np.uint64(row), step, tag, k0, k1)
         # The columns of this block: block, block + Q, ...
         apply_row(
             x[row, block::blocks],
@@ -151,6 +155,40 @@ def step_kernel(x, out, previous, coefficients, low, high, keep, first_row, step
             high,
             keep,
         )
+
+
+@cuda.jit
+def map_kernel(out, x, matrix, source, terms, scaled, shifted):
+    """out = source scale + x matrix + offset; `terms` is (scale, offset). A thread makes MAP_ROWS rows of a column."""
+    tile = cuda.shared.array((MAP_ROWS, MAP_DEPTH), float32)
+    sums = cuda.local.array(MAP_ROWS, float32)
+    (m, n), k = x.shape, out.shape[1]
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    tiles, across = (m + MAP_ROWS - 1) // MAP_ROWS, (k + threads - 1) // threads
+    for item in range(cuda.blockIdx.x, tiles * across, cuda.gridDim.x):
+        begin, column = item // across * MAP_ROWS, item % across * threads + thread
+        for r in range(MAP_ROWS):
+            sums[r] = ZERO
+        for first in range(0, n, MAP_DEPTH):
+            cuda.syncthreads()
+            for i in range(thread, MAP_ROWS * MAP_DEPTH, threads):
+                row, j = begin + i // MAP_DEPTH, first + i % MAP_DEPTH
+                tile[i // MAP_DEPTH, i % MAP_DEPTH] = x[row, j] if row < m and j < n else ZERO
+            cuda.syncthreads()
+            if column < k:
+                for j in range(min(MAP_DEPTH, n - first)):
+                    weight = matrix[first + j, column]
+                    for r in range(MAP_ROWS):
+                        sums[r] += tile[r, j] * weight
+        if column < k:
+            for r in range(MAP_ROWS):
+                if begin + r < m:
+                    value = sums[r]
+                    if scaled:
+                        value += source[begin + r, column] * terms[0, column]
+                    if shifted:
+                        value += terms[1, column]
+                    out[begin + r, column] = value
 
 
 def forward_noise(
@@ -171,7 +209,7 @@ def forward_noise(
     Parameters
     ----------
     x0, out, eps : (n, D) float32 device arrays
-        Anything with ``__cuda_array_interface__``; NumPy arrays under the simulator.
+        Anything with ``__cuda_array_interface__``, on the device that x0 is on; NumPy arrays under the simulator.
     t : (n,) int64 device array
     signal, noise : (T,) float32 device arrays
     seed, first_sample : int
@@ -181,7 +219,7 @@ def forward_noise(
         Threads of a block.
     """
     arguments = (x0, t, signal, noise, out, eps, np.uint64(first_sample))
-    _launch(forward_noise_kernel, x0.shape, queue, threads, *arguments, _tag(Stream.FORWARD), *_key(seed))
+    _launch(forward_noise_kernel, queue, threads, *arguments, _tag(Stream.FORWARD), *_key(seed))
 
 
 def sampler_step(
@@ -218,7 +256,43 @@ def sampler_step(
     # What is not needed is not touched: any array of the shape will do.
     arguments = (x, x if out is None else out, previous if keep else x, coefficients, low, high, keep)
     counter = (np.uint64(first_sample), np.uint64(row.t), _tag(stream))
-    _launch(step_kernel, x.shape, queue, threads, *arguments, *counter, *_key(seed))
+    _launch(step_kernel, queue, threads, *arguments, *counter, *_key(seed))
+
+
+def map_rows(
+    x: Any,
+    out: Any,
+    left: Any,
+    right: Any,
+    scale: bool,
+    offset: bool,
+    terms: Any,
+    inner: Any,
+    *,
+    queue: Any = 0,
+    threads: int = THREADS,
+) -> None:
+    """Fill `out` (m, k) with x scale + (x left) right + offset.
+
+    Parameters
+    ----------
+    x, out : (m, n) and (m, k) float32 device arrays
+    left, right : (n, r) and (r, k) float32 device arrays
+        Where `right` is None, `left` is (n, k) and x left is the product itself.
+    scale, offset : bool
+        Whether they are there; a scale needs k = n.
+    terms : (2, k) float32 device array
+        Scale and offset.
+    inner : (m, r) float32 device array, or None
+        Room for x left.
+    queue, threads
+        As for `forward_noise`.
+    """
+    first, matrix = x, left
+    if right is not None:
+        _launch(map_kernel, queue, threads, inner, x, left, x, terms, False, False)
+        first, matrix = inner, right
+    _launch(map_kernel, queue, threads, out, first, matrix, x, terms, scale, offset)
 
 
 def _tag(stream: int) -> Any:
@@ -229,17 +303,34 @@ def _key(seed: int) -> tuple[Any, Any]:
     return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
 
 
-def _launch(kernel: Any, shape: tuple[int, int], queue: Any, threads: int, *arguments: Any) -> None:
-    n, width = shape
-    items = n * (-(-width // 4))
-    if items == 0:
+def _launch(kernel: Any, queue: Any, threads: int, *arguments: Any) -> None:
+    """Launch a kernel whose threads take noise blocks of its first argument, (n, width)."""
+    n, width = arguments[0].shape
+    _start(kernel, -(-n * -(-width // 4) // threads), queue, threads, arguments)
+
+
+def _launch_map(queue: Any, threads: int, *arguments: Any) -> None:
+    """Launch `map_kernel`, whose blocks take tiles of its last argument, (m, k)."""
+    m, k = arguments[-1].shape
+    _start(map_kernel, -(-m // MAP_ROWS) * -(-k // threads), queue, threads, arguments)
+
+
+def _start(kernel: Any, blocks: int, queue: Any, threads: int, arguments: tuple[Any, ...]) -> None:
+    """Launch a kernel that goes round in its grid, on the device of its first argument."""
+    if blocks == 0:
         return
-    if config.ENABLE_CUDASIM:
-        queue, grid = 0, -(-items // (2 * threads))  # each thread goes round twice
-        # The simulator copies NumPy arrays in and out: one that is given twice would lose what was written to it.
-        arguments = tuple(FakeCUDAArray(a) if isinstance(a, np.ndarray) else a for a in arguments)
-    else:
-        queue = cuda.external_stream(queue) if isinstance(queue, int) and queue else queue
-        resident = BLOCKS_PER_MULTIPROCESSOR * cuda.get_current_device().MULTIPROCESSOR_COUNT
-        grid = min(-(-items // threads), resident)
-    kernel[grid, threads, queue](*arguments)
+    with _device(arguments[0]):
+        if config.ENABLE_CUDASIM:
+            queue, grid = 0, -(-blocks // 2)  # each goes round twice
+            # The simulator copies NumPy arrays in and out: one given twice would lose what was written to it.
+            arguments = tuple(FakeCUDAArray(a) if isinstance(a, np.ndarray) else a for a in arguments)
+        else:
+            queue = cuda.external_stream(queue) if isinstance(queue, int) and queue else queue
+            grid = min(blocks, BLOCKS_PER_MULTIPROCESSOR * cuda.get_current_device().MULTIPROCESSOR_COUNT)
+        kernel[grid, threads, queue](*arguments)
+
+
+def _device(array: Any) -> Any:
+    """A context in which the array's device is Numba's current one; it stays as it is where the array tells none."""
+    number = getattr(getattr(array, "device", None), "id", None)
+    return nullcontext() if number is None else cuda.gpus[number]

@@ -1,7 +1,8 @@
 // The optimiser: the norm of the gradient, then AdamW with clipping and a moving average in one pass.
 //
 // The norm is a sum in float64 in two stages, and its order is fixed: a block adds a chunk, one block adds the chunks.
-// It stays on the device: state[0] is the norm, state[1] what the gradient is scaled by. The host need not look.
+// It stays on the device: state[0] is the norm, state[1] what the gradient is scaled by, state[2] the loss, so that the
+// host reads both at once, and only when the step is issued.
 
 #define CHUNK 4096
 #define SUM_THREADS 256
@@ -30,17 +31,18 @@ FD_KERNEL square_sums(const real *__restrict__ grads, int64 size, double *__rest
     }
 }
 
-// One block.
+// One block. A loss that is not finite makes the norm NaN; `loss` may be null.
 FD_KERNEL finish_norm(const double *__restrict__ sums_chunks, int64 chunks, double clip_norm,
-                      double *__restrict__ state) {
+                      const double *__restrict__ loss, double *__restrict__ state) {
     FD_SHARED_ARRAY(double, sums, SUM_THREADS);
     double sum = 0;
     for (int64 i = threadIdx.x; i < chunks; i += SUM_THREADS) sum += sums_chunks[i];
     sum = block_sum(sum, sums);
     if (threadIdx.x == 0) {
-        const double norm = sqrt(sum), scale = clip_norm / (norm + 1e-6);
-        state[0] = norm;
+        const double value = loss ? *loss : 0, norm = sqrt(sum), scale = clip_norm / (norm + 1e-6);
+        state[0] = isfinite(value) ? norm : nan("");
         state[1] = scale < 1 ? scale : 1;
+        state[2] = value;
     }
 }
 

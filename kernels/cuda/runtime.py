@@ -116,7 +116,7 @@ def source_text(name: str) -> str:
     return "\n".join([constants(), *(f'#line 1 "{part}"\n{_read(part)}' for part in parts)])
 
 
-_ENTRY = re.compile(r"FD_KERNEL\s+(\w+)\s*\(([^)]*)\)\s*\{")
+_ENTRY = re.compile(r"FD_KERNEL\s+(?:FD_BOUNDS\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)\s*\{")
 _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
 
 
@@ -205,7 +205,7 @@ class Runtime(Protocol):
         """Return a C-contiguous array here, `value` itself where it is one."""
 
     def owns(self, value: Any) -> bool:
-        """Whether `value` is an array of this runtime's kind."""
+        """Whether `value` is an array of this runtime's kind, on its device."""
 
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         """Return a NumPy array; waits for the work that makes it."""
@@ -396,16 +396,14 @@ class CupyRuntime:
         def make() -> Array:
             if isinstance(value, cupy.ndarray):
                 array = value if value.device.id == self.device_id else value.copy()  # a copy is made here
-            elif hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-                array = cupy.from_dlpack(value)
             else:
                 array = cupy.asarray(value, dtype)
             return cupy.ascontiguousarray(array, dtype)
 
-        return self._allocate(make, lambda: _bytes(np.shape(value), dtype or REAL))
+        return self._allocate(make, lambda: _bytes(getattr(value, "shape", None) or np.shape(value), dtype or REAL))
 
     def owns(self, value: Any) -> bool:
-        return isinstance(value, self._cupy.ndarray)
+        return isinstance(value, self._cupy.ndarray) and value.device.id == self.device_id
 
     def to_numpy(self, array: Array) -> npt.NDArray[Any]:
         return self._cupy.asnumpy(array)
@@ -439,7 +437,7 @@ class CupyRuntime:
         cast = cast_arguments(source, entry, args)
         for parameter, value in zip(entries(source)[entry], cast, strict=True):
             if parameter.pointer and value is not None:
-                if not self.owns(value):
+                if not isinstance(value, self._cupy.ndarray):
                     raise TypeError(f"{entry}: {parameter.name} is {type(value).__name__}, wants a CuPy array")
                 if value.data.device_id != self.device_id:
                     raise TypeError(

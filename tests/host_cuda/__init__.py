@@ -174,6 +174,11 @@ class HostRuntime:
     def grid_1d(self, n, block=None):
         return runtime.grid_1d(n, block or self.block, self.multiprocessors * self.waves)
 
+    def _argument(self, entry, parameter, value):
+        """The memory of an array argument."""
+        assert isinstance(value, np.ndarray), f"{entry}: {parameter.name} is {type(value)}"
+        return value
+
     def launch(self, source, entry, grid, block, args, shared_bytes=0):
         if shared_bytes > self.shared_limit:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
@@ -182,8 +187,7 @@ class HostRuntime:
         kept = []
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
-                assert value is None or isinstance(value, np.ndarray), f"{entry}: {parameter.name} is {type(value)}"
-                pointers[i] = None if value is None else value.ctypes.data
+                pointers[i] = None if value is None else self._argument(entry, parameter, value).ctypes.data
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data

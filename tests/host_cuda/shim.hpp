@@ -28,6 +28,7 @@
 
 // Hidden: a kernel called like a function of the C library is not taken for it.
 #define FD_KERNEL extern "C" __attribute__((visibility("hidden"))) void
+#define FD_BOUNDS(threads, blocks)
 #define FD_DEVICE static inline __attribute__((unused))
 #define FD_UNROLL
 

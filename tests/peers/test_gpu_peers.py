@@ -1,0 +1,158 @@
+"""The PyTorch side of the GPU benchmark, every way of it run once on the CPU, beside our kernels on the host run."""
+
+import importlib
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from host_cuda import HostRuntime, has_compiler
+from tolerances import assert_close, assert_same_bits
+
+import fastdiff
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.errors import ArgumentError
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+gpu, gpu_peers = map(importlib.import_module, ("gpu", "gpu_peers"))
+
+pytestmark = [
+    pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++"),
+    pytest.mark.filterwarnings("ignore::fastdiff.errors.ScheduleWarning"),  # of so few timesteps
+]
+
+KINDS = {case.kind: case for case in gpu.CASES}
+
+
+def small(case):
+    return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
+
+
+class Stream:
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+class Graph:
+    """Stands for a CUDA graph: counts its replays."""
+
+    made = ()
+
+    def __init__(self):
+        self.captured, self.replays = False, 0
+        Graph.made = (*Graph.made, self)
+
+    def replay(self):
+        assert self.captured
+        self.replays += 1
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """PyTorch's GPU is its CPU, and nothing is compiled."""
+
+    @contextmanager
+    def capture(graph):
+        yield
+        graph.captured = True
+
+    monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu.cases, "T", 7)
+    monkeypatch.setattr(gpu.cases, "DATA_STEP", 3)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    Graph.made = ()
+    for name, value in {
+        "Stream": Stream, "current_stream": Stream, "stream": contextmanager(lambda side: iter([side])),
+        "CUDAGraph": Graph, "graph": capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
+def test_every_way_runs_and_agrees(on_cpu, case):
+    """`prepare` compares the two sides' results on the same inputs."""
+    ways = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
+    wanted = {"ours", "eager"} if case.kind == "normals" else {"ours", *gpu.WAYS}
+    assert set(ways.runs) == wanted
+    seconds, failed = gpu.measure(ways, int, 1, 1e-6)
+    assert not failed
+    assert set(seconds) == wanted
+    for graph in Graph.made:
+        assert graph.replays > 1
+    assert len(Graph.made) == ("graphs" in wanted)
+
+
+@pytest.mark.parametrize("kind", ["forward", "step", "chain"])
+def test_results_that_differ_are_noticed(on_cpu, monkeypatch, kind):
+    """Somebody else's formula in PyTorch's place."""
+    case = small(KINDS[kind])
+    right = {"forward": "_noised", "step": "step", "chain": "output"}[kind]
+    function = getattr(gpu_peers, right)
+
+    def wrong(*args):
+        result = function(*args)
+        if isinstance(result, tuple):
+            return (1.001 * result[0], *result[1:]) if kind == "forward" else (result[0], 1.001 * result[1])
+        return 1.001 * result
+
+    monkeypatch.setattr(gpu_peers, right, wrong)
+    with pytest.raises(AssertionError, match=f"{case.name}: ours and PyTorch's differ"):
+        gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None)
+
+
+def test_a_capture_warms_up_first(on_cpu):
+    calls = []
+    replayed = gpu_peers._Replayed(lambda: calls.append(1))
+    for _ in range(3):
+        replayed()
+    assert len(calls) == gpu_peers.WARM + 1
+    assert [graph.replays for graph in Graph.made] == [3]
+
+
+def test_tensors_are_arrays():
+    """Through DLPack, on every backend; tensors that cannot be handed over are refused with the argument's name."""
+    x0, t, schedule = torch.randn(5, 7), torch.arange(5), fastdiff.Schedule.cosine(12)
+    net = fastdiff.MLP(7, hidden=(5,), T=12)
+    table = fastdiff.samplers.ddim(schedule, 4)
+    for be in (fastdiff.get_backend("numpy"), fastdiff.get_backend("cpu"), CudaBackend(HostRuntime())):
+        for got, want in (
+            (fastdiff.forward_noise(x0, t, schedule, backend=be), (x0.numpy(), t.numpy(), schedule)),
+            (fastdiff.forward_noise(x0, t[3], schedule, backend=be), (x0.numpy(), 3, schedule)),
+        ):
+            assert_same_bits(got[0], fastdiff.forward_noise(*want, backend=be)[0])
+        assert_same_bits(net.predict(x0, t, backend=be), net.predict(x0.numpy(), t.numpy(), backend=be))
+        drawn = fastdiff.sample(lambda x, t: torch.from_numpy(x) / 2, table, n=3, shape=7, backend=be)
+        assert_same_bits(drawn, fastdiff.sample(lambda x, t: x / 2, table, n=3, shape=7, backend=be))
+        assert torch.from_dlpack(drawn).shape == (3, 7)
+    for bad in (x0.clone().requires_grad_(), x0.to(torch.bfloat16), x0.to_sparse()):
+        with pytest.raises(ArgumentError, match=r"^x0: got Tensor "):
+            fastdiff.forward_noise(bad, 3, schedule)
+    with pytest.raises(ArgumentError, match=r"^x0: got dtype bool"):
+        fastdiff.forward_noise(x0 > 0, 3, schedule)
+
+
+def test_a_training_step_learns(on_cpu):
+    """Its loss on a batch of its own falls: gradient, clipping and optimiser are wired as they should be."""
+    net = torch.nn.Module()
+    net.scale = torch.nn.Parameter(torch.tensor(0.0))
+    net.forward = lambda x, t: net.scale * x
+    betas = np.linspace(0.9, 0.99, 10)  # what is left is noise: the best factor is 1
+    for name, run in gpu_peers.training(net, np.ones((8, 4), np.float32), betas, 64).items():
+        before = net.scale.item()
+        for _ in range(5):
+            run()
+        assert net.scale.item() > before + 1e-3, name
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_what_is_really_compiled_is_the_formula(monkeypatch):
+    monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
+    x0, t, s = gpu.cases.noising(fastdiff, small(KINDS["forward"]))
+    runs, _ = gpu_peers.forward(x0, t, s.signal, s.noise, np.zeros_like(x0))
+    x_t, eps = (tensor.numpy() for tensor in runs["compiled"]())
+    assert eps.std() > 0.5
+    want = s.signal[t][:, None] * x0 + s.noise[t][:, None] * eps.astype(np.float64)
+    assert_close(x_t, want, terms=2)

@@ -1,0 +1,405 @@
+"""The layers of the CPU backend against the reference, and the laws they keep: bits, memory, vector code."""
+
+from __future__ import annotations
+
+import platform
+import re
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import ARM, SMALL, X86, peak_of
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import cpu_layers
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.backends.numpy import NumpyBackend
+from fastdiff.kernels.cpu import attention, conv, jit, norm, pointwise
+
+CPU, REFERENCE = CpuBackend(threads=2), NumpyBackend()
+F32, F64 = np.float32, np.float64
+EPS = 1e-5
+
+
+def normals(seed, *shape):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(F32)
+
+
+def unfilled(*shape):
+    return np.full(shape, np.nan, F32)
+
+
+def wide(value):
+    return value.astype(F64) if isinstance(value, np.ndarray) and value.dtype == F32 else value
+
+
+def both(method, given_arrays, outputs, **options):
+    """Run a layer on the CPU in float32 and as the reference in float64; return the outputs of both."""
+    results = []
+    for be, cast in ((CPU, lambda value: value), (REFERENCE, wide)):
+        filled = [cast(output).copy() for output in outputs]
+        arrays = [filled[a] if isinstance(a, int) else cast(a) for a in given_arrays]
+        named = {k: filled[v] if k.startswith("d") else cast(v) for k, v in options.items()}
+        getattr(be, method)(*arrays, **named)
+        results.append(filled)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ convolutions
+
+SAME = Conv((3, 3), pad=(1, 1, 1, 1))
+GEOMETRIES = {
+    "3x3": SAME,
+    "1x1": Conv(),
+    "down, padded around": Conv((3, 3), (2, 2), (1, 1, 1, 1)),
+    "down, padded behind": Conv((3, 3), (2, 2), (0, 1, 0, 1)),
+    "up": Conv((3, 3), pad=(1, 1, 1, 1), up=(2, 2)),
+    "curve": Conv((1, 3), pad=(0, 0, 1, 1)),
+    "curve down": Conv((1, 3), (1, 2), (0, 0, 1, 1)),
+    "curve up": Conv((1, 3), pad=(0, 0, 1, 1), up=(1, 2)),
+    "odd": Conv((5, 4), (2, 3), (2, 0, 1, 3), (3, 2)),
+    "gaps": Conv((2, 1), (3, 2)),
+}
+SHAPES = [(1, 5, 7, 3, 5), (3, 8, 8, 16, 70), (2, 1, 9, 4, 1), (9, 2, 2, 33, 32), (2, 20, 33, 2, 3), (5, 4, 4, 8, 130)]
+SHAPES += [(6, 1, 1, 9, 8), (1, 9, 70, 300, 40)]
+
+
+def assert_conv(geometry, shape, shifted, residual, add):
+    n, height, width, c, k = shape
+    rows, columns = geometry.size(height, width)
+    if min(rows, columns) < 1:
+        return
+    x, w, b = normals(1, n, height, width, c), normals(2, *geometry.kernel, c, k), normals(3, k)
+    extra = {"shift": normals(4, n, k) if shifted else None}
+    extra["residual"] = normals(5, n, rows, columns, k) if residual else None
+    terms = geometry.kernel[0] * geometry.kernel[1] * c * geometry.up[0] * geometry.up[1]
+    (y,), (want,) = both("conv", [geometry, x, w, b, 0], [unfilled(n, rows, columns, k)], **extra)
+    assert_close(y, want, terms=terms + 3)
+    dy = normals(6, n, rows, columns, k)
+    outputs = [normals(7, *x.shape) if add else unfilled(*x.shape), *(unfilled(*a.shape) for a in (w, b))]
+    outputs += [unfilled(n, k)] * shifted
+    dshift = {"dshift": 3} if shifted else {}
+    got, want = both("conv_backward", [geometry, dy, x, w, 0, 1, 2], outputs, add=add, **dshift)
+    sums = [terms // c * k, n * rows * columns, n * rows * columns, rows * columns]
+    for array, wanted, count in zip(got, want, sums, strict=False):
+        assert_close(array, wanted, terms=count + 1, scale=max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_convolutions_agree_with_the_reference(name, shape):
+    odd = len(name) + shape[0]
+    assert_conv(GEOMETRIES[name], shape, odd % 2 == 0, odd % 3 == 0, odd % 2 == 1)
+
+
+sizes, few = st.integers(1, 12), st.integers(1, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(few, few), st.tuples(few, few), st.tuples(*[st.integers(0, 3)] * 4), st.tuples(few, few),
+    st.tuples(few, sizes, sizes, st.integers(1, 20), st.integers(1, 70)), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_any_convolution_agrees_with_the_reference(kernel, stride, pad, up, shape, shifted, residual, add):
+    assert_conv(Conv(kernel, stride, pad, up), shape, shifted, residual, add)
+
+
+def test_a_convolution_without_an_input_gradient():
+    x, w, dy = normals(1, 2, 5, 5, 3), normals(2, 3, 3, 3, 4), normals(3, 2, 5, 5, 4)
+    want, got = ([unfilled(*w.shape), unfilled(4)] for _ in range(2))
+    CPU.conv_backward(SAME, dy, x, w, np.empty_like(x), *want)
+    CPU.conv_backward(SAME, dy, x, w, None, *got)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_an_image_without_taps_is_its_bias():
+    """All of the kernel lies in the padding."""
+    assert_conv(Conv((1, 1), (4, 4), (1, 2, 1, 2)), (2, 1, 1, 3, 5), True, True, True)
+
+
+# ------------------------------------------------------------------------------------------------ norm, attention
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 1, 3, 4), 2), ((3, 5, 7, 6), 3), ((2, 8, 8, 128), 8), ((2, 40, 33, 40), 8), ((1, 1, 40, 1500), 5),
+     ((16, 1, 1, 64), 4), ((1, 70, 50, 17), 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_norm_agrees_with_the_reference(shape, groups, silu, modulated):
+    n, height, width, c = shape
+    x = normals(1, *shape) * np.float32(3) + np.float32(5)
+    gamma, beta = normals(2, c), normals(3, c)
+    options = {"groups": groups, "silu": silu, "modulation": normals(4, n, 2 * c) if modulated else None}
+    outputs = [unfilled(*shape), unfilled(n, groups, 2)]
+    (y, stats), (want, wanted_stats) = both("norm", [x, gamma, beta, 0, 1], outputs, eps=EPS, **options)
+    assert_close(stats, wanted_stats, terms=9)
+    assert_close(y, want, terms=9)
+    dy, values = normals(5, *shape), height * width * c // groups
+    for start in (unfilled(*shape), normals(6, *shape), dy):
+        given_dy = 0 if start is dy else dy
+        outputs = [start, unfilled(c), unfilled(c)]
+        extra = {}
+        if modulated:
+            outputs.append(unfilled(n, 2 * c))
+            extra["dmodulation"] = 3
+        arrays = [given_dy, x, gamma, beta, stats, 0, 1, 2]
+        add = start is not dy and bool(np.isfinite(start).all())
+        got, want = both("norm_backward", arrays, outputs, add=add, **options, **extra)
+        assert_close(got[0], want[0], terms=9 + values // 8)
+        for a, b in zip(got[1:], want[1:], strict=True):
+            assert_close(a, b, terms=9 + n * height * width)
+
+
+def test_the_variance_of_a_group_far_from_zero():
+    """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
+    x = normals(1, 2, 64, 64, 8) + np.float32(1000)
+    outputs = [unfilled(*x.shape), unfilled(2, 2, 2)]
+    options = {"groups": 2, "eps": EPS, "silu": False}
+    (_, stats), (_, want) = both("norm", [x, np.ones(8, F32), np.zeros(8, F32), 0, 1], outputs, **options)
+    assert_close(stats[..., 1], want[..., 1], terms=9)
+
+
+@pytest.mark.parametrize(
+    ("n", "length", "channels", "heads"), [(1, 1, 4, 2), (2, 64, 128, 4), (3, 70, 24, 3), (1, 200, 32, 1), (2, 5, 8, 8)]
+)
+def test_attention_agrees_with_the_reference(n, length, channels, heads):
+    qkv = 2 * normals(1, n, length, 3 * channels)
+    outputs = [unfilled(n, length, channels), unfilled(n, heads, length)]
+    (out, log_sums), (want, wanted_sums) = both("attention", [qkv, 0, 1], outputs, heads=heads)
+    terms = length + channels
+    assert_close(log_sums, wanted_sums, terms=terms)
+    assert_close(out, want, terms=terms)
+    dy = normals(2, n, length, channels)
+    (dqkv,), (want,) = both("attention_backward", [dy, qkv, out, log_sums, 0], [unfilled(*qkv.shape)], heads=heads)
+    assert_close(dqkv, want, terms=2 * terms)
+
+
+def test_attention_of_scores_beyond_the_range_of_exp():
+    qkv = 60 * normals(1, 1, 30, 24)
+    outputs = [unfilled(1, 30, 8), unfilled(1, 1, 30)]
+    (out, log_sums), (want, sums) = both("attention", [qkv, 0, 1], outputs, heads=1)
+    assert np.abs(sums).max() > 1000
+    assert_close(log_sums, sums, terms=30)
+    assert_close(out, want, terms=30, scale=8 * np.abs(sums).max())  # rounding of a score is an exponent's error
+
+
+# ------------------------------------------------------------------------------------------------ the rest
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (1, 1, 1, 1), (2, 33, 32, 31)])
+def test_the_small_layers_agree_with_the_reference(shape):
+    x, y, z = normals(1, *shape), normals(2, *shape), normals(3, *shape[:-1], 5)
+    for add in (False, True):
+        (got,), (want,) = both("silu_backward", [y, x, 0], [normals(4, *shape)], add=add)
+        assert_close(got, want, terms=9)
+        outputs = [normals(5, *shape), unfilled(*z.shape)]
+        got, want = both("split", [np.concatenate([x, z], axis=-1), 0, 1], outputs, add=add)
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b)
+    (got,), (want,) = both("silu", [x, 0], [unfilled(*shape)])
+    assert_close(got, want, terms=9)
+    (got,), _ = both("concatenate", [x, z, 0], [unfilled(*shape[:-1], shape[-1] + 5)])
+    assert_same_bits(got, np.concatenate([x, z], axis=-1))
+    total = unfilled(*shape)
+    CPU.add(x, y, total)
+    assert_same_bits(total, x + y)
+    CPU.add(total, y, total)
+    assert_same_bits(total, (x + y) + y)
+    dy, wanted = unfilled(*shape), x.copy()
+    loss = CPU.squared_error(x, y, dy)
+    assert_close(loss, REFERENCE.squared_error(x, y, wanted).astype(loss.dtype), dtype=F32)
+    assert_same_bits(dy, wanted)
+
+
+def test_rows_of_tables():
+    table, index = normals(1, 7, 11), np.array([3, 3, 0, 6, 2])
+    for add in (False, True):
+        (got,), (want,) = both("take", [table, index, 0], [normals(2, 5, 11)], add=add)
+        assert_close(got, want)
+    dy, got, want = normals(3, 5, 11), unfilled(7, 11), np.empty((7, 11), F32)
+    CPU.take_backward(dy, index, got)
+    REFERENCE.take_backward(dy, index, want)
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 1, 1, 3), (2, 33, 32, 31)])
+@pytest.mark.parametrize(("first_block", "first_sample"), [(0, 0), (7, 2**33 + 5)])
+def test_dropout_has_the_bits_of_the_reference(shape, first_block, first_sample):
+    x, got, want = normals(1, *shape), unfilled(*shape), unfilled(*shape)
+    for be, out in ((CPU, got), (REFERENCE, want)):
+        be.dropout(x, out, rate=0.3, seed=5, step=9, first_block=first_block, first_sample=first_sample)
+    assert_same_bits(got, want)
+
+
+# ------------------------------------------------------------------------------------------------ laws
+
+
+def layers(be, rows, whole=False):
+    """Outputs of every layer for these images of a batch of 7, whose samples must not feel each other.
+
+    With `whole`, gradients of parameters as well: sums over the batch.
+    """
+    results = []
+
+    def keep(*arrays):
+        results.extend(array.copy() for array in arrays)
+
+    def images(seed, *shape):
+        return normals(seed, 7, *shape)[rows]
+
+    for geometry, (height, width, c, k) in (
+        (SAME, (20, 16, 24, 40)), (SAME, (8, 8, 64, 70)), (SAME, (2, 3, 40, 40)), (Conv(), (16, 16, 40, 48)),
+        (Conv(), (1, 1, 300, 200)), (GEOMETRIES["up"], (8, 8, 20, 24)),
+        (GEOMETRIES["down, padded behind"], (16, 16, 8, 9)),
+    ):  # fmt: skip
+        x, w, b = images(1, height, width, c), normals(2, *geometry.kernel, c, k), normals(3, k)
+        n, size = len(x), geometry.size(height, width)
+        y, dx, dw, db, dshift = (
+            unfilled(n, *size, k),
+            unfilled(*x.shape),
+            np.empty_like(w),
+            np.empty_like(b),
+            unfilled(n, k),
+        )
+        be.conv(geometry, x, w, b, y, shift=images(4, k), residual=images(5, *size, k))
+        be.conv_backward(geometry, images(6, *size, k), x, w, dx, dw, db, dshift=dshift)
+        keep(y, dx, dshift, *([dw, db] if whole else []))
+    for height, width, c in ((32, 20, 32), (3, 3, 16)):
+        x, dy, gamma, beta = images(1, height, width, c), images(2, height, width, c), normals(3, c), normals(4, c)
+        out, dx, stats, dmodulation = (
+            unfilled(*x.shape),
+            unfilled(*x.shape),
+            unfilled(len(x), 4, 2),
+            unfilled(len(x), 2 * c),
+        )
+        sums = np.empty_like(gamma), np.empty_like(beta)
+        options = {"groups": 4, "silu": True, "modulation": images(5, 2 * c)}
+        be.norm(x, gamma, beta, out, stats, eps=EPS, **options)
+        be.norm_backward(dy, x, gamma, beta, stats, dx, *sums, dmodulation=dmodulation, **options)
+        keep(out, dx, stats, dmodulation, *(sums if whole else []))
+    for length, channels in ((100, 32), (6, 8)):
+        qkv, dy = images(1, length, 3 * channels), images(2, length, channels)
+        out, log_sums, dqkv = unfilled(*dy.shape), unfilled(len(dy), 2, length), unfilled(*qkv.shape)
+        be.attention(qkv, out, log_sums, heads=2)
+        be.attention_backward(dy, qkv, out, log_sums, dqkv, heads=2)
+        keep(out, log_sums, dqkv)
+    x, y, z = images(1, 40, 40, 16), images(2, 40, 40, 16), images(3, 40, 40, 5)
+    out, joined = unfilled(*x.shape), unfilled(*x.shape[:-1], 21)
+    for run in (lambda: be.silu(x, out), lambda: be.silu_backward(y, x, out), lambda: be.add(x, y, out)):
+        run()
+        keep(out)
+    be.dropout(x, out, rate=0.2, seed=1, step=2, first_block=3, first_sample=rows.start)
+    be.concatenate(x, z, joined)
+    keep(out, joined)
+    be.split(joined, out, z)
+    keep(out, z)
+    if whole:
+        loss = be.squared_error(x, y, out)
+        keep(out, loss)
+    return results
+
+
+@pytest.fixture
+def many_pieces(monkeypatch):
+    """Every job is shared out among the threads, however small."""
+    monkeypatch.setattr(cpu_layers, "MIN_WORK", 1)
+
+
+@pytest.mark.usefixtures("many_pieces")
+def test_the_number_of_threads_changes_nothing():
+    want = layers(CpuBackend(threads=1), slice(0, 7), whole=True)
+    for threads in (2, 3):
+        for a, b in zip(layers(CpuBackend(threads=threads), slice(0, 7), whole=True), want, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.usefixtures("many_pieces")
+def test_the_batch_changes_nothing():
+    want = layers(CPU, slice(0, 7))
+    parts = [layers(CpuBackend(threads=3), slice(*ends)) for ends in ((0, 1), (1, 5), (5, 7))]
+    for whole, *split in zip(want, *parts, strict=True):
+        assert_same_bits(np.concatenate(split), whole)
+
+
+def test_the_protocol_is_complete():
+    assert isinstance(CPU, LayerBackend)
+
+
+def test_warm_layers_allocate_no_arrays():
+    x, dy, dx, y, residual = (normals(seed, 4, 16, 16, 32) for seed in range(5))
+    w, dw, v = normals(1, 3, 3, 32, 32), normals(2, 3, 3, 32, 32), [normals(seed, 32) for seed in range(4)]
+    up, dup, more = GEOMETRIES["up"], normals(1, 4, 32, 32, 32), normals(2, 4, 16, 16, 64)
+    stats, qkv, dqkv = normals(1, 4, 8, 2), normals(2, 4, 256, 96), normals(3, 4, 256, 96)
+    flat, log_sums, index = (a.reshape(4, 256, 32) for a in (y, dy)), normals(4, 4, 2, 256), np.array([1, 0, 1, 2])
+    out, dout = flat
+    v_rows, shift = normals(5, 4, 32), normals(6, 4, 32)
+
+    def work():
+        CPU.conv(SAME, x, w, v[0], y, shift=shift, residual=residual)
+        CPU.conv_backward(SAME, dy, x, w, dx, dw, v[1])
+        CPU.conv(up, x, w, v[0], dup)
+        CPU.conv_backward(up, dup, x, w, dx, dw, v[1])
+        CPU.norm(x, v[0], v[1], y, stats, groups=8, eps=EPS, silu=True)
+        CPU.norm_backward(dy, x, v[0], v[1], stats, dx, v[2], v[3], groups=8, silu=True)
+        CPU.attention(qkv, out, log_sums, heads=2)
+        CPU.attention_backward(dout, qkv, out, log_sums, dqkv, heads=2)
+        CPU.silu(x, y)
+        CPU.silu_backward(dy, x, dx)
+        CPU.add(x, y, y)
+        CPU.concatenate(x, y, more)
+        CPU.split(more, dx, residual)
+        CPU.dropout(x, y, rate=0.1, seed=0, step=0, first_block=0)
+        CPU.take(dw.reshape(-1, 32), index, v_rows)
+        CPU.take_backward(v_rows, index, dw.reshape(-1, 32))
+        CPU.squared_error(y, x, dx)
+
+    assert peak_of(work) < SMALL
+
+
+N = 64
+
+
+def hot_kernels():
+    """Name: (kernel, arguments, packed operations that its loops must hold)."""
+    x, y, z, u, v = (np.ones(16 * N, F32) for _ in range(5))
+    rows, totals, nothing, one = np.ones((norm.LANES, 16 * N), F32), np.ones((2, N)), np.empty(0, F32), np.ones(N, F32)
+    many = ["multiply", "add"]
+    normed = x, one, one, y, u, nothing, 16, 4, EPS, True, rows, totals[0]
+    return {
+        "start of a convolution": (conv._start, (x, 16, 0, 16, N, one, nothing, z, u), ["add"]),
+        "sums over pixels": (conv.pixel_sums_range, (0, 1, x, 16, N, y, u), ["add"]),
+        "moments": (norm._moments, (x, 16 * N, y, True, z, totals[0]), many),
+        "norm": (norm.norm_range, (0, 1, *normed), [*many, "divide"]),
+        "norm backward": (
+            norm.norm_backward_range,
+            (0, 1, x, y, one, one, u, nothing, z, v, 16, 4, True, False, rows, totals, np.ones(16 * N, F32)),
+            [*many, "divide"],
+        ),
+        "softmax": (attention.attention_range, (0, 1, x, y, z, 1, 4, 1, u, v, np.ones((2, attention.TILE), F32)), many),
+        "SiLU": (pointwise.silu_range, (0, N, x, y), [*many, "divide"]),
+        "SiLU backward": (pointwise.silu_backward_range, (0, N, x, y, z, False), [*many, "divide"]),
+        "sum": (pointwise.add_range, (0, N, x, y, z), ["add"]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", hot_kernels())
+def test_hot_kernels_are_vectorised(name):
+    kernel, arguments, operations = hot_kernels()[name]
+    fresh = numba.njit(**jit.OPTIONS)(kernel.py_func)  # cached code has no text
+    fresh(*arguments)
+    (text,) = fresh.inspect_asm().values()
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        patterns = ARM
+    else:
+        features = llvm.get_host_cpu_features()
+        register = "zmm" if features.get("avx512f") else "ymm" if features.get("avx") else "xmm"
+        patterns = {operation: pattern.format(register) for operation, pattern in X86.items()}
+    for operation in operations:
+        assert re.search(patterns[operation], text), f"no packed {operation}"
