@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import fastdiff as fd
-from fastdiff import covariance, plots, samplers
+from fastdiff import covariance, plots
 from fastdiff.data import harmonic_curves
-from fastdiff.denoisers import Gaussian, exact_chain
+from fastdiff.denoisers import Gaussian, convergence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = fd.Schedule.linear(1000)
     exact = Gaussian(family.mean, family.cov, schedule)
     steps = [5, 10, 20, 50, 100, 200, 500]
-    makers = {"ddpm": samplers.ddpm, "ddim": samplers.ddim, "dpmpp_2m": samplers.dpmpp_2m}
-    distances = {name: [exact_chain(exact, make(schedule, n)).w2() for n in steps] for name, make in makers.items()}
+    distances = {name: convergence(exact, name, steps) for name in ("ddpm", "ddim", "dpmpp_2m")}
     plots.save(plots.convergence(steps, distances), args.output / "convergence.png")
     for name, values in distances.items():
         print(f"{name:>8}: " + ", ".join(f"{n} steps {value:.3f}" for n, value in zip(steps, values, strict=True)))

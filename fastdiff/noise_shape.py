@@ -290,7 +290,7 @@ class NoiseShape:
         """Whether both have the same kind and the same numbers, to the bit."""
         if not isinstance(other, NoiseShape):
             return NotImplemented
-        return self.kind == other.kind and any(np.array_equal(a, other.arrays[n]) for n, a in self.arrays.items())
+        return self.kind == other.kind and all(np.array_equal(a, other.arrays[n]) for n, a in self.arrays.items())
 
     def __hash__(self) -> int:
         return hash((self.kind, *(array.tobytes() for array in self.arrays.values())))

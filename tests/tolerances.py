@@ -20,7 +20,7 @@ STEP = 2.0**-13  # of those differences; of fourth order, so that 1e-16 / STEP a
 
 PEER_OUTPUT = 5e-5  # relative error, in the norm, of a float32 image network against another float32 one
 PEER_GRADIENT = 5e-4  # the same of the gradient of every tensor
-PEER_FLOOR = 1e-4  # whose norm counts as this share of that of all, at least: what a norm cancels is zero but for rounding
+PEER_FLOOR = 5e-5  # its norm counts as at least this share of the whole gradient's: some are zero but for rounding
 
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does

@@ -8,6 +8,7 @@ operations themselves, with their formulas, are those of `LayerBackend`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
@@ -103,23 +104,24 @@ class Program:
 
     Attributes
     ----------
-    parameters : dict of str to tuple of int
-        Shapes of the tensors that the operations use, in the order of their first use.
     size : int
         Values in the arena, once planned.
     """
 
     def __init__(self, n: int, training: bool) -> None:
         self.n, self.training = n, training
-        self.parameters: dict[str, tuple[int, ...]] = {}
         self.size = 0
         self._operations: list[_Operation] = []
         self._tensors: dict[str, Value] = {}
         self._given: dict[str, Value] = {}
         self._blocks: list[_Block] = []
-        self._values: list[Value] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
         self._draw: dict[str, int] = {}
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that the operations use, in the order of their use."""
+        return {name: value.shape for name, value in self._tensors.items()}
 
     def given(self, name: str, shape: tuple[int, ...]) -> Value:
         """Return an array that every run is given under a name."""
@@ -128,7 +130,6 @@ class Program:
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
         """Return a tensor of the network."""
-        self.parameters[name] = shape
         self._tensors[name] = value = Value(shape)
         return value
 
@@ -285,7 +286,7 @@ class Program:
         end = len(self._operations)
         for time, operation in enumerate(self._operations):
             for value in operation.makes:
-                self._place(value, time)
+                value.block = self._block(value.shape, time)
             _use(operation.reads, time)
         self.output = self._operations[-1].makes[0]
         _use((self.output,), end)
@@ -316,17 +317,13 @@ class Program:
                 through.grad_block = block  # nothing needs the result's gradient any more
             through.grad_block.stop = time
 
-    def _place(self, value: Value, time: int) -> None:
-        value.block = self._block(value.shape, time)
-        self._values.append(value)
-
     def _block(self, shape: tuple[int, ...], time: int) -> _Block:
         self._blocks.append(_Block(shape, time))
         return self._blocks[-1]
 
     def lay(self, arena: Array) -> None:
         """Give every value its part of a flat buffer of `size` values."""
-        for value in self._values:
+        for value in itertools.chain.from_iterable(operation.makes for operation in self._operations):
             for name, block in (("data", value.block), ("grad", value.grad_block)):
                 if block is not None:
                     part = arena[block.offset : block.offset + math.prod(value.shape)]
