@@ -29,6 +29,10 @@ HIDDEN = (128, 128, 128)  # of the default MLP
 TIME_FEATURES = 32
 IMAGE_T, IMAGE_STEP = 1000, 500  # schedule and timestep of the image step
 DATA_ROWS, DATA_STEP = 10_000, 70  # of the denoiser whose data are rows
+PICTURES = 256  # that training draws from
+UNET = {"channels": (32, 64, 128), "blocks": 2, "head_width": 32, "groups": 8}
+UNET_PARAMETERS, UNET_OPERATIONS = 3_940_547, 1_080_819_712  # of UNET on 32 x 32 x 3; forward, for one picture
+DDIM_STEPS = 20
 HERE = Path(__file__).parent
 
 
@@ -66,7 +70,7 @@ class Case:
         Samples: rows, curves, images, or a training batch.
     shape : tuple of int
         Of one sample.
-    net : {"", "tutorial", "default"}
+    net : {"", "tutorial", "default", "unet"}
         The network, where there is one.
     units : int
         Training steps in one run, so many that what a call of `fit` costs once does not count.
@@ -99,7 +103,7 @@ class Case:
     def widths(self) -> tuple[int, ...]:
         """Widths of the network's layers, input and output included."""
         d = self.shape[0]
-        return {"": (), "tutorial": (d, 2 * d, 4 * d, 2 * d, d), "default": (d, *HIDDEN, d)}[self.net]
+        return {"": (), "unet": (), "tutorial": (d, 2 * d, 4 * d, 2 * d, d), "default": (d, *HIDDEN, d)}[self.net]
 
     @property
     def products(self) -> tuple[int, ...]:
@@ -109,6 +113,8 @@ class Case:
     @property
     def parameters(self) -> int:
         """Parameters of the network."""
+        if self.net == "unet":
+            return UNET_PARAMETERS
         modulated = 2 * sum(HIDDEN)
         time = {"": 0, "tutorial": T * 4 * self.shape[0], "default": (TIME_FEATURES + 1) * modulated}[self.net]
         return sum(self.products) + sum(self.widths[1:]) + time
@@ -116,7 +122,7 @@ class Case:
     @property
     def normals(self) -> int:
         """Normals drawn for one unit of the work."""
-        if self.kind in ("similarity", "reshape", "standardise", "posterior"):
+        if self.kind in ("similarity", "reshape", "standardise", "posterior", "unet"):
             return 0
         return self.values * (T if self.kind in ("chain", "cold") else 1)
 
@@ -135,6 +141,9 @@ class Case:
             "standardise": 8 * self.values + 4 * self.shape[0] ** 2,
             "shaped": 4 * self.values + 4 * self.shape[0] ** 2,
             "posterior": 8 * self.values + 4 * DATA_ROWS * self.shape[0],
+            "unet": 8 * self.values + 4 * self.parameters,
+            "unet-training": 4 * self.values + 24 * self.parameters,
+            "unet-ddim": 4 * self.values + 4 * self.parameters,
         }[self.kind]
 
     @property
@@ -157,6 +166,9 @@ class Case:
             "standardise": 2 * self.values * self.shape[0] + 5 * self.values,
             "shaped": 2 * self.values * self.shape[0],
             "posterior": 6 * self.values * DATA_ROWS,  # and as many exponentials as states and rows
+            "unet": self.n * UNET_OPERATIONS,
+            "unet-training": 3 * self.n * UNET_OPERATIONS + 3 * self.values,
+            "unet-ddim": DDIM_STEPS * (self.n * UNET_OPERATIONS + 8 * self.values),
         }[self.kind]
 
 
@@ -165,7 +177,7 @@ class Case:
 
 def schedule(fd: Any, case: Case) -> Any:
     """Return the schedule that a case runs on."""
-    if case.kind in ("forward", "step"):
+    if case.kind in ("forward", "step") or case.net == "unet":
         return fd.Schedule.linear(IMAGE_T)
     return fd.Schedule.sigmoid(T, beta_start=1e-5, beta_end=0.1)
 
@@ -173,7 +185,10 @@ def schedule(fd: Any, case: Case) -> Any:
 def network(fd: Any, case: Case) -> Any:
     """Return the network of a case; no tensor is zero, as some of a fresh one are."""
     points = case.shape[0]
-    net = fd.MLP.tutorial(points, T=T) if case.net == "tutorial" else fd.MLP(points, hidden=HIDDEN, T=T)
+    if case.net == "unet":
+        net = fd.UNet(case.shape, T=IMAGE_T, **UNET)
+    else:
+        net = fd.MLP.tutorial(points, T=T) if case.net == "tutorial" else fd.MLP(points, hidden=HIDDEN, T=T)
     rng = np.random.default_rng(0)
     for view in net.params.values():
         view += rng.normal(size=view.shape, scale=0.02).astype(np.float32)
@@ -378,6 +393,39 @@ def _posterior(fd: Any, case: Case, be: Any) -> Work:
     return Work(lambda: denoiser.predict(x, DATA_STEP, backend=be), check)
 
 
+def pictures(case: Case, n: int = PICTURES) -> Any:
+    """Return pictures in [-1, 1]."""
+    return np.tanh(np.random.default_rng(0).standard_normal((n, *case.shape), np.float32))
+
+
+def ddim(fd: Any, case: Case, steps: int = DDIM_STEPS) -> Any:
+    """Return the sampler of the U-Net, whose x0 is clipped to the range of pictures."""
+    return fd.samplers.ddim(schedule(fd, case), steps, clip=1.0)
+
+
+def _unet(fd: Any, case: Case, be: Any) -> Work:
+    net, x, t = network(fd, case), pictures(case, case.n), np.arange(case.n) % IMAGE_T
+    return Work(lambda: net.predict(x, t, backend=be), finite(x.shape, 1e-3, 1e3))
+
+
+def _unet_training(fd: Any, case: Case, be: Any) -> Work:
+    X = pictures(case)
+    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
+    how = {"batch": case.n, "data_range": (-1.0, 1.0), "progress": False}
+    model.fit(X, steps=1, ema=None, **how)
+
+    def check(result: Any) -> None:
+        assert result.step >= 1 + case.units
+        assert np.isfinite(result.net.flat).all()
+
+    return Work(lambda: model.fit(X, steps=case.units, **how), check, case.units)
+
+
+def _unet_ddim(fd: Any, case: Case, be: Any) -> Work:
+    net, sampler = network(fd, case), ddim(fd, case)
+    return Work(lambda: fd.sample(net, sampler, n=case.n, seed=0, backend=be), finite((case.n, *case.shape), 0.01, 1.1))
+
+
 KINDS: dict[str, Callable[[Any, Case, Any], Work]] = {
     "normals": _normals,
     "forward": _forward,
@@ -390,6 +438,9 @@ KINDS: dict[str, Callable[[Any, Case, Any], Work]] = {
     "standardise": _reshape,
     "shaped": _shaped,
     "posterior": _posterior,
+    "unet": _unet,
+    "unet-training": _unet_training,
+    "unet-ddim": _unet_ddim,
 }
 
 CURVE = (POINTS,)
@@ -418,6 +469,10 @@ CASES: tuple[Case, ...] = (
     Case("standardise-1000000x128", "reshaping, standardising, 1,000,000 x 128", "standardise", 1_000_000, (128,)),
     Case("shaped-1000000x128", "shaped noise, 1,000,000 x 128", "shaped", 1_000_000, (128,)),
     Case("posterior-1000x10000x64", "denoiser of 10,000 x 64 data, 1,000 states", "posterior", 1000, (64,)),
+    Case("unet-train-16", "training step, U-Net, 32 x 32 x 3, batch 16", "unet-training", 16, (32, 32, 3), "unet", 4),
+    Case("unet-forward-16", "forward pass, U-Net, 32 x 32 x 3, batch 16", "unet", 16, (32, 32, 3), "unet"),
+    Case("unet-ddim-16", "20 DDIM steps, U-Net, 32 x 32 x 3, n = 16", "unet-ddim", 16, (32, 32, 3), "unet"),
+    Case("unet-forward-1", "forward pass, U-Net, 32 x 32 x 3, one picture", "unet", 1, (32, 32, 3), "unet"),
 )
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

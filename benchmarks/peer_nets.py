@@ -1,4 +1,4 @@
-"""The two curve networks in PyTorch, with the training step and the sampling loop of a careful user."""
+"""The two curve networks and the U-Net in PyTorch, with the training step and the sampling loop of a careful user."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ class Modulated(nn.Module):
         for layer, gain, shift in zip(self.layers, columns[::2], columns[1::2], strict=False):
             x = F.silu(torch.addcmul(shift, 1 + gain, layer(x)))
         return self.layers[-1](x)
+
+
+class Pictures(nn.Module):
+    """The U-Net of diffusers, from a folder, for images (n, channels, height, width) in channels-last memory."""
+
+    def __init__(self, folder: Any) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.unet = UNet2DModel.from_pretrained(folder).to(memory_format=torch.channels_last).train()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x.contiguous(memory_format=torch.channels_last), t).sample
 
 
 def load(net: Any, weights: dict[str, Any]) -> Any:
@@ -104,13 +117,30 @@ def chain(
     return x
 
 
+def ddim(net: Any, betas: Any, steps: int) -> Callable[[Tensor], Tensor]:
+    """Return what draws pictures from noise by diffusers' DDIM, x0 clipped to [-1, 1], with trailing timesteps."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(len(betas), trained_betas=betas, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t), t, x).prev_sample
+        return x
+
+    return run
+
+
 class Trainer:
     """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1."""
 
     def __init__(self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False) -> None:
         self.net, self.X, self.batch = net, X, batch
         abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-        self.signal, self.noise = abar.sqrt().float()[:, None], (1 - abar).sqrt().float()[:, None]
+        each = (-1, *(1,) * (X.ndim - 1))
+        self.signal, self.noise = abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)
         self.losses: list[float] = []
@@ -119,7 +149,7 @@ class Trainer:
         """Draw rows of the data, timesteps and noise."""
         rows = torch.randint(len(self.X), (self.batch,))
         t = torch.randint(len(self.signal), (self.batch,))
-        return rows, t, torch.randn(self.batch, self.X.shape[1])
+        return rows, t, torch.randn(self.batch, *self.X.shape[1:])
 
     def step(self, rows: Tensor, t: Tensor, eps: Tensor) -> None:
         """Take one step on a batch."""

@@ -10,6 +10,8 @@ allocated where the call under test returns new ones; for the cold start, from t
 its files in the page cache. Both sides use the same number of threads. PyTorch runs eagerly, under no_grad where it
 samples, with its default AdamW; rows with the fused one are added. `peer_nets.py` and `cold_peer.py` are its code.
 
+The memory of a side is the most that its process had while it worked, less what it had with its libraries imported.
+
 Without --only, --quick or --threads the results go to ``results/peers-cpu.json`` and ``.md``.
 """
 
@@ -45,6 +47,7 @@ class Comparison:
     case: str
     target: float | None = None
     variant: str = ""  # "fused": the peer trains with fused AdamW, not PyTorch's default; "numpy": the peer is NumPy
+    memory: bool = False  # whether its peak is shown as well
 
     @property
     def name(self) -> str:
@@ -68,6 +71,9 @@ PEERS = {
     "standardise": "torch: matmul, mean, std, subtract, divide",
     "shaped": "torch: randn, matmul",
     "posterior": "torch: addmm, softmax, matmul",
+    "unet": "diffusers UNet2DModel, no_grad",
+    "unet-training": "diffusers UNet2DModel, AdamW, clipping",
+    "unet-ddim": "diffusers UNet2DModel, DDIMScheduler",
 }
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
@@ -95,12 +101,16 @@ COMPARISONS = (
     Comparison("standardise-1000000x128", 1.5),
     Comparison("shaped-1000000x128", 1.5),
     Comparison("posterior-1000x10000x64"),
+    Comparison("unet-train-16", 1.0, memory=True),
+    Comparison("unet-forward-16", 1.0),
+    Comparison("unet-ddim-16"),
+    Comparison("unet-forward-1"),
 )
 # Samples in the example that both sides compute before they are timed.
 EXAMPLE = {
     "normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16,
     "similarity": 64, "reshape": 10_000, "standardise": 10_000, "shaped": 10_000,
-    "posterior": 100,
+    "posterior": 100, "unet": 4, "unet-training": 4, "unet-ddim": 2,
 }  # fmt: skip
 # How far the two results of an example may differ, through the size of the peer's result. Moments are in units of
 # their standard error; a weight may differ by a part of how far training moved the weights.
@@ -117,8 +127,12 @@ TOLERANCES = {
     "standardised": 1e-5,  # rows of small deviation are divided by it
     "shaped": 1e-6,
     "posterior": 1e-4,  # the peer's squares cancel
+    "output of the U-Net": 5e-5,
+    "losses of the U-Net": 5e-5,
+    "pictures": 1e-4,
 }
 EXAMPLE_STEPS = 5  # of training
+EXAMPLE_DDIM = 4  # of sampling: an untrained network more than doubles a difference at each
 ROUNDS, LEAST_ROUNDS, PATIENCE = 7, 3, 20.0  # fewer rounds once a case has taken this many seconds
 TURN = 0.3  # seconds of calls in one turn
 LONG = 0.8  # seconds: a call of this length is not repeated for warmth
@@ -178,6 +192,8 @@ def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
         return inputs, {"output": output, "samples": case.setup(be).run()}
     if case.kind == "training":
         return _training_example(fd, be, case, inputs)
+    if case.net == "unet":
+        return _unet_example(fd, be, case, inputs, folder)
     model = cases.checkpoint(fd, case, be, folder / "model.safetensors")
     loaded = fd.load(folder / "model.safetensors", backend=be)
     inputs |= _weights(model.net) | {"noise": _noise(fd, be, case, model.seed, T)}
@@ -214,15 +230,36 @@ def _training_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any]) -> E
     inputs |= _weights(net)
     model = fd.Diffusion(net, cases.schedule(fd, case), backend=be, seed=0)
     model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, progress=False)
+    inputs |= _draws(fd, be, case, len(X), T)
+    inputs["X"] = (X - np.float32(model.normaliser.mean)) / np.float32(model.normaliser.std)
+    return inputs, {"losses": np.array(model.history["loss"]), "weights": _flat(_weights(model.net))}
+
+
+def _draws(fd: Any, be: Any, case: Case, rows: int, T: int) -> dict[str, Any]:
+    """Data rows, timesteps and noise of the example's training steps."""
     draws: dict[str, list[Any]] = {"rows": [], "t": [], "eps": []}
     for step in range(EXAMPLE_STEPS):
         at = {"seed": 0, "step": step}
-        draws["rows"].append(fd.noise.scaled_words(case.n, len(X), stream=fd.noise.Stream.BATCH, **at))
+        draws["rows"].append(fd.noise.scaled_words(case.n, rows, stream=fd.noise.Stream.BATCH, **at))
         draws["t"].append(fd.noise.scaled_words(case.n, T, stream=fd.noise.Stream.TRAIN_TIME, **at))
         draws["eps"].append(fd.normal((case.n, *case.shape), stream="train_noise", backend=be, **at))
-    inputs |= {name: np.stack(values) for name, values in draws.items()}
-    inputs["X"] = (X - np.float32(model.normaliser.mean)) / np.float32(model.normaliser.std)
-    return inputs, {"losses": np.array(model.history["loss"]), "weights": _flat(_weights(model.net))}
+    return {name: np.stack(values) for name, values in draws.items()}
+
+
+def _unet_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any], folder: Path) -> Example:
+    net = cases.network(fd, case)
+    net.save_diffusers(folder / "unet")
+    if case.kind == "unet":
+        return inputs | {"x": cases.pictures(case, case.n)}, {"output of the U-Net": case.setup(be).run()}
+    if case.kind == "unet-ddim":
+        inputs |= {"x": fd.normal((case.n, *case.shape), seed=0, stream="init", backend=be)}
+        few = fd.sample(net, cases.ddim(fd, case, EXAMPLE_DDIM), n=case.n, seed=0, backend=be)
+        return inputs, {"pictures": few}
+    X = cases.pictures(case)
+    model = fd.Diffusion(net, cases.schedule(fd, case), backend=be, seed=0)
+    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, data_range=(-1.0, 1.0), progress=False)
+    inputs |= {"X": X} | _draws(fd, be, case, len(X), cases.IMAGE_T)
+    return inputs, {"losses of the U-Net": np.array(model.history["loss"])}
 
 
 def _flat(weights: dict[str, Any]) -> Any:
@@ -257,6 +294,8 @@ def peer_worker(case: Case, folder: Path, threads: int, variant: str) -> tuple[C
         outputs, run = _peer_training(case, inputs, variant == "fused")
     elif case.kind == "cold":
         outputs, run = _peer_cold(case, inputs, folder, threads)
+    elif case.net == "unet":
+        outputs, run = _peer_unet(case, inputs, folder / "unet")
     elif variant == "numpy":
         outputs, run = _numpy_similarity(case, inputs)
     else:
@@ -373,6 +412,40 @@ def _peer_cold(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -
     return {"samples": samples.numpy()}, lambda: cases.cold_process("cold_peer.py", path, case, threads)
 
 
+def _peer_unet(case: Case, inputs: dict[str, Any], folder: Path) -> PeerSide:
+    import peer_nets
+    import torch
+
+    def nchw(x: Any) -> Any:  # ours are channels-last, and so is their memory
+        return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
+
+    def nhwc(x: Any) -> Any:
+        return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+    net = peer_nets.Pictures(folder)
+    if case.kind == "unet-training":
+        trainer = peer_nets.Trainer(net, nchw(inputs["X"]), inputs["betas"], case.n)
+        for rows, t, eps in zip(*(inputs[name] for name in ("rows", "t", "eps")), strict=True):
+            trainer.step(torch.from_numpy(rows), torch.from_numpy(t), nchw(eps))
+
+        def run() -> None:
+            for _ in range(case.units):
+                trainer.step(*trainer.draw())
+
+        return {"losses of the U-Net": np.array(trainer.losses[:EXAMPLE_STEPS])}, run
+    if case.kind == "unet-ddim":
+        result = peer_nets.ddim(net, inputs["betas"], EXAMPLE_DDIM)(nchw(inputs["x"]))
+        ddim, channels = peer_nets.ddim(net, inputs["betas"], cases.DDIM_STEPS), case.shape[-1:] + case.shape[:-1]
+        return {"pictures": nhwc(result)}, lambda: ddim(torch.randn(case.n, *channels))
+
+    @torch.no_grad()
+    def forward(x: Any) -> Any:
+        return net(x, torch.arange(len(x)) % cases.IMAGE_T)
+
+    x = nchw(cases.pictures(case, case.n))
+    return {"output of the U-Net": nhwc(forward(nchw(inputs["x"])))}, lambda: forward(x)
+
+
 def _numpy_similarity(case: Case, inputs: dict[str, Any]) -> PeerSide:
     def similarity(v: Any) -> Any:
         return np.exp(-((v[:, :, None] - v[:, None, :]) ** 2))
@@ -479,9 +552,19 @@ def serve(side: str, case: Case, folder: Path, threads: int, variant: str) -> No
         answers.flush()
 
     if side == "ours":
+        import fastdiff
+
+        fastdiff.get_backend("cpu", threads=threads)
+        before = resident("VmRSS")
         run, units = our_worker(case, folder, threads)
     else:
+        import diffusers.models  # noqa: F401
+        import torch  # noqa: F401
+
+        before = resident("VmRSS")
         run, units = peer_worker(case, folder, threads, variant)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     say(ready=True)
     last = 0.0
     for line in sys.stdin:
@@ -495,7 +578,16 @@ def serve(side: str, case: Case, folder: Path, threads: int, variant: str) -> No
             run()
             last = time.perf_counter() - start
             seconds.append(last / units)
-        say(seconds=statistics.median(seconds), calls=len(seconds))
+        say(seconds=statistics.median(seconds), calls=len(seconds), peak=resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of memory that this process has (VmRSS), or had at most (VmHWM). Linux only; 0 elsewhere."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 # -- the comparison --------------------------------------------------------------------------------------------
@@ -505,7 +597,7 @@ class Worker:
     """The process of one side of a case."""
 
     def __init__(self, side: str, comparison: Comparison, scale: float, folder: Path, threads: int) -> None:
-        self.side = side
+        self.side, self.peak = side, 0
         command = [sys.executable, __file__, "--worker", side, "--case", comparison.case, "--scale", repr(scale)]
         command += ["--variant", comparison.variant]
         self.process = subprocess.Popen(
@@ -534,7 +626,9 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.flush()
-        return self._answer()["seconds"]
+        answer = self._answer()
+        self.peak = answer["peak"]
+        return answer["seconds"]
 
     def close(self) -> None:
         """End the process."""
@@ -625,6 +719,7 @@ def compare(
             for worker, seconds in zip(workers, (ours, peer), strict=True):
                 others.rest(pause)
                 seconds.append(worker.turn(turn))
+    memory = {worker.side: worker.peak for worker in workers}
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
     middle, target = statistics.median(ratios), comparison.target
     return {
@@ -641,7 +736,7 @@ def compare(
         "rounds": [{"ours": a, "peer": b} for a, b in zip(ours, peer, strict=True)],
         "others": round(others.share, 3),
         "parity": parity,
-    }
+    } | ({"memory": memory} if comparison.memory and all(memory.values()) else {})
 
 
 # -- the report ------------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['title']} | {row['peer']} | {duration(seconds['ours'])} | {duration(seconds['peer'])} "
             f"| **{ratio['median']:.1f}** ({ratio['min']:.1f} .. {ratio['max']:.1f}) | {wanted} |"
         )
+    for row in results["rows"]:
+        if "memory" in row:
+            ours, peer = (f"{row['memory'][side] / 1e6:.0f} MB" for side in ("ours", "peer"))
+            lines += ["", f"Peak memory beyond the imported libraries, {row['title']}: {ours}, theirs {peer}."]
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
+from fastdiff.backends import get_backend
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -43,6 +44,10 @@ SIZES = {
     "standardise-1000000x128": (1_000_000, (128,)),
     "shaped-1000000x128": (1_000_000, (128,)),
     "posterior-1000x10000x64": (1000, (64,)),
+    "unet-train-16": (16, (32, 32, 3)),
+    "unet-forward-16": (16, (32, 32, 3)),
+    "unet-ddim-16": (16, (32, 32, 3)),
+    "unet-forward-1": (1, (32, 32, 3)),
 }
 
 
@@ -55,13 +60,35 @@ def test_the_table_only_grows():
 def test_a_case_counts_its_work(case):
     assert case.kind in cases.KINDS
     assert case.bytes >= 4 * case.values > 0
-    assert case.normals >= case.values or case.kind in ("similarity", "reshape", "standardise", "posterior")
+    assert case.normals >= case.values or case.kind in ("similarity", "reshape", "standardise", "posterior", "unet")
     assert (case.operations > 0) == (case.kind != "normals")
     if case.net:
         net = cases.network(fd, case)
-        assert case.products == tuple(layer.inputs * layer.outputs for layer in net.plan.layers)
         assert case.parameters == net.layout.count
+        if case.net == "unet":
+            assert counted(net) == cases.UNET_OPERATIONS
+        else:
+            assert case.products == tuple(layer.inputs * layer.outputs for layer in net.plan.layers)
         assert all(view.any() for view in net.params.values())
+
+
+def counted(net):
+    """Multiplications and additions of a U-Net's forward pass for one picture."""
+    be, total = get_backend("numpy"), 0
+
+    class Counter(type(be)):
+        def conv(self, geometry, x, w, b, out, **options):
+            nonlocal total
+            total += 2 * out.size * w[..., 0].size
+            super().conv(geometry, x, w, b, out, **options)
+
+        def attention(self, qkv, out, log_sums, *, heads):
+            nonlocal total
+            total += 4 * out.size * out.shape[1]
+            super().attention(qkv, out, log_sums, heads=heads)
+
+    net.predict(np.zeros((1, *net.shape), np.float32), 0, backend=Counter())
+    return total
 
 
 @pytest.mark.parametrize("case", [case.at(TINY) for case in cases.CASES], ids=lambda case: case.name)
@@ -167,7 +194,7 @@ RESULT = {
         },
         {
             "title": "a draw", "peer": "torch", "ratio": {"median": 2.0, "min": 1.4, "max": 2.6}, "target": None,
-            "met": None, "seconds": {"ours": 1.5e-7, "peer": 3e-6},
+            "met": None, "seconds": {"ours": 1.5e-7, "peer": 3e-6}, "memory": {"ours": 2e6, "peer": 3.4e6},
         },
     ],
 }  # fmt: skip
@@ -192,7 +219,8 @@ def test_the_readme_is_filled_once_and_for_all(readme, capsys):
     assert fill(readme) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- numbers:peers-cpu -->\nA CPU, 2 threads on 4 cores")
-    assert text.endswith("|\n<!-- /numbers -->\nafter, in ü\n")
+    memory = "Peak memory beyond the imported libraries, a draw: 2 MB, theirs 3 MB."
+    assert text.endswith(f"|\n\n{memory}\n<!-- /numbers -->\nafter, in ü\n")
     assert "old" not in text
     assert "| a step | torch | 123 µs | 20.0 ms | **3.1** (3.0 .. 3.5) | 3 |" in text
     assert "| a chain | torch | 1.00 s | 15.0 s | **1.5** (1.4 .. 1.6) | 2: **missed** |" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Self
 
@@ -373,6 +373,14 @@ class UNet:
                 y[part] = self._run(be, params, {name: array[part] for name, array in rows.items()})
         y = y if len(self.shape) == 3 or self.outputs > 1 else y.reshape(x.shape)
         return y if on_device else be.to_numpy(y)
+
+    def evaluator(self, be: Backend) -> Callable[..., Array]:
+        """Return the network as a function of flat states (n, D), t and labels, on a backend: for `fastdiff.sample`."""
+
+        def evaluate(x: Array, t: int, labels: Any = None) -> Array:
+            return self.predict(x.reshape(len(x), *self.shape), t, labels, backend=be).reshape(x.shape)
+
+        return evaluate
 
     def gradient(
         self,
