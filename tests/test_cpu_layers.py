@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 
@@ -18,7 +19,8 @@ from fastdiff.backends import cpu_layers
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
-from fastdiff.kernels.cpu import attention, conv, jit, norm, pointwise
+from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, norm, pointwise
+from fastdiff.kernels.cpu.gemm import host_width
 
 CPU, REFERENCE = CpuBackend(threads=2), NumpyBackend()
 F32, F64 = np.float32, np.float64
@@ -120,6 +122,43 @@ def test_a_convolution_without_an_input_gradient():
 def test_an_image_without_taps_is_its_bias():
     """All of the kernel lies in the padding."""
     assert_conv(Conv((1, 1), (4, 4), (1, 2, 1, 2)), (2, 1, 1, 3, 5), True, True, True)
+
+
+WIDTHS = sorted({host_width(), 0})
+
+
+@functools.cache
+def products(width):
+    """`gemm_nested`, and the same as products that accumulate."""
+    nested = gemm_nested.gemm_nested if width == host_width() else gemm_nested.make_gemm_nested(width)
+    plain = gemm.gemm if width == host_width() else gemm.make_gemm(width)
+
+    @numba.njit
+    def at_once(c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, m, n, k, blocks):
+        nested(c, 3, ldc, a, 2, a_rs, a_cs, a_us, b, 1, ldb, b_us, m, n, k, blocks)
+
+    @numba.njit
+    def in_turn(c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, m, n, k, blocks):
+        for u in range(blocks):
+            plain(c, 3, ldc, a, 2 + u * a_us, a_rs, a_cs, b, 1 + u * b_us, ldb, m, n, k, True)
+
+    return at_once, in_turn
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_nested_product_has_the_bits_of_its_parts_in_turn(width):
+    """Every tile, rows along any direction, and nothing written around C."""
+    at_once, in_turn = products(width)
+    a, b = normals(1, 1000), normals(2, 3000)
+    for m in (0, 1, 2, 3, 4, 5, 6, 7, 13):
+        for n in (0, 1, 15, 16, 17, 33, 50, 64, 70, 130):
+            for k, blocks in ((3, 2), (5, 1), (0, 2), (2, 0), (1, 4)):
+                for a_rs, a_cs, a_us in ((40, 1, 7), (1, 20, 100)):
+                    c = normals(3, 13 * 140 + 9)
+                    got, want = c.copy(), c.copy()
+                    for run, out in ((at_once, got), (in_turn, want)):
+                        run(out, 140, a, a_rs, a_cs, a_us, b, 140, 700, m, n, k, blocks)
+                    assert_same_bits(got, want)
 
 
 # ------------------------------------------------------------------------------------------------ norm, attention
@@ -326,6 +365,16 @@ def test_the_batch_changes_nothing():
     parts = [layers(CpuBackend(threads=3), slice(*ends)) for ends in ((0, 1), (1, 5), (5, 7))]
     for whole, *split in zip(want, *parts, strict=True):
         assert_same_bits(np.concatenate(split), whole)
+
+
+def test_no_images():
+    """Nothing to compute, and gradients of parameters that are sums of nothing."""
+    x, w, dw, db = np.empty((0, 5, 5, 3), F32), normals(1, 3, 3, 3, 4), unfilled(3, 3, 3, 4), unfilled(4)
+    y = np.empty((0, 5, 5, 4), F32)
+    CPU.conv(SAME, x, w, db, y)
+    CPU.conv_backward(SAME, y, x, w, x.copy(), dw, db)
+    assert not dw.any()
+    assert not db.any()
 
 
 def test_the_protocol_is_complete():

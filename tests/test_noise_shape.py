@@ -110,6 +110,8 @@ def test_the_roots_are_those_promised():
     assert_same_bits(np.triu(root(make("dense"), 7), 1), np.zeros((7, 7)))
     stationary = root(make("stationary"), 7)
     assert_close(stationary, stationary.T)
+    assert_close(stationary, root(make("fft"), 7))
+    assert_close(stationary[1:, 1:], stationary[:-1, :-1])
     shape = make("low_rank")
     inner = root(shape, 7) / np.sqrt(shape.arrays["variances"])[:, None]
     assert_close(inner, inner.T, terms=7)

@@ -32,7 +32,7 @@ MIN_WORK = 4e6  # floating-point operations of a piece of work: less is not wort
 PIECES = 4  # for each thread, so that all end at about the same time
 MAX_GROUPS = 16  # of images, whose weight gradients are summed apart
 GROUP_BYTES = 1 << 20  # of all groups' sums together
-SILU_WORK, LIGHT_WORK = 60, 15  # floating-point operations of a convolution that last as long, for each value
+SILU_WORK, LIGHT_WORK = 120, 30  # floating-point operations of a convolution that last as long, for each value
 ALIGNMENT = 64  # bytes: a cache line
 NOTHING = np.empty(0, np.float32)
 

@@ -9,23 +9,10 @@ import math
 
 import numpy as np
 
+from fastdiff.kernels.cpu.elementary import exp
 from fastdiff.kernels.cpu.gemm import gemm
-from fastdiff.kernels.cpu.jit import bits_float, kernel
-from fastdiff.kernels.cpu.mlp import (
-    E0,
-    E1,
-    E2,
-    E3,
-    E4,
-    EXP_LN2_HIGH,
-    EXP_LN2_LOW,
-    EXPONENT_BIAS,
-    HALF,
-    LOG2_E,
-    MANTISSA_BITS,
-)
+from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.noise import chunks_of, draw_chunk
-from fastdiff.kernels.cpu.posterior import multiply_add
 
 TILE = 128  # rows, where there are products
 TILE_VALUES = 1 << 18  # that a tile has at most, unless it has few rows already
@@ -41,12 +28,7 @@ LEAST_EXPONENT = F(-88)  # of exp: below -87.7 the factor 2^whole is 0
 def exp_minus_square(d):
     """exp(-d^2) in float32; 0 where that is below some 1e-38."""
     exponent = -(d * d)
-    x = exponent if exponent > LEAST_EXPONENT else LEAST_EXPONENT
-    whole = np.floor(multiply_add(x, LOG2_E, HALF))
-    r = multiply_add(whole, -EXP_LN2_LOW, multiply_add(whole, -EXP_LN2_HIGH, x))
-    y = multiply_add(multiply_add(multiply_add(multiply_add(E4, r, E3), r, E2), r, E1), r, E0)
-    y = multiply_add(y * r, r, r) + ONE
-    return y * bits_float((np.int32(whole) + EXPONENT_BIAS) << MANTISSA_BITS)
+    return exp(exponent if exponent > LEAST_EXPONENT else LEAST_EXPONENT)
 
 
 @kernel

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastdiff.backends import LEAKY_SLOPE
+from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import gemm
-from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, bits_float, kernel
+from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
@@ -32,26 +33,6 @@ SHIFTED, SCALED = 1, 2
 
 F = np.float32
 ZERO, ONE, TWO, SLOPE = F(0), F(1), F(2), F(LEAKY_SLOPE)
-
-# exp(r) = 1 + r + r^2 EXP(r) for |r| <= ln(2) / 2, least maximum error 6.3e-8 in EXP.
-E0, E1, E2, E3, E4 = F(0.5), F(0.16666576), F(0.041666374), F(0.008363235), F(0.0013941218)
-EXP_LOW, EXP_HIGH = F(-87), F(88)
-LOG2_E, EXP_LN2_HIGH, EXP_LN2_LOW, HALF = F(1.4426950408889634), F(0.693359375), F(-2.1219444e-4), F(0.5)
-EXPONENT_BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
-
-
-@kernel
-def sigmoid(v):
-    """1 / (1 + exp(-v)) in float32."""
-    x = -v
-    if x > EXP_HIGH:
-        x = EXP_HIGH
-    if x < EXP_LOW:
-        x = EXP_LOW
-    whole = np.floor(x * LOG2_E + HALF)
-    r = (x - whole * EXP_LN2_HIGH) - whole * EXP_LN2_LOW
-    y = ((((E4 * r + E3) * r + E2) * r + E1) * r + E0) * r * r + r + ONE
-    return ONE / (ONE + y * bits_float((np.int32(whole) + EXPONENT_BIAS) << MANTISSA_BITS))
 
 
 @kernel

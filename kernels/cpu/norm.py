@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
+from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.mlp import sigmoid
 
 ROW = 1024  # values, or the channels of one pixel if they are more
 RUN = 32  # rows summed in float32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.mlp import sigmoid
 from fastdiff.kernels.cpu.noise import CHUNK, _words
 
 BLOCK = 4096  # values whose squares are summed together

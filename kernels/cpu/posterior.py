@@ -9,24 +9,10 @@ the length of a block and the number of blocks, not with their product.
 from __future__ import annotations
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-from fastdiff.kernels.cpu.gemm import gemm, host_width
-from fastdiff.kernels.cpu.jit import bits_float, kernel
-from fastdiff.kernels.cpu.mlp import (
-    E0,
-    E1,
-    E2,
-    E3,
-    E4,
-    EXP_LN2_HIGH,
-    EXP_LN2_LOW,
-    EXPONENT_BIAS,
-    HALF,
-    LOG2_E,
-    MANTISSA_BITS,
-)
+from fastdiff.kernels.cpu.elementary import exp, multiply_add
+from fastdiff.kernels.cpu.gemm import gemm
+from fastdiff.kernels.cpu.jit import kernel
 
 LANES = 16
 TILE = 64  # samples
@@ -34,29 +20,15 @@ BLOCK = 64  # rows of data
 ROWS_OF_LANES = 6  # in the arena: -signal, factor, top, total, a block's total, rescaling
 
 F = np.float32
-ZERO, ONE, MINUS_HALF = F(0), F(1), F(-0.5)
+ZERO, MINUS_HALF = F(0), F(-0.5)
 NEGLIGIBLE = F(-64)  # exponents relative to the greatest: weights below 1e-27 are 0
-
-
-@intrinsic
-def multiply_add(typingctx, a, b, c):
-    """a b + c in float32, rounded once where the CPU can."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fma(*args) if host_width() else builder.fadd(builder.fmul(args[0], args[1]), args[2])
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
 
 
 @kernel
 def weight(exponent):
     """exp(exponent) in float32 of an exponent that is not positive; 0 where it is `NEGLIGIBLE`."""
     x = exponent if exponent > NEGLIGIBLE else NEGLIGIBLE
-    whole = np.floor(x * LOG2_E + HALF)
-    r = (x - whole * EXP_LN2_HIGH) - whole * EXP_LN2_LOW
-    y = ((((E4 * r + E3) * r + E2) * r + E1) * r + E0) * r * r + r + ONE
-    y = y * bits_float((np.int32(whole) + EXPONENT_BIAS) << MANTISSA_BITS)
-    return y if exponent > NEGLIGIBLE else ZERO
+    return exp(x) if exponent > NEGLIGIBLE else ZERO
 
 
 @kernel
