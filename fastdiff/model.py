@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from fastdiff import checkpoint, noise, process, samplers
-from fastdiff.backends import Backend, TrainingDraws, backend_for, get_backend
+from fastdiff.backends import AdamW, Backend, TrainingDraws, backend_for, get_backend
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,29 +26,43 @@ from fastdiff.errors import (
     check_array,
     check_choice,
     check_float,
+    check_indices,
     check_int,
     check_seed,
     is_on_device,
 )
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.nn.unet import UNet
 from fastdiff.noise import Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
 
+log = logging.getLogger("fastdiff")
+
 VALIDATION_EVERY = 100  # steps, counted from 0
+BATCH, PICTURE_BATCH = 256, 64  # rows of a step where the caller does not say
+PICTURE_T = 200
+BLOCK_VALUES = 1 << 20  # that are normalised at once
+
+Network = MLP | UNet
+Step = Callable[[int, AdamW], tuple[float, float]]
+Batch = tuple[Any, Any, Any, Any]
 
 
 class Normaliser(NamedTuple):
     """Maps data to the network's range, (x - mean) / std, and back: one mean and one deviation for all values.
 
-    With a noise shape x is first L^-1 x, where the noise is white.
+    With a noise shape x is first L^-1 x, where the noise is white. Pictures have a `data_range`, which becomes [-1, 1],
+    and may be `whole`: bytes, as which they come back.
     """
 
     mean: float
     std: float
     noise_shape: NoiseShape | None = None
+    data_range: tuple[float, float] | None = None
+    whole: bool = False
 
     @classmethod
     def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None) -> Normaliser:
@@ -59,12 +75,53 @@ class Normaliser(NamedTuple):
         mean, std = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
         return cls(mean * scale, std * scale if std >= 1e-6 else 1.0, noise_shape)
 
+    @classmethod
+    def of_pictures(cls, X: npt.NDArray[Any], data_range: Any = None) -> Normaliser:
+        """Return the normaliser of pictures: by default of the range 0 .. 255 for bytes, else of their own."""
+        whole, wants = X.dtype == np.uint8, "a pair of numbers (low, high), low below high"
+        if data_range is None:
+            low, high = (0.0, 255.0) if whole else (float(X.min()), float(X.max()))
+            if low == high:
+                raise ArgumentError("X", f"the value {low:g} only", "pictures of several values, or a data_range")
+            if not whole:
+                log.info("data_range: (%g, %g), as the pictures have it", low, high)
+        else:
+            if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
+                raise ArgumentError("data_range", repr(data_range), wants)
+            low, high = (check_float("data_range", end) for end in data_range)
+            if not low < high:
+                raise ArgumentError("data_range", repr(data_range), wants)
+        return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
+
+    def check(self, argument: str, X: npt.NDArray[Any]) -> None:
+        """Refuse pictures of another range: one outside, or not of bytes."""
+        if self.data_range is None:
+            return
+        if self.whole and X.dtype != np.uint8:
+            raise ArgumentError(argument, f"dtype {X.dtype}", "bytes (uint8), as in the first fit")
+        low, high = float(X.min()), float(X.max())
+        if low < self.data_range[0] or high > self.data_range[1]:
+            wants = "values within data_range, ({:g}, {:g}) since the first fit".format(*self.data_range)
+            raise ArgumentError(argument, f"values from {low:g} to {high:g}", wants)
+
     def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return the data in the network's range."""
-        return np.ascontiguousarray((np.asarray(self._white(X), np.float64) - self.mean) / self.std, dtype)
+        white = self._white(X)
+        out = np.empty(white.shape, dtype)
+        for start in range(0, len(out), rows := max(1, BLOCK_VALUES // max(1, white[:1].size))):
+            part = slice(start, start + rows)
+            out[part] = (np.asarray(white[part], np.float64) - self.mean) / self.std
+        return out
+
+    def restore(self, x: Any, be: Backend) -> Any:
+        """Return samples as the data were: `invert`, and bytes where those were bytes."""
+        x = self.invert(x, be)
+        if self.data_range is None or not self.whole:
+            return x
+        return x.round().clip(*self.data_range).astype(np.uint8)
 
     def invert(self, x: Any, be: Backend) -> Any:
-        """Return network values (..., points) in the data's range, in place where the array is its own."""
+        """Return network values (n, ...) in the data's range, in place where the array is its own."""
         x *= x.dtype.type(self.std)
         x += x.dtype.type(self.mean)
         if self.noise_shape is None:
@@ -90,7 +147,7 @@ class NetworkDenoiser:
 
     Attributes
     ----------
-    net : MLP
+    net : MLP or UNet
         The architecture.
     flat : array
         The weights in use.
@@ -100,14 +157,18 @@ class NetworkDenoiser:
         Where `predict` runs.
     """
 
-    net: MLP
+    net: Network
     flat: npt.NDArray[Any]
     prediction: str
     backend: Backend
 
     @property
     def plan(self) -> Any:
-        return self.net.plan
+        return getattr(self.net, "plan", None)
+
+    @property
+    def classes(self) -> int | None:
+        return getattr(self.net, "classes", None)
 
     @property
     def T(self) -> int:
@@ -135,22 +196,24 @@ def _empty_history() -> dict[str, list[Any]]:
 
 
 class Diffusion:
-    """A diffusion model of curves.
+    """A diffusion model of curves or pictures.
 
     Parameters
     ----------
-    net : MLP, optional
-        The network; by default an `MLP` that fits the data, made at the first `fit`.
+    net : MLP or UNet, optional
+        The network; by default one that fits the data, made at the first `fit`: an `MLP` for curves, a `UNet` for
+        pictures.
     schedule : Schedule, optional
-        The noise levels; by default ``Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)``, or what fits net.T.
+        The noise levels; by default ``Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)`` for curves and
+        ``Schedule.cosine(200)`` for pictures, or what fits net.T.
     prediction : {"noise", "x0", "v"}, optional
         What the network learns to predict.
     backend : str or Backend, optional
     seed : int, optional
         Of the weights, of all training draws, and of the samples unless `sample` names another.
     noise_shape : NoiseShape, optional
-        Covariance S of the noise; by default white. The network learns L^-1 x, whose noise is white. As that is
-        normalised, a multiple of S makes the same model.
+        Covariance S of the noise of curves; by default white. The network learns L^-1 x, whose noise is white. As
+        that is normalised, a multiple of S makes the same model.
 
     Attributes
     ----------
@@ -163,16 +226,20 @@ class Diffusion:
         Set by the first fit: the map from data to the network's range, with the log of its determinant.
     ema_updates : int
         Number of updates of the averaged weights.
+    class_names : list of str or None
+        What the classes are called; for the reader only, and saved with the model.
 
     Examples
     --------
     >>> X = fastdiff.data.harmonic_curves(1000)
     >>> new = fastdiff.Diffusion().fit(X).sample(16)  # doctest: +SKIP
+    >>> images = fastdiff.data.load_images("pictures", size=32)  # doctest: +SKIP
+    >>> new = fastdiff.Diffusion().fit(images, flip=True).sample(16)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        net: MLP | None = None,
+        net: Network | None = None,
         schedule: Schedule | None = None,
         *,
         prediction: str = "noise",
@@ -180,8 +247,8 @@ class Diffusion:
         seed: int = 0,
         noise_shape: NoiseShape | None = None,
     ) -> None:
-        if net is not None and not isinstance(net, MLP):
-            raise ArgumentError("net", type(net).__name__, "a fastdiff.MLP")
+        if net is not None and not isinstance(net, Network):
+            raise ArgumentError("net", type(net).__name__, "a fastdiff.MLP or a fastdiff.UNet")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
         if net is not None and schedule is None:
@@ -190,8 +257,13 @@ class Diffusion:
             raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
         if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
             raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
-        if net is not None and noise_shape is not None and noise_shape.d != net.points:
-            raise ArgumentError("noise_shape", repr(noise_shape), f"one of {net.points} values, as the network has")
+        if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
+            wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
+            raise ArgumentError("noise_shape", repr(noise_shape), wants)
+        if isinstance(net, UNet) and net.outputs != net.image[2]:
+            raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if isinstance(net, UNet) and net.prediction not in (None, prediction):
+            raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
@@ -205,6 +277,7 @@ class Diffusion:
         self.history = _empty_history()
         self._optimizer: _Optimizer | None = None
         self._average: npt.NDArray[Any] | None = None
+        self.class_names: list[str] | None = None
 
     def reset(self) -> Self:
         """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped."""
@@ -221,13 +294,16 @@ class Diffusion:
         y: Any = None,
         *,
         steps: int = 3000,
-        batch: int = 256,
+        batch: int | None = None,
         lr: float = 1e-3,
         warmup: int = 0,
         decay_steps: int | None = None,
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
         validation: Any = None,
+        flip: bool = False,
+        accumulate: int = 1,
+        data_range: tuple[float, float] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
     ) -> Self:
@@ -237,19 +313,29 @@ class Diffusion:
 
         Parameters
         ----------
-        X : (N, points) array
-            Curves.
-        y : None
-            Class labels; this network has none.
+        X : (N, points) or (N, height, width, channels) array
+            Curves, or pictures.
+        y : (N,) int array, optional
+            Class labels, 0 .. classes - 1, for a network that has them. A network that is made for pictures has as many
+            as y needs.
         steps : int, optional
             How many more steps to take.
         batch : int, optional
-            Rows drawn at a step, with replacement.
+            Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
         lr, warmup, decay_steps, clip_norm, ema
             See `TrainingPlan`; those of the first call stay until `reset`. Warm-up and decay are absolute steps.
-        validation : float or (M, points) array, optional
-            A fraction of the rows to hold out (the same rows at each call with the same X), or other curves. Their
-            loss under the averaged weights, with fixed noise and timesteps, goes to `history` every 100 steps.
+        validation : float or array, optional
+            A fraction of the rows to hold out (the same rows at each call with the same X), or other rows, with labels
+            a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps, goes to
+            `history` every 100 steps.
+        flip : bool, optional
+            Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
+        accumulate : int, optional
+            Take a U-Net's batch in so many parts, whose gradients are added: less memory, and the same step up to
+            the rounding of those sums.
+        data_range : pair of float, optional
+            The values of pictures that become -1 and 1 in the network. By default 0 and 255 for bytes, else the
+            smallest and the largest one of X, which is logged; it stays that of the first call.
         progress : bool, optional
             Show a progress bar.
         callback : callable, optional
@@ -269,10 +355,8 @@ class Diffusion:
         KeyboardInterrupt
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
-        if y is not None:
-            raise ArgumentError("y", type(y).__name__, "None: this network has no classes")
         be = get_backend(self.backend)
-        steps, batch = check_int("steps", steps, low=0), check_int("batch", batch, low=1, high=1 << 30)
+        steps = check_int("steps", steps, low=0)
         plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
@@ -282,24 +366,33 @@ class Diffusion:
             )
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        points = getattr(self.noise_shape, "d", None) if self.net is None else self.net.points
-        curves = check_array("X", _on_host(be, X), shape=(None, points))
-        if curves.size == 0:
-            raise ArgumentError("X", f"shape {curves.shape}", "at least one curve of at least one point")
-        curves, held_out = self._split(curves, validation)
+        X, y, classes = self._checked(be, X, y)
+        rows, labels, held_out = self._split(X, y, validation, classes)
+        unet = X.ndim > 2 if self.net is None else isinstance(self.net, UNet)
+        usual = PICTURE_BATCH if unet else BATCH
+        batch = usual if batch is None else check_int("batch", batch, low=1, high=1 << 30)
+        accumulate = check_int("accumulate", accumulate, low=1, high=batch if unet else 1)
+        if flip and X.ndim == 2:
+            raise ArgumentError("flip", repr(flip), "False for curves")
 
-        self._prepare(curves, plan)
+        self._prepare(rows, None if held_out is None else held_out[0], classes, plan, data_range)
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
         assert self._optimizer is not None
         assert self._average is not None
         net, optimizer = self.net, self._optimizer
-        data = be.asarray(self.normaliser.apply(curves, net.dtype), net.dtype)
+        data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
         draws = TrainingDraws(data, self.schedule.signal, self.schedule.noise, *self._target_tables(), self.seed)
-        checks = None if held_out is None else self._validation_set(be, held_out)
+        checks = None if held_out is None else self._validation_set(be, *held_out)
         grads = be.asarray(net.layout.zeros(net.dtype), net.dtype)
         # The same arrays on the CPU; on a GPU copies, that are brought back below.
         host = (net.flat, optimizer.m, optimizer.v, self._average)
-        params, m, v, average = state = [be.asarray(array, net.dtype) for array in host]
+        state = [be.asarray(array, net.dtype) for array in host]
+
+        if isinstance(net, MLP):
+            take_step = _mlp_step(be, net, draws, batch, grads, *state)
+        else:
+            draw = _batches(be, net, draws, labels, bool(flip))
+            take_step = _unet_step(be, net, draw, batch, accumulate, self.seed, grads, *state)
 
         def bring_back() -> None:
             for ours, theirs in zip(host, state, strict=True):
@@ -314,9 +407,9 @@ class Diffusion:
             last.callback(bring_back)
             for _ in range(steps):
                 if checks is not None and self.step % VALIDATION_EVERY == 0:
-                    self._validate(be, average, checks)
+                    self._validate(be, state[-1], checks)
                 options = optimizer.plan.options(self.step, self.ema_updates)
-                loss, norm = be.mlp_train_step(net.plan, params, draws, self.step, batch, grads, m, v, average, options)
+                loss, norm = take_step(self.step, options)
                 if not math.isfinite(norm):
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
                     raise TrainingError(
@@ -336,45 +429,100 @@ class Diffusion:
                     if callback(self.step - 1, loss):
                         break
             if checks is not None and self.step % VALIDATION_EVERY == 0:
-                self._validate(be, average, checks)
+                self._validate(be, state[-1], checks)
         return self
 
-    def _split(self, X: npt.NDArray[Any], validation: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Training rows and held-out rows."""
-        if validation is None:
-            return X, None
-        if np.ndim(validation) > 0:
-            rows = check_array("validation", validation, shape=(None, X.shape[1]))
-            if len(rows) == 0:
-                raise ArgumentError("validation", "no curves", "at least one")
-            return X, rows
-        fraction = check_float("validation", validation, low=0, high=1, low_open=True, high_open=True)
-        count = round(fraction * len(X))
-        if not 1 <= count < len(X):
-            raise ArgumentError(
-                "validation",
-                f"{validation}",
-                f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows",
-            )
-        # Rows in the order of a word of their own: a choice that only seed and row number decide.
-        words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
-        order = np.argsort(words, kind="stable")
-        return X[np.sort(order[count:])], X[np.sort(order[:count])]
+    def _checked(self, be: Backend, X: Any, y: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, int | None]:
+        """Data and labels on the host, and how many classes the network has or is to have."""
+        given = check_array("X", _on_host(be, X), finite=False)
+        if self.net is not None:
+            shape: tuple[int | None, ...] = self.net.shape
+        elif given.ndim == 4 and self.noise_shape is None:
+            shape = given.shape[1:]
+        else:
+            shape = (getattr(self.noise_shape, "d", None),)
+            if given.ndim != 2:
+                pictures = ", or pictures (N, height, width, channels)" if self.noise_shape is None else ""
+                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}")
+        given = check_array("X", given, shape=(None, *shape))
+        if given.size == 0:
+            what = "curve of at least one point" if len(shape) == 1 else "picture"
+            raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
+        classes = getattr(self.net, "classes", None)
+        if self.net is None and len(shape) == 3 and y is not None:
+            y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
+            classes = int(y.max()) + 1
+        return given, _labels("y", y, classes, len(given), be), classes
 
-    def _prepare(self, X: npt.NDArray[Any], plan: TrainingPlan) -> None:
-        """What the first fit decides: network, schedule, normaliser, plan and buffers."""
+    def _split(
+        self, X: npt.NDArray[Any], y: npt.NDArray[Any] | None, validation: Any, classes: int | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None]:
+        """Training rows and their labels, and those that are held out."""
+        if validation is None:
+            return X, y, None
+        if classes is not None and isinstance(validation, (tuple, list)):
+            if len(validation) != 2:
+                raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
+            rows, labels = validation
+        elif np.ndim(validation) > 0:
+            rows, labels = validation, None
+        else:
+            fraction = check_float("validation", validation, low=0, high=1, low_open=True, high_open=True)
+            count = round(fraction * len(X))
+            if not 1 <= count < len(X):
+                raise ArgumentError(
+                    "validation",
+                    f"{validation}",
+                    f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows",
+                )
+            # Rows in the order of a word of their own: a choice that only seed and row number decide.
+            words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
+            order = np.argsort(words, kind="stable")
+            held, kept = np.sort(order[:count]), np.sort(order[count:])
+            return X[kept], None if y is None else y[kept], (X[held], None if y is None else y[held])
+        rows = check_array("validation", rows, shape=(None, *X.shape[1:]))
+        if len(rows) == 0:
+            raise ArgumentError("validation", f"no {'curves' if X.ndim == 2 else 'pictures'}", "at least one")
+        return X, y, (rows, _labels("the labels of validation", labels, classes, len(rows), get_backend(self.backend)))
+
+    def _prepare(
+        self,
+        X: npt.NDArray[Any],
+        held_out: npt.NDArray[Any] | None,
+        classes: int | None,
+        plan: TrainingPlan,
+        data_range: Any,
+    ) -> None:
+        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
+        if X.ndim == 2 and data_range is not None:
+            raise ArgumentError(
+                "data_range", repr(data_range), "None for curves: they have mean 0 and deviation 1 inside"
+            )
+        normaliser = self.normaliser
+        if normaliser is None or data_range is not None:
+            normaliser = Normaliser.of(X, self.noise_shape) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
+        if self.normaliser is not None and normaliser.data_range != self.normaliser.data_range:
+            wants = f"{self.normaliser.data_range}, that of the first fit; reset() starts anew"
+            raise ArgumentError("data_range", repr(data_range), wants)
+        normaliser.check("X", X)
+        if held_out is not None:
+            normaliser.check("validation", held_out)
         if self.normaliser is not None:
             return
-        normaliser = Normaliser.of(X, self.noise_shape)
-        if self.schedule is None:
-            self.schedule = default_schedule()
-        if self.net is None:
-            self.net = MLP(X.shape[1], T=self.schedule.T, seed=self.seed)
-        if self.net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
+        schedule, net = self.schedule, self.net
+        if schedule is None:
+            schedule = default_schedule() if X.ndim == 2 else default_schedule(PICTURE_T)
+            if X.ndim > 2:
+                log.info("chosen for the pictures: %r", schedule)
+        if net is None:
+            at: dict[str, Any] = {"T": schedule.T, "seed": self.seed}
+            net = MLP(X.shape[1], **at) if X.ndim == 2 else picture_net(X.shape[1:], classes=classes, **at)
+        if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
-        zeros = self.net.layout.zeros
-        self._optimizer = _Optimizer(plan, zeros(self.net.dtype), zeros(self.net.dtype))
-        self._average = self.net.flat.copy()
+        self.schedule, self.net = schedule, net
+        zeros = net.layout.zeros
+        self._optimizer = _Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
+        self._average = net.flat.copy()
         self.normaliser = normaliser
 
     def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -385,26 +533,26 @@ class Diffusion:
             return self.schedule.signal, -self.schedule.noise
         return (ones, zeros) if self.prediction == "noise" else (zeros, ones)
 
-    def _validation_set(self, be: Backend, rows: npt.NDArray[Any]) -> tuple[Any, Any, Any]:
-        """x_t, t and target of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
+    def _validation_set(self, be: Backend, rows: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> Batch:
+        """x_t, t, target and labels of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
         x0 = self.normaliser.apply(rows, self.net.dtype)
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
-        of_noise, of_data = (table[t, None] for table in self._target_tables())
+        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
-        return be.asarray(x), be.asarray(t, np.int64), target
+        return be.asarray(x), be.asarray(t, np.int64), target, labels
 
-    def _validate(self, be: Backend, average: Any, checks: tuple[Any, Any, Any]) -> None:
+    def _validate(self, be: Backend, average: Any, checks: Batch) -> None:
         assert self.net is not None
         if self.history["validation_step"][-1:] == [self.step]:
             return  # an earlier fit ended here
-        x, t, target = checks
-        out = be.to_numpy(be.mlp_forward(self.net.plan, average, x, t))
+        x, t, target, labels = checks
+        out = be.to_numpy(self.net.predict(x, t, labels, backend=be, flat=average))
         self.history["validation_step"].append(self.step)
         self.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
 
-    def _fitted(self) -> tuple[MLP, Schedule, Normaliser]:
+    def _fitted(self) -> tuple[Network, Schedule, Normaliser]:
         if self.net is None or self.schedule is None or self.normaliser is None:
             raise TrainingError("this model has not been trained: call fit first")
         return self.net, self.schedule, self.normaliser
@@ -430,17 +578,18 @@ class Diffusion:
         batch: int | None = None,
         progress: bool = False,
     ) -> Any:
-        """Draw new curves.
+        """Draw new curves or pictures.
 
         Parameters
         ----------
         n : int, optional
             How many.
-        labels : None
-            This network has no classes.
+        labels : int or (n,) int array, optional
+            The class of each, for a network that has classes.
         sampler : {"ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction. It
-            must not clip where the model has a noise shape.
+            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction. A
+            named one clips the x0 of pictures to their range; a table does what it says, and must not clip where the
+            model has a noise shape.
         steps : int, optional
             Number of steps of a named sampler.
         seed : int, optional
@@ -458,10 +607,10 @@ class Diffusion:
 
         Returns
         -------
-        x : (n, points) float32
-            In the range of the data.
-        path : (steps + 1, n, points), if `trajectory`
-            Noise first, through the same map.
+        x : (n, points) or (n, height, width, channels) float32
+            In the range of the data; uint8, rounded, for a model of bytes.
+        path : (steps + 1, n, ...) float32, if `trajectory`
+            Noise first, through the same map, and not rounded: noise is wider than any range of pictures.
 
         Raises
         ------
@@ -470,11 +619,10 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        if labels is not None:
-            raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
         _, schedule, normaliser = self._fitted()
         if not isinstance(sampler, Sampler):
-            sampler = samplers.named(sampler, schedule, steps, prediction=self.prediction)
+            clip = None if normaliser.data_range is None else 1.0
+            sampler = samplers.named(sampler, schedule, steps, prediction=self.prediction, clip=clip)
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.schedule != schedule:
@@ -484,11 +632,11 @@ class Diffusion:
         be = get_backend(self.backend)
         result = process.sample(
             self.denoiser(ema=ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
-            batch=batch, backend=self.backend, trajectory=trajectory, progress=progress,
+            batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
         )  # fmt: skip
         if trajectory:
-            return tuple(normaliser.invert(part, be) for part in result)
-        return normaliser.invert(result, be)
+            return normaliser.restore(result[0], be), normaliser.invert(result[1], be)
+        return normaliser.restore(result, be)
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.
@@ -526,9 +674,12 @@ class Diffusion:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
         header = {
             "network": net.to_dict(), "schedule": schedule.to_dict(), "prediction": self.prediction,
-            "normaliser": {"mean": normaliser.mean, "std": normaliser.std},
+            "normaliser": {
+                "mean": normaliser.mean, "std": normaliser.std, "data_range": normaliser.data_range,
+                "bytes": normaliser.whole,
+            },
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
-            "step": self.step, "ema_updates": self.ema_updates, "training": plan,
+            "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
         }  # fmt: skip
         checkpoint.write(path, header, tensors)
 
@@ -564,7 +715,21 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
 
 def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backend: str | Backend) -> Diffusion:
     schedule = Schedule.from_dict(header["schedule"])
-    net = MLP.from_dict(header["network"], draw=False)
+    config = header["network"]
+    kind = config.get("kind") if isinstance(config, dict) else None
+    net: Network = (UNet if kind == "unet" else MLP).from_dict(config, draw=False)
+
+    def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        if name not in tensors:
+            raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
+        return check_array(name, tensors[name], shape=shape)
+
+    # Shapes first: a header that claims a huge network must not make us allocate one.
+    for name, shape in net.layout.shapes.items():
+        stored(f"net.{name}", shape)
+    for name in tensors:
+        if name.startswith("net.") and name[4:] not in net.layout.shapes:
+            raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
     kind = "white" if header["format"] == 1 else header["noise_shape"]
     prefix = "noise_shape."
     arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -572,8 +737,13 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     model = Diffusion(
         net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
     )
-    mean, std = (check_float(f"normaliser.{name}", header["normaliser"][name]) for name in ("mean", "std"))
-    model.normaliser = Normaliser(mean, check_float("normaliser.std", std, low=0, low_open=True), noise_shape)
+    model.normaliser = _restore_normaliser(header["normaliser"], noise_shape, pictures=len(net.shape) == 3)
+    names = header.get("class_names")
+    if names is not None:
+        count = getattr(net, "classes", None)
+        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
+    model.class_names = names
     model.step = check_int("step", header["step"], low=0)
     model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
 
@@ -581,15 +751,12 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         flat = net.layout.zeros(net.dtype)
         views = net.layout.views(flat)
         for name, shape in net.layout.shapes.items():
-            tensor = tensors[f"{prefix}.{name}"]
+            tensor = stored(f"{prefix}.{name}", shape)
             if tensor.dtype != net.dtype:
                 raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
-            views[name][...] = check_array(f"{prefix}.{name}", tensor, shape=shape)
+            views[name][...] = tensor
         return flat
 
-    # Shapes first: a header that claims a huge network must not make us allocate one.
-    for name, shape in net.layout.shapes.items():
-        check_array(f"net.{name}", tensors[f"net.{name}"], shape=shape)
     net.flat = buffer("net")
     model._average = buffer("ema")
     if header["training"] is not None:
@@ -601,12 +768,132 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     return model
 
 
+def _restore_normaliser(config: Any, noise_shape: NoiseShape | None, *, pictures: bool) -> Normaliser:
+    mean = check_float("normaliser.mean", config["mean"])
+    std = check_float("normaliser.std", config["std"], low=0, low_open=True)
+    data_range = config.get("data_range")  # neither in files of format 1
+    if (data_range is not None) != pictures:
+        raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
+    if data_range is None:
+        return Normaliser(mean, std, noise_shape)
+    low, high = check_array("normaliser.data_range", data_range, shape=(2,)).tolist()
+    return Normaliser(mean, std, noise_shape, (low, high), config["bytes"] is True)
+
+
+def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> npt.NDArray[Any] | None:
+    """Labels (n,) on the host, for a network with so many classes."""
+    if classes is None:
+        if y is not None:
+            raise ArgumentError(argument, type(y).__name__, "None: this network has no classes")
+        return None
+    if y is None:
+        raise ArgumentError(argument, "None", f"a class from 0 to {classes - 1} for each row: this network has classes")
+    checked: npt.NDArray[Any] = check_indices(argument, _on_host(be, y), classes, n)
+    return checked
+
+
+def _mlp_step(
+    be: Backend, net: MLP, draws: TrainingDraws, batch: int, grads: Any, params: Any, m: Any, v: Any, average: Any
+) -> Step:
+    """A perceptron's training step: one fused operation of the backend."""
+
+    def take(step: int, options: AdamW) -> tuple[float, float]:
+        return be.mlp_train_step(net.plan, params, draws, step, batch, grads, m, v, average, options)
+
+    return take
+
+
+def _unet_step(
+    be: Any,
+    net: UNet,
+    draw: Callable[[int, int, int], Batch],
+    batch: int,
+    accumulate: int,
+    seed: int,
+    grads: Any,
+    params: Any,
+    m: Any,
+    v: Any,
+    average: Any,
+) -> Step:
+    """A U-Net's training step: gradients of the parts of the batch, weighted by their sizes, and then the optimiser."""
+    bounds = [batch * i // accumulate for i in range(accumulate + 1)]
+    part = grads if accumulate == 1 else be.asarray(net.layout.zeros(net.dtype), net.dtype)
+
+    def take(step: int, options: AdamW) -> tuple[float, float]:
+        loss = 0.0
+        if accumulate > 1:
+            grads[...] = 0
+        for first, end in pairwise(bounds):
+            weight = (end - first) / batch
+            x, t, target, labels = draw(step, first, end - first)
+            at = {"seed": seed, "step": step, "first_sample": first}
+            loss += weight * net.gradient(be, params, x, t, target, part, labels, **at)
+            if not math.isfinite(loss):
+                return loss, math.nan
+            if accumulate > 1:
+                part[...] *= part.dtype.type(weight)
+                grads[...] += part
+        return loss, be.adamw(params, grads, m, v, average, options)
+
+    return take
+
+
+def _batches(
+    be: Backend, net: UNet, draws: TrainingDraws, labels: npt.NDArray[Any] | None, flip: bool
+) -> Callable[[int, int, int], Batch]:
+    """Return a function of step, first position and size, that draws this part of a batch: x_t, t, target, labels."""
+    data = draws.data
+    tables = [
+        be.asarray(table, net.dtype) for table in (draws.signal, draws.noise, draws.target_noise, draws.target_data)
+    ]
+    classes = None if labels is None else be.asarray(labels, np.int64)
+    each = (-1, *(1,) * (data.ndim - 1))
+
+    def draw(step: int, first: int, n: int) -> Batch:
+        at = {"seed": draws.seed, "step": step, "first_sample": first}
+        rows = be.asarray(noise.scaled_words(n, len(data), stream=Stream.BATCH, **at), np.int64)
+        t = be.asarray(noise.scaled_words(n, net.T, stream=Stream.TRAIN_TIME, **at), np.int64)
+        x0 = data[rows]
+        if flip:
+            mirrored = be.asarray(noise.flips(n, **at), np.bool_)
+            x0[mirrored] = x0[mirrored][:, :, ::-1]
+        eps = be.empty(x0.shape, x0.dtype)
+        be.normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
+        signal, level, of_noise, of_data = (table[t].reshape(each) for table in tables)
+        x = signal * x0 + level * eps
+        return x, t, of_noise * eps + of_data * x0, None if classes is None else classes[rows]
+
+    return draw
+
+
 def _on_host(be: Backend, X: Any) -> Any:
     """Training data as NumPy: it is normalised on the host, once."""
     if not is_on_device(X):
         return X
     be, array = backend_for(be, X=X), check_array("X", X)
     return be.to_numpy(be.asarray(array, array.dtype))
+
+
+def picture_net(
+    shape: tuple[int, ...],
+    *,
+    T: int = PICTURE_T,
+    classes: int | None = None,
+    seed: int = 0,
+    channels: Iterable[int] | None = None,
+    dropout: float = 0.0,
+) -> UNet:
+    """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
+
+    By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
+    """
+    side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
+    if channels is None:
+        channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
+    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout)
+    log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
+    return net
 
 
 def default_schedule(T: int = 100) -> Schedule:

@@ -12,13 +12,21 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from fastdiff.backends import Backend, MLPPlan, Row, backend_for
-from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, check_timesteps, is_on_device
+from fastdiff.errors import (
+    ArgumentError,
+    check_array,
+    check_indices,
+    check_int,
+    check_seed,
+    check_timesteps,
+    is_on_device,
+)
 from fastdiff.noise import Stream, check_rows
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 Array = Any
-Evaluate = Callable[[Array, int], Array]
+Evaluate = Callable[..., Array]  # of flat states, t and, where there are classes, labels
 
 BATCH_VALUES = 1 << 22  # that go to a denoiser at once where the caller does not say
 BLOCK_VALUES = 1 << 18  # of a sum that NumPy takes: its terms stay in cache
@@ -231,6 +239,7 @@ def sample(
     batch: int | None = None,
     backend: str | Backend = "auto",
     initial: Any = None,
+    labels: Any = None,
     trajectory: bool = False,
     callback: Callable[[int, int, Array], Any] | None = None,
     progress: bool = False,
@@ -241,8 +250,9 @@ def sample(
     Parameters
     ----------
     denoiser : callable or object with ``predict``
-        Called as ``denoiser(x, t)`` with x (n, ...) and an int t, it returns an array like x in the table's
-        prediction. Where it has attributes ``T``, ``prediction`` or ``shape``, they must agree with the table.
+        Called as ``denoiser(x, t)``, or ``denoiser(x, t, labels)``, with x (n, ...) and an int t, it returns an array
+        like x in the table's prediction. Where it has attributes ``T``, ``prediction`` or ``shape``, they must agree
+        with the table.
     sampler : Sampler
         From `fastdiff.samplers`.
     n : int, optional
@@ -257,6 +267,8 @@ def sample(
     backend : str or Backend, optional
     initial : (n, ...) array, optional
         Start from this state at the table's first timestep, instead of from noise.
+    labels : int or (n,) int array, optional
+        The class of every sample, for a denoiser that has classes; it gets them as (n,) int64.
     trajectory : bool, optional
         Also return the states of all rows.
     callback : callable, optional
@@ -299,6 +311,7 @@ def sample(
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
+    given = _labels(denoiser, labels, n)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
     batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
     if initial is None:
@@ -316,24 +329,26 @@ def sample(
         return returned(be, x.reshape(n, *shape), on_device)
 
     evaluate = _evaluator(denoiser, be, shape)
+    classes = [() if given is None else (be.asarray(given[part], np.int64),) for part in batches]
     step = _stepper(be, x[:batch], shaped, clip, seed=seed, stream=Stream.STEP)
     remembers = any(row.c != 0 for row in rows)
     path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
     if path is not None:
         path[0] = x
     # A callback sees all samples after each row; without one a batch runs to its end before the next one starts.
-    groups = [batches] if callback is not None else [[part] for part in batches]
+    parts = list(zip(batches, classes, strict=True))
+    groups = [parts] if callback is not None else [[part] for part in parts]
     done = len(rows)
     with tqdm(total=len(rows) * len(groups), desc="sampling", disable=not progress, leave=False) as bar:
         for group in groups:
-            previous = [be.empty((part.stop - part.start, width), x.dtype) if remembers else None for part in group]
+            previous = [be.empty((part.stop - part.start, width), x.dtype) if remembers else None for part, _ in group]
             for kept in previous:
                 if kept is not None:
                     kept.fill(0)
             for done, row in enumerate(rows, start=1):
-                for part, kept in zip(group, previous, strict=True):
+                for (part, label), kept in zip(group, previous, strict=True):
                     state = x[part]
-                    out = evaluate(state, row.t) if row.q != 0 or row.e != 0 else None
+                    out = evaluate(state, row.t, *label) if row.q != 0 or row.e != 0 else None
                     step(state, out, kept, row, first_sample + part.start)
                     if path is not None:
                         path[done, part] = state
@@ -437,6 +452,21 @@ def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
         raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
 
 
+def _labels(denoiser: Any, labels: Any, n: int) -> Any:
+    """The class of every sample (n,) int64, or None; a denoiser that says how many classes it has must agree."""
+    known = getattr(denoiser, "classes", None)
+    if labels is None:
+        if known is not None:
+            raise ArgumentError(
+                "labels", "None", f"a class from 0 to {known - 1} for each sample: this one has classes"
+            )
+        return None
+    told = hasattr(denoiser, "classes") or hasattr(denoiser, "evaluator")
+    if known is None and (told or isinstance(getattr(denoiser, "plan", None), MLPPlan)):
+        raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
+    return check_indices("labels", labels, 1 << 62 if known is None else known, n)
+
+
 def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
     told = getattr(denoiser, "shape", None)
     known: tuple[int, ...] | None = told if isinstance(told, tuple) else None
@@ -473,9 +503,11 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
         return known
     function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
 
-    def evaluate(x: Array, t: int) -> Array:
+    def evaluate(x: Array, t: int, *labels: Array) -> Array:
         state = _copy(be, x).reshape(len(x), *shape)  # the caller's to change
-        out = check_array("denoiser output", function(state, t), finite=False, dtype=x.dtype)  # host arrays are sent
+        out = check_array(
+            "denoiser output", function(state, t, *labels), finite=False, dtype=x.dtype
+        )  # host arrays are sent
         if out.shape != state.shape:
             raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
         return be.asarray(out, x.dtype).reshape(x.shape)

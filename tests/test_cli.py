@@ -184,6 +184,186 @@ def test_the_covariance_example_draws_its_pictures(capsys):
     assert sorted(os.listdir("pictures")) == ["convergence.png", "curves.png", "matrices.png", "spectra.png"]
 
 
+def test_the_image_example_draws_and_judges(capsys):
+    main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
+    main(["-o", "pictures", "--steps", "2", "--drawn", "20", "--quiet"])
+    printed = capsys.readouterr().out
+    assert re.search(r"confident classifications: .*% of generated digits, 80\.9% of unseen real ones", printed)
+    assert re.search(r"energy distance to unseen digits: generated \d+\.\d+, as many real ones \d", printed)
+    assert re.search(r"drawn as asked: [\d.]+% are classified so", printed)
+    pictures = ["digits_asked.png", "digits_generated.png", "digits_trace.png", "digits_training.png"]
+    assert sorted(os.listdir("pictures")) == sorted([*pictures, "digits.safetensors", "digits_chain.gif"])
+    assert len(fd.load("pictures/digits.safetensors", backend="numpy").history["loss"]) == 2
+
+
+def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
+    main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
+    main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
+    assert "2 steps" in capsys.readouterr().out
+    assert {"tiles_generated.png", "tiles_trace.png", "tiles_training.png"} < set(os.listdir("new"))
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def pictures():
+    """Folders: `classes` with ant and cat, a handful of pictures each, dark and bright; `empty`; `broken`."""
+    for name, level in (("ant", 20), ("cat", 220)):
+        noise = np.random.default_rng(level).integers(0, 30, (5, 24, 20, 1))
+        Path("classes").mkdir(exist_ok=True)
+        fd.data.save_images((level + noise).astype(np.uint8), f"classes/{name}")
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"not a picture")
+
+
+LEARN = "--backend numpy --quiet --size 4 --batch 4 --channels 4 --schedule cosine --timesteps 8"
+
+
+@pytest.fixture
+def drawer(pictures, run):
+    """A model of two classes after three steps, long enough ones that the classes differ."""
+    assert run(f"train classes -o p.safetensors {LEARN} --labels --steps 3 --lr 0.1")[0] == 0
+    made = fd.load("p.safetensors", backend="numpy")
+    assert np.mean(made.sample(5, labels=0) != made.sample(5, labels=1)) > 0.2
+    return made
+
+
+def pixels(path):
+    return fd.data.load_images(path, None)
+
+
+def test_a_folder_is_learned_and_drawn(run, pictures):
+    code, out, err = run(
+        f"train classes/ant -o p.safetensors {LEARN} --flip --steps 4 --validation 0.4 --snapshots 2 --dropout 0.1"
+    )
+    assert code == 0, err
+    assert "5 gray pictures of 4 x 4 pixels from classes/ant" in err
+    assert "p.safetensors: 4 steps" in out
+    assert {"p-000002.png", "p-000004.png"} < set(files())
+    made = fd.load("p.safetensors", backend="numpy")
+    assert (made.net.shape, made.net.dropout, made.schedule) == ((4, 4, 1), 0.1, fd.Schedule.cosine(8))
+    want = made.sample(5)
+
+    code, out, _ = run(
+        "sample p.safetensors -n 5 -o new/ --backend numpy --quiet --trace t.png --gif g.gif --plot x.png"
+    )
+    assert code == 0
+    assert "new/: 5 gray pictures of 4 x 4 pixels\n" in out
+    np.testing.assert_array_equal(pixels("new"), want)
+    assert Path("g.gif").read_bytes().startswith(b"GIF")
+    assert {"t.png", "x.png"} < set(files())
+    assert run("sample p.safetensors -n 2 -o new --backend numpy --quiet")[0] == 2  # there are pictures
+    assert run("sample p.safetensors -n 2 -o new --backend numpy --quiet --overwrite --first-sample 1")[0] == 0
+    np.testing.assert_array_equal(pixels("new"), want)
+
+    assert run("sample p.safetensors -n 5 -o new.npy --backend numpy --quiet")[0] == 0
+    np.testing.assert_array_equal(np.load("new.npy"), want)
+    assert run("sample p.safetensors -n 5 -o grid.png --backend numpy --quiet")[0] == 0
+    assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^    kind +unet$", run("info p.safetensors")[1], re.M)
+
+
+def test_classes_have_names(run, drawer):
+    assert drawer.class_names == ["ant", "cat"]
+    assert drawer.net.classes == 2
+    out = run("sample p.safetensors -n 5 -o all.npy --backend numpy --quiet")[1]
+    assert "of ant, cat" in out
+    np.testing.assert_array_equal(np.load("all.npy"), drawer.sample(5, labels=[0, 1, 0, 1, 0]))
+    for words in ("cat", "1"):
+        assert run(f"sample p.safetensors -n 5 -o {words}.npy --backend numpy --quiet --labels {words}")[0] == 0
+        np.testing.assert_array_equal(np.load(f"{words}.npy"), drawer.sample(5, labels=1))
+    assert (
+        run("sample p.safetensors -n 18 -o moving.npy --gif g.gif --backend numpy --quiet --labels cat,cat,ant")[0] == 0
+    )
+    np.testing.assert_array_equal(np.load("moving.npy"), drawer.sample(18, labels=[1, 1, 0] * 6))
+    more = "--labels cat,ant --first-sample 1"
+    assert run(f"sample p.safetensors -n 2 -o two.npy --backend numpy --quiet {more}")[0] == 0
+    np.testing.assert_array_equal(np.load("two.npy"), drawer.sample(2, labels=[0, 1], first_sample=1))
+    assert "class names" in run("info p.safetensors")[1]
+
+
+def test_training_on_pictures_goes_on_bit_for_bit(run, drawer):
+    again = "--backend numpy --quiet --batch 4 --labels --flip --accumulate 2"
+    X, y, _ = fd.data.load_images("classes", 4, labels=True)
+    drawer.fit(X, y, steps=4, batch=4, flip=True, accumulate=2, progress=False)
+    assert run(f"train classes --resume p.safetensors -o long.safetensors {again} --steps 4")[0] == 0
+    assert run(f"train classes --resume p.safetensors {again} --steps 2")[0] == 0
+    assert run(f"train classes --resume p.safetensors {again} --steps 2")[0] == 0
+    whole, halves = (fd.load(f"{name}.safetensors", backend="numpy") for name in ("long", "p"))
+    assert whole.step == halves.step == 7
+    np.testing.assert_array_equal(whole.net.flat, halves.net.flat)
+    np.testing.assert_array_equal(whole.net.flat, drawer.net.flat)
+
+
+def test_a_snapshot_that_fails_does_not_cost_the_training(run, pictures, monkeypatch):
+    from fastdiff import plots
+
+    def save(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots, "save", save)
+    code, _, err = run(f"train classes/ant -o p.safetensors {LEARN} --steps 4 --snapshots 2")
+    assert code == 0
+    assert err.count("disk full") == 2
+    assert fd.load("p.safetensors").step == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train empty -o n.safetensors", r"empty: no pictures"),
+        ("train broken -o n.safetensors", r"broken: 1 of 1 pictures cannot be used: a\.png"),
+        ("train nowhere/ -o n.safetensors --size 8", r"nowhere"),
+        ("train classes -o n.safetensors", r"classes: no pictures"),
+        ("train classes/ant -o n.safetensors --labels", r"of no class"),
+        ("train classes/ant -o n.safetensors --size 3 --channels 4,4,4", r"shape: .*a size of at least 4"),
+        ("train classes/ant -o n.safetensors --network tutorial", r"--network tutorial is for curves"),
+        ("train classes/ant -o n.safetensors --snapshots 0", r"--snapshots: got 0"),
+        ("train classes/ant -o n.safetensors --accumulate 100", r"accumulate: got 100"),
+        ("train classes/ant -o n.safetensors --dropout 1", r"dropout: got 1"),
+        ("train curves.csv -o n.safetensors --flip", r"--flip is for pictures"),
+        ("train curves.csv -o n.safetensors --dropout 0.1", r"--dropout is for pictures"),
+        ("train curves.csv -o n.safetensors --accumulate 2", r"accumulate: got 2"),
+        ("train classes --resume p.safetensors", r"--labels is wanted: p\.safetensors has the classes ant, cat"),
+        ("train classes --resume p.safetensors --labels --size 8", r"--size cannot change"),
+        ("train classes --resume p.safetensors --labels --gray", r"--gray cannot change"),
+        ("train curves.csv --resume p.safetensors --labels", r"curves\.csv: .*[Nn]ot a (folder|directory)"),
+        ("train other --resume p.safetensors --labels", r"--labels: the classes are \['cat'\]"),
+        ("sample p.safetensors -o new --labels dog", r"--labels: 'dog', where a class from 0 to 1 .*, or ant, cat"),
+        ("sample p.safetensors -o new --labels 2", r"--labels: '2'"),
+        ("sample p.safetensors -o new.csv", r"new\.csv: pictures go to a folder"),
+        ("sample p.safetensors -o curves.csv/", r"cannot be made as a folder"),
+        ("sample p.safetensors -o x.png --gif x.png", r"wants a file name that ends in \.gif"),
+        ("sample p.safetensors -o x.png --trace x.doc", r"x\.doc"),
+    ],
+)
+def test_bad_input_about_pictures_is_one_line(run, drawer, command, message):
+    import shutil
+
+    shutil.copytree("classes/cat", "other/cat")
+    before = {path: path.is_dir() or path.read_bytes() for path in Path().rglob("*")}
+    code, out, err = run(f"{command} --backend numpy")
+    assert code == 2
+    assert out == ""
+    assert re.search(f"^fastdiff: error: .*{message}", err, re.M), err
+    assert "Traceback" not in err
+    assert {path: path.is_dir() or path.read_bytes() for path in Path().rglob("*")} == before
+
+
+def test_options_of_pictures_are_refused_for_models_of_curves(run, model):
+    for options, message in (
+        ("--gif x.gif", "--gif is for pictures"),
+        ("--labels 1", "--labels: this model has no cl"),
+    ):
+        code, _, err = run(f"sample m.safetensors -o x.csv {options}")
+        assert code == 2
+        assert message in err
+    assert run("sample m.safetensors -o x.csv --trace x.png --quiet")[0] == 0
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --------------------------------------------------------------------------------------- help
 
 
