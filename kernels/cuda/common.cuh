@@ -2,9 +2,10 @@
 // runtime.py makes from fastdiff.noise. The same text compiles with NVRTC, with nvcc, and, under FD_HOST, with g++.
 //
 // Rules, so that all three agree:
-//   - An entry is FD_KERNEL name(parameters) { ... }, or FD_KERNEL FD_BOUNDS(threads, blocks) name(parameters) where the
-//     compiler must leave room for so many blocks of so many threads on a multiprocessor. Parameters are numbers of the types below (or int, float,
-//     double), pointers to them, or a structure that runtime.py declares; runtime.py reads the types from here.
+//   - An entry is FD_KERNEL name(parameters) { ... }, or FD_KERNEL FD_BOUNDS(threads, blocks) name(parameters) where
+//     the compiler must leave room for so many blocks of so many threads on a multiprocessor. Parameters are numbers
+//     of the types below (or int, float, double), pointers to them, or a structure that runtime.py declares;
+//     runtime.py reads the types from here.
 //   - Shared memory comes through FD_SHARED and FD_SHARED_ARRAY and holds garbage at first. Both give a plain pointer
 //     to one dimension, 16-byte aligned.
 //   - Barriers and shuffles come through the fd_ functions: all threads of the block, all lanes of the warp take part.

@@ -12,13 +12,16 @@ enum { TIME_NONE, SHIFT, SCALE_SHIFT };
 
 // ------------------------------------------------------------------------------------------- elements
 
-// 1 / (1 + exp(-v)): exp(r) = 1 + r + r^2 P(r) for |r| <= ln(2) / 2, the polynomial of kernels/cpu/mlp.py.
+// 1 / (1 + exp(-v)): exp(r) = 1 + r + r^2 P(r) for |r| <= ln(2) / 2, as in kernels/cpu/elementary.py.
 FD_DEVICE real mlp_sigmoid(real v) {
     const real x = fminf(fmaxf(-v, -87.0f), 88.0f);
-    const real whole = floorf(x * 1.4426950408889634f + 0.5f);
-    const real r = (x - whole * 0.693359375f) - whole * -2.1219444e-4f;
-    const real p = (((0.0013941218f * r + 0.008363235f) * r + 0.041666374f) * r + 0.16666576f) * r + 0.5f;
-    const real y = p * r * r + r + 1.0f;
+    const real whole = floorf(fmaf(x, 1.4426950408889634f, 0.5f));
+    const real r = fmaf(whole, 2.1219444e-4f, fmaf(whole, -0.693359375f, x));
+    real p = fmaf(0.0013941218f, r, 0.008363235f);
+    p = fmaf(p, r, 0.041666374f);
+    p = fmaf(p, r, 0.16666576f);
+    p = fmaf(p, r, 0.5f);
+    const real y = fmaf(p * r, r, r) + 1.0f;
     return 1.0f / (1.0f + y * fd_bits_float(((int)whole + 127) * (1 << 23)));
 }
 
