@@ -44,7 +44,7 @@ log = logging.getLogger("fastdiff")
 VALIDATION_EVERY = 100  # steps, counted from 0
 BATCH, PICTURE_BATCH = 256, 64  # rows of a step where the caller does not say
 PICTURE_T = 200
-BLOCK_VALUES = 1 << 20  # that are normalised at once
+BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
 
 Network = MLP | UNet
 Step = Callable[[int, AdamW], tuple[float, float]]

@@ -257,9 +257,7 @@ class Backend(Protocol):
     def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
         """Fill `out` (m, k) with the map of the rows of x (m, n)."""
 
-    def mapped_normal(
-        self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int
-    ) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
         """Fill `out` (m, k) with the map of normals (m, n) by the noise law, which are not stored."""
 
     def posterior_mean(
