@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench peers quality gate gpu compile-time readme-numbers wheel clean
+.PHONY: demo test check bench peers quality gate gpu profile compile-time readme-numbers wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ gate: $(VENV)/.installed-test
 # On a machine with a GPU, with a Python that has CuPy; installs nothing.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+# Where the time of a training step goes, kernel by kernel.
+profile: $(VENV)/.installed-plot
+	$(BIN)/python benchmarks/profile_training.py
 
 compile-time: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/compile_time.py

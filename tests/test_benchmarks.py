@@ -176,6 +176,16 @@ def test_a_comparison_runs(name, tmp_path):
     assert "mean nothing" in (tmp_path / "results" / "peers-cpu.md").read_text()
 
 
+def test_the_profile_of_a_training_step(monkeypatch, capsys):
+    profile = importlib.import_module("profile_training")
+    monkeypatch.setattr(profile, "REPEATS", 1)
+    monkeypatch.setattr(profile, "CALLS", 1)
+    profile.main()
+    parts = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert parts[1:4] == [f"products, {what}" for what in ("forward", "weight gradients", "input gradients")]
+    assert len(parts) == 9
+
+
 # -- the README's numbers ---------------------------------------------------------------------------------------
 
 RESULT = {

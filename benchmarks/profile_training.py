@@ -1,0 +1,156 @@
+"""Where a training step of the tutorial's MLP spends its time: ``python benchmarks/profile_training.py``.
+
+The kernels of one tile of samples, each alone, on one thread, in cache: the best of many calls. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import numba
+import numpy as np
+from machine import header
+from readme_numbers import duration, place
+
+import fastdiff as fd
+from fastdiff.backends import TrainingDraws
+from fastdiff.kernels.cpu import jit, mlp
+from fastdiff.kernels.cpu.gemm import gemm
+from fastdiff.noise import Stream, round_keys
+
+REPEATS, CALLS = 300, 10
+
+
+@numba.njit(**jit.OPTIONS)
+def forward_products(layers, arena, params, rows):
+    for k in range(len(layers)):
+        n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
+        gemm(
+            arena,
+            layers[k, mlp.U],
+            m,
+            arena,
+            layers[k, mlp.X],
+            n,
+            1,
+            params,
+            layers[k, mlp.WEIGHT],
+            m,
+            rows,
+            m,
+            n,
+            False,
+        )
+
+
+@numba.njit(**jit.OPTIONS)
+def weight_gradients(layers, arena, dy, partial, rows):
+    for k in range(len(layers)):
+        n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
+        gemm(partial, layers[k, mlp.WEIGHT], m, arena, layers[k, mlp.X], 1, n, dy, 0, m, n, m, rows, False)
+
+
+@numba.njit(**jit.OPTIONS)
+def input_gradients(layers, dy, transposed, dx, rows):
+    for k in range(1, len(layers)):  # that of the data is not needed
+        n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
+        gemm(dx, 0, n, dy, 0, m, 1, transposed, layers[k, mlp.WEIGHT], n, rows, n, m, False)
+
+
+@numba.njit(**jit.OPTIONS)
+def square_product(a, b, c, n):
+    gemm(c, 0, n, a, 0, n, 1, b, 0, n, n, n, n, False)
+
+
+@numba.njit(**jit.OPTIONS)
+def activations(layers, arena, params, table, width, slots, t):
+    for k in range(len(layers)):
+        mlp._modulate_activate(len(t), layers[k], arena, params, table, width, slots, t)
+
+
+@numba.njit(**jit.OPTIONS)
+def activations_backward(layers, arena, dy, table, width, slots, t, dtime, partial):
+    for k in range(len(layers)):
+        mlp._layer_backward(len(t), layers[k], arena, dy, table, width, slots, t, dtime, partial)
+
+
+def best(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of a call."""
+    least = np.inf
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            function(*arguments)
+        least = min(least, (time.perf_counter() - begin) / CALLS)
+    return float(least)
+
+
+def main() -> None:
+    case = cases.BY_NAME["train-tutorial-8192"]
+    be, net, s = fd.get_backend("cpu", threads=1), cases.network(fd, case), cases.schedule(fd, case)
+    ones = np.ones(cases.T)
+    draws = TrainingDraws(cases.curves(fd, case), s.signal, s.noise, ones, 0 * ones, seed=0)
+    grads, rows = net.layout.zeros(np.float32), mlp.TILE
+    be.mlp_train_gradient(net.plan, net.flat, draws, 0, rows, grads)  # makes the workspace, and leaves a tile in it
+    space, scratch = be._network(net.plan), be._spaces[0].noise
+    layers, arena, table, width = (
+        space.layers,
+        space.arenas[0],
+        space.time_table(net.flat, space.t)[0],
+        net.plan.time_width,
+    )
+    partial, dtime = space.partials[0], space.dtime[0]
+    target, d_in, d_out = space.deltas[0]
+    slots, t = space.slots, space.t
+    zeros = np.zeros_like(d_in)  # a gradient that does not grow from call to call
+    nothing = space.nothing.reshape(-1)
+    stream, keys = int(Stream.TRAIN_NOISE), round_keys(0)
+    n = 192
+    a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
+    tile = (
+        0, False, nothing, nothing, nothing, draws.data, space.indices, t, space.tables, rows, layers, net.flat,
+        space.transposed, table, width, slots, dtime, partial, space.losses[0], 0, stream, keys, *scratch, arena,
+        target, d_in, d_out,
+    )  # fmt: skip
+    whole = best(mlp.gradient_tile, *tile)
+    roof = 2 * n**3 / best(square_product, a, b, c, n)
+    forward = 2 * rows * sum(case.products)
+    parts = {
+        "products, forward": (best(forward_products, layers, arena, net.flat, rows), forward),
+        "products, weight gradients": (best(weight_gradients, layers, arena, zeros, partial, rows), forward),
+        "products, input gradients": (
+            best(input_gradients, layers, zeros, space.transposed, d_in, rows),
+            forward - 2 * rows * case.products[0],
+        ),
+        "activations": (best(activations, layers, arena, net.flat, table, width, slots, t), 0),
+        "activations, backward": (
+            best(activations_backward, layers, arena, zeros, table, width, slots, t, dtime, partial),
+            0,
+        ),
+        "draws": (
+            best(
+                mlp._draw_tile, 0, rows, draws.data, space.indices, t, space.tables, arena, target, 0, stream,
+                keys, *scratch,
+            ),
+            0,
+        ),
+        "sums over tiles": (
+            best(
+                mlp.collect_tile, True, grads[: space.summed], partial, dtime, t, slots, space.dtable, width
+            ),
+            0,
+        ),
+    }  # fmt: skip
+    print(f"{place(header(1))} A tile of {rows} samples; a product of {n} x {n} x {n} reaches {roof / 1e9:.0f} GF/s.\n")
+    print("| part of a tile | time | share | of that product's speed |\n|---|---:|---:|---:|")
+    for name, (seconds, operations) in parts.items():
+        speed = f"{operations / seconds / roof:.0%}" if operations else ""
+        print(f"| {name} | {duration(seconds)} | {seconds / whole:.0%} | {speed} |")
+    print(f"| a whole tile but for the last | {duration(whole)} | | |")
+
+
+if __name__ == "__main__":
+    main()
