@@ -628,7 +628,16 @@ def test_ctrl_c_while_saving_does_not_cost_the_training(run, monkeypatch):
     assert fd.load("m.safetensors").step == 3
 
 
-def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatch, capsys):
+@pytest.fixture
+def _ctrl_c_works():
+    """As in a terminal; what is started in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
+def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatch):
     presses, patient = 0, cli._PatientInterrupt
 
     def press(step, loss):
