@@ -45,6 +45,11 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def part(function: Callable[..., Any]) -> Any:
+    """Make a function that is compiled as part of the one kernel that calls it, and not alone before."""
+    return numba.njit(inline="always", **OPTIONS)(function)
+
+
 def export(dispatcher: Any, argument_types: tuple[Any, ...], name: str) -> Callable[..., Any]:
     """Compile a kernel now and give its machine code a symbol; return what an intrinsic emits to call it.
 

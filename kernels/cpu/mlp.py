@@ -14,7 +14,7 @@ import numpy as np
 from fastdiff.backends import LEAKY_SLOPE
 from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import gemm
-from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel
+from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
 
@@ -374,7 +374,7 @@ def _draw_tile(
                 source += count
 
 
-@kernel
+@part
 def gradient_tile(
     tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
     dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
@@ -424,7 +424,7 @@ def gradient_tile(
         _copy(dx[begin * d :], dy, rows * d)
 
 
-@kernel
+@part
 def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
     """grads += partial where `add`, and dtable[slots[t[i]]] += dtime[i] in the order of i."""
     if add:
