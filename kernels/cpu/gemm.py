@@ -147,34 +147,45 @@ def _emit_tile(builder, vec, fused, rows, vectors, operands):
         vec.store(sums[i, j], c_rows[i], j)
 
 
+def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
+    """Write ``emit(code for rows of vectors, rows, vectors)`` for each size of tile, and the jump to the wanted one.
+
+    `most_in_a_row` is how many vectors a tile of one row has at most; the last vector has `used` lanes.
+    """
+    lanes, most_rows, most_vectors, _ = TILES[width]
+    # AVX masks for free, so every tile masks its last vector. Elsewhere a mask is a branch for each lane,
+    # so full tiles have code of their own.
+    always = lanes >= 8
+    masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
+    choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
+    never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
+    switch = builder.switch(choice, never)
+    builder.position_at_end(never)
+    builder.unreachable()
+    for r in range(1, most_rows + 1):
+        for v in range(1, 1 + (most_in_a_row if r == 1 else most_vectors)):
+            for masked in (1,) if always else (0, 1):
+                case = builder.append_basic_block(f"tile_{r}x{v}")
+                switch.add_case(_int((r << 8) + (v << 1) + masked), case)
+                builder.position_at_end(case)
+                emit(_Rows(builder, lanes, v - 1 if masked else None, used), r, v)
+                builder.branch(leave)
+    builder.position_at_end(leave)
+
+
 @intrinsic(prefer_literal=True)
 def _tile(typingctx, width, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate):
     """One tile of `rows` x `vectors` at the addresses c, a, b; its last vectors have `used` lanes."""
-    lanes, most_rows, most_vectors, most_in_a_row = TILES[width.literal_value]
+    most_in_a_row = TILES[width.literal_value][3]
 
     def codegen(context, builder, signature, args):
         _, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate = args
         c, a, b = (builder.inttoptr(address, F32.as_pointer()) for address in (c, a, b))
         operands = c, ldc, a, a_rs, a_cs, b, ldb, k, builder.trunc(accumulate, I1)
-        # AVX masks for free, so every tile masks its last vector. Elsewhere a mask is a branch for each lane,
-        # so full tiles have code of their own.
-        always = lanes >= 8
-        masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
-        choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
-        never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
-        switch = builder.switch(choice, never)
-        builder.position_at_end(never)
-        builder.unreachable()
-        for r in range(1, most_rows + 1):
-            for v in range(1, 1 + (most_in_a_row if r == 1 else most_vectors)):
-                for masked in (1,) if always else (0, 1):
-                    case = builder.append_basic_block(f"tile_{r}x{v}")
-                    switch.add_case(_int((r << 8) + (v << 1) + masked), case)
-                    builder.position_at_end(case)
-                    vec = _Rows(builder, lanes, v - 1 if masked else None, used)
-                    _emit_tile(builder, vec, width.literal_value > 0, r, v, operands)
-                    builder.branch(leave)
-        builder.position_at_end(leave)
+        emit_tiles(
+            builder, width.literal_value, most_in_a_row, rows, vectors, used,
+            lambda vec, r, v: _emit_tile(builder, vec, width.literal_value > 0, r, v, operands),
+        )  # fmt: skip
         return context.get_dummy_value()
 
     return types.void(width, *[types.int64] * 12), codegen
@@ -207,6 +218,17 @@ def make_driver(width):
     return driver
 
 
+def check_operands(name, c, a, b):
+    """Raise `TypingError` where the types of C, A and B are not those of a product."""
+    for array in (c, a, b):
+        if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1):
+            raise TypingError(f"{name} wants 1-D float32 arrays, got {array}")
+        if array.layout != "C" or not array.aligned:
+            raise TypingError(f"{name} wants contiguous arrays, got {array}")
+    if not c.mutable:
+        raise TypingError(f"{name} cannot write to a read-only array")
+
+
 def make_gemm(width):
     """Compile the kernel of one width (16, 8, 4 or 0), or read it from the cache, and return its `gemm`.
 
@@ -225,13 +247,7 @@ def make_gemm(width):
 
     @intrinsic
     def gemm(typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, accumulate):
-        for array in (c, a, b):
-            if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1):
-                raise TypingError(f"gemm wants 1-D float32 arrays, got {array}")
-            if array.layout != "C" or not array.aligned:
-                raise TypingError(f"gemm wants contiguous arrays, got {array}")
-        if not c.mutable:
-            raise TypingError("gemm cannot write to a read-only array")
+        check_operands("gemm", c, a, b)
 
         def codegen(context, builder, signature, args):
             def address(position):

@@ -16,11 +16,10 @@ starting from C[i, j], and nothing outside the elements named is read or written
 from __future__ import annotations
 
 from numba import types
-from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I64, TILES, _int, _Rows, host_width
+from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I64, TILES, _int, check_operands, emit_tiles, host_width
 from fastdiff.kernels.cpu.jit import export, kernel
 
 DRIVER_ARGS = (types.int64,) * 13
@@ -85,29 +84,16 @@ def _emit_tile(builder, vec, fused, rows, vectors, operands):
 @intrinsic(prefer_literal=True)
 def _tile(typingctx, width, rows, vectors, used, c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, k, blocks):
     """One tile of `rows` x `vectors` at the addresses c, a, b; its last vectors have `used` lanes."""
-    lanes, most_rows, most_vectors, _ = TILES[width.literal_value]
+    most_vectors = TILES[width.literal_value][2]
 
     def codegen(context, builder, signature, args):
         _, rows, vectors, used, c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, k, blocks = args
         c, a, b = (builder.inttoptr(address, F32.as_pointer()) for address in (c, a, b))
         operands = c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, k, blocks
-        always = lanes >= 8  # as in `gemm`
-        masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
-        choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
-        never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
-        switch = builder.switch(choice, never)
-        builder.position_at_end(never)
-        builder.unreachable()
-        for r in range(1, most_rows + 1):
-            for v in range(1, most_vectors + 1):
-                for masked in (1,) if always else (0, 1):
-                    case = builder.append_basic_block(f"tile_{r}x{v}")
-                    switch.add_case(_int((r << 8) + (v << 1) + masked), case)
-                    builder.position_at_end(case)
-                    vec = _Rows(builder, lanes, v - 1 if masked else None, used)
-                    _emit_tile(builder, vec, width.literal_value > 0, r, v, operands)
-                    builder.branch(leave)
-        builder.position_at_end(leave)
+        emit_tiles(
+            builder, width.literal_value, most_vectors, rows, vectors, used,
+            lambda vec, r, v: _emit_tile(builder, vec, width.literal_value > 0, r, v, operands),
+        )  # fmt: skip
         return context.get_dummy_value()
 
     return types.void(width, *[types.int64] * 14), codegen
@@ -152,13 +138,7 @@ def make_gemm_nested(width):
     def gemm_nested(
         typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, a_us, b, b_off, ldb, b_us, m, n, k, blocks
     ):  # fmt: skip
-        for array in (c, a, b):
-            if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1):
-                raise TypingError(f"gemm_nested wants 1-D float32 arrays, got {array}")
-            if array.layout != "C" or not array.aligned:
-                raise TypingError(f"gemm_nested wants contiguous arrays, got {array}")
-        if not c.mutable:
-            raise TypingError("gemm_nested cannot write to a read-only array")
+        check_operands("gemm_nested", c, a, b)
 
         def codegen(context, builder, signature, args):
             def address(position):
