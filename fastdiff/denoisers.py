@@ -188,9 +188,9 @@ class Exact(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
 
-    @cached_property
-    def data(self) -> Moments:
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def data(self) -> Moments: ...
 
     def predict(self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto") -> Array:
         """The best prediction at x, in the form named by `prediction`.
@@ -395,7 +395,7 @@ class Gaussian(Exact):
         self._begin(mean, schedule, prediction)
         law = check_covariance("cov", cov, self.d)
         self.cov = _frozen(law.cov)
-        self.data = Moments(self.mean.reshape(-1), np.sqrt(law.spectrum), law.basis)
+        self._data = Moments(self.mean.reshape(-1), np.sqrt(law.spectrum), law.basis)
 
     @classmethod
     def low_rank(
@@ -435,7 +435,7 @@ class Gaussian(Exact):
         columns = check_array("factor", factor, shape=(self.d, None), dtype=np.float64)
         rest = math.sqrt(check_float("variance", variance, low=0))
         basis, deviations, _ = np.linalg.svd(columns, full_matrices=False)
-        self.data = Moments(self.mean.reshape(-1), np.hypot(deviations, rest), basis, rest)
+        self._data = Moments(self.mean.reshape(-1), np.hypot(deviations, rest), basis, rest)
         return self
 
     def _begin(self, mean: npt.ArrayLike, schedule: Schedule, prediction: str) -> None:
@@ -443,6 +443,10 @@ class Gaussian(Exact):
         if self.mean.size == 0:
             raise ArgumentError("mean", f"shape {self.mean.shape}", "at least one value")
         super().__init__(self.mean.shape, schedule, prediction)
+
+    @property
+    def data(self) -> Moments:
+        return self._data
 
     @cached_property
     def cov(self) -> Float64:

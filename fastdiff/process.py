@@ -498,7 +498,7 @@ def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
             return be.mlp_forward(plan, flat, x, steps, out)
 
         return network
-    if hasattr(denoiser, "evaluator"):  # an exact denoiser
+    if hasattr(denoiser, "evaluator"):  # one that runs on the backend of the sampler
         known: Evaluate = denoiser.evaluator(be)
         return known
     function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
