@@ -182,6 +182,11 @@ class NetworkDenoiser:
         """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
         return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
 
+    def evaluator(self, be: Backend) -> Callable[..., Any]:
+        """Return a U-Net with these weights as a function of states on a backend: see `UNet.evaluator`."""
+        assert isinstance(self.net, UNet)  # a perceptron has a plan
+        return self.net.evaluator(be, self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat))
+
 
 class _Optimizer(NamedTuple):
     """The moving parts of training, besides the weights; all in the layout of the flat buffer."""
@@ -819,50 +824,44 @@ def _unet_step(
     """A U-Net's training step: gradients of the parts of the batch, weighted by their sizes, and then the optimiser."""
     bounds = [batch * i // accumulate for i in range(accumulate + 1)]
     part = grads if accumulate == 1 else be.asarray(net.layout.zeros(net.dtype), net.dtype)
+    total = be.empty((1,), np.float64)
 
     def take(step: int, options: AdamW) -> tuple[float, float]:
-        loss = 0.0
         if accumulate > 1:
-            grads[...] = 0
+            grads[...], total[...] = 0, 0
         for first, end in pairwise(bounds):
-            weight = (end - first) / batch
             x, t, target, labels = draw(step, first, end - first)
             at = {"seed": seed, "step": step, "first_sample": first}
-            loss += weight * net.gradient(be, params, x, t, target, part, labels, **at)
-            if not math.isfinite(loss):
-                return loss, math.nan
+            loss = net.gradient(be, params, x, t, target, part, labels, **at)
             if accumulate > 1:
+                weight = (end - first) / batch
+                loss *= weight
                 part[...] *= part.dtype.type(weight)
+                total[...] += loss
                 grads[...] += part
-        return loss, be.adamw(params, grads, m, v, average, options)
+        return be.finish_step(total if accumulate > 1 else loss, params, grads, m, v, average, options)
 
     return take
 
 
 def _batches(
-    be: Backend, net: UNet, draws: TrainingDraws, labels: npt.NDArray[Any] | None, flip: bool
+    be: Any, net: UNet, draws: TrainingDraws, labels: npt.NDArray[Any] | None, flip: bool
 ) -> Callable[[int, int, int], Batch]:
-    """Return a function of step, first position and size, that draws this part of a batch: x_t, t, target, labels."""
-    data = draws.data
-    tables = [
-        be.asarray(table, net.dtype) for table in (draws.signal, draws.noise, draws.target_noise, draws.target_data)
-    ]
+    """Return a function of step, first position and size, that draws this part of a batch: x_t, t, target, labels.
+
+    They are valid until a part of that size is drawn again.
+    """
+    images = draws._replace(data=draws.data.reshape(-1, *net.image))
     classes = None if labels is None else be.asarray(labels, np.int64)
-    each = (-1, *(1,) * (data.ndim - 1))
+    kept: dict[int, Batch] = {}
 
     def draw(step: int, first: int, n: int) -> Batch:
-        at = {"seed": draws.seed, "step": step, "first_sample": first}
-        rows = be.asarray(noise.scaled_words(n, len(data), stream=Stream.BATCH, **at), np.int64)
-        t = be.asarray(noise.scaled_words(n, net.T, stream=Stream.TRAIN_TIME, **at), np.int64)
-        x0 = data[rows]
-        if flip:
-            mirrored = be.asarray(noise.flips(n, **at), np.bool_)
-            x0[mirrored] = x0[mirrored][:, :, ::-1]
-        eps = be.empty(x0.shape, x0.dtype)
-        be.normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
-        signal, level, of_noise, of_data = (table[t].reshape(each) for table in tables)
-        x = signal * x0 + level * eps
-        return x, t, of_noise * eps + of_data * x0, None if classes is None else classes[rows]
+        if n not in kept:
+            x, target = (be.empty((n, *net.image), net.dtype) for _ in range(2))
+            chosen = None if classes is None else be.empty((n,), np.int64)
+            kept[n] = x, be.empty((n,), np.int64), target, chosen
+        be.draw_batch(images, classes, *kept[n], step=step, first_sample=first, flip=flip)
+        return kept[n]
 
     return draw
 

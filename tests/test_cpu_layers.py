@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import ARM, SMALL, X86, peak_of
-from tolerances import assert_close, assert_same_bits
+from tolerances import WINOGRAD_ERROR, assert_close, assert_same_bits
 
-from fastdiff.backends import cpu_layers
+from fastdiff.backends import cpu_conv, workers
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
-from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, norm, pointwise
+from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, norm, pointwise, winograd
 from fastdiff.kernels.cpu.gemm import host_width
 
 CPU, REFERENCE = CpuBackend(threads=2), NumpyBackend()
@@ -67,7 +67,7 @@ GEOMETRIES = {
     "gaps": Conv((2, 1), (3, 2)),
 }
 SHAPES = [(1, 5, 7, 3, 5), (3, 8, 8, 16, 70), (2, 1, 9, 4, 1), (9, 2, 2, 33, 32), (2, 20, 33, 2, 3), (5, 4, 4, 8, 130)]
-SHAPES += [(6, 1, 1, 9, 8), (1, 9, 70, 300, 40)]
+SHAPES += [(6, 1, 1, 9, 8), (1, 9, 70, 300, 40), (3, 11, 6, 17, 70), (7, 4, 5, 64, 130)]
 
 
 def assert_conv(geometry, shape, shifted, residual, add):
@@ -348,7 +348,53 @@ def layers(be, rows, whole=False):
 @pytest.fixture
 def many_pieces(monkeypatch):
     """Every job is shared out among the threads, however small."""
-    monkeypatch.setattr(cpu_layers, "MIN_WORK", 1)
+    monkeypatch.setattr(workers, "MIN_WORK", 1)
+
+
+@pytest.mark.parametrize(("c", "k"), [(16, 48), (64, 64), (100, 33)])
+def test_winograd_is_nearly_as_exact_as_the_plain_product(c, k, monkeypatch):
+    """Its error in the norm, against float64, is a small multiple of that of one product after another."""
+    x, w, dy, b = normals(1, 3, 12, 12, c), normals(2, 3, 3, c, k), normals(3, 3, 12, 12, k), np.zeros(k, F32)
+    monkeypatch.setattr(cpu_conv, "_product", cpu_conv._Product)  # not kept
+    errors = []
+    for least in (1, 1000):
+        monkeypatch.setattr(cpu_conv, "LEAST_CHANNELS", least)
+        (y,), (want,) = both("conv", (SAME, x, w, b, 0), (unfilled(*dy.shape),))
+        grads, wants = both("conv_backward", (SAME, dy, x, w, 0, 1, 2), (x * 0, w * 0, b))
+        pairs = zip((y, *grads[:2]), (want, *wants[:2]), strict=True)
+        errors.append([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+    for by_winograd, plain in zip(*errors, strict=True):
+        assert by_winograd < WINOGRAD_ERROR
+        assert plain < by_winograd  # it did run
+
+
+def test_the_transforms_are_those_of_the_formula():
+    """A^T, G and B^T from the points, as matrices; what the kernels do to unit vectors, row by row."""
+    points = np.array([0, winograd.A, -winograd.A, winograd.B, -winograd.B])
+    outputs = np.vstack([points[:, None] ** np.arange(4), [0, 0, 0, 1]])
+    taps = points[:, None] ** np.arange(3) / [[np.prod([p - q for q in points if q != p])] for p in points]
+    inputs = np.zeros((6, 6))
+    for i, p in enumerate(points):
+        inputs[i, :5] = np.poly([q for q in points if q != p])[::-1]
+    inputs[5] = np.poly(points)[::-1]
+    matrices = {
+        "inputs": (winograd.inputs_tile, inputs), "outputs": (winograd.outputs_tile, outputs.T),
+        "gradients": (winograd.gradients_tile, outputs), "taps": (winograd.taps_tile, np.vstack([taps, [0, 0, 1]])),
+        "weights": (winograd.weights_tile, np.vstack([taps, [0, 0, 1]]).T),
+    }  # fmt: skip
+    for transform, matrix in matrices.values():
+        m, n = matrix.shape
+        source, target = np.random.default_rng(0).normal(size=(n, n, 3)).astype(F32), np.zeros((m, m, 3), F32)
+        run_transform(transform)(source.reshape(-1), 3 * n, target.reshape(-1), 3 * m)
+        assert_close(target, np.einsum("in,jk,nkc->ijc", matrix, matrix, source.astype(F64)), scale=10, dtype=F32)
+
+
+def run_transform(transform):
+    @numba.njit
+    def run(source, row, target, out_row):
+        transform(source, 0, row, 3, 3, target, 0, out_row, 3)
+
+    return run
 
 
 @pytest.mark.usefixtures("many_pieces")
@@ -365,6 +411,40 @@ def test_the_batch_changes_nothing():
     parts = [layers(CpuBackend(threads=3), slice(*ends)) for ends in ((0, 1), (1, 5), (5, 7))]
     for whole, *split in zip(want, *parts, strict=True):
         assert_same_bits(np.concatenate(split), whole)
+
+
+def test_what_is_repeated_follows_the_values_and_the_places_of_arrays():
+    x, y, kept = normals(1, 500), unfilled(500), {}
+
+    def body():
+        CPU.silu(x, y)
+        CPU.add(y, x, y)
+
+    for places in (1, 1, 2, 1):
+        x[:] = normals(places, 500)
+        CPU.repeat(kept, [x if places == 1 else y], body)
+        want = unfilled(500)
+        REFERENCE.silu(x, want)
+        assert_close(y, want + x, scale=4)
+    assert len(kept) == 2
+    for other in range(3 * workers.MAX_SCRIPTS):
+        CPU.repeat(kept, [np.empty(other + 1), y], body)
+    assert len(kept) <= workers.MAX_SCRIPTS
+
+
+def test_a_failure_while_writing_down_leaves_nothing_behind():
+    x, y = normals(1, 500), unfilled(500)
+    with pytest.raises(TypeError, match="contiguous"):
+        CPU.repeat(
+            {},
+            [x],
+            lambda: (
+                CPU.attention(normals(1, 2, 3, 9)[:, :2], normals(2, 2, 3, 3), y, heads=1)
+                or CPU._do([(pointwise.add_range, (x[::2], x, y), 9, 1.0)])
+            ),
+        )
+    CPU.silu(x, y)
+    assert np.isfinite(y).all()
 
 
 def test_no_images():
@@ -409,7 +489,10 @@ def test_warm_layers_allocate_no_arrays():
         CPU.take_backward(v_rows, index, dw.reshape(-1, 32))
         CPU.squared_error(y, x, dx)
 
-    assert peak_of(work) < SMALL
+    kept = {}
+    CPU.repeat(kept, [x], work)
+    assert peak_of(lambda: CPU.repeat(kept, [x], work)) < SMALL
+    assert len(kept) == 1
 
 
 N = 64
@@ -420,7 +503,7 @@ def hot_kernels():
     x, y, z, u, v = (np.ones(16 * N, F32) for _ in range(5))
     rows, totals, nothing, one = np.ones((norm.LANES, 16 * N), F32), np.ones((2, N)), np.empty(0, F32), np.ones(N, F32)
     many = ["multiply", "add"]
-    normed = x, one, one, y, u, nothing, 16, 4, EPS, True, rows, totals[0]
+    normed = x, one, one, y, u, nothing, 16, 4, np.array([EPS]), True, rows, totals
     return {
         "start of a convolution": (conv._start, (x, 16, 0, 16, N, one, nothing, z, u), ["add"]),
         "sums over pixels": (conv.pixel_sums_range, (0, 1, x, 16, N, y, u), ["add"]),

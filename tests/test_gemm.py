@@ -209,7 +209,7 @@ def test_neon_code():
     function = ir.Function(unit, ir.FunctionType(ir.VoidType(), arguments), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     operands = *function.args[:-1], builder.trunc(function.args[-1], module.I1)
-    module._emit_tile(builder, module._Rows(builder, 4, None, module._int(4)), True, 6, 4, operands)
+    module._emit_tile(builder, module.Rows(builder, 4, None, module._int(4)), True, 6, 4, operands)
     builder.ret_void()
     machine = target.create_target_machine(cpu="neoverse-n1", opt=3)
     text = machine.emit_assembly(llvm.parse_assembly(str(unit)))

@@ -19,9 +19,10 @@ from gradcheck import scatter
 from tolerances import HANG_SECONDS
 
 from fastdiff.backends import TrainingDraws, get_backend
-from fastdiff.backends.cpu import CpuBackend, Workers
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.workers import Each, Script, Task, Workers
 from fastdiff.kernels.cpu import mlp as mlp_kernels
-from fastdiff.kernels.cpu.jit import OPTIONS
+from fastdiff.kernels.cpu.jit import OPTIONS, kernel
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import normal
@@ -229,6 +230,53 @@ def test_an_interrupt_leaves_the_workers_in_step():
 
     workers.run(steady, 2, 1)
     assert sorted(finished) == [0, 1]
+
+
+@kernel
+def count_range(start, stop, own, seen, stage, wrong):
+    own[0] += stop - start
+    for i in range(start, stop):
+        wrong[0] += seen[i, 0] != stage
+        seen[i, 0] += 1
+
+
+@kernel
+def check_range(start, stop, seen, stage, wrong):
+    for i in range(seen.shape[0]):
+        wrong[start] += seen[i, 0] != stage
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_script_does_every_item_of_a_phase_once_and_before_the_next(threads):
+    workers, wrong = Workers(threads), np.zeros(3, np.int64)
+    seen, own = np.zeros((103, 2), np.int64), [np.zeros(1, np.int64) for _ in range(threads)]
+    failed = Each(np.zeros(1, np.int64) for _ in range(threads))
+    phases = []
+    for stage in range(20):
+        phases.append(
+            [
+                Task(count_range, (Each(own), seen[:40], stage, failed), 40, 7),
+                Task(count_range, (Each(own), seen[:0], stage, failed), 0, 1),
+                Task(count_range, (Each(own), seen[40:], stage, failed), 63, 1),
+            ]
+        )
+        phases.append([Task(check_range, (seen, stage + 1, wrong), 3, 1)])
+    script = Script(threads, phases)
+    for pause in (0, 0, 0.01, 0):  # helpers watch, and sleep
+        time.sleep(pause)
+        seen[:] = 0
+        workers.perform(script)
+        assert (seen[:, 0] == 20).all()
+        assert (covered(workers, 100, 3) == 1).all()
+    assert not wrong.any()
+    assert not any(failed)
+    assert sum(count[0] for count in own) == 4 * 20 * 103
+    workers.perform(Script(threads, []))
+
+
+def test_a_script_refuses_what_a_kernel_cannot_take():
+    with pytest.raises(TypeError, match="contiguous"):
+        Script(1, [[Task(check_range, (np.zeros((4, 4), np.int64)[:, :2], 0, np.zeros(3, np.int64)), 4, 1)]])
 
 
 def test_threads_that_tire_of_waiting_for_their_turn_change_nothing(monkeypatch, expected):

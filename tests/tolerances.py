@@ -13,14 +13,21 @@ import numpy as np
 UNITS = 4.0  # units in the last place, for each of the sqrt(terms)
 EPS = {np.dtype("float32"): 2.0**-23, np.dtype("float64"): 2.0**-52}
 FLOOR = {np.dtype("float32"): 2.0**-126, np.dtype("float64"): 2.0**-1022}
+BF16 = 2.0**-8  # largest relative error of a value rounded to bfloat16, which has 8 significant bits
 
 GRADIENT = 1e-6  # relative error of a float64 gradient against central differences, every entry
 GRADIENT_FLOOR = 1e-5  # entries below this share of the largest one count as this large
 STEP = 2.0**-13  # of those differences; of fourth order, so that 1e-16 / STEP and STEP^4 are both below 1e-12
 
+WINOGRAD_ERROR = 4e-6  # relative error, in the norm, of a convolution by F(4x4, 3x3); by plain products 5e-7
+
 PEER_OUTPUT = 5e-5  # relative error, in the norm, of a float32 image network against another float32 one
 PEER_GRADIENT = 5e-4  # the same of the gradient of every tensor
 PEER_FLOOR = 5e-5  # its norm counts as at least this share of the whole gradient's: some are zero but for rounding
+
+# What three training steps of an image network change, on CUDA against the CPU, relative and in the norm: Adam divides
+# a gradient by its own size, so a step is off by as much as the gradient, and the next by what that makes of it.
+CUDA_STEPS = 2 * PEER_GRADIENT
 
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does
@@ -51,6 +58,17 @@ def assert_close(got, want, *, terms=1, scale=None, dtype=None):
             f"{over.sum()} of {over.size} differ; first at {at}: {got[at]} for {want[at]}, "
             f"off by {difference[at]:.3g} with {limit[at]:.3g} allowed"
         )
+
+
+def assert_close_in_bf16(got, want, absolute, *, terms):
+    """Values equal up to the rounding of both factors of every product to bfloat16, and of the sums to float32.
+
+    (1 + a)(1 + b) - 1 is at most 2 BF16 + BF16^2 for a product, so that many times `absolute`, the same sums over
+    absolute values, is the most for all of them.
+    """
+    limit = (2 * BF16 + BF16**2) * absolute + allowed(want.astype(np.float32), terms=terms)
+    difference = np.abs(got.astype(np.float64) - want)
+    assert (difference <= limit).all(), f"off by {(difference / limit).max():.3g} times what is allowed"
 
 
 def assert_same_bits(got, want):

@@ -25,6 +25,7 @@ Activation = Literal["none", "leaky_relu", "silu"]
 TimeMode = Literal["none", "shift", "scale_shift"]
 
 LEAKY_SLOPE = 0.01
+PRECISIONS = ("float32", "bf16")
 
 
 class Row(NamedTuple):
@@ -314,7 +315,7 @@ def _has_cuda() -> bool:
     if find_spec("cupy") is None:
         return False
     try:
-        _shared("cuda", None, "raw")
+        _shared("cuda", None, "raw", "float32")
     except BackendError as error:
         log.info("no backend 'cuda': %s", error)
         return False
@@ -322,7 +323,7 @@ def _has_cuda() -> bool:
 
 
 @cache
-def _shared(name: str, threads: int | None, kernels: str) -> Backend:
+def _shared(name: str, threads: int | None, kernels: str, precision: str) -> Backend:
     if name == "numpy":
         from fastdiff.backends.numpy import NumpyBackend
 
@@ -330,7 +331,7 @@ def _shared(name: str, threads: int | None, kernels: str) -> Backend:
     if name == "cuda":
         from fastdiff.backends.cuda import CudaBackend
 
-        return CudaBackend(kernels=kernels)
+        return CudaBackend(kernels=kernels, precision=precision)
     from fastdiff.backends.cpu import CpuBackend
 
     return CpuBackend(threads=threads)
@@ -343,7 +344,13 @@ def _choose_auto() -> str:
     return "cpu"
 
 
-def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, kernels: str | None = None) -> Backend:
+def get_backend(
+    backend: str | Backend = "auto",
+    *,
+    threads: int | None = None,
+    kernels: str | None = None,
+    precision: str | None = None,
+) -> Backend:
     """Return a backend.
 
     Parameters
@@ -355,6 +362,8 @@ def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, 
         depend on it.
     kernels : {"raw", "numba"}, optional
         For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
+    precision : {"float32", "bf16"}, optional
+        For "cuda": what the convolutions of image networks multiply; sums and everything else are float32.
 
     Raises
     ------
@@ -364,7 +373,7 @@ def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, 
         "cuda" where CuPy, a driver or a GPU is missing: the message says what to install.
     """
     if isinstance(backend, Backend) and not isinstance(backend, type):
-        for name, option in (("threads", threads), ("kernels", kernels)):
+        for name, option in (("threads", threads), ("kernels", kernels), ("precision", precision)):
             if option is not None:
                 raise ArgumentError(name, str(option), "None: a backend object has its own")
         return backend
@@ -377,7 +386,11 @@ def get_backend(backend: str | Backend = "auto", *, threads: int | None = None, 
             raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
     if kernels is not None and name != "cuda":
         raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
-    return _shared(name, threads, check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"]))
+    if precision is not None and name != "cuda":
+        raise ArgumentError("precision", repr(precision), "None: only the cuda backend has a choice of precision")
+    kernels = check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"])
+    precision = check_choice("precision", "float32" if precision is None else precision, PRECISIONS)
+    return _shared(name, threads, kernels, precision)
 
 
 def backend_for(backend: str | Backend, **arrays: Any) -> Backend:

@@ -8,14 +8,10 @@ write disjoint memory and sums over pieces are added in the order of the pieces.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import threading
 import time
 import weakref
-from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -28,6 +24,7 @@ from fastdiff.noise import Stream, round_keys
 
 try:
     from fastdiff.backends.cpu_layers import CpuLayers
+    from fastdiff.backends.workers import Body, Workers
     from fastdiff.kernels.cpu import covariance as covariance_kernels
     from fastdiff.kernels.cpu import mlp as mlp_kernels
     from fastdiff.kernels.cpu import noise as noise_kernels
@@ -40,98 +37,12 @@ except ModuleNotFoundError as error:
     raise BackendError("fastdiff is imported from a source tree that is not installed: run pip install -e .") from error
 
 Array = npt.NDArray[Any]
-Body = Callable[[int, int, int], None]
 
 FEW = 7  # samples: a chain of so few runs sample by sample
 # Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
 MIN_PIECE = 1 << 16
 MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
 FRESH_PIECE = 1 << 20  # at most, of a new result: two huge pages of 2 MB
-
-
-class Workers:
-    """Threads that share the pieces of one job.
-
-    Parameters
-    ----------
-    threads : int
-        How many work at once, the caller included.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._start()
-        os.register_at_fork(after_in_child=_forget(weakref.ref(self)))
-
-    def _start(self) -> None:
-        self.lock = threading.RLock()
-        self._jobs: list[SimpleQueue[Any]] = []
-        weakref.finalize(self, _dismiss, self._jobs)
-        self._settled = True  # False where an interrupt may have left a helper at work
-
-    def run(self, body: Body, items: int, grain: int) -> None:
-        """Call ``body(worker, start, stop)`` over ranges of at most `grain` of `items`; return when all are done."""
-        if not self._settled:
-            self._share(lambda worker: None, len(self._jobs))
-        pieces = -(-items // grain)
-        helpers = min(self.threads, pieces) - 1
-        if helpers < 1:
-            if items:
-                body(0, 0, items)
-            return
-        while len(self._jobs) < helpers:
-            queue: SimpleQueue[Any] = SimpleQueue()
-            threading.Thread(target=_serve, args=(queue, len(self._jobs) + 1), name="fastdiff", daemon=True).start()
-            self._jobs.append(queue)
-        counter = itertools.count()
-
-        def share(worker: int) -> None:
-            while (piece := next(counter)) < pieces:
-                body(worker, piece * grain, min(items, (piece + 1) * grain))
-
-        self._share(share, helpers)
-
-    def _share(self, job: Callable[[int], None], helpers: int) -> None:
-        """Call ``job(worker)`` here, as worker 0, and in the first `helpers` helpers; return when all are done."""
-        self._settled = False
-        done: SimpleQueue[BaseException | None] = SimpleQueue()
-        for queue in self._jobs[:helpers]:
-            queue.put((job, done))
-        failures: list[BaseException | None] = []
-        try:
-            job(0)
-        finally:
-            failures = [done.get() for _ in range(helpers)]
-            self._settled = True
-        for failure in failures:
-            if failure is not None:
-                raise failure
-
-
-def _forget(workers: weakref.ref[Workers]) -> Callable[[], None]:
-    def restart() -> None:
-        alive = workers()
-        if alive is not None:
-            alive._start()  # the parent's threads do not exist in a forked child
-
-    return restart
-
-
-def _dismiss(jobs: list[SimpleQueue[Any]]) -> None:
-    for queue in jobs:
-        queue.put(None)
-
-
-def _serve(queue: SimpleQueue[Any], worker: int) -> None:
-    while (task := queue.get()) is not None:
-        job, done = task
-        try:
-            job(worker)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
-            done.put(error)
-        else:
-            done.put(None)
-        task = job = done = None
 
 
 def _cores() -> int:
@@ -628,3 +539,6 @@ class CpuBackend(CpuLayers):
         return norm
 
     mlp_train_step = NumpyBackend.mlp_train_step
+    draw_batch = NumpyBackend.draw_batch
+    finish_step = NumpyBackend.finish_step
+    queue = NumpyBackend.queue

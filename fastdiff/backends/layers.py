@@ -7,9 +7,10 @@ respect to ``y``. A gradient is filled, not added to, except where a parameter `
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends import Array, Backend
+from fastdiff.backends import AdamW, Array, Backend, TrainingDraws
 
 
 class Conv(NamedTuple):
@@ -41,6 +42,9 @@ class Conv(NamedTuple):
 @runtime_checkable
 class LayerBackend(Backend, Protocol):
     """What a backend provides besides `Backend` to run image networks."""
+
+    def queue(self) -> int:
+        """Return which queue work is issued on now: work on another one does not wait for it, nor for its memory."""
 
     def conv(
         self,
@@ -147,6 +151,25 @@ class LayerBackend(Backend, Protocol):
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         """Fill `dtable` with sums of the rows of dy (N, C), in rising order for each row of the table."""
 
+    def draw_batch(
+        self,
+        draws: TrainingDraws,
+        labels: Array | None,
+        x: Array,
+        t: Array,
+        target: Array,
+        chosen: Array | None,
+        *,
+        step: int,
+        first_sample: int,
+        flip: bool,
+    ) -> None:
+        """Fill `x` and `target` (n, H, W, C), `t` and `chosen` (n,) int64 with n positions of a training batch.
+
+        They are those from `first_sample` on, and `chosen` takes the `labels` (N,) int64 of their rows. With `flip`
+        a picture is mirrored left to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
+        """
+
     def dropout(
         self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
     ) -> None:
@@ -157,4 +180,21 @@ class LayerBackend(Backend, Protocol):
         """
 
     def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
-        """Fill `dy` with 2 (y - target) / size, and return the mean of (y - target)^2 as an array of one value."""
+        """Fill `dy` with 2 (y - target) / size, and return the mean of (y - target)^2 as an array of one value.
+
+        It is the backend's, and valid until the next call.
+        """
+
+    def finish_step(
+        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
+    ) -> tuple[float, float]:
+        """Do `adamw`, and return the loss, which is given as an array of one value, and the gradient's norm.
+
+        Where one of them is not finite nothing is changed, and the norm is not finite.
+        """
+
+    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
+        """Run ``body()``: operations of this backend, and nothing else, on arrays that stay where they are.
+
+        Where `kept`, the caller's, has what a body did on arrays in these `places`, a backend may do that again.
+        """

@@ -6,13 +6,14 @@ Forward and backward stand side by side. For a scalar loss, ``dy`` is the gradie
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE, Activation
+from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, Backend, TrainingDraws
 from fastdiff.backends.layers import Conv
 from fastdiff.noise import Stream
 
@@ -83,6 +84,9 @@ def _store(gradient: Array, out: Array, add: bool) -> None:
 
 class NumpyLayers:
     """The layers of `LayerBackend` in plain NumPy, float32 or float64."""
+
+    def queue(self) -> int:
+        return 0
 
     def conv(
         self,
@@ -242,6 +246,33 @@ class NumpyLayers:
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         dtable[...] = embedding_backward(dy, index, len(dtable))
 
+    def draw_batch(
+        self,
+        draws: TrainingDraws,
+        labels: Array | None,
+        x: Array,
+        t: Array,
+        target: Array,
+        chosen: Array | None,
+        *,
+        step: int,
+        first_sample: int,
+        flip: bool,
+    ) -> None:
+        n, at = len(x), {"seed": draws.seed, "step": step, "first_sample": first_sample}
+        rows = law.scaled_words(n, len(draws.data), stream=Stream.BATCH, **at)
+        t[...] = law.scaled_words(n, len(draws.signal), stream=Stream.TRAIN_TIME, **at)
+        x0, eps = draws.data[rows], np.empty_like(x)
+        if flip:
+            mirrored = law.flips(n, **at)
+            x0[mirrored] = x0[mirrored][:, :, ::-1]
+        cast(Backend, self).normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
+        signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
+        x[...] = signal * x0 + level * eps
+        target[...] = of_noise * eps + of_data * x0
+        if chosen is not None and labels is not None:
+            chosen[...] = labels[rows]
+
     def dropout(
         self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
     ) -> None:
@@ -257,6 +288,17 @@ class NumpyLayers:
     def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
         loss, dy[...] = squared_error(y, target)
         return np.array([loss])
+
+    def finish_step(
+        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
+    ) -> tuple[float, float]:
+        value = float(loss[0])
+        if not math.isfinite(value):
+            return value, math.nan
+        return value, cast(Backend, self).adamw(params, grads, m, v, average, options)
+
+    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
+        body()
 
 
 def _padded(geometry: Conv, x: Array) -> Array:

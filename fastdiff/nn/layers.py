@@ -114,18 +114,25 @@ class Program:
         self._operations: list[_Operation] = []
         self._tensors: dict[str, Value] = {}
         self._given: dict[str, Value] = {}
+        self._fixed: set[str] = set()
+        self._own: dict[str, Array] = {}  # copies of what a run is given
+        self._kept: dict[Any, Any] = {}  # see LayerBackend.repeat
+        self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._blocks: list[_Block] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
         self._draw: dict[str, int] = {}
+        self._loss: Array = None
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that the operations use, in the order of their use."""
         return {name: value.shape for name, value in self._tensors.items()}
 
-    def given(self, name: str, shape: tuple[int, ...]) -> Value:
-        """Return an array that every run is given under a name."""
+    def given(self, name: str, shape: tuple[int, ...], *, fixed: bool = False) -> Value:
+        """Return an array that every run is given under a name; a `fixed` one is the same in all of them."""
         self._given[name] = value = Value(shape, trained=False)
+        if fixed:
+            self._fixed.add(name)
         return value
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
@@ -247,6 +254,7 @@ class Program:
         self._dropped += -(-values // 4)
         if not self.training or rate == 0:
             return x
+        self._repeats = False
         y = Value(x.shape)
         at: dict[str, Any] = {"rate": rate, "first_block": first}
         return self._record(
@@ -261,6 +269,7 @@ class Program:
         """Record x with rows and columns cut off at the end, or zeros there."""
         if x.shape[1:3] == (height, width):
             return x
+        self._repeats = False
         y = Value((self.n, height, width, x.width), x.trained)
         inside = (slice(None), slice(min(height, x.shape[1])), slice(min(width, x.shape[2])))
 
@@ -275,6 +284,14 @@ class Program:
                 (y,), (x,), fresh=(x,) if x.trained else (),
             )
         )  # fmt: skip
+
+    def _copy(self, be: LayerBackend, name: str, array: Array) -> Array:
+        """The program's own copy of an array, always in the same place."""
+        own = self._own.get(name)
+        if own is None:
+            own = self._own[name] = be.empty(array.shape, array.dtype)
+        own[...] = array
+        return own
 
     def plan(self) -> None:
         """Decide the place of every array; the last value recorded is the result.
@@ -345,19 +362,31 @@ class Program:
         """
         self._draw = draw
         for name, value in self._given.items():
-            value.data = given[name]
+            value.data = given[name] if name in self._fixed else self._copy(be, name, given[name])
         for name, value in self._tensors.items():
             value.data, value.grad = params[name], None if grads is None else grads[name]
-        for operation in self._operations:
-            operation.forward(be)
-        result = self.output.data
-        if grads is not None:
-            result = be.squared_error(self.output.data, target, self.output.grad)
+        if target is not None:
+            target = self._copy(be, "target", target)
+
+        def body() -> None:
+            for operation in self._operations:
+                operation.forward(be)
+            if grads is None:
+                return
+            self._loss = be.squared_error(self.output.data, target, self.output.grad)
             for operation in reversed(self._operations):
                 if operation.backward is not None:
                     operation.backward(be, operation.add)
                 if operation.add_through and operation.through is not None:
                     be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
+
+        if self._repeats:
+            tensor = next(iter(self._tensors.values()))  # the others lie as far from it as ever
+            places = [tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))]
+            be.repeat(self._kept, places, body)
+        else:
+            body()
+        result = self.output.data if grads is None else self._loss
         for value in (*self._given.values(), *self._tensors.values()):
             value.data = value.grad = None  # they are the caller's
         return result
@@ -389,13 +418,14 @@ def _arrange(blocks: list[_Block]) -> int:
 
 
 class Workspace:
-    """The programs of one network, and for each backend the arena that they share. A copy of it is empty."""
+    """The programs of one network, and for each queue of a backend the arena that they share. A copy of it is empty."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._spaces: weakref.WeakKeyDictionary[Backend, tuple[Array, dict[Any, Program]]] = (
+        self._spaces: weakref.WeakKeyDictionary[Backend, dict[int, tuple[Array, dict[Any, Program]]]] = (
             weakref.WeakKeyDictionary()
         )  # fmt: skip
+        self._constants: weakref.WeakKeyDictionary[Backend, dict[tuple[int, str], Array]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return Workspace, ()
@@ -404,7 +434,8 @@ class Workspace:
         self, be: LayerBackend, n: int, training: bool, dtype: npt.DTypeLike, write: Callable[[Program], Any]
     ) -> Program:
         """Return the program for n images, which `write` records if there is none; hold the lock until it has run."""
-        arena, programs = self._spaces.get(be, (None, {}))
+        spaces, queue = self._spaces.setdefault(be, {}), be.queue()
+        arena, programs = spaces.get(queue, (None, {}))
         program = programs.get((n, training))
         if program is not None:
             return program
@@ -413,15 +444,22 @@ class Workspace:
         program.plan()
         if arena is None or len(arena) < program.size:
             programs = {}
-            self._spaces[be] = None, programs
+            spaces[queue] = None, programs
             arena = None  # the old one goes before the new one comes
             arena = _aligned(be, program.size, dtype)
         elif len(programs) == MAX_PROGRAMS:
             programs.pop(next(iter(programs)))
         program.lay(arena)
         programs[n, training] = program
-        self._spaces[be] = arena, programs
+        spaces[queue] = arena, programs
         return program
+
+    def constant(self, be: LayerBackend, name: str, values: npt.NDArray[Any]) -> Array:
+        """Return the values on the backend, brought there once for each queue."""
+        kept, key = self._constants.setdefault(be, {}), (be.queue(), name)
+        if key not in kept:
+            kept[key] = be.asarray(values, values.dtype)
+        return kept[key]
 
 
 def _aligned(be: Backend, size: int, dtype: npt.DTypeLike) -> Array:

@@ -253,7 +253,7 @@ class UNet:
             h = p.attention(p.conv(f"{name}.to_qkv", h, 3 * heads * head), heads)
             return p.conv(f"{name}.to_out.0", h, x.width, residual=x)
 
-        h = p.take(p.given("features", (self.T, self.channels[0])), p.given("t", (p.n,)))
+        h = p.take(p.given("features", (self.T, self.channels[0]), fixed=True), p.given("t", (p.n,)))
         h = p.silu(p.conv("time_embedding.linear_1", h, self.embedding))
         label = None
         if self.classes is not None:
@@ -366,21 +366,38 @@ class UNet:
         flat = check_array("flat", flat, shape=self.flat.shape, finite=False, dtype=self.dtype)
         params = self.layout.views(be.asarray(flat, self.dtype))
         y = be.empty((n, *self.image[:2], self.outputs), self.dtype)
-        rows["x"] = x.reshape(n, *self.image)
-        for start in range(0, n, self._chunk):
-            part = slice(start, start + self._chunk)
-            with self._workspace.lock:
-                y[part] = self._run(be, params, {name: array[part] for name, array in rows.items()})
+        self._fill(y, be, params, {"x": x.reshape(n, *self.image), **rows})
         y = y if len(self.shape) == 3 or self.outputs > 1 else y.reshape(x.shape)
         return y if on_device else be.to_numpy(y)
 
-    def evaluator(self, be: Backend) -> Callable[..., Array]:
-        """Return the network as a function of flat states (n, D), t and labels, on a backend: for `fastdiff.sample`."""
+    def evaluator(self, be: Backend, flat: Any = None) -> Callable[..., Array]:
+        """Return the network as a function of flat states (n, D), t and labels, on a backend: for `fastdiff.sample`.
 
-        def evaluate(x: Array, t: int, labels: Any = None) -> Array:
-            return self.predict(x.reshape(len(x), *self.shape), t, labels, backend=be).reshape(x.shape)
+        Arrays are the backend's own and are not checked; a result is valid until the next call. `flat` is as for
+        `predict`.
+        """
+        layers = self._layers(be)
+        params = self.layout.views(be.asarray(self.flat if flat is None else flat, self.dtype))
+        y = steps = None
+
+        def evaluate(x: Array, t: int, labels: Array = None) -> Array:
+            nonlocal y, steps
+            n = len(x)
+            if y is None or len(y) != n:  # the last batch may be smaller
+                y, steps = be.empty((n, *self.image[:2], self.outputs), self.dtype), be.empty((n,), np.int64)
+            steps.fill(t)
+            given = {"x": be.asarray(x, self.dtype).reshape(n, *self.image), "t": steps}
+            self._fill(y, layers, params, given if labels is None else {**given, "labels": labels})
+            return be.asarray(y, x.dtype).reshape(x.shape)
 
         return evaluate
+
+    def _fill(self, y: Array, be: LayerBackend, params: Mapping[str, Array], given: Mapping[str, Array]) -> None:
+        """Fill y with the outputs for all rows of what is given, so many at once as the arena is to hold."""
+        for start in range(0, len(y), self._chunk):
+            part = slice(start, start + self._chunk)
+            with self._workspace.lock:
+                y[part] = self._run(be, params, {name: array[part] for name, array in given.items()})
 
     def gradient(
         self,
@@ -395,8 +412,8 @@ class UNet:
         seed: int = 0,
         step: int = 0,
         first_sample: int = 0,
-    ) -> float:
-        """Fill `grads` with the gradient of the mean squared error, and return that.
+    ) -> Array:
+        """Fill `grads` with the gradient of the mean squared error, and return that as an array of one value.
 
         Arrays are the backend's own and are not checked. The padding between the tensors of `grads` must be zero, and
         stays so. Memory is reused from step to step.
@@ -413,14 +430,18 @@ class UNet:
             For a network with classes.
         seed, step, first_sample : int, optional
             Of dropout: the training step, and the position in the batch of the first image.
+
+        Returns
+        -------
+        (1,) array
+            The backend's own, valid until the next call.
         """
         n = len(x)
         given = {"x": x.reshape(n, *self.image), "t": t, "labels": labels}
         target = target.reshape(n, *self.image[:2], self.outputs)
         parts = self.layout.views(params), given, self.layout.views(grads), target
         with self._workspace.lock:
-            loss = self._run(self._layers(be), *parts, seed=seed, step=step, first_sample=first_sample)
-        return float(be.to_numpy(loss)[0])
+            return self._run(self._layers(be), *parts, seed=seed, step=step, first_sample=first_sample)
 
     def _run(
         self,
@@ -432,16 +453,15 @@ class UNet:
         **draw: int,
     ) -> Array:
         program = self._workspace.program(be, len(given["x"]), grads is not None, self.dtype, self._record)
-        return program.run(
-            be, params, {**given, "features": be.asarray(self._features, self.dtype)}, grads, target, **draw
-        )  # fmt: skip
+        features = self._workspace.constant(be, "features", self._features)
+        return program.run(be, params, {**given, "features": features}, grads, target, **draw)
 
     def _layers(self, be: Backend) -> LayerBackend:
         """The backend, if it can run this network."""
         if self.dtype == np.float64 and be.name != "numpy":
             raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
         if not isinstance(be, LayerBackend):
-            raise BackendError(f"backend {be.name!r} does not run image networks yet: use backend='cpu'")
+            raise BackendError(f"backend {be.name!r} does not run image networks: use backend='cpu'")
         return be
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
 from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I32, I64, TILES, host_width
@@ -39,13 +39,14 @@ ZERO = np.float32(0)
 SIDE = 8  # of the blocks in which weights are transposed
 
 
+@register_jitable
 def panels_of(channels: int) -> int:
     """Number of panels of output channels, each at most a tile wide."""
     return -(-channels // (LANES * VECTORS))
 
 
 @kernel
-def _panel(panel, panels, channels):
+def panel_of(panel, panels, channels):
     """First channel and width of a panel; whole vectors are shared out evenly."""
     vectors = (channels + LANES - 1) // LANES
     first = LANES * (panel * (vectors // panels) + min(panel, vectors % panels))
@@ -120,7 +121,7 @@ def conv_range(
                     pixel = (n * height + block * block_rows) * width
                     _start(y, rows * width, pixel, height * width, k, bias, shift, residual, pattern)
         for panel in range(panels):
-            at, n = _panel(panel, panels, k)
+            at, n = panel_of(panel, panels, k)
             for part in range(firsts[block], firsts[block + 1]):
                 p = parts[part]
                 rows, columns, deep = p[ROWS], p[COLUMNS], count
@@ -160,7 +161,7 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
     panels = (k + LANES * VECTORS - 1) // (LANES * VECTORS)
     for item in range(start, stop):
         slot = item % slots
-        at, n = _panel((item // slots) % panels, panels, k)
+        at, n = panel_of((item // slots) % panels, panels, k)
         first = (item // (slots * panels)) * group
         count = min(group, images - first)
         to = (item // (slots * panels)) * size + at
@@ -189,13 +190,21 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
 
 
 @kernel
-def spread_weights(taps, w, out, c, k, transpose):
-    """Blocks (c, k) of `out`, or (k, c) with `transpose`: the sums of the blocks of w that `taps` lists.
+def clear(start, stop, values):
+    """Values start ... stop - 1 become 0."""
+    values[start:stop] = ZERO
+
+
+@kernel
+def spread_weights(start, stop, taps, w, out, c, k, transpose):
+    """Blocks start ... stop - 1 (c, k) of `out`, or (k, c) with `transpose`: sums of the blocks of w that `taps` lists.
 
     A row of `taps` is (block of out, block of w or -1 for zeros, whether it is added).
     """
     size = c * k
     for t in range(len(taps)):
+        if taps[t, 0] < start or taps[t, 0] >= stop:
+            continue
         target = out[taps[t, 0] * size : (taps[t, 0] + 1) * size]
         if taps[t, 1] < 0:
             target[:] = ZERO
@@ -309,11 +318,11 @@ def pixel_sums_range(start, stop, values, pixels, channels, sums, wide):
 
 
 @kernel
-def row_sums(rows, out):
-    """out (channels,) = the sum of the rows (n, channels), flat, in order."""
-    channels = len(out)
-    out[:] = ZERO
+def row_sums(start, stop, rows, channels, out):
+    """out[start ... stop - 1] = the sums of these channels over the rows (n, channels), flat, in order."""
+    total = out[start:stop]
+    total[:] = ZERO
     for n in range(len(rows) // channels):
-        row = rows[n * channels : (n + 1) * channels]
-        for i in range(channels):
-            out[i] += row[i]
+        row = rows[n * channels + start : n * channels + stop]
+        for i in range(stop - start):
+            total[i] += row[i]

@@ -61,7 +61,7 @@ def _int(value, bits=I64):
     return ir.Constant(bits, value)
 
 
-class _Rows:
+class Rows:
     """Code for rows of vectors; the vector numbered `masked` (or None) has only its first `used` lanes."""
 
     def __init__(self, builder, lanes, masked, used):
@@ -168,7 +168,7 @@ def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
                 case = builder.append_basic_block(f"tile_{r}x{v}")
                 switch.add_case(_int((r << 8) + (v << 1) + masked), case)
                 builder.position_at_end(case)
-                emit(_Rows(builder, lanes, v - 1 if masked else None, used), r, v)
+                emit(Rows(builder, lanes, v - 1 if masked else None, used), r, v)
                 builder.branch(leave)
     builder.position_at_end(leave)
 

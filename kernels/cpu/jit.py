@@ -99,7 +99,7 @@ def atomic_take(typingctx, array, index):  # type: ignore[no-untyped-def]
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         place = _element(context, builder, signature, args)
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(WORD, types.int64), emit
 
@@ -123,3 +123,24 @@ def atomic_store(typingctx, array, index, value):  # type: ignore[no-untyped-def
         return context.get_dummy_value()
 
     return types.void(WORD, types.int64, types.int64), emit
+
+
+@intrinsic  # type: ignore[misc]
+def atomic_swap(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """Set array[index] of an int64 array, and return what it was, as one operation of all threads."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("xchg", _element(context, builder, signature, args), args[2], "acq_rel")
+
+    return types.int64(WORD, types.int64, types.int64), emit
+
+
+@intrinsic  # type: ignore[misc]
+def atomic_swap_if(typingctx, array, index, expected, value):  # type: ignore[no-untyped-def]
+    """Set array[index] of an int64 array where it is `expected`, as one operation; return whether it was."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = _element(context, builder, signature, args)
+        return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "acq_rel", "acquire"), 1)
+
+    return types.boolean(WORD, types.int64, types.int64, types.int64), emit

@@ -85,7 +85,7 @@ def _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels):
 
 @kernel
 def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, groups, eps, silu, rows, totals):
-    """Images start ... stop - 1; x, out, stats and modulation (may be empty) are flat."""
+    """Images start ... stop - 1; x, out, stats and modulation (may be empty) are flat, eps has one value."""
     channels = len(gamma)
     size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
     length = repeats * channels
@@ -93,22 +93,22 @@ def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, grou
     for n in range(start, stop):
         image = x[n * pixels * channels : (n + 1) * pixels * channels]
         lanes, mean = rows[3, :length], rows[0, :length]
-        _moments(image, length, mean, False, lanes, totals)
+        _moments(image, length, mean, False, lanes, totals[0])
         for g in range(groups):
             total = 0.0
             for c in range(g * size, (g + 1) * size):
-                total += totals[c]
+                total += totals[0, c]
             value = np.float32(total / count)
             stats[2 * (n * groups + g)] = value
             for c in range(g * size, (g + 1) * size):
                 mean[c] = value
         _repeat(mean[:channels], repeats - 1, mean[channels:])
-        _moments(image, length, mean, True, lanes, totals)
+        _moments(image, length, mean, True, lanes, totals[0])
         for g in range(groups):
             total = 0.0
             for c in range(g * size, (g + 1) * size):
-                total += totals[c]
-            stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(total / count + eps))
+                total += totals[0, c]
+            stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(total / count + eps[0]))
         _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
         scale, shift = rows[1, :length], rows[2, :length]
         to = out[n * pixels * channels : (n + 1) * pixels * channels]
@@ -194,27 +194,27 @@ def norm_backward_range(
 
 
 @kernel
-def collect_norm(sums, gamma, beta, modulation, dgamma, dbeta, dmodulation):
-    """Gradients from the sums (n, 2, channels) of `norm_backward_range`, image by image.
+def collect_norm(start, stop, sums, gamma, beta, modulation, dgamma, dbeta, dmodulation):
+    """Gradients of channels start ... stop - 1 from the sums (n, 2, channels) of `norm_backward_range`, by images.
 
     With h = (x - mean) r and u = gamma h + beta: dgain = sum of dv u, dshift = sum of dv, and du = (1 + gain) dv.
     """
     channels = len(gamma)
-    dgamma[:] = ZERO
-    dbeta[:] = ZERO
+    dgamma[start:stop] = ZERO
+    dbeta[start:stop] = ZERO
     for at in range(0, len(sums), 2 * channels):
         plain, by_h = sums[at : at + channels], sums[at + channels : at + 2 * channels]
         if len(modulation) > 0:
             gain = modulation[at : at + channels]
-            for c in range(channels):
+            for c in range(start, stop):
                 dgamma[c] += (ONE + gain[c]) * by_h[c]
                 dbeta[c] += (ONE + gain[c]) * plain[c]
         else:
-            for c in range(channels):
+            for c in range(start, stop):
                 dgamma[c] += by_h[c]
                 dbeta[c] += plain[c]
         if len(dmodulation) > 0:
             dgain, dshift = dmodulation[at : at + channels], dmodulation[at + channels : at + 2 * channels]
-            for c in range(channels):
+            for c in range(start, stop):
                 dgain[c] = gamma[c] * by_h[c] + beta[c] * plain[c]
                 dshift[c] = plain[c]

@@ -55,9 +55,9 @@ def copy_columns(start, stop, source, from_column, from_width, target, to_column
 
 
 @kernel
-def take_rows(table, index, out, width, add):
-    """Row i of out (n, width), flat, becomes row index[i] of the table, or has it added."""
-    for i in range(len(index)):
+def take_rows(start, stop, table, index, out, width, add):
+    """Rows i = start ... stop - 1 of out (n, width), flat, become row index[i] of the table, or have it added."""
+    for i in range(start, stop):
         x, y = table[index[i] * width : (index[i] + 1) * width], out[i * width : (i + 1) * width]
         if add:
             for j in range(width):
@@ -68,36 +68,39 @@ def take_rows(table, index, out, width, add):
 
 
 @kernel
-def take_rows_backward(dy, index, dtable, width):
-    """dtable becomes 0, and row i of dy is added to its row index[i], in the order of i."""
-    dtable[:] = ZERO
+def take_rows_backward(start, stop, dy, index, dtable, width):
+    """Rows start ... stop - 1 of dtable: the sums of the rows i of dy with that index, in the order of i."""
+    dtable[start * width : stop * width] = ZERO
     for i in range(len(index)):
-        x, y = dy[i * width : (i + 1) * width], dtable[index[i] * width : (index[i] + 1) * width]
-        for j in range(width):
-            y[j] += x[j]
+        if start <= index[i] < stop:
+            x, y = dy[i * width : (i + 1) * width], dtable[index[i] * width : (index[i] + 1) * width]
+            for j in range(width):
+                y[j] += x[j]
 
 
 @kernel
 def dropout_range(start, stop, x, out, size, limit, scale, step, stream, first_block, first_row, keys, words):
     """Images start ... stop - 1 of `size` values: value j is dropped where word j % 4 of its block is below `limit`."""
+    below, factor = np.uint64(limit), scale[0]
     for n in range(start, stop):
         for begin in range(0, size, 4 * CHUNK):
             count = min(4 * CHUNK, size - begin)
             blocks = (count + 3) // 4
-            row = first_row + np.uint64(n)
+            row = np.uint64(first_row + n)
             _words(blocks, first_block + begin // 4, row, CHUNK, False, step, stream, keys, words)
             at = n * size + begin
             for word in range(4):
                 drawn, many = words[word], (count - word + 3) // 4
                 a, y = x[at + word : at + count], out[at + word : at + count]
                 for i in range(many):
-                    kept = np.uint64(drawn[i]) >= limit
-                    y[4 * i] = a[4 * i] * scale if kept else ZERO
+                    kept = np.uint64(drawn[i]) >= below
+                    y[4 * i] = a[4 * i] * factor if kept else ZERO
 
 
 @kernel
 def squared_error_range(start, stop, y, target, dy, scale, sums, lanes):
-    """Blocks start ... stop - 1: dy = (y - target) scale, sums[block] = the sum of the squares of y - target."""
+    """Blocks start ... stop - 1: dy = (y - target) scale[0], sums[block] = the sum of the squares of y - target."""
+    factor = scale[0]
     for block in range(start, stop):
         first, last = block * BLOCK, min(len(y), (block + 1) * BLOCK)
         a, b, to = y[first:last], target[first:last], dy[first:last]
@@ -109,8 +112,17 @@ def squared_error_range(start, stop, y, target, dy, scale, sums, lanes):
             for j in range(len(row)):
                 value = np.float64(row[j])
                 lanes[j] += value * value
-                row[j] = row[j] * scale
+                row[j] = row[j] * factor
         total = 0.0
         for j in range(LANES):
             total += lanes[j]
         sums[block] = total
+
+
+@kernel
+def mean_of_blocks(start, stop, sums, size, out):
+    """out[0] = the sum of all sums, in order, over `size`."""
+    total = 0.0
+    for block in range(len(sums)):
+        total += sums[block]
+    out[0] = total / size

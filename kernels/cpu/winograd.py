@@ -1,0 +1,350 @@
+"""3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3): 36 products for 16 outputs of 9 taps, a quarter of 144.
+
+A row of four outputs of a correlation of six inputs d with three taps g is a product of polynomials, known by its
+values at six points (Toom and Cook; Winograd 1980; Lavin and Gray 2016). At the points 0, a, -a, b, -b and infinity,
+
+    y = A^T [(G g) * (B^T d)],
+
+row i of A^T being the i-th powers of the points (infinity counts in the last row only), that of G the powers
+0, 1, 2 of a point p over the product of its differences from the other four, and that of B^T the coefficients of
+x (x^2 - a^2) (x^2 - b^2) / (x - p), for infinity without the division. Rows and columns together use each matrix twice:
+
+    Y = A^T [U * V] A,   U = G g G^T,   V = B^T d B,
+
+a sum over channels, so that every one of the 36 places is a matrix product over (tiles, channels). The form is
+bilinear: the gradient of the taps is G^T [sum over tiles of V * (A dY A^T)] G, and that of the inputs is the
+convolution of dY with the taps turned around.
+
+The points are a = sqrt(1/2) and b = sqrt(2): a^2 b^2 = 1 saves a multiplication, and rounding errors are half those of
+1 and 2 (relative norm against float64 about 1e-6, of one product after another about 3e-7).
+
+A tile is 4x4 outputs; a row of tiles is cut from the image with its surrounding zeros into a strip. All sums of an
+output have an order of their own, whatever the tiles, panels and images that are computed together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
+from numba.np.arrayobj import make_array
+
+from fastdiff.kernels.cpu.conv import panel_of, panels_of
+from fastdiff.kernels.cpu.gemm import I64, TILES, Rows, gemm, host_width
+from fastdiff.kernels.cpu.jit import kernel
+
+TILE = 4  # output rows and columns of a tile
+SEEN = 6  # input rows and columns that it sees
+PLACES = SEEN * SEEN
+APART = 16  # values between the planes of two places, lest they meet in the same sets of the cache
+
+LANES = TILES[host_width()][0]
+WIDE = LANES * TILES[host_width()][2]  # channels of a panel, at most
+FUSED = host_width() > 0
+ZERO = np.float32(0)
+
+A, B = math.sqrt(0.5), math.sqrt(2)
+A2, B2 = 0.5, 2.0
+BY_A, BY_B = 1 / (2 * A2 * (A2 - B2)), 1 / (2 * B2 * (B2 - A2))  # over the products of differences
+
+
+class _Arithmetic:
+    """Sums and products of vectors."""
+
+    def __init__(self, builder, vec):
+        self.builder, self.vec = builder, vec
+
+    def number(self, value):
+        return ir.Constant(self.vec.type, [float(np.float32(value))] * self.vec.lanes)
+
+    def add(self, x, y):
+        return self.builder.fadd(x, y)
+
+    def sub(self, x, y):
+        return self.builder.fsub(x, y)
+
+    def mul(self, factor, x):
+        return self.builder.fmul(self.number(factor), x)
+
+    def fma(self, factor, x, y):
+        """factor x + y."""
+        if FUSED:
+            return self.vec.call(f"fma.v{self.vec.lanes}f32", self.vec.type, self.number(factor), x, y)
+        return self.add(self.mul(factor, x), y)
+
+    def pair(self, even, odd):
+        return self.add(even, odd), self.sub(even, odd)
+
+
+def _of_inputs(m, d):
+    """B^T d."""
+    at_a = m.pair(m.fma(-B2, d[2], d[4]), m.mul(A, m.fma(-B2, d[1], d[3])))
+    at_b = m.pair(m.fma(-A2, d[2], d[4]), m.mul(B, m.fma(-A2, d[1], d[3])))
+    zero, infinity = (m.fma(-(A2 + B2), d[2 + i], m.add(d[i], d[4 + i])) for i in range(2))
+    return [zero, *at_a, *at_b, infinity]
+
+
+def _of_outputs(m, v):
+    """A^T v."""
+    (even_a, odd_a), (even_b, odd_b) = m.pair(v[1], v[2]), m.pair(v[3], v[4])
+    return [
+        m.add(v[0], m.add(even_a, even_b)),
+        m.fma(A, odd_a, m.mul(B, odd_b)),
+        m.fma(A2, even_a, m.mul(B2, even_b)),
+        m.fma(A * A2, odd_a, m.fma(B * B2, odd_b, v[5])),
+    ]
+
+
+def _to_outputs(m, y):
+    """A y, the transpose of `_of_outputs`."""
+    at_a = m.pair(m.fma(A2, y[2], y[0]), m.fma(A * A2, y[3], m.mul(A, y[1])))
+    at_b = m.pair(m.fma(B2, y[2], y[0]), m.fma(B * B2, y[3], m.mul(B, y[1])))
+    return [y[0], *at_a, *at_b, y[3]]
+
+
+def _of_taps(m, g):
+    """G g."""
+    at_a = m.pair(m.fma(BY_A * A2, g[2], m.mul(BY_A, g[0])), m.mul(BY_A * A, g[1]))
+    at_b = m.pair(m.fma(BY_B * B2, g[2], m.mul(BY_B, g[0])), m.mul(BY_B * B, g[1]))
+    return [g[0], *at_a, *at_b, g[2]]
+
+
+def _to_taps(m, u):
+    """G^T u, the transpose of `_of_taps`."""
+    (even_a, odd_a), (even_b, odd_b) = m.pair(u[1], u[2]), m.pair(u[3], u[4])
+    return [
+        m.fma(BY_A, even_a, m.fma(BY_B, even_b, u[0])),
+        m.fma(BY_A * A, odd_a, m.mul(BY_B * B, odd_b)),
+        m.fma(BY_A * A2, even_a, m.fma(BY_B * B2, even_b, u[5])),
+    ]
+
+
+def _transform(name, of_row, size):
+    """Make an intrinsic for both directions of a square of `size` values, in a vector of channels.
+
+    ``transform(x, at, row, column, used, out, to, out_row, out_column)``: value (i, j) of the input is at
+    ``x[at + i row + j column]``, of the output likewise; `used` lanes are read and written.
+    """
+
+    @intrinsic
+    def transform(typingctx, x, at, row, column, used, out, to, out_row, out_column):
+        def codegen(context, builder, signature, args):
+            def start(array, offset):
+                data = make_array(signature.args[array])(context, builder, args[array]).data
+                return builder.gep(data, [args[offset]])
+
+            source, target = start(0, 1), start(5, 6)
+
+            def emit(masked):
+                vec = Rows(builder, LANES, masked, args[4])
+                arithmetic = _Arithmetic(builder, vec)
+
+                def values(i):
+                    begin = builder.gep(source, [builder.mul(ir.Constant(I64, i), args[2])])
+                    return [
+                        vec.load(builder.gep(begin, [builder.mul(ir.Constant(I64, j), args[3])]), 0)
+                        for j in range(size)
+                    ]
+
+                rows = [of_row(arithmetic, values(i)) for i in range(size)]
+                columns = [of_row(arithmetic, [row[j] for row in rows]) for j in range(len(rows[0]))]
+                for i in range(len(columns[0])):
+                    begin = builder.gep(target, [builder.mul(ir.Constant(I64, i), args[7])])
+                    for j, column in enumerate(columns):
+                        place = builder.gep(begin, [builder.mul(ir.Constant(I64, j), args[8])])
+                        vec.store(column[i], place, 0)
+
+            with builder.if_else(builder.icmp_signed("<", args[4], ir.Constant(I64, LANES))) as (part, whole):
+                with part:
+                    emit(0)
+                with whole:
+                    emit(None)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(x, i, i, i, i, out, i, i, i), codegen
+
+    transform.__name__ = name
+    return transform
+
+
+inputs_tile = _transform("inputs_tile", _of_inputs, SEEN)
+outputs_tile = _transform("outputs_tile", _of_outputs, SEEN)
+gradients_tile = _transform("gradients_tile", _to_outputs, TILE)
+taps_tile = _transform("taps_tile", _of_taps, 3)
+weights_tile = _transform("weights_tile", _to_taps, SEEN)
+
+
+@kernel
+def _strip(x, n, row, rows, column, columns, height, width, c, strip):
+    """strip (rows, columns, c) = what image n shows from `row` and `column` on, with zeros around it."""
+    for i in range(rows):
+        line = strip[i * columns * c : (i + 1) * columns * c]
+        at = row + i
+        if at < 0 or at >= height:
+            line[:] = ZERO
+            continue
+        before, inside = -column, min(width, columns + column)
+        line[: before * c] = ZERO
+        source, target = x[(n * height + at) * width * c :], line[before * c : (before + inside) * c]
+        for j in range(len(target)):
+            target[j] = source[j]
+        line[(before + inside) * c :] = ZERO
+
+
+@register_jitable
+def panel_start(panel, first, c):
+    """Where the planes (c, width) of a panel begin in U: `first` is its first output channel; or the size of U."""
+    return PLACES * (c * first + panel * APART)
+
+
+@register_jitable
+def planes(tiles, channels):
+    """Values of all places of so many tiles: a plane (tiles, channels) for each."""
+    return PLACES * (tiles * channels + APART)
+
+
+@register_jitable
+def seen(across):
+    """Columns that a row of so many tiles sees."""
+    return TILE * across + SEEN - TILE
+
+
+@kernel
+def taps_range(start, stop, w, c, k, u):
+    """U for input channels start ... stop - 1 of w (3, 3, c, k): panel by panel, (36, c, width)."""
+    panels = panels_of(k)
+    for panel in range(panels):
+        at, n = panel_of(panel, panels, k)
+        base, plane = panel_start(panel, at, c), c * n + APART
+        for i in range(start, stop):
+            for j in range(0, n, LANES):
+                used = min(LANES, n - j)
+                taps_tile(w, i * k + at + j, 3 * c * k, c * k, used, u, base + i * n + j, SEEN * plane, plane)
+
+
+@kernel
+def conv_range(
+    start, stop, rows, shares, sizes, x, u, y, begin, bias, shift, residual, strip, v, m, line,
+):  # fmt: skip
+    """Items start ... stop - 1 of a convolution: `rows` rows of tiles, and every `shares`-th panel of channels.
+
+    `sizes` are images, height, width, input channels, output channels. With `begin`, y becomes bias + shift + residual
+    + the convolution (an empty one of the three is 0); else that is added to what y holds. `line` takes a row of
+    channels of a panel and a tile.
+    """
+    images, height, width, c, k = sizes
+    down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    panels = panels_of(k)
+    columns = seen(across)
+    for item in range(start, stop):
+        first = (item // shares) * rows
+        last = min(first + rows, images * down)
+        tiles = (last - first) * across
+        plane = tiles * c + APART
+        for row in range(first, last):
+            n, ty = row // down, row % down
+            _strip(x, n, TILE * ty - 1, SEEN, -1, columns, height, width, c, strip)
+            for tx in range(across):
+                to = ((row - first) * across + tx) * c
+                for j in range(0, c, LANES):
+                    inputs_tile(
+                        strip, TILE * tx * c + j, columns * c, c, min(LANES, c - j), v, to + j, SEEN * plane, plane
+                    )
+        for panel in range(item % shares, panels, shares):
+            at, wide = panel_of(panel, panels, k)
+            out_plane, u_plane = tiles * wide + APART, c * wide + APART
+            start_u = panel_start(panel, at, c)
+            for place in range(PLACES):
+                gemm(
+                    m, place * out_plane, wide, v, place * plane, c, 1, u, start_u + place * u_plane, wide,
+                    tiles, wide, c, False,
+                )  # fmt: skip
+            for row in range(first, last):
+                n, ty = row // down, row % down
+                base, tile = line[:wide], line[wide:]
+                for j in range(wide):
+                    base[j] = bias[at + j] if len(bias) > 0 else ZERO
+                if len(shift) > 0:
+                    for j in range(wide):
+                        base[j] += shift[n * k + at + j]
+                inside_rows = min(TILE, height - TILE * ty)
+                for tx in range(across):
+                    source = ((row - first) * across + tx) * wide
+                    for j in range(0, wide, LANES):
+                        outputs_tile(
+                            m, source + j, SEEN * out_plane, out_plane, min(LANES, wide - j),
+                            tile, j, TILE * wide, wide,
+                        )  # fmt: skip
+                    inside = min(TILE, width - TILE * tx)
+                    for i in range(inside_rows):
+                        for s in range(inside):
+                            to = ((n * height + TILE * ty + i) * width + TILE * tx + s) * k + at
+                            values = tile[(i * TILE + s) * wide : (i * TILE + s + 1) * wide]
+                            out = y[to : to + wide]
+                            if not begin:
+                                for j in range(wide):
+                                    out[j] += values[j]
+                            elif len(residual) > 0:
+                                other = residual[to : to + wide]
+                                for j in range(wide):
+                                    out[j] = base[j] + other[j] + values[j]
+                            else:
+                                for j in range(wide):
+                                    out[j] = base[j] + values[j]
+
+
+@kernel
+def gradient_tiles_range(start, stop, first, tiles, sizes, x, dy, strip, v, d):
+    """Rows of tiles first + start ... first + stop - 1 of x and of dy, for a gradient of `tiles` tiles at once."""
+    _, height, width, c, k = sizes
+    down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    columns = seen(across)
+    x_plane, dy_plane = tiles * c + APART, tiles * k + APART
+    for item in range(start, stop):
+        row = first + item
+        n, ty = row // down, row % down
+        _strip(x, n, TILE * ty - 1, SEEN, -1, columns, height, width, c, strip)
+        for tx in range(across):
+            for j in range(0, c, LANES):
+                inputs_tile(
+                    strip, TILE * tx * c + j, columns * c, c, min(LANES, c - j),
+                    v, (item * across + tx) * c + j, SEEN * x_plane, x_plane,
+                )  # fmt: skip
+        _strip(dy, n, TILE * ty, TILE, 0, TILE * across, height, width, k, strip)
+        for tx in range(across):
+            for j in range(0, k, LANES):
+                gradients_tile(
+                    strip, TILE * tx * k + j, TILE * across * k, k, min(LANES, k - j),
+                    d, (item * across + tx) * k + j, SEEN * dy_plane, dy_plane,
+                )  # fmt: skip
+
+
+@kernel
+def gradient_sums_range(start, stop, tiles, c, k, v, d, du, accumulate):
+    """Items start ... stop - 1 of the sums over tiles: a place and a panel of channels each."""
+    panels = panels_of(k)
+    for item in range(start, stop):
+        place = item // panels
+        panel = item % panels
+        at, wide = panel_of(panel, panels, k)
+        gemm(
+            du, panel_start(panel, at, c) + place * (c * wide + APART), wide, v, place * (tiles * c + APART), 1, c,
+            d, place * (tiles * k + APART) + at, k, c, wide, tiles, accumulate,
+        )  # fmt: skip
+
+
+@kernel
+def gradient_taps_range(start, stop, du, c, k, dw):
+    """dw (3, 3, c, k) for input channels start ... stop - 1."""
+    panels = panels_of(k)
+    for panel in range(panels):
+        at, n = panel_of(panel, panels, k)
+        base, plane = panel_start(panel, at, c), c * n + APART
+        for i in range(start, stop):
+            for j in range(0, n, LANES):
+                used = min(LANES, n - j)
+                weights_tile(du, base + i * n + j, SEEN * plane, plane, used, dw, i * k + at + j, 3 * c * k, c * k)
