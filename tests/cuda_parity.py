@@ -195,7 +195,10 @@ def optimiser(be, size):
 
 if __name__ == "__main__":
     import cuda_parity
+    import cuda_parity_conv  # noqa: F401 - registers its checks
+    import cuda_parity_conv_mma  # noqa: F401 - registers its checks
     import cuda_parity_covariance  # noqa: F401 - registers its checks
+    import cuda_parity_layers  # noqa: F401 - registers its checks
     import cuda_parity_mlp  # noqa: F401 - registers its checks
     from host_cuda import HostRuntime
 

@@ -103,6 +103,12 @@ class DeviceArray:
     def copy(self):
         return DeviceArray(self._memory.copy(), self.where)
 
+    def round(self):
+        return DeviceArray(self._memory.round(), self.where)
+
+    def clip(self, low, high):
+        return DeviceArray(self._memory.clip(self._operand(low), self._operand(high)), self.where)
+
     def repeat(self, repeats):
         return DeviceArray(self._memory.repeat(repeats), self.where)
 

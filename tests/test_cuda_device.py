@@ -11,7 +11,9 @@ import re
 import sys
 from types import SimpleNamespace
 
+import cuda_parity_conv  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
+import cuda_parity_layers  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
 import numpy as np
 import pytest

@@ -16,7 +16,10 @@ import zlib
 from pathlib import Path
 
 import cuda_parity
+import cuda_parity_conv  # noqa: F401 - registers its checks
+import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
+import cuda_parity_layers  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
 import host_cuda
 import numpy as np

@@ -271,7 +271,7 @@ class Convolutions(Scripted):
             self._each("strip", winograd.SEEN * winograd.seen(across) * c),
             self._each("inputs", winograd.planes(rows * across, c)),
             self._each("outputs", winograd.planes(rows * across, winograd.WIDE)),
-            self._each("tile", winograd.WIDE * (1 + winograd.TILE**2)),
+            self._each("base", winograd.WIDE), self._each("tile", winograd.WIDE * winograd.TILE**2),
         )  # fmt: skip
         work = product.work * product.images / (SAVED * max(items * shares, 1))
         return [

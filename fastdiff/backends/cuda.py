@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import PRECISIONS, AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.cuda_conv import ConvOperations
 from fastdiff.backends.cuda_covariance import CovarianceOperations
+from fastdiff.backends.cuda_layers import LayerOperations
 from fastdiff.backends.cuda_mlp import MLPOperations
 from fastdiff.errors import BackendError, check_choice
 from fastdiff.noise import Stream, round_keys
@@ -53,7 +55,7 @@ def _numba_twins() -> Any:
     return numba_twins
 
 
-class CudaBackend(CovarianceOperations, MLPOperations):
+class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOperations):
     """CUDA kernels, float32.
 
     Parameters
@@ -62,6 +64,9 @@ class CudaBackend(CovarianceOperations, MLPOperations):
         Where arrays and kernels live; by default CuPy on the current device.
     kernels : {"raw", "numba"}, optional
         "numba": forward noising and the sampler step in Numba's CUDA target, of the same bits; for comparison.
+    precision : {"float32", "bf16"}, optional
+        "bf16": convolutions of image networks on tensor cores, which round what they multiply to bfloat16 and add in
+        float32. Parameters, activations and everything else stay float32.
 
     Raises
     ------
@@ -72,16 +77,19 @@ class CudaBackend(CovarianceOperations, MLPOperations):
     name = "cuda"
     threads = 1
 
-    def __init__(self, runtime: runtimes.Runtime | None = None, kernels: str = "raw") -> None:
+    def __init__(
+        self, runtime: runtimes.Runtime | None = None, kernels: str = "raw", precision: str = "float32"
+    ) -> None:
         self.kernels = check_choice("kernels", kernels, ["raw", "numba"])
+        self.precision = check_choice("precision", precision, PRECISIONS)
         self.runtime: runtimes.Runtime = runtimes.CupyRuntime() if runtime is None else runtime
         self._twins = _numba_twins() if kernels == "numba" else None
         self._lock = threading.RLock()  # two launches that share a buffer follow each other
         self._tables: OrderedDict[tuple[int, bytes], Array] = OrderedDict()
         self._norms: dict[int, tuple[Array, Array]] = {}
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
-        return type(self), (self.runtime, self.kernels)
+    def __reduce__(self) -> tuple[Any, tuple[Any, str, str]]:
+        return type(self), (self.runtime, self.kernels, self.precision)
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return self.runtime.asarray(value, np.float32 if dtype is None else dtype)
@@ -94,6 +102,9 @@ class CudaBackend(CovarianceOperations, MLPOperations):
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return self.runtime.empty(shape, dtype)
+
+    def queue(self) -> int:
+        return self.runtime.queue()
 
     def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
         self._by_blocks("noise", "normal", (out,), (*out.shape, first_sample, step, int(stream), _keys(seed)))
@@ -168,6 +179,14 @@ class CudaBackend(CovarianceOperations, MLPOperations):
     ) -> tuple[float, float]:
         with self._lock:
             loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
+            state = self._issue_adamw(params, grads, m, v, average, options, loss)
+            norm, _, value = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
+        return value, norm
+
+    def finish_step(
+        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
+    ) -> tuple[float, float]:
+        with self._lock:
             state = self._issue_adamw(params, grads, m, v, average, options, loss)
             norm, _, value = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
         return value, norm

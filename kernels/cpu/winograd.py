@@ -122,60 +122,87 @@ def _to_taps(m, u):
     ]
 
 
-def _transform(name, of_row, size):
+def _transform(of_row, size, addends=0):
     """Make an intrinsic for both directions of a square of `size` values, in a vector of channels.
 
     ``transform(x, at, row, column, used, out, to, out_row, out_column)``: value (i, j) of the input is at
-    ``x[at + i row + j column]``, of the output likewise; `used` lanes are read and written.
+    ``x[at + i row + j column]``, of the output likewise; `used` lanes are read and written. With addends, arrays and
+    offsets follow: one value for all of the output, and one laid out like the output, which may be the output.
     """
 
-    @intrinsic
-    def transform(typingctx, x, at, row, column, used, out, to, out_row, out_column):
+    def emit(context, builder, signature, args, masked):
+        def start(position):
+            data = make_array(signature.args[position])(context, builder, args[position]).data
+            return builder.gep(data, [args[position + 1]])
+
+        vec = Rows(builder, LANES, masked, args[4])
+        arithmetic = _Arithmetic(builder, vec)
+
+        def places(origin, row, column, rows, columns):
+            for i in range(rows):
+                begin = builder.gep(origin, [builder.mul(ir.Constant(I64, i), row)])
+                yield [builder.gep(begin, [builder.mul(ir.Constant(I64, j), column)]) for j in range(columns)]
+
+        rows = [
+            of_row(arithmetic, [vec.load(place, 0) for place in line])
+            for line in places(start(0), args[2], args[3], size, size)
+        ]
+        columns = [of_row(arithmetic, [row[j] for row in rows]) for j in range(len(rows[0]))]
+        shape = len(columns[0]), len(columns)
+        targets = places(start(5), args[7], args[8], *shape)
+        others = places(start(11), args[7], args[8], *shape) if addends > 1 else None
+        base = vec.load(start(9), 0) if addends else None
+        for i, line in enumerate(targets):
+            other = next(others) if others else None
+            for j, place in enumerate(line):
+                value = columns[j][i]
+                if addends:
+                    value = builder.fadd(builder.fadd(base, vec.load(other[j], 0)) if other else base, value)
+                vec.store(value, place, 0)
+
+    def make(typing, *kinds):
         def codegen(context, builder, signature, args):
-            def start(array, offset):
-                data = make_array(signature.args[array])(context, builder, args[array]).data
-                return builder.gep(data, [args[offset]])
-
-            source, target = start(0, 1), start(5, 6)
-
-            def emit(masked):
-                vec = Rows(builder, LANES, masked, args[4])
-                arithmetic = _Arithmetic(builder, vec)
-
-                def values(i):
-                    begin = builder.gep(source, [builder.mul(ir.Constant(I64, i), args[2])])
-                    return [
-                        vec.load(builder.gep(begin, [builder.mul(ir.Constant(I64, j), args[3])]), 0)
-                        for j in range(size)
-                    ]
-
-                rows = [of_row(arithmetic, values(i)) for i in range(size)]
-                columns = [of_row(arithmetic, [row[j] for row in rows]) for j in range(len(rows[0]))]
-                for i in range(len(columns[0])):
-                    begin = builder.gep(target, [builder.mul(ir.Constant(I64, i), args[7])])
-                    for j, column in enumerate(columns):
-                        place = builder.gep(begin, [builder.mul(ir.Constant(I64, j), args[8])])
-                        vec.store(column[i], place, 0)
-
             with builder.if_else(builder.icmp_signed("<", args[4], ir.Constant(I64, LANES))) as (part, whole):
                 with part:
-                    emit(0)
+                    emit(context, builder, signature, args, 0)
                 with whole:
-                    emit(None)
+                    emit(context, builder, signature, args, None)
             return context.get_dummy_value()
 
-        i = types.int64
-        return types.void(x, i, i, i, i, out, i, i, i), codegen
+        return types.void(*kinds), codegen
 
-    transform.__name__ = name
+    if addends == 0:
+
+        @intrinsic
+        def transform(typingctx, x, at, row, column, used, out, to, out_row, out_column):
+            i = types.int64
+            return make(typingctx, x, i, i, i, i, out, i, i, i)
+
+    elif addends == 1:
+
+        @intrinsic
+        def transform(typingctx, x, at, row, column, used, out, to, out_row, out_column, base, base_at):
+            i = types.int64
+            return make(typingctx, x, i, i, i, i, out, i, i, i, base, i)
+
+    else:
+
+        @intrinsic
+        def transform(
+            typingctx, x, at, row, column, used, out, to, out_row, out_column, base, base_at, other, other_at
+        ):
+            i = types.int64
+            return make(typingctx, x, i, i, i, i, out, i, i, i, base, i, other, i)
+
     return transform
 
 
-inputs_tile = _transform("inputs_tile", _of_inputs, SEEN)
-outputs_tile = _transform("outputs_tile", _of_outputs, SEEN)
-gradients_tile = _transform("gradients_tile", _to_outputs, TILE)
-taps_tile = _transform("taps_tile", _of_taps, 3)
-weights_tile = _transform("weights_tile", _to_taps, SEEN)
+inputs_tile = _transform(_of_inputs, SEEN)
+outputs_tile = _transform(_of_outputs, SEEN)
+outputs_and_base, outputs_base_other = (_transform(_of_outputs, SEEN, addends) for addends in (1, 2))
+gradients_tile = _transform(_to_outputs, TILE)
+taps_tile = _transform(_of_taps, 3)
+weights_tile = _transform(_to_taps, SEEN)
 
 
 @kernel
@@ -228,13 +255,13 @@ def taps_range(start, stop, w, c, k, u):
 
 @kernel
 def conv_range(
-    start, stop, rows, shares, sizes, x, u, y, begin, bias, shift, residual, strip, v, m, line,
+    start, stop, rows, shares, sizes, x, u, y, begin, bias, shift, residual, strip, v, m, base, tile,
 ):  # fmt: skip
     """Items start ... stop - 1 of a convolution: `rows` rows of tiles, and every `shares`-th panel of channels.
 
     `sizes` are images, height, width, input channels, output channels. With `begin`, y becomes bias + shift + residual
-    + the convolution (an empty one of the three is 0); else that is added to what y holds. `line` takes a row of
-    channels of a panel and a tile.
+    + the convolution (an empty one of the three is 0); else that is added to what y holds. `base` takes a row of
+    channels of a panel, `tile` a tile of these.
     """
     images, height, width, c, k = sizes
     down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
@@ -265,36 +292,46 @@ def conv_range(
                 )  # fmt: skip
             for row in range(first, last):
                 n, ty = row // down, row % down
-                base, tile = line[:wide], line[wide:]
                 for j in range(wide):
                     base[j] = bias[at + j] if len(bias) > 0 else ZERO
                 if len(shift) > 0:
                     for j in range(wide):
                         base[j] += shift[n * k + at + j]
-                inside_rows = min(TILE, height - TILE * ty)
                 for tx in range(across):
                     source = ((row - first) * across + tx) * wide
+                    to = ((n * height + TILE * ty) * width + TILE * tx) * k + at
+                    inside_rows, inside = min(TILE, height - TILE * ty), min(TILE, width - TILE * tx)
+                    if inside_rows == TILE and inside == TILE:
+                        for j in range(0, wide, LANES):
+                            used = min(LANES, wide - j)
+                            if not begin:
+                                outputs_base_other(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
+                                                   width * k, k, base, j, y, to + j)  # fmt: skip
+                            elif len(residual) > 0:
+                                outputs_base_other(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
+                                                   width * k, k, base, j, residual, to + j)  # fmt: skip
+                            else:
+                                outputs_and_base(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
+                                                 width * k, k, base, j)  # fmt: skip
+                        continue
                     for j in range(0, wide, LANES):
-                        outputs_tile(
-                            m, source + j, SEEN * out_plane, out_plane, min(LANES, wide - j),
-                            tile, j, TILE * wide, wide,
-                        )  # fmt: skip
-                    inside = min(TILE, width - TILE * tx)
+                        outputs_and_base(m, source + j, SEEN * out_plane, out_plane, min(LANES, wide - j), tile, j,
+                                         TILE * wide, wide, base, j)  # fmt: skip
                     for i in range(inside_rows):
                         for s in range(inside):
-                            to = ((n * height + TILE * ty + i) * width + TILE * tx + s) * k + at
+                            here = to + (i * width + s) * k
                             values = tile[(i * TILE + s) * wide : (i * TILE + s + 1) * wide]
-                            out = y[to : to + wide]
+                            out = y[here : here + wide]
                             if not begin:
                                 for j in range(wide):
                                     out[j] += values[j]
                             elif len(residual) > 0:
-                                other = residual[to : to + wide]
+                                other = residual[here : here + wide]
                                 for j in range(wide):
-                                    out[j] = base[j] + other[j] + values[j]
+                                    out[j] = values[j] + other[j]
                             else:
                                 for j in range(wide):
-                                    out[j] = base[j] + values[j]
+                                    out[j] = values[j]
 
 
 @kernel

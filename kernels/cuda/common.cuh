@@ -9,7 +9,8 @@
 //   - Shared memory comes through FD_SHARED and FD_SHARED_ARRAY and holds garbage at first. Both give a plain pointer
 //     to one dimension, 16-byte aligned.
 //   - Barriers and shuffles come through the fd_ functions: all threads of the block, all lanes of the warp take part.
-//     A block that shuffles has whole warps.
+//     A block that shuffles has whole warps. So do matrix products: fd_ldmatrix_x4, fd_mma_m16n8k16.
+//   - What fd_cp_async16 copies is there for its thread after fd_cp_async_wait, for others after a barrier behind that.
 //   - Threads and grids have one dimension: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x.
 //   - Indices are int64; every loop has its tail.
 
@@ -17,6 +18,7 @@ typedef int int32;
 typedef unsigned int uint32;
 typedef long long int64;
 typedef unsigned long long uint64;
+typedef unsigned short bf16;  // the upper half of a float; two of them in a uint32, the first one low
 
 #ifndef FD_REAL
 #define FD_REAL float
@@ -31,6 +33,7 @@ typedef FD_REAL real;
 #define FD_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define FD_DEVICE static __device__ __forceinline__
 #define FD_UNROLL _Pragma("unroll")
+#define FD_ROLL _Pragma("unroll 1")  // one at a time, where registers are short
 
 // FD_SHARED(real, tile): the dynamic shared memory of the launch. Once per kernel.
 #define FD_SHARED(type, name)                                     \
@@ -49,6 +52,51 @@ typedef FD_REAL real;
 
 #define fd_float_bits(x) __float_as_int(x)
 #define fd_bits_float(i) __int_as_float(i)
+
+// 16 bytes from global to shared memory while the thread goes on: the first `bytes` of them are read, the others zero.
+// Both addresses are multiples of 16, `from` also where bytes is 0. Copies since the last commit are a group.
+#define fd_cp_async16(to, from, bytes)                                                                 \
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(fd_shared_address(to)),         \
+                 "l"(static_cast<const void *>(from)), "r"(bytes)                                      \
+                 : "memory")
+#define fd_cp_async_commit() asm volatile("cp.async.commit_group;" ::: "memory")
+// Until all but the last n groups of this thread are there; n is a constant.
+#define fd_cp_async_wait(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+
+FD_DEVICE uint32 fd_shared_address(const void *p) { return (uint32)__cvta_generic_to_shared(p); }
+
+// Four 8 x 8 matrices of bf16 from shared memory: lane 8 i + j names row j of matrix i, 16 bytes. r[i] becomes the
+// values (l / 4, l % 4 * 2) and the one after it in that row of matrix i, l being the lane; or, transposed, the values
+// (l % 4 * 2, l / 4) and the one below it.
+FD_DEVICE void fd_ldmatrix_x4(uint32 (&r)[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(fd_shared_address(row))
+                 : "memory");
+}
+FD_DEVICE void fd_ldmatrix_x4_trans(uint32 (&r)[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(fd_shared_address(row))
+                 : "memory");
+}
+
+// d += a b for a (16, 16) and b (16, 8) in bf16, d (16, 8) in float32. In lane l, with g = l / 4 and p = l % 4 * 2:
+// a[0] holds (g, p) and (g, p + 1), a[1] the same 8 rows below, a[2] and a[3] both 8 columns on; b0 (p, g) and
+// (p + 1, g), b1 8 rows below; d[0] and d[1] (g, p) and (g, p + 1), d[2] and d[3] 8 rows below.
+FD_DEVICE void fd_mma_m16n8k16(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to bf16, to nearest even.
+FD_DEVICE uint32 fd_bf16x2(float first, float second) {
+    uint32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
 
 #endif
 

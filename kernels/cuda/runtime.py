@@ -45,7 +45,7 @@ SCALARS = {
     "uint64": np.dtype(np.uint64),
 }
 # Structures passed by value; their C text is made from this.
-STRUCTURES = {
+STRUCTURES: dict[str, np.dtype[Any]] = {
     # The ten key pairs of Philox, from `fastdiff.noise.round_keys`.
     "RoundKeys": np.dtype([("words", np.uint32, (20,))]),
     # One row of a sampler table, and the bounds of x0.
@@ -53,6 +53,14 @@ STRUCTURES = {
     # The scalars of an optimiser step; `clip_norm` may be infinite.
     "AdamWScalars": np.dtype(
         [(name, REAL) for name in ("one_beta1", "one_beta2", "root", "eps", "keep", "rate", "one_ema")]
+    ),
+    # A convolution, see conv.cuh; pairs are along rows and along columns.
+    "ConvSizes": np.dtype(
+        [(name, np.int32) for name in ("images", "channels", "outputs")]
+        + [
+            (name, np.int32, (2,))
+            for name in ("input", "output", "kernel", "stride", "pad", "up", "up_period", "stride_period", "fold")
+        ]
     ),
 }
 
@@ -98,7 +106,7 @@ def constants() -> str:
         *(f"#define FD_STREAM_{stream.name} {int(stream)}u" for stream in law.Stream),
         f"#define FD_LEAKY_SLOPE ({real(LEAKY_SLOPE)})",
     ]
-    names = {np.dtype(np.float32): "float", np.dtype(np.uint32): "unsigned int"}
+    names = {np.dtype(np.float32): "float", np.dtype(np.uint32): "unsigned int", np.dtype(np.int32): "int"}
     for structure, dtype in STRUCTURES.items():
         fields = []
         for field in dtype.names or ():
@@ -109,11 +117,19 @@ def constants() -> str:
     return "\n".join(["#ifndef FD_REAL", "#define FD_REAL float", "#endif", *lines, ""])
 
 
+_INCLUDE = re.compile(r'^(#include "(\w+\.cuh)")$', re.MULTILINE)
+
+
 @cache
 def source_text(name: str) -> str:
-    """Return the whole text of the source ``name.cu``, as compilers get it."""
-    parts = ("common.cuh", "laws.cuh", f"{name}.cu")
-    return "\n".join([constants(), *(f'#line 1 "{part}"\n{_read(part)}' for part in parts)])
+    """Return the whole text of the source ``name.cu``, as compilers get it.
+
+    A header that it includes, by a line such as ``#include "elementary.cuh"``, goes in front of it.
+    """
+    own = [header for _, header in _INCLUDE.findall(_read(f"{name}.cu"))]
+    parts = ("common.cuh", "laws.cuh", *own, f"{name}.cu")
+    texts = (_INCLUDE.sub(r"// \1", _read(part)) for part in parts)
+    return "\n".join([constants(), *(f'#line 1 "{part}"\n{text}' for part, text in zip(parts, texts, strict=True))])
 
 
 _ENTRY = re.compile(r"FD_KERNEL\s+(?:FD_BOUNDS\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)\s*\{")

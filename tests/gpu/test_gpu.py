@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import cuda_parity_conv  # noqa: F401 - registers its checks
+import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
+import cuda_parity_layers  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
 import numpy as np
 import pytest

@@ -31,6 +31,7 @@
 #define FD_BOUNDS(threads, blocks)
 #define FD_DEVICE static inline __attribute__((unused))
 #define FD_UNROLL
+#define FD_ROLL
 
 #define FD_SHARED(type, name) type *const name = reinterpret_cast<type *>(fd_host::dynamic_shared())
 #define FD_SHARED_ARRAY(type, name, count)  \
@@ -43,12 +44,21 @@
 #define fd_shuffle_down(value, delta) \
     fd_host::exchange(value, fd_host::down(fd_host::lane(), delta), __FILE__, __LINE__)
 #define fd_shuffle_xor(value, mask) fd_host::exchange(value, fd_host::lane() ^ (mask), __FILE__, __LINE__)
+#define fd_cp_async16(to, from, bytes) fd_host::begin_copy(to, from, bytes)
+#define fd_cp_async_commit() fd_host::commit_copies()
+#define fd_cp_async_wait(n) fd_host::wait_for_copies(n)
+#define fd_ldmatrix_x4(r, row) fd_host::load_matrices(r, row, false, __FILE__, __LINE__)
+#define fd_ldmatrix_x4_trans(r, row) fd_host::load_matrices(r, row, true, __FILE__, __LINE__)
+#define fd_mma_m16n8k16(d, a, b0, b1) fd_host::multiply_matrices(d, a, b0, b1, __FILE__, __LINE__)
 
 struct dim3 {
     unsigned x, y, z;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 struct alignas(8) float2 {
     float x, y;
@@ -57,6 +67,7 @@ struct alignas(16) double2 {
     double x, y;
 };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline double2 make_double2(double x, double y) { return {x, y}; }
 
@@ -71,6 +82,15 @@ static inline float fd_bits_float(int i) {
     float x;
     memcpy(&x, &i, 4);
     return x;
+}
+static inline uint32_t fd_bf16x2(float first, float second) {
+    uint32_t halves[2];
+    const float values[2] = {first, second};
+    for (int i = 0; i < 2; i++) {
+        const uint32_t bits = (uint32_t)fd_float_bits(values[i]);
+        halves[i] = values[i] != values[i] ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+    return halves[0] | halves[1] << 16;
 }
 template <class T>
 static inline T fd_atomic_add(T *address, T value) {
@@ -100,13 +120,25 @@ struct Fiber {
     char *stack;
     const char *file;  // where it waits
     int line;
-    int round;  // shuffles so far: which of the two slots is next
+    int round;   // shuffles so far: which of the two slots is next
+    int groups;  // of copies that were committed
 #if FD_HOST_SWITCH
     void *context;
 #else
     ucontext_t context;
 #endif
     void *fake_stack;
+};
+
+// What a lane shows to the others of its warp.
+struct alignas(16) Slot {
+    unsigned char bytes[32];
+};
+
+struct Copy {
+    void *to;
+    const void *from;
+    int bytes, group;
 };
 
 struct Shared {
@@ -119,7 +151,8 @@ static std::vector<Fiber> fibers(max_threads);
 static std::vector<char *> free_stacks;
 static std::vector<Shared> shared;
 static unsigned char *dynamic_memory;
-static unsigned long long slots[2][max_threads];
+static Slot slots[2][max_threads];
+static std::vector<std::vector<Copy>> copies(max_threads);  // that have not arrived, thread by thread
 static unsigned current;  // thread that runs
 static char error[400];
 static void (*body)(void **);
@@ -238,16 +271,86 @@ static inline void wait(State state, const char *file, int line) {
 static inline unsigned lane() { return threadIdx.x % warp_size; }
 static inline unsigned down(unsigned lane, unsigned delta) { return lane + delta < warp_size ? lane + delta : lane; }
 
-// All lanes put a value down and read another's. Two rounds of slots: a lane can be one shuffle ahead, not two.
+// All lanes put a value down, and see those of their warp. Two rounds of slots: a lane can be one ahead, not two.
 template <class T>
-static inline T exchange(T value, unsigned from, const char *file, int line) {
-    static_assert(sizeof(T) <= sizeof(slots[0][0]), "a shuffle moves at most 8 bytes");
+static inline const Slot *show(const T &value, const char *file, int line) {
+    static_assert(sizeof(T) <= sizeof(Slot), "more than a slot holds");
     const unsigned thread = current;
     const int round = fibers[thread].round ^= 1;
     memcpy(&slots[round][thread], &value, sizeof(T));
     wait(State::warp, file, line);
-    memcpy(&value, &slots[round][thread / warp_size * warp_size + from % warp_size], sizeof(T));
+    return &slots[round][thread / warp_size * warp_size];
+}
+
+template <class T>
+static inline T exchange(T value, unsigned from, const char *file, int line) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+    memcpy(&value, &show(value, file, line)[from % warp_size], sizeof(T));
     return value;
+}
+
+// A copy arrives as late as it may, when its thread waits for it; before that there is garbage. Through float4, so that
+// UndefinedBehaviorSanitizer sees a wrong alignment.
+static inline void begin_copy(void *to, const void *from, int bytes) {
+    float4 garbage;
+    memset(&garbage, poison, sizeof garbage);
+    *static_cast<float4 *>(to) = garbage;
+    copies[current].push_back({to, from, bytes, fibers[current].groups});
+}
+
+static inline void commit_copies() { fibers[current].groups++; }
+
+static inline void wait_for_copies(int n) {
+    std::vector<Copy> &waiting = copies[current];
+    size_t done = 0;
+    for (; done < waiting.size() && waiting[done].group < fibers[current].groups - n; done++) {
+        const Copy &copy = waiting[done];
+        float4 value = {0, 0, 0, 0};
+        if (copy.bytes == 16)
+            value = *static_cast<const float4 *>(copy.from);
+        else
+            memcpy(&value, copy.from, size_t(copy.bytes));
+        *static_cast<float4 *>(copy.to) = value;
+    }
+    waiting.erase(waiting.begin(), waiting.begin() + long(done));
+}
+
+// The tensor-core functions by the fragment layouts of the PTX manual ("Warp-level matrix instructions").
+template <class T>
+static inline void load_matrices(unsigned (&r)[4], const T *row, bool transposed, const char *file, int line) {
+    static_assert(sizeof(T) == 2, "matrices of bf16");
+    const Slot *const rows = show(*reinterpret_cast<const float4 *>(row), file, line);
+    const unsigned across = lane() / 4, along = lane() % 4 * 2;
+    for (unsigned i = 0; i < 4; i++) {
+        uint16_t pair[2];
+        for (unsigned k = 0; k < 2; k++) {
+            const unsigned at = transposed ? along + k : across, column = transposed ? across : along + k;
+            memcpy(&pair[k], rows[8 * i + at].bytes + 2 * column, 2);
+        }
+        r[i] = pair[0] | unsigned(pair[1]) << 16;
+    }
+}
+
+struct Operands {
+    unsigned a[4], b[2];
+};
+
+static inline float half_of(unsigned pair, unsigned which) {
+    return fd_bits_float(int(which ? pair & 0xffff0000u : pair << 16));
+}
+
+static inline void multiply_matrices(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                     const char *file, int line) {
+    const Slot *const lanes = show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, file, line);
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            Operands of_a, of_b;
+            memcpy(&of_a, &lanes[row * 4 + k % 8 / 2], sizeof of_a);
+            memcpy(&of_b, &lanes[column * 4 + k % 8 / 2], sizeof of_b);
+            d[i] += half_of(of_a.a[i / 2 + k / 8 * 2], k % 2) * half_of(of_b.b[k / 8], k % 2);
+        }
+    }
 }
 
 static inline unsigned char *dynamic_shared() { return dynamic_memory; }
@@ -314,7 +417,10 @@ static bool release(State state, unsigned first, unsigned last, const char *grou
 static bool run_block(std::vector<unsigned> &threads, int order) {
     const unsigned count = blockDim.x;
     for (const Shared &array : shared) memset(array.memory, poison, array.size);
-    for (unsigned i = 0; i < count; i++) fibers[i].state = State::fresh, fibers[i].round = 0;
+    for (unsigned i = 0; i < count; i++) {
+        fibers[i].state = State::fresh, fibers[i].round = fibers[i].groups = 0;
+        copies[i].clear();
+    }
     for (;;) {
         arrange(threads, order);
         for (unsigned i : threads)
@@ -328,8 +434,13 @@ static bool run_block(std::vector<unsigned> &threads, int order) {
         }
         if (all_done) return true;
         if (any_warp) {
-            for (unsigned first = 0; first < count; first += warp_size) {
+            // In order 1 one warp goes on alone, up to a barrier: as far ahead of the others as a GPU may let it run.
+            const unsigned warps = (count + warp_size - 1) / warp_size;
+            bool alone = false;
+            for (unsigned k = 0; k < warps && !alone; k++) {
+                const unsigned first = (order == 1 ? warps - 1 - k : k) * warp_size;
                 const unsigned last = first + warp_size < count ? first + warp_size : count;
+                for (unsigned i = first; order == 1 && i < last; i++) alone |= fibers[i].state == State::warp;
                 if (!release(State::warp, first, last, "warp", "shuffle")) return false;
             }
         } else if (!release(State::barrier, 0, count, "block", "barrier")) {

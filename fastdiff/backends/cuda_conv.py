@@ -1,0 +1,247 @@
+"""The convolutions of the CUDA backend, in float32: which kernels of ``conv.cu`` run, on which tiles and buffers.
+
+Tiles are chosen for the device, and change no bit: an output is one sum whatever they are. The pixels of a weight
+gradient are cut into chunks by the sizes of the layer and the batch alone. Nothing is allocated but scratch, which
+grows to the largest layer and is kept, nothing is read back, and all work goes to the current stream.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends.cuda_conv_mma import TensorCores
+from fastdiff.backends.layers import Conv
+from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+
+Array = Any
+
+VECTOR = 16  # bytes
+DEPTH = 16  # pixels that a tile of a weight gradient takes at once: chunks are multiples
+# A weight gradient is cut into so many blocks of so many rows and columns, if every chunk still has so many pixels and
+# all partial sums so many values.
+BLOCKS, BLOCK_ROWS, BLOCK_COLUMNS = 528, 128, 64
+LEAST_CHUNK, MOST_PARTIALS = 256, 1 << 24
+SUM_THREADS, SUM_COLUMNS = 256, 32  # of conv_image_sums
+
+
+class Tile(NamedTuple):
+    """A variant of a kernel.
+
+    Attributes
+    ----------
+    name : str
+        What follows the kernel's name.
+    pixels, channels : int
+        Of the outputs of a block; for a weight gradient its rows, taps times channels, and channels.
+    threads : int
+    rate : float
+        Outputs in the same time, compared with the widest: an estimate.
+    """
+
+    name: str
+    pixels: int
+    channels: int
+    threads: int
+    rate: float
+
+
+TILES = (
+    Tile("128x64", 128, 64, 128, 1.0),
+    Tile("64x32", 64, 32, 128, 0.65),
+    Tile("128x8", 128, 8, 64, 0.3),
+)
+ROWS = Tile("rows", 32, 32, 256, 0.5)  # for images of one pixel: another order of additions
+
+
+class Product(NamedTuple):
+    """A convolution, or its input gradient, as a matrix product.
+
+    Attributes
+    ----------
+    sizes : ndarray
+        One "ConvSizes".
+    pixels : int
+        Of the target, in the largest phase.
+    pairs : int
+        Of phases along rows and columns.
+    places : int
+        Matrices (C, K) of the weights: those of the kernel, or of folded weights.
+    """
+
+    sizes: npt.NDArray[Any]
+    pixels: int
+    pairs: int
+    places: int
+
+
+@lru_cache(maxsize=512)
+def product(geometry: Conv, x: tuple[int, ...], out: tuple[int, ...], adjoint: bool) -> Product:
+    """Return the product for images of these shapes; see conv.cuh for phases and folded weights."""
+    (n, *source, channels), (_, *target, outputs) = x, out
+    common = [math.gcd(stride, up) for stride, up in zip(geometry.stride, geometry.up, strict=True)]
+    up_period = [up // g for up, g in zip(geometry.up, common, strict=True)]
+    stride_period = [stride // g for stride, g in zip(geometry.stride, common, strict=True)]
+    periods, size = (stride_period, source) if adjoint else (up_period, target)
+    fold, places = [0, 0], list(geometry.kernel)
+    if geometry.up != (1, 1):
+        for axis, (kernel, stride, up) in enumerate(zip(geometry.kernel, geometry.stride, geometry.up, strict=True)):
+            # The most inputs that neighbouring taps meet; the most outputs that meet an input through some tap.
+            fold[axis] = -(-(kernel + up - 1) // (stride if adjoint else up))
+            places[axis] = periods[axis] * fold[axis]
+    values = (
+        n, channels, outputs, *source, *target, *geometry.kernel, *geometry.stride, geometry.pad[0], geometry.pad[2],
+        *geometry.up, *up_period, *stride_period, *fold,
+    )  # fmt: skip
+    sizes = np.array(values, np.int32).view(STRUCTURES["ConvSizes"])
+    pixels = n * math.prod(-(-length // period) for length, period in zip(size, periods, strict=True))
+    return Product(sizes, pixels, math.prod(periods), math.prod(places))
+
+
+def best_tile(pixels: int, channels: int, times: int, multiprocessors: int) -> Tile:
+    """Return the tile that makes so many outputs, `times` over, in the fewest turns of all multiprocessors."""
+
+    def cost(tile: Tile) -> float:
+        blocks = -(-pixels // tile.pixels) * -(-channels // tile.channels) * times
+        return -(-blocks // multiprocessors) * tile.pixels * tile.channels / tile.rate
+
+    return min(TILES, key=cost)
+
+
+def chunks_of(pixels: int, pairs: int, rows: int, outputs: int) -> tuple[int, int]:
+    """Return how many chunks the pixels of a weight gradient of (rows, outputs) come in, and pixels of each."""
+    tiles = -(-rows // BLOCK_ROWS) * -(-outputs // BLOCK_COLUMNS) * pairs
+    most = min(BLOCKS // tiles, pixels // LEAST_CHUNK, MOST_PARTIALS // (rows * outputs * pairs))
+    chunk = max(1, -(-pixels // max(1, most) // DEPTH)) * DEPTH
+    return max(1, -(-pixels // chunk)), chunk
+
+
+class ConvOperations:
+    """The convolutions of a backend whose arrays and launches are those of `runtime`."""
+
+    runtime: Runtime
+    precision = "float32"
+    """Or "bf16": products on tensor cores (`TensorCores`)."""
+
+    _lock: threading.RLock
+
+    @cached_property
+    def _tensor_cores(self) -> TensorCores:
+        return TensorCores(self.runtime, self._scratch)
+
+    @cached_property
+    def _scratches(self) -> dict[tuple[int, str], Array]:
+        return {}
+
+    def _scratch(self, name: str, size: int) -> Array:
+        """An array of at least `size` values, for the current queue alone: kept, and grown only."""
+        key = (self.runtime.queue(), name)
+        if key not in self._scratches or self._scratches[key].size < size:
+            self._scratches.pop(key, None)
+            self._scratches[key] = self.runtime.empty(size)
+        return self._scratches[key]
+
+    def conv(
+        self,
+        geometry: Conv,
+        x: Array,
+        w: Array,
+        b: Array,
+        out: Array,
+        *,
+        shift: Array | None = None,
+        residual: Array | None = None,
+    ) -> None:
+        if out.size:
+            with self._lock:
+                form = product(geometry, x.shape, out.shape, False)
+                self._gather("conv", form, x, self._weights(form, w, False), out, (b, shift, residual))
+
+    def conv_backward(
+        self,
+        geometry: Conv,
+        dy: Array,
+        x: Array,
+        w: Array,
+        dx: Array | None,
+        dw: Array,
+        db: Array,
+        *,
+        dshift: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        launch, (images, height, width, outputs) = self.runtime.launch, dy.shape
+        with self._lock:
+            if dx is not None and dx.size:
+                form = product(geometry, x.shape, dy.shape, True)
+                self._gather("conv_input", form, dy, self._weights(form, w, True), dx, (dx if add else None,))
+            self._weight_gradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db)
+        if dshift is not None and dshift.size:
+            grid, block = self.runtime.grid_1d(images * -(-outputs // SUM_COLUMNS) * SUM_THREADS, SUM_THREADS)
+            launch("conv", "conv_image_sums", grid, block, (dy, dshift, images, height * width, outputs))
+
+    def _weights(self, form: Product, w: Array, adjoint: bool) -> Array:
+        """The weights as a product reads them: w itself, or folded for upsampled images."""
+        if self.precision == "bf16":
+            return self._tensor_cores.weights(form, w, adjoint)
+        if not form.sizes["fold"].any():
+            return w
+        size = form.places * w.shape[2] * w.shape[3]
+        folded = self._scratch("weights", size)
+        self.runtime.launch("conv", "conv_fold", *self.runtime.grid_1d(size), (w, folded, form.sizes, adjoint))
+        return folded
+
+    def _gather(
+        self, entry: str, form: Product, source: Array, w: Array, target: Array, added: tuple[Array | None, ...]
+    ) -> None:
+        """Launch a product; `added` are arrays that are added to it, where given."""
+        if self.precision == "bf16":
+            self._tensor_cores.gather(form, source, w, target, added, entry == "conv_input")
+            return
+        channels = target.shape[-1]
+        if target.shape[1:3] == (1, 1):
+            tile = ROWS
+        else:
+            tile = best_tile(form.pixels, channels, form.pairs, self.runtime.multiprocessors)
+        vectors = self._vectors((source, source.shape[-1]), (w, int(form.sizes["outputs"][0])))
+        vectors += 4 * self._fours(channels, target, *added)
+        blocks = -(-form.pixels // tile.pixels) * -(-channels // tile.channels) * form.pairs
+        args = (source, w, *added, target, form.sizes, vectors)
+        self.runtime.launch("conv", f"{entry}_{tile.name}", blocks, tile.threads, args)
+
+    def _weight_gradient(self, form: Product, dy: Array, x: Array, dw: Array, db: Array) -> None:
+        """Fill dw and db: sums over chunks of pixels, and where there are several, the sum of these."""
+        if self.precision == "bf16":
+            self._tensor_cores.weight_gradient(form, dy, x, dw, db)
+            return
+        channels, outputs = dw.shape[2:]
+        rows = form.places // form.pairs * (-(-channels // 4) * 4)  # of one pair of phases
+        chunks, chunk = chunks_of(form.pixels, form.pairs, rows, outputs)
+        tile = best_tile(rows, outputs, form.pairs * chunks, self.runtime.multiprocessors)
+        partials, sums = dw, db
+        finish = chunks > 1 or bool(form.sizes["fold"].any())
+        if finish:
+            partials = self._scratch("partials", chunks * form.places * channels * outputs)
+            sums = self._scratch("sums", chunks * form.pairs * outputs)
+        blocks = -(-rows // tile.pixels) * -(-outputs // tile.channels) * form.pairs * chunks
+        vectors = self._vectors((x, channels), (dy, outputs)) + 4 * self._fours(outputs, partials)
+        args = (x, dy, partials, sums, form.sizes, chunk, vectors)
+        self.runtime.launch("conv", f"conv_weights_{tile.name}", blocks, tile.threads, args)
+        if finish:
+            grid, block = self.runtime.grid_1d(dw.size + outputs)
+            parts = (partials, sums, dw, db, form.sizes, chunks)
+            self.runtime.launch("conv", "conv_weights_finish", grid, block, parts)
+
+    def _vectors(self, source: tuple[Array, int], weight: tuple[Array, int]) -> int:
+        """Which operands are read 16 bytes at once: arrays with the length of their rows."""
+        return self._fours(source[1], source[0]) + 2 * self._fours(weight[1], weight[0])
+
+    def _fours(self, channels: int, *arrays: Array | None) -> bool:
+        """Whether rows of so many channels can be read 16 bytes at once."""
+        addresses = [self.runtime.address(array) for array in arrays if array is not None]
+        return channels % 4 == 0 and all(address % VECTOR == 0 for address in addresses)

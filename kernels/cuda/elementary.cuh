@@ -1,0 +1,35 @@
+// Functions of one value, and sums over a warp, for the layers of image networks.
+
+// exp(x), and zero below exp(-87): exp(r) = 1 + r + r^2 P(r) for |r| <= ln(2) / 2, as in kernels/cpu/elementary.py.
+// For x up to 88.
+FD_DEVICE real fd_exp(real x) {
+    const real whole = floorf(fmaf(x, 1.4426950408889634f, 0.5f));
+    const real r = fmaf(whole, 2.1219444e-4f, fmaf(whole, -0.693359375f, x));
+    real p = fmaf(0.0013941218f, r, 0.008363235f);
+    p = fmaf(p, r, 0.041666374f);
+    p = fmaf(p, r, 0.16666576f);
+    p = fmaf(p, r, 0.5f);
+    const real y = fmaf(p * r, r, r) + 1.0f;
+    return x < -87.0f ? 0 : y * fd_bits_float((int)(((uint32)(int)fmaxf(whole, -127.0f) + 127u) << 23));
+}
+
+// 1 / (1 + exp(-v)); a NaN stays.
+FD_DEVICE real fd_sigmoid(real v) {
+    const real x = v > 87.0f ? -87.0f : v < -88.0f ? 88.0f : -v;
+    return 1.0f / (1.0f + fd_exp(x));
+}
+
+FD_DEVICE real fd_silu(real v) { return v * fd_sigmoid(v); }
+
+// dv where y = SiLU(v): dy g (1 + v (1 - g)) with g = 1 / (1 + exp(-v)).
+FD_DEVICE real fd_silu_backward(real dy, real v) {
+    const real g = fd_sigmoid(v);
+    return dy * g * fmaf(v, 1.0f - g, 1.0f);
+}
+
+// The sum over `lanes` neighbouring lanes, a power of two, in all of them.
+template <class T>
+FD_DEVICE T fd_lane_sum(T value, int lanes = FD_WARP) {
+    for (int mask = 1; mask < lanes; mask *= 2) value += fd_shuffle_xor(value, mask);
+    return value;
+}

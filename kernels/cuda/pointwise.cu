@@ -1,0 +1,233 @@
+// What image networks do value by value, or row by row, besides convolutions, norms and attention.
+//
+// `fours`: sizes are multiples of four and arrays are 16-byte aligned, so that four values are taken at once. That
+// changes no bits.
+
+#include "elementary.cuh"
+
+// ------------------------------------------------------------------------------------------- values
+
+enum { SILU, SILU_BACKWARD, ADD_SILU_BACKWARD, SUM };
+
+template <int OPERATION>
+FD_DEVICE real one(real a, real b, real old) {
+    if (OPERATION == SILU) return fd_silu(a);
+    if (OPERATION == SILU_BACKWARD) return fd_silu_backward(a, b);
+    return OPERATION == ADD_SILU_BACKWARD ? old + fd_silu_backward(a, b) : a + b;
+}
+
+// out may be a or b.
+template <int OPERATION>
+FD_DEVICE void each(const real *a, const real *b, real *out, int64 size, int fours) {
+    if (!fours) {
+        FD_GRID_STRIDE(i, size) out[i] = one<OPERATION>(a[i], b[i], OPERATION == ADD_SILU_BACKWARD ? out[i] : 0);
+        return;
+    }
+    FD_GRID_STRIDE(i, size / 4) {
+        const float4 x = fd_load4(a + 4 * i), y = OPERATION == SILU ? x : fd_load4(b + 4 * i);
+        const float4 old = OPERATION == ADD_SILU_BACKWARD ? fd_load4(out + 4 * i) : x;
+        fd_store4(out + 4 * i, make_float4(one<OPERATION>(x.x, y.x, old.x), one<OPERATION>(x.y, y.y, old.y),
+                                           one<OPERATION>(x.z, y.z, old.z), one<OPERATION>(x.w, y.w, old.w)));
+    }
+}
+
+FD_KERNEL silu(const real *x, real *out, int64 size, int fours) { each<SILU>(x, x, out, size, fours); }
+
+FD_KERNEL silu_backward(const real *dy, const real *x, real *dx, int64 size, int add, int fours) {
+    if (add) {
+        each<ADD_SILU_BACKWARD>(dy, x, dx, size, fours);
+    } else {
+        each<SILU_BACKWARD>(dy, x, dx, size, fours);
+    }
+}
+
+FD_KERNEL add(const real *a, const real *b, real *out, int64 size, int fours) { each<SUM>(a, b, out, size, fours); }
+
+// ------------------------------------------------------------------------------------------- columns
+
+FD_DEVICE real plus(real a, real b) { return a + b; }
+FD_DEVICE float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+template <class T>
+FD_DEVICE void join(const T *a, const T *b, T *out, int64 rows, int64 left, int64 right) {
+    for (Walk walk = fd_walk(left + right); walk.row < rows; fd_walk_on(walk, left + right)) {
+        const int64 row = walk.row, column = walk.item;
+        out[row * (left + right) + column] = column < left ? a[row * left + column] : b[row * right + column - left];
+    }
+}
+
+template <class T>
+FD_DEVICE void part(const T *x, T *a, T *b, int64 rows, int64 left, int64 right, int add) {
+    for (Walk walk = fd_walk(left + right); walk.row < rows; fd_walk_on(walk, left + right)) {
+        const int64 row = walk.row, column = walk.item;
+        const T value = x[row * (left + right) + column];
+        if (column >= left) {
+            b[row * right + column - left] = value;
+        } else {
+            T *const to = a + row * left + column;
+            *to = add ? plus(*to, value) : value;
+        }
+    }
+}
+
+// out (rows, left + right) from a (rows, left) and b (rows, right).
+FD_KERNEL concatenate(const real *__restrict__ a, const real *__restrict__ b, real *__restrict__ out, int64 rows,
+                      int64 left, int64 right, int fours) {
+    if (fours) {
+        join((const float4 *)a, (const float4 *)b, (float4 *)out, rows, left / 4, right / 4);
+    } else {
+        join(a, b, out, rows, left, right);
+    }
+}
+
+FD_KERNEL split(const real *__restrict__ x, real *__restrict__ a, real *__restrict__ b, int64 rows, int64 left,
+                int64 right, int add, int fours) {
+    if (fours) {
+        part((const float4 *)x, (float4 *)a, (float4 *)b, rows, left / 4, right / 4, add);
+    } else {
+        part(x, a, b, rows, left, right, add);
+    }
+}
+
+// ------------------------------------------------------------------------------------------- rows of tables
+
+FD_KERNEL take(const real *__restrict__ table, const int64 *__restrict__ index, real *__restrict__ out, int64 n,
+               int64 width, int add) {
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        const real value = table[index[walk.row] * width + walk.item];
+        real *const to = out + walk.row * width + walk.item;
+        *to = add ? *to + value : value;
+    }
+}
+
+// The rows of dtable that an index names, as sums in the order of the batch; the others are left alone. A block takes
+// a place of the batch: the first one with its index makes the row.
+FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ index, real *__restrict__ dtable,
+                        int64 n, int64 width) {
+    FD_SHARED_ARRAY(int, earlier, 1);
+    for (int64 i = blockIdx.x; i < n; i += gridDim.x) {
+        const int64 mine = index[i];
+        fd_syncthreads();
+        if (threadIdx.x == 0) *earlier = 0;
+        fd_syncthreads();
+        for (int64 k = threadIdx.x; k < i; k += blockDim.x) {
+            if (index[k] == mine) fd_atomic_add(earlier, 1);
+        }
+        fd_syncthreads();
+        if (*earlier) continue;
+        for (int64 column = threadIdx.x; column < width; column += blockDim.x) {
+            real sum = 0;
+            for (int64 k = i; k < n; k++) {
+                if (index[k] == mine) sum += dy[k * width + column];
+            }
+            dtable[mine * width + column] = sum;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- draws
+
+// A part of a training batch of pictures: positions first_row .. first_row + n - 1 of a step, as mlp_draw_batch draws
+// it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side.
+// `labels` and `chosen` may be null.
+FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
+                     const real *__restrict__ signal_t, const real *__restrict__ noise_t,
+                     const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
+                     int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen, int64 n, int64 size,
+                     int64 width, int64 channels, int64 N, int64 T, uint64 first_row, uint32 step, int flip,
+                     RoundKeys keys) {
+    const int64 quarter = (size + 3) / 4;
+    for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
+        const uint64 row = first_row + walk.row;
+        const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
+        const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
+        const bool mirrored = flip && fd_words(row, 0, step, FD_STREAM_AUGMENT, keys).w0 < 1u << 31;
+        const int64 s = (int64)((time_word * (uint64)T) >> 32), from = (int64)((data_word * (uint64)N) >> 32);
+        const Normals normals = fd_normals(row, (uint32)walk.item, step, FD_STREAM_TRAIN_NOISE, keys);
+        const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
+        FD_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const int64 j = walk.item + k * quarter;
+            if (j >= size) break;
+            int64 at = from * size + j;
+            if (mirrored) at += (width - 1 - 2 * (j / channels % width)) * channels;
+            const real x0 = data[at];
+            x[walk.row * size + j] = signal_t[s] * x0 + noise_t[s] * z[k];
+            target[walk.row * size + j] = of_noise_t[s] * z[k] + of_data_t[s] * x0;
+        }
+        if (walk.item == 0) {
+            t[walk.row] = s;
+            if (chosen) chosen[walk.row] = labels[from];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- dropout
+
+// A thread takes a block of the noise law: four neighbours of an image of `size` values. What has a word of `limit` or
+// more is kept, times `scale`. out may be x.
+FD_KERNEL dropout(const real *x, real *out, int64 n, int64 size, uint64 limit, real scale, uint32 first_block,
+                  uint64 first_row, uint32 step, RoundKeys keys, int fours) {
+    const int64 blocks = (size + 3) / 4;
+    for (Walk walk = fd_walk(blocks); walk.row < n; fd_walk_on(walk, blocks)) {
+        const Words words =
+            fd_words(first_row + walk.row, first_block + (uint32)walk.item, step, FD_STREAM_DROPOUT, keys);
+        const int64 at = walk.row * size + 4 * walk.item;
+        const bool k0 = words.w0 >= limit, k1 = words.w1 >= limit, k2 = words.w2 >= limit, k3 = words.w3 >= limit;
+        if (fours) {
+            const float4 v = fd_load4(x + at);
+            fd_store4(out + at, make_float4(k0 ? v.x * scale : 0, k1 ? v.y * scale : 0, k2 ? v.z * scale : 0,
+                                            k3 ? v.w * scale : 0));
+            continue;
+        }
+        const int64 left = size - 4 * walk.item;
+        out[at] = k0 ? x[at] * scale : 0;
+        if (left > 1) out[at + 1] = k1 ? x[at + 1] * scale : 0;
+        if (left > 2) out[at + 2] = k2 ? x[at + 2] * scale : 0;
+        if (left > 3) out[at + 3] = k3 ? x[at + 3] * scale : 0;
+    }
+}
+
+// ------------------------------------------------------------------------------------------- the loss
+
+#define CHUNK 4096
+#define SUM_THREADS 256
+
+// The sum over the block, in thread 0. sums holds SUM_THREADS values.
+FD_DEVICE double sum_block(double value, double *sums) {
+    sums[threadIdx.x] = value;
+    for (int half = SUM_THREADS / 2; half > 0; half /= 2) {
+        fd_syncthreads();
+        if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) value = sums[0];
+    fd_syncthreads();  // before the next sum uses the memory
+    return value;
+}
+
+// dy = (y - target) scale, and for every chunk the sum of (y - target)^2.
+FD_KERNEL squared_error(const real *__restrict__ y, const real *__restrict__ target, real *__restrict__ dy, int64 size,
+                        real scale, double *__restrict__ sums_chunks) {
+    FD_SHARED_ARRAY(double, sums, SUM_THREADS);
+    const int64 chunks = (size + CHUNK - 1) / CHUNK;
+    for (int64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        const int64 end = min((chunk + 1) * CHUNK, size);
+        double sum = 0;
+        for (int64 i = chunk * CHUNK + threadIdx.x; i < end; i += SUM_THREADS) {
+            const real difference = y[i] - target[i];
+            sum += (double)difference * difference;
+            dy[i] = difference * scale;
+        }
+        sum = sum_block(sum, sums);
+        if (threadIdx.x == 0) sums_chunks[chunk] = sum;
+    }
+}
+
+// One block: the mean of `size` values whose sums over chunks these are, NaN of none.
+FD_KERNEL mean_of_chunks(const double *__restrict__ sums_chunks, int64 chunks, int64 size, double *__restrict__ mean) {
+    FD_SHARED_ARRAY(double, sums, SUM_THREADS);
+    double sum = 0;
+    for (int64 i = threadIdx.x; i < chunks; i += SUM_THREADS) sum += sums_chunks[i];
+    sum = sum_block(sum, sums);
+    if (threadIdx.x == 0) *mean = sum / (double)size;
+}

@@ -1,0 +1,259 @@
+"""The parity checks of the layers of image networks, but for convolutions: they run on any runtime."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import numpy as np
+from cuda_parity import NUMPY, both_ways, covers
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import TrainingDraws, cuda_layers
+
+F, EPS = np.float32, 1e-5
+
+
+def normals(seed, *shape):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(F)
+
+
+def unfilled(*shape):
+    return np.full(shape, np.nan, F)
+
+
+def wide(value):
+    return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == F else value
+
+
+def agree(be, method, given, outputs, **options):
+    """Run a layer here, on aligned arrays and on others, and as the reference in float64; yield the outputs of both.
+
+    In `given` and `options` a number stands for the output of this place. Both ways have the same bits.
+    """
+    want = [wide(output).copy() for output in outputs]
+    arrays = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
+    places = {name: value for name, value in options.items() if name.startswith("d")}
+    rest = {name: value for name, value in options.items() if name not in arrays and name not in places}
+
+    def run(backend, filled, rows):
+        positional = [filled[a] if isinstance(a, int) else next(rows) for a in given]
+        named = {name: filled[place] for name, place in places.items()} | {name: next(rows) for name in arrays}
+        getattr(backend, method)(*positional, **named, **rest)
+
+    hosts = [*(a for a in given if not isinstance(a, int)), *arrays.values()]
+    run(NUMPY, want, iter([wide(a) for a in hosts]))
+    bits = None
+    for there in both_ways(be, *outputs, *hosts):
+        filled = there[: len(outputs)]
+        run(be, filled, iter(there[len(outputs) :]))
+        got = [be.to_numpy(array) for array in filled]
+        for array, same in zip(got, bits or got, strict=True):
+            assert_same_bits(array, same)
+        bits = got
+    return bits, want
+
+
+@contextlib.contextmanager
+def in_chunks():
+    """No image fits into shared memory, and chunks are small."""
+    with mock.patch.multiple(cuda_layers, WHOLE=0, CHUNK_VALUES=48):
+        cuda_layers.norm_plan.cache_clear()
+        yield
+    cuda_layers.norm_plan.cache_clear()
+
+
+# Images and groups: groups of one, of odd and of four channels; bundles that end early; one wider than a block.
+NORMS = {
+    "small": [
+        ((1, 1, 1, 2), 2),
+        ((2, 3, 5, 6), 2),
+        ((3, 2, 3, 40), 10),
+        ((2, 1, 9, 21), 3),
+        ((1, 4, 4, 72), 3),
+        ((9, 1, 3, 300), 1),
+    ],
+    "full": [((5, 16, 16, 128), 32), ((3, 64, 64, 24), 4), ((2, 1, 3000, 36), 12), ((2, 9, 7, 3000), 1)],
+}  # fmt: skip
+
+
+def norm_agrees(be, shape, groups, number):
+    (n, height, width, c), values = shape, shape[1] * shape[2] * shape[3] // groups
+    x = normals(1, *shape) * F(3) + F(5)
+    gamma, beta = normals(2, c), normals(3, c)
+    options = {"groups": groups, "silu": number % 2 == 0}
+    modulated = number % 3 != 0
+    if modulated:
+        options["modulation"] = normals(4, n, 2 * c)
+    outputs = [unfilled(*shape), unfilled(n, groups, 2)]
+    (y, stats), (want, wanted_stats) = agree(be, "norm", [x, gamma, beta, 0, 1], outputs, eps=EPS, **options)
+    assert_close(stats, wanted_stats, terms=9)
+    assert_close(y, want, terms=9)
+    dy = normals(5, *shape)
+    for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
+        outputs, extra = [start, unfilled(c), unfilled(c)], {}
+        if modulated:
+            outputs.append(unfilled(n, 2 * c))
+            extra["dmodulation"] = 3
+        arrays = [0 if start is dy else dy, x, gamma, beta, stats, 0, 1, 2]
+        add = start is not dy and bool(np.isfinite(start).all())
+        got, want = agree(be, "norm_backward", arrays, outputs, add=add, **options, **extra)
+        assert_close(got[0], want[0], terms=9 + values // 8)
+        for a, b in zip(got[1:], want[1:], strict=True):
+            assert_close(a, b, terms=9 + n * height * width)
+
+
+@covers("norm", "norm_forward", "norm_backward", "norm_parameters")
+def norms(be, size):
+    for number, (shape, groups) in enumerate(NORMS[size]):
+        norm_agrees(be, shape, groups, number)
+
+
+SPLIT = {"small": [((2, 3, 5, 6), 2), ((1, 2, 7, 40), 10), ((9, 1, 2, 300), 1)], "full": NORMS["full"]}
+
+
+@covers(
+    "norm",
+    "norm_chunks", "norm_apply", "norm_backward_chunks", "norm_backward_images", "norm_backward_apply",
+    "norm_parameters",
+)  # fmt: skip
+def norms_in_chunks(be, size):
+    with in_chunks():
+        for number, (shape, groups) in enumerate(SPLIT[size], start=1):
+            norm_agrees(be, shape, groups, number)
+
+
+# (images, length, channels, heads): tiles of 16 and 64 rows, slabs of 64 and 128 columns, chunks of 32 channels.
+ATTENTIONS = {
+    "small": [(1, 1, 4, 2), (2, 5, 8, 8), (1, 67, 9, 1), (1, 7, 66, 2), (1, 3, 130, 1)],
+    "full": [(3, 64, 128, 1), (2, 256, 256, 1), (2, 257, 64, 8), (1, 1000, 48, 3), (2, 70, 300, 1)],
+}
+
+
+@covers("attention", "attention", "attention_deltas", "attention_backward")
+def attentions(be, size):
+    for n, length, channels, heads in ATTENTIONS[size]:
+        qkv = 2 * normals(1, n, length, 3 * channels)
+        outputs = [unfilled(n, length, channels), unfilled(n, heads, length)]
+        (out, log_sums), (want, wanted_sums) = agree(be, "attention", [qkv, 0, 1], outputs, heads=heads)
+        terms = length + channels
+        assert_close(log_sums, wanted_sums, terms=terms)
+        assert_close(out, want, terms=terms)
+        dy = normals(2, n, length, channels)
+        arrays = [dy, qkv, out, log_sums, 0]
+        (dqkv,), (want,) = agree(be, "attention_backward", arrays, [unfilled(*qkv.shape)], heads=heads)
+        assert_close(dqkv, want, terms=2 * terms)
+
+
+VALUES = {"small": [(1,), (3, 5), (2, 4, 4, 8)], "full": [(1_000_003,), (64, 32, 32, 128)]}
+
+
+@covers("pointwise", "silu", "silu_backward", "add")
+def values_one_by_one(be, size):
+    for shape in VALUES[size]:
+        x, y = 4 * normals(1, *shape), normals(2, *shape)
+        if x.size > 1:
+            x.flat[0] = -100  # where exp(-x) is beyond float32
+        (got,), (want,) = agree(be, "silu", [x, 0], [unfilled(*shape)])
+        assert_close(got, want, terms=9)
+        for add in (False, True):
+            (got,), (want,) = agree(be, "silu_backward", [y, x, 0], [normals(4, *shape)], add=add)
+            assert_close(got, want, terms=9)
+        start = normals(3, *shape)
+        for arrays, total in (([x, y, 0], x + y), ([0, y, 0], start + y), ([x, 0, 0], x + start)):
+            (got,), _ = agree(be, "add", arrays, [start])
+            assert_same_bits(got, total)
+
+
+COLUMNS = {"small": [((3,), 2, 5), ((1, 2, 3), 4, 8), ((2, 2), 1, 4)], "full": [((64, 32, 32), 128, 64)]}
+
+
+@covers("pointwise", "concatenate", "split")
+def columns(be, size):
+    for rows, left, right in COLUMNS[size]:
+        a, b = normals(1, *rows, left), normals(2, *rows, right)
+        both = np.concatenate([a, b], axis=-1)
+        (got,), _ = agree(be, "concatenate", [a, b, 0], [unfilled(*both.shape)])
+        assert_same_bits(got, both)
+        for add in (False, True):
+            outputs = [normals(5, *a.shape), unfilled(*b.shape)]
+            (got_a, got_b), _ = agree(be, "split", [both, 0, 1], outputs, add=add)
+            assert_same_bits(got_a, outputs[0] + a if add else a)
+            assert_same_bits(got_b, b)
+
+
+TABLES = {"small": [(7, 5, 11), (1, 3, 4), (3, 1, 1), (5, 40, 70)], "full": [(1000, 2048, 512), (10, 256, 128)]}
+
+
+@covers("pointwise", "take", "take_backward")
+def rows_of_tables(be, size):
+    for count, n, width in TABLES[size]:
+        table, dy = normals(1, count, width), normals(2, n, width)
+        index = np.random.default_rng(n).integers(0, count, n)
+        for add in (False, True):
+            start = normals(3, n, width)
+            got = be.asarray(start.copy())
+            be.take(be.asarray(table), be.asarray(index, np.int64), got, add=add)
+            assert_same_bits(be.to_numpy(got), start + table[index] if add else table[index])
+        got, want = be.asarray(unfilled(count, width)), unfilled(count, width)
+        be.take_backward(be.asarray(dy), be.asarray(index, np.int64), got)
+        NUMPY.take_backward(dy, index, want)
+        assert_same_bits(be.to_numpy(got), want)
+
+
+# Images, positions of the batch and rows of data.
+DRAWS = {
+    "small": [((1, 1, 1), 1, 1), ((3, 4, 2), 5, 7), ((1, 9, 1), 3, 2), ((5, 3, 3), 4, 100)],
+    "full": [((32, 32, 3), 4099, 1000)],
+}
+
+
+@covers("pointwise", "draw_batch")
+def drawn_batches(be, size):
+    for number, (shape, n, rows) in enumerate(DRAWS[size]):
+        T, labels = 11, np.random.default_rng(3).integers(0, 9, rows)
+        draws = TrainingDraws(normals(1, rows, *shape), *np.random.default_rng(2).normal(size=(4, T)), 2**63 + 5)
+        at = {"step": 2**32 - 1 - number, "first_sample": (0, 17)[number % 2], "flip": number % 2 == 1}
+        want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1)]
+        NUMPY.draw_batch(draws, labels, *want, **at)
+        there = draws._replace(data=be.asarray(draws.data))
+        for given in (be.asarray(labels, np.int64), None):
+            got = [be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            if given is None:
+                got[3] = None
+            be.draw_batch(there, given, *got, **at)
+            for array, wanted in zip(got, want, strict=True):
+                if array is not None:
+                    assert_same_bits(be.to_numpy(array), wanted)
+
+
+DROPS = {"small": [(3, 1, 7, 1), (2, 1, 1, 3), (3, 2, 2, 4)], "full": [(64, 32, 32, 128), (7, 33, 31, 5)]}
+
+
+@covers("pointwise", "dropout")
+def dropped(be, size):
+    """The bits of the noise law, in place too."""
+    for number, shape in enumerate(DROPS[size]):
+        x, want = normals(1, *shape), unfilled(*shape)
+        at = {"rate": (0.3, 1e-9, 0.999)[number % 3], "seed": 2**64 - 1, "step": 2**32 - 1 - number}
+        at |= {"first_block": (0, 7)[number % 2], "first_sample": (2**33 + 5, 0)[number % 2]}
+        NUMPY.dropout(x, want, **at)
+        for there, out in both_ways(be, x, unfilled(*shape)):
+            for to in (out, there):
+                be.dropout(there, to, **at)
+                assert_same_bits(be.to_numpy(to), want)
+
+
+ERRORS = {"small": [(1,), (3, 5), (4097,)], "full": [(64, 32, 32, 3), (3_000_001,)]}
+
+
+@covers("pointwise", "squared_error", "mean_of_chunks")
+def squared_errors(be, size):
+    for shape in ERRORS[size]:
+        y, target, want = normals(1, *shape), normals(2, *shape), unfilled(*shape)
+        want_loss = NUMPY.squared_error(y, target, want)
+        for there, wanted, dy in both_ways(be, y, target, unfilled(*shape)):
+            loss = be.to_numpy(be.squared_error(there, wanted, dy))
+            assert loss.shape == (1,)
+            assert_close(loss, want_loss, dtype=np.float64, terms=y.size)
+            assert_same_bits(be.to_numpy(dy), want)

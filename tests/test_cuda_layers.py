@@ -1,0 +1,189 @@
+"""The layers of the CUDA backend, but for convolutions: the laws they keep, beside the checks of parity."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from cuda_parity_layers import EPS, in_chunks, normals, unfilled
+from host_cuda import ORDERS, HostRuntime, has_compiler
+from tolerances import assert_close, assert_same_bits
+
+from fastdiff.backends import cuda_layers, get_backend
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda_layers import WHOLE, NormPlan, norm_plan
+from fastdiff.kernels.cuda import runtime
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+
+F32 = np.float32
+NUMPY = get_backend("numpy")
+
+
+@pytest.fixture(params=ORDERS)
+def be(request):
+    return CudaBackend(HostRuntime(request.param))
+
+
+# ------------------------------------------------------------------------------------------- how a norm runs
+
+
+def test_the_rule_of_a_norm():
+    assert norm_plan(1024, 128, 32) == NormPlan(16, True, (512, 65536), (256, 65536), 512)
+    assert norm_plan(64, 64, 8) == NormPlan(16, True, (64, 4096), (64, 4096), 512)
+    assert norm_plan(4096, 64, 8) == NormPlan(16, True, None, None, 512)
+    assert norm_plan(3, 10, 5) == NormPlan(10, False, (64, 256), (64, 256), 819)
+    assert norm_plan(1, 5000, 1).rows == 1
+    for pixels in (1, 7, 64, 1000, 70_000):
+        for channels, groups in ((1, 1), (6, 2), (30, 2), (96, 8), (256, 32), (3000, 3)):
+            plan = norm_plan(pixels, channels, groups)
+            assert plan.bundle % (channels // groups) == 0
+            assert plan.bundle // (channels // groups) <= 32
+            for whole, most in ((plan.forward, 512), (plan.backward, 256)):
+                assert whole is None or (whole[0] <= most and 4 * pixels * plan.bundle <= whole[1] <= WHOLE)
+
+
+def test_numbers_are_those_of_the_kernels():
+    norm, attention, pointwise = (runtime._read(f"{name}.cu") for name in ("norm", "attention", "pointwise"))
+    for text, name, value in (
+        (norm, "MOST_THREADS", cuda_layers.THREADS), (norm, "AT_ONCE", cuda_layers.AT_ONCE),
+        (attention, "THREADS", cuda_layers.THREADS), (attention, "SIDE", cuda_layers.SIDE),
+        (attention, "TILE", cuda_layers.TILE), (attention, "DEPTH", cuda_layers.DEPTH),
+        (pointwise, "CHUNK", cuda_layers.ERROR_CHUNK), (pointwise, "SUM_THREADS", cuda_layers.THREADS),
+    ):  # fmt: skip
+        assert re.search(rf"^#define {name} +{value}\b", text, re.M), name
+    assert [int(n) for n in re.findall(r"FD_BOUNDS\((\d+), \d+\) norm_", norm)] == [512, 256]
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_the_variance_of_a_group_far_from_zero(be, chunks):
+    """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
+    x, ones, zeros = normals(1, 1, 6, 7, 8) + F32(1000), np.ones(8, F32), np.zeros(8, F32)
+    options = {"groups": 2, "eps": EPS, "silu": False}
+    want, want_stats = np.empty(x.shape), np.empty((1, 2, 2))
+    NUMPY.norm(x.astype(np.float64), ones, zeros, want, want_stats, **options)
+    out, stats = unfilled(*x.shape), unfilled(1, 2, 2)
+    if chunks:
+        with in_chunks():
+            be.norm(x, ones, zeros, out, stats, **options)
+    else:
+        be.norm(x, ones, zeros, out, stats, **options)
+    assert_close(stats[..., 1], want_stats[..., 1], terms=9)
+    assert_close(out, want, scale=1000.0)
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_of_scores_beyond_the_range_of_exp(be):
+    qkv, out, log_sums = 60 * normals(1, 1, 30, 24), unfilled(1, 30, 8), unfilled(1, 1, 30)
+    want, want_sums = np.empty(out.shape), np.empty(log_sums.shape)
+    NUMPY.attention(qkv.astype(np.float64), want, want_sums, heads=1)
+    be.attention(qkv, out, log_sums, heads=1)
+    assert np.abs(log_sums).max() > 1000
+    assert_close(log_sums, want_sums, terms=30)
+    assert_close(out, want, terms=30, scale=8 * np.abs(want_sums).max())  # a score's rounding is an exponent's error
+
+
+@pytest.mark.parametrize(("length", "channels", "heads"), [(35, 6, 2), (70, 70, 1)])
+def test_the_rows_of_a_block_change_no_bits(length, channels, heads):
+    """16 of them where there are more multiprocessors than larger tiles, else 32 or 64."""
+    results = []
+    for multiprocessors in (1, 1000):
+        be = CudaBackend(HostRuntime("shuffled", multiprocessors=multiprocessors))
+        qkv, dy = normals(1, 1, length, 3 * channels), normals(2, 1, length, channels)
+        out, log_sums, dqkv = unfilled(*dy.shape), unfilled(1, heads, length), unfilled(*qkv.shape)
+        be.attention(qkv, out, log_sums, heads=heads)
+        be.attention_backward(dy, qkv, out, log_sums, dqkv, heads=heads)
+        results.append((out, log_sums, dqkv, be._attend(out, heads, 1, 4)[2]))
+    assert [shape // 10 for *_, shape in results] == [4, 1]
+    for a, b in zip(results[0][:3], results[1][:3], strict=True):
+        assert_same_bits(a, b)
+
+
+# ------------------------------------------------------------------------------------------- laws
+
+
+def layers(be, rows):
+    """Outputs of every layer for these images of a batch of 5, whose samples must not feel each other."""
+    results = []
+
+    def images(seed, *shape):
+        return normals(seed, 5, *shape)[rows]
+
+    def norms(height, width, c):
+        x, dy, gamma, beta = images(1, height, width, c), images(2, height, width, c), normals(3, c), normals(4, c)
+        n, options = len(x), {"groups": c // 4, "silu": True, "modulation": images(5, 2 * c)}
+        out, dx, stats, dmodulation = unfilled(*x.shape), unfilled(*x.shape), unfilled(n, c // 4, 2), unfilled(n, 2 * c)
+        be.norm(x, gamma, beta, out, stats, eps=EPS, **options)
+        be.norm_backward(dy, x, gamma, beta, stats, dx, *np.empty((2, c), F32), dmodulation=dmodulation, **options)
+        results.extend([out, dx, stats, dmodulation])
+
+    norms(3, 4, 24)
+    with in_chunks():
+        norms(3, 5, 24)
+    qkv, dy = images(1, 19, 24), images(2, 19, 8)
+    out, log_sums, dqkv = unfilled(*dy.shape), unfilled(len(dy), 2, 19), unfilled(*qkv.shape)
+    be.attention(qkv, out, log_sums, heads=2)
+    be.attention_backward(dy, qkv, out, log_sums, dqkv, heads=2)
+    x, dropped = images(1, 3, 5, 7), unfilled(*images(1, 3, 5, 7).shape)
+    be.dropout(x, dropped, rate=0.2, seed=1, step=2, first_block=3, first_sample=rows.start)
+    return [*results, out, log_sums, dqkv, dropped]
+
+
+def test_the_batch_changes_nothing():
+    want = layers(CudaBackend(HostRuntime("shuffled", multiprocessors=1)), slice(0, 5))
+    for multiprocessors in (2, 50):
+        be = CudaBackend(HostRuntime("backward", multiprocessors=multiprocessors, block=64))
+        parts = [layers(be, slice(*ends)) for ends in ((0, 1), (1, 4), (4, 5))]
+        for whole, *split in zip(want, *parts, strict=True):
+            assert_same_bits(np.concatenate(split), whole)
+
+
+def test_no_images(be):
+    """Nothing to compute, and gradients of parameters that are sums of nothing."""
+    x, gamma, sums = np.empty((0, 3, 3, 4), F32), np.ones(4, F32), np.full((2, 4), np.nan, F32)
+    stats, qkv, table = np.empty((0, 1, 2), F32), np.empty((0, 9, 12), F32), unfilled(3, 4)
+    be.norm(x, gamma, gamma, x, stats, groups=1, eps=EPS, silu=True)
+    be.norm_backward(x, x, gamma, gamma, stats, x, *sums, groups=1, silu=True)
+    out, log_sums = np.empty((0, 9, 4), F32), np.empty((0, 1, 9), F32)
+    be.attention(qkv, out, log_sums, heads=1)
+    be.attention_backward(out, qkv, out, log_sums, qkv, heads=1)
+    be.silu(x, x)
+    be.silu_backward(x, x, x)
+    be.add(x, x, x)
+    be.concatenate(x, x, np.empty((0, 3, 3, 8), F32))
+    be.dropout(x, x, rate=0.5, seed=0, step=0, first_block=0)
+    be.take_backward(np.empty((0, 4), F32), np.empty(0, np.int64), table)
+    assert not sums.any()
+    assert not table.any()
+    assert np.isnan(be.squared_error(x, x, x))
+
+
+def test_what_is_not_finite_stays_in_its_image(be):
+    x, gamma = normals(1, 2, 3, 3, 8), np.ones(8, F32)
+    x[0, 1, 1, 3] = np.nan
+    out, stats = unfilled(*x.shape), unfilled(2, 2, 2)
+    be.norm(x, gamma, gamma, out, stats, groups=2, eps=EPS, silu=True)
+    assert np.isnan(out[0, ..., :4]).all()
+    assert np.isfinite(out[0, ..., 4:]).all()
+    assert np.isfinite(out[1]).all()
+    qkv, y, log_sums = normals(1, 2, 20, 12), unfilled(2, 20, 4), unfilled(2, 1, 20)
+    qkv[0, 3, 1] = np.nan  # a query
+    be.attention(qkv, y, log_sums, heads=1)
+    assert np.isnan(y[0, 3]).all()
+    assert np.isfinite(np.delete(y[0], 3, axis=0)).all()
+    assert np.isfinite(y[1]).all()
+
+
+def test_a_warm_operation_allocates_nothing(monkeypatch):
+    here = HostRuntime()
+    be, made, empty = CudaBackend(here), [], here.empty
+    monkeypatch.setattr(here, "empty", lambda *args: made.append(args) or empty(*args))
+    layers(be, slice(0, 5))
+    assert made
+    made.clear()
+    layers(be, slice(0, 5))
+    layers(be, slice(1, 3))
+    assert not made

@@ -1,0 +1,216 @@
+"""Whole U-Nets on the CUDA backend, on arrays that lie on a pretended device: results, training, reads and memory."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+from device_array import DeviceArray, DeviceRuntime
+from host_cuda import HostRuntime, has_compiler
+from test_image_models import BYTES, LABELS, model
+from test_unet import NETS, batch_of, made
+from tolerances import CUDA_STEPS, assert_close, assert_same_bits
+
+import fastdiff as fd
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.layers import LayerBackend
+from fastdiff.errors import ArgumentError, TrainingError
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+
+TERMS = 200  # of a way through one of these networks, as in test_unet
+PICTURES = {"shape": (8, 8, 1), "channels": (4, 8), "groups": 2, "classes": 3, "attention": (True, True)}
+ALL = {**NETS, "pictures": PICTURES, "modulated pictures": {**PICTURES, "scale_shift": True, "dropout": 0.2}}
+QUIET = {"progress": False, "batch": 4}
+
+
+@pytest.fixture
+def be():
+    return CudaBackend(DeviceRuntime("shuffled"))
+
+
+HOST = CudaBackend(HostRuntime())
+
+
+def read(array):
+    assert isinstance(array, DeviceArray)
+    return array._memory
+
+
+def test_the_protocol_is_complete(be):
+    assert isinstance(be, LayerBackend)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "", None, 32])
+def test_precisions_are_named(precision):
+    with pytest.raises(ArgumentError, match=r"^precision: .*wants one of 'float32', 'bf16'"):
+        CudaBackend(HostRuntime(), precision=precision)
+    for name in ("numpy", "cpu", "auto"):
+        with pytest.raises(ArgumentError, match=r"^precision: got 'bf16', wants None: only the cuda backend"):
+            fd.get_backend(name, precision="bf16")
+    with pytest.raises(ArgumentError, match=r"^precision: got bf16, wants None: a backend object has its own"):
+        fd.get_backend(HOST, precision="bf16")
+
+
+# ------------------------------------------------------------------------------------------- forward and backward
+
+
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
+def test_outputs_and_gradients_agree_with_float64(be, options):
+    net, wide = made(options, "float32"), made(options)
+    wide.flat[...] = net.flat
+    x, t, target, labels = batch_of(net, 3)
+    there = {
+        name: None if value is None else be.asarray(value, np.int64 if value.dtype == np.int64 else np.float32)
+        for name, value in {"x": x, "t": t, "target": target, "labels": labels, "params": net.flat}.items()
+    }
+    y = net.predict(there["x"], there["t"], there["labels"], backend=be, flat=there["params"])
+    assert_close(read(y), wide.predict(x.astype(np.float64), t, labels, backend="numpy"), terms=TERMS)
+    assert isinstance(net.predict(x, t, labels, backend=be), np.ndarray)
+
+    at, grads, want = {"seed": 3, "step": 2, "first_sample": 5}, be.asarray(net.layout.zeros(np.float32)), wide.flat * 0
+    be.runtime.reads.clear()
+    arrays = there["params"], there["x"], there["t"], there["target"], grads, there["labels"]
+    loss = net.gradient(be, *arrays, **at)
+    assert not be.runtime.reads
+    wanted = wide.gradient(
+        fd.get_backend("numpy"), wide.flat, x.astype(np.float64), t, target.astype(np.float64), want, labels, **at
+    )
+    assert_close(read(loss), wanted, dtype=np.float32, terms=TERMS)
+    got = net.layout.views(read(grads))
+    scale = np.abs(want).max()
+    for name, view in wide.layout.views(want).items():
+        assert_close(got[name], view, terms=TERMS, scale=scale)
+
+
+def test_the_batch_changes_nothing(be):
+    net = made(PICTURES, "float32")
+    x, t, _, labels = batch_of(net, 5)
+    want = net.predict(x, t, labels, backend=be)
+    for part in (slice(0, 1), slice(1, 5)):
+        assert_same_bits(net.predict(x[part], t[part], labels[part], backend=HOST), want[part])
+    net._chunk = 2
+    assert_same_bits(net.predict(x, t, labels, backend=be), want)
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def test_training_agrees_with_the_cpu(be):
+    """Three steps with everything on.
+
+    A bias of the keys adds the same to all scores of a row, so its gradient is zero but for rounding: of that, Adam
+    makes a step in any direction.
+    """
+    everything = {"classes": 3, "dropout": 0.2, "prediction": "v"}
+    ours, host = (model(backend, **everything) for backend in (be, "cpu"))
+    start = host.net.flat.copy()
+    for each in (ours, host):
+        each.fit(BYTES, LABELS, steps=3, flip=True, validation=0.25, **QUIET)
+    np.testing.assert_allclose(ours.history["loss"], host.history["loss"], rtol=CUDA_STEPS)
+    np.testing.assert_allclose(ours.history["validation_loss"], host.history["validation_loss"], rtol=CUDA_STEPS)
+    moved, off = host.net.flat - start, ours.net.flat - host.net.flat
+    for name, view in ours.net.layout.views(off).items():
+        if name.endswith("to_qkv.bias"):
+            width = len(view) // 3
+            assert np.abs(view[width : 2 * width]).max() <= 3 * 2e-3  # steps of 1e-3, each in either direction
+            view[width : 2 * width] = 0
+    assert 0 < np.linalg.norm(off) <= CUDA_STEPS * np.linalg.norm(moved)
+
+
+def test_train_save_load_and_sample(be, tmp_path):
+    options = {"steps": 2, "accumulate": 2, **QUIET}
+    ours, host = (model(backend, classes=3, dropout=0.2).fit(BYTES, LABELS, **options) for backend in (be, HOST))
+    assert ours.history == host.history
+    assert_same_bits(ours.net.flat, host.net.flat)
+    ours.save(tmp_path / "m.safetensors")
+    loaded = fd.load(tmp_path / "m.safetensors", backend=be)
+    for sampler, steps in (("ddim", 3), ("dpmpp_2m", 3), ("ddpm", 2)):
+        how = {"labels": 2, "sampler": sampler, "steps": steps}
+        want = host.sample(3, **how)
+        be.runtime.reads.clear()
+        assert_same_bits(read(ours.sample(3, **how)), want)
+        assert not be.runtime.reads
+        assert_same_bits(read(loaded.sample(3, batch=2, **how)), want)
+    for each in (ours, loaded, host):
+        each.fit(BYTES, LABELS, **options)
+    assert_same_bits(ours.net.flat, host.net.flat)
+    assert_same_bits(loaded.net.flat, host.net.flat)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_reads_once_and_allocates_nothing(be, monkeypatch, accumulate):
+    """The norm, its scale and the loss together; at the end the whole state. Nothing goes to the device either."""
+    ours, made_arrays, sent = model(be, classes=3, dropout=0.2), [], []
+    here = be.runtime
+    empty, asarray = here.empty, here.asarray
+    monkeypatch.setattr(here, "empty", lambda *args: made_arrays.append(args) or empty(*args))
+
+    def watched(value, dtype=None):
+        if not isinstance(value, DeviceArray):
+            sent.append(np.shape(value))
+        return asarray(value, dtype)
+
+    monkeypatch.setattr(here, "asarray", watched)
+    take, after_first = be.finish_step, []
+
+    def counted(*args):
+        result = take(*args)
+        after_first.append((len(made_arrays), len(sent)))
+        return result
+
+    monkeypatch.setattr(be, "finish_step", counted)
+    ours.fit(BYTES, LABELS, steps=4, flip=True, accumulate=accumulate, **QUIET)
+    size = ours.net.flat.shape
+    assert here.reads == [(3,)] * 4 + [size] * 4
+    assert after_first[0][0] > 0
+    assert after_first == [after_first[0]] * 4
+
+
+def test_a_sampling_step_allocates_nothing(be, monkeypatch):
+    ours, counts = model(be, classes=3).fit(BYTES, LABELS, steps=1, **QUIET), []
+    here = be.runtime
+    empty, step, made_arrays = here.empty, be.sampler_step, []
+    monkeypatch.setattr(here, "empty", lambda *args: made_arrays.append(args) or empty(*args))
+    monkeypatch.setattr(be, "sampler_step", lambda *a, **k: counts.append(len(made_arrays)) or step(*a, **k))
+    here.reads.clear()
+    ours.sample(2, labels=1, sampler="ddim", steps=4)
+    assert counts == [counts[0]] * 4
+    assert not here.reads
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_leaves_the_model_as_it_was(be, monkeypatch, what):
+    ours = model(be).fit(BYTES, steps=2, **QUIET)
+    before = [array.copy() for array in (ours.net.flat, ours._optimizer.m, ours._optimizer.v, ours._average)]
+    take = be.finish_step
+
+    def broken(loss, params, grads, *rest):
+        (loss if what == "loss" else grads)[0] = math.inf
+        return take(loss, params, grads, *rest)
+
+    monkeypatch.setattr(be, "finish_step", broken)
+    with pytest.raises(TrainingError, match="loss inf in step 2" if what == "loss" else "gradient norm inf at loss"):
+        ours.fit(BYTES, steps=2, **QUIET)
+    after = ours.net.flat, ours._optimizer.m, ours._optimizer.v, ours._average
+    for got, want in zip(after, before, strict=True):
+        assert_same_bits(got, want)
+    assert (ours.step, len(ours.history["loss"])) == (2, 2)
+
+
+def test_work_of_two_queues_is_apart(be, monkeypatch):
+    """What one queue runs in its arena, another one does not wait for."""
+    net = made(PICTURES, "float32")
+    x, t, _, labels = batch_of(net, 2)
+    want = net.predict(x, t, labels, backend=be)
+    monkeypatch.setattr(be.runtime, "queue", threading.get_ident)
+    results, arenas = [], net._workspace._spaces[be]
+    thread = threading.Thread(target=lambda: results.append(net.predict(x, t, labels, backend=be)))
+    thread.start()
+    thread.join()
+    assert_same_bits(results[0], want)
+    assert len(arenas) == 2
+    (first, _), (second, _) = arenas.values()
+    assert not np.shares_memory(first._memory, second._memory)
