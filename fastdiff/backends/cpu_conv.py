@@ -25,6 +25,9 @@ MAX_GROUPS = 16  # of images, whose weight gradients are summed apart
 GROUP_BYTES = 1 << 20  # of all groups' sums together
 LEAST_CHANNELS = 16  # on both sides, for Winograd
 MOST_TILES, CACHED = 64, 8192  # of a Winograd transform: tiles, and tiles times channels
+FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a thread's cache
+GROUP_TILES, MOST_GROUPS = 64, 8  # tiles summed together, at least; sums over groups of tiles, at most
+CACHED_BOTH = 4096  # tiles times channels of input and output that are summed at once
 SUM_TILES = 256  # tiles whose weight gradient is summed at once
 # Floating-point operations of a convolution that last as long, for each value: of a light pass, of a transform.
 LIGHT_WORK, TAPS_WORK = 30, 300
@@ -301,19 +304,36 @@ class Convolutions(Scripted):
         if not product.images:
             return [[(kernels.clear, (dw,), dw.size, 1.0)]]
         (c, k), across, height = product.channels, product.across, product.tile_rows
-        places, step = winograd.PLACES * kernels.panels_of(k), max(1, min(height, SUM_TILES // across))
-        sums = self._scratch("sums", winograd.panel_start(kernels.panels_of(k), k, c))
-        inputs = self._scratch("inputs", winograd.planes(step * across, c))
-        outputs = self._scratch("outputs", winograd.planes(step * across, k))
+        panels = kernels.panels_of(k)
+        size = winograd.panel_start(panels, k, c)
         strip = self._each("strip", winograd.SEEN * winograd.seen(across) * max(c, k))
         phases: Phases = []
-        for first in range(0, height, step):
-            rows = min(step, height - first)
-            tiles = rows * across
-            arguments = first, tiles, product.plain_sizes, x, dy, strip, inputs, outputs
-            work = 2.0 * tiles * c * k * winograd.PLACES / places
-            phases += [
-                [(winograd.gradient_tiles_range, arguments, rows, float(TAPS_WORK * across * (c + k)))],
-                [(winograd.gradient_sums_range, (tiles, c, k, inputs, outputs, sums, first > 0), places, work)],
-            ]
-        return [*phases, [(winograd.gradient_taps_range, (sums, c, k, dw), c, float(TAPS_WORK * k))]]
+        if c * k <= FEW_SUMS:
+            # Each thread has groups of tiles, and their sums, to itself and in its own cache.
+            group = max(1, -(-max(GROUP_TILES, -(-height * across // MOST_GROUPS)) // across))
+            rows, groups = max(1, min(group, CACHED_BOTH // ((c + k) * across))), -(-height // group)
+            sums = self._scratch("sums", groups * size)
+            arguments: tuple[Any, ...] = (
+                group, rows, product.plain_sizes, x, dy, strip, self._each("inputs", winograd.planes(rows * across, c)),
+                self._each("outputs", winograd.planes(rows * across, k)), sums, size,
+            )  # fmt: skip
+            work = 2.0 * group * across * (winograd.PLACES * c * k + TAPS_WORK * (c + k))
+            phases.append([(winograd.gradient_range, arguments, groups, work)])
+        else:
+            # All threads transform tiles, and then share out the places; the order of a sum is that of the tiles.
+            groups, places, step = 1, winograd.PLACES * panels, max(1, min(height, SUM_TILES // across))
+            sums = self._scratch("sums", size)
+            inputs = self._scratch("inputs", winograd.planes(step * across, c))
+            outputs = self._scratch("outputs", winograd.planes(step * across, k))
+            for first in range(0, height, step):
+                rows = min(step, height - first)
+                tiles = rows * across
+                arguments = first, tiles, product.plain_sizes, x, dy, strip, inputs, outputs
+                work = 2.0 * tiles * c * k * winograd.PLACES / places
+                phases += [
+                    [(winograd.gradient_tiles_range, arguments, rows, float(TAPS_WORK * across * (c + k)))],
+                    [(winograd.gradient_sums_range, (tiles, c, k, inputs, outputs, sums, first > 0), places, work)],
+                ]
+        zeros = np.zeros(winograd.LANES, np.float32)
+        taps = sums, groups, size, c, k, zeros, dw
+        return [*phases, [(winograd.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups))]]

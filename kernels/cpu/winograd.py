@@ -202,7 +202,7 @@ outputs_tile = _transform(_of_outputs, SEEN)
 outputs_and_base, outputs_base_other = (_transform(_of_outputs, SEEN, addends) for addends in (1, 2))
 gradients_tile = _transform(_to_outputs, TILE)
 taps_tile = _transform(_of_taps, 3)
-weights_tile = _transform(_to_taps, SEEN)
+weights_tile, more_weights_tile = (_transform(_to_taps, SEEN, addends) for addends in (0, 2))
 
 
 @kernel
@@ -375,13 +375,32 @@ def gradient_sums_range(start, stop, tiles, c, k, v, d, du, accumulate):
 
 
 @kernel
-def gradient_taps_range(start, stop, du, c, k, dw):
-    """dw (3, 3, c, k) for input channels start ... stop - 1."""
+def gradient_range(start, stop, group_rows, rows, sizes, x, dy, strip, v, d, sums, size):
+    """Groups start ... stop - 1 of `group_rows` rows of tiles: the sums of each, `rows` rows at a time, in `sums`."""
+    images, height, width, c, k = sizes
+    down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    for group in range(start, stop):
+        own = sums[group * size : (group + 1) * size]
+        first, last = group * group_rows, min((group + 1) * group_rows, images * down)
+        for row in range(first, last, rows):
+            count = min(rows, last - row)
+            tiles = count * across
+            gradient_tiles_range(0, count, row, tiles, sizes, x, dy, strip, v, d)
+            gradient_sums_range(0, PLACES * panels_of(k), tiles, c, k, v, d, own, row > first)
+
+
+@kernel
+def gradient_taps_range(start, stop, du, groups, size, c, k, zeros, dw):
+    """dw (3, 3, c, k) for input channels start ... stop - 1: that of all groups' sums, added in their order."""
     panels = panels_of(k)
     for panel in range(panels):
         at, n = panel_of(panel, panels, k)
         base, plane = panel_start(panel, at, c), c * n + APART
         for i in range(start, stop):
             for j in range(0, n, LANES):
-                used = min(LANES, n - j)
-                weights_tile(du, base + i * n + j, SEEN * plane, plane, used, dw, i * k + at + j, 3 * c * k, c * k)
+                used, to = min(LANES, n - j), i * k + at + j
+                source = base + i * n + j
+                weights_tile(du, source, SEEN * plane, plane, used, dw, to, 3 * c * k, c * k)
+                for group in range(1, groups):
+                    more_weights_tile(du, group * size + source, SEEN * plane, plane, used, dw, to, 3 * c * k, c * k,
+                                      zeros, 0, dw, to)  # fmt: skip
