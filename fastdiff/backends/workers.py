@@ -89,8 +89,6 @@ class Script:
         self.phases = np.array(bounds, np.int64).reshape(-1, crew.PIECES + 1)
         self.counters = np.zeros(2 * crew.SPREAD * len(bounds), np.int64)
         self.widest = int(self.phases[:, crew.PIECES].max(initial=0))
-        rows = self.counters.reshape(len(bounds), 2 * crew.SPREAD)
-        self.cycles = rows[:, crew.BEGAN], rows[:, crew.ENDED]  # when the phases of the last run began and ended
         arrays = self.tasks, self.phases, self.counters
         self.table = np.array([part for a in arrays for part in (a.ctypes.data, len(a))], np.int64)
 

@@ -28,7 +28,6 @@ from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_swap, ato
 WORDS = 112  # 64-bit words of a task, the range of its items apart
 ADDRESS, ARGUMENTS, DISTANCE, ITEMS, GRAIN, FIRST = range(6)  # of a task; FIRST is its first piece in the phase
 BEGIN, END, PIECES = range(3)  # of a phase: its tasks and all their pieces
-BEGAN, ENDED = 1, 2  # beside the first counter of a phase
 SPREAD = 16  # words between what different threads write: two cache lines
 ASLEEP, WATCHING, CALLED, BUSY = range(4)
 TASKS, PHASES, COUNTERS = 1, 3, 5  # on the board: address and length of each
@@ -68,17 +67,6 @@ def _let_others_run(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-@intrinsic
-def _cycles(typingctx):
-    """The processor's counter of time."""
-
-    def codegen(context, builder, signature, args):
-        function = ir.FunctionType(I64, [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.readcyclecounter"), [])
-
-    return types.int64(), codegen
 
 
 @intrinsic
@@ -123,14 +111,11 @@ def _call(typingctx, address, start, stop, words):
 def work(worker, tasks, phases, counters):
     """Take pieces of every phase; return when all of them are done, by whomever.
 
-    `counters` has two words for each phase, SPREAD apart, 0 at first: pieces taken, pieces done; and beside them when
-    the caller began and ended the phase, in cycles.
+    `counters` has two words for each phase, SPREAD apart, 0 at first: pieces taken, pieces done.
     """
     for p in range(len(phases)):
         pieces, taken, done = phases[p, PIECES], 2 * p * SPREAD, (2 * p + 1) * SPREAD
         task = phases[p, BEGIN]
-        if worker == 0:
-            counters[taken + BEGAN] = _cycles()
         while True:
             piece = atomic_take(counters, taken)
             if piece >= pieces:
@@ -147,8 +132,6 @@ def work(worker, tasks, phases, counters):
             _relax()
             if looks > PATIENCE:
                 _let_others_run()
-        if worker == 0:
-            counters[taken + ENDED] = _cycles()
 
 
 @kernel

@@ -254,6 +254,19 @@ def taps_range(start, stop, w, c, k, u):
 
 
 @kernel
+def _inputs_row(x, n, row, height, width, c, strip, v, at, plane):
+    """V of tile row `row` of image n, at `at` of every plane."""
+    across = (width + TILE - 1) // TILE
+    columns = seen(across)
+    _strip(x, n, TILE * row - 1, SEEN, -1, columns, height, width, c, strip)
+    for tile in range(across):
+        for j in range(0, c, LANES):
+            inputs_tile(
+                strip, TILE * tile * c + j, columns * c, c, min(LANES, c - j), v, at + tile * c + j, SEEN * plane, plane
+            )
+
+
+@kernel
 def conv_range(
     start, stop, rows, shares, sizes, x, u, y, begin, bias, shift, residual, strip, v, m, base, tile,
 ):  # fmt: skip
@@ -266,7 +279,7 @@ def conv_range(
     images, height, width, c, k = sizes
     down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
     panels = panels_of(k)
-    columns = seen(across)
+    added = residual if begin else y
     for item in range(start, stop):
         first = (item // shares) * rows
         last = min(first + rows, images * down)
@@ -274,13 +287,7 @@ def conv_range(
         plane = tiles * c + APART
         for row in range(first, last):
             n, ty = row // down, row % down
-            _strip(x, n, TILE * ty - 1, SEEN, -1, columns, height, width, c, strip)
-            for tx in range(across):
-                to = ((row - first) * across + tx) * c
-                for j in range(0, c, LANES):
-                    inputs_tile(
-                        strip, TILE * tx * c + j, columns * c, c, min(LANES, c - j), v, to + j, SEEN * plane, plane
-                    )
+            _inputs_row(x, n, ty, height, width, c, strip, v, (row - first) * across * c, plane)
         for panel in range(item % shares, panels, shares):
             at, wide = panel_of(panel, panels, k)
             out_plane, u_plane = tiles * wide + APART, c * wide + APART
@@ -301,32 +308,26 @@ def conv_range(
                     source = ((row - first) * across + tx) * wide
                     to = ((n * height + TILE * ty) * width + TILE * tx) * k + at
                     inside_rows, inside = min(TILE, height - TILE * ty), min(TILE, width - TILE * tx)
-                    if inside_rows == TILE and inside == TILE:
-                        for j in range(0, wide, LANES):
-                            used = min(LANES, wide - j)
-                            if not begin:
-                                outputs_base_other(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
-                                                   width * k, k, base, j, y, to + j)  # fmt: skip
-                            elif len(residual) > 0:
-                                outputs_base_other(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
-                                                   width * k, k, base, j, residual, to + j)  # fmt: skip
-                            else:
-                                outputs_and_base(m, source + j, SEEN * out_plane, out_plane, used, y, to + j,
-                                                 width * k, k, base, j)  # fmt: skip
-                        continue
+                    whole = inside_rows == TILE and inside == TILE
                     for j in range(0, wide, LANES):
-                        outputs_and_base(m, source + j, SEEN * out_plane, out_plane, min(LANES, wide - j), tile, j,
-                                         TILE * wide, wide, base, j)  # fmt: skip
+                        used = min(LANES, wide - j)
+                        if not whole:
+                            outputs_and_base(m, source + j, SEEN * out_plane, out_plane, used, tile, j, TILE * wide,
+                                             wide, base, j)  # fmt: skip
+                        elif len(added) > 0:
+                            outputs_base_other(m, source + j, SEEN * out_plane, out_plane, used, y, to + j, width * k,
+                                               k, base, j, added, to + j)  # fmt: skip
+                        else:
+                            outputs_and_base(m, source + j, SEEN * out_plane, out_plane, used, y, to + j, width * k,
+                                             k, base, j)  # fmt: skip
+                    if whole:
+                        continue
                     for i in range(inside_rows):
                         for s in range(inside):
                             here = to + (i * width + s) * k
-                            values = tile[(i * TILE + s) * wide : (i * TILE + s + 1) * wide]
-                            out = y[here : here + wide]
-                            if not begin:
-                                for j in range(wide):
-                                    out[j] += values[j]
-                            elif len(residual) > 0:
-                                other = residual[here : here + wide]
+                            values, out = tile[(i * TILE + s) * wide :], y[here : here + wide]
+                            if len(added) > 0:
+                                other = added[here : here + wide]
                                 for j in range(wide):
                                     out[j] = values[j] + other[j]
                             else:
@@ -339,18 +340,11 @@ def gradient_tiles_range(start, stop, first, tiles, sizes, x, dy, strip, v, d):
     """Rows of tiles first + start ... first + stop - 1 of x and of dy, for a gradient of `tiles` tiles at once."""
     _, height, width, c, k = sizes
     down, across = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
-    columns = seen(across)
     x_plane, dy_plane = tiles * c + APART, tiles * k + APART
     for item in range(start, stop):
         row = first + item
         n, ty = row // down, row % down
-        _strip(x, n, TILE * ty - 1, SEEN, -1, columns, height, width, c, strip)
-        for tx in range(across):
-            for j in range(0, c, LANES):
-                inputs_tile(
-                    strip, TILE * tx * c + j, columns * c, c, min(LANES, c - j),
-                    v, (item * across + tx) * c + j, SEEN * x_plane, x_plane,
-                )  # fmt: skip
+        _inputs_row(x, n, ty, height, width, c, strip, v, item * across * c, x_plane)
         _strip(dy, n, TILE * ty, TILE, 0, TILE * across, height, width, k, strip)
         for tx in range(across):
             for j in range(0, k, LANES):

@@ -46,10 +46,18 @@ FD_KERNEL finish_norm(const double *__restrict__ sums_chunks, int64 chunks, doub
     }
 }
 
-// A gradient whose norm is not finite changes nothing.
+// One thread. What differs from one repetition of a training step to the next, where its graph reads it.
+FD_KERNEL set_step(uint32 step, AdamWScalars o, uint32 *__restrict__ step_at, AdamWScalars *__restrict__ o_at) {
+    *step_at = step;
+    *o_at = o;
+}
+
+// A gradient whose norm is not finite changes nothing. `o_at` may be null; else it holds the scalars.
 FD_KERNEL adamw(real *__restrict__ params, const real *__restrict__ grads, real *__restrict__ m, real *__restrict__ v,
-                real *__restrict__ average, int64 size, AdamWScalars o, const double *__restrict__ state) {
+                real *__restrict__ average, int64 size, AdamWScalars o, const AdamWScalars *__restrict__ o_at,
+                const double *__restrict__ state) {
     if (!isfinite(state[0])) return;
+    if (o_at) o = *o_at;
     const real scale = (real)state[1];
     FD_GRID_STRIDE(i, size) {
         const real g = grads[i] * scale;

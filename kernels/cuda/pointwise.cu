@@ -91,6 +91,8 @@ FD_KERNEL split(const real *__restrict__ x, real *__restrict__ a, real *__restri
 
 // ------------------------------------------------------------------------------------------- rows of tables
 
+FD_KERNEL fill(real *x, int64 size, real value) { FD_GRID_STRIDE(i, size) x[i] = value; }
+
 FD_KERNEL take(const real *__restrict__ table, const int64 *__restrict__ index, real *__restrict__ out, int64 n,
                int64 width, int add) {
     for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
@@ -129,13 +131,14 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 
 // A part of a training batch of pictures: positions first_row .. first_row + n - 1 of a step, as mlp_draw_batch draws
 // it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side.
-// `labels` and `chosen` may be null.
+// `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
                      int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen, int64 n, int64 size,
-                     int64 width, int64 channels, int64 N, int64 T, uint64 first_row, uint32 step, int flip,
-                     RoundKeys keys) {
+                     int64 width, int64 channels, int64 N, int64 T, uint64 first_row, uint32 step,
+                     const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
+    if (step_at) step = *step_at;
     const int64 quarter = (size + 3) / 4;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
         const uint64 row = first_row + walk.row;
@@ -165,9 +168,10 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
 // ------------------------------------------------------------------------------------------- dropout
 
 // A thread takes a block of the noise law: four neighbours of an image of `size` values. What has a word of `limit` or
-// more is kept, times `scale`. out may be x.
+// more is kept, times `scale`. out may be x. `step_at` is as in draw_batch.
 FD_KERNEL dropout(const real *x, real *out, int64 n, int64 size, uint64 limit, real scale, uint32 first_block,
-                  uint64 first_row, uint32 step, RoundKeys keys, int fours) {
+                  uint64 first_row, uint32 step, const uint32 *__restrict__ step_at, RoundKeys keys, int fours) {
+    if (step_at) step = *step_at;
     const int64 blocks = (size + 3) / 4;
     for (Walk walk = fd_walk(blocks); walk.row < n; fd_walk_on(walk, blocks)) {
         const Words words =

@@ -6,12 +6,14 @@ A source is one translation unit: constants made from `fastdiff.noise`, ``common
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -198,6 +200,10 @@ def _structure(dtype: np.dtype[Any], value: Any) -> npt.NDArray[Any]:
 # --------------------------------------------------------------------------------------------- runtimes
 
 
+class CaptureError(BackendError):
+    """Launches cannot be captured as a graph here; they can be issued one by one."""
+
+
 @runtime_checkable
 class Runtime(Protocol):
     """Where the arrays and the kernels of a `CudaBackend` live."""
@@ -210,6 +216,8 @@ class Runtime(Protocol):
     """Bytes of dynamic shared memory that a block may ask for."""
     block: int
     """Threads of a block where the kernel does not fix them; any number will do."""
+    capturing: bool
+    """Whether this thread is in `capture`."""
 
     def empty(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
         """Return an uninitialised array."""
@@ -233,7 +241,7 @@ class Runtime(Protocol):
         """Where the array begins in memory."""
 
     def queue(self) -> int:
-        """The stream that work is issued on now, as a number."""
+        """The stream that work is issued on now, as a number; in `capture` the one that it was called on."""
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         """out = a b for matrices; `a` and `b` may be transposed views."""
@@ -245,6 +253,18 @@ class Runtime(Protocol):
         self, source: str, entry: str, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0
     ) -> None:
         """Launch an entry of ``source.cu`` on the current stream; see `cast_arguments`."""
+
+    def capture(self, issue: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does on the current stream what `issue` launches; it has not been done then.
+
+        The same kernels on the same memory, whoever has that by then, and the same numbers. `issue` launches and
+        nothing else: it allocates nothing, sends nothing to the device and reads nothing back.
+
+        Raises
+        ------
+        CaptureError
+            It did something else, or the device refuses.
+        """
 
 
 WAVES = 8  # blocks per multiprocessor in a grid-stride launch: 2048 threads of 256
@@ -385,11 +405,18 @@ class CupyRuntime:
         self.device = title.decode() if isinstance(title, bytes) else str(title)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._shared: dict[tuple[str, str], int] = {}
+        self._captured = threading.local()  # its `queue`, while this thread captures
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CupyRuntime, ()
 
+    @property
+    def capturing(self) -> bool:
+        return getattr(self._captured, "queue", None) is not None
+
     def _allocate(self, make: Any, count: Any, *args: Any) -> Array:
+        if self.capturing:  # CuPy would, and might give the memory to others while the graph still uses it
+            raise CaptureError("memory was asked for while a graph was captured")
         try:
             return make(*args)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
@@ -431,6 +458,8 @@ class CupyRuntime:
         return int(array.data.ptr)
 
     def queue(self) -> int:
+        if self.capturing:
+            return int(self._captured.queue)
         return int(self._cupy.cuda.get_current_stream().ptr)
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
@@ -464,6 +493,30 @@ class CupyRuntime:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
             self._shared[source, entry] = shared_bytes
         kernel((grid,), (block,), tuple(cast), shared_mem=shared_bytes)
+
+    def capture(self, issue: Callable[[], None]) -> Callable[[], None]:
+        # On a stream of its own, because the legacy default stream cannot be captured, and one that does not wait for
+        # that stream nor it for this one. Nothing runs on it: the memory stays that of the caller's queue.
+        queue = self.queue()
+        try:
+            with self._cupy.cuda.Stream(non_blocking=True) as stream:
+                stream.begin_capture()
+                self._captured.queue = queue
+                try:
+                    issue()
+                except BaseException:
+                    with contextlib.suppress(Exception):  # the capture has failed already
+                        stream.end_capture()
+                    raise
+                finally:
+                    self._captured.queue = None
+                graph = stream.end_capture()
+        except CaptureError:
+            raise
+        except Exception as error:  # of CuPy, the driver, or a launch: the caller issues it again, and will see
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        launch: Callable[[], None] = graph.launch
+        return launch
 
 
 def _bytes(shape: Any, dtype: npt.DTypeLike) -> int:
