@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench peers quality gate gpu profile compile-time readme-numbers wheel clean
+.PHONY: demo test check bench asv scaling peers quality gate gpu profile compile-time readme-numbers wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,8 +29,20 @@ check: $(VENV)/.installed-lint $(VENV)/.installed-plot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every workload on every backend, against the roofs of this machine.
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python benchmarks/run.py
+
+# The current commit under asv, beside the commits measured before: benchmarks/.asv/html/index.html.
+ASV = $(BIN)/asv --config benchmarks/asv.conf.json
+asv: $(VENV)/.installed-bench
+	$(ASV) machine --yes
+	$(ASV) run --show-stderr 'HEAD^!'
+	$(ASV) publish
+
+# Time against n, batch, resolution and threads, beside PyTorch where it is installed (make peers installs it).
+scaling: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/scaling.py
 
 peers: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/peers.py
@@ -43,9 +55,10 @@ gate: $(VENV)/.installed-test
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
-# Where the time of a training step goes, kernel by kernel.
+# Where the time of a training step goes: of the perceptron kernel by kernel, of the U-Net layer by layer.
 profile: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/profile_training.py
+	$(BIN)/python benchmarks/profile_layers.py
 
 compile-time: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/compile_time.py
@@ -53,7 +66,7 @@ compile-time: $(VENV)/.installed-plot
 quality: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/quality.py
 
-readme-numbers: $(BIN)/python
+readme-numbers: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/readme_numbers.py
 
 # The wheel, installed into an environment of its own and used from another folder.

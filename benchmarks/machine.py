@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
+
+from fastdiff.bench import cpu_model
 
 HERE = Path(__file__).parent
 
@@ -19,7 +22,7 @@ def header(threads: int, *packages: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -42,13 +45,22 @@ def _commit() -> str:
         return "unknown"
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        known = {key.strip(): value.strip() for key, value in lines.items()}
-        flags = known.get("flags", "").split()
-        widest = next((name for name in ("avx512f", "avx2") if name in flags), "")
-        if "model name" in known:
-            return known["model name"] + (f" ({widest})" if widest else "")
-    return platform.processor() or platform.machine()
+def installed_size(*packages: str) -> int:
+    """Bytes on disk of installed packages with all that they need, an editable one counted as its wheel."""
+    waiting, seen, total = list(packages), set[str](), 0
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue  # for another platform
+        paths = [Path(str(file.locate())) for file in found.files or ()]
+        if name == "fastdiff-engine":
+            paths += [path for top in ("fastdiff", "kernels") for path in (HERE.parent / top).rglob("*.*")]
+        total += sum(path.stat().st_size for path in paths if path.is_file() and "__pycache__" not in path.parts)
+        needed = [line for line in found.requires or () if "extra ==" not in line]
+        waiting += [re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in needed]
+    return total

@@ -60,6 +60,24 @@ class Pictures(nn.Module):
         return self.unet(x.contiguous(memory_format=torch.channels_last), t).sample
 
 
+def expand_upsampling(net: nn.Module) -> None:
+    """Write the nearest upsampling of a network as expand and reshape.
+
+    Through torch.compile of PyTorch 2.13.0 on a CPU, `interpolate` gives the layers before it no gradient here.
+    """
+    from diffusers.models.upsampling import Upsample2D
+
+    def double(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        n, c, height, width = given[0].shape
+        x = given[0][:, :, :, None, :, None].expand(n, c, height, 2, width, 2).reshape(n, c, 2 * height, 2 * width)
+        return x.contiguous(memory_format=torch.channels_last), *given[1:]
+
+    for layer in net.modules():
+        if isinstance(layer, Upsample2D):
+            layer.interpolate = False
+            layer.register_forward_pre_hook(double)
+
+
 def load(net: Any, weights: dict[str, Any]) -> Any:
     """Fill a network with our weights: matrices are (in, out) there, (out, in) here."""
     with torch.no_grad():
@@ -134,15 +152,21 @@ def ddim(net: Any, betas: Any, steps: int) -> Callable[[Tensor], Tensor]:
 
 
 class Trainer:
-    """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1."""
+    """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1.
 
-    def __init__(self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False) -> None:
-        self.net, self.X, self.batch = net, X, batch
+    `net` may be compiled. With `ema` the parameters' moving average is kept, by one call for all of them.
+    """
+
+    def __init__(
+        self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False, ema: float | None = None
+    ) -> None:
+        self.net, self.X, self.batch, self.ema = net, X, batch, ema
         abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
         each = (-1, *(1,) * (X.ndim - 1))
         self.signal, self.noise = abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)
+        self.average = [] if ema is None else [p.detach().clone() for p in self.parameters]
         self.losses: list[float] = []
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,4 +183,31 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
+        if self.ema is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - self.ema)
         self.losses.append(loss.item())
+
+
+def conv(kind: str, arrays: dict[str, Any]) -> Callable[[], Tensor]:
+    """Return a convolution 3x3, or one of its gradients, of arrays x, w, b and dy in our layout; so is its result.
+
+    All tensors lie in channels-last memory before it runs.
+    """
+    x, dy = (torch.from_numpy(arrays[name]).permute(0, 3, 1, 2) for name in ("x", "dy"))
+    w = torch.from_numpy(arrays["w"]).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    b = torch.from_numpy(arrays["b"])
+
+    def backward(*wanted: bool) -> Any:
+        bias, ones = list(b.shape) if wanted[2] else None, [1, 1]
+        return torch.ops.aten.convolution_backward(dy, x, w, bias, ones, ones, ones, False, [0, 0], 1, wanted)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        if kind == "conv-forward":
+            return F.conv2d(x, w, b, padding=1).permute(0, 2, 3, 1)
+        if kind == "conv-input-gradient":
+            return backward(True, False, False)[0].permute(0, 2, 3, 1)
+        return backward(False, True, True)[1].permute(2, 3, 1, 0)
+
+    return run

@@ -8,7 +8,9 @@ table shows the median of the rounds' ratios with the smallest and the largest.
 What a time is: the median of the calls in one turn, warm, with the arguments in memory, and with the results newly
 allocated where the call under test returns new ones; for the cold start, from the start of a process to its exit,
 its files in the page cache. Both sides use the same number of threads. PyTorch runs eagerly, under no_grad where it
-samples, with its default AdamW; rows with the fused one are added. `peer_nets.py` and `cold_peer.py` are its code.
+samples, with its default AdamW; rows with the fused one, and with the network through torch.compile (default mode,
+compiled before the first turn), are added. `peer_nets.py` and `cold_peer.py` are its code. The ratio of a row of many
+shapes is the median of theirs.
 
 The memory of a side is the most that its process had while it worked, less what it had with its libraries imported.
 
@@ -35,9 +37,13 @@ from typing import Any
 
 import cases
 import numpy as np
+import unet_cases
 from cases import Case, T
 from machine import header
-from readme_numbers import RESULTS, table, write
+from readme_numbers import RESULTS, memory_words, table, write
+from unet_cases import ConvCase, UNetCase
+
+BY_NAME = cases.BY_NAME | unet_cases.BY_NAME
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Comparison:
 
     case: str
     target: float | None = None
-    variant: str = ""  # "fused": the peer trains with fused AdamW, not PyTorch's default; "numpy": the peer is NumPy
-    memory: bool = False  # whether its peak is shown as well
+    variant: str = ""  # how the peer works, a key of `VARIANTS`
+    memory: float | None = None  # its peak is shown as well, and is to be at most so much of the peer's
 
     @property
     def name(self) -> str:
@@ -55,10 +61,12 @@ class Comparison:
 
     @property
     def against(self) -> str:
-        what = PEERS[cases.BY_NAME[self.case].kind]
-        return {"": what, "fused": what.replace("AdamW", "fused AdamW"), "numpy": "NumPy broadcasting"}[self.variant]
+        case = BY_NAME[self.case]
+        what = PEERS[case.kind] + (", EMA" if isinstance(case, UNetCase) and case.ema else "")
+        return VARIANTS[self.variant].format(what.replace("AdamW", "fused AdamW") if self.variant else what)
 
 
+VARIANTS = {"": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting"}
 PEERS = {
     "normals": "torch.randn",
     "forward": "torch: randn_like, gather, two multiplies, add",
@@ -74,6 +82,9 @@ PEERS = {
     "unet": "diffusers UNet2DModel, no_grad",
     "unet-training": "diffusers UNet2DModel, AdamW, clipping",
     "unet-ddim": "diffusers UNet2DModel, DDIMScheduler",
+    "conv-forward": "torch conv2d (oneDNN), channels-last",
+    "conv-input-gradient": "torch convolution_backward (oneDNN), channels-last",
+    "conv-weight-gradient": "torch convolution_backward (oneDNN), channels-last",
 }
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
@@ -101,16 +112,28 @@ COMPARISONS = (
     Comparison("standardise-1000000x128", 1.5),
     Comparison("shaped-1000000x128", 1.5),
     Comparison("posterior-1000x10000x64"),
-    Comparison("unet-train-16", 1.0, memory=True),
-    Comparison("unet-forward-16", 1.0),
-    Comparison("unet-ddim-16"),
+    Comparison("unet-train-16", 1.0),
+    Comparison("unet-forward-16", 1.6),
+    Comparison("unet-ddim-16", 1.6),
     Comparison("unet-forward-1"),
+    Comparison("unet-train-ema-16", 1.8, variant="fused", memory=0.8),
+    Comparison("unet-train-ema-16", 1.6, variant="compiled"),
+    Comparison("unet-forward-16", 1.4, variant="compiled"),
+    Comparison("unet-ddim-16", 1.4, variant="compiled"),
+    Comparison("unet-train-64px-4"),
+    Comparison("unet-forward-64px-4"),
+    Comparison("unet-train-wide-16"),
+    Comparison("unet-forward-wide-16"),
+    Comparison("conv-forward", 1.5),
+    Comparison("conv-input-gradient", 1.5),
+    Comparison("conv-weight-gradient", 1.2),
 )
-# Samples in the example that both sides compute before they are timed.
+# Samples in the example that both sides compute before they are timed; a compiled network is made for one batch.
 EXAMPLE = {
     "normals": 1_000_000, "forward": 10_000, "step": 1, "chain": 64, "training": 8192, "cold": 16,
     "similarity": 64, "reshape": 10_000, "standardise": 10_000, "shaped": 10_000,
-    "posterior": 100, "unet": 4, "unet-training": 4, "unet-ddim": 2,
+    "posterior": 100, "unet": 16, "unet-training": 16, "unet-ddim": 2,
+    "conv-forward": 2, "conv-input-gradient": 2, "conv-weight-gradient": 2,
 }  # fmt: skip
 # How far the two results of an example may differ, through the size of the peer's result. Moments are in units of
 # their standard error; a weight may differ by a part of how far training moved the weights.
@@ -130,11 +153,13 @@ TOLERANCES = {
     "output of the U-Net": 5e-5,
     "losses of the U-Net": 5e-5,
     "pictures": 1e-4,
+    "conv": 1e-5,
 }
 EXAMPLE_STEPS = 5  # of training
 EXAMPLE_DDIM = 4  # of sampling: an untrained network more than doubles a difference at each
 ROUNDS, LEAST_ROUNDS, PATIENCE = 7, 3, 20.0  # fewer rounds once a case has taken this many seconds
 TURN = 0.3  # seconds of calls in one turn
+SHAPE_TURN = 0.1  # the same where many shapes take turns
 LONG = 0.8  # seconds: a call of this length is not repeated for warmth
 PAUSE = 0.2  # between turns: threads of the other side stop spinning
 BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
@@ -166,6 +191,9 @@ def moments(x: Any) -> Any:
 def our_example(fd: Any, be: Any, case: Case, folder: Path) -> Example:
     """Inputs and our results of the example of a case."""
     case = example_of(case)
+    if isinstance(case, ConvCase):
+        runs = zip(case.layers, case.setups(be), strict=True)
+        return {}, {f"conv/{layer.title}": run() for layer, run in runs}
     s = cases.schedule(fd, case)
     inputs: dict[str, Any] = {"betas": s.betas}
     if case.kind == "normals":
@@ -247,7 +275,7 @@ def _draws(fd: Any, be: Any, case: Case, rows: int, T: int) -> dict[str, Any]:
 
 
 def _unet_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any], folder: Path) -> Example:
-    net = cases.network(fd, case)
+    net = unet_cases.network(fd, case)
     net.save_diffusers(folder / "unet")
     if case.kind == "unet":
         return inputs | {"x": cases.pictures(case, case.n)}, {"output of the U-Net": case.setup(be).run()}
@@ -266,7 +294,10 @@ def _flat(weights: dict[str, Any]) -> Any:
     return np.concatenate([weights[name].reshape(-1) for name in sorted(weights) if name != "features"])
 
 
-def our_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any], int]:
+Runs = tuple[list[Callable[[], Any]], int]  # for each shape of the case, or the one; and the units of one run
+
+
+def our_worker(case: Case, folder: Path, threads: int) -> Runs:
     """Compute the example, leave it in the folder, and return what is to be timed."""
     import fastdiff as fd
 
@@ -275,14 +306,16 @@ def our_worker(case: Case, folder: Path, threads: int) -> tuple[Callable[[], Any
     np.savez(folder / "inputs.npz", **inputs)
     np.savez(folder / "ours.npz", **outputs)
     if case.kind == "cold":
-        return lambda: cases.cold_process("cold_ours.py", folder / "model.safetensors", case, threads), 1
+        return [lambda: cases.cold_process("cold_ours.py", folder / "model.safetensors", case, threads)], 1
+    if isinstance(case, ConvCase):
+        return case.setups(be), 1
     work = case.setup(be)
     work.check(work.run())
     assert "torch" not in sys.modules
-    return work.run, work.units
+    return [work.run], work.units
 
 
-def peer_worker(case: Case, folder: Path, threads: int, variant: str) -> tuple[Callable[[], Any], int]:
+def peer_worker(case: Case, folder: Path, threads: int, variant: str) -> Runs:
     """Compute the example from the inputs in the folder, and return what is to be timed."""
     import torch
 
@@ -290,22 +323,35 @@ def peer_worker(case: Case, folder: Path, threads: int, variant: str) -> tuple[C
     torch.manual_seed(0)
     with np.load(folder / "inputs.npz") as file:
         inputs = {name: file[name] for name in file.files}
-    if case.kind == "training":
+    if isinstance(case, ConvCase):
+        outputs, run = _peer_conv(case)
+    elif case.kind == "training":
         outputs, run = _peer_training(case, inputs, variant == "fused")
     elif case.kind == "cold":
         outputs, run = _peer_cold(case, inputs, folder, threads)
     elif case.net == "unet":
-        outputs, run = _peer_unet(case, inputs, folder / "unet")
+        outputs, run = _peer_unet(case, inputs, folder / "unet", variant)
     elif variant == "numpy":
         outputs, run = _numpy_similarity(case, inputs)
     else:
         outputs, run = PEER_KINDS[case.kind](case, inputs)
     np.savez(folder / "peer.npz", **outputs)
-    assert "fastdiff" not in sys.modules
-    return run, case.units
+    assert "fastdiff.backends.cpu" not in sys.modules
+    return run if isinstance(run, list) else [run], case.units
 
 
-PeerSide = tuple[dict[str, Any], Callable[[], Any]]
+PeerSide = tuple[dict[str, Any], Any]  # its results of the example, and what is to be timed
+
+
+def _peer_conv(case: ConvCase) -> PeerSide:
+    import peer_nets
+
+    def runs(layers: list[unet_cases.Layer]) -> list[Callable[[], Any]]:
+        return [peer_nets.conv(case.kind, layer.arrays()) for layer in layers]
+
+    few = example_of(case).layers
+    outputs = {f"conv/{layer.title}": run().numpy() for layer, run in zip(few, runs(few), strict=True)}
+    return outputs, runs(case.layers)
 
 
 def _peer_normals(case: Case, inputs: dict[str, Any]) -> PeerSide:
@@ -412,7 +458,7 @@ def _peer_cold(case: Case, inputs: dict[str, Any], folder: Path, threads: int) -
     return {"samples": samples.numpy()}, lambda: cases.cold_process("cold_peer.py", path, case, threads)
 
 
-def _peer_unet(case: Case, inputs: dict[str, Any], folder: Path) -> PeerSide:
+def _peer_unet(case: Case, inputs: dict[str, Any], folder: Path, variant: str) -> PeerSide:
     import peer_nets
     import torch
 
@@ -422,9 +468,14 @@ def _peer_unet(case: Case, inputs: dict[str, Any], folder: Path) -> PeerSide:
     def nhwc(x: Any) -> Any:
         return x.permute(0, 2, 3, 1).contiguous().numpy()
 
-    net = peer_nets.Pictures(folder)
+    net: Any = peer_nets.Pictures(folder).train(case.kind == "unet-training")
+    if variant == "compiled":
+        if case.kind == "unet-training":
+            peer_nets.expand_upsampling(net)
+        net = torch.compile(net, dynamic=False)
     if case.kind == "unet-training":
-        trainer = peer_nets.Trainer(net, nchw(inputs["X"]), inputs["betas"], case.n)
+        ema = unet_cases.EMA if isinstance(case, UNetCase) and case.ema else None
+        trainer = peer_nets.Trainer(net, nchw(inputs["X"]), inputs["betas"], case.n, fused=bool(variant), ema=ema)
         for rows, t, eps in zip(*(inputs[name] for name in ("rows", "t", "eps")), strict=True):
             trainer.step(torch.from_numpy(rows), torch.from_numpy(t), nchw(eps))
 
@@ -543,7 +594,7 @@ PEER_KINDS: dict[str, Callable[[Case, dict[str, Any]], PeerSide]] = {
 
 
 def serve(side: str, case: Case, folder: Path, threads: int, variant: str) -> None:
-    """Be a worker: prepare, then take one turn for each line of stdin that names how many seconds it lasts."""
+    """Be a worker: prepare, then take one turn for each line of stdin: how many seconds it lasts, and which shape."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
 
@@ -556,28 +607,30 @@ def serve(side: str, case: Case, folder: Path, threads: int, variant: str) -> No
 
         fastdiff.get_backend("cpu", threads=threads)
         before = resident("VmRSS")
-        run, units = our_worker(case, folder, threads)
+        runs, units = our_worker(case, folder, threads)
     else:
         import diffusers.models  # noqa: F401
         import torch  # noqa: F401
 
         before = resident("VmRSS")
-        run, units = peer_worker(case, folder, threads, variant)
+        runs, units = peer_worker(case, folder, threads, variant)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     say(ready=True)
-    last = 0.0
+    last = [0.0] * len(runs)
     for line in sys.stdin:
+        length, shape = float(line.split()[0]), int(line.split()[1])
+        run = runs[shape]
         # Memory that was given back in the pause is slow at its first touch: a call that is not counted takes it.
-        if last < LONG:
+        if last[shape] < LONG:
             run()
         seconds: list[float] = []
         begin = time.perf_counter()
-        while not seconds or time.perf_counter() - begin < float(line):
+        while not seconds or time.perf_counter() - begin < length:
             start = time.perf_counter()
             run()
-            last = time.perf_counter() - start
-            seconds.append(last / units)
+            last[shape] = time.perf_counter() - start
+            seconds.append(last[shape] / units)
         say(seconds=statistics.median(seconds), calls=len(seconds), peak=resident("VmHWM") - before)
 
 
@@ -597,7 +650,7 @@ class Worker:
     """The process of one side of a case."""
 
     def __init__(self, side: str, comparison: Comparison, scale: float, folder: Path, threads: int) -> None:
-        self.side, self.peak = side, 0
+        self.side, self.peak, begin = side, 0, time.perf_counter()
         command = [sys.executable, __file__, "--worker", side, "--case", comparison.case, "--scale", repr(scale)]
         command += ["--variant", comparison.variant]
         self.process = subprocess.Popen(
@@ -605,13 +658,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(threads),
+            env={"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")} | _environment(threads),
         )
         try:
             self._answer()
         except PeersError:
             self.close()
             raise
+        self.prepared = time.perf_counter() - begin
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -620,11 +674,11 @@ class Worker:
             raise PeersError(f"the process of {self.side} failed: see its traceback above")
         return json.loads(line)
 
-    def turn(self, seconds: float) -> float:
-        """Let it work for about that long; return its time for one unit of the work."""
+    def turn(self, seconds: float, shape: int = 0) -> float:
+        """Let it work for about that long, on one of the shapes; return its time for one unit of the work."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.write(f"{seconds} {shape}\n")
             self.process.stdin.flush()
         answer = self._answer()
         self.peak = answer["peak"]
@@ -666,9 +720,10 @@ def check_parity(case: Case, folder: Path) -> dict[str, dict[str, float]]:
             error = np.linalg.norm(value - other) / np.linalg.norm(other - start)
         else:
             error = np.abs(value - other).max() / np.abs(other).max()
-        parity[name] = {"difference": float(error), "tolerance": TOLERANCES[name]}
-        if not error <= TOLERANCES[name]:  # NaN fails
-            raise PeersError(f"parity of {name} in {case.name}: differs by {error:.3g}, allowed {TOLERANCES[name]:g}")
+        tolerance = TOLERANCES[name.partition("/")[0]]
+        parity[name] = {"difference": float(error), "tolerance": tolerance}
+        if not error <= tolerance:  # NaN fails
+            raise PeersError(f"parity of {name} in {case.name}: differs by {error:.3g}, allowed {tolerance:g}")
     return parity
 
 
@@ -702,9 +757,8 @@ def compare(
     comparison: Comparison, *, scale: float, rounds: int, turn: float, pause: float, threads: int
 ) -> dict[str, Any]:
     """Time one case on both sides, in alternation; return its row of the results."""
-    case = cases.BY_NAME[comparison.case].at(scale)
-    ours: list[float] = []
-    peer: list[float] = []
+    case = BY_NAME[comparison.case].at(scale)
+    layers = case.layers if isinstance(case, ConvCase) else None
     others = Others()
     with tempfile.TemporaryDirectory(prefix="fastdiff-peers-") as name, contextlib.ExitStack() as stack:
         folder, workers = Path(name), []
@@ -712,31 +766,59 @@ def compare(
             workers.append(Worker(side, comparison, scale, folder, threads))
             stack.callback(workers[-1].close)
         parity = check_parity(case, folder)
-        for worker in workers:
-            worker.turn(0)  # warm
-        begin = time.perf_counter()
-        while len(ours) < rounds and (len(ours) < LEAST_ROUNDS or time.perf_counter() - begin < PATIENCE):
-            for worker, seconds in zip(workers, (ours, peer), strict=True):
-                others.rest(pause)
-                seconds.append(worker.turn(turn))
-    memory = {worker.side: worker.peak for worker in workers}
-    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    middle, target = statistics.median(ratios), comparison.target
-    return {
+        how = {"rounds": rounds, "turn": min(turn, SHAPE_TURN) if layers else turn, "pause": pause}
+        shapes = [alternate(workers, shape, others, **how) for shape in range(len(layers or [case]))]
+    done = [{side: sum(r[side] for r in turns) for side in ("ours", "peer")} for turns in zip(*shapes, strict=False)]
+    row = {
         "name": comparison.name,
         "title": case.title,
         "peer": comparison.against,
         "bytes": case.bytes,
         "operations": case.operations,
         "normals": case.normals,
-        "ratio": {"median": middle, "min": min(ratios), "max": max(ratios)},
-        "target": target,
-        "met": None if target is None else middle >= target,
-        "seconds": {"ours": statistics.median(ours), "peer": statistics.median(peer)},
-        "rounds": [{"ours": a, "peer": b} for a, b in zip(ours, peer, strict=True)],
+        **summary(done),
+        "target": comparison.target,
+        "rounds": done,
         "others": round(others.share, 3),
+        "prepared": {worker.side: worker.prepared for worker in workers},
         "parity": parity,
-    } | ({"memory": memory} if comparison.memory and all(memory.values()) else {})
+    }
+    if layers is not None:
+        row["shapes"] = [
+            {"title": layer.title, "operations": layer.operations, **summary(turns)}
+            for layer, turns in zip(layers, shapes, strict=True)
+        ]
+        ratios = [shape["ratio"]["median"] for shape in row["shapes"]]
+        row["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    row["met"] = None if comparison.target is None else row["ratio"]["median"] >= comparison.target
+    if comparison.memory is not None and all(worker.peak for worker in workers):
+        row["memory"] = {worker.side: worker.peak for worker in workers} | {"wanted": comparison.memory}
+    return row
+
+
+def alternate(
+    workers: list[Worker], shape: int, others: Others, *, rounds: int, turn: float, pause: float
+) -> list[dict[str, float]]:
+    """Let the workers take turns on a shape; return their times of each round."""
+    for worker in workers:
+        worker.turn(0, shape)  # warm
+    done: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while len(done) < rounds and (len(done) < LEAST_ROUNDS or time.perf_counter() - begin < PATIENCE):
+        done.append({})
+        for worker in workers:
+            others.rest(pause)
+            done[-1][worker.side] = worker.turn(turn, shape)
+    return done
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Ratio and seconds of rounds."""
+    ratios = [r["peer"] / r["ours"] for r in rounds]
+    return {
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "seconds": {side: statistics.median(r[side] for r in rounds) for side in ("ours", "peer")},
+    }
 
 
 # -- the report ------------------------------------------------------------------------------------------------
@@ -755,7 +837,7 @@ def choose(names: list[str] | None) -> list[Comparison]:
 def main() -> int:
     """Compare, print, and write the results; return the exit code."""
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="cases, or the beginnings of their names")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"at most so many (default {ROUNDS})")
     parser.add_argument("--threads", type=int, default=2, help="of both sides (default 2)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The ratios mean nothing")
@@ -767,7 +849,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(args.worker, cases.BY_NAME[args.case].at(args.scale), args.folder, args.threads, args.variant)
+        serve(args.worker, BY_NAME[args.case].at(args.scale), args.folder, args.threads, args.variant)
         return 0
 
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
@@ -803,6 +885,8 @@ def main() -> int:
             words.append(f"target {target:g}: {'met' if row['met'] else 'MISSED'}")
         if row["others"] > BUSY and not args.quick:
             words.append(f"DOUBTFUL: other programs used {row['others']:.0%} of the machine")
+        if "memory" in row:
+            words.append(memory_words(row["memory"]))
         print("  ".join(words), flush=True)
     print(f"\n{table(results)}\n{time.perf_counter() - begin:.0f} s")
     if failed:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastdiff.bench import cells, duration, speed
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- numbers:([\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
@@ -29,15 +31,6 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def duration(seconds: float) -> str:
-    """Return a time with three digits and its unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            value = seconds / size
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
-    raise AssertionError
-
-
 def place(header: dict[str, Any]) -> str:
     """Return a header as a line of text."""
     h = header
@@ -49,9 +42,13 @@ def place(header: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results of `peers.py` or `compile_time.py` as Markdown: what was measured where, and a table."""
+    """Return the results of a benchmark as Markdown: what was measured where, and a table."""
     if "stages" in results:
         return compile_table(results)
+    if "roofs" in results:
+        return roofs_table(results)
+    if "passes" in results:
+        return profile_table(results)
     h = results["header"]
     tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the ratios mean nothing.** "
     lines = [
@@ -67,10 +64,64 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['title']} | {row['peer']} | {duration(seconds['ours'])} | {duration(seconds['peer'])} "
             f"| **{ratio['median']:.1f}** ({ratio['min']:.1f} .. {ratio['max']:.1f}) | {wanted} |"
         )
+    lines += shapes_table([row for row in results["rows"] if "shapes" in row])
     for row in results["rows"]:
         if "memory" in row:
-            ours, peer = (f"{row['memory'][side] / 1e6:.0f} MB" for side in ("ours", "peer"))
-            lines += ["", f"Peak memory beyond the imported libraries, {row['title']}: {ours}, theirs {peer}."]
+            words = memory_words(row["memory"])
+            lines += ["", f"Peak memory beyond the imported libraries, {row['title']}: {words}."]
+    return "\n".join(lines) + "\n"
+
+
+def memory_words(memory: dict[str, float]) -> str:
+    """Return both peaks, and where a share of the peer's is wanted, theirs."""
+    ours, peer, wanted = memory["ours"], memory["peer"], memory.get("wanted")
+    words = f"{ours / 1e6:.0f} MB, theirs {peer / 1e6:.0f} MB"
+    if wanted is None:
+        return words
+    return (
+        f"{words}: {ours / peer:.2f} of it, wanted at most {wanted:g}{'' if ours <= wanted * peer else ': **missed**'}"
+    )
+
+
+def shapes_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of the shapes of such rows, which have the same ones."""
+    if not rows:
+        return []
+    heads = "".join(f" {row['title']}: ours | theirs | ratio |" for row in rows)
+    lines = ["", f"| shape |{heads}", f"|---|{'---:|---:|---:|' * len(rows)}"]
+    for shapes in zip(*(row["shapes"] for row in rows), strict=True):
+        cells = "".join(
+            f" {duration(s['seconds']['ours'])} | {duration(s['seconds']['peer'])} | **{s['ratio']['median']:.2f}** |"
+            for s in shapes
+        )
+        lines.append(f"| {shapes[0]['title']} |{cells}")
+    return lines
+
+
+def roofs_table(results: dict[str, Any]) -> str:
+    """Return the results of `run.py` as Markdown: by case, the backends side by side."""
+    h, backends = results["header"], list(results["roofs"])
+    tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the numbers mean nothing.** "
+    roofs = "; ".join(
+        f"{name} {roof['memory'] / 1e9:.1f} GB/s and {roof['arithmetic'] / 1e9:.0f} GF/s"
+        for name, roof in results["roofs"].items()
+        if name != "numpy"  # it has those of the CPU
+    )
+    fast = [name for name in backends if name != "numpy"]
+    by_case: dict[str, dict[str, Any]] = {}
+    for row in results["cases"]:
+        by_case.setdefault(row["title"], {})[row["backend"]] = row
+    lines = [
+        f"{tiny}{place(h)} The roofs, measured in the same run: {roofs}. NumPy computes a part of the samples.",
+        "",
+        "| work |" + "".join(f" {name} | rate | of the roof |" for name in fast) + " NumPy's rate |",
+        "|---|" + "---:|" * (3 * len(fast) + 1),
+    ]
+    for title, rows in by_case.items():
+        line = [title, *(cell for name in fast for cell in (cells(rows[name]) if name in rows else [""] * 3))]
+        reference = rows.get("numpy", {"rate": None})
+        line.append("" if reference["rate"] is None else f"{speed(reference['rate'])} {reference['unit']}")
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -81,11 +132,41 @@ def compile_table(results: dict[str, Any]) -> str:
         "",
         "| in a new process | nothing cached | cached |",
         "|---|---:|---:|",
-        *(
-            f"| {stage['what']} | {duration(stage['cold'])} | {duration(stage['warm'])} |"
-            for stage in results["stages"]
-        ),
+        *(f"| {stage['what']} | {_stage(stage, 'cold')} | {_stage(stage, 'warm')} |" for stage in results["stages"]),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def _stage(stage: dict[str, Any], cache: str) -> str:
+    """Return the time of a stage, and how long it may take where that is set."""
+    words = duration(stage[cache])
+    if "wanted" not in stage:
+        return words
+    wanted = stage["wanted"][cache]
+    return f"{words} (wanted {wanted:g} s{'' if stage[cache] <= wanted else ': **missed**'})"
+
+
+def profile_table(results: dict[str, Any]) -> str:
+    """Return the results of `profile_layers.py` as Markdown."""
+    peak = results["peak"]
+    lines = [f"{place(results['header'])} A matrix product in cache reaches {peak / 1e9:.0f} GF/s."]
+    for one in results["passes"]:
+        ways = [way for way in ("forward", "backward") if any(way in row for row in one["rows"])]
+        heads = "".join(f" {way} | GF/s | of peak |" for way in ways)
+        lines += ["", f"| {one['title']} | calls |{heads} share |", f"|---|---:|{'---:|---:|---:|' * len(ways)}---:|"]
+        sums: dict[str, Any] = {
+            way: {unit: sum(row[way][unit] for row in one["rows"] if way in row) for unit in ("seconds", "operations")}
+            for way in ways
+        }
+        for row in (*one["rows"], {"what": f"all: {duration(one['seconds'])}", "calls": ""} | sums):
+            cells, whole = "", 0.0
+            for way in ways:
+                seconds, operations = (row[way][unit] if way in row else 0.0 for unit in ("seconds", "operations"))
+                speed = operations / seconds if operations else 0.0
+                cells += f" {duration(seconds) if seconds else ''} |"
+                cells += f" {speed / 1e9:.0f} | {speed / peak:.0%} |" if speed else "  |  |"
+                whole += seconds
+            lines.append(f"| {row['what']} | {row['calls']} |{cells} {whole / one['seconds']:.0%} |")
     return "\n".join(lines) + "\n"
 
 

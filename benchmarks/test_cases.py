@@ -1,4 +1,4 @@
-"""The table under pytest-benchmark, at full size: ``make bench``; one case: ``-k step``."""
+"""The table under pytest-benchmark, at full size: ``pytest benchmarks``; one case: ``-k step``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import fastdiff as fd
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, benchmark: Any) -> None:
     be = fd.get_backend("cpu")
+    case.parity(be)
     work = case.setup(be)
     work.check(work.run())  # compiles, and touches the memory
     benchmark.extra_info |= {

@@ -24,3 +24,4 @@ print("the installed wheel trains, saves, loads and samples")
 PY
 env/bin/fastdiff sample m.safetensors -n 3 -o new.csv
 test "$(wc -l <new.csv)" -ge 3
+env/bin/fastdiff bench --tiny --only normals --only adamw | grep -q 'of memory'

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
+from fastdiff import bench
 from fastdiff.backends import get_backend
+from fastdiff.backends.layers import Conv
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-cases, peers, readme_numbers = map(importlib.import_module, ("cases", "peers", "readme_numbers"))
+cases, peers, readme_numbers, unet_cases = map(
+    importlib.import_module, ("cases", "peers", "readme_numbers", "unet_cases")
+)
 
 TINY = 1e-3
 # The table is append-only: new cases are added at the end, here too.
@@ -48,11 +52,27 @@ SIZES = {
     "unet-forward-16": (16, (32, 32, 3)),
     "unet-ddim-16": (16, (32, 32, 3)),
     "unet-forward-1": (1, (32, 32, 3)),
+    "mlp-tutorial-100000": (100_000, (50,)),
+    "mlp-default-100000": (100_000, (50,)),
+    "conv-4x64x64x64": (4, (64, 64, 64)),
+    "conv-16x32x32x64": (16, (32, 32, 64)),
+    "conv-16x16x16x128": (16, (16, 16, 128)),
+    "conv-16x8x8x256": (16, (8, 8, 256)),
+    "conv-back-16x32x32x64": (16, (32, 32, 64)),
+    "conv-back-16x16x16x128": (16, (16, 16, 128)),
+    "norm-64x32x32x64": (64, (32, 32, 64)),
+    "attention-16x64x128": (16, (64, 128)),
+    "attention-16x256x128": (16, (256, 128)),
+    "adamw-4000000": (1, (4_000_000,)),
+    "save-unet": (1, (32, 32, 3)),
+    "load-unet": (1, (32, 32, 3)),
+    "cold-import": (1, (1,)),
+    "first-compile": (16, (50,)),
 }
 
 
 def test_the_table_only_grows():
-    assert {case.name: (case.n, case.shape) for case in cases.CASES[: len(SIZES)]} == SIZES
+    assert {case.name: (case.n, case.shape) for case in cases.CASES}.items() >= SIZES.items()
     assert len(cases.BY_NAME) == len(cases.CASES)
 
 
@@ -60,8 +80,8 @@ def test_the_table_only_grows():
 def test_a_case_counts_its_work(case):
     assert case.kind in cases.KINDS
     assert case.bytes >= 4 * case.values > 0
-    assert case.normals >= case.values or case.kind in ("similarity", "reshape", "standardise", "posterior", "unet")
-    assert (case.operations > 0) == (case.kind != "normals")
+    assert case.normals == cases.KINDS[case.kind].draws * case.values
+    assert (case.operations > 0) == (case.kind not in ("normals", "save", "load", "import"))
     if case.net:
         net = cases.network(fd, case)
         assert case.parameters == net.layout.count
@@ -80,22 +100,56 @@ def counted(net):
         def conv(self, geometry, x, w, b, out, **options):
             nonlocal total
             total += 2 * out.size * w[..., 0].size
-            super().conv(geometry, x, w, b, out, **options)
+            out[...] = 0
 
         def attention(self, qkv, out, log_sums, *, heads):
             nonlocal total
             total += 4 * out.size * out.shape[1]
-            super().attention(qkv, out, log_sums, heads=heads)
+            out[...] = 0
 
     net.predict(np.zeros((1, *net.shape), np.float32), 0, backend=Counter())
     return total
 
 
-@pytest.mark.parametrize("case", [case.at(TINY) for case in cases.CASES], ids=lambda case: case.name)
+QUICK = [case.at(TINY) for case in cases.CASES if case.kind != "compile"]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_case_runs(case):
     work = case.setup(fd.get_backend("cpu", threads=2))
     work.check(work.run())
     work.check(work.run())  # a run leaves the next one the same work
+
+
+def test_the_first_compile_finds_no_kernel(monkeypatch):
+    caches = []
+
+    def process(*_, NUMBA_CACHE_DIR):
+        caches.append(Path(NUMBA_CACHE_DIR))
+        assert not list(caches[-1].iterdir())
+        return "(16, 50)\n"
+
+    monkeypatch.setattr(cases, "cold_process", process)
+    work = cases.BY_NAME["first-compile"].setup("cpu")
+    work.check(work.run())
+    work.check(work.run())
+    assert len(set(caches)) == 2
+    assert not any(cache.exists() for cache in caches)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_a_case_agrees_with_the_reference(kind):
+    case = next(case for case in cases.CASES if case.kind == kind)
+    assert case.parity("cpu") <= cases.KINDS[kind].tolerance
+
+
+@pytest.mark.parametrize("wrong", [1 + 1e-4, float("nan")])
+@pytest.mark.parametrize("name", ["normals-960000x50", "train-default-10", "conv-16x8x8x256"])
+def test_a_backend_that_computes_something_else_is_noticed(name, wrong, monkeypatch):
+    numbers, sides = bench.numbers, iter([wrong, 1.0])
+    monkeypatch.setattr(bench, "numbers", lambda result: numbers(result) * next(sides))
+    with pytest.raises(AssertionError, match=rf"{name}: cpu and numpy differ by (0\.0001|nan)"):
+        cases.BY_NAME[name].parity("cpu")
 
 
 def test_a_wrong_result_is_noticed():
@@ -111,9 +165,10 @@ def test_a_wrong_result_is_noticed():
 
 
 def test_every_comparison_has_its_case():
-    assert {comparison.case for comparison in peers.COMPARISONS} == set(SIZES)
+    compared = {comparison.case for comparison in peers.COMPARISONS}
+    assert compared <= set(peers.BY_NAME)
     assert len({comparison.name for comparison in peers.COMPARISONS}) == len(peers.COMPARISONS)
-    assert set(peers.PEERS) == set(peers.EXAMPLE) == set(cases.KINDS)
+    assert set(peers.PEERS) == set(peers.EXAMPLE) == {peers.BY_NAME[name].kind for name in compared}
 
 
 def test_a_comparison_is_chosen_by_its_name_or_the_beginning_of_several():
@@ -163,7 +218,9 @@ def test_moments_are_in_units_of_their_standard_error():
 
 @pytest.mark.peers
 @pytest.mark.skipif(find_spec("torch") is None or find_spec("diffusers") is None, reason="torch and diffusers")
-@pytest.mark.parametrize("name", ["step-64x256x256x3", "train-default-10"])
+@pytest.mark.parametrize(
+    "name", ["step-64x256x256x3", "train-default-10", "conv-input-gradient", "unet-train-ema-16-fused"]
+)
 def test_a_comparison_runs(name, tmp_path):
     command = [sys.executable, BENCHMARKS / "peers.py", "--quick", "--only", name, "--output", tmp_path / "results"]
     subprocess.run(command, check=True, capture_output=True)
@@ -174,6 +231,152 @@ def test_a_comparison_runs(name, tmp_path):
     assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
     assert all(entry["difference"] <= entry["tolerance"] for entry in row["parity"].values())
     assert "mean nothing" in (tmp_path / "results" / "peers-cpu.md").read_text()
+
+
+def test_workloads_of_the_peers_count_their_work():
+    for case in unet_cases.CASES:
+        if isinstance(case, unet_cases.ConvCase):
+            assert len(case.layers) == 12
+            assert {(layer.size, layer.n) for layer in case.layers} == {(8, 16), (16, 16), (32, 16), (64, 4)}
+            assert case.values == sum(np.prod(layer.shape) for layer in case.layers)
+            assert case.operations == sum(18 * np.prod(layer.shape) * layer.channels for layer in case.layers)
+            continue
+        net = unet_cases.network(fd, case)
+        assert all(view.any() for view in net.params.values())
+        assert case.parameters == net.layout.count
+        assert counted(net) == case.forward
+        training = case.kind == "unet-training"
+        assert case.operations == (3 if training else 1) * case.n * case.forward + training * 3 * case.values
+
+
+@pytest.mark.parametrize("case", [case.at(TINY) for case in unet_cases.CASES[:2]], ids=lambda case: case.name)
+def test_a_workload_of_the_peers_runs(case):
+    work = case.setup(fd.get_backend("cpu", threads=2))
+    work.check(work.run())
+    model = work.run()
+    assert model._optimizer.plan.ema == (unet_cases.EMA if case.ema else None)
+
+
+def test_convolutions_of_the_peers_are_those_of_the_reference(monkeypatch):
+    monkeypatch.setattr(unet_cases, "CONV_CHANNELS", (8, 64))
+    monkeypatch.setattr(unet_cases, "CONV_SIZES", (4, 8))
+    be, reference, same = fd.get_backend("cpu", threads=2), fd.get_backend("numpy"), Conv((3, 3), pad=(1, 1, 1, 1))
+    results = []
+    for case in unet_cases.CASES[-3:]:
+        runs = case.at(1 / 8).setups(be)
+        results.append([[run() for _ in range(2)][-1] for run in runs])  # the second one repeats the first
+    for layer, *ours in zip(case.at(1 / 8).layers, *results, strict=True):
+        assert layer.n == 2
+        x, w, b, dy = layer.arrays().values()
+        y, dx, dw, db = (np.empty_like(array) for array in (dy, x, w, b))
+        reference.conv(same, x, w, b, y)
+        reference.conv_backward(same, dy, x, w, dx, dw, db)
+        for mine, other in zip(ours, (y, dx, dw), strict=True):
+            assert np.abs(mine - other).max() < peers.TOLERANCES["conv"] * np.abs(other).max()
+
+
+class Clock:
+    """A worker of `peers.compare` that takes as long as it is told: `times[side]` by shape."""
+
+    times = {"ours": [1.0, 2.0, 4.0], "peer": [1.5, 6.0, 8.0]}  # noqa: RUF012
+    prepared = 0.0
+    memory = {"ours": 60, "peer": 100}  # noqa: RUF012
+
+    def __init__(self, side, *_):
+        self.side, self.peak, self.turns = side, self.memory[side], []
+
+    def turn(self, seconds, shape=0):
+        self.turns.append((shape, seconds))
+        return self.times[self.side][shape]
+
+    def close(self):
+        taken = [shape for shape, _ in self.turns]
+        assert taken == sorted(taken)  # a shape's rounds are not apart
+
+
+HOW = {"scale": TINY, "rounds": 3, "turn": 0.5, "pause": 0.0, "threads": 2}
+
+
+def test_a_row_of_many_shapes_has_the_median_of_their_ratios(monkeypatch):
+    monkeypatch.setattr(peers, "Worker", Clock)
+    monkeypatch.setattr(peers, "check_parity", lambda *_: {})
+    monkeypatch.setattr(unet_cases, "CONV_CHANNELS", (64,))
+    monkeypatch.setattr(unet_cases, "CONV_SIZES", (8, 16, 32))
+    for target, met in ((1.5, True), (2.5, False)):
+        row = peers.compare(peers.Comparison("conv-forward", target), **HOW)
+        assert row["ratio"] == {"median": 2.0, "min": 1.5, "max": 3.0}
+        assert row["seconds"] == {"ours": 7.0, "peer": 15.5}
+        assert [shape["ratio"]["median"] for shape in row["shapes"]] == [1.5, 3.0, 2.0]
+        assert row["met"] is met
+        assert "memory" not in row
+    row = peers.compare(peers.Comparison("unet-train-ema-16", memory=0.5), **HOW)
+    assert row["ratio"] == {"median": 1.5, "min": 1.5, "max": 1.5}
+    assert row["memory"] == {"ours": 60, "peer": 100, "wanted": 0.5}
+    text = readme_numbers.memory_words(row["memory"])
+    assert text == "0 MB, theirs 0 MB: 0.60 of it, wanted at most 0.5: **missed**"
+    assert "missed" not in readme_numbers.memory_words(row["memory"] | {"wanted": 0.6})
+
+
+def test_a_row_says_what_it_is_compared_with():
+    against = {comparison.name: comparison.against for comparison in peers.COMPARISONS}
+    assert against["unet-train-16"] == "diffusers UNet2DModel, AdamW, clipping"
+    assert against["unet-train-ema-16-fused"] == "diffusers UNet2DModel, fused AdamW, clipping, EMA"
+    assert against["unet-train-ema-16-compiled"].startswith("torch.compile, diffusers UNet2DModel, fused AdamW")
+    assert against["similarity-4096x128-numpy"] == "NumPy broadcasting"
+
+
+def test_the_shapes_of_a_row_are_a_table_of_their_own():
+    shape = {"title": "8 x 8", "ratio": {"median": 1.234}, "seconds": {"ours": 1e-3, "peer": 1.234e-3}}
+    rows = [{"title": title, "shapes": [shape, shape | {"title": "16 x 16"}]} for title in ("forward", "backward")]
+    lines = readme_numbers.shapes_table(rows)
+    cells = " 1.00 ms | 1.23 ms | **1.23** |"
+    assert lines[-2:] == [f"| 8 x 8 |{cells}{cells}", f"| 16 x 16 |{cells}{cells}"]
+    assert {line.count("|") for line in lines[1:]} == {8}
+    assert readme_numbers.shapes_table([]) == []
+
+
+def test_compile_times_are_held_against_what_is_wanted(monkeypatch, tmp_path, capsys):
+    times = iter([10.0, 1.0, 61.0, 3.0])
+    compile_time = importlib.import_module("compile_time")
+    monkeypatch.setattr(compile_time, "run", lambda work, cache: {"all of it": next(times)})
+    assert compile_time.main(["--rounds", "1", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "| all of it | 10.0 s | 1.00 s |"
+    assert lines[-1] == "| U-Net: all of it, 0 functions | 61.0 s (wanted 60 s: **missed**) | 3.00 s (wanted 3 s) |"
+    assert json.loads((tmp_path / "compile-cpu.json").read_text())["stages"][1]["wanted"] == {"cold": 60, "warm": 3}
+
+
+def test_the_profile_by_layer(monkeypatch, tmp_path, capsys):
+    profile = importlib.import_module("profile_layers")
+    monkeypatch.setattr(bench, "roofs", lambda be: bench.Roofs(1e10, 1e11))
+    how = ["--size", "8", "--batch", "2", "--channels", "32", "64", "--passes", "2", "--output", str(tmp_path)]
+    assert profile.main(how) == 0
+    results = json.loads((tmp_path / "profile-cpu.json").read_text())
+    training, forward = results["passes"]
+    case = unet_cases.UNetCase("", "", "unet", 2, (8, 8, 3), "unet", channels=(32, 64))
+    work = 2 * counted(unet_cases.network(fd, case))
+    given = 2 * 2 * (64 * 9 * 3 * 32 + 32 * 128)  # pictures and features of the timestep need no gradient
+    for found, way, wanted in (
+        (forward, "forward", work),
+        (training, "forward", work),
+        (training, "backward", 2 * work),
+    ):
+        done = sum(row[way]["operations"] for row in found["rows"] if way in row)
+        assert done == wanted - (way == "backward") * given
+        assert all(row[way]["seconds"] >= 0 for row in found["rows"] if way in row)
+    for found in (training, forward):
+        whole = sum(row[way]["seconds"] for row in found["rows"] for way in ("forward", "backward") if way in row)
+        assert 0.5 * found["seconds"] < whole < 2 * found["seconds"]
+        shares = [
+            sum(row.get(way, {"seconds": 0})["seconds"] for way in ("forward", "backward")) for row in found["rows"]
+        ]
+        assert shares == sorted(shares, reverse=True)
+    kinds = {row["what"]: row for row in training["rows"]}
+    assert {"conv 3x3, 8 x 8", "conv 1x1", "GroupNorm + SiLU", "attention"} <= set(kinds)
+    assert "backward" not in kinds["clipping, AdamW, average"]
+    assert "| of peak |" in (tmp_path / "profile-cpu.md").read_text()
+    assert profile.main([*how[:-1], str(tmp_path / "other"), "--shapes", "--only", "forward"]) == 0
+    assert "conv 3x3, 8 x 8, 32 to 32" in capsys.readouterr().out
 
 
 def test_the_profile_of_a_training_step(monkeypatch, capsys):

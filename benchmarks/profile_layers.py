@@ -1,0 +1,248 @@
+"""Where the U-Net's time goes, layer by layer: ``python benchmarks/profile_layers.py``.
+
+Training steps and forward passes run as a user runs them, on a backend that notes how long each operation takes.
+Calls are added up by the kind of layer, or with --shapes for every shape apart. Operations are those of the direct
+formula, whatever form a kernel has (Winograd's needs up to four times fewer, so its speed may exceed the peak), and
+those of a backward pass are twice the forward's, or as many where the input needs no gradient. The peak is the
+arithmetic roof of `fastdiff.bench`: matrix products in cache, on all threads. A time is the median of the passes.
+
+Without options the results go to ``results/profile-cpu.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cases
+import numpy as np
+from machine import header
+from readme_numbers import RESULTS, table, write
+from unet_cases import UNetCase, network
+
+import fastdiff as fd
+from fastdiff import bench
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.layers import LayerBackend
+from fastdiff.backends.workers import Script
+
+PASSES = 9
+OTHER = "outside of the layers"
+OUTER = {"asarray", "empty", "owns", "queue", "to_numpy", "train_step"}  # calls that are no layers, or made of them
+STEP_END = "finish_step"
+KINDS = {
+    "attention": "attention",
+    "silu": "SiLU, sums, tables",
+    "add": "SiLU, sums, tables",
+    "take": "SiLU, sums, tables",
+    "concatenate": "concatenation",
+    "split": "concatenation",
+    "squared_error": "loss",
+    "draw_batch": "noise",
+    STEP_END: "clipping, AdamW, average",
+}
+
+
+class Call(NamedTuple):
+    """A call of the backend: its name, when it ended, how long it took, and its arguments."""
+
+    name: str
+    end: float
+    seconds: float
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """What is added up: calls of a kind of layer, of one shape where shapes are apart, in one direction."""
+
+    kind: str
+    shape: str
+    backward: bool
+
+
+Pass = tuple[float, list[Call]]  # its seconds, and the calls in it
+
+
+def watched(be: CpuBackend) -> list[Call]:
+    """Make a backend note every call from outside in the list that is returned.
+
+    What `repeat` is given becomes one script for each of its operations, instead of one for all of them.
+    """
+    calls: list[Call] = []
+    written: list[tuple[Script, str, tuple[Any, ...], dict[str, Any]]] | None = None
+    inside = False
+
+    def watch(name: str, method: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return method(*positional, **named)
+        if written is not None:
+            be._recorded.append([])
+        inside, begin = True, time.perf_counter()
+        try:
+            return method(*positional, **named)
+        finally:
+            end, inside = time.perf_counter(), False
+            if written is None:
+                calls.append(Call(name, end, end - begin, positional, named))
+            else:
+                written.append((Script(be.threads, be._recorded.pop()), name, positional, named))
+
+    def repeat(kept: dict[Any, Any], places: list[Any], body: Callable[[], None]) -> None:
+        nonlocal written
+        key = tuple(None if array is None else array.ctypes.data for array in places)
+        if key not in kept:
+            kept[key] = written = []
+            try:
+                body()
+            finally:
+                written = None
+        for script, name, positional, named in kept[key]:
+            begin = time.perf_counter()
+            be._workers.perform(script)
+            end = time.perf_counter()
+            calls.append(Call(name, end, end - begin, positional, named))
+
+    for name in dir(LayerBackend):
+        method = getattr(be, name, None)
+        if name not in OUTER and not name.startswith("_") and callable(method):
+            setattr(be, name, partial(watch, name, method))
+    be.repeat = repeat  # type: ignore[method-assign]
+    return calls
+
+
+def layer_of(call: Call, ends: tuple[int, int]) -> tuple[str, str, float]:
+    """Kind and shape of the layer of a call, and its operations; `ends` are channels of the pictures in and out."""
+    arguments, base = call.positional, call.name.removesuffix("_backward")
+    backward = base != call.name
+    if base == "conv":
+        if backward:
+            geometry, y, w, products = arguments[0], arguments[1], arguments[3], 1 + (arguments[4] is not None)
+        else:
+            geometry, y, w, products = arguments[0], arguments[4], arguments[2], 1
+        (_, height, width, k), kernel, c = y.shape, f"conv {w.shape[0]}x{w.shape[1]}", w.shape[2]
+        size, channels, operations = f"{height} x {width}", f"{c} to {k}", 2.0 * products * y.size * w[..., 0].size
+        if height * width == 1:
+            return "linear layers", channels, operations
+        if c == ends[0] or k == ends[1]:
+            return "first conv" if c == ends[0] else "last conv", channels, operations
+        if max(geometry.stride) > 1 or max(geometry.up) > 1:
+            kernel += ", strided" if max(geometry.stride) > 1 else ", upsampling"
+        elif max(w.shape[:2]) > 1:
+            return f"{kernel}, {size}", channels, operations
+        return kernel, f"{size}, {channels}", operations
+    if base == "norm":
+        _, height, width, c = arguments[0].shape
+        return "GroupNorm" + (" + SiLU" if call.named["silu"] else ""), f"{height} x {width}, {c} channels", 0.0
+    if base == "attention":
+        y, length = arguments[0 if backward else 1], arguments[0].shape[1]
+        shape = f"{length} pixels, {y.shape[2]} channels"
+        return KINDS[base], shape, 4.0 * (1 + backward) * y.size * length
+    return KINDS.get(base, base), "", 0.0
+
+
+def profile(passes: list[Pass], ends: tuple[int, int], shapes: bool) -> dict[str, Any]:
+    """Add up the calls of each pass; return the seconds of a pass, and its rows, the longest first.
+
+    Whatever comes after the loss, up to the optimiser, is the backward pass.
+    """
+    times: dict[Part, list[float]] = defaultdict(lambda: [0.0] * len(passes))
+    operations: Counter[Part] = Counter()
+    count: Counter[Part] = Counter()
+    for i, (whole, calls) in enumerate(passes):
+        backward = False
+        for call in calls:
+            backward = backward and call.name != STEP_END
+            kind, shape, work = layer_of(call, ends)
+            part = Part(kind, shape if shapes else "", backward)
+            times[part][i] += call.seconds
+            if i == 0:
+                operations[part] += work
+                count[part] += 1
+            backward = backward or call.name == "squared_error"
+        times[Part(OTHER, "", False)][i] = whole - sum(call.seconds for call in calls)
+    rows: dict[str, dict[str, Any]] = {}
+    for part, seconds in times.items():
+        what = ", ".join(filter(None, part[:2]))
+        row = rows.setdefault(what, {"what": what, "calls": 0})
+        found = {"seconds": statistics.median(seconds), "operations": operations[part]}
+        row["backward" if part.backward else "forward"] = found
+        row["calls"] = max(row["calls"], count[part])
+
+    def total(row: dict[str, Any]) -> float:
+        return sum(row[way]["seconds"] for way in ("forward", "backward") if way in row)
+
+    whole = statistics.median(seconds for seconds, _ in passes)
+    return {"seconds": whole, "rows": sorted(rows.values(), key=total, reverse=True)}
+
+
+def training_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[Pass]:
+    """Training steps; a step ends where the optimiser does."""
+    model = fd.Diffusion(network(fd, case), cases.schedule(fd, case), backend=be, seed=0)
+    how = {"batch": case.n, "data_range": (-1.0, 1.0), "progress": False}
+    X = cases.pictures(case, 4 * case.n)
+    model.fit(X, steps=1, **how)
+    calls.clear()
+    model.fit(X, steps=passes + 1, **how)
+    ends = [i for i, call in enumerate(calls) if call.name == STEP_END]
+    return [(calls[b].end - calls[a].end, calls[a + 1 : b + 1]) for a, b in pairwise(ends)]
+
+
+def forward_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[Pass]:
+    """Forward passes without gradients."""
+    net, x, t = network(fd, case), cases.pictures(case, case.n), np.arange(case.n) % cases.IMAGE_T
+    net.predict(x, t, backend=be)
+    done = []
+    for _ in range(passes):
+        calls.clear()
+        begin = time.perf_counter()
+        net.predict(x, t, backend=be)
+        done.append((time.perf_counter() - begin, list(calls)))
+    return done
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write the results; return the exit code."""
+    parser = argparse.ArgumentParser(prog="profile_layers.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", action="store_true", help="every shape of a layer apart; writes nothing")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the pictures")
+    parser.add_argument("--channels", type=int, nargs="+", default=list(cases.UNET["channels"]))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=PASSES)
+    parser.add_argument("--only", choices=["training", "forward"], help="one of the two; writes nothing")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
+    args = parser.parse_args(argv)
+    defaults = all(getattr(args, name) == parser.get_default(name) for name in vars(args) if name != "output")
+    output = args.output or (RESULTS if defaults else None)
+
+    shape, channels = (args.size, args.size, 3), tuple(args.channels)
+    case = UNetCase("", "", "unet", args.batch, shape, "unet", channels=channels)
+    be = CpuBackend(args.threads)
+    results: dict[str, Any] = {"header": header(args.threads), "peak": bench.roofs(be).arithmetic, "passes": []}
+    calls = watched(be)
+    where = f"U-Net, {args.size} x {args.size} x 3, channels {channels}, batch {args.batch}"
+    for what, run in (("training step", training_passes), ("forward pass", forward_passes)):
+        if args.only is None or what.startswith(args.only):
+            found = profile(run(be, calls, case, args.passes), (3, 3), args.shapes)
+            results["passes"].append({"title": f"{what}, {where}"} | found)
+    print(table(results), end="")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write(output / "profile-cpu.json", json.dumps(results, indent=1) + "\n")
+        write(output / "profile-cpu.md", table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
