@@ -147,7 +147,7 @@ class Workers:
             if crew.call(self._board, helpers, script.table):
                 for h, queue in enumerate(self._jobs[:helpers], 1):
                     if self._board[h * crew.SPREAD + crew.WOKEN]:
-                        queue.put((functools.partial(crew.serve, self._board), _NOBODY))
+                        queue.put((_nothing, _NOBODY, self._board))
             crew.work(0, *parts)
         finally:
             crew.dismiss(self._board, helpers)
@@ -161,16 +161,16 @@ class Workers:
     def _share(self, job: Callable[[int], None], helpers: int) -> None:
         """Call ``job(worker)`` here, as worker 0, and in the first `helpers` helpers; return when all are done."""
         self._settled = False
-        crew.want(self._board, helpers, 1)
+        crew.want(self._board, helpers)
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         for queue in self._jobs[:helpers]:
-            queue.put((job, done))
+            queue.put((job, done, self._board))
         failures: list[BaseException | None] = []
         try:
             job(0)
         finally:
+            crew.meet(self._board, helpers)
             failures = [done.get() for _ in range(helpers)]
-            crew.want(self._board, helpers, 0)
             self._settled = True
         for failure in failures:
             if failure is not None:
@@ -203,7 +203,8 @@ def _dismiss(jobs: list[SimpleQueue[Any]]) -> None:
 
 def _serve(queue: SimpleQueue[Any], worker: int) -> None:
     while (task := queue.get()) is not None:
-        job, done = task
+        job, done, board = task
+        crew.come(board, worker)
         try:
             job(worker)
         except BaseException as error:  # noqa: BLE001 - handed to the caller
@@ -211,6 +212,11 @@ def _serve(queue: SimpleQueue[Any], worker: int) -> None:
         else:
             done.put(None)
         task = job = done = None
+        crew.serve(board, worker)  # for a while: to be woken takes longer than many a job
+
+
+def _nothing(worker: int) -> None:
+    pass
 
 
 class _Scratch:

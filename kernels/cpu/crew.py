@@ -191,10 +191,27 @@ def dismiss(board, helpers):
 
 
 @kernel
-def want(board, helpers, wanted):
-    """Send helpers that watch back outside, and let them not watch while they are wanted there."""
+def want(board, helpers):
+    """Send helpers that watch back outside, where there is something for them."""
     for h in range(1, helpers + 1):
-        atomic_store(board, h * SPREAD + WANTED, wanted)
+        atomic_store(board, h * SPREAD + WANTED, 1)
+
+
+@kernel
+def come(board, worker):
+    """A helper is outside, and takes what is there."""
+    atomic_store(board, worker * SPREAD + WANTED, 0)
+
+
+@kernel
+def meet(board, helpers):
+    """Wait until helpers have taken what was outside and are back, but not for long."""
+    looks = 0
+    for h in range(1, helpers + 1):
+        at = h * SPREAD
+        while (atomic_load(board, at + WANTED) or atomic_load(board, at) == ASLEEP) and looks < VIGIL:
+            looks += 1
+            _relax()
 
 
 def kind_of(value):

@@ -243,6 +243,9 @@ class Runtime(Protocol):
     def queue(self) -> int:
         """The stream that work is issued on now, as a number; in `capture` the one that it was called on."""
 
+    def stream(self) -> int:
+        """The same, for libraries that launch by themselves: in `capture` the one that is captured."""
+
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         """out = a b for matrices; `a` and `b` may be transposed views."""
 
@@ -458,8 +461,9 @@ class CupyRuntime:
         return int(array.data.ptr)
 
     def queue(self) -> int:
-        if self.capturing:
-            return int(self._captured.queue)
+        return int(self._captured.queue) if self.capturing else self.stream()
+
+    def stream(self) -> int:
         return int(self._cupy.cuda.get_current_stream().ptr)
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
