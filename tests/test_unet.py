@@ -213,15 +213,17 @@ def test_a_step_allocates_nothing_large():
     assert peak < WORKSPACE
 
 
-def test_nothing_of_the_callers_is_kept(backend):
-    net = made(NETS["plain"], "float32")
-    x, t, _, _ = batch_of(net)
-    flat = net.flat.copy()
+@pytest.mark.parametrize("shape", [NETS["plain"]["shape"], (8, 8, 1)])
+def test_nothing_of_the_callers_is_kept(backend, shape):
+    net = made({**NETS["plain"], "shape": shape}, "float32")
+    x, t, target, _ = batch_of(net)
+    flat, grads = net.flat.copy(), net.layout.zeros(net.dtype)
     net.predict(x, t, backend=backend, flat=flat)
-    gone = [weakref.ref(array) for array in (x, flat)]
-    del x, flat
+    net.gradient(get_backend(backend), flat, x, t, target, grads)
+    gone = [weakref.ref(array) for array in (x, flat, grads, target)]
+    del x, flat, grads, target
     gc.collect()
-    assert [reference() for reference in gone] == [None, None]
+    assert [reference() for reference in gone] == [None] * 4
 
 
 def test_two_threads_at_once(backend):
@@ -232,6 +234,20 @@ def test_two_threads_at_once(backend):
         together = list(pool.map(lambda batch: net.predict(*batch[:2], backend=backend), batches))
     for got, want in zip(together, alone, strict=True):
         assert_same_bits(got, want)
+
+
+def test_losses_of_two_networks_do_not_mix():
+    """A loss may be read after another thread's gradient has been computed on the same backend."""
+    nets = [made({"shape": (8, 8, 1), "channels": (4, 8), "seed": seed}, "float32") for seed in range(2)]
+    be = get_backend("cpu")
+    losses = []
+    for net in nets:
+        x, t, target, labels = batch_of(net)
+        grads = net.layout.zeros(net.dtype)
+        losses.append(net.gradient(be, net.flat, x * (1 + net.seed), t, target, grads, labels))
+    again = [gradient(net, (x * (1 + net.seed), *rest), "cpu")[0] for net in nets for x, *rest in [batch_of(net)]]
+    assert [float(loss[0]) for loss in losses] == again
+    assert again[0] != again[1]
 
 
 # ------------------------------------------------------------------------------------------- what goes in and out

@@ -171,10 +171,9 @@ class CpuLayers(Convolutions):
 
     def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
         k, size = pointwise_kernels, y.size
-        blocks = -(-size // k.BLOCK)
+        blocks, mean = -(-size // k.BLOCK), np.empty(1)  # another thread may be next
         with self._workers.lock:
             sums = self._scratch("errors", 2 * blocks).view(np.float64)
-            mean = self._scratch("mean error", 2).view(np.float64)
             lanes = self._each("lanes in float64", 2 * k.LANES, dtype=np.float64)
             scale = np.array([2 / max(size, 1)], np.float32)
             arguments = y.reshape(-1), target.reshape(-1), dy.reshape(-1), scale, sums, lanes

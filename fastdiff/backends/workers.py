@@ -63,7 +63,7 @@ class Script:
     def __init__(self, threads: int, phases: list[list[Task]]) -> None:
         tasks: list[list[int]] = []
         bounds: list[list[int]] = []
-        self._kept: list[Any] = [phases]
+        self._kept: list[Array] = []  # tasks know arrays by their addresses only
         for phase in phases:
             begin, pieces = len(tasks), 0
             for task in phase:
@@ -77,7 +77,8 @@ class Script:
                         word for a in task.arguments for word in crew.words_of(a[lane] if isinstance(a, Each) else a)
                     ]
                     row[: len(values)] = values
-                self._kept.append(words)
+                each = (part for a in task.arguments for part in (a if isinstance(a, Each) else (a,)))
+                self._kept += [words, *(part for part in each if isinstance(part, np.ndarray))]
                 distance = words.strides[0] if lanes > 1 else 0
                 tasks.append(
                     [_address(task.kernel, kinds), words.ctypes.data, distance, task.items, task.grain, pieces]
@@ -91,6 +92,19 @@ class Script:
         self.widest = int(self.phases[:, crew.PIECES].max(initial=0))
         arrays = self.tasks, self.phases, self.counters
         self.table = np.array([part for a in arrays for part in (a.ctypes.data, len(a))], np.int64)
+
+
+    def release(self, arrays: list[Array | None]) -> None:
+        """Keep the memory of these alive no longer: the caller brings it whenever the script is run."""
+        owners = {id(_owner(array)) for array in arrays}
+        self._kept = [array for array in self._kept if id(_owner(array)) not in owners]
+
+
+def _owner(array: Any) -> Any:
+    """The object whose memory an array shows."""
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return array
 
 
 _address = functools.cache(crew.address_of)
@@ -283,6 +297,7 @@ class Scripted:
                 finally:
                     phases = self._recorded.pop()
                 script = Script(self.threads, phases)
+                script.release(places)
                 while len(kept) >= MAX_SCRIPTS:
                     kept.pop(next(iter(kept)))
                 kept[key] = script
