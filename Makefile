@@ -46,6 +46,7 @@ scaling: $(VENV)/.installed-bench
 
 peers: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/footprint.py
 
 # Compiles every CUDA kernel for every architecture, with nvcc or with NVRTC (extra cuda-check), without a GPU.
 gate: $(VENV)/.installed-test

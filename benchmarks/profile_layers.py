@@ -32,7 +32,7 @@ from unet_cases import UNetCase, network
 import fastdiff as fd
 from fastdiff import bench
 from fastdiff.backends.cpu import CpuBackend
-from fastdiff.backends.layers import LayerBackend
+from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.workers import Script
 
 PASSES = 9
@@ -211,6 +211,30 @@ def forward_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[P
     return done
 
 
+def rounding(be: Any, channels: int) -> dict[str, dict[str, float]]:
+    """Relative errors, in the norm, of a 3x3 convolution and its gradients against float64: ours and NumPy's."""
+    draw = np.random.default_rng(0).standard_normal
+    x, dy, w = draw((8, 16, 16, channels)), draw((8, 16, 16, channels)), draw((3, 3, channels, channels))
+
+    def results(be: Any, dtype: Any) -> dict[str, Any]:
+        given = [a.astype(dtype) for a in (x, dy, w)]
+        y, dx, dw = (np.empty_like(a) for a in given)
+        b, same = np.zeros(channels, dtype), Conv((3, 3), pad=(1, 1, 1, 1))
+        be.conv(same, given[0], given[2], b, y)
+        be.conv_backward(same, given[1], given[0], given[2], dx, dw, b.copy())
+        return {"output": y, "input gradient": dx, "weight gradient": dw}
+
+    numpy = fd.get_backend("numpy")
+    want = results(numpy, np.float64)
+    return {
+        side: {
+            what: float(np.linalg.norm(found - want[what]) / np.linalg.norm(want[what]))
+            for what, found in results(backend, np.float32).items()
+        }
+        for side, backend in (("ours", be), ("numpy", numpy))
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write the results; return the exit code."""
     parser = argparse.ArgumentParser(prog="profile_layers.py", description=__doc__.split("\n")[0])
@@ -230,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     case = UNetCase("", "", "unet", args.batch, shape, "unet", channels=channels)
     be = CpuBackend(args.threads)
     results: dict[str, Any] = {"header": header(args.threads), "peak": bench.roofs(be).arithmetic, "passes": []}
+    results["rounding"] = rounding(be, max(channels))
     calls = watched(be)
     where = f"U-Net, {args.size} x {args.size} x 3, channels {channels}, batch {args.batch}"
     for what, run in (("training step", training_passes), ("forward pass", forward_passes)):

@@ -45,6 +45,8 @@ def table(results: dict[str, Any]) -> str:
     """Return the results of a benchmark as Markdown: what was measured where, and a table."""
     if "stages" in results:
         return compile_table(results)
+    if "footprint" in results:
+        return footprint_table(results)
     if "roofs" in results:
         return roofs_table(results)
     if "passes" in results:
@@ -125,6 +127,23 @@ def roofs_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def footprint_table(results: dict[str, Any]) -> str:
+    """Return the results of `footprint.py` as Markdown."""
+    names = {"ours": "fastdiff", "ours, no kernel cached": "fastdiff, no kernel cached", "peer": "torch + diffusers"}
+    lines = [
+        place(results["header"]),
+        "",
+        "| a new process loads a model and draws 16 curves | time | peak memory | installed |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {names[side]} | {duration(row['seconds'])} | {row['memory'] / 1e6:.0f} MB "
+            f"| {row['installed'] / 1e6:.0f} MB |"
+            for side, row in results["footprint"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def compile_table(results: dict[str, Any]) -> str:
     """Return the results of `compile_time.py` as Markdown."""
     lines = [
@@ -167,6 +186,9 @@ def profile_table(results: dict[str, Any]) -> str:
                 cells += f" {speed / 1e9:.0f} | {speed / peak:.0%} |" if speed else "  |  |"
                 whole += seconds
             lines.append(f"| {row['what']} | {row['calls']} |{cells} {whole / one['seconds']:.0%} |")
+    ours, numpy = (results["rounding"][side] for side in ("ours", "numpy"))
+    errors = ", ".join(f"{what} {ours[what]:.1e} ({numpy[what]:.1e})" for what in ours)
+    lines += ["", f"Error of a 3x3 convolution against float64, and in brackets NumPy's in float32: {errors}."]
     return "\n".join(lines) + "\n"
 
 

@@ -233,6 +233,20 @@ def test_a_comparison_runs(name, tmp_path):
     assert "mean nothing" in (tmp_path / "results" / "peers-cpu.md").read_text()
 
 
+@pytest.mark.peers
+@pytest.mark.skipif(find_spec("torch") is None or find_spec("diffusers") is None, reason="torch and diffusers")
+def test_the_footprint(tmp_path):
+    command = [sys.executable, BENCHMARKS / "footprint.py", "--rounds", "1", "--output", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads((tmp_path / "footprint-cpu.json").read_text())["footprint"]
+    warm, compiled, peer = (found[side] for side in ("ours", "ours, no kernel cached", "peer"))
+    assert warm["seconds"] < peer["seconds"]
+    assert warm["seconds"] + 1 < compiled["seconds"]  # it does compile
+    assert 1e8 < warm["memory"] < peer["memory"]
+    assert warm["installed"] == compiled["installed"] < peer["installed"]
+    assert "| torch + diffusers |" in (tmp_path / "footprint-cpu.md").read_text()
+
+
 def test_workloads_of_the_peers_count_their_work():
     for case in unet_cases.CASES:
         if isinstance(case, unet_cases.ConvCase):
@@ -375,6 +389,8 @@ def test_the_profile_by_layer(monkeypatch, tmp_path, capsys):
     assert {"conv 3x3, 8 x 8", "conv 1x1", "GroupNorm + SiLU", "attention"} <= set(kinds)
     assert "backward" not in kinds["clipping, AdamW, average"]
     assert "| of peak |" in (tmp_path / "profile-cpu.md").read_text()
+    for what, error in results["rounding"]["ours"].items():
+        assert 1e-8 < results["rounding"]["numpy"][what] < error < 1e-5
     assert profile.main([*how[:-1], str(tmp_path / "other"), "--shapes", "--only", "forward"]) == 0
     assert "conv 3x3, 8 x 8, 32 to 32" in capsys.readouterr().out
 
