@@ -1,8 +1,13 @@
-"""The work of `gpu.py` in PyTorch on a GPU: as it stands, compiled, and compiled and replayed as one CUDA graph."""
+"""The work of `gpu.py` in PyTorch on a GPU: as it stands, compiled, and compiled and replayed as one CUDA graph.
+
+Image networks are those of diffusers. Their ways are named as in `gpu.IMAGE_WAYS`; the results that are compared are
+computed without TF32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,7 @@ from torch.nn import functional as F
 Run = Callable[[], Any]
 DEVICE = "cuda"
 WARM = 3  # calls before a capture
+torch.backends.cudnn.benchmark = True  # as who wants speed sets it
 
 
 def ways(eager: Run, compiled: Run) -> dict[str, Run]:
@@ -171,28 +177,240 @@ def chain(net: Any, betas: Any, n: int, width: int) -> dict[str, Run]:
 
 def training(net: Any, X: Any, betas: Any, batch: int) -> dict[str, Run]:
     """Return ways to take one training step: draws, noising, loss, gradient, clipping, AdamW. No loss is read."""
-    X = device(X)
-    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    signal, noise = abar.sqrt().float().to(DEVICE)[:, None], (1 - abar).sqrt().float().to(DEVICE)[:, None]
-    parameters = list(net.parameters())
+    X, parameters, loss = device(X), list(net.parameters()), _loss(betas)
 
-    def loss_of(rows: Any, t: Any, eps: Any) -> Any:
-        return F.mse_loss(net(_noised(X[rows], t, signal, noise, eps)[0], t), eps)
+    def loss_of(x0: Any, t: Any, eps: Any) -> Any:
+        return loss(net, x0, t, eps)
 
-    fast_loss = torch.compile(loss_of)
-
-    def stepper(loss: Callable[..., Any], optimizer: Any) -> Run:
-        def run() -> None:
-            rows = torch.randint(len(X), (batch,), device=DEVICE)
-            t = torch.randint(len(signal), (batch,), device=DEVICE)
-            eps = torch.randn(batch, X.shape[1], device=DEVICE)
-            optimizer.zero_grad()
-            loss(rows, t, eps).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-
-        return run
-
-    eager = stepper(loss_of, torch.optim.AdamW(parameters, lr=1e-3))
-    fast = stepper(fast_loss, torch.optim.AdamW(parameters, lr=1e-3, fused=True, capturable=True))
+    eager = _stepper(loss_of, X, len(betas), batch, parameters, torch.optim.AdamW(parameters, lr=1e-3))
+    fast = _stepper(torch.compile(loss_of), X, len(betas), batch, parameters, _fast_adamw(parameters))
     return ways(eager, fast)
+
+
+def _loss(betas: Any) -> Callable[..., Any]:
+    """The loss of a network on samples, timesteps and noise."""
+    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    signal, noise = abar.sqrt().float().to(DEVICE), (1 - abar).sqrt().float().to(DEVICE)
+
+    def loss(net: Any, x0: Any, t: Any, eps: Any) -> Any:
+        each = (-1, *(1,) * (x0.ndim - 1))
+        x_t, eps = _noised(x0, t, signal.reshape(each), noise.reshape(each), eps)
+        return F.mse_loss(net(x_t, t), eps)
+
+    return loss
+
+
+def _fast_adamw(parameters: list[Any]) -> Any:
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True, capturable=True)
+
+
+def _stepper(loss: Callable[..., Any], X: Any, T: int, batch: int, parameters: list[Any], optimizer: Any) -> Run:
+    """Return a training step: draws, loss, gradient, clipping, optimiser."""
+
+    def run() -> None:
+        rows = torch.randint(len(X), (batch,), device=DEVICE)
+        t = torch.randint(T, (batch,), device=DEVICE)
+        eps = torch.randn(batch, *X.shape[1:], device=DEVICE)
+        optimizer.zero_grad()
+        loss(X[rows], t, eps).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return run
+
+
+# -- image networks ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """Convolutions and products in float32 proper."""
+    saved = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = saved
+
+
+def _nchw(array: Any) -> Any:
+    """Our images on the GPU, in the memory that they have: channels-last."""
+    return device(array).permute(0, 3, 1, 2)
+
+
+def _nhwc(tensor: Any) -> Any:
+    return tensor.detach().float().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+Form = tuple[Callable[..., Any], dict[str, Any]]  # a function, and the parameters of its network
+
+
+def _forms(folder: Any, work: Callable[[Any], Callable[..., Any]]) -> dict[str, Form]:
+    """What `work` returns for a network, in all forms but those replayed as one graph."""
+    import peer_nets
+
+    plain, last = (peer_nets.Pictures(folder).to(DEVICE) for _ in range(2))
+    plain.unet.to(memory_format=torch.contiguous_format)
+
+    def contiguous(x: Any, t: Any) -> Any:
+        return plain.unet(x.contiguous(), t).sample
+
+    def half(x: Any, t: Any) -> Any:
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+            return last(x, t)
+
+    reduced = torch.compile(work(last), mode="reduce-overhead")
+
+    def once(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return reduced(*arguments).clone()  # the next call writes there again
+
+    forms = {
+        "eager": work(contiguous), "channels": work(last), "compiled": torch.compile(work(last)), "reduced": once,
+        "bf16": work(half), "bf16-graphs": torch.compile(work(half)),
+    }  # fmt: skip
+    of_plain, of_last = (dict(net.unet.named_parameters()) for net in (plain, last))
+    return {name: (form, of_plain if name == "eager" else of_last) for name, form in forms.items()}
+
+
+def _replays(runs: dict[str, Run]) -> dict[str, Run]:
+    """Runs of the forms, and those as one graph."""
+    return runs | {"graphs": _Replayed(runs["compiled"]), "bf16-graphs": _Replayed(runs["bf16-graphs"])}
+
+
+def image_forward(folder: Any, x: Any, t: Any) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return ways of a forward pass, and the outputs of all forms."""
+    x, t = _nchw(x), device(t)
+
+    def run(form: Callable[..., Any]) -> Run:
+        def forward() -> Any:
+            with torch.no_grad():
+                return form(x, t)
+
+        return forward
+
+    runs = {name: run(form) for name, (form, _) in _forms(folder, lambda net: net).items()}
+    with exactly():
+        outputs = {name: _nhwc(forward()) for name, forward in runs.items()}
+    return _replays(runs), outputs
+
+
+def image_training(
+    folder: Any, X: Any, betas: Any, batch: int, example: tuple[Any, Any, Any]
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return ways of a training step, and the gradients of all forms for x0, t and noise.
+
+    A gradient is one vector, the parameters in the order of their names.
+    """
+    loss, X = _loss(betas), _nchw(X)
+    given = _nchw(example[0]), device(example[1]), _nchw(example[2])
+    gradients, runs = {}, {}
+
+    def work(net: Any) -> Callable[..., Any]:
+        return lambda x0, t, eps: loss(net, x0, t, eps)
+
+    for name, (form, by_name) in _forms(folder, work).items():
+        parameters = list(by_name.values())
+        with exactly():
+            form(*given).backward()
+        gradients[name] = torch.cat([by_name[key].grad.reshape(-1) for key in sorted(by_name)]).cpu().numpy()
+        for parameter in parameters:
+            parameter.grad = None
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3) if name == "eager" else _fast_adamw(parameters)
+        runs[name] = _stepper(form, X, len(betas), batch, parameters, optimizer)
+    return _replays(runs), gradients
+
+
+def image_sampling(
+    folder: Any, start: Any, few: Any, rows: Any, clip: tuple[float, float]
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return ways to draw pictures by rows of a table, and those of all forms after `few` rows from given noise."""
+    start = _nchw(start)
+
+    def work(net: Any) -> Callable[..., Any]:
+        def step(x: Any, t: Any, row: Any) -> Any:
+            out = net(x, t.expand(len(x)))
+            x0 = (row[0] * x + row[1] * out).clamp(*clip)
+            return row[2] * x + row[3] * x0 + row[5] * out  # DDIM remembers no x0 and draws no noise
+
+        return step
+
+    def run(form: Callable[..., Any], rows: Any) -> Callable[[Any], Any]:
+        steps = [torch.tensor([row.t], device=DEVICE) for row in rows]
+        table = torch.tensor([row[1:] for row in rows], dtype=torch.float32, device=DEVICE)
+
+        def sample(x: Any) -> Any:
+            with torch.no_grad():
+                for t, row in zip(steps, table, strict=True):
+                    x = form(x, t, row)
+            return x
+
+        return sample
+
+    def from_noise(sample: Callable[[Any], Any]) -> Run:
+        return lambda: sample(torch.randn_like(start))
+
+    forms = _forms(folder, work)
+    with exactly():
+        pictures = {name: _nhwc(run(form, few)(start)) for name, (form, _) in forms.items()}
+    return _replays({name: from_noise(run(form, rows)) for name, (form, _) in forms.items()}), pictures
+
+
+def layer(kind: str, x: Any, **given: Any) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return ways of a layer alone, and what it makes of our arrays, in our layout and as one vector.
+
+    With `eager`, images lie plane by plane, in all other ways channels-last. In bf16 the inputs are bf16 already.
+    """
+    if kind == "attention":
+        n, length, channels = x.shape
+        heads = given["heads"]
+        parts = device(x).reshape(n, length, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+
+        def attend(*parts: Any) -> Any:
+            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+        results, arrays = [attend], {"channels": tuple(parts)}
+    else:
+        last = [_nchw(x)]
+        if "w" in given:
+            last += [device(given["w"]).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)]
+            last += [_nchw(given["dy"])]
+
+        def convolve(x: Any, w: Any, dy: Any) -> Any:
+            return F.conv2d(x, w, padding=1).permute(0, 2, 3, 1)
+
+        def dx(x: Any, w: Any, dy: Any) -> Any:
+            return _conv_backward(x, w, dy, True)[0].permute(0, 2, 3, 1)
+
+        def dw(x: Any, w: Any, dy: Any) -> Any:
+            return _conv_backward(x, w, dy, False)[1].permute(2, 3, 1, 0)
+
+        def norm(x: Any) -> Any:
+            return F.silu(F.group_norm(x, given["groups"])).permute(0, 2, 3, 1)
+
+        results = {"conv": [convolve], "conv-backward": [dx, dw], "norm": [norm]}[kind]
+        arrays = {"channels": tuple(last), "eager": tuple(tensor.contiguous() for tensor in last)}
+    arrays["bf16"] = tuple(tensor.bfloat16() for tensor in arrays["channels"])
+
+    def everything(*tensors: Any) -> list[Any]:
+        return [make(*tensors) for make in results]
+
+    def run(work: Callable[..., Any], tensors: tuple[Any, ...]) -> Run:
+        return torch.no_grad()(lambda: work(*tensors))
+
+    fast = torch.compile(everything)
+    runs = {name: run(everything, tensors) for name, tensors in arrays.items()}
+    runs |= {"compiled": run(fast, arrays["channels"]), "bf16-graphs": run(fast, arrays["bf16"])}
+    runs.setdefault("eager", runs["channels"])
+    with exactly():
+        made = {name: np.concatenate([_flat(part) for part in once()]) for name, once in runs.items()}
+    return _replays(runs), made
+
+
+def _conv_backward(x: Any, w: Any, dy: Any, of_input: bool) -> Any:
+    ones, wanted = [1, 1], (of_input, not of_input, False)
+    return torch.ops.aten.convolution_backward(dy, x, w, None, ones, ones, ones, False, [0, 0], 1, wanted)
+
+
+def _flat(tensor: Any) -> Any:
+    return tensor.float().reshape(-1).cpu().numpy()

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -825,21 +826,24 @@ def _unet_step(
     bounds = [batch * i // accumulate for i in range(accumulate + 1)]
     part = grads if accumulate == 1 else be.asarray(net.layout.zeros(net.dtype), net.dtype)
     total = be.empty((1,), np.float64)
+    kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    def gradient(step: int, first: int, end: int) -> Any:
+        x, t, target, labels = draw(step, first, end - first)
+        return net.gradient(be, params, x, t, target, part, labels, seed=seed, step=step, first_sample=first)
 
     def take(step: int, options: AdamW) -> tuple[float, float]:
-        if accumulate > 1:
-            grads[...], total[...] = 0, 0
+        arrays = params, grads, m, v, average, options
+        if accumulate == 1:
+            return net.train_step(be, kept, lambda: gradient(step, 0, batch), batch, step, *arrays)
+        grads[...], total[...] = 0, 0
         for first, end in pairwise(bounds):
-            x, t, target, labels = draw(step, first, end - first)
-            at = {"seed": seed, "step": step, "first_sample": first}
-            loss = net.gradient(be, params, x, t, target, part, labels, **at)
-            if accumulate > 1:
-                weight = (end - first) / batch
-                loss *= weight
-                part[...] *= part.dtype.type(weight)
-                total[...] += loss
-                grads[...] += part
-        return be.finish_step(total if accumulate > 1 else loss, params, grads, m, v, average, options)
+            weight, loss = (end - first) / batch, gradient(step, first, end)
+            loss *= weight
+            part[...] *= part.dtype.type(weight)
+            total[...] += loss
+            grads[...] += part
+        return be.finish_step(total, *arrays)
 
     return take
 
@@ -849,19 +853,15 @@ def _batches(
 ) -> Callable[[int, int, int], Batch]:
     """Return a function of step, first position and size, that draws this part of a batch: x_t, t, target, labels.
 
-    They are valid until a part of that size is drawn again.
+    They lie where the network takes them from, and are valid until a part of that size is drawn again.
     """
     images = draws._replace(data=draws.data.reshape(-1, *net.image))
     classes = None if labels is None else be.asarray(labels, np.int64)
-    kept: dict[int, Batch] = {}
 
     def draw(step: int, first: int, n: int) -> Batch:
-        if n not in kept:
-            x, target = (be.empty((n, *net.image), net.dtype) for _ in range(2))
-            chosen = None if classes is None else be.empty((n,), np.int64)
-            kept[n] = x, be.empty((n,), np.int64), target, chosen
-        be.draw_batch(images, classes, *kept[n], step=step, first_sample=first, flip=flip)
-        return kept[n]
+        batch = net.batch(be, n, labels=classes is not None)
+        be.draw_batch(images, classes, *batch, step=step, first_sample=first, flip=flip)
+        return batch
 
     return draw
 

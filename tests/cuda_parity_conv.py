@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import NamedTuple
 from unittest import mock
 
@@ -215,3 +216,59 @@ def offsets_have_64_bits(be, size):
         want_dx, want_dw, _, _ = given.gradients()
         assert_close(be.to_numpy(dx[-1:]), want_dx - given.start, terms=k)
         assert_close(be.to_numpy(dw), want_dw, terms=side * side)
+
+
+# ------------------------------------------------------------------------------------------- around cuDNN
+
+MATRICES = {"small": [(1, 1), (9, 5), (27, 32), (40, 33)], "full": [(9 * 256, 256), (27, 128), (1, 1000), (2049, 3)]}
+
+
+def halves(be, array, size):
+    """The upper halves of float32 that an array holds, two to a value."""
+    return be.to_numpy(array).view(np.uint16)[:size]
+
+
+def rounded(x):
+    """Finite float32 values as bf16, to nearest even."""
+    bits = x.reshape(-1).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+@covers("cudnn", "cudnn_turn", "cudnn_halves")
+def matrices_for_cudnn(be, size):
+    for rows, columns in MATRICES[size]:
+        x, here = normals(1, rows, columns), be.runtime
+        count = x.size
+        want = np.ascontiguousarray(x.T)
+        for (there,) in both_ways(be, x):
+            turned = be.empty((columns, rows))
+            here.launch("cudnn", "cudnn_turn", *here.grid_1d(count), (there, turned, rows, columns, False))
+            assert_same_bits(be.to_numpy(turned), want)
+            packed = be.empty((-(-count // 2),))
+            here.launch("cudnn", "cudnn_turn", *here.grid_1d(count), (there, packed, rows, columns, True))
+            assert_same_bits(halves(be, packed, count), rounded(want))
+        packed = be.empty((-(-count // 2),))
+        here.launch("cudnn", "cudnn_halves", *here.grid_1d(-(-count // 4)), (be.asarray(x), packed, count))
+        assert_same_bits(halves(be, packed, count), rounded(x))
+
+
+SUMS = {"small": [(2, 3, 5), (3, 4, 8), (1, 1, 1)], "full": [(16, 1024, 64), (7, 49, 130)]}
+
+
+@covers("cudnn", "cudnn_finish")
+def sums_after_cudnn(be, size):
+    """Every set of terms, in the order of the text; into an array of its own and into the residual."""
+    for n, pixels, channels in SUMS[size]:
+        y, shift, residual = normals(1, n, pixels, channels), normals(2, n, channels), normals(3, n, pixels, channels)
+        bias, here, fours = normals(4, channels), be.runtime, channels % 4 == 0
+        for used in itertools.product((False, True), repeat=3):
+            given = [a if use else None for a, use in zip((bias, shift, residual), used, strict=True)]
+            want = y
+            for term in (given[0], None if given[1] is None else shift[:, None], given[2]):
+                want = want if term is None else want + term
+            there = [None if a is None else be.asarray(a.copy()) for a in (y, *given)]
+            for out in (be.empty(y.shape), there[0] if there[3] is None else there[3]):
+                grid = here.grid_1d(y.size // (4 if fours else 1))
+                args = (*there, out, n * pixels, pixels, channels, fours)
+                here.launch("cudnn", "cudnn_finish", *grid, args)
+                assert_same_bits(be.to_numpy(out), want)

@@ -10,6 +10,7 @@ from cuda_parity import NUMPY, both_ways, covers
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, cuda_layers
+from fastdiff.nn.optim import TrainingPlan
 
 F, EPS = np.float32, 1e-5
 
@@ -185,6 +186,30 @@ def columns(be, size):
 TABLES = {"small": [(7, 5, 11), (1, 3, 4), (3, 1, 1), (5, 40, 70)], "full": [(1000, 2048, 512), (10, 256, 128)]}
 
 
+# To so many rows and columns.
+RESIZES = {
+    "small": [((2, 3, 5, 3), 4, 7), ((3, 4, 7, 2), 3, 5), ((1, 1, 9, 4), 1, 12), ((2, 5, 2, 1), 3, 4)],
+    "full": [((64, 28, 28, 3), 32, 32), ((64, 32, 32, 128), 28, 28)],
+}
+
+
+@covers("pointwise", "resize")
+def resized(be, size):
+    for shape, height, width in RESIZES[size]:
+        target = shape[0], height, width, shape[3]
+        (got,), (want,) = agree(be, "resize", [normals(1, *shape), 0], [unfilled(*target)])
+        assert_same_bits(got, want.astype(F))
+        assert want.any()
+
+
+@covers("pointwise", "fill")
+def constants(be, size):
+    for shape in VALUES[size]:
+        for (x,) in both_ways(be, unfilled(*shape)):
+            be._launch_layer("pointwise", "fill", x.size, (x, x.size, 2.5))
+            assert_same_bits(be.to_numpy(x), np.full(shape, 2.5, F))
+
+
 @covers("pointwise", "take", "take_backward")
 def rows_of_tables(be, size):
     for count, n, width in TABLES[size]:
@@ -257,3 +282,42 @@ def squared_errors(be, size):
             assert loss.shape == (1,)
             assert_close(loss, want_loss, dtype=np.float64, terms=y.size)
             assert_same_bits(be.to_numpy(dy), want)
+
+
+STEPS, BAD = 6, 3
+
+
+@covers("optim", "set_step")
+def repeated_steps(be, size):
+    """Training steps whose gradient takes the step's number, as a graph from the second one on; one is not finite."""
+    count = {"small": 1003, "full": 3_000_001}[size]
+    x, target, *state = normals(1, 6, 1, count)
+    bad, state[2] = x.copy(), np.square(state[2])
+    bad[0, ::3] = np.inf
+    plan = TrainingPlan(warmup=4, decay_steps=STEPS)
+    results = []
+    for each in (be, NUMPY):
+        given, rows, grads = each.asarray(x.copy()), each.asarray(unfilled(1, count)), each.asarray(unfilled(1, count))
+        wanted, arrays, kept = each.asarray(target), [each.asarray(array[0].copy()) for array in state], {}
+
+        def gradient(step, be=each, given=given, rows=rows, wanted=wanted, grads=grads):
+            be.dropout(given, rows, rate=0.3, seed=7, step=step, first_block=0)
+            return be.squared_error(rows, wanted, grads)
+
+        for step in range(STEPS):
+            given[...] = each.asarray(bad if step == BAD else x)
+            options = plan.options(step, step)
+            of_step = each.train_step(
+                kept, lambda step=step, gradient=gradient: gradient(step), step, arrays[0], grads.reshape(-1),
+                *arrays[1:], options,
+            )  # fmt: skip
+            results.append((of_step, [each.to_numpy(array).copy() for array in arrays]))
+    before = [array[0] for array in state]
+    for step, (got, want) in enumerate(zip(results[:STEPS], results[STEPS:], strict=True)):
+        assert np.isfinite(got[0]).all() == (step != BAD)
+        if step != BAD:
+            assert_close(np.array(got[0]), np.array(want[0]), dtype=np.float64, terms=count)
+        for array, same, old in zip(got[1], want[1], before, strict=True):
+            assert_same_bits(array, same)
+            assert (step == BAD) == np.array_equal(array, old)
+        before = got[1]

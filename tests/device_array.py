@@ -12,7 +12,7 @@ import operator
 from types import SimpleNamespace
 
 import numpy as np
-from host_cuda import HostRuntime
+from host_cuda import HostError, HostRuntime
 
 CUDA = 2  # kDLCUDA, the device type of DLPack
 
@@ -50,6 +50,7 @@ class DeviceArray:
     where : int
     """
 
+    capturing = False  # whether a runtime captures a graph: CuPy's own operations have no place there
     __array_ufunc__ = None  # NumPy's functions and operators leave it alone
     __hash__ = None
 
@@ -98,18 +99,22 @@ class DeviceArray:
         return DeviceArray(self._memory.reshape(*shape), self.where)
 
     def astype(self, dtype):
+        self._not_in_a_graph()
         return DeviceArray(self._memory.astype(dtype), self.where)
 
     def copy(self):
+        self._not_in_a_graph()
         return DeviceArray(self._memory.copy(), self.where)
 
     def round(self):
+        self._not_in_a_graph()
         return DeviceArray(self._memory.round(), self.where)
 
     def clip(self, low, high):
         return DeviceArray(self._memory.clip(self._operand(low), self._operand(high)), self.where)
 
     def repeat(self, repeats):
+        self._not_in_a_graph()
         return DeviceArray(self._memory.repeat(repeats), self.where)
 
     def fill(self, value):
@@ -123,12 +128,17 @@ class DeviceArray:
 
     def _operand(self, value):
         """What an operation takes: a number, or another array on this device."""
+        self._not_in_a_graph()
         if isinstance(value, DeviceArray):
             assert value.where == self.where, f"arrays on the devices {self.where} and {value.where}"
             return value._memory
         if isinstance(value, int | float | np.generic):
             return value
         raise TypeError(f"unsupported type {type(value)}")
+
+    def _not_in_a_graph(self):
+        if self.capturing:
+            raise HostError("CuPy computes while a graph is captured")
 
     def _index(self, index):
         def one(part):
@@ -168,9 +178,10 @@ class DeviceRuntime(HostRuntime):
         return DeviceArray(super().empty(shape, dtype), self.where)
 
     def zeros(self, shape, dtype=np.float32):
-        return DeviceArray(np.zeros(shape, dtype), self.where)
+        return DeviceArray(super().zeros(shape, dtype), self.where)
 
     def asarray(self, value, dtype=None):
+        self._not_in_a_graph("an array is sent")
         if isinstance(value, DeviceArray):
             right = value.flags.c_contiguous and (dtype is None or value.dtype == dtype)
             if value.where == self.where and right:
@@ -183,8 +194,17 @@ class DeviceRuntime(HostRuntime):
 
     def to_numpy(self, array):
         assert isinstance(array, DeviceArray)
+        self._not_in_a_graph("an array is read")
         self.reads.append(array.shape)
         return array._memory.copy()
+
+    def begin_capture(self):
+        super().begin_capture()
+        DeviceArray.capturing = True
+
+    def end_capture(self):
+        DeviceArray.capturing = False
+        return super().end_capture()
 
     def copy(self, target, source):
         assert target.dtype == source.dtype
@@ -194,7 +214,7 @@ class DeviceRuntime(HostRuntime):
         super().matmul(a._memory, b._memory, out._memory)
 
     def address(self, array):
-        return array.data.ptr
+        return super().address(array._memory)
 
     def _argument(self, entry, parameter, value):
         if not self.owns(value):

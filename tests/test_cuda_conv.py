@@ -184,7 +184,7 @@ def test_scratch_is_kept_and_nothing_is_read(monkeypatch, geometry):
         first = allocated(small)
         assert first
         assert not allocated(small)
-        assert sum(allocated(large)) > 0
+        assert allocated(large)
         assert not allocated(small)
         assert not allocated(large)
         monkeypatch.setattr(be.runtime, "queue", lambda: 1)  # work there may still use what was issued here

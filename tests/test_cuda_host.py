@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import cuda_parity
@@ -31,8 +32,8 @@ from tolerances import HANG_SECONDS, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends
-from fastdiff.backends import Backend
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.layers import LayerBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Stream
@@ -314,11 +315,11 @@ def test_same_signatures():
     def operations(kind):
         return {name: f for name, f in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
 
-    wanted, found = operations(Backend), operations(CudaBackend)
+    wanted, found = operations(LayerBackend), operations(CudaBackend)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert inspect.signature(found[name]) == inspect.signature(wanted[name]), name
-    assert isinstance(CudaBackend(HostRuntime()), Backend)
+    assert isinstance(CudaBackend(HostRuntime()), LayerBackend)
     assert isinstance(HostRuntime(), runtime.Runtime)
 
 
@@ -451,9 +452,10 @@ class StandIn(types.ModuleType):
         )
         memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
         self.cuda = types.SimpleNamespace(
-            runtime=api, Device=lambda: device, nvrtc=nvrtc, memory=memory,
-            get_current_stream=lambda: types.SimpleNamespace(ptr=0),
+            runtime=api, Device=lambda: device, nvrtc=nvrtc, memory=memory, Stream=partial(StandInStream, self),
+            get_current_stream=lambda: self.streams[-1],
         )  # fmt: skip
+        self.streams = [types.SimpleNamespace(ptr=0)]  # the current one last
 
     @staticmethod
     def count(devices):
@@ -497,6 +499,35 @@ class StandIn(types.ModuleType):
         return types.SimpleNamespace(get_function=lambda entry: StandInKernel(self, Path(path), entry))
 
 
+class StandInStream:
+    """One that captures; a graph goes to the stream that is current when it is launched."""
+
+    def __init__(self, cupy, non_blocking):
+        assert non_blocking  # else it would wait for the legacy stream, which a capture must not
+        self.cupy, self.ptr = cupy, 7
+
+    def __enter__(self):
+        self.cupy.streams.append(self)
+        return self
+
+    def __exit__(self, *error):
+        self.cupy.streams.pop()
+        assert not self.cupy.host.capturing
+
+    def begin_capture(self):
+        self.cupy.host.begin_capture()
+
+    def end_capture(self):
+        launches = self.cupy.host.end_capture()
+
+        def launch():
+            assert self.cupy.streams[-1] is not self
+            for kernel in launches:
+                kernel()
+
+        return types.SimpleNamespace(launch=launch)
+
+
 class StandInKernel:
     def __init__(self, cupy, path, entry):
         self.cupy, self.source, self.entry = cupy, path.name.split("-")[0], entry
@@ -505,6 +536,7 @@ class StandInKernel:
 
     def __call__(self, grid, block, args, shared_mem):
         assert shared_mem <= self.max_dynamic_shared_size_bytes
+        assert self.cupy.host.capturing == (self.cupy.streams[-1].ptr != 0)
         for parameter, value in zip(runtime.entries(self.source)[self.entry], args, strict=True):
             if parameter.pointer:
                 assert value is None or isinstance(value, DeviceArray)
@@ -541,6 +573,68 @@ def test_train_and_sample_through_cupy(stand_in):
         model = fd.Diffusion(fd.MLP(10, hidden=(16,), T=12), backend=be, seed=3)
         samples.append(be.to_numpy(model.fit(curves, steps=3, batch=20, progress=False).sample(3)))
     assert_same_bits(*samples)
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 1), np.uint8)
+
+
+def of_pictures(be):
+    """A model trained and sampled from on a backend; its weights, losses and samples."""
+    unet = fd.UNet((4, 4, 1), channels=(4, 4), blocks=1, T=12, groups=2, dropout=0.3)
+    model = fd.Diffusion(unet, backend=be, seed=3).fit(PICTURES, steps=4, batch=3, progress=False)
+    return model.net.flat, np.array(model.history["loss"]), be.to_numpy(model.sample(3, steps=4))
+
+
+def test_graphs_through_cupy(stand_in):
+    cupy = stand_in()
+    want = of_pictures(CudaBackend(HostRuntime(), graphs=False))
+    for got, wanted in zip(of_pictures(CudaBackend()), want, strict=True):
+        assert_same_bits(got, wanted)
+    assert len(cupy.host.graphs) == 2
+
+
+@pytest.mark.parametrize("where", ["begin_capture", "end_capture", "launch", "empty"])
+def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
+    """Whatever CUDA says to a graph, the work is done without one."""
+    cupy, want = stand_in(), of_pictures(CudaBackend(HostRuntime(), graphs=False))
+    be, wrong = CudaBackend(), RuntimeError("cudaErrorStreamCaptureInvalidated")
+
+    def fail(*args):
+        if cupy.host.capturing and where == "end_capture":
+            cupy.host.end_capture()
+        raise wrong
+
+    if where == "launch":
+        launch = cupy.host.launch
+        monkeypatch.setattr(cupy.host, "launch", lambda *a: fail() if cupy.host.capturing else launch(*a))
+    elif where == "empty":
+        scratch = be._scratch
+        monkeypatch.setattr(be, "_state", lambda: (be.empty((1,)), scratch("state", 3, np.float64))[1])
+    else:
+        monkeypatch.setattr(StandInStream, where, fail)
+    with caplog.at_level("WARNING"):
+        for got, wanted in zip(of_pictures(be), want, strict=True):
+            assert_same_bits(got, wanted)
+    (record,) = caplog.records
+    said = "memory was asked for" if where == "empty" else "RuntimeError: cudaErrorStreamCaptureInvalidated"
+    assert said in record.getMessage()
+    assert not be.graphs
+
+
+def test_an_interrupt_ends_a_capture(stand_in):
+    cupy, be, kept = stand_in(), CudaBackend(), {}
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    be.repeat(kept, [], lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        be.repeat(kept, [], interrupt)
+    assert not cupy.host.capturing
+    assert not be.runtime.capturing
+    assert be.graphs
+    be.repeat(kept, [], lambda: None)
+    assert cupy.host.graphs == [0, 0]
 
 
 def test_kernels_are_compiled_once(stand_in, tmp_path):

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from device_array import DeviceRuntime
+from fake_cudnn import Library
 from host_cuda import HostRuntime, has_compiler
 
+from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -50,21 +52,32 @@ def test_wrong_arguments_are_refused(capsys):
 def test_what_is_wanted_is_measured():
     names = {case.name for case in gpu.CASES}
     assert set(gpu.WANTED) <= names
-    assert all(set(wanted) <= {*gpu.WAYS, "copy"} for wanted in gpu.WANTED.values())
+    assert all(set(wanted) <= {*gpu.WAYS, "copy", "best"} for wanted in gpu.WANTED.values())
+    assert set(gpu.BEST) <= set(gpu.IMAGE_WAYS)
     by_name = {case.name: case for case in gpu.CASES}
     assert all(by_name[name].kind in gpu.MEMORY_BOUND for name, wanted in gpu.WANTED.items() if "copy" in wanted)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 @pytest.mark.parametrize("case", [case for case in gpu.CASES if case.kind != "normals"], ids=lambda case: case.name)
-def test_a_case_runs_on_the_host(case):
-    waits = []
-    be = CudaBackend(HostRuntime())
+def test_a_case_runs_on_the_host(monkeypatch, case):
+    """Of image networks all four ways of ours, with a stand-in for cuDNN."""
+    waits, runtime = [], HostRuntime()
     small = replace(case.at(0.0001), n=2)
-    ways = gpu.prepare(be, small, None, None)
+    if case.kind in gpu.IMAGES:
+        small = replace(small, shape=(4, 4, 3) if case.net else (5, 32) if case.kind == "attention" else (4, 4, 8))
+        small = replace(small, steps=2) if case.kind == "unet-ddim" else small
+        for name, value in {"channels": (8, 8, 8), "blocks": 1, "head_width": 8}.items():
+            monkeypatch.setitem(bench.UNET, name, value)
+        monkeypatch.setitem(sys.modules, "cudnn", Library(runtime))
+        find = gpu.importlib.util.find_spec
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "cudnn" or find(name))
+    ways = gpu.prepare(CudaBackend(runtime), small, None, None)
     seconds, failed = gpu.measure(ways, lambda: waits.append(1), 1, 0.0001)
-    assert seconds["ours"] > 0
     assert not failed
+    alone = case.kind not in gpu.IMAGES or case.kind in ("norm", "attention")
+    assert set(seconds) == ({"ours"} if alone else set(gpu.OURS))
+    assert min(seconds.values()) > 0
     assert waits
     row = gpu.row_of(small, seconds, failed, 1e9)
     assert json.loads(json.dumps(row)) == row
@@ -89,7 +102,8 @@ def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capsys
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["name"].split("-")[0] for row in results["rows"]] == ["normals", "forward", "step"]
     assert all(set(row["share of copy"]) == {"ours"} for row in results["rows"])
-    assert results["stages"] == {"GPU tests": "passed", "compute-sanitizer": "no errors", "PyTorch": "not installed"}
+    absent = dict.fromkeys(("PyTorch", "diffusers", "cudnn"), "not installed")
+    assert results["stages"] == {"GPU tests": "passed", "compute-sanitizer": "no errors"} | absent
     assert results["header"]["gpu"] == "host"
     assert (tmp_path / "gpu.md").read_text() in out
     assert [call[2:4] for call in asked if call[1:2] == ("compute-sanitizer",)] == [("--tool", t) for t in gpu.TOOLS]
@@ -147,9 +161,60 @@ def test_the_table():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert {len(cells) for cells in rows} == {8}
     assert rows[2][:7] == [FORWARD.title, "2.00 s", "50%", "4.00 s", "**4.0**", "failed", ""]
-    assert rows[2][7] == "85% of the copy: **missed**, 3 x PyTorch, 1.2 x compiled"
-    assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph"]
+    assert rows[2][7] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
+    assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
     assert lines[-1] == "GPU tests: passed."
+
+
+def test_the_table_of_image_networks():
+    """The fastest of ours against the fastest of their CUDA graphs, whatever the precision."""
+    by_name = {case.name: case for case in gpu.CASES}
+    seconds = {"ours": 4.0, "ours-bf16": 2.0, "eager": 9.0, "channels": 8.0, "graphs": 5.0, "bf16-graphs": 2.9}
+    slow = gpu.row_of(by_name["unet-train-16"], seconds, {"reduced": "RuntimeError: no"}, 1e9)
+    assert slow["ratios"]["graphs"] == 2.5
+    assert (slow["reached"], slow["missed"], slow["unknown"]) == ({"best": 1.45}, ["best"], [])
+    fast = gpu.row_of(by_name["unet-train-256"], seconds, {}, 1e9)
+    assert fast["missed"] == []
+    alone = gpu.row_of(by_name["unet-ddim-50-16"], {"ours": 1.0}, {}, 1e9)
+    assert alone["unknown"] == ["best"]
+    norm = by_name["norm-1024x32x32x64"]
+    norm_row = gpu.row_of(norm, {"ours": 1.0}, {}, float(norm.bytes))
+    curve = gpu.row_of(FORWARD, {"ours": 1.0}, {}, 1e9)
+    text = gpu.table({"header": HEADER, "stages": {}, "rows": [slow, curve, fast, alone, norm_row]})
+    first, second = text.split("Image networks, and their layers alone")
+    assert [line.count(" | ") for line in first.splitlines() if line.startswith("| ")] == [7, 7]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in second.splitlines() if line[:1] == "|"]
+    assert {len(cells) for cells in rows} == {14}
+    assert rows[0][:7] == ["work", "ours", "bf16", "cuDNN", "cuDNN, bf16", "of the copy", "PyTorch"]
+    assert rows[2][1:] == [
+        "4.00 s", "2.00 s", "", "", "", "9.00 s", "8.00 s", "", "failed", "5.00 s", "", "2.90 s",
+        "1.5 x the fastest CUDA graph of PyTorch, by the fastest of ours: 1.45, **missed**",
+    ]  # fmt: skip
+    assert rows[3][-1].endswith(": 1.45, met")
+    assert rows[4][-1].endswith(": not measured")
+    assert (rows[5][5], rows[5][-1]) == ("100%", "80% of the copy: 100%, met")
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
+    """Its fault is told at the end, and what went before and comes after is written."""
+    be = CudaBackend(HostRuntime())
+    cupy = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=int)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr("fastdiff.backends.cuda.CudaBackend", lambda *args: be)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    prepare = gpu.prepare
+
+    def broken(be, case, *args):
+        if case.kind == "normals":
+            raise AssertionError("they differ")
+        return prepare(be, case, *args)
+
+    monkeypatch.setattr(gpu, "prepare", broken)
+    chosen = ["--only", "normals", "--only", "step"]
+    assert gpu.main(["--quick", "--stage", "benchmarks", "--output", str(tmp_path), *chosen]) == 1
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["step"]
+    assert "gpu.py: normals-48x1000000: AssertionError: they differ" in capsys.readouterr().err
 
 
 def test_results_that_differ_are_not_timed():

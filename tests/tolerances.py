@@ -21,6 +21,8 @@ STEP = 2.0**-13  # of those differences; of fourth order, so that 1e-16 / STEP a
 
 WINOGRAD_ERROR = 4e-6  # relative error, in the norm, of a convolution by F(4x4, 3x3); by plain products 5e-7
 
+CUDNN_ERROR = 1e-4  # the same of one by cuDNN, which may use Winograd of any tile
+
 PEER_OUTPUT = 5e-5  # relative error, in the norm, of a float32 image network against another float32 one
 PEER_GRADIENT = 5e-4  # the same of the gradient of every tensor
 PEER_FLOOR = 5e-5  # its norm counts as at least this share of the whole gradient's: some are zero but for rounding

@@ -26,6 +26,7 @@ TimeMode = Literal["none", "shift", "scale_shift"]
 
 LEAKY_SLOPE = 0.01
 PRECISIONS = ("float32", "bf16")
+CONVOLUTIONS = ("own", "cudnn")
 
 
 class Row(NamedTuple):
@@ -315,7 +316,7 @@ def _has_cuda() -> bool:
     if find_spec("cupy") is None:
         return False
     try:
-        _shared("cuda", None, "raw", "float32")
+        _shared("cuda", None, "raw", "float32", True, "own")
     except BackendError as error:
         log.info("no backend 'cuda': %s", error)
         return False
@@ -323,7 +324,7 @@ def _has_cuda() -> bool:
 
 
 @cache
-def _shared(name: str, threads: int | None, kernels: str, precision: str) -> Backend:
+def _shared(name: str, threads: int | None, kernels: str, precision: str, graphs: bool, convolutions: str) -> Backend:
     if name == "numpy":
         from fastdiff.backends.numpy import NumpyBackend
 
@@ -331,7 +332,7 @@ def _shared(name: str, threads: int | None, kernels: str, precision: str) -> Bac
     if name == "cuda":
         from fastdiff.backends.cuda import CudaBackend
 
-        return CudaBackend(kernels=kernels, precision=precision)
+        return CudaBackend(kernels=kernels, precision=precision, graphs=graphs, convolutions=convolutions)
     from fastdiff.backends.cpu import CpuBackend
 
     return CpuBackend(threads=threads)
@@ -350,6 +351,8 @@ def get_backend(
     threads: int | None = None,
     kernels: str | None = None,
     precision: str | None = None,
+    graphs: bool | None = None,
+    convolutions: str | None = None,
 ) -> Backend:
     """Return a backend.
 
@@ -364,6 +367,11 @@ def get_backend(
         For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
     precision : {"float32", "bf16"}, optional
         For "cuda": what the convolutions of image networks multiply; sums and everything else are float32.
+    graphs : bool, optional
+        For "cuda": whether an image network's work that comes again is launched as a CUDA graph (default), or kernel
+        by kernel, of the same bits; for comparison, and where a tool wants to see every launch.
+    convolutions : {"own", "cudnn"}, optional
+        For "cuda": our own kernels (default), or cuDNN's where it has some, which needs the extra ``[cudnn]``.
 
     Raises
     ------
@@ -373,7 +381,9 @@ def get_backend(
         "cuda" where CuPy, a driver or a GPU is missing: the message says what to install.
     """
     if isinstance(backend, Backend) and not isinstance(backend, type):
-        for name, option in (("threads", threads), ("kernels", kernels), ("precision", precision)):
+        options = {"threads": threads, "kernels": kernels, "precision": precision, "graphs": graphs}
+        options["convolutions"] = convolutions
+        for name, option in options.items():
             if option is not None:
                 raise ArgumentError(name, str(option), "None: a backend object has its own")
         return backend
@@ -388,9 +398,15 @@ def get_backend(
         raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
     if precision is not None and name != "cuda":
         raise ArgumentError("precision", repr(precision), "None: only the cuda backend has a choice of precision")
+    if convolutions is not None and name != "cuda":
+        raise ArgumentError("convolutions", repr(convolutions), "None: only the cuda backend has a choice of them")
+    if graphs is not None and (name != "cuda" or not isinstance(graphs, bool)):
+        wants = "True or False" if name == "cuda" else "None: only the cuda backend has graphs"
+        raise ArgumentError("graphs", repr(graphs), wants)
     kernels = check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"])
     precision = check_choice("precision", "float32" if precision is None else precision, PRECISIONS)
-    return _shared(name, threads, kernels, precision)
+    convolutions = check_choice("convolutions", "own" if convolutions is None else convolutions, CONVOLUTIONS)
+    return _shared(name, threads, kernels, precision, graphs is not False, convolutions)
 
 
 def backend_for(backend: str | Backend, **arrays: Any) -> Backend:

@@ -541,4 +541,7 @@ class CpuBackend(CpuLayers):
     mlp_train_step = NumpyBackend.mlp_train_step
     draw_batch = NumpyBackend.draw_batch
     finish_step = NumpyBackend.finish_step
+    train_step = NumpyBackend.train_step
+    resize = NumpyBackend.resize
+    repeats_resize = False
     queue = NumpyBackend.queue

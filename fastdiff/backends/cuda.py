@@ -3,24 +3,31 @@
 Arrays and launches belong to a runtime (`fastdiff.kernels.cuda.runtime`), so that the same code runs where there is
 no GPU, on a runtime that executes the kernels on the CPU. Work is issued on the current stream and not waited for,
 except where a Python number is returned.
+
+What is issued again and again, a network's passes and a whole training step, becomes a CUDA graph when it comes for
+the second time: one launch instead of hundreds, on the same memory. Numbers that differ from step to step are then
+read from device memory.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import PRECISIONS, AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import CONVOLUTIONS, PRECISIONS, AdamW, MLPPlan, Row, TrainingDraws
 from fastdiff.backends.cuda_conv import ConvOperations
 from fastdiff.backends.cuda_covariance import CovarianceOperations
+from fastdiff.backends.cuda_cudnn import Cudnn
 from fastdiff.backends.cuda_layers import LayerOperations
 from fastdiff.backends.cuda_mlp import MLPOperations
-from fastdiff.errors import BackendError, check_choice
+from fastdiff.errors import ArgumentError, BackendError, check_choice
 from fastdiff.noise import Stream, round_keys
 
 try:
@@ -30,12 +37,15 @@ except ModuleNotFoundError as error:
         raise
     raise BackendError("fastdiff is imported from a source tree that is not installed: run pip install -e .") from error
 
+log = logging.getLogger("fastdiff")
+
 Array = Any
 
 VECTOR = 16  # bytes that are read and written at once where everything is aligned to them
 WIDE = 16  # a row of a multiple of this many values has four aligned quarters
 SUM_CHUNK, SUM_THREADS = 4096, 256  # as in optim.cu
 TABLES = 32  # kept on the device
+MAX_GRAPHS = 4  # kept for one program
 
 
 @lru_cache(maxsize=64)
@@ -67,29 +77,45 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     precision : {"float32", "bf16"}, optional
         "bf16": convolutions of image networks on tensor cores, which round what they multiply to bfloat16 and add in
         float32. Parameters, activations and everything else stay float32.
+    graphs : bool, optional
+        Whether work that comes again is launched as a CUDA graph. Changes no bits. It ends with a line in the log
+        where a device refuses to capture one.
+    convolutions : {"own", "cudnn"}, optional
+        "cudnn": what cuDNN can do is done by it; see `fastdiff.backends.cuda_cudnn`.
 
     Raises
     ------
     BackendError
-        CuPy, the driver or a GPU is missing, or the driver is too old.
+        CuPy, the driver or a GPU is missing, or the driver is too old; or cuDNN, where it is asked for.
     """
 
     name = "cuda"
     threads = 1
 
     def __init__(
-        self, runtime: runtimes.Runtime | None = None, kernels: str = "raw", precision: str = "float32"
+        self,
+        runtime: runtimes.Runtime | None = None,
+        kernels: str = "raw",
+        precision: str = "float32",
+        graphs: bool = True,
+        convolutions: str = "own",
     ) -> None:
         self.kernels = check_choice("kernels", kernels, ["raw", "numba"])
         self.precision = check_choice("precision", precision, PRECISIONS)
+        if not isinstance(graphs, bool):
+            raise ArgumentError("graphs", repr(graphs), "True or False")
+        self.graphs = graphs
+        self.convolutions = check_choice("convolutions", convolutions, CONVOLUTIONS)
         self.runtime: runtimes.Runtime = runtimes.CupyRuntime() if runtime is None else runtime
         self._twins = _numba_twins() if kernels == "numba" else None
         self._lock = threading.RLock()  # two launches that share a buffer follow each other
         self._tables: OrderedDict[tuple[int, bytes], Array] = OrderedDict()
-        self._norms: dict[int, tuple[Array, Array]] = {}
+        self._scratches: dict[tuple[int, str], Array] = {}
+        self._moves = 0  # how often scratch or a table that graphs may use has gone
+        self._cudnn = Cudnn(self.runtime, precision, self._scratch) if convolutions == "cudnn" else None
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, str, str]]:
-        return type(self), (self.runtime, self.kernels, self.precision)
+    def __reduce__(self) -> tuple[Any, tuple[Any, str, str, bool, str]]:
+        return type(self), (self.runtime, self.kernels, self.precision, self.graphs, self.convolutions)
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return self.runtime.asarray(value, np.float32 if dtype is None else dtype)
@@ -179,17 +205,75 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     ) -> tuple[float, float]:
         with self._lock:
             loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
-            state = self._issue_adamw(params, grads, m, v, average, options, loss)
-            norm, _, value = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
-        return value, norm
+            return self._loss_and_norm(self._issue_adamw(params, grads, m, v, average, options, loss))
 
     def finish_step(
         self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
     ) -> tuple[float, float]:
         with self._lock:
-            state = self._issue_adamw(params, grads, m, v, average, options, loss)
-            norm, _, value = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
-        return value, norm
+            return self._loss_and_norm(self._issue_adamw(params, grads, m, v, average, options, loss))
+
+    def train_step(
+        self,
+        kept: dict[Any, Any],
+        gradient: Callable[[], Array],
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        arrays = params, grads, m, v, average
+        places = *map(self.runtime.address, arrays), options.clip_norm
+        with self._lock:
+            if self.graphs:
+                record = step, self._scalars(options), self._scratch("step", 1, np.uint32), self._scalars_at()
+                self.runtime.launch("optim", "set_step", 1, 1, record)
+            self._repeated(kept, places, lambda: self._issue_adamw(*arrays, options, gradient()))
+            return self._loss_and_norm(self._state())
+
+    def _loss_and_norm(self, state: Array) -> tuple[float, float]:
+        norm, _, loss = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
+        return loss, norm
+
+    def _repeated(self, kept: dict[Any, Any], places: tuple[Any, ...], body: Callable[[], Any]) -> None:
+        """Do body(): as a graph from the second time on that it works in these places, which `kept` is to know.
+
+        The first time kernels are loaded and scratch grows.
+        """
+        if not self.graphs or self.runtime.capturing:
+            body()
+            return
+        with self._lock:
+            key = (self.runtime.queue(), self._moves, *places)
+            if key not in kept:
+                body()
+                while len(kept) >= MAX_GRAPHS:
+                    kept.pop(next(iter(kept)))
+                kept[self.runtime.queue(), self._moves, *places] = None
+                return
+            if kept[key] is None:
+                try:
+                    kept[key] = self.runtime.capture(body)
+                except runtimes.CaptureError as error:
+                    log.warning("no CUDA graphs from here on, every kernel is launched by itself: %s", error)
+                    self.graphs = False
+                    body()
+                    return
+            kept[key]()
+
+    def _step_at(self) -> Array | None:
+        """Where a graph that is being captured finds the training step; None: it is a number."""
+        return self._scratch("step", 1, np.uint32) if self.runtime.capturing else None
+
+    def _scalars_at(self) -> Array:
+        return self._scratch("scalars", runtimes.STRUCTURES["AdamWScalars"].itemsize, np.uint8)
+
+    def _state(self) -> Array:
+        """(norm, scale, loss) of an optimiser step."""
+        return self._scratch("state", 3, np.float64)
 
     def _issue_adamw(
         self, params: Array, grads: Array, m: Array, v: Array, average: Array, o: AdamW, loss: Array | None = None
@@ -197,18 +281,18 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         """Issue an optimiser step; once the work is done, what is returned holds (norm, scale, loss)."""
         launch, size = self.runtime.launch, params.size
         chunks = max(1, -(-size // SUM_CHUNK))
-        queue = self.runtime.queue()
-        if queue not in self._norms or self._norms[queue][0].size != chunks:
-            self._norms[queue] = self.runtime.empty(chunks, np.float64), self.runtime.empty(3, np.float64)
-        sums, state = self._norms[queue]
+        sums, state = self._scratch("square sums", chunks, np.float64), self._state()
         launch("optim", "square_sums", *self.runtime.grid_1d(chunks * SUM_THREADS, SUM_THREADS), (grads, size, sums))
         launch("optim", "finish_norm", 1, SUM_THREADS, (sums, chunks, o.clip_norm, loss, state))
-        scalars = (
+        scalars = self._scalars(o), self._scalars_at() if self.runtime.capturing else None
+        launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, *scalars, state))
+        return state
+
+    def _scalars(self, o: AdamW) -> tuple[float, ...]:
+        return (
             1 - o.beta1, 1 - o.beta2, o.correction2**-0.5, o.eps, 1 - o.rate * o.decay, o.rate / o.correction1,
             1 - o.ema,
         )  # fmt: skip
-        launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, scalars, state))
-        return state
 
     def _by_blocks(
         self,
@@ -235,6 +319,18 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     def _aligned(self, *arrays: Array | None) -> bool:
         return all(array is None or self.runtime.address(array) % VECTOR == 0 for array in arrays)
 
+    def _scratch(self, name: str, size: int, dtype: npt.DTypeLike = np.float32) -> Array:
+        """An array of at least `size` values, for the current queue alone: kept, and grown only.
+
+        Hold the lock while it is in use. A name has one dtype.
+        """
+        key = self.runtime.queue(), name
+        if key not in self._scratches or self._scratches[key].size < size:
+            if self._scratches.pop(key, None) is not None:  # the old one goes before the new one comes
+                self._moves += 1
+            self._scratches[key] = self.runtime.empty((size,), dtype)
+        return self._scratches[key]
+
     def _table(self, values: npt.NDArray[np.float64]) -> Array:
         """A float64 table as float32 on the device; the last few are kept."""
         key = (self.runtime.queue(), values.tobytes())
@@ -245,4 +341,5 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
                 self._tables[key] = self.runtime.asarray(values, np.float32)
                 if len(self._tables) > TABLES:
                     self._tables.popitem(last=False)
+                    self._moves += 1
             return self._tables[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cuda_conv_mma import TensorCores
+from fastdiff.backends.cuda_cudnn import Cudnn
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 
@@ -127,24 +129,15 @@ class ConvOperations:
     runtime: Runtime
     precision = "float32"
     """Or "bf16": products on tensor cores (`TensorCores`)."""
+    _cudnn: Cudnn | None = None
+    """Takes what it can, where there is one."""
 
     _lock: threading.RLock
+    _scratch: Callable[..., Array]
 
     @cached_property
     def _tensor_cores(self) -> TensorCores:
         return TensorCores(self.runtime, self._scratch)
-
-    @cached_property
-    def _scratches(self) -> dict[tuple[int, str], Array]:
-        return {}
-
-    def _scratch(self, name: str, size: int) -> Array:
-        """An array of at least `size` values, for the current queue alone: kept, and grown only."""
-        key = (self.runtime.queue(), name)
-        if key not in self._scratches or self._scratches[key].size < size:
-            self._scratches.pop(key, None)
-            self._scratches[key] = self.runtime.empty(size)
-        return self._scratches[key]
 
     def conv(
         self,
@@ -159,6 +152,8 @@ class ConvOperations:
     ) -> None:
         if out.size:
             with self._lock:
+                if self._cudnn and self._cudnn.conv(geometry, x, w, b, out, shift, residual):
+                    return
                 form = product(geometry, x.shape, out.shape, False)
                 self._gather("conv", form, x, self._weights(form, w, False), out, (b, shift, residual))
 
@@ -175,15 +170,18 @@ class ConvOperations:
         dshift: Array | None = None,
         add: bool = False,
     ) -> None:
-        launch, (images, height, width, outputs) = self.runtime.launch, dy.shape
-        with self._lock:
-            if dx is not None and dx.size:
-                form = product(geometry, x.shape, dy.shape, True)
-                self._gather("conv_input", form, dy, self._weights(form, w, True), dx, (dx if add else None,))
-            self._weight_gradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db)
+        images, height, width, outputs = dy.shape
         if dshift is not None and dshift.size:
             grid, block = self.runtime.grid_1d(images * -(-outputs // SUM_COLUMNS) * SUM_THREADS, SUM_THREADS)
-            launch("conv", "conv_image_sums", grid, block, (dy, dshift, images, height * width, outputs))
+            args = (dy, dshift, images, height * width, outputs)
+            self.runtime.launch("conv", "conv_image_sums", grid, block, args)
+        with self._lock:
+            wanted = dx is not None and dx.size > 0
+            if wanted and not (self._cudnn and self._cudnn.input_gradient(geometry, dy, w, dx, add)):
+                form = product(geometry, x.shape, dy.shape, True)
+                self._gather("conv_input", form, dy, self._weights(form, w, True), dx, (dx if add else None,))
+            if not (self._cudnn and self._cudnn.weight_gradient(geometry, dy, x, dw, db, dshift)):
+                self._weight_gradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db)
 
     def _weights(self, form: Product, w: Array, adjoint: bool) -> Array:
         """The weights as a product reads them: w itself, or folded for upsampled images."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,19 +85,10 @@ class LayerOperations:
     runtime: Runtime
 
     _lock: threading.RLock
-    _table: Any
-
-    @cached_property
-    def _layer_buffers(self) -> dict[tuple[int, str], Array]:
-        return {}
-
-    def _buffer(self, name: str, size: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """A buffer of at least so many values; those of two queues are apart. Hold the lock while it is in use."""
-        key = self.runtime.queue(), name
-        if key not in self._layer_buffers or self._layer_buffers[key].size < size:
-            self._layer_buffers.pop(key, None)  # the old one goes before the new one comes
-            self._layer_buffers[key] = self.runtime.empty((size,), dtype)
-        return self._layer_buffers[key]
+    _table: Callable[[npt.NDArray[np.float64]], Array]
+    _scratch: Callable[..., Array]
+    _repeated: Callable[[dict[Any, Any], tuple[Any, ...], Callable[[], None]], None]
+    _step_at: Callable[[], Array | None]
 
     def _by_fours(self, *arrays: Array | None, multiples: tuple[int, ...] = ()) -> bool:
         """Whether all arrays are aligned, and the sizes multiples of four."""
@@ -141,7 +132,7 @@ class LayerOperations:
         chunks = -(-pixels // plan.rows)
         sizes, items = (images, pixels, plan.rows, chunks, *how), blocks * chunks * THREADS
         with self._lock:
-            parts = self._buffer("norm", 2 * images * groups * chunks)
+            parts = self._scratch("norm", 2 * images * groups * chunks)
             self._launch_layer("norm", "norm_chunks", items, (x, parts, *sizes, fours), THREADS)
             args = (x, parts, *given, out, stats, *sizes, eps, silu, fours)
             self._launch_layer("norm", "norm_apply", items, args, THREADS)
@@ -169,7 +160,7 @@ class LayerOperations:
         how = channels, channels // groups, plan.bundle
         fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx)
         with self._lock:
-            sums = self._buffer("norm", 2 * images * channels)
+            sums = self._scratch("norm", 2 * images * channels)
             if plan.backward is not None:
                 threads, shared = plan.backward
                 args: tuple[Any, ...] = (*given, dx, sums, dmodulation, images, pixels, *how, silu, add, fours)
@@ -177,7 +168,7 @@ class LayerOperations:
             else:
                 chunks = -(-pixels // plan.rows)
                 sizes, items = (images, pixels, plan.rows, chunks, *how), blocks * chunks * THREADS
-                parts = self._buffer("norm chunks", 2 * images * chunks * channels)
+                parts = self._scratch("norm chunks", 2 * images * chunks * channels)
                 self._launch_layer("norm", "norm_backward_chunks", items, (*given, parts, *sizes, silu, fours), THREADS)
                 args = (parts, gamma, beta, sums, dmodulation, images, chunks, channels)
                 self._launch_layer("norm", "norm_backward_images", images * across * THREADS, args, THREADS)
@@ -201,7 +192,7 @@ class LayerOperations:
     ) -> None:
         sizes, blocks, shape, shared = self._attend(out, heads, 3, 2)
         with self._lock:
-            deltas = self._buffer("deltas", log_sums.size)
+            deltas = self._scratch("deltas", log_sums.size)
             args = (dy, out, deltas, *sizes[:4])
             self._launch_layer("attention", "attention_deltas", log_sums.size * WARP, args, THREADS)
             at_once = self._by_fours(dy, qkv, dqkv, multiples=sizes[3:4])
@@ -251,11 +242,16 @@ class LayerOperations:
         args = (*arrays, a.size // max(1, left), left, right, *options, fours)
         self._launch_layer("pointwise", entry, (a.size + b.size) // (4 if fours else 1), args)
 
+    def resize(self, x: Array, out: Array) -> None:
+        images, height, width, channels = out.shape
+        args = (x, out, images, *x.shape[1:3], height, width, channels)
+        self._launch_layer("pointwise", "resize", out.size, args)
+
     def take(self, table: Array, index: Array, out: Array, *, add: bool = False) -> None:
         self._launch_layer("pointwise", "take", out.size, (table, index, out, *out.shape, add))
 
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
-        dtable.fill(0)
+        self._launch_layer("pointwise", "fill", dtable.size, (dtable, dtable.size, 0))
         self._launch_layer("pointwise", "take_backward", len(dy) * THREADS, (dy, index, dtable, *dy.shape), THREADS)
 
     def draw_batch(
@@ -275,7 +271,8 @@ class LayerOperations:
         size = height * width * channels
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), x, t, target, chosen, n, size, width,
-            channels, len(draws.data), len(draws.signal), first_sample, step, flip, round_keys(draws.seed),
+            channels, len(draws.data), len(draws.signal), first_sample, step, self._step_at(), flip,
+            round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 
@@ -285,17 +282,20 @@ class LayerOperations:
         size = x.size // max(1, len(x))
         fours = self._by_fours(x, out, multiples=(size,))
         limit, scale = math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
-        args = (x, out, len(x), size, limit, scale, first_block, first_sample, step, round_keys(seed), fours)
+        at = first_block, first_sample, step, self._step_at()
+        args = (x, out, len(x), size, limit, scale, *at, round_keys(seed), fours)
         self._launch_layer("pointwise", "dropout", len(x) * -(-size // 4), args)
 
+    repeats_resize = True
+
     def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
-        body()
+        self._repeated(kept, tuple(array is not None and self.runtime.address(array) for array in places), body)
 
     def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
         size = y.size
         chunks = -(-size // ERROR_CHUNK)
         with self._lock:
-            sums = self._buffer("errors", chunks + 1, np.float64)
+            sums = self._scratch("errors", chunks + 1, np.float64)
             scale, loss = np.float32(2 / max(1, size)), sums[chunks : chunks + 1]
             args = (y, target, dy, size, scale, sums)
             self._launch_layer("pointwise", "squared_error", chunks * THREADS, args, THREADS)

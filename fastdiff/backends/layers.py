@@ -43,6 +43,9 @@ class Conv(NamedTuple):
 class LayerBackend(Backend, Protocol):
     """What a backend provides besides `Backend` to run image networks."""
 
+    repeats_resize: bool
+    """Whether `resize` may be among the operations of `repeat`."""
+
     def queue(self) -> int:
         """Return which queue work is issued on now: work on another one does not wait for it, nor for its memory."""
 
@@ -145,6 +148,9 @@ class LayerBackend(Backend, Protocol):
     def split(self, x: Array, a: Array, b: Array, *, add: bool = False) -> None:
         """Fill `a` and `b` with the two parts of x, as `concatenate` joined them; with `add`, add to `a`."""
 
+    def resize(self, x: Array, out: Array) -> None:
+        """Fill `out` (N, H', W', C) with x (N, H, W, C), rows and columns cut off at the end, or zeros there."""
+
     def take(self, table: Array, index: Array, out: Array, *, add: bool = False) -> None:
         """Fill `out` (N, C) with the rows `index` (N,) int64 of a table; with `add`, add to it."""
 
@@ -191,6 +197,25 @@ class LayerBackend(Backend, Protocol):
         """Do `adamw`, and return the loss, which is given as an array of one value, and the gradient's norm.
 
         Where one of them is not finite nothing is changed, and the norm is not finite.
+        """
+
+    def train_step(
+        self,
+        kept: dict[Any, Any],
+        gradient: Callable[[], Array],
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        """Call ``gradient()``, which fills grads and returns the loss, and do `finish_step`.
+
+        `gradient` takes operations of this backend, and nothing else, on arrays that stay where they are; to those
+        that want the training step it gives `step`. Where `kept`, the caller's, has what a step did on these arrays,
+        a backend may do that again, with another `step` and other `options`.
         """
 
     def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:

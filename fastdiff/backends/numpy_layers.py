@@ -240,6 +240,11 @@ class NumpyLayers:
         _store(x[..., : a.shape[-1]], a, add)
         b[...] = x[..., a.shape[-1] :]
 
+    def resize(self, x: Array, out: Array) -> None:
+        height, width = map(min, x.shape[1:3], out.shape[1:3])
+        out[...] = 0
+        out[:, :height, :width] = x[:, :height, :width]
+
     def take(self, table: Array, index: Array, out: Array, *, add: bool = False) -> None:
         _store(table[index], out, add)
 
@@ -296,6 +301,22 @@ class NumpyLayers:
         if not math.isfinite(value):
             return value, math.nan
         return value, cast(Backend, self).adamw(params, grads, m, v, average, options)
+
+    def train_step(
+        self,
+        kept: dict[Any, Any],
+        gradient: Callable[[], Array],
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+    ) -> tuple[float, float]:
+        return self.finish_step(gradient(), params, grads, m, v, average, options)
+
+    repeats_resize = True
 
     def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
         body()

@@ -93,7 +93,6 @@ class Script:
         arrays = self.tasks, self.phases, self.counters
         self.table = np.array([part for a in arrays for part in (a.ctypes.data, len(a))], np.int64)
 
-
     def release(self, arrays: list[Array | None]) -> None:
         """Keep the memory of these alive no longer: the caller brings it whenever the script is run."""
         owners = {id(_owner(array)) for array in arrays}

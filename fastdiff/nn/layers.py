@@ -118,6 +118,7 @@ class Program:
         self._own: dict[str, Array] = {}  # copies of what a run is given
         self._kept: dict[Any, Any] = {}  # see LayerBackend.repeat
         self._repeats = True  # whether every run does the same, but for the values in its arrays
+        self._resizes = False
         self._blocks: list[_Block] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
         self._draw: dict[str, int] = {}
@@ -269,28 +270,26 @@ class Program:
         """Record x with rows and columns cut off at the end, or zeros there."""
         if x.shape[1:3] == (height, width):
             return x
-        self._repeats = False
+        self._resizes = True
         y = Value((self.n, height, width, x.width), x.trained)
-        inside = (slice(None), slice(min(height, x.shape[1])), slice(min(width, x.shape[2])))
-
-        def copy(source: Array, target: Array) -> None:
-            target[...] = 0
-            target[inside] = source[inside]
-
         return self._record(
             _Operation(
-                lambda be: copy(x.data, y.data),
-                (lambda be, add: copy(y.grad, x.grad)) if x.trained else None,
+                lambda be: be.resize(x.data, y.data),
+                (lambda be, add: be.resize(y.grad, x.grad)) if x.trained else None,
                 (y,), (x,), fresh=(x,) if x.trained else (),
             )
         )  # fmt: skip
 
+    def own(self, be: LayerBackend, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Return the program's own array of a name, always in the same place: where a run finds it, it copies none."""
+        if name not in self._own:
+            self._own[name] = be.empty(shape, dtype)
+        return self._own[name]
+
     def _copy(self, be: LayerBackend, name: str, array: Array) -> Array:
-        """The program's own copy of an array, always in the same place."""
-        own = self._own.get(name)
-        if own is None:
-            own = self._own[name] = be.empty(array.shape, array.dtype)
-        own[...] = array
+        own = self.own(be, name, array.shape, array.dtype)
+        if own is not array:
+            own[...] = array
         return own
 
     def plan(self) -> None:
@@ -380,7 +379,7 @@ class Program:
                 if operation.add_through and operation.through is not None:
                     be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
 
-        if self._repeats:
+        if self._repeats and (be.repeats_resize or not self._resizes):
             tensor = next(iter(self._tensors.values()))  # the others lie as far from it as ever
             places = [tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))]
             be.repeat(self._kept, places, body)

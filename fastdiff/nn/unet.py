@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import cached_property
 from typing import Any, Self
 
@@ -437,11 +437,66 @@ class UNet:
             The backend's own, valid until the next call.
         """
         n = len(x)
-        given = {"x": x.reshape(n, *self.image), "t": t, "labels": labels}
-        target = target.reshape(n, *self.image[:2], self.outputs)
+        given = {"x": _shaped(x, (n, *self.image)), "t": t, "labels": labels}
+        target = _shaped(target, (n, *self.image[:2], self.outputs))
         parts = self.layout.views(params), given, self.layout.views(grads), target
         with self._workspace.lock:
             return self._run(self._layers(be), *parts, seed=seed, step=step, first_sample=first_sample)
+
+    def batch(self, be: LayerBackend, n: int, *, labels: bool) -> tuple[Array, Array, Array, Array | None]:
+        """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
+
+        Parameters
+        ----------
+        be : LayerBackend
+        n : int
+            Number of images.
+        labels : bool
+            Whether there are labels.
+
+        Returns
+        -------
+        x : (n, height, width, channels) array
+        t : (n,) int64 array
+        target : (n, height, width, outputs) array
+        labels : (n,) int64 array or None
+            Unfilled. The network's, and valid until it is given more images than ever before.
+        """
+        with self._workspace.lock:
+            program = self._program(self._layers(be), n, True)
+            x = program.own(be, "x", (n, *self.image), self.dtype)
+            t = program.own(be, "t", (n,), np.int64)
+            target = program.own(be, "target", (n, *self.image[:2], self.outputs), self.dtype)
+            return x, t, target, program.own(be, "labels", (n,), np.int64) if labels else None
+
+    def train_step(
+        self,
+        be: LayerBackend,
+        kept: MutableMapping[Program, dict[Any, Any]],
+        gradient: Callable[[], Array],
+        n: int,
+        step: int,
+        *arrays: Any,
+    ) -> tuple[float, float]:
+        """Do `LayerBackend.train_step`, and return the loss and the gradient's norm.
+
+        Parameters
+        ----------
+        be : LayerBackend
+        kept : mapping
+            The caller's, empty at first, with weak keys: what is kept lives no longer than the arena that it uses.
+        gradient : callable
+            Without arguments it draws n images into `batch`, calls `gradient` for them, and returns the loss. All else
+            that it uses is the same whenever it is called with this `kept`.
+        n, step : int
+        *arrays
+            params, grads, m, v, average, all (layout.size,), and an `AdamW`.
+        """
+        with self._workspace.lock:
+            return be.train_step(kept.setdefault(self._program(be, n, True), {}), gradient, step, *arrays)
+
+    def _program(self, be: LayerBackend, n: int, training: bool) -> Program:
+        return self._workspace.program(be, n, training, self.dtype, self._record)
 
     def _run(
         self,
@@ -452,7 +507,7 @@ class UNet:
         target: Array = None,
         **draw: int,
     ) -> Array:
-        program = self._workspace.program(be, len(given["x"]), grads is not None, self.dtype, self._record)
+        program = self._program(be, len(given["x"]), grads is not None)
         features = self._workspace.constant(be, "features", self._features)
         return program.run(be, params, {**given, "features": features}, grads, target, **draw)
 
@@ -529,6 +584,11 @@ def _flag(argument: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentError(argument, repr(value), "True or False")
     return bool(value)
+
+
+def _shaped(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array in another shape, itself where it has that."""
+    return array if array.shape == shape else array.reshape(shape)
 
 
 def _optional(argument: str, value: Any, *, high: int) -> int | None:

@@ -89,6 +89,17 @@ FD_KERNEL split(const real *__restrict__ x, real *__restrict__ a, real *__restri
     }
 }
 
+// out (n, to_height, to_width, channels) from x (n, height, width, channels): cut off at the end, or zeros there.
+FD_KERNEL resize(const real *__restrict__ x, real *__restrict__ out, int64 n, int64 height, int64 width,
+                 int64 to_height, int64 to_width, int64 channels) {
+    const int64 line = width * channels, to_line = to_width * channels;
+    for (Walk walk = fd_walk(to_line); walk.row < n * to_height; fd_walk_on(walk, to_line)) {
+        const int64 image = walk.row / to_height, row = walk.row - image * to_height;
+        const bool inside = row < height && walk.item < line;
+        out[walk.row * to_line + walk.item] = inside ? x[(image * height + row) * line + walk.item] : 0;
+    }
+}
+
 // ------------------------------------------------------------------------------------------- rows of tables
 
 FD_KERNEL fill(real *x, int64 size, real value) { FD_GRID_STRIDE(i, size) x[i] = value; }

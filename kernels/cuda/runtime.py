@@ -216,8 +216,10 @@ class Runtime(Protocol):
     """Bytes of dynamic shared memory that a block may ask for."""
     block: int
     """Threads of a block where the kernel does not fix them; any number will do."""
-    capturing: bool
-    """Whether this thread is in `capture`."""
+
+    @property
+    def capturing(self) -> bool:
+        """Whether this thread is in `capture`."""
 
     def empty(self, shape: tuple[int, ...] | int, dtype: npt.DTypeLike = REAL) -> Array:
         """Return an uninitialised array."""

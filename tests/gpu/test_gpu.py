@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import cuda_parity_conv  # noqa: F401 - registers its checks
+from importlib.util import find_spec
+
+import cuda_parity_conv
 import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
 import cuda_parity_layers  # noqa: F401 - registers its checks
@@ -12,9 +14,10 @@ import pytest
 import test_cuda_twins as twin_cases
 from cuda_parity import CHECKS, all_entries
 from cuda_parity_mlp import terms
-from tolerances import assert_close, assert_same_bits
+from tolerances import CUDNN_ERROR, assert_close, assert_same_bits
 
 import fastdiff as fd
+from fastdiff.backends import CONVOLUTIONS, PRECISIONS
 from fastdiff.backends.cuda import CudaBackend
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +40,35 @@ def test_parity(be, name, size):
 @pytest.mark.parametrize("key", sorted(all_entries()), ids="-".join)
 def test_nothing_lies_in_local_memory(be, key):
     assert be.runtime.kernel(*key).attributes["local_size_bytes"] == 0
+
+
+def convolved(be, given):
+    """A convolution and its gradients, done for the third time, as a graph."""
+    arrays = given.x, given.w, given.b, given.dy, given.shift, given.residual
+    x, w, b, dy, shift, residual = (None if array is None else be.asarray(array) for array in arrays)
+    made, kept = [be.empty(array.shape) for array in (given.dy, given.x, given.w, given.b)], {}
+
+    def work():
+        be.conv(given.geometry, x, w, b, made[0], shift=shift, residual=residual)
+        be.conv_backward(given.geometry, dy, x, w, *made[1:])
+
+    for _ in range(3):
+        for array in made:
+            array.fill(np.nan)
+        be.repeat(kept, [x], work)
+    return [be.to_numpy(array) for array in made]
+
+
+@pytest.mark.skipif(find_spec("cudnn") is None, reason="cuDNN needs nvidia-cudnn-frontend")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cudnn(precision):
+    """As our own convolutions; it takes some, and can be captured."""
+    own, cudnn = (CudaBackend(precision=precision, convolutions=choice) for choice in CONVOLUTIONS)
+    for given in cuda_parity_conv.cases("full"):
+        for got, want in zip(convolved(cudnn, given), convolved(own, given), strict=True):
+            assert np.linalg.norm(got - want) <= CUDNN_ERROR * np.linalg.norm(want)
+    assert any(cudnn._cudnn._plans.values())
+    assert cudnn.graphs
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -101,3 +133,24 @@ def test_train_save_load_sample(be, tmp_path):
     assert_same_bits(be.to_numpy(loaded.sample(103)), curves)
     want = fd.load(tmp_path / "m.safetensors", backend="cpu").sample(103)
     assert_close(curves, want, terms=model.schedule.T * terms(model.net))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_graphs(own, precision):
+    """Of the same bits as kernel by kernel, on the legacy stream and on one of the caller's; none is refused."""
+    import cupy
+
+    pictures, labels = np.random.default_rng(0).integers(0, 256, (60, 18, 16, 3), np.uint8), np.arange(60) % 3
+    results = []
+    for graphs in (True, False):
+        be = CudaBackend(precision=precision, graphs=graphs)
+        net = fd.UNet((18, 16, 3), channels=(16, 32, 32), classes=3, dropout=0.1, T=50)
+        with cupy.cuda.Stream(non_blocking=True) if own else cupy.cuda.Stream.null:
+            model = fd.Diffusion(net, backend=be, seed=0)
+            model.fit(pictures, labels, steps=6, batch=8, flip=True, progress=False)
+            samples = be.to_numpy(model.sample(5, labels=1, batch=3, steps=6))
+        assert be.graphs == graphs
+        results.append((model.net.flat, np.array(model.history["loss"]), samples))
+    for got, want in zip(*results, strict=True):
+        assert_same_bits(got, want)

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from functools import cache
+import weakref
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,9 @@ def _library(text: str, sanitize: bool) -> ctypes.CDLL:
 class HostRuntime:
     """The runtime of a `CudaBackend` on NumPy arrays.
 
+    A graph is a list of launches: it has addresses and no arrays, as on a GPU. What lies there when it runs must be an
+    array that is known, by a launch or by its address, and still lives.
+
     Parameters
     ----------
     order : {"forward", "backward", "shuffled"}
@@ -141,35 +145,77 @@ class HostRuntime:
         self.block, self.multiprocessors = block, multiprocessors
         self.launches: list[tuple[str, str]] = []
         """(source, entry) of every launch so far."""
+        self.graphs: list[int] = []
+        """How many launches each graph has that was captured so far."""
+        self._captured = None
+
+    @cached_property
+    def _known(self):
+        """Arrays by the address where they begin."""
+        return weakref.WeakValueDictionary()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_known"}
+
+    @property
+    def capturing(self):
+        return self._captured is not None
+
+    def _not_in_a_graph(self, what):
+        if self.capturing:
+            raise HostError(f"{what} while a graph is captured")
 
     def empty(self, shape, dtype=runtime.REAL):
+        self._not_in_a_graph("memory is asked for")
         array = np.empty(shape, dtype)
         array.reshape(-1).view(np.uint8).fill(255)  # NaN: what is read must have been written
         return array
 
     def zeros(self, shape, dtype=runtime.REAL):
+        self._not_in_a_graph("memory is asked for")
         return np.zeros(shape, dtype)
 
     def asarray(self, value, dtype=None):
+        self._not_in_a_graph("an array is sent")
         return np.ascontiguousarray(value, dtype)
 
     def owns(self, value):
         return isinstance(value, np.ndarray)
 
     def to_numpy(self, array):
+        self._not_in_a_graph("an array is read")
         return array
 
     def copy(self, target, source):
+        self._not_in_a_graph("CuPy copies")
         np.copyto(target, source, casting="no")
 
     def matmul(self, a, b, out):
+        self._not_in_a_graph("CuPy multiplies")
         np.matmul(a, b, out=out)
 
     def address(self, array):
+        self._know(array)
         return array.ctypes.data
+
+    def _know(self, array):
+        """Where the array ends, and where the memory begins that it is a part of."""
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        start = owner.ctypes.data
+        self._known[start] = owner
+        return array.ctypes.data + array.nbytes, start
+
+    def _lives(self, end, start):
+        owner = self._known.get(start)
+        return owner is not None and end <= start + owner.nbytes
 
     def queue(self):
         return 0
+
+    def stream(self):
+        return self.queue() + (1 << 20) * self.capturing
 
     def grid_1d(self, n, block=None):
         return runtime.grid_1d(n, block or self.block, self.multiprocessors * self.waves)
@@ -184,10 +230,12 @@ class HostRuntime:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
         cast = runtime.cast_arguments(source, entry, args)
         pointers = (ctypes.c_void_p * max(1, len(cast)))()
-        kept = []
+        kept, used = [], []
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
-                pointers[i] = None if value is None else self._argument(entry, parameter, value).ctypes.data
+                memory = None if value is None else self._argument(entry, parameter, value)
+                pointers[i] = None if memory is None else memory.ctypes.data
+                used += [] if memory is None else [self._know(memory)]
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
@@ -196,9 +244,41 @@ class HostRuntime:
         function.argtypes = [
             ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
         ]  # fmt: skip
-        with _LOCK:
-            self.seed = (self.seed * 69069 + 1) % 2**32
-            error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
-        self.launches.append((source, entry))
-        if error:
-            raise HostError(f"{source}.cu, {entry}: {error.decode()}")
+
+        def run(kept=kept):  # which the pointers need
+            if not all(self._lives(*where) for where in used):
+                raise HostError(f"{source}.cu, {entry}: memory of the graph has been given back")
+            with _LOCK:
+                self.seed = (self.seed * 69069 + 1) % 2**32
+                error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
+            self.launches.append((source, entry))
+            if error:
+                raise HostError(f"{source}.cu, {entry}: {error.decode()}")
+
+        if self.capturing:
+            self._captured.append(run)
+        else:
+            run()
+
+    def capture(self, issue):
+        self.begin_capture()
+        try:
+            issue()
+        finally:
+            launches = self.end_capture()
+
+        def launch_all():
+            for launch in launches:
+                launch()
+
+        return launch_all
+
+    def begin_capture(self):
+        assert not self.capturing
+        self._captured = []
+
+    def end_capture(self):
+        """What has been launched since `begin_capture`, as functions."""
+        launches, self._captured = self._captured, None
+        self.graphs.append(len(launches))
+        return launches

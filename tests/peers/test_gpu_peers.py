@@ -13,6 +13,7 @@ from host_cuda import HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff
+from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.errors import ArgumentError
 
@@ -28,7 +29,11 @@ KINDS = {case.kind: case for case in gpu.CASES}
 
 
 def small(case):
-    return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
+    if case.kind not in gpu.IMAGES:
+        return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
+    shape = (4, 4, 3) if case.net else (5, 8) if case.kind == "attention" else (4, 4, 8)
+    few = {"steps": gpu.EXAMPLE_DDIM + 1} if case.kind == "unet-ddim" else {}
+    return replace(case.at(1e-5), n=2, shape=shape, **few)
 
 
 class Stream:
@@ -60,9 +65,17 @@ def on_cpu(monkeypatch):
         graph.captured = True
 
     monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu.cases, "T", 7)
-    monkeypatch.setattr(gpu.cases, "DATA_STEP", 3)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for module in (gpu.cases, bench):
+        monkeypatch.setattr(module, "T", 7)
+    monkeypatch.setattr(bench, "DATA_STEP", 3)
+    monkeypatch.setattr(gpu, "HEAD", 4)
+    monkeypatch.setattr(gpu, "GROUPS", 2)
+    monkeypatch.setattr(bench, "HEAD", 4)
+    monkeypatch.setattr(bench, "GROUPS", 2)
+    for name, value in {"channels": (4, 4, 8), "blocks": 1, "head_width": 4, "groups": 2}.items():
+        monkeypatch.setitem(bench.UNET, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     Graph.made = ()
     for name, value in {
         "Stream": Stream, "current_stream": Stream, "stream": contextmanager(lambda side: iter([side])),
@@ -75,14 +88,20 @@ def on_cpu(monkeypatch):
 def test_every_way_runs_and_agrees(on_cpu, case):
     """`prepare` compares the two sides' results on the same inputs."""
     ways = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
-    wanted = {"ours", "eager"} if case.kind == "normals" else {"ours", *gpu.WAYS}
+    if case.kind == "normals":
+        wanted = {"ours", "eager"}
+    elif case.kind not in gpu.IMAGES:
+        wanted = {"ours", *gpu.WAYS}
+    else:
+        ours = {"ours"} if case.kind in ("norm", "attention") else {"ours", "ours-bf16"}
+        wanted = {*ours, *gpu.IMAGE_WAYS} - (set() if case.net else {"reduced"})
     assert set(ways.runs) == wanted
     seconds, failed = gpu.measure(ways, int, 1, 1e-6)
     assert not failed
     assert set(seconds) == wanted
     for graph in Graph.made:
         assert graph.replays > 1
-    assert len(Graph.made) == ("graphs" in wanted)
+    assert len(Graph.made) == ("graphs" in wanted) + ("bf16-graphs" in wanted)
 
 
 @pytest.mark.parametrize("kind", ["forward", "step", "chain"])
@@ -101,6 +120,22 @@ def test_results_that_differ_are_noticed(on_cpu, monkeypatch, kind):
     monkeypatch.setattr(gpu_peers, right, wrong)
     with pytest.raises(AssertionError, match=f"{case.name}: ours and PyTorch's differ"):
         gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None)
+
+
+@pytest.mark.parametrize("name", ["unet-forward-16", "conv-back-16x16x16x128", "norm-1024x32x32x64"])
+def test_a_form_that_differs_is_noticed(on_cpu, monkeypatch, name):
+    """Ours or one of PyTorch's, whichever is off by one part in a thousand."""
+    case = {case.name: case for case in gpu.CASES}[name]
+    right = "image_forward" if case.net else "layer"
+    function = getattr(gpu_peers, right)
+
+    def wrong(*args, **options):
+        runs, results = function(*args, **options)
+        return runs, results | {"channels": 1.001 * results["channels"]}
+
+    monkeypatch.setattr(gpu_peers, right, wrong)
+    with pytest.raises(AssertionError, match=f"{case.name}, channels: ours and PyTorch's differ by 0.001"):
+        gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
 
 
 def test_a_capture_warms_up_first(on_cpu):

@@ -1,0 +1,261 @@
+"""CUDA graphs of the CUDA backend: what they repeat, when they are made anew, and what has no place in one.
+
+Here a graph is a list of launches with the addresses and numbers of the time when it was captured. Whatever else
+happens while it is captured is an error of the host run.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from device_array import DeviceArray, DeviceRuntime
+from host_cuda import HostError, HostRuntime, has_compiler
+from test_image_models import net
+from tolerances import assert_same_bits
+
+import fastdiff as fd
+from fastdiff.backends import cuda
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.errors import ArgumentError
+from fastdiff.kernels.cuda.runtime import CaptureError
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+
+RANDOM = np.random.default_rng(0)
+PICTURES = RANDOM.integers(0, 256, (12, 8, 4, 1), np.uint8)
+LABELS = np.arange(12) % 3
+EVERYTHING = {"classes": 3, "dropout": 0.2, "attention": (False, True)}
+QUIET = {"progress": False, "batch": 3}
+KINDS = {"plain": {}, "everything": EVERYTHING, "modulated": {"scale_shift": True, "dropout": 0.1}}
+
+
+@pytest.fixture
+def be():
+    return CudaBackend(DeviceRuntime("shuffled"))
+
+
+@pytest.fixture
+def eager():
+    return CudaBackend(HostRuntime(), graphs=False)
+
+
+def model(backend, **options):
+    return fd.Diffusion(net((8, 4, 1), **options), backend=backend, seed=4)
+
+
+def labels_of(options):
+    return LABELS if "classes" in options else None
+
+
+def trained(backend, options, steps=4, **more):
+    return model(backend, **options).fit(PICTURES, labels_of(options), steps=steps, **QUIET, **more)
+
+
+def assert_same_models(ours, theirs):
+    assert ours.history == theirs.history
+    for name in ("m", "v"):
+        assert_same_bits(getattr(ours._optimizer, name), getattr(theirs._optimizer, name))
+    assert_same_bits(ours.net.flat, theirs.net.flat)
+    assert_same_bits(ours._average, theirs._average)
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [*((options, "float32") for options in KINDS.values()), (EVERYTHING, "bf16")],
+    ids=[*KINDS, "on tensor cores"],
+)
+def test_training_has_the_same_bits(options, precision):
+    """Draws, forward, loss, backward, optimiser: one graph, with the launches of a step by itself."""
+    be, eager = (
+        CudaBackend(here, precision=precision, graphs=graphs)
+        for here, graphs in ((DeviceRuntime(), True), (HostRuntime(), False))
+    )
+    ours, theirs = (trained(each, options, flip=True, warmup=3, decay_steps=9) for each in (be, eager))
+    assert_same_models(ours, theirs)
+    assert not eager.runtime.graphs
+    (size,) = be.runtime.graphs
+    step = len(eager.runtime.launches) // 4
+    assert size == step
+    assert be.runtime.launches[-step - 1 :] == [("optim", "set_step"), *eager.runtime.launches[-step:]]
+    for each in (ours, theirs):  # another call draws from other arrays
+        each.fit(PICTURES, labels_of(options), steps=2, **QUIET)
+    assert_same_models(ours, theirs)
+    assert be.runtime.graphs == [step] * 2
+
+
+def test_a_training_step_reads_once_and_allocates_nothing(be, monkeypatch):
+    """From the second step on the host sets the step, launches the graph and reads; nothing comes in between."""
+    made, here = [], be.runtime
+    empty = here.empty
+    monkeypatch.setattr(here, "empty", lambda *args: made.append(args) or empty(*args))
+    read, counts = here.to_numpy, []
+    monkeypatch.setattr(here, "to_numpy", lambda array: counts.append(len(made)) or read(array))
+    monkeypatch.setattr(DeviceArray, "__setitem__", None)
+    ours = trained(be, EVERYTHING, steps=6)
+    assert here.reads == [(3,)] * 6 + [ours.net.flat.shape] * 4
+    assert counts[0] > 0
+    assert counts[1:] == [counts[0]] * 9
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+def test_a_batch_in_parts(be, eager, options):
+    """Parts of two sizes: a network without dropout has a graph of each, one with dropout none."""
+    ours, theirs = (trained(each, options, steps=4, accumulate=2) for each in (be, eager))
+    assert_same_models(ours, theirs)
+    assert len(be.runtime.graphs) == (0 if options else 2)
+
+
+def test_images_that_are_padded(be, eager):
+    pictures, results, samples = PICTURES[:, :7, :3], [], []
+    for each in (be, eager):
+        ours = fd.Diffusion(net((7, 3, 1)), backend=each, seed=4)
+        results.append(ours.fit(pictures, steps=3, **QUIET))
+        samples.append(each.to_numpy(ours.sample(2, steps=3)))
+    assert_same_models(*results)
+    assert_same_bits(*samples)
+    assert len(be.runtime.graphs) == 2
+
+
+def test_what_happens_between_two_steps(be, eager):
+    """Predictions of more images move the arena and scratch, other tables push those of the training out."""
+    results = []
+    for each in (be, eager):
+        ours, other, graphs = model(each), net((8, 4, 1), channels=(8, 16)), []
+
+        def between(step, loss, each=each, ours=ours, other=other, graphs=graphs):
+            graphs.append(len(each.runtime.graphs))
+            x = np.zeros((24, 8, 4, 1), np.float32)
+            if step == 3:
+                ours.net.predict(x, 3, backend=each)
+            elif step == 6:
+                other_grads = each.asarray(other.layout.zeros(np.float32))
+                x = each.asarray(x)
+                t = each.asarray(np.zeros(24), np.int64)
+                other.gradient(each, each.asarray(other.flat), x, t, each.asarray(x), other_grads)
+            elif step == 9:
+                for k in range(2 * cuda.TABLES):
+                    each._table(np.array([float(k)]))
+
+        results.append(ours.fit(PICTURES, steps=13, callback=between, **QUIET))
+        if each is be:
+            assert graphs == [0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    assert_same_models(*results)
+
+
+def test_validation_between_the_steps(be, eager, monkeypatch):
+    monkeypatch.setattr("fastdiff.model.VALIDATION_EVERY", 2)
+    ours, theirs = (trained(each, EVERYTHING, steps=6, validation=0.5) for each in (be, eager))
+    assert_same_models(ours, theirs)
+    assert 0 < len(be.runtime.graphs) < 6
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_samples_have_the_same_bits(be, eager, options):
+    ours, theirs = (trained(each, options, steps=1) for each in (be, eager))
+    how = {"labels": 1 if "classes" in options else None, "steps": 4}
+    for number, sampler in enumerate(("ddim", "ddpm", "dpmpp_2m"), start=1):
+        got, want = (each.sample(3, sampler=sampler, batch=2, **how) for each in (ours, theirs))
+        assert_same_bits(got._memory, want)
+        # Of two images and of one; the weights of the next call may lie where the last one's lay.
+        assert 2 <= len(be.runtime.graphs) <= 2 * number
+    assert not eager.runtime.graphs
+    for program in ours.net._workspace._spaces[be][0][1].values():
+        assert len(program._kept) <= cuda.MAX_GRAPHS
+
+
+def test_few_graphs_are_kept(be):
+    unet, x = net((8, 4, 1)), np.zeros((1, 8, 4, 1), np.float32)
+    weights = [be.asarray(unet.flat) for _ in range(2 * cuda.MAX_GRAPHS)]
+    for flat in weights:
+        for _ in range(3):
+            unet.predict(x, 3, backend=be, flat=flat)
+    ((_, programs),) = unet._workspace._spaces[be].values()
+    assert [len(program._kept) for program in programs.values()] == [cuda.MAX_GRAPHS]
+    assert len(be.runtime.graphs) == 2 * cuda.MAX_GRAPHS
+
+
+# ------------------------------------------------------------------------------------------- what stands in the way
+
+
+def test_a_device_that_refuses_is_told_once(be, eager, monkeypatch, caplog):
+    def refuse(issue):
+        raise CaptureError("CUDARuntimeError: cudaErrorStreamCaptureUnsupported")
+
+    monkeypatch.setattr(be.runtime, "capture", refuse)
+    with caplog.at_level(logging.WARNING):
+        ours = trained(be, EVERYTHING)
+        samples = ours.sample(2, labels=1, steps=4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graphs from here on, every kernel is launched by itself: "
+        "CUDARuntimeError: cudaErrorStreamCaptureUnsupported"
+    ]
+    theirs = trained(eager, EVERYTHING)
+    assert_same_models(ours, theirs)
+    assert_same_bits(samples._memory, theirs.sample(2, labels=1, steps=4))
+
+
+def test_an_error_of_the_work_itself_comes_out(be):
+    kept = {}
+
+    def body():
+        if kept:
+            raise ZeroDivisionError
+
+    be.repeat(kept, [], body)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            be.repeat(kept, [], body)
+    assert not be.runtime.capturing
+    assert not DeviceArray.capturing
+
+
+def test_what_has_no_place_in_a_graph(be):
+    array = be.asarray(np.ones(3))
+
+    def assign():
+        array[...] = 2
+
+    for wrong in (
+        lambda: be.empty((3,)), lambda: be.runtime.zeros(3), lambda: be.asarray([1.0]), lambda: be.to_numpy(array),
+        lambda: be.runtime.copy(array, array), lambda: be.runtime.matmul(array, array, array), assign,
+        lambda: array * 2, lambda: array.fill(0), lambda: array.copy(), lambda: array.astype(np.float64),
+        lambda: be._scratch("new", 10),
+    ):  # fmt: skip
+        kept = {}
+        be.repeat(kept, [array], lambda: None)
+        with pytest.raises(HostError, match="while a graph is captured"):
+            be.repeat(kept, [array], wrong)
+
+
+def test_memory_that_a_graph_lost_is_noticed(be):
+    arrays, kept = [be.asarray(np.ones(3))], {}
+    for _ in range(3):
+        be.repeat(kept, [], lambda: be.silu(arrays[0], arrays[0]))
+    arrays[0] = None
+    with pytest.raises(HostError, match="silu: memory of the graph has been given back"):
+        be.repeat(kept, [], lambda: None)
+
+
+def test_graphs_can_be_left_out(be):
+    with pytest.raises(ArgumentError, match=r"^graphs: got 'no', wants True or False"):
+        CudaBackend(HostRuntime(), graphs="no")
+    with pytest.raises(ArgumentError, match=r"^graphs: got 1, wants True or False"):
+        fd.get_backend("cuda", graphs=1)
+    for name in ("numpy", "cpu", "auto"):
+        with pytest.raises(ArgumentError, match=r"^graphs: got False, wants None: only the cuda backend has graphs"):
+            fd.get_backend(name, graphs=False)
+    with pytest.raises(ArgumentError, match=r"^graphs: got False, wants None: a backend object has its own"):
+        fd.get_backend(be, graphs=False)
+    kept, times = {}, []
+    for _ in range(3):
+        CudaBackend(HostRuntime(), graphs=False).repeat(kept, [], lambda: times.append(1))
+    assert len(times) == 3
+    assert not kept
