@@ -176,14 +176,18 @@ def agree_all(case: cases.Case, ours: dict[str, Any], theirs: dict[str, Any]) ->
 def sides(be: Any) -> dict[str, Any]:
     """Return the backends that take a turn: `be`, and others on its runtime."""
     from fastdiff.backends.cuda import CudaBackend
+    from fastdiff.errors import BackendError
 
-    with_cudnn = importlib.util.find_spec("cudnn") is not None
-    others = {
-        name: CudaBackend(be.runtime, **options)
-        for name, options in OURS.items()
-        if options and (with_cudnn or "convolutions" not in options)
-    }
-    return {"ours": be} | others
+    found = {"ours": be}
+    for name, options in OURS.items():
+        if options:
+            try:
+                found[name] = CudaBackend(be.runtime, **options)
+            except BackendError as error:  # no cuDNN, or none that starts
+                if "convolutions" not in options:
+                    raise
+                print(f"{name}: left out: {error}", flush=True)
+    return found
 
 
 def prepare(be: Any, case: cases.Case, peers: Any, twins: Any) -> Ways:
