@@ -162,9 +162,8 @@ class _Product:
         self.across, self.tile_rows = -(-width // winograd.TILE), images * -(-height // winograd.TILE)
         self.plain_sizes = np.array([images, height, width, c, k], np.int64)
         self.adjoint = adjoint
-        self.direct = not adjoint and taps == [
-            (i, i, 0) for i in range(len(taps))
-        ]  # the weights can be used as they are
+        # Whether the weights can be used as they are.
+        self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
         self.images, self.channels, self.pixels, self.weights = images, (c, k), height * width, blocks * c * k
         self.sizes = np.array([images, in_height * in_width, c, height, width, k, block_rows], np.int64)
