@@ -37,7 +37,8 @@ from fastdiff.backends.workers import Script
 
 PASSES = 9
 OTHER = "outside of the layers"
-OUTER = {"asarray", "empty", "owns", "queue", "to_numpy", "train_step"}  # calls that are no layers, or made of them
+# Calls that are no layers, or made of them.
+OUTER = {"asarray", "empty", "owns", "prepare", "queue", "sample_step", "to_numpy", "train_step"}
 STEP_END = "finish_step"
 KINDS = {
     "attention": "attention",

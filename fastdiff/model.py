@@ -10,8 +10,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from time import perf_counter
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -43,12 +44,13 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 VALIDATION_EVERY = 100  # steps, counted from 0
+READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 BATCH, PICTURE_BATCH = 256, 64  # rows of a step where the caller does not say
 PICTURE_T = 200
 BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
 
 Network = MLP | UNet
-Step = Callable[[int, AdamW], tuple[float, float]]
+Step = Callable[[int, AdamW], None]
 Batch = tuple[Any, Any, Any, Any]
 
 
@@ -162,6 +164,10 @@ class NetworkDenoiser:
     flat: npt.NDArray[Any]
     prediction: str
     backend: Backend
+    _steppers: dict[Backend, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.net, self.flat, self.prediction, self.backend)
 
     @property
     def plan(self) -> Any:
@@ -186,7 +192,24 @@ class NetworkDenoiser:
     def evaluator(self, be: Backend) -> Callable[..., Any]:
         """Return a U-Net with these weights as a function of states on a backend: see `UNet.evaluator`."""
         assert isinstance(self.net, UNet)  # a perceptron has a plan
-        return self.net.evaluator(be, self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat))
+        return self.net.evaluator(be, self._on(be))
+
+    @property
+    def stepper(self) -> Callable[[Backend], Callable[..., None]] | None:
+        """Takes a backend and returns a U-Net with these weights as a sampler's step there: see `UNet.stepper`."""
+        net = self.net
+        if not isinstance(net, UNet):
+            return None
+
+        def on(be: Backend) -> Callable[..., None]:
+            if be not in self._steppers:
+                self._steppers[be] = net.stepper(be, self._on(be))
+            return self._steppers[be]
+
+        return on
+
+    def _on(self, be: Backend) -> Any:
+        return self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
 
 
 class _Optimizer(NamedTuple):
@@ -283,7 +306,11 @@ class Diffusion:
         self.history = _empty_history()
         self._optimizer: _Optimizer | None = None
         self._average: npt.NDArray[Any] | None = None
+        self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
         self.class_names: list[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_frozen": None}
 
     def reset(self) -> Self:
         """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped."""
@@ -394,11 +421,34 @@ class Diffusion:
         host = (net.flat, optimizer.m, optimizer.v, self._average)
         state = [be.asarray(array, net.dtype) for array in host]
 
+        results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
         if isinstance(net, MLP):
-            take_step = _mlp_step(be, net, draws, batch, grads, *state)
+            take_step = _mlp_step(be, net, draws, batch, grads, *state, results=results)
         else:
             draw = _batches(be, net, draws, labels, bool(flip))
-            take_step = _unet_step(be, net, draw, batch, accumulate, self.seed, grads, *state)
+            take_step = _unet_step(be, net, draw, batch, accumulate, self.seed, grads, *state, results=results)
+        issued, read_at = self.step, perf_counter()
+
+        def settle() -> None:
+            """Wait for the steps that have been issued, and count them."""
+            nonlocal issued, read_at
+            rows = be.to_numpy(results) if issued > self.step else ()
+            while self.step < issued:
+                loss, norm = rows[self.step % len(rows)].tolist()
+                if not math.isfinite(norm):
+                    issued = self.step  # the others have done nothing
+                    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
+                    raise TrainingError(
+                        f"{what} in step {self.step}: stopped; the model keeps the state before it, try a smaller lr"
+                    )
+                self.history["step"].append(self.step)
+                self.history["loss"].append(loss)
+                self.step += 1
+                self.ema_updates += 1
+                bar.update()
+                if progress and self.step % 50 == 0:
+                    bar.set_postfix(loss=f"{np.mean(self.history['loss'][-50:]):.4f}", refresh=False)
+            read_at = perf_counter()
 
         def bring_back() -> None:
             for ours, theirs in zip(host, state, strict=True):
@@ -411,28 +461,23 @@ class Diffusion:
             tqdm(total=steps, disable=not progress, desc="training") as bar,
         ):
             last.callback(bring_back)
-            for _ in range(steps):
-                if checks is not None and self.step % VALIDATION_EVERY == 0:
+            last.callback(settle)
+            end = self.step + steps
+            while issued < end:
+                if checks is not None and issued % VALIDATION_EVERY == 0:
+                    settle()
                     self._validate(be, state[-1], checks)
-                options = optimizer.plan.options(self.step, self.ema_updates)
-                loss, norm = take_step(self.step, options)
-                if not math.isfinite(norm):
-                    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
-                    raise TrainingError(
-                        f"{what} in step {self.step}: stopped; the model keeps the state before it, try a smaller lr"
-                    )
-                self.history["step"].append(self.step)
-                self.history["loss"].append(loss)
-                self.step += 1
-                self.ema_updates += 1
-                bar.update()
-                if progress and self.step % 50 == 0:
-                    bar.set_postfix(loss=f"{np.mean(self.history['loss'][-50:]):.4f}", refresh=False)
+                take_step(issued, optimizer.plan.options(issued, self.ema_updates + issued - self.step))
+                issued += 1
+                late = issued - self.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
+                if not (late or callback is not None or interrupted() or issued == end):
+                    continue
+                settle()
                 if interrupted():
                     raise KeyboardInterrupt
                 if callback is not None:
                     bring_back()
-                    if callback(self.step - 1, loss):
+                    if callback(self.step - 1, self.history["loss"][-1]):
                         break
             if checks is not None and self.step % VALIDATION_EVERY == 0:
                 self._validate(be, state[-1], checks)
@@ -570,6 +615,15 @@ class Diffusion:
         be = get_backend(self.backend)
         return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be)
 
+    def _sampled(self, ema: bool) -> NetworkDenoiser:
+        """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
+        if not ema or self._average is None:
+            return self.denoiser(ema=ema)  # anybody may have changed these weights
+        now = self.step, get_backend(self.backend)
+        if self._frozen is None or self._frozen[0] != now:
+            self._frozen = now, self.denoiser()
+        return self._frozen[1]
+
     def sample(
         self,
         n: int = 16,
@@ -637,7 +691,7 @@ class Diffusion:
             process.refuse_clip(sampler)
         be = get_backend(self.backend)
         result = process.sample(
-            self.denoiser(ema=ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
+            self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
         )  # fmt: skip
         if trajectory:
@@ -799,12 +853,22 @@ def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> 
 
 
 def _mlp_step(
-    be: Backend, net: MLP, draws: TrainingDraws, batch: int, grads: Any, params: Any, m: Any, v: Any, average: Any
+    be: Backend,
+    net: MLP,
+    draws: TrainingDraws,
+    batch: int,
+    grads: Any,
+    params: Any,
+    m: Any,
+    v: Any,
+    average: Any,
+    *,
+    results: Any,
 ) -> Step:
     """A perceptron's training step: one fused operation of the backend."""
 
-    def take(step: int, options: AdamW) -> tuple[float, float]:
-        return be.mlp_train_step(net.plan, params, draws, step, batch, grads, m, v, average, options)
+    def take(step: int, options: AdamW) -> None:
+        be.mlp_train_step(net.plan, params, draws, step, batch, grads, m, v, average, options, results)
 
     return take
 
@@ -821,6 +885,8 @@ def _unet_step(
     m: Any,
     v: Any,
     average: Any,
+    *,
+    results: Any,
 ) -> Step:
     """A U-Net's training step: gradients of the parts of the batch, weighted by their sizes, and then the optimiser."""
     bounds = [batch * i // accumulate for i in range(accumulate + 1)]
@@ -832,10 +898,11 @@ def _unet_step(
         x, t, target, labels = draw(step, first, end - first)
         return net.gradient(be, params, x, t, target, part, labels, seed=seed, step=step, first_sample=first)
 
-    def take(step: int, options: AdamW) -> tuple[float, float]:
-        arrays = params, grads, m, v, average, options
+    def take(step: int, options: AdamW) -> None:
+        arrays = params, grads, m, v, average, options, results
         if accumulate == 1:
-            return net.train_step(be, kept, lambda: gradient(step, 0, batch), batch, step, *arrays)
+            net.train_step(be, kept, lambda: gradient(step, 0, batch), batch, step, *arrays)
+            return
         grads[...], total[...] = 0, 0
         for first, end in pairwise(bounds):
             weight, loss = (end - first) / batch, gradient(step, first, end)
@@ -843,7 +910,7 @@ def _unet_step(
             part[...] *= part.dtype.type(weight)
             total[...] += loss
             grads[...] += part
-        return be.finish_step(total, *arrays)
+        be.finish_step(total, step, *arrays)
 
     return take
 

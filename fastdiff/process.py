@@ -328,9 +328,8 @@ def sample(
             be.mlp_chain(denoiser.plan, flat, x[part], rows, clip, seed=seed, first_sample=first)
         return returned(be, x.reshape(n, *shape), on_device)
 
-    evaluate = _evaluator(denoiser, be, shape)
+    step = _sampling_step(denoiser, be, shape, x[:batch], shaped, clip, seed)
     classes = [() if given is None else (be.asarray(given[part], np.int64),) for part in batches]
-    step = _stepper(be, x[:batch], shaped, clip, seed=seed, stream=Stream.STEP)
     remembers = any(row.c != 0 for row in rows)
     path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
     if path is not None:
@@ -347,11 +346,9 @@ def sample(
                     kept.fill(0)
             for done, row in enumerate(rows, start=1):
                 for (part, label), kept in zip(group, previous, strict=True):
-                    state = x[part]
-                    out = evaluate(state, row.t, *label) if row.q != 0 or row.e != 0 else None
-                    step(state, out, kept, row, first_sample + part.start)
+                    step(x[part], kept, row, first_sample + part.start, *label)
                     if path is not None:
-                        path[done, part] = state
+                        path[done, part] = x[part]
                 bar.update()
                 if callback is not None:
                     shown = x.reshape(n, *shape)
@@ -481,6 +478,34 @@ def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
     if known is not None and known != wanted:
         raise ArgumentError("shape", str(wanted), f"{known}, the shape that the denoiser works on")
     return wanted
+
+
+def _sampling_step(
+    denoiser: Any,
+    be: Backend,
+    shape: tuple[int, ...],
+    like: Array,
+    shaped: ShapedNoise | None,
+    clip: tuple[float, float] | None,
+    seed: int,
+) -> Callable[..., None]:
+    """A step of a sampler for states no longer than `like`: (x, previous, row, first_sample, *labels)."""
+    own = shaped is None and getattr(denoiser, "stepper", None)  # evaluation and step in one
+    if own:
+        whole = own(be)
+
+        def take(x: Array, previous: Array | None, row: Row, first_sample: int, *labels: Array) -> None:
+            whole(x, previous, row, clip, *labels, seed=seed, stream=Stream.STEP, first_sample=first_sample)
+
+        return take
+    evaluate = _evaluator(denoiser, be, shape)
+    step = _stepper(be, like, shaped, clip, seed=seed, stream=Stream.STEP)
+
+    def evaluate_and_take(x: Array, previous: Array | None, row: Row, first_sample: int, *labels: Array) -> None:
+        out = evaluate(x, row.t, *labels) if row.q != 0 or row.e != 0 else None
+        step(x, out, previous, row, first_sample)
+
+    return evaluate_and_take
 
 
 def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:

@@ -161,6 +161,46 @@ def step_agrees(be, shape, row, clip, memory):
             assert_same_bits(be.to_numpy(got_previous), kept)
 
 
+@covers("step", "set_row", "step_recorded", "step_recorded_wide")
+def recorded_sampler_steps(be, size):
+    """Steps of a sampler whose denoiser adds two arrays: the same work again and again, with other rows and noise."""
+    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.2, 0.4)
+    rows = [Row(2**32 - 1 - k, *(number * (k >> i & 1) for i, number in enumerate(numbers))) for k in range(128)]
+    shapes = [(5, 7), (3, 32), (2, 16), (1, 1)] if size == "small" else SHAPES[size]
+    for shape, memory in itertools.product(shapes, (True, False)):
+        kept, host_kept = {}, {}
+        few = [row for row in rows[:: 1 if shape == (5, 7) else 11] if memory or row.c == 0]
+        for k, row in enumerate(few):
+            arrays = [filled(shape, seed) for seed in (1, 2, 3)]
+            arrays[2] = arrays[2] if memory else None
+            at = {"seed": 2**64 - 1 - k, "stream": Stream.STEP, "first_sample": 2**32 - 1 + k}
+            with np.errstate(all="ignore"):
+                want = sampled(NUMPY, host_kept, arrays, row, CLIPS[k % 4], at)
+            if k == 0:  # where the work is done again and again
+                there = [None if array is None else be.asarray(array) for array in (*arrays[:2], *arrays)]
+            for to, array in zip(there, (*arrays[:2], *arrays), strict=True):
+                if array is not None:
+                    be.runtime.copy(to, be.asarray(array))
+            got = sampled(be, kept, there[2:], row, CLIPS[k % 4], at, state=there[0])
+            for array, wanted in zip(got, want, strict=True):
+                assert_same_bits(be.to_numpy(array), wanted)
+
+
+def sampled(be, kept, arrays, row, clip, at, state=None):
+    """x and the previous x0, where there is one, after a step by the sum of x and another array."""
+    x, other, previous = (None if array is None else be.asarray(array).copy() for array in arrays)
+    state = be.asarray(arrays[0]).copy() if state is None else state
+    out = kept.setdefault("out", be.empty(x.shape))
+    kept.setdefault("other", other)
+
+    def output():
+        be.add(state, kept["other"], out)
+        return out
+
+    be.sample_step(kept.setdefault("steps", {}), [out], output, state, x, previous, row, clip, **at)
+    return [x] if previous is None else [x, previous]
+
+
 PLANS = (
     TrainingPlan(),
     TrainingPlan(clip_norm=1e-3, ema=0.5, weight_decay=0.3),

@@ -18,7 +18,7 @@ from tolerances import assert_close, assert_close_in_bf16, assert_same_bits
 from fastdiff.backends import cuda_conv_mma
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda_conv_mma import TILES
-from fastdiff.backends.layers import Conv
+from fastdiff.backends.layers import Conv, ConvWeights
 
 F = np.float32
 
@@ -184,6 +184,34 @@ def conv_mma_input_gradients(be, size):
         given = [be.asarray(a) for a in (dy[-1:], x[-1:], w)]
         be.conv_backward(case.geometry, *given, part, be.empty(w.shape), be.empty(b.shape))
         assert_same_bits(be.to_numpy(part), bits[-1:])
+
+
+@covers("conv_mma", "conv_mma_prepare")
+def conv_mma_prepared(be, size):
+    """Weights that are views of one buffer, prepared together, and again when they have changed: the same results."""
+    be, kept, cases = on_tensor_cores(be), {}, CASES[size]
+    given = [arrays_of(case, seed=60) for case in cases]
+    flat = np.concatenate([np.zeros(5, F), *(w.reshape(-1) for _, w, _, _ in given)])
+    for change in (0, 1):
+        for backward in (True, False):
+            base, at, convs = be.asarray(flat + F(change)), 5, []
+            for case, (x, w, _, dy) in zip(cases, given, strict=True):
+                view = base[at : at + w.size].reshape(w.shape)
+                convs.append(ConvWeights(case.geometry, x.shape, dy.shape, view))
+                at += w.size
+            ready = be.prepare(kept.setdefault(backward, {}), convs, backward=backward)
+            for conv, forms, (x, _, b, dy) in zip(convs, ready, given, strict=True):
+                there, results = [be.asarray(a) for a in (x, b, dy)], []
+                for forward, back in ((conv.w, conv.w), forms):
+                    out, dx = be.empty(dy.shape), be.empty(x.shape)
+                    be.conv(conv.geometry, there[0], forward, there[1], out)
+                    results.append([be.to_numpy(out)])
+                    if backward:
+                        sums = be.empty(conv.w.shape), be.empty(b.shape)
+                        be.conv_backward(conv.geometry, there[2], there[0], back, dx, *sums)
+                        results[-1].append(be.to_numpy(dx))
+                for got, want in zip(*results[::-1], strict=True):
+                    assert_same_bits(got, want)
 
 
 @contextlib.contextmanager

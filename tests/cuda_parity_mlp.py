@@ -142,22 +142,25 @@ def training_steps(be, size):
         want = [wide, *(np.zeros_like(wide) for _ in range(3))]
         state, apart = ([be.asarray(column, np.float32) for column in want] for _ in range(2))
         grads, wide_grads = be.asarray(np.zeros_like(net.flat)), np.zeros_like(wide)
+        results, wide_results = be.asarray(np.zeros((2, 2)), np.float64), np.zeros((2, 2))
         for step in range(steps):
             options = plan.options(step, step)
             there = draws._replace(data=data.astype(np.float64))
-            wanted = NUMPY.mlp_train_step(net.plan, want[0], there, step, n, wide_grads, *want[1:], options)
-            got = be.mlp_train_step(net.plan, state[0], draws, step, n, grads, *state[1:], options)
-            assert [type(value) for value in got] == [float, float]
-            assert_close(np.array(got, np.float32), np.array(wanted), terms=steps * (terms(net) + n))
+            NUMPY.mlp_train_step(net.plan, want[0], there, step, n, wide_grads, *want[1:], options, wide_results)
+            be.mlp_train_step(net.plan, state[0], draws, step, n, grads, *state[1:], options, results)
+            got = be.to_numpy(results)[step % 2]
+            assert_close(got.astype(np.float32), wide_results[step % 2], terms=steps * (terms(net) + n))
             # Weights cannot be compared with NumPy's: Adam divides a gradient by its size, be it a rounding error.
             loss = be.mlp_train_gradient(net.plan, apart[0], draws, step, n, grads)
-            assert (loss, be.adamw(apart[0], grads, *apart[1:], options)) == got, "the two in one differ"
+            norm = be.adamw(apart[0], grads, *apart[1:], options)
+            assert [loss, norm] == got.tolist(), "the two in one differ"
             for column, wanted in zip(state, apart, strict=True):
                 assert_same_bits(be.to_numpy(column), be.to_numpy(wanted))
         before = [be.to_numpy(column) for column in state]
         broken = draws._replace(data=np.full_like(data, np.nan))
-        loss, norm = be.mlp_train_step(net.plan, state[0], broken, 3, n, grads, *state[1:], plan.options(3, 3))
-        assert not np.isfinite([loss, norm]).any()
+        for step, data in ((3, broken), (4, draws)):
+            be.mlp_train_step(net.plan, state[0], data, step, n, grads, *state[1:], plan.options(step, step), results)
+        assert np.isfinite(be.to_numpy(results)).tolist() == [[True, False], [False, False]]
         for column, wanted in zip(state, before, strict=True):
             assert_same_bits(be.to_numpy(column), wanted)
 

@@ -251,9 +251,10 @@ def test_the_small_layers_agree_with_the_reference(shape):
     assert_same_bits(total, x + y)
     CPU.add(total, y, total)
     assert_same_bits(total, (x + y) + y)
-    dy, wanted = unfilled(*shape), x.copy()
-    loss = CPU.squared_error(x, y, dy)
-    assert_close(loss, REFERENCE.squared_error(x, y, wanted).astype(loss.dtype), dtype=F32)
+    dy, wanted, loss, wanted_loss = unfilled(*shape), x.copy(), np.empty(1), np.empty(1)
+    CPU.squared_error(x, y, dy, loss)
+    REFERENCE.squared_error(x, y, wanted, wanted_loss)
+    assert_close(loss, wanted_loss, dtype=F32)
     assert_same_bits(dy, wanted)
 
 
@@ -340,7 +341,8 @@ def layers(be, rows, whole=False):
     be.split(joined, out, z)
     keep(out, z)
     if whole:
-        loss = be.squared_error(x, y, out)
+        loss = np.empty(1)
+        be.squared_error(x, y, out, loss)
         keep(out, loss)
     return results
 
@@ -468,7 +470,7 @@ def test_warm_layers_allocate_no_arrays():
     stats, qkv, dqkv = normals(1, 4, 8, 2), normals(2, 4, 256, 96), normals(3, 4, 256, 96)
     flat, log_sums, index = (a.reshape(4, 256, 32) for a in (y, dy)), normals(4, 4, 2, 256), np.array([1, 0, 1, 2])
     out, dout = flat
-    v_rows, shift = normals(5, 4, 32), normals(6, 4, 32)
+    v_rows, shift, loss = normals(5, 4, 32), normals(6, 4, 32), np.empty(1)
 
     def work():
         CPU.conv(SAME, x, w, v[0], y, shift=shift, residual=residual)
@@ -487,7 +489,7 @@ def test_warm_layers_allocate_no_arrays():
         CPU.dropout(x, y, rate=0.1, seed=0, step=0, first_block=0)
         CPU.take(dw.reshape(-1, 32), index, v_rows)
         CPU.take_backward(v_rows, index, dw.reshape(-1, 32))
-        CPU.squared_error(y, x, dx)
+        CPU.squared_error(y, x, dx, loss)
 
     kept = {}
     CPU.repeat(kept, [x], work)

@@ -1,7 +1,7 @@
 """The whole library on arrays that lie on a device and refuse to become NumPy arrays unasked.
 
-Nothing but the runtime may bring one to the host, and what it brings is counted: one read a training step, none in a
-sampling loop.
+Nothing but the runtime may bring one to the host, and what it brings is counted: one read in many training steps, none
+in a sampling loop.
 """
 
 from __future__ import annotations
@@ -241,15 +241,17 @@ def test_training_data_on_the_device(be):
     assert_same_bits(ours.net.flat, model(be).fit(CURVES, steps=2, progress=False).net.flat)
 
 
-def test_a_training_step_reads_once(be):
-    """The norm, the gradient's scale and the loss together; at the end, and for a callback, the whole state."""
+def test_training_steps_are_read_together(be, monkeypatch):
+    """The losses and norms of four; at the end, and for a callback, the whole state."""
+    monkeypatch.setattr(be, "steps_ahead", 4)
+    monkeypatch.setattr("fastdiff.model.READ_SECONDS", math.inf)
     ours, state = model(be), 4
     ours.fit(CURVES, steps=7, progress=False)
     size = ours.net.flat.shape
-    assert be.runtime.reads == [(3,)] * 7 + [size] * state
+    assert be.runtime.reads == [(4, 2)] * 2 + [size] * state
     be.runtime.reads.clear()
     ours.fit(CURVES, steps=2, progress=False, callback=lambda step, loss: False)
-    assert be.runtime.reads == [(3,), *[size] * state] * 2 + [size] * state
+    assert be.runtime.reads == [(4, 2), *[size] * state] * 2 + [size] * state
     be.runtime.reads.clear()
     ours.sample(5)
     ours.sample(5, trajectory=True)

@@ -6,6 +6,7 @@ happens while it is captured is an error of the host run.
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
@@ -18,7 +19,7 @@ from tolerances import assert_same_bits
 import fastdiff as fd
 from fastdiff.backends import cuda
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.errors import ArgumentError
+from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.kernels.cuda.runtime import CaptureError
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -88,18 +89,49 @@ def test_training_has_the_same_bits(options, precision):
     assert be.runtime.graphs == [step] * 2
 
 
-def test_a_training_step_reads_once_and_allocates_nothing(be, monkeypatch):
-    """From the second step on the host sets the step, launches the graph and reads; nothing comes in between."""
+def test_a_training_step_allocates_nothing_and_reads_come_late(be, monkeypatch):
+    """From the second step on the host sets the step and launches the graph, and sometimes reads results."""
     made, here = [], be.runtime
+    monkeypatch.setattr(be, "steps_ahead", 4)
+    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
     empty = here.empty
     monkeypatch.setattr(here, "empty", lambda *args: made.append(args) or empty(*args))
     read, counts = here.to_numpy, []
     monkeypatch.setattr(here, "to_numpy", lambda array: counts.append(len(made)) or read(array))
     monkeypatch.setattr(DeviceArray, "__setitem__", None)
     ours = trained(be, EVERYTHING, steps=6)
-    assert here.reads == [(3,)] * 6 + [ours.net.flat.shape] * 4
+    assert here.reads == [(4, 2)] * 2 + [ours.net.flat.shape] * 4
     assert counts[0] > 0
-    assert counts[1:] == [counts[0]] * 9
+    assert counts[1:] == [counts[0]] * 5
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 64])
+def test_when_losses_are_read_changes_nothing(be, eager, monkeypatch, ahead):
+    monkeypatch.setattr(be, "steps_ahead", ahead)
+    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    monkeypatch.setattr("fastdiff.model.VALIDATION_EVERY", 5)
+    assert_same_models(*(trained(each, EVERYTHING, steps=8, validation=0.5) for each in (be, eager)))
+
+
+def test_steps_after_one_that_went_wrong_do_nothing(be, monkeypatch):
+    """They have been issued before anybody has seen it."""
+    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    ours, good = (trained(be, {}, steps=2) for _ in range(2))
+    draw = be.draw_batch
+
+    def broken(draws, labels, x, *rest, step, **options):
+        draw(draws, labels, x, *rest, step=step, **options)
+        if step == 4:
+            x[...] = np.float32(np.nan)
+
+    monkeypatch.setattr(be, "graphs", False)
+    monkeypatch.setattr(be, "draw_batch", broken)
+    with pytest.raises(TrainingError, match=r"^loss nan in step 4"):
+        ours.fit(PICTURES, steps=7, **QUIET)
+    monkeypatch.setattr(be, "draw_batch", draw)
+    assert ours.step == 4
+    assert_same_models(ours, good.fit(PICTURES, steps=2, **QUIET))
+    assert_same_models(*(each.fit(PICTURES, steps=2, **QUIET) for each in (ours, good)))
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
@@ -169,6 +201,44 @@ def test_samples_have_the_same_bits(be, eager, options):
     assert not eager.runtime.graphs
     for program in ours.net._workspace._spaces[be][0][1].values():
         assert len(program._kept) <= cuda.MAX_GRAPHS
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_sampling_step_is_one_graph(precision):
+    """The network and the sampler's step; between two calls of a model as it is nothing is made anew."""
+    be, eager = (
+        CudaBackend(here, precision=precision, graphs=graphs)
+        for here, graphs in ((DeviceRuntime(), True), (HostRuntime(), False))
+    )
+    ours, theirs = (trained(each, EVERYTHING, steps=1) for each in (be, eager))
+    for call in (1, 2):
+        eager.runtime.launches.clear()
+        got, want = (each.sample(2, labels=1, steps=5, seed=call) for each in (ours, theirs))
+        assert_same_bits(got._memory, want)
+        (size,) = be.runtime.graphs
+        prepared = precision == "bf16"  # all weights at once, and only then
+        assert len(eager.runtime.launches) == 1 + 5 * size + prepared
+        last = [("step", "step_recorded_wide"), *reversed(eager.runtime.launches[-size:-1])]
+        assert be.runtime.launches[: -size - 2 : -1] == [*last, ("step", "set_row")]
+        assert ("conv_mma", "conv_mma_prepare") not in last
+    ours.fit(PICTURES, LABELS, steps=1, **QUIET)
+    theirs.fit(PICTURES, LABELS, steps=1, **QUIET)
+    assert_same_bits(ours.sample(2, labels=1, steps=5)._memory, theirs.sample(2, labels=1, steps=5))
+
+
+def test_samples_of_changed_weights(be):
+    """Of the network itself, whose weights anybody may change, and of a copy."""
+    ours = trained(be, {}, steps=1)
+    first = ours.sample(2, steps=3, ema=False)._memory
+    frozen = copy.deepcopy(ours)
+    ours.net.flat *= np.float32(1.5)
+    changed = ours.sample(2, steps=3, ema=False)._memory
+    assert (first != changed).any()
+    assert_same_bits(frozen.sample(2, steps=3, ema=False)._memory, first)
+    eager = CudaBackend(HostRuntime(), graphs=False)
+    ours.backend = eager
+    assert_same_bits(ours.sample(2, steps=3, ema=False), changed)
+    assert_same_bits(ours.sample(2, steps=3), frozen.sample(2, steps=3)._memory)
 
 
 def test_few_graphs_are_kept(be):

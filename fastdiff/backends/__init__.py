@@ -177,6 +177,8 @@ class Backend(Protocol):
 
     name: str
     threads: int
+    steps_ahead: int
+    """Training steps that are best issued before the results of the first one are read."""
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         """Return `value` as a C-contiguous array of this backend, in `dtype` or its working float type."""
@@ -299,10 +301,13 @@ class Backend(Protocol):
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
-        """Do `mlp_train_gradient`, then `adamw`; return the loss and the gradient's norm.
+        results: Array,
+    ) -> None:
+        """Do `mlp_train_gradient`, then `adamw`; row ``step % rows`` of `results` takes the loss and the norm.
 
-        Where one of them is not finite nothing but `grads` is changed, and the norm is not finite.
+        `results` (rows, 2) is float64, the caller's, and zero at first. Where loss or norm is not finite nothing but
+        `grads` is changed, and the norm is not finite. The same is true of a step whose row before has no finite norm:
+        after one that went wrong the steps that follow do nothing.
         """
 
 

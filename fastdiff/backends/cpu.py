@@ -538,10 +538,13 @@ class CpuBackend(CpuLayers):
             )
         return norm
 
+    steps_ahead = NumpyBackend.steps_ahead
     mlp_train_step = NumpyBackend.mlp_train_step
     draw_batch = NumpyBackend.draw_batch
+    prepare = NumpyBackend.prepare
     finish_step = NumpyBackend.finish_step
     train_step = NumpyBackend.train_step
+    sample_step = NumpyBackend.sample_step
     resize = NumpyBackend.resize
     repeats_resize = False
     queue = NumpyBackend.queue

@@ -169,9 +169,9 @@ class CpuLayers(Convolutions):
             )  # fmt: skip
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 
-    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
         k, size = pointwise_kernels, y.size
-        blocks, mean = -(-size // k.BLOCK), np.empty(1)  # another thread may be next
+        blocks = -(-size // k.BLOCK)
         with self._workers.lock:
             sums = self._scratch("errors", 2 * blocks).view(np.float64)
             lanes = self._each("lanes in float64", 2 * k.LANES, dtype=np.float64)
@@ -179,9 +179,8 @@ class CpuLayers(Convolutions):
             arguments = y.reshape(-1), target.reshape(-1), dy.reshape(-1), scale, sums, lanes
             self._do(
                 [(k.squared_error_range, arguments, blocks, float(LIGHT_WORK * k.BLOCK))],
-                [(k.mean_of_blocks, (sums, size, mean), 1, 0.0)],
+                [(k.mean_of_blocks, (sums, size, loss), 1, 0.0)],
             )
-            return mean
 
 
 def _work(silu: bool, values: int) -> float:

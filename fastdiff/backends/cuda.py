@@ -4,9 +4,9 @@ Arrays and launches belong to a runtime (`fastdiff.kernels.cuda.runtime`), so th
 no GPU, on a runtime that executes the kernels on the CPU. Work is issued on the current stream and not waited for,
 except where a Python number is returned.
 
-What is issued again and again, a network's passes and a whole training step, becomes a CUDA graph when it comes for
-the second time: one launch instead of hundreds, on the same memory. Numbers that differ from step to step are then
-read from device memory.
+What is issued again and again, a network's passes, a whole training step and a whole sampling step, becomes a CUDA
+graph when it comes for the second time: one launch instead of hundreds, on the same memory. Numbers that differ from
+step to step are then read from device memory. Losses stay there too, until many steps have been issued.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ def _keys(seed: int) -> npt.NDArray[Any]:
     return keys
 
 
+def _row_record(row: Row, clip: tuple[float, float] | None, *, wanted: bool) -> tuple[Any, ...]:
+    """A "TableRow"; without `wanted` only the row's own terms take x0."""
+    with np.errstate(over="ignore"):
+        p, q, a, b, c, e, s = np.array(row[1:], np.float32)
+    if b == 0 and not wanted:
+        p = q = np.float32(0)
+    return p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf))
+
+
 def _numba_twins() -> Any:
     try:
         from fastdiff.kernels.cuda import numba_twins
@@ -91,6 +100,7 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
 
     name = "cuda"
     threads = 1
+    steps_ahead = 64
 
     def __init__(
         self,
@@ -171,19 +181,56 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
             at = {"seed": seed, "stream": stream, "first_sample": first_sample, "queue": self.runtime.queue()}
             self._twins.sampler_step(x, out, previous, row, clip, **at)
             return
-        with np.errstate(over="ignore"):
-            p, q, a, b, c, e, s = np.array(row[1:], np.float32)
-        if b == 0 and previous is None:
-            p = q = np.float32(0)  # nothing takes x0
-        record = (p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf)))
+        record = _row_record(row, clip, wanted=previous is not None)
         arrays = (x, out, previous)
-        if s != 0:
+        if record[6] != 0:
             after = (record, *x.shape, first_sample, row.t, int(stream), _keys(seed))
             self._by_blocks("step", "step_noisy", arrays, after)
         elif x.size:
             fours = self._aligned(*arrays)
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
             self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
+
+    def sample_step(
+        self,
+        kept: dict[Any, Any],
+        places: list[Array],
+        output: Callable[[], Array],
+        state: Array,
+        x: Array,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        at = {"seed": seed, "stream": stream, "first_sample": first_sample}
+        if not self.graphs or self._twins or x.size == 0:
+            self.sampler_step(x, output(), previous, row, clip, **at)
+            return
+        with self._lock:
+            before = None
+            if previous is not None:
+                before = self._scratch("previous", x.size)[: x.size].reshape(x.shape)
+                self.runtime.copy(before, previous)
+            record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
+            record["first_row"], record["step"], record["stream"] = first_sample, row.t, int(stream)
+            record["row"] = _row_record(row, clip, wanted=previous is not None)
+            record["keys"] = _keys(seed)
+            there = self._scratch("row", record.nbytes, np.uint8)
+            self.runtime.launch("step", "set_row", 1, 1, (record, there))
+
+            def body() -> None:
+                arrays = state, output(), before
+                self._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
+
+            at_places = *map(self.runtime.address, (*places, state)), previous is None
+            self._repeated(kept, at_places, body)
+            self.runtime.copy(x, state)
+            if previous is not None:
+                self.runtime.copy(previous, before)
 
     def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
         with self._lock:
@@ -202,16 +249,26 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
+        results: Array,
+    ) -> None:
         with self._lock:
             loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
-            return self._loss_and_norm(self._issue_adamw(params, grads, m, v, average, options, loss))
+            self._issue_adamw(params, grads, m, v, average, options, (loss, results, step))
 
     def finish_step(
-        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
-    ) -> tuple[float, float]:
+        self,
+        loss: Array,
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+        results: Array,
+    ) -> None:
         with self._lock:
-            return self._loss_and_norm(self._issue_adamw(params, grads, m, v, average, options, loss))
+            self._issue_adamw(params, grads, m, v, average, options, (loss, results, step))
 
     def train_step(
         self,
@@ -224,19 +281,15 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
+        results: Array,
+    ) -> None:
         arrays = params, grads, m, v, average
-        places = *map(self.runtime.address, arrays), options.clip_norm
+        places = *map(self.runtime.address, (*arrays, results)), len(results), options.clip_norm
         with self._lock:
             if self.graphs:
                 record = step, self._scalars(options), self._scratch("step", 1, np.uint32), self._scalars_at()
                 self.runtime.launch("optim", "set_step", 1, 1, record)
-            self._repeated(kept, places, lambda: self._issue_adamw(*arrays, options, gradient()))
-            return self._loss_and_norm(self._state())
-
-    def _loss_and_norm(self, state: Array) -> tuple[float, float]:
-        norm, _, loss = self.runtime.to_numpy(state).tolist()  # the one place that waits for the device
-        return loss, norm
+            self._repeated(kept, places, lambda: self._issue_adamw(*arrays, options, (gradient(), results, step)))
 
     def _repeated(self, kept: dict[Any, Any], places: tuple[Any, ...], body: Callable[[], Any]) -> None:
         """Do body(): as a graph from the second time on that it works in these places, which `kept` is to know.
@@ -271,19 +324,28 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     def _scalars_at(self) -> Array:
         return self._scratch("scalars", runtimes.STRUCTURES["AdamWScalars"].itemsize, np.uint8)
 
-    def _state(self) -> Array:
-        """(norm, scale, loss) of an optimiser step."""
-        return self._scratch("state", 3, np.float64)
-
     def _issue_adamw(
-        self, params: Array, grads: Array, m: Array, v: Array, average: Array, o: AdamW, loss: Array | None = None
+        self,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        o: AdamW,
+        training: tuple[Array, Array, int] | None = None,
     ) -> Array:
-        """Issue an optimiser step; once the work is done, what is returned holds (norm, scale, loss)."""
+        """Issue an optimiser step, of a training with its loss, its results and its number.
+
+        Once the work is done, what is returned holds the norm.
+        """
         launch, size = self.runtime.launch, params.size
         chunks = max(1, -(-size // SUM_CHUNK))
-        sums, state = self._scratch("square sums", chunks, np.float64), self._state()
+        sums, state = self._scratch("square sums", chunks, np.float64), self._scratch("state", 2, np.float64)
         launch("optim", "square_sums", *self.runtime.grid_1d(chunks * SUM_THREADS, SUM_THREADS), (grads, size, sums))
-        launch("optim", "finish_norm", 1, SUM_THREADS, (sums, chunks, o.clip_norm, loss, state))
+        loss, results, step = training or (None, None, 0)
+        rows = 0 if results is None else len(results)
+        args = (sums, chunks, o.clip_norm, loss, state, results, rows, step, self._step_at())
+        launch("optim", "finish_norm", 1, SUM_THREADS, args)
         scalars = self._scalars(o), self._scalars_at() if self.runtime.capturing else None
         launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, *scalars, state))
         return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fastdiff.backends.cuda_conv_mma import TensorCores
 from fastdiff.backends.cuda_cudnn import Cudnn
-from fastdiff.backends.layers import Conv
+from fastdiff.backends.layers import Conv, ConvWeights
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 
 Array = Any
@@ -139,6 +139,18 @@ class ConvOperations:
     def _tensor_cores(self) -> TensorCores:
         return TensorCores(self.runtime, self._scratch)
 
+    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
+        if self.precision != "bf16" or self._cudnn:
+            return [[conv.w, conv.w] for conv in convs]
+        forms = [
+            (product(conv.geometry, conv.x, conv.out, adjoint), conv.w, adjoint)
+            for conv in convs
+            for adjoint in (False, True)[: 1 + backward]
+        ]
+        ready = self._tensor_cores.prepare(kept, forms)
+        each = 1 + backward
+        return [[ready[each * i], ready[each * i + backward]] for i in range(len(convs))]
+
     def conv(
         self,
         geometry: Conv,
@@ -184,9 +196,9 @@ class ConvOperations:
                 self._weight_gradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db)
 
     def _weights(self, form: Product, w: Array, adjoint: bool) -> Array:
-        """The weights as a product reads them: w itself, or folded for upsampled images."""
+        """The weights as a product reads them: w itself, or folded for upsampled images; prepared ones are so."""
         if self.precision == "bf16":
-            return self._tensor_cores.weights(form, w, adjoint)
+            return w if w.ndim == 1 else self._tensor_cores.weights(form, w, adjoint)
         if not form.sizes["fold"].any():
             return w
         size = form.places * w.shape[2] * w.shape[3]

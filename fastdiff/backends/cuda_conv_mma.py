@@ -8,7 +8,7 @@ of the layer and the batch alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,6 +197,11 @@ def weight_plan(sizes: bytes) -> WeightPlan:
     raise BackendError(f"precision 'bf16' has no kernel for a convolution with stride {stride}; 'float32' has")
 
 
+def _pairs(form: Product, w: Array) -> int:
+    """Pairs of bf16 in packed weights."""
+    return form.places * int(w.shape[2]) * _ceil(w.shape[3], 8) * 4
+
+
 def warps_across(outputs: int) -> int:
     """Warps of a block of a weight gradient that lie side by side along the channels of dy."""
     return 1 if outputs <= WARP else 2
@@ -217,11 +222,30 @@ class TensorCores:
 
     def weights(self, form: Product, w: Array, adjoint: bool) -> Array:
         """Return the weights as `gather` reads them: folded for upsampled images, in pairs of bf16."""
-        pairs = form.places * w.shape[2] * _ceil(w.shape[3], 8) * 4
+        pairs = _pairs(form, w)
         packed = self.scratch("packed", pairs)
         entry = "conv_mma_pack_adjoint" if adjoint else "conv_mma_pack"
         self.runtime.launch("conv_mma", entry, *self.runtime.grid_1d(pairs), (w, packed, form.sizes))
         return packed
+
+    def prepare(self, kept: dict[Any, Any], forms: Sequence[tuple[Product, Array, bool]]) -> list[Array]:
+        """Return many weights, views of one buffer, each as `weights` does, in one array of `kept`, by one launch."""
+        if not kept:
+            base, sizes, places, first = self.runtime.address(forms[0][1]), [], [], 0
+            for form, w, adjoint in forms:
+                places.append((first, (self.runtime.address(w) - base) // w.itemsize, adjoint))
+                sizes.append(form.sizes)
+                first += _pairs(form, w)
+            kept["packed"] = packed = self.runtime.empty((first,))
+            kept["places"] = self.runtime.asarray(np.array(places, np.int64), np.int64)
+            kept["sizes"] = self.runtime.asarray(np.concatenate(sizes).view(np.uint8), np.uint8)
+            ends = [*(place[0] for place in places[1:]), first]
+            kept["ready"] = [packed[start:end] for (start, *_), end in zip(places, ends, strict=True)]
+        packed = kept["packed"]
+        args = (forms[0][1], packed, kept["places"], kept["sizes"], len(forms), packed.size)
+        self.runtime.launch("conv_mma", "conv_mma_prepare", *self.runtime.grid_1d(packed.size), args)
+        ready: list[Array] = kept["ready"]
+        return ready
 
     def gather(
         self, form: Product, source: Array, w: Array, target: Array, added: tuple[Array | None, ...], adjoint: bool

@@ -291,13 +291,11 @@ class LayerOperations:
     def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
         self._repeated(kept, tuple(array is not None and self.runtime.address(array) for array in places), body)
 
-    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
         size = y.size
         chunks = -(-size // ERROR_CHUNK)
         with self._lock:
-            sums = self._scratch("errors", chunks + 1, np.float64)
-            scale, loss = np.float32(2 / max(1, size)), sums[chunks : chunks + 1]
-            args = (y, target, dy, size, scale, sums)
+            sums = self._scratch("errors", chunks, np.float64)
+            args = (y, target, dy, size, np.float32(2 / max(1, size)), sums)
             self._launch_layer("pointwise", "squared_error", chunks * THREADS, args, THREADS)
             self.runtime.launch("pointwise", "mean_of_chunks", 1, THREADS, (sums, chunks, size, loss))
-        return loss

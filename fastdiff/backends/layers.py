@@ -7,10 +7,10 @@ respect to ``y``. A gradient is filled, not added to, except where a parameter `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends import AdamW, Array, Backend, TrainingDraws
+from fastdiff.backends import AdamW, Array, Backend, Row, TrainingDraws
 
 
 class Conv(NamedTuple):
@@ -39,6 +39,15 @@ class Conv(NamedTuple):
         return rows // self.stride[0] + 1, columns // self.stride[1] + 1
 
 
+class ConvWeights(NamedTuple):
+    """The weights of a convolution of images of the shape `x` to images of the shape `out`."""
+
+    geometry: Conv
+    x: tuple[int, ...]
+    out: tuple[int, ...]
+    w: Array
+
+
 @runtime_checkable
 class LayerBackend(Backend, Protocol):
     """What a backend provides besides `Backend` to run image networks."""
@@ -48,6 +57,14 @@ class LayerBackend(Backend, Protocol):
 
     def queue(self) -> int:
         """Return which queue work is issued on now: work on another one does not wait for it, nor for its memory."""
+
+    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
+        """Return for every convolution what `conv` is to be given for its weights, and `conv_backward`.
+
+        That is w itself, or a form in which the backend reads it faster: it lies in `kept`, the caller's, and holds
+        what the weights were at this call. The convolutions, views of one buffer, are the same ones whenever this is
+        called with a `kept`. Without `backward` the second is of no use.
+        """
 
     def conv(
         self,
@@ -64,7 +81,7 @@ class LayerBackend(Backend, Protocol):
 
         ``out[n, i, j, k] = sum over r, s, c of X[n, i stride + r, j stride + s, c] w[r, s, c, k]``, X being x repeated
         and padded. `shift` (N, K), per image and channel, and `residual`, like `out`, are added after b, in this order.
-        A kernel of (1, 1) is a linear layer over pixels, or over rows (N, 1, 1, C).
+        A kernel of (1, 1) is a linear layer over pixels, or over rows (N, 1, 1, C). `w` may be what `prepare` returned.
         """
 
     def conv_backward(
@@ -185,19 +202,22 @@ class LayerBackend(Backend, Protocol):
         ``first_block + j // 4`` of row ``first_sample + i``, stream DROPOUT, is below rate 2^32.
         """
 
-    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
-        """Fill `dy` with 2 (y - target) / size, and return the mean of (y - target)^2 as an array of one value.
-
-        It is the backend's, and valid until the next call.
-        """
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
+        """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2."""
 
     def finish_step(
-        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
-    ) -> tuple[float, float]:
-        """Do `adamw`, and return the loss, which is given as an array of one value, and the gradient's norm.
-
-        Where one of them is not finite nothing is changed, and the norm is not finite.
-        """
+        self,
+        loss: Array,
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+        results: Array,
+    ) -> None:
+        """Do `adamw` with a loss that is given as an array of one value; `results` is as in `mlp_train_step`."""
 
     def train_step(
         self,
@@ -210,12 +230,35 @@ class LayerBackend(Backend, Protocol):
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
+        results: Array,
+    ) -> None:
         """Call ``gradient()``, which fills grads and returns the loss, and do `finish_step`.
 
         `gradient` takes operations of this backend, and nothing else, on arrays that stay where they are; to those
         that want the training step it gives `step`. Where `kept`, the caller's, has what a step did on these arrays,
         a backend may do that again, with another `step` and other `options`.
+        """
+
+    def sample_step(
+        self,
+        kept: dict[Any, Any],
+        places: list[Array],
+        output: Callable[[], Array],
+        state: Array,
+        x: Array,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        """Do `sampler_step` with the denoiser's output (n, D) that ``output()`` returns.
+
+        `output` takes operations of this backend, and nothing else, on arrays that stay where they are. It reads x
+        from `state` (n, D), which holds a copy; what that holds afterwards is not defined. Where `kept`, the caller's,
+        has what a step with arrays in these `places` did, a backend may do that again, with another row and noise.
         """
 
     def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:

@@ -6,7 +6,6 @@ with respect to ``y``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -233,9 +232,10 @@ class NumpyBackend(NumpyLayers):
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
+        results: Array,
+    ) -> None:
         loss = self.mlp_train_gradient(plan, params, draws, step, batch, grads)
-        return loss, self.adamw(params, grads, m, v, average, options) if math.isfinite(loss) else math.nan
+        self.finish_step(np.array([loss]), step, params, grads, m, v, average, options, results)
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:

@@ -6,15 +6,15 @@ Forward and backward stand side by side. For a scalar loss, ``dy`` is the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, Backend, TrainingDraws
-from fastdiff.backends.layers import Conv
+from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, Backend, Row, TrainingDraws
+from fastdiff.backends.layers import Conv, ConvWeights
 from fastdiff.noise import Stream
 
 Array = npt.NDArray[Any]
@@ -87,6 +87,9 @@ class NumpyLayers:
 
     def queue(self) -> int:
         return 0
+
+    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
+        return [[conv.w, conv.w] for conv in convs]
 
     def conv(
         self,
@@ -290,17 +293,27 @@ class NumpyLayers:
         kept = np.stack(words, axis=-1).reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
         out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
 
-    def squared_error(self, y: Array, target: Array, dy: Array) -> Array:
-        loss, dy[...] = squared_error(y, target)
-        return np.array([loss])
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
+        loss[0], dy[...] = squared_error(y, target)
+
+    steps_ahead = 1
 
     def finish_step(
-        self, loss: Array, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW
-    ) -> tuple[float, float]:
-        value = float(loss[0])
-        if not math.isfinite(value):
-            return value, math.nan
-        return value, cast(Backend, self).adamw(params, grads, m, v, average, options)
+        self,
+        loss: Array,
+        step: int,
+        params: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+        results: Array,
+    ) -> None:
+        rows, norm = len(results), math.nan
+        if math.isfinite(loss[0]) and math.isfinite(results[(step - 1) % rows, 1]):
+            norm = cast(Backend, self).adamw(params, grads, m, v, average, options)
+        results[step % rows, 0], results[step % rows, 1] = loss[0], norm
 
     def train_step(
         self,
@@ -313,8 +326,27 @@ class NumpyLayers:
         v: Array,
         average: Array,
         options: AdamW,
-    ) -> tuple[float, float]:
-        return self.finish_step(gradient(), params, grads, m, v, average, options)
+        results: Array,
+    ) -> None:
+        self.finish_step(gradient(), step, params, grads, m, v, average, options, results)
+
+    def sample_step(
+        self,
+        kept: dict[Any, Any],
+        places: list[Array],
+        output: Callable[[], Array],
+        state: Array,
+        x: Array,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        *,
+        seed: int,
+        stream: int,
+        first_sample: int,
+    ) -> None:
+        be, at = cast(Backend, self), {"seed": seed, "stream": stream, "first_sample": first_sample}
+        be.sampler_step(x, be.asarray(output(), x.dtype), previous, row, clip, **at)
 
     repeats_resize = True
 

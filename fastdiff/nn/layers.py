@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend
-from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.backends.layers import Conv, ConvWeights, LayerBackend
 from fastdiff.nn.params import ALIGNMENT
 
 MAX_PROGRAMS = 8  # kept for each backend
@@ -46,12 +46,15 @@ class Value:
         Whether it depends on parameters, and so has a gradient.
     data, grad : array or None
         Set when memory is placed, or at a run for parameters and what is given.
+    forms : list of array
+        Of weights: what a convolution takes for them, forward and backward.
     """
 
     def __init__(self, shape: tuple[int, ...], trained: bool = True) -> None:
         self.shape, self.trained = shape, trained
         self.data: Array = None
         self.grad: Array = None
+        self.forms: list[Array] = []
         self.block: _Block | None = None
         self.grad_block: _Block | None = None
 
@@ -117,12 +120,14 @@ class Program:
         self._fixed: set[str] = set()
         self._own: dict[str, Array] = {}  # copies of what a run is given
         self._kept: dict[Any, Any] = {}  # see LayerBackend.repeat
+        self.kept_steps: dict[Any, Any] = {}  # see LayerBackend.sample_step
+        self._prepared: dict[Any, Any] = {}  # see LayerBackend.prepare
+        self._weights: list[tuple[Conv, Value, Value, str]] = []
         self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._resizes = False
         self._blocks: list[_Block] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
         self._draw: dict[str, int] = {}
-        self._loss: Array = None
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -159,13 +164,15 @@ class Program:
         w = self.parameter(f"{name}.weight", (*geometry.kernel, x.width, outputs))
         b = self.parameter(f"{name}.bias", (outputs,))
         y = Value((self.n, *geometry.size(*x.shape[1:3]), outputs))
+        self._weights.append((geometry, x, y, f"{name}.weight"))
 
         def forward(be: LayerBackend) -> None:
-            be.conv(geometry, x.data, w.data, b.data, y.data, shift=_rows(shift), residual=residual and residual.data)
+            added = residual and residual.data
+            be.conv(geometry, x.data, w.forms[0], b.data, y.data, shift=_rows(shift), residual=added)
 
         def backward(be: LayerBackend, add: bool) -> None:
             be.conv_backward(
-                geometry, y.grad, x.data, w.data, x.grad, w.grad, b.grad, dshift=_rows(shift, "grad"), add=add
+                geometry, y.grad, x.data, w.forms[1], x.grad, w.grad, b.grad, dshift=_rows(shift, "grad"), add=add
             )
 
         parts = tuple(value for value in (shift, residual) if value is not None)
@@ -345,6 +352,13 @@ class Program:
                     part = arena[block.offset : block.offset + math.prod(value.shape)]
                     setattr(value, name, part.reshape(value.shape))
 
+    def prepare(
+        self, be: LayerBackend, kept: dict[Any, Any], params: Mapping[str, Array], *, backward: bool = False
+    ) -> list[list[Array]]:
+        """Do `LayerBackend.prepare` for the weights of all convolutions, in the order of their use."""
+        convs = [ConvWeights(geometry, x.shape, y.shape, params[name]) for geometry, x, y, name in self._weights]
+        return be.prepare(kept, convs, backward=backward)
+
     def run(
         self,
         be: LayerBackend,
@@ -352,27 +366,33 @@ class Program:
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
         target: Array | None = None,
+        forms: list[list[Array]] | None = None,
         **draw: int,
     ) -> Array:
         """Return the result, which stays valid until the next run in the arena.
 
         With `grads` and `target`, fill the former with the gradients of the mean squared error and return that, as
-        an array of one value; `draw` then holds seed, step and first_sample of dropout.
+        an array of one value; `draw` then holds seed, step and first_sample of dropout. `forms` are the weights as
+        `prepare` returned them, where that has been done.
         """
         self._draw = draw
         for name, value in self._given.items():
             value.data = given[name] if name in self._fixed else self._copy(be, name, given[name])
         for name, value in self._tensors.items():
             value.data, value.grad = params[name], None if grads is None else grads[name]
+        loss = None
         if target is not None:
-            target = self._copy(be, "target", target)
+            target, loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
 
         def body() -> None:
+            ready = forms or self.prepare(be, self._prepared, params, backward=grads is not None)
+            for (*_, name), pair in zip(self._weights, ready, strict=True):
+                self._tensors[name].forms = pair
             for operation in self._operations:
                 operation.forward(be)
             if grads is None:
                 return
-            self._loss = be.squared_error(self.output.data, target, self.output.grad)
+            be.squared_error(self.output.data, target, self.output.grad, loss)
             for operation in reversed(self._operations):
                 if operation.backward is not None:
                     operation.backward(be, operation.add)
@@ -385,10 +405,10 @@ class Program:
             be.repeat(self._kept, places, body)
         else:
             body()
-        result = self.output.data if grads is None else self._loss
         for value in (*self._given.values(), *self._tensors.values()):
             value.data = value.grad = None  # they are the caller's
-        return result
+            value.forms = []
+        return self.output.data if grads is None else loss
 
 
 def _rows(value: Value | None, which: str = "data") -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise
-from fastdiff.backends import Array, Backend, backend_for
+from fastdiff.backends import Array, Backend, Row, backend_for
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.errors import (
     ArgumentError,
@@ -392,6 +392,51 @@ class UNet:
 
         return evaluate
 
+    def stepper(self, be: Backend, flat: Any = None) -> Callable[..., None]:
+        """Return a function that takes a step of a sampler: for `fastdiff.sample`.
+
+        ``step(x, previous, row, clip, labels=None, *, seed, stream, first_sample)`` changes flat states x (n, D), and
+        where it is given the x0 of the row before, as `Backend.sampler_step` does with the network's output. Arrays
+        are the backend's own and are not checked. `flat` is as for `predict`, and stays as it is.
+        """
+        layers = self._layers(be)
+        weights = be.asarray(self.flat if flat is None else flat, self.dtype)
+        params, forms = self.layout.views(weights), {}
+
+        def one(row: Row, clip: Any, x: Array, previous: Array, labels: Array, **law: Any) -> None:
+            n = len(x)
+            program = self._program(layers, n, False)
+            given = {"x": program.own(layers, "x", (n, *self.image), self.dtype)}
+            given["x"][...] = layers.asarray(x, self.dtype).reshape(given["x"].shape)
+            given["t"] = program.own(layers, "t", (n,), np.int64)
+            given["t"].fill(row.t)
+            if labels is not None:
+                given["labels"] = program.own(layers, "labels", (n,), np.int64)
+                given["labels"][...] = labels
+            queue = layers.queue()
+            if queue not in forms:
+                forms[queue] = program.prepare(layers, {}, params)
+
+            def output() -> Array:
+                return self._run(layers, params, given, forms=forms[queue]).reshape(x.shape)
+
+            state, places = given["x"].reshape(x.shape), [weights, forms[queue][0][0]]
+            layers.sample_step(program.kept_steps, places, output, state, x, previous, row, clip, **law)
+
+        def step(
+            x: Array, previous: Array, row: Row, clip: Any, labels: Array = None, *, first_sample: int, **law: Any
+        ) -> None:
+            if row.q == 0 and row.e == 0:
+                be.sampler_step(x, None, previous, row, clip, first_sample=first_sample, **law)
+                return
+            for start in range(0, len(x), self._chunk):
+                end = start + self._chunk
+                parts = [None if array is None else array[start:end] for array in (x, previous, labels)]
+                with self._workspace.lock:
+                    one(row, clip, *parts, first_sample=first_sample + start, **law)
+
+        return step
+
     def _fill(self, y: Array, be: LayerBackend, params: Mapping[str, Array], given: Mapping[str, Array]) -> None:
         """Fill y with the outputs for all rows of what is given, so many at once as the arena is to hold."""
         for start in range(0, len(y), self._chunk):
@@ -477,8 +522,8 @@ class UNet:
         n: int,
         step: int,
         *arrays: Any,
-    ) -> tuple[float, float]:
-        """Do `LayerBackend.train_step`, and return the loss and the gradient's norm.
+    ) -> None:
+        """Do `LayerBackend.train_step`.
 
         Parameters
         ----------
@@ -490,10 +535,10 @@ class UNet:
             that it uses is the same whenever it is called with this `kept`.
         n, step : int
         *arrays
-            params, grads, m, v, average, all (layout.size,), and an `AdamW`.
+            params, grads, m, v, average, all (layout.size,), an `AdamW`, and results (rows, 2).
         """
         with self._workspace.lock:
-            return be.train_step(kept.setdefault(self._program(be, n, True), {}), gradient, step, *arrays)
+            be.train_step(kept.setdefault(self._program(be, n, True), {}), gradient, step, *arrays)
 
     def _program(self, be: LayerBackend, n: int, training: bool) -> Program:
         return self._workspace.program(be, n, training, self.dtype, self._record)
@@ -505,11 +550,11 @@ class UNet:
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
         target: Array = None,
-        **draw: int,
+        **options: Any,
     ) -> Array:
         program = self._program(be, len(given["x"]), grads is not None)
         features = self._workspace.constant(be, "features", self._features)
-        return program.run(be, params, {**given, "features": features}, grads, target, **draw)
+        return program.run(be, params, {**given, "features": features}, grads, target, **options)
 
     def _layers(self, be: Backend) -> LayerBackend:
         """The backend, if it can run this network."""

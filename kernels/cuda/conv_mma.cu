@@ -1,7 +1,8 @@
 // Convolutions on tensor cores: factors rounded to bf16, products added up in float32; conv.cuh says which pixels meet.
 //
-// Weights are converted once a call (conv_mma_pack), folded where there is upsampling: every block reads all of its
-// channels' weights, and so copies them as they are, at half the size, STAGES - 1 taps ahead. Activations stay float32
+// Weights are converted beforehand, all of a network's in one launch (conv_mma_prepare), or one by one (conv_mma_pack),
+// folded where there is upsampling: every block reads all of its channels' weights, and so copies them as they are, at
+// half the size, STAGES - 1 taps ahead. Activations stay float32
 // in memory, because a block reads each of them once: it holds a box of source pixels with all that the taps of its
 // pixels meet, DEPTH channels at a time, converted on the way, and a tap is an offset into it (`box`). A box that
 // would not fit holds one tap at a time. The float32 values of the next channels are copied meanwhile, and each thread
@@ -80,32 +81,38 @@ FD_DEVICE bool mma_is_part(const ConvSizes &sizes, int axis, int place, int tap)
     return ADJOINT ? conv_meets(sizes, axis, source, tap, phase) : conv_meets(sizes, axis, phase, tap, source);
 }
 
-// packed (places, C, K rounded up to a multiple of 8), bf16 in an array of float = w (taps, C, K); the taps of a place
-// are added up before they are rounded.
+// Two values of packed (places, C, K rounded up to a multiple of 8), bf16 in an array of float = w (taps, C, K): channels
+// 2 item and the next one of row (place, channel). The taps of a place are added up before they are rounded.
 template <bool ADJOINT>
-FD_DEVICE void mma_pack(const real *w, uint32 *packed, const ConvSizes &sizes) {
-    const int C = sizes.channels, K = sizes.outputs, across = (K + 7) / 8 * 4;
-    const int columns = conv_places<ADJOINT>(sizes, 1), places = conv_places<ADJOINT>(sizes, 0) * columns;
-    for (Walk walk = fd_walk(across); walk.row < (int64)places * C; fd_walk_on(walk, across)) {
-        const int k = (int)walk.item * 2, left = K - k;
-        const int place = (int)conv_divide(walk.row, C), channel = (int)(walk.row - (int64)place * C);
-        float first = 0, second = 0;
-        const auto add = [&](int tap) {
-            const real *const from = w + ((int64)tap * C + channel) * K + k;
-            first += left > 0 ? from[0] : 0;
-            second += left > 1 ? from[1] : 0;
-        };
-        if (!sizes.fold[0] && !sizes.fold[1]) {
-            add(place);
-        } else {
-            for (int r = 0; r < sizes.kernel[0]; r++) {
-                if (!mma_is_part<ADJOINT>(sizes, 0, place / columns, r)) continue;
-                for (int s = 0; s < sizes.kernel[1]; s++) {
-                    if (mma_is_part<ADJOINT>(sizes, 1, place % columns, s)) add(r * sizes.kernel[1] + s);
-                }
+FD_DEVICE uint32 mma_pair(const real *w, const ConvSizes &sizes, int64 row, int item) {
+    const int C = sizes.channels, K = sizes.outputs, columns = conv_places<ADJOINT>(sizes, 1);
+    const int k = item * 2, left = K - k;
+    const int place = (int)conv_divide(row, C), channel = (int)(row - (int64)place * C);
+    float first = 0, second = 0;
+    const auto add = [&](int tap) {
+        const real *const from = w + ((int64)tap * C + channel) * K + k;
+        first += left > 0 ? from[0] : 0;
+        second += left > 1 ? from[1] : 0;
+    };
+    if (!sizes.fold[0] && !sizes.fold[1]) {
+        add(place);
+    } else {
+        for (int r = 0; r < sizes.kernel[0]; r++) {
+            if (!mma_is_part<ADJOINT>(sizes, 0, place / columns, r)) continue;
+            for (int s = 0; s < sizes.kernel[1]; s++) {
+                if (mma_is_part<ADJOINT>(sizes, 1, place % columns, s)) add(r * sizes.kernel[1] + s);
             }
         }
-        packed[walk.row * across + walk.item] = fd_bf16x2(first, second);
+    }
+    return fd_bf16x2(first, second);
+}
+
+template <bool ADJOINT>
+FD_DEVICE void mma_pack(const real *w, uint32 *packed, const ConvSizes &sizes) {
+    const int across = (sizes.outputs + 7) / 8 * 4;
+    const int64 rows = (int64)conv_places<ADJOINT>(sizes, 0) * conv_places<ADJOINT>(sizes, 1) * sizes.channels;
+    for (Walk walk = fd_walk(across); walk.row < rows; fd_walk_on(walk, across)) {
+        packed[walk.row * across + walk.item] = mma_pair<ADJOINT>(w, sizes, walk.row, (int)walk.item);
     }
 }
 
@@ -115,6 +122,30 @@ FD_KERNEL conv_mma_pack(const real *w, real *packed, ConvSizes sizes) {
 
 FD_KERNEL conv_mma_pack_adjoint(const real *w, real *packed, ConvSizes sizes) {
     mma_pack<true>(w, reinterpret_cast<uint32 *>(packed), sizes);
+}
+
+// The same for many weights: their pairs follow each other. Row r of `places` holds the number of the first pair of
+// weights r, where they begin behind `base`, and whether they are for an input gradient.
+FD_KERNEL conv_mma_prepare(const real *base, real *packed, const int64 *places_r3, const ConvSizes *sizes_r, int weights,
+                           int64 pairs) {
+    FD_GRID_STRIDE(i, pairs) {
+        int r = 0;
+        for (int end = weights; r + 1 < end;) {
+            const int middle = (r + end) / 2;
+            if (places_r3[3 * middle] <= i) {
+                r = middle;
+            } else {
+                end = middle;
+            }
+        }
+        const ConvSizes &sizes = sizes_r[r];
+        const real *const w = base + places_r3[3 * r + 1];
+        const int across = (sizes.outputs + 7) / 8 * 4;
+        const int64 pair = i - places_r3[3 * r], row = conv_divide(pair, across);
+        const int item = (int)(pair - row * across);
+        reinterpret_cast<uint32 *>(packed)[i] =
+            places_r3[3 * r + 2] ? mma_pair<true>(w, sizes, row, item) : mma_pair<false>(w, sizes, row, item);
+    }
 }
 
 // ------------------------------------------------------------------------------------------- forward, input gradient

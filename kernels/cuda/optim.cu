@@ -1,8 +1,8 @@
 // The optimiser: the norm of the gradient, then AdamW with clipping and a moving average in one pass.
 //
 // The norm is a sum in float64 in two stages, and its order is fixed: a block adds a chunk, one block adds the chunks.
-// It stays on the device: state[0] is the norm, state[1] what the gradient is scaled by, state[2] the loss, so that the
-// host reads both at once, and only when the step is issued.
+// It stays on the device: state[0] is the norm, state[1] what the gradient is scaled by. Loss and norm of a training step
+// go to a row of `results`, which the host reads after many steps.
 
 #define CHUNK 4096
 #define SUM_THREADS 256
@@ -31,18 +31,27 @@ FD_KERNEL square_sums(const real *__restrict__ grads, int64 size, double *__rest
     }
 }
 
-// One block. A loss that is not finite makes the norm NaN; `loss` may be null.
+// One block. Row step % rows of results (rows, 2) takes loss and norm; a loss that is not finite makes the norm NaN, and
+// so does the norm of the row before: after a step that went wrong the others do nothing. `loss` and `results` may be
+// null; where `step_at` is not, it holds the step.
 FD_KERNEL finish_norm(const double *__restrict__ sums_chunks, int64 chunks, double clip_norm,
-                      const double *__restrict__ loss, double *__restrict__ state) {
+                      const double *__restrict__ loss, double *__restrict__ state, double *__restrict__ results,
+                      int64 rows, uint32 step, const uint32 *__restrict__ step_at) {
     FD_SHARED_ARRAY(double, sums, SUM_THREADS);
     double sum = 0;
     for (int64 i = threadIdx.x; i < chunks; i += SUM_THREADS) sum += sums_chunks[i];
     sum = block_sum(sum, sums);
     if (threadIdx.x == 0) {
-        const double value = loss ? *loss : 0, norm = sqrt(sum), scale = clip_norm / (norm + 1e-6);
-        state[0] = isfinite(value) ? norm : nan("");
+        const double value = loss ? *loss : 0, scale = clip_norm / (sqrt(sum) + 1e-6);
+        double norm = isfinite(value) ? sqrt(sum) : nan("");
+        if (results) {
+            const int64 row = (step_at ? *step_at : step) % rows;
+            if (!isfinite(results[2 * ((row + rows - 1) % rows) + 1])) norm = nan("");
+            results[2 * row] = value;
+            results[2 * row + 1] = norm;
+        }
+        state[0] = norm;
         state[1] = scale < 1 ? scale : 1;
-        state[2] = value;
     }
 }
 

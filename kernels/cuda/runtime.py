@@ -46,12 +46,25 @@ SCALARS = {
     "int64": np.dtype(np.int64),
     "uint64": np.dtype(np.uint64),
 }
-# Structures passed by value; their C text is made from this.
+# Structures passed by value; their C text is made from this, fields of one type are a plain vector.
+_ROUND_KEYS = np.dtype([("words", np.uint32, (20,))])
+_TABLE_ROW = np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c", "e", "s", "low", "high")])
 STRUCTURES: dict[str, np.dtype[Any]] = {
     # The ten key pairs of Philox, from `fastdiff.noise.round_keys`.
-    "RoundKeys": np.dtype([("words", np.uint32, (20,))]),
+    "RoundKeys": _ROUND_KEYS,
     # One row of a sampler table, and the bounds of x0.
-    "TableRow": np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c", "e", "s", "low", "high")]),
+    "TableRow": _TABLE_ROW,
+    # A step of a sampler: all that its kernel takes besides arrays and their sizes.
+    "RowRecord": np.dtype(
+        [
+            ("first_row", np.uint64),
+            ("step", np.uint32),
+            ("stream", np.uint32),
+            ("row", _TABLE_ROW),
+            ("keys", _ROUND_KEYS),
+        ],
+        align=True,
+    ),
     # The scalars of an optimiser step; `clip_norm` may be infinite.
     "AdamWScalars": np.dtype(
         [(name, REAL) for name in ("one_beta1", "one_beta2", "root", "eps", "keep", "rate", "one_ema")]
@@ -108,12 +121,13 @@ def constants() -> str:
         *(f"#define FD_STREAM_{stream.name} {int(stream)}u" for stream in law.Stream),
         f"#define FD_LEAKY_SLOPE ({real(LEAKY_SLOPE)})",
     ]
-    names = {np.dtype(np.float32): "float", np.dtype(np.uint32): "unsigned int", np.dtype(np.int32): "int"}
+    names = {dtype: name for name, dtype in STRUCTURES.items()} | {REAL: "FD_REAL", np.dtype(np.int32): "int"}
+    names |= {np.dtype(np.uint32): "unsigned int", np.dtype(np.uint64): "unsigned long long"}
     for structure, dtype in STRUCTURES.items():
         fields = []
         for field in dtype.names or ():
             kind = dtype[field]
-            c_type = "FD_REAL" if kind.base == REAL else names[kind.base]
+            c_type = names[kind.base]
             fields.append(f"{c_type} {field}{''.join(f'[{n}]' for n in kind.shape)};")
         lines.append(f"struct {structure} {{ {' '.join(fields)} }};")
     return "\n".join(["#ifndef FD_REAL", "#define FD_REAL float", "#endif", *lines, ""])

@@ -25,12 +25,13 @@ FD_DEVICE void step_four(const TableRow &row, real *x_nd, const real *out_nd, re
     if (previous_nd) fd_store4(previous_nd + at, x0);
 }
 
-FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
-                     TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
-                     RoundKeys keys) {
+// A row without noise (s = 0) draws none.
+FD_DEVICE void step_rows(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n, int64 width,
+                         uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
     const int64 quarter = (width + 3) / 4;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
-        const Normals z = fd_normals(first_row + walk.row, (uint32)walk.item, step, stream, keys);
+        Normals z = {0, 0, 0, 0};
+        if (row.s != 0) z = fd_normals(first_row + walk.row, (uint32)walk.item, step, stream, keys);
         const int64 at = walk.row * width + walk.item, left = width - walk.item;
         step_one(row, x_nd, out_nd, previous_nd, at, z.z0);
         if (quarter < left) step_one(row, x_nd, out_nd, previous_nd, at + quarter, z.z1);
@@ -39,18 +40,45 @@ FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, r
     }
 }
 
-FD_KERNEL step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
-                          TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
-                          RoundKeys keys) {
+FD_DEVICE void step_rows_wide(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
+                              int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
     const int64 quarter = width / 4, groups = width / 16;
     for (Walk walk = fd_walk(groups); walk.row < n; fd_walk_on(walk, groups)) {
-        const Quads z = fd_quads(first_row + walk.row, 4 * (uint32)walk.item, step, stream, keys);
+        Quads z = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
+        if (row.s != 0) z = fd_quads(first_row + walk.row, 4 * (uint32)walk.item, step, stream, keys);
         const int64 at = walk.row * width + 4 * walk.item;
         step_four(row, x_nd, out_nd, previous_nd, at, z.z0);
         step_four(row, x_nd, out_nd, previous_nd, at + quarter, z.z1);
         step_four(row, x_nd, out_nd, previous_nd, at + 2 * quarter, z.z2);
         step_four(row, x_nd, out_nd, previous_nd, at + 3 * quarter, z.z3);
     }
+}
+
+FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                     TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
+                     RoundKeys keys) {
+    step_rows(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+}
+
+FD_KERNEL step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                          TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
+                          RoundKeys keys) {
+    step_rows_wide(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+}
+
+// One thread. What differs from one repetition of a sampling step to the next, where its graph reads it.
+FD_KERNEL set_row(RowRecord record, RowRecord *__restrict__ record_at) { *record_at = record; }
+
+FD_KERNEL step_recorded(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                        const RowRecord *__restrict__ record_at, int64 n, int64 width) {
+    const RowRecord r = *record_at;
+    step_rows(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
+}
+
+FD_KERNEL step_recorded_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                             const RowRecord *__restrict__ record_at, int64 n, int64 width) {
+    const RowRecord r = *record_at;
+    step_rows_wide(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
 }
 
 // A row without noise does not look at rows and columns. `vectors` says that all arrays are 16-byte aligned.
