@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.data import writing
 from fastdiff.errors import CheckpointError
+from fastdiff.files import writing
 from fastdiff.noise import NOISE_LAW_VERSION
 
 FORMAT_VERSION = 2  # 2 may have a noise shape

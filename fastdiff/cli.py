@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fastdiff.data import check_writable
+    from fastdiff.files import check_writable
 
     output: str | None = args.output or args.resume
     if output is None:
@@ -164,7 +164,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _check_picture(path: str) -> None:
     from fastdiff import plots
-    from fastdiff.data import check_writable
+    from fastdiff.files import check_writable
 
     plots.check_available()
     check_writable(path, plots.ENDINGS)
@@ -355,7 +355,8 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
     from tqdm import tqdm
 
     from fastdiff import plots
-    from fastdiff.data import ENDINGS, check_writable, save_curves
+    from fastdiff.data import ENDINGS, save_curves
+    from fastdiff.files import check_writable
 
     n = args.n
     check_writable(args.output, ENDINGS)
@@ -388,7 +389,8 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
     import numpy as np
 
     from fastdiff import plots
-    from fastdiff.data import check_writable, picture_files, save_images, writing
+    from fastdiff.data import picture_files, save_images
+    from fastdiff.files import check_writable, writing
 
     n, first, output = args.n, args.first_sample, args.output
     labels = _in_turn(model, args.labels, n, first)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.data import writing
 from fastdiff.errors import ArgumentError, CheckpointError, DataError, check_choice, check_int
+from fastdiff.files import writing
 from fastdiff.nn.unet import UNet
 from fastdiff.schedule import Schedule
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import covariance
-from fastdiff.data import as_uint8, check_ending, check_pillow, to_pillow, writing
 from fastdiff.errors import ArgumentError, BackendError, check_array, check_float, check_int
+from fastdiff.files import check_ending, writing
+from fastdiff.pictures import as_uint8, check_pillow, to_pillow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

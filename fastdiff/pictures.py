@@ -1,0 +1,515 @@
+"""Pictures: read from folders and arrays, cut into tiles, written.
+
+A set of pictures is one array (N, H, W, C) of bytes, C = 1 (gray) or 3 (red, green, blue); on disk it is a folder of
+picture files. Whatever is wrong with a file is a :class:`~fastdiff.errors.DataError` that names it.
+
+Pillow is imported inside the functions that read or write pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import (
+    ArgumentError,
+    BackendError,
+    DataError,
+    check_array,
+    check_choice,
+    check_float,
+    check_int,
+    check_seed,
+)
+from fastdiff.files import check_writable, load_npy, writing
+from fastdiff.noise import Stream, check_rows, philox_words
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow's names of those formats. It reads many more, some with programs of their own; no file is handed to these.
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_NAMED = 10  # files that one message names
+_LARGEST = 1 << 14  # pixels on a side that can be asked for
+
+_log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------- read
+
+
+@overload
+def load_images(
+    folder: str | os.PathLike[str],
+    size: int | tuple[int, int] | None = 64,
+    *,
+    mode: str = "auto",
+    labels: Literal[False] = False,
+) -> npt.NDArray[np.uint8]: ...
+
+
+@overload
+def load_images(
+    folder: str | os.PathLike[str],
+    size: int | tuple[int, int] | None = 64,
+    *,
+    mode: str = "auto",
+    labels: Literal[True],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], list[str]]: ...
+
+
+def load_images(
+    folder: str | os.PathLike[str],
+    size: int | tuple[int, int] | None = 64,
+    *,
+    mode: str = "auto",
+    labels: bool = False,
+) -> Any:
+    """Read a folder of pictures, all brought to one size, in the order of their names.
+
+    A picture is turned upright (EXIF), laid on white where it is transparent, brought to 8 bits, and resized (bicubic)
+    such that it just covers `size`; what sticks out is cut off on both sides alike. A picture of the right size keeps
+    its values. Colour profiles are not applied. Hidden files are left out, files whose names do not end like those
+    of pictures too, which is logged, and so is how many pictures are enlarged.
+
+    Parameters
+    ----------
+    folder : path
+        A folder of PNG, JPEG, WebP, BMP, GIF, TIFF, PPM or PGM files. Or an .npy file with one array of bytes (uint8),
+        (N, H, W) or (N, H, W, C), whose pictures are treated alike.
+    size : int, pair of int or None, optional
+        Height and width; one number for a square. None: as they are, all of one size.
+    mode : {"auto", "gray", "rgb"}, optional
+        "auto" gives gray where all files are stored as gray (1, 8 or 16 bits, a palette of
+        grays), else colour.
+    labels : bool, optional
+        Whether `folder` holds one folder of pictures for each class.
+
+    Returns
+    -------
+    images : ndarray
+        (N, H, W, C) uint8, C = 1 or 3. Files are ordered by the code points of their names, on every platform.
+    labels : ndarray
+        (N,) int64, with ``labels=True`` only: the class of each picture, a number from 0.
+    names : list of str
+        With ``labels=True`` only: the name of each class, in the same order as files.
+
+    Raises
+    ------
+    DataError
+        No folder, no pictures, or pictures that cannot be used, each named (up to ten): damaged or foreign files,
+        animations, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, values of no known range (32 bits). Or sizes that
+        differ while `size` is None.
+    BackendError
+        Pillow is missing.
+    """
+    path = Path(folder)
+    wanted = _check_size(size)
+    check_choice("mode", mode, ("auto", "gray", "rgb"))
+    check_pillow()
+    if path.suffix.lower() == ".npy" and not path.is_dir():
+        if labels:
+            raise ArgumentError("labels", "True for an .npy file", "a folder with one folder for each class")
+        return _from_npy(path, wanted, mode)
+    files, folders = _listed(path)
+    if not labels:
+        if folders:
+            _log.warning("%s: left out, as folders (labels=True reads them as classes): %s", path, _some(folders))
+        return _stacked(_decoded(path, files, wanted, mode), len(files))
+    if files or not folders:
+        state = f"of no class: {_some(files)}" if files else "no folders"
+        raise DataError(f"{path}: {state}; with labels=True there is one folder for each class, and no other picture")
+    classes = [_listed(sub)[0] for sub in folders]
+    if empty := [sub for sub, members in zip(folders, classes, strict=True) if not members]:
+        raise DataError(f"{path}: classes without pictures: {_some(empty)}")
+    files = [file for members in classes for file in members]
+    numbers = np.repeat(np.arange(len(classes), dtype=np.int64), [len(members) for members in classes])
+    return _stacked(_decoded(path, files, wanted, mode), len(files)), numbers, [sub.name for sub in folders]
+
+
+def _check_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise ArgumentError("size", repr(size), "an integer, a pair (height, width) or None")
+    height, width = (check_int("size", side, low=1, high=_LARGEST) for side in sides)
+    return height, width
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures and the folders in a folder, each in the order of their names."""
+    pictures: list[Path] = []
+    folders: list[Path] = []
+    others: list[Path] = []
+    try:
+        # One name may be composed on one platform and decomposed on another.
+        for entry in sorted(folder.iterdir(), key=lambda entry: (unicodedata.normalize("NFC", entry.name), entry.name)):
+            if not entry.name.startswith("."):
+                known = entry.suffix.lower() in PICTURE_ENDINGS
+                (folders if entry.is_dir() else pictures if known else others).append(entry)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    if others:
+        _log.warning("%s: left out, as their names do not end like those of pictures: %s", folder, _some(others))
+    return pictures, folders
+
+
+def _some(files: Sequence[Path | str]) -> str:
+    more = len(files) - _NAMED
+    names = [file if isinstance(file, str) else file.name for file in files[:_NAMED]]
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
+
+
+def _from_npy(path: Path, size: tuple[int, int] | None, mode: str) -> npt.NDArray[np.uint8]:
+    wants = "(pictures, height, width) or (pictures, height, width, 1 or 3)"
+    try:
+        array = load_npy(path, (3, 4), wants)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if array.dtype != np.uint8:
+        raise DataError(f"{path}: dtype {array.dtype}, where uint8 is wanted")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.shape[3] not in (1, 3):
+        raise DataError(f"{path}: shape {array.shape}, where {wants} is wanted")
+    gray = _wants_gray(mode, array.shape[3] == 1)
+    return _stacked(((str(path), _pixels(to_pillow(one), size, gray)) for one in array), len(array))
+
+
+def _stacked(pictures: Iterable[tuple[str, npt.NDArray[np.uint8]]], count: int) -> npt.NDArray[np.uint8]:
+    """Named pictures as one array; at most `count` come."""
+    images: npt.NDArray[np.uint8] | None = None
+    for i, (name, pixels) in enumerate(pictures):
+        if images is None:
+            first, images = name, np.empty((count, *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            (height, width), (h, w) = pixels.shape[:2], images.shape[1:3]
+            raise DataError(
+                f"{name}: {height} x {width} pixels (height x width), where {first} has {h} x {w}; "
+                "give the size that all of them are to have"
+            )
+        images[i] = pixels
+    assert images is not None
+    return images
+
+
+def _decoded(
+    folder: Path, files: Sequence[Path], size: tuple[int, int] | None, mode: str
+) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    """Decode the pictures of a folder, a few at a time; those that cannot be used raise in the end, together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not files:
+        raise DataError(f"{folder}: no pictures ({', '.join(PICTURE_ENDINGS)})")
+    gray = _wants_gray(mode, mode == "auto" and all(map(_stored_gray, files)))
+
+    def decode(file: Path) -> npt.NDArray[np.uint8] | str:
+        try:
+            with _opened(file) as image:
+                if size is not None and min(image.size) < min(size):
+                    small.append(file)
+                return _pixels(image, size, gray)
+        except DataError as error:
+            return str(error)
+
+    bad: list[str] = []
+    small: list[Path] = []
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for file, pixels in zip(files, pool.map(decode, files), strict=True):
+            name = str(file.relative_to(folder))
+            if isinstance(pixels, str):
+                bad.append(f"{name} ({pixels})")
+            else:
+                yield name, pixels
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if bad:
+        raise DataError(f"{folder}: {len(bad)} of {len(files)} pictures cannot be used: {_some(bad)}")
+    if small:
+        _log.warning("%s: %d of %d pictures are smaller than wanted: enlarged", folder, len(small), len(files))
+
+
+def _wants_gray(mode: str, all_gray: bool) -> bool:
+    return mode == "gray" or (mode == "auto" and all_gray)
+
+
+def _stored_gray(file: Path) -> bool:
+    """Whether a picture has no colours; True for what cannot be read, which is reported when it is decoded."""
+    try:
+        with _opened(file) as image:
+            if image.mode == "P":
+                palette = np.reshape(image.getpalette(), (-1, 3))
+                return bool((palette == palette[:, :1]).all())
+            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+    except DataError:
+        return True
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open one still picture, its pixels not read yet; a `DataError` without its name says what is wrong with it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file, formats=_PICTURE_FORMATS) as image:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise DataError(f"{image.height} x {image.width} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {most}")
+            # An MPO is a JPEG with further views, as some cameras write it; the first is the picture.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise DataError(f"{image.n_frames} pictures in one file")
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                raise DataError(f"mode {image.mode}: values of no known range")
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError("not a picture") from None
+    except OSError as error:
+        raise DataError(error.strerror or str(error)) from error
+    except Exception as error:  # Pillow raises whatever a damaged file brings about
+        raise DataError(f"{type(error).__name__}: {error}") from error
+
+
+def _pixels(image: Any, size: tuple[int, int] | None, gray: bool) -> npt.NDArray[np.uint8]:
+    """Decode a picture: upright, opaque, 8 bits, of the wanted size; (H, W, 1) or (H, W, 3)."""
+    from PIL import Image, ImageOps
+
+    if size is not None:
+        image.draft(None, (3 * max(size), 3 * max(size)))  # a large JPEG is decoded at a fraction of its size
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if gray else "RGB")
+    if size is not None:
+        height, width = size
+        w, h = image.width, image.height
+        if w * height > h * width:
+            w = h * width / height
+        else:
+            h = w * height / width
+        left, top = (image.width - w) / 2, (image.height - h) / 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+# --------------------------------------------------------------------------------------- cut
+
+
+def tiles(
+    pictures: str | os.PathLike[str] | Sequence[npt.ArrayLike],
+    size: int | tuple[int, int] = 64,
+    count: int = 1024,
+    *,
+    seed: int = 0,
+    short: int | None = None,
+    mode: str = "auto",
+    first_sample: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Cut tiles out of a few large pictures, at random places: many training pictures from a handful.
+
+    Tile k is row k of stream DATA at step 1 of the noise law: of its words, ``(w0 P) >> 32`` is the picture (all P
+    are as likely, whatever their sizes), ``(w1 (H - h + 1)) >> 32`` the top row, ``(w2 (W - w + 1)) >> 32`` the left
+    column.
+
+    Parameters
+    ----------
+    pictures : path or sequence of array_like
+        A folder (see `load_images`), or uint8 arrays (H, W), (H, W, 1) or (H, W, 3) of any sizes. All of them are in
+        memory at once.
+    size : int or pair of int, optional
+        Height and width of a tile, h and w.
+    count : int, optional
+        Number of tiles.
+    seed : int, optional
+        Tile k of a seed is the same whatever `count` is.
+    short : int, optional
+        Scale every picture first, such that its shorter side has so many pixels: a small tile of a photograph shows
+        hardly more than a texture. None: as they are.
+    mode : {"auto", "gray", "rgb"}, optional
+        As for `load_images`.
+    first_sample : int, optional
+        Index of the first tile.
+
+    Returns
+    -------
+    ndarray
+        (count, h, w, C) uint8, C = 1 or 3.
+
+    Raises
+    ------
+    ArgumentError
+        A picture is smaller than a tile.
+    DataError
+        As of `load_images`.
+    """
+    wanted = _check_size(size)
+    if wanted is None:
+        raise ArgumentError("size", "None", "the height and width of a tile")
+    height, width = wanted
+    count, seed = check_int("count", count, low=0), check_seed(seed)
+    first_sample = check_rows(first_sample, count)
+    short = None if short is None else check_int("short", short, low=1, high=_LARGEST)
+    check_choice("mode", mode, ("auto", "gray", "rgb"))
+    check_pillow()
+    if isinstance(pictures, (str, os.PathLike)):
+        files, _ = _listed(Path(pictures))
+        whole = list(_decoded(Path(pictures), files, None, mode))
+    else:
+        arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]
+        gray = _wants_gray(mode, all(one.shape[2] == 1 for _, one in arrays))
+        whole = [(name, _pixels(to_pillow(one), None, gray)) for name, one in arrays]
+    if not whole:
+        raise ArgumentError("pictures", "none", "at least one picture")
+    if short is not None:
+        whole = [(name, _shortened(one, short)) for name, one in whole]
+    for name, one in whole:
+        if one.shape[0] < height or one.shape[1] < width:
+            raise ArgumentError("size", str((height, width)), f"tiles that fit into {name}, {one.shape[:2]}")
+
+    words = philox_words(count, 1, seed=seed, stream=Stream.DATA, step=1, first_sample=first_sample)[:, 0]
+    out = np.empty((count, height, width, whole[0][1].shape[2]), np.uint8)
+    for tile, (w0, w1, w2, _) in zip(out, words.tolist(), strict=True):
+        one = whole[w0 * len(whole) >> 32][1]
+        top = w1 * (one.shape[0] - height + 1) >> 32
+        left = w2 * (one.shape[1] - width + 1) >> 32
+        tile[...] = one[top : top + height, left : left + width]
+    return out
+
+
+def _check_picture(argument: str, value: Any) -> npt.NDArray[np.uint8]:
+    """Return an array of bytes (H, W), (H, W, 1) or (H, W, 3) with its channel axis."""
+    array = check_array(argument, value)
+    if array.dtype != np.uint8:
+        raise ArgumentError(argument, f"dtype {array.dtype}", "bytes (uint8)")
+    whole = array[:, :, None] if array.ndim == 2 else array
+    if whole.ndim != 3 or whole.shape[2] not in (1, 3) or not whole.size:
+        raise ArgumentError(argument, f"shape {array.shape}", "(H, W), (H, W, 1) or (H, W, 3)")
+    return whole
+
+
+def _shortened(pixels: npt.NDArray[np.uint8], short: int) -> npt.NDArray[np.uint8]:
+    height, width = (max(1, round(side * short / min(pixels.shape[:2]))) for side in pixels.shape[:2])
+    return _pixels(to_pillow(pixels), (height, width), pixels.shape[2] == 1)
+
+
+# --------------------------------------------------------------------------------------- written
+
+
+def save_images(
+    images: npt.ArrayLike,
+    folder: str | os.PathLike[str],
+    *,
+    data_range: tuple[float, float] = (0, 255),
+    first: int = 0,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write pictures as 0000.png, 0001.png, ...; `load_images` with ``size=None`` reads the same bytes back.
+
+    Parameters
+    ----------
+    images : array_like
+        (N, H, W, C) real numbers, C = 1 or 3.
+    folder : path
+        Made where it is missing.
+    data_range : pair of float, optional
+        The values of black and white (`as_uint8`).
+    first : int, optional
+        Number of the first file.
+    overwrite : bool, optional
+        Whether files of these names may be replaced. Each appears whole or not at all.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    DataError
+        A file of one of these names is there (nothing is written then), or they cannot be written.
+    """
+    pixels = as_uint8(images, data_range=data_range)
+    files = picture_files(folder, len(pixels), first=first, overwrite=overwrite)
+    for one, path in zip(pixels, files, strict=True):
+        with writing(path) as file:
+            to_pillow(one).save(file, format="PNG")
+    return files
+
+
+def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, overwrite: bool = False) -> list[Path]:
+    """Return the files that `save_images` will write, or raise as it would: asked before long work.
+
+    The folder is made; see `save_images` for the arguments.
+    """
+    check_pillow()
+    first, path = check_int("first", first, low=0), Path(folder)
+    digits = max(4, len(str(first + n - 1)))
+    files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be made as a folder: {error.strerror or error}") from error
+    if not overwrite and (there := [file for file in files if file.exists()]):
+        raise DataError(f"{path}: not overwritten: {_some(there)}")
+    for file in files[:1]:
+        check_writable(file)
+    return files
+
+
+def as_uint8(
+    images: npt.ArrayLike, *, data_range: tuple[float, float] = (0, 255), argument: str = "images"
+) -> npt.NDArray[np.uint8]:
+    """Return pictures as bytes: `data_range` becomes 0 .. 255, rounded, and what is outside is clipped.
+
+    Parameters
+    ----------
+    images : array_like
+        (N, H, W, C) real numbers, C = 1 or 3.
+    data_range : pair of float, optional
+        The values of black and white, (0, 255) as `load_images` gives them.
+    argument : str, optional
+        Name of `images` for the message.
+    """
+    array = check_array(argument, images, shape=(None, None, None, None))
+    if array.shape[3] not in (1, 3) or 0 in array.shape[1:3]:
+        raise ArgumentError(argument, f"shape {array.shape}", "shape (N, H, W, C) with C = 1 (gray) or 3 (RGB)")
+    try:
+        low, high = (check_float("data_range", end) for end in data_range)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not low < high:
+        raise ArgumentError("data_range", repr(data_range), "a pair of numbers (low, high), low below high")
+    if array.dtype == np.uint8 and (low, high) == (0, 255):
+        return array
+    with np.errstate(over="ignore"):
+        scaled = (array.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    return np.rint(scaled, out=scaled).clip(0, 255, out=scaled).astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------- Pillow
+
+
+def check_pillow() -> None:
+    """Raise `BackendError` if Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise BackendError(f'pictures need Pillow: pip install "fastdiff-engine[plot]" ({error})') from error
+
+
+def to_pillow(pixels: npt.NDArray[np.uint8]) -> Any:
+    """Return bytes (H, W, C), C = 1 or 3, as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
