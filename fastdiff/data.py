@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, DataError, check_array, check_float, check_int, check_seed
-from fastdiff.files import check_ending, check_writable, load_npy, writing
+from fastdiff.files import check_ending, check_writable, load_npy, naming, writing
 from fastdiff.noise import Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
 
@@ -132,13 +132,11 @@ def load_curves(path: str | os.PathLike[str], *, header: bool | None = None) -> 
         a cell that is not a finite number.
     """
     suffix = check_ending(path, ENDINGS)
-    try:
+    with naming(path, "cannot be read"):
         if suffix == ".csv":
             return _load_csv(Path(path), header)
         values = load_npy(Path(path), (2,), "(curves, points)")
         return _as_float32(values, lambda row: f"{path}, curve {row}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _cells(line: str, separator: str | None) -> list[str]:
@@ -180,9 +178,7 @@ def _load_csv(path: Path, header: bool | None) -> npt.NDArray[np.float32]:
     values = array("d")
     lines: list[int] = []  # the line of each curve, for messages
     separator: str | None = None
-    width = 0
-    first = True
-    named = False
+    width = 0  # until the first line is seen
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -190,20 +186,18 @@ def _load_csv(path: Path, header: bool | None) -> npt.NDArray[np.float32]:
                 if not text.strip() or text.startswith("#"):
                     continue
                 where = f"{path}, line {number}"
-                if first:
+                if not width:
                     separator = next((sign for sign in ";\t," if sign in text), None)
-                cells = _cells(text, separator)
-                if first:
-                    first = False
-                    width, width_line = len(cells), number
-                    if len(cells) > 1 and not cells[0] and all(cells[1:]):
+                    top = _cells(text, separator)
+                    width, width_line = len(top), number
+                    if width > 1 and not top[0] and all(top[1:]):
                         raise DataError(
                             f"{where}: the first column has no name and looks like a row index; "
                             "write the file without it (pandas: index=False)"
                         )
-                    if header or (header is None and _is_header(cells, where)):
-                        named = True
+                    if header or (header is None and _is_header(top, where)):
                         continue
+                cells = _cells(text, separator)
                 if len(cells) != width:
                     raise DataError(f"{where}: {len(cells)} cells, where line {width_line} has {width}")
                 try:
@@ -219,7 +213,7 @@ def _load_csv(path: Path, header: bool | None) -> npt.NDArray[np.float32]:
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV file: {error}") from error
     if not lines:
-        raise DataError(f"{path}: {'column names and no curves' if named else 'empty file'}")
+        raise DataError(f"{path}: {'column names and no curves' if width else 'empty file'}")
     wide = np.frombuffer(values, dtype=np.float64).reshape(len(lines), width)
     return _as_float32(wide, lambda row: f"{path}, line {lines[row]}")
 

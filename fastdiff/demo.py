@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastdiff import plots
 from fastdiff.data import energy_distance, harmonic_curves, save_curves
-from fastdiff.errors import DataError
+from fastdiff.files import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,10 +142,8 @@ class _Folder:
 
     def __init__(self, path: str | os.PathLike[str], say: Callable[[str], None]) -> None:
         self.path, self.say = Path(path), say
-        try:
+        with naming(path, "no folder can be made there"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{path}: no folder can be made there: {error.strerror or error}") from error
 
     def measured(self, what: str, value: float, digits: int = 4) -> None:
         self.say(f"  {what:52} {value:.{digits}f}")

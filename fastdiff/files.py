@@ -30,6 +30,16 @@ _HEADER_ERRORS = (
     tokenize.TokenError,
 )
 
+
+@contextmanager
+def naming(path: str | os.PathLike[str], failure: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `DataError`: the path, the failure, the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {failure}: {error.strerror or error}") from error
+
+
 # --------------------------------------------------------------------------------------- read
 
 
@@ -94,7 +104,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     # A link is written through, as open() would; the replaced file is the one it points at.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
+    with naming(path, "cannot be written"):
         if target.is_dir():
             raise IsADirectoryError(0, "is a folder")
         if target.exists() and not os.access(target, os.W_OK):
@@ -102,22 +112,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if not target.parent.is_dir():
             raise FileNotFoundError(0, f"there is no folder {str(target.parent)!r}")
         file = temporary.open("xb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    try:
         try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        finally:
-            file.close()
-        temporary.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def check_writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, CheckpointError, DataError, check_choice, check_int
-from fastdiff.files import writing
+from fastdiff.errors import ArgumentError, CheckpointError, check_choice, check_int
+from fastdiff.files import naming, writing
 from fastdiff.nn.unet import UNet
 from fastdiff.schedule import Schedule
 
@@ -92,10 +92,8 @@ def save_diffusers(net: UNet, folder: str | os.PathLike[str]) -> None:
     text = json.dumps(_config_for_diffusers(net), indent=2)
     tensors = {name: np.ascontiguousarray(view) for name, view in diffusers_views(net, net.flat).items()}
     content = save(tensors, metadata={"format": "pt"})
-    try:
+    with naming(folder, "cannot be written"):
         os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
     # Both are on the disk before either appears.
     with writing(Path(folder) / CONFIG) as config, writing(Path(folder) / WEIGHTS) as weights:
         config.write(text.encode())

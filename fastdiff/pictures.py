@@ -29,12 +29,13 @@ from fastdiff.errors import (
     check_int,
     check_seed,
 )
-from fastdiff.files import check_writable, load_npy, writing
+from fastdiff.files import check_writable, load_npy, naming, writing
 from fastdiff.noise import Stream, check_rows, philox_words
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow's names of those formats. It reads many more, some with programs of their own; no file is handed to these.
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_MODES = ("auto", "gray", "rgb")
 _NAMED = 10  # files that one message names
 _LARGEST = 1 << 14  # pixels on a side that can be asked for
 
@@ -110,7 +111,7 @@ def load_images(
     """
     path = Path(folder)
     wanted = _check_size(size)
-    check_choice("mode", mode, ("auto", "gray", "rgb"))
+    check_choice("mode", mode, _MODES)
     check_pillow()
     if path.suffix.lower() == ".npy" and not path.is_dir():
         if labels:
@@ -147,14 +148,12 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
     pictures: list[Path] = []
     folders: list[Path] = []
     others: list[Path] = []
-    try:
+    with naming(folder, "cannot be read"):
         # One name may be composed on one platform and decomposed on another.
         for entry in sorted(folder.iterdir(), key=lambda entry: (unicodedata.normalize("NFC", entry.name), entry.name)):
             if not entry.name.startswith("."):
                 known = entry.suffix.lower() in PICTURE_ENDINGS
                 (folders if entry.is_dir() else pictures if known else others).append(entry)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if others:
         _log.warning("%s: left out, as their names do not end like those of pictures: %s", folder, _some(others))
     return pictures, folders
@@ -168,10 +167,8 @@ def _some(files: Sequence[Path | str]) -> str:
 
 def _from_npy(path: Path, size: tuple[int, int] | None, mode: str) -> npt.NDArray[np.uint8]:
     wants = "(pictures, height, width) or (pictures, height, width, 1 or 3)"
-    try:
+    with naming(path, "cannot be read"):
         array = load_npy(path, (3, 4), wants)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if array.dtype != np.uint8:
         raise DataError(f"{path}: dtype {array.dtype}, where uint8 is wanted")
     if array.ndim == 3:
@@ -208,6 +205,8 @@ def _decoded(
     if not files:
         raise DataError(f"{folder}: no pictures ({', '.join(PICTURE_ENDINGS)})")
     gray = _wants_gray(mode, mode == "auto" and all(map(_stored_gray, files)))
+    bad: list[str] = []
+    small: list[Path] = []
 
     def decode(file: Path) -> npt.NDArray[np.uint8] | str:
         try:
@@ -218,8 +217,6 @@ def _decoded(
         except DataError as error:
             return str(error)
 
-    bad: list[str] = []
-    small: list[Path] = []
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         for file, pixels in zip(files, pool.map(decode, files), strict=True):
@@ -360,7 +357,7 @@ def tiles(
     count, seed = check_int("count", count, low=0), check_seed(seed)
     first_sample = check_rows(first_sample, count)
     short = None if short is None else check_int("short", short, low=1, high=_LARGEST)
-    check_choice("mode", mode, ("auto", "gray", "rgb"))
+    check_choice("mode", mode, _MODES)
     check_pillow()
     if isinstance(pictures, (str, os.PathLike)):
         files, _ = _listed(Path(pictures))
@@ -456,10 +453,8 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     first, path = check_int("first", first, low=0), Path(folder)
     digits = max(4, len(str(first + n - 1)))
     files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]
-    try:
+    with naming(path, "cannot be made as a folder"):
         path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be made as a folder: {error.strerror or error}") from error
     if not overwrite and (there := [file for file in files if file.exists()]):
         raise DataError(f"{path}: not overwritten: {_some(there)}")
     for file in files[:1]:
