@@ -70,6 +70,8 @@ def load_npy(path: Path, ndims: Sequence[int], wants: str) -> npt.NDArray[Any]:
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
             else:
                 raise DataError(f"{path}: unknown .npy format {version[0]}.{version[1]}")
+        except DataError:  # a ValueError
+            raise
         except _HEADER_ERRORS:
             raise DataError(f"{path}: not an .npy file, or a damaged one") from None
         if dtype.kind not in "fiu":

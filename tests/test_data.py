@@ -239,6 +239,15 @@ def test_npy_header_that_promises_terabytes(tmp_path):
         load_curves(path)
 
 
+def test_npy_of_an_unknown_format_is_called_so(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((2, 3)))
+    content = path.read_bytes()
+    path.write_bytes(content[:6] + b"\x09\x01" + content[8:])
+    with pytest.raises(DataError, match=r"x\.npy: unknown \.npy format 9\.1$"):
+        load_curves(path)
+
+
 def test_missing_files_and_unknown_endings(tmp_path):
     with pytest.raises(DataError, match=r"none\.csv: cannot be read: No such file"):
         load_curves(tmp_path / "none.csv")
