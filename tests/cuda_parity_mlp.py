@@ -93,7 +93,7 @@ def chains(be, size):
                         assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 
-GRADIENT = ("mlp_bias_activate", "mlp_squared_error", "mlp_layer_backward", "mlp_finish", "mlp_order_times")
+GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times")
 TIME_GRADIENT = ("mlp_time_gradient", "mlp_time_table", "mlp_time_table_backward")
 
 

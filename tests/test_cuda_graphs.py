@@ -186,6 +186,23 @@ def test_validation_between_the_steps(be, eager, monkeypatch):
     assert 0 < len(be.runtime.graphs) < 6
 
 
+CURVES = RANDOM.normal(size=(50, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [lambda: fd.MLP(7, hidden=(9, 5), T=12), lambda: fd.MLP.tutorial(7, T=12)])
+def test_a_perceptron(be, eager, make):
+    """Its training step is one graph as well, made anew for another batch and for other data."""
+    models = [fd.Diffusion(make(), fd.Schedule.cosine(12), backend=each, seed=4) for each in (be, eager)]
+    for number, (rows, batch) in enumerate([(50, 6), (50, 6), (50, 7), (40, 7)], start=1):
+        for each in models:
+            each.fit(CURVES[:rows], steps=3, batch=batch, progress=False)
+        assert_same_models(*models)
+        assert len(be.runtime.graphs) == number
+    step = len(eager.runtime.launches) // 12
+    assert set(be.runtime.graphs) == {step}
+    assert be.runtime.launches[-step - 1 :] == [("optim", "set_step"), *eager.runtime.launches[-step:]]
+
+
 # ------------------------------------------------------------------------------------------- sampling
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import CONVOLUTIONS, PRECISIONS, AdamW, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import CONVOLUTIONS, PRECISIONS, AdamW, Row
 from fastdiff.backends.cuda_conv import ConvOperations
 from fastdiff.backends.cuda_covariance import CovarianceOperations
 from fastdiff.backends.cuda_cudnn import Cudnn
@@ -236,24 +236,6 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         with self._lock:
             state = self._issue_adamw(params, grads, m, v, average, options)
             return float(self.runtime.to_numpy(state)[0])
-
-    def mlp_train_step(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        draws: TrainingDraws,
-        step: int,
-        batch: int,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        with self._lock:
-            loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
-            self._issue_adamw(params, grads, m, v, average, options, (loss, results, step))
 
     def finish_step(
         self,

@@ -1,5 +1,7 @@
 """The convolutions of the CUDA backend, in float32: which kernels of ``conv.cu`` run, on which tiles and buffers.
 
+The matrix products of perceptrons are convolutions as well.
+
 Tiles are chosen for the device, and change no bit: an output is one sum whatever they are. The pixels of a weight
 gradient are cut into chunks by the sizes of the layer and the batch alone. Nothing is allocated but scratch, which
 grows to the largest layer and is kept, nothing is read back, and all work goes to the current stream.
@@ -123,6 +125,11 @@ def chunks_of(pixels: int, pairs: int, rows: int, outputs: int) -> tuple[int, in
     return max(1, -(-pixels // chunk)), chunk
 
 
+def _pixels(rows: Array) -> Array:
+    """Rows (n, C) as the pixels of one image."""
+    return rows.reshape(1, len(rows), 1, -1)
+
+
 class ConvOperations:
     """The convolutions of a backend whose arrays and launches are those of `runtime`."""
 
@@ -212,12 +219,22 @@ class ConvOperations:
         """Launch a product; `added` are arrays that are added to it, where given."""
         if self.precision == "bf16":
             self._tensor_cores.gather(form, source, w, target, added, entry == "conv_input")
-            return
-        channels = target.shape[-1]
-        if target.shape[1:3] == (1, 1):
-            tile = ROWS
         else:
-            tile = best_tile(form.pixels, channels, form.pairs, self.runtime.multiprocessors)
+            self._gather_float32(entry, form, source, w, target, added, rows=target.shape[1:3] == (1, 1))
+
+    def _gather_float32(
+        self,
+        entry: str,
+        form: Product,
+        source: Array,
+        w: Array,
+        target: Array,
+        added: tuple[Array | None, ...],
+        *,
+        rows: bool,
+    ) -> None:
+        channels = target.shape[-1]
+        tile = ROWS if rows else best_tile(form.pixels, channels, form.pairs, self.runtime.multiprocessors)
         vectors = self._vectors((source, source.shape[-1]), (w, int(form.sizes["outputs"][0])))
         vectors += 4 * self._fours(channels, target, *added)
         blocks = -(-form.pixels // tile.pixels) * -(-channels // tile.channels) * form.pairs
@@ -228,7 +245,10 @@ class ConvOperations:
         """Fill dw and db: sums over chunks of pixels, and where there are several, the sum of these."""
         if self.precision == "bf16":
             self._tensor_cores.weight_gradient(form, dy, x, dw, db)
-            return
+        else:
+            self._weight_gradient_float32(form, dy, x, dw, db)
+
+    def _weight_gradient_float32(self, form: Product, dy: Array, x: Array, dw: Array, db: Array) -> None:
         channels, outputs = dw.shape[2:]
         rows = form.places // form.pairs * (-(-channels // 4) * 4)  # of one pair of phases
         chunks, chunk = chunks_of(form.pixels, form.pairs, rows, outputs)
@@ -246,6 +266,20 @@ class ConvOperations:
             grid, block = self.runtime.grid_1d(dw.size + outputs)
             parts = (partials, sums, dw, db, form.sizes, chunks)
             self.runtime.launch("conv", "conv_weights_finish", grid, block, parts)
+
+    def _dense(self, x: Array, w: Array, out: Array) -> None:
+        """Fill `out` (n, K) with x (n, C) w (C, K) in float32: a convolution of one image of n pixels."""
+        x, w, out = _pixels(x), w.reshape(1, 1, *w.shape), _pixels(out)
+        form = product(Conv(), x.shape, out.shape, False)
+        self._gather_float32("conv", form, x, w, out, (None, None, None), rows=False)
+
+    def _dense_backward(self, dy: Array, x: Array, w: Array, dx: Array | None, dw: Array, db: Array) -> None:
+        """Fill dx = dy w^T, where it is wanted, dw = x^T dy and db, the column sums of dy."""
+        dy, x, w, dw = _pixels(dy), _pixels(x), w.reshape(1, 1, *w.shape), dw.reshape(1, 1, *dw.shape)
+        if dx is not None:
+            form = product(Conv(), x.shape, dy.shape, True)
+            self._gather_float32("conv_input", form, dy, w, _pixels(dx), (None,), rows=False)
+        self._weight_gradient_float32(product(Conv(), x.shape, dy.shape, False), dy, x, dw, db)
 
     def _vectors(self, source: tuple[Array, int], weight: tuple[Array, int]) -> int:
         """Which operands are read 16 bytes at once: arrays with the length of their rows."""

@@ -2,8 +2,8 @@
 
 A network whose activations fit into shared memory, 32 samples at a time, runs in one launch: its forward pass, and a
 whole sampling chain. Both are the same kernel, so a chain has the bits of its steps, and a sample's bits do not depend
-on its batch. Wider networks, and training, go layer by layer with the runtime's matrix product between our kernels.
-The choice is made by `chain_tile` from the sizes of the layers, never from the batch.
+on its batch. Wider networks, and training, go layer by layer, with products by the kernels of convolutions. The choice
+is made by `chain_tile` from the sizes of the layers, never from the batch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, DenseLayer, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import AdamW, Backend, DenseLayer, MLPPlan, Row, TrainingDraws
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 from fastdiff.noise import Stream, round_keys
 
@@ -31,10 +32,7 @@ SHARED_LIMITS = {"8.0": 163 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
 SHARED_LIMIT = SHARED_LIMITS["9.0"]
 TILES = (64, 32)  # samples that a block of `mlp_chain` holds
 FEW = 8  # where larger tiles would leave multiprocessors idle
-THREADS = 256  # of `mlp_chain`, `mlp_squared_error` and `mlp_order_times`, which are written for it
-COLUMN_THREADS = 128
-CHUNK_ROWS = 16  # samples whose bias gradients one thread adds up
-CHUNK_VALUES = 4096  # values whose squared errors one block adds up
+THREADS = 256  # of `mlp_chain` and `mlp_order_times`, which are written for it
 VALUE = 4  # bytes
 
 
@@ -112,7 +110,7 @@ class _Network:
         self.tile = chain_tile(plan, runtime.shared_limit)
         self.widths = _widths(plan)
         self.packed = runtime.empty((packed_size(plan) if self.tile else 0,))
-        rows, at, targets = [], 0, []
+        rows, at = [], 0
         for layer in plan.layers:
             bias = at + layer.inputs * _round4(layer.outputs)
             rows.append(
@@ -120,11 +118,8 @@ class _Network:
                  MODES[layer.time], layer.time_column)
             )  # fmt: skip
             at = bias + _round4(layer.outputs)
-            targets.append(np.arange(layer.bias, layer.bias + layer.outputs))
         # The kernel's offsets have 32 bits; a network that is too wide for shared memory does without the table.
         self.layers = runtime.asarray(np.array(rows, np.int32)) if self.tile else None
-        self.targets = runtime.asarray(np.concatenate(targets).astype(np.int64))
-        self.offsets = np.cumsum([0, *(layer.outputs for layer in plan.layers)]).tolist()
         self.features = self.table = self.dtable = None
         if plan.features is not None:
             self.features = runtime.asarray(plan.features.astype(np.float32))
@@ -133,6 +128,7 @@ class _Network:
         self.loss = runtime.empty((1,), np.float64)
         self.batch = 0
         self.buffers: dict[str, Array] = {}
+        self.kept: dict[Any, Any] = {}  # see LayerBackend.train_step: of these draws and buffers
         self.draws: TrainingDraws | None = None
         self.data = self.tables = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
@@ -140,7 +136,7 @@ class _Network:
     def use(self, draws: TrainingDraws) -> None:
         """Have the data and the tables of a training on the device."""
         if self.draws is not draws:
-            self.draws, self.keys = draws, round_keys(draws.seed)
+            self.draws, self.keys, self.kept = draws, round_keys(draws.seed), {}
             self.data = self.runtime.asarray(draws.data, np.float32)
             self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
 
@@ -150,11 +146,9 @@ class _Network:
             return
         plan, empty = self.plan, self.runtime.empty
         widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
-        chunks, blocks = -(-n // CHUNK_ROWS), -(-n * plan.layers[-1].outputs // CHUNK_VALUES)
         self.buffers = {
             "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
             "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)), "order": empty((n,), np.int32),
-            "partials": empty((chunks, self.offsets[-1])), "sums": empty((blocks,), np.float64),
             "d0": empty((n * widest,)), "d1": empty((n * widest,)),
         }  # fmt: skip
         for k, layer in enumerate(plan.layers):
@@ -162,12 +156,16 @@ class _Network:
             # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
             keep = layer.activation == "silu" or layer.time == "scale_shift"
             self.buffers[f"y{k}"] = empty((n, layer.outputs)) if keep else self.buffers[f"u{k}"]
-        self.batch = n
+        self.batch, self.kept = n, {}
 
 
 def _weight(layer: DenseLayer, flat: Array) -> Array:
     size = layer.inputs * layer.outputs
     return flat[layer.weight : layer.weight + size].reshape(layer.inputs, layer.outputs)
+
+
+def _bias(layer: DenseLayer, flat: Array) -> Array:
+    return flat[layer.bias : layer.bias + layer.outputs]
 
 
 class MLPOperations:
@@ -176,6 +174,11 @@ class MLPOperations:
     runtime: Runtime
 
     _lock: threading.RLock
+    _dense: Callable[[Array, Array, Array], None]
+    _dense_backward: Callable[[Array, Array, Array, Array | None, Array, Array], None]
+    _step_at: Callable[[], Array | None]
+    squared_error: Callable[[Array, Array, Array, Array], None]
+    train_step: Callable[..., None]
 
     @cached_property
     def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
@@ -252,28 +255,49 @@ class MLPOperations:
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
         with self._lock:
-            loss = self._issue_train_gradient(plan, params, draws, step, batch, grads)
+            loss = self._train_gradient(self._trained(plan, draws, batch), params, step, grads)
             return float(self.runtime.to_numpy(loss)[0])
 
-    def _issue_train_gradient(
-        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
-    ) -> Array:
-        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
+    def mlp_train_step(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        draws: TrainingDraws,
+        step: int,
+        batch: int,
+        grads: Array,
+        m: Array,
+        v: Array,
+        average: Array,
+        options: AdamW,
+        results: Array,
+    ) -> None:
+        with self._lock:
+            net = self._trained(plan, draws, batch)
+            self.train_step(
+                net.kept, lambda: self._train_gradient(net, params, step, grads), step, params, grads, m, v, average,
+                options, results,
+            )  # fmt: skip
+
+    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int) -> _Network:
         net = self._network(plan)
         net.grow(batch)
-        x, t, target = self._draw(net, draws, step)
-        self._gradient(net, params, x, t, target, grads, None)
+        net.use(draws)
+        return net
+
+    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
+        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
+        self._gradient(net, params, *self._draw(net, step), grads, None)
         return net.loss
 
-    def _draw(self, net: _Network, draws: TrainingDraws, step: int) -> tuple[Array, Array, Array]:
+    def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
-        net.use(draws)
         assert net.data is not None
         n, d = net.buffers["x"].shape
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, net.keys,
+            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, self._step_at(), net.keys,
         )  # fmt: skip
         return x, t, target
 
@@ -331,10 +355,10 @@ class MLPOperations:
     ) -> None:
         """u = x W + bias, y = act((1 + gain) u + shift)."""
         n, m = u.shape
-        self.runtime.matmul(x, _weight(layer, params), u)
+        self._dense(x, _weight(layer, params), u)
         self._launch(
             "mlp_bias_activate", n * m,
-            u, y, params[layer.bias :], table, t, n, m, width, layer.time_column,
+            u, y, _bias(layer, params), table, t, n, m, width, layer.time_column,
             MODES[layer.time], ACTIVATIONS[layer.activation],
         )  # fmt: skip
 
@@ -356,32 +380,21 @@ class MLPOperations:
         for k, layer in enumerate(plan.layers):
             self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
 
-        size, blocks = inputs[-1].size, buffers["sums"].size
         dy, free = buffers["d0"], buffers["d1"]
-        self.runtime.launch(
-            "mlp", "mlp_squared_error", blocks, THREADS,
-            (inputs[-1], target, dy, buffers["sums"], size, CHUNK_VALUES, 2 / size),
-        )  # fmt: skip
-        partials = buffers["partials"]
+        self.squared_error(inputs[-1], target, dy, net.loss)
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
-            m = layer.outputs
-            self.runtime.launch(
-                "mlp", "mlp_layer_backward", len(partials) * -(-m // COLUMN_THREADS), COLUMN_THREADS,
-                (dy, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], partials, n, m, width,
-                 layer.time_column, net.offsets[-1], net.offsets[k], CHUNK_ROWS,
-                 MODES[layer.time], ACTIVATIONS[layer.activation]),
+            du = dy[: n * layer.outputs].reshape(n, layer.outputs)
+            self._launch(
+                "mlp_layer_backward", du.size,
+                du, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], n, layer.outputs, width,
+                layer.time_column, MODES[layer.time], ACTIVATIONS[layer.activation],
             )  # fmt: skip
-            du = dy[: n * m].reshape(n, m)
-            self.runtime.matmul(inputs[k].T, du, _weight(layer, grads))
-            if k > 0 or dx is not None:
-                to = dx if k == 0 else free[: n * layer.inputs].reshape(n, layer.inputs)
-                self.runtime.matmul(du, _weight(layer, params).T, to)
-                dy, free = free, dy
-        self._launch(
-            "mlp_finish", net.offsets[-1] + 1,
-            partials, net.targets, grads, buffers["sums"], net.loss, len(partials), net.offsets[-1], blocks, size,
-        )  # fmt: skip
+            to = dx
+            if k > 0:
+                to = free[: n * layer.inputs].reshape(n, layer.inputs)
+            self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
+            dy, free = free, dy
         if width:
             self._time_gradient(net, t, grads)
 
@@ -392,7 +405,7 @@ class MLPOperations:
         dtable = net.dtable
         if dtable is None:
             dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
-        dtable.fill(0)
+        self.runtime.launch("pointwise", "fill", *self.runtime.grid_1d(dtable.size), (dtable, dtable.size, 0))
         self.runtime.launch("mlp", "mlp_order_times", -(-n // THREADS), THREADS, (t, order, n))
         self._launch("mlp_time_gradient", n * width, dtime, t, order, dtable, n, width)
         if net.features is not None:

@@ -3,7 +3,7 @@
 //
 // Two ways. mlp_chain holds a tile of samples in shared memory through all layers, and through all rows of a sampler's
 // table; with no rows it is the network's forward pass, so that a chain and its steps have the same bits. Per layer,
-// for training and for networks too wide for that, a matrix product is followed by one of the kernels below.
+// for training and for networks too wide for that, a product (conv.cu) is followed by one of the kernels below.
 //
 // Every sum has a fixed order: products over k ascending, batches in fixed chunks that are added in order.
 
@@ -57,22 +57,15 @@ FD_KERNEL mlp_bias_activate(real *u, real *y, const real *bias, const real *tabl
     }
 }
 
-// d (n, m) holds dy and becomes du. Fills the layer's columns of dtime (n, table_width), and partials[chunk, at + j],
-// the sum of du[:, j] over a chunk of rows. A block is one chunk times blockDim.x columns.
+// d (n, m) holds dy and becomes du. Fills the layer's columns of dtime (n, table_width).
 FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *table, const int64 *t, real *dtime,
-                             real *partials, int64 n, int64 m, int64 table_width, int64 column, int64 partial_width,
-                             int64 at, int64 chunk_rows, int mode, int activation) {
-    const int64 across = (m + blockDim.x - 1) / blockDim.x, chunk = blockIdx.x / across;
-    const int64 j = blockIdx.x % across * blockDim.x + threadIdx.x;
-    if (j >= m) return;
-    const int64 begin = chunk * chunk_rows, end = min(begin + chunk_rows, n);
-    real sum = 0;
-    for (int64 row = begin; row < end; row++) {
-        const int64 i = row * m + j;
-        real value = d[i], gain = 0;
-        if (mode == SCALE_SHIFT) gain = table[t[row] * table_width + column + j];
+                             int64 n, int64 m, int64 table_width, int64 column, int mode, int activation) {
+    for (Walk walk = fd_walk(m); walk.row < n; fd_walk_on(walk, m)) {
+        const int64 row = walk.row, j = walk.item, i = row * m + j;
+        const real *modulation = mode == TIME_NONE ? table : table + t[row] * table_width + column;
+        const real gain = mlp_gain(modulation, mode, j);
+        real value = d[i];
         if (activation == SILU) {
-            const real *modulation = mode == TIME_NONE ? table : table + t[row] * table_width + column;
             const real v = mlp_modulate(u[i], mode, gain, mlp_shift(modulation, mode, m, j));
             const real g = mlp_sigmoid(v);
             value = value * g * (1.0f + v * (1.0f - g));
@@ -89,44 +82,7 @@ FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *
                 to[j] = value;
             }
         }
-        sum = sum + value;
         d[i] = value;
-    }
-    partials[chunk * partial_width + at + j] = sum;
-}
-
-// dy = 2 (y - target) / size, with scale = 2 / size, and sums[block] of the squares of `chunk` entries.
-// blockDim.x is a power of two of at most 256.
-FD_KERNEL mlp_squared_error(const real *y, const real *target, real *dy, double *sums, int64 size, int64 chunk,
-                            real scale) {
-    FD_SHARED_ARRAY(double, shared, 256);
-    const int64 begin = blockIdx.x * chunk, end = min(begin + chunk, size);
-    double sum = 0;
-    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        const real difference = y[i] - target[i];
-        sum += (double)difference * difference;
-        dy[i] = difference * scale;
-    }
-    shared[threadIdx.x] = sum;
-    for (uint32 half = blockDim.x / 2; half > 0; half /= 2) {
-        fd_syncthreads();
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
-}
-
-// The second stage of both sums: grads[targets[j]] = partials[:, j] added over chunks, loss = `sums` added / size.
-FD_KERNEL mlp_finish(const real *partials, const int64 *targets, real *grads, const double *sums, double *loss,
-                     int64 chunks, int64 partial_width, int64 blocks, int64 size) {
-    FD_GRID_STRIDE(j, partial_width + 1) {
-        double sum = 0;
-        if (j < partial_width) {
-            for (int64 chunk = 0; chunk < chunks; chunk++) sum += partials[chunk * partial_width + j];
-            grads[targets[j]] = (real)sum;
-        } else {
-            for (int64 block = 0; block < blocks; block++) sum += sums[block];
-            *loss = sum / (double)size;
-        }
     }
 }
 
@@ -192,11 +148,12 @@ FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order,
 
 // The batch of a training step by the noise law: t, x = signal[t] x0 + noise[t] eps and
 // target = target_noise[t] eps + target_data[t] x0, with x0 a drawn row of data (N, d). tables (4, T) holds signal,
-// noise, target_noise, target_data. One thread per noise block: it draws its sample's row and timestep again, which is
-// cheaper than a launch.
+// noise, target_noise, target_data. Where `step_at` is not null it holds the step. One thread per noise block: it draws
+// its sample's row and timestep again, which is cheaper than a launch.
 FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *target, int64 *t, int64 n, int64 d,
-                         int64 N, int64 T, uint32 step, RoundKeys keys) {
+                         int64 N, int64 T, uint32 step, const uint32 *step_at, RoundKeys keys) {
     const int64 quarter = (d + 3) / 4;
+    if (step_at) step = *step_at;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
         const int64 row = walk.row, q = walk.item;
         const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
