@@ -402,7 +402,7 @@ def test_groups_are_chosen_and_noted(channels, groups, caplog):
 
 def test_a_backend_without_layers_says_what_to_do():
     kind = type("Plain", (), {name: getattr(NumpyBackend, name, None) for name in dir(Backend) if name[0] != "_"})
-    kind.name, kind.threads = "plain", 1
+    kind.name, kind.threads, kind.steps_ahead = "plain", 1, 1
     net = UNet((4, 4, 1), channels=(4,))
     with pytest.raises(BackendError, match="'plain' does not run image networks: use backend='cpu'"):
         net.predict(np.zeros((1, 4, 4, 1)), 0, backend=kind())
