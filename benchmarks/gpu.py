@@ -1,66 +1,55 @@
-"""Tests and benchmarks on a machine with a GPU: ``python benchmarks/gpu.py``, or ``make gpu``.
+"""What ``make gpu`` times on a GPU: the cases, the ways to do each, their times and the table of them.
 
-Three stages: the tests in tests/gpu (parity at full size, bits against NumPy); the small ones again under
-compute-sanitizer, where it is installed; and the times of our kernels, beside a device-to-device copy of the same
-run and, where torch is installed, beside PyTorch: as it stands, compiled, and compiled and replayed as a CUDA graph.
-Image networks and their layers are timed in float32 and in bf16, by our own convolutions and, where the extra `cudnn`
-is installed, by cuDNN's; the network of PyTorch is that of diffusers, also in channels-last memory, in compile's mode
-"reduce-overhead" and under bf16 autocast. In float32 PyTorch's convolutions are left TF32, its default, and ours do
-without; only where results are compared neither has it.
+The times of our kernels stand beside a device-to-device copy of the same run and, where torch is installed, beside
+PyTorch: as it stands, compiled, and compiled and replayed as a CUDA graph. Image networks and their layers are timed in
+float32 and in bf16, by our own convolutions and, where the extra `cudnn` is installed, by cuDNN's; the network of
+PyTorch is that of diffusers, also in channels-last memory, in compile's mode "reduce-overhead" and under bf16 autocast.
+In float32 PyTorch's convolutions are left TF32, its default, and ours do without; only where results are compared
+neither has it.
 
 A time is what one call takes in a row of calls that is waited for at its end, arguments and results on the device.
 All ways take turns; the table shows medians of the rounds. What is bound by memory, or could be, is compared with the
 bandwidth of the copy by the bytes that have to cross memory.
 
-The results go to ``results/gpu.json`` and ``.md``, unless only a part was run. Exit code 1: something failed; 2:
-there is no usable GPU.
+`gpu_run.py` is the program, ``python benchmarks/gpu.py`` starts it, and `gpu_worker.py` its side that touches the GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cases
 import numpy as np
-from machine import header
-from readme_numbers import RESULTS, duration, write
+from readme_numbers import duration
 
 from fastdiff.bench import GROUPS, HEAD
 
-TESTS = Path(__file__).parents[1] / "tests" / "gpu"
-STAGES = ("tests", "sanitizer", "benchmarks")
-TOOLS = ("memcheck", "racecheck", "synccheck")
 ROUNDS, TURN = 7, 0.3  # seconds of calls in one turn
 COPY_BYTES = 1 << 30
-OPTIONAL = ("cupy", "numba-cuda", "torch", "diffusers", "nvidia-cudnn-frontend")
 WAYS = {"eager": "PyTorch", "compiled": "compiled", "graphs": "compiled, CUDA graph"}
 IMAGE_WAYS = {
     "eager": "PyTorch", "channels": "channels-last", "compiled": "compiled", "reduced": "reduce-overhead",
     "graphs": "compiled, CUDA graph", "bf16": "bf16", "bf16-graphs": "bf16, compiled, CUDA graph",
 }  # fmt: skip
-BEST = ("reduced", "graphs", "bf16-graphs")  # of these the fastest, against the fastest of ours
+BEST = ("graphs", "bf16-graphs", "reduced")  # of these the fastest, against the fastest of ours
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-bf16": {"precision": "bf16"},
     "ours-cudnn": {"convolutions": "cudnn"},
     "ours-cudnn-bf16": {"precision": "bf16", "convolutions": "cudnn"},
 }
+OPTIONAL = ("cupy", "numba-cuda", "torch", "diffusers", "nvidia-cudnn-frontend")
 OUR_TITLES = {"ours": "ours", "ours-bf16": "bf16", "ours-cudnn": "cuDNN", "ours-cudnn-bf16": "cuDNN, bf16"}
 TRAINING_UNITS = 100  # steps of a call, whose end brings the state to the host
 
@@ -145,11 +134,31 @@ SAME_IMAGES, SAME_BF16 = 1e-4, 0.1  # of image networks, in the Euclidean norm, 
 EXAMPLE_DDIM = 2  # steps that are compared: an untrained network almost doubles a difference at each
 
 
-class Ways(NamedTuple):
-    """The ways to do one piece of work, and how many units of it one call does."""
+# In the order of what matters: the mission's kernels, the marks, what `CASES` has besides.
+FIRST = (
+    "forward-1000000x50", "step-64x256x256x3", "reshape-1000000x128", "chain-tutorial-1000000", "train-tutorial-1000",
+    "unet-train-16", "unet-ddim-50-16", "norm-1024x32x32x64", "unet-train-256",
+)  # fmt: skip
 
-    runs: dict[str, Callable[[], Any]]
+Run = Callable[[], Any]
+
+
+class Ways(NamedTuple):
+    """The ways to do one piece of work, as functions that make them, and how many units of it one call does."""
+
+    makers: dict[str, Callable[[], Run]]
     units: dict[str, int]
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Return names of cases, those of `FIRST` in front."""
+    return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+
+def deciding(case: cases.Case) -> tuple[str, ...]:
+    """The ways of PyTorch that the marks of a case are about."""
+    wanted = WANTED.get(case.name, {})
+    return (*(BEST if "best" in wanted else ()), *(name for name in wanted if name in WAYS))
 
 
 # -- the work ------------------------------------------------------------------------------------------------------
@@ -165,12 +174,33 @@ def _agree(name: str, error: float, allowed: float) -> None:
         raise AssertionError(f"{name}: ours and PyTorch's differ by {error:.3g}, allowed are {allowed:g}")
 
 
-def agree_all(case: cases.Case, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise where one of our results, or another of PyTorch's, differs from that of PyTorch as it stands."""
-    for name, result in (ours | theirs).items():
-        if name != "eager":
-            error = float(np.linalg.norm(result - theirs["eager"]) / np.linalg.norm(theirs["eager"]))
-            _agree(f"{case.name}, {name}", error, SAME_BF16 if "bf16" in name else SAME_IMAGES)
+def compared(
+    case: cases.Case,
+    ours: dict[str, Callable[[], Run]],
+    result: Callable[[str], Any],
+    theirs: dict[str, Callable[[], tuple[Run, Any]]],
+) -> dict[str, Callable[[], Run]]:
+    """Return makers of the ways of image networks; where there is PyTorch, each compares with it as it stands.
+
+    `result` computes what ours of a name makes of the inputs that all share.
+    """
+
+    def check(name: str, found: Any) -> None:
+        reference = theirs["eager"]()[1]
+        error = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+        _agree(f"{case.name}, {name}", error, SAME_BF16 if "bf16" in name else SAME_IMAGES)
+
+    def our(name: str) -> Run:
+        if theirs:
+            check(name, result(name))
+        return ours[name]()
+
+    def their(name: str) -> Run:
+        run, found = theirs[name]()
+        check(name, found)
+        return run
+
+    return {name: partial(our, name) for name in ours} | {name: partial(their, name) for name in theirs}
 
 
 def sides(be: Any) -> dict[str, Any]:
@@ -191,9 +221,11 @@ def sides(be: Any) -> dict[str, Any]:
 
 
 def prepare(be: Any, case: cases.Case, peers: Any, twins: Any) -> Ways:
-    """Make the arrays of a case on the device, check that all sides agree, and return what is to be timed.
+    """Make the arrays of a case on the device; return what makes the ways that are to be timed.
 
-    `peers` is the module `gpu_peers` or None, `twins` the module with the Numba kernels or None.
+    That both sides agree is checked here, or where it takes compiling by the maker of a way. Ours come first, then
+    PyTorch as it stands, which the others are compared with, then what decides a mark. `peers` is the module
+    `gpu_peers` or None, `twins` the module with the Numba kernels or None.
     """
     ways = {
         "normals": _normals, "forward": _forward, "step": _step, "chain": _chain, "training": _training,
@@ -201,11 +233,18 @@ def prepare(be: Any, case: cases.Case, peers: Any, twins: Any) -> Ways:
         "posterior": _posterior, "unet": _unet, "unet-training": _unet_training, "unet-ddim": _unet_ddim,
         "norm": _layer, "attention": _layer, "conv": _layer, "conv-backward": _layer,
     }  # fmt: skip
-    runs, units = ways[case.kind](be, case, peers, twins)
-    return Ways(runs, {name: units if name in OURS else 1 for name in runs})
+    makers, units = ways[case.kind](be, case, peers, twins)
+    order = [name for name in (*OURS, "eager", *deciding(case), *makers) if name in makers]
+    makers = {name: makers[name] for name in order}
+    return Ways(makers, {name: units if name in OURS else 1 for name in makers})
 
 
-Prepared = tuple[dict[str, Callable[[], Any]], int]
+Prepared = tuple[dict[str, Callable[[], Run]], int]
+
+
+def _ready(runs: dict[str, Run], units: int = 1) -> Prepared:
+    """Ways that need no making."""
+    return {name: partial(lambda run: run, run) for name, run in runs.items()}, units
 
 
 def _normals(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -215,7 +254,7 @@ def _normals(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: be.normal(out, seed=0, stream=0, step=0, first_sample=0),
     }
-    return runs | (peers.normals(*shape) if peers else {}), 1
+    return _ready(runs | (peers.normals(*shape) if peers else {}))
 
 
 def _forward(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -238,7 +277,7 @@ def _forward(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         theirs, x_t = peers.forward(x0, t, s.signal, s.noise, be.to_numpy(eps))
         agree(case.name, be.to_numpy(out), x_t)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -264,7 +303,7 @@ def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         be.sampler_step(x, out, None, row, clip, seed=0, **where)
         agree(case.name, be.to_numpy(x), wanted)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 def _peer_network(case: cases.Case, net: Any, peers: Any) -> Any:
@@ -292,7 +331,7 @@ def _chain(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         y = be.to_numpy(be.mlp_forward(net.plan, params, be.asarray(few), t))
         agree(case.name, y, peers.output(theirs, few, cases.T // 2))
         runs |= peers.chain(theirs, s.betas, case.n, case.shape[0])
-    return runs, 1
+    return _ready(runs)
 
 
 def _training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -307,7 +346,7 @@ def _training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         X = cases.curves(fd, case)
         X = (X - X.mean()) / X.std()
         runs |= peers.training(net, X, cases.schedule(fd, case).betas, case.n)
-    return runs, work.units
+    return _ready(runs, work.units)
 
 
 def _similarity(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -324,7 +363,7 @@ def _similarity(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         theirs, wanted = peers.similarity(host_v)
         agree(case.name, be.to_numpy(out), wanted)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 def _reshape(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -348,7 +387,7 @@ def _reshape(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         theirs, wanted = peers.reshape(host_x, plan.left, standardise)
         agree(case.name, be.to_numpy(out), wanted)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 def _shaped(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -370,7 +409,7 @@ def _shaped(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         theirs, wanted = peers.shaped(be.to_numpy(z), plan.left)
         agree(case.name, be.to_numpy(out), wanted)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 def _posterior(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -391,7 +430,7 @@ def _posterior(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         theirs, wanted = peers.posterior(host_x, host_data, *levels)
         agree(case.name, be.to_numpy(out), wanted)
         runs |= theirs
-    return runs, 1
+    return _ready(runs)
 
 
 @contextlib.contextmanager
@@ -417,11 +456,8 @@ def _unet(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
 
     runs = {name: run(side) for name, side in sides(be).items()}
     with _folder(net, peers) as folder:
-        if folder:
-            theirs, outputs = peers.image_forward(folder, host_x, host_t)
-            agree_all(case, {name: be.to_numpy(ours()) for name, ours in runs.items()}, outputs)
-            runs |= theirs
-    return runs, 1
+        theirs = peers.image_forward(folder, host_x, host_t) if folder else {}
+    return compared(case, _ready(runs)[0], lambda name: be.to_numpy(runs[name]()), theirs), 1
 
 
 def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -434,26 +470,22 @@ def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepare
     x0, t = X[:: max(1, len(X) // case.n)][: case.n], rng.integers(0, cases.IMAGE_T, min(case.n, len(X)))
     eps = rng.standard_normal(x0.shape, np.float32)
 
-    def gradient(side: Any) -> Any:
+    def gradient(name: str) -> Any:
         x_t = be.asarray(s.signal[t][:, None, None, None] * x0 + s.noise[t][:, None, None, None] * eps, np.float32)
         grads = be.asarray(net.layout.zeros(np.float32))
         given = be.asarray(net.flat), x_t, be.asarray(t, np.int64), be.asarray(eps), grads, None
-        net.gradient(side, *given, seed=0, step=0, first_sample=0)
+        net.gradient(all_sides[name], *given, seed=0, step=0, first_sample=0)
         views = diffusers_views(net, be.to_numpy(grads))
         return np.concatenate([views[name].reshape(-1) for name in sorted(views)])
 
-    with _folder(net, peers) as folder:
-        if folder:
-            theirs, gradients = peers.image_training(folder, X, s.betas, case.n, (x0, t, eps))
-            agree_all(case, {name: gradient(side) for name, side in all_sides.items()}, gradients)
-        else:
-            theirs = {}
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, side in all_sides.items():
+    def make(side: Any) -> Run:
         work = cases.KINDS[case.kind].setup(fd, case, side)
         work.check(work.run())
-        runs[name] = work.run
-    return runs | theirs, case.units
+        return work.run
+
+    with _folder(net, peers) as folder:
+        theirs = peers.image_training(folder, X, s.betas, case.n, (x0, t, eps)) if folder else {}
+    return compared(case, {name: partial(make, side) for name, side in all_sides.items()}, gradient, theirs), case.units
 
 
 def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -468,15 +500,14 @@ def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         return lambda: fd.sample(net, sampler, n=case.n, seed=0, backend=side)
 
     runs = {name: run(side, case.steps) for name, side in all_sides.items()}
+    theirs = {}
     with _folder(net, peers) as folder:
         if folder:
             few, all_steps = cases.ddim(fd, case, EXAMPLE_DDIM), cases.ddim(fd, case, case.steps)
             start = fd.normal((case.n, *case.shape), seed=0, stream="init")
-            theirs, pictures = peers.image_sampling(folder, start, few.rows, all_steps.rows, all_steps.clip)
-            ours = {name: be.to_numpy(run(side, EXAMPLE_DDIM)()) for name, side in all_sides.items()}
-            agree_all(case, ours, pictures)
-            runs |= theirs
-    return runs, 1
+            theirs = peers.image_sampling(folder, start, few.rows, all_steps.rows, all_steps.clip)
+    example = {name: run(side, EXAMPLE_DDIM) for name, side in all_sides.items()}
+    return compared(case, _ready(runs)[0], lambda name: be.to_numpy(example[name]()), theirs), 1
 
 
 def _layer(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
@@ -491,16 +522,11 @@ def _layer(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         kept: dict[Any, Any] = {}
         return lambda: side.repeat(kept, [], work)
 
+    def result(name: str) -> Any:
+        return np.concatenate([be.to_numpy(part).reshape(-1) for part in _parts(works[name]())])
+
     runs = {name: run(side, works[name]) for name, side in everybody.items()}
-    if peers:
-        theirs, results = peers.layer(case.kind, **_arrays_of(case))
-        ours = {
-            name: np.concatenate([be.to_numpy(part).reshape(-1) for part in _parts(work())])
-            for name, work in works.items()
-        }
-        agree_all(case, ours, results)
-        runs |= theirs
-    return runs, 1
+    return compared(case, _ready(runs)[0], result, peers.layer(case.kind, **_arrays_of(case)) if peers else {}), 1
 
 
 def _arrays_of(case: cases.Case) -> dict[str, Any]:
@@ -524,9 +550,60 @@ def _parts(result: Any) -> tuple[Any, ...]:
 # -- timing --------------------------------------------------------------------------------------------------------
 
 
-def turn(run: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> float:
-    """Return the time of one call: of as many in a row as take so many seconds, waited for at the end."""
-    calls, taken = 1, 0.0
+class DeadError(Exception):
+    """The GPU takes no more work of this process; the message says since when."""
+
+
+def make(
+    ways: Ways,
+    wait: Run,
+    tell: Callable[[str], None] = lambda name: None,
+    late: Callable[[], bool] = lambda: False,
+    without: dict[str, str] | None = None,
+) -> tuple[dict[str, Run], dict[str, str], list[str]]:
+    """Make and warm the ways; return those that work, why others do not, and those there was no time for.
+
+    `tell` gets the name of a way before it is made. Ways of PyTorch are not begun once it is `late`, but for PyTorch
+    as it stands, which is quick. `without` says which ways not to make, and why.
+    """
+    runs: dict[str, Run] = {}
+    failed = {name: why for name, why in (without or {}).items() if name in ways.makers}
+    cut = []
+    for name, maker in ways.makers.items():
+        if name in failed:
+            continue
+        if name not in (*OURS, "eager") and late():
+            cut.append(name)
+            continue
+        tell(name)
+        try:
+            run = maker()
+            for _ in range(3):
+                run()
+            wait()
+            runs[name] = run
+        except Exception as error:  # noqa: BLE001 - of whatever kind: it is told, and the others are timed
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            check_alive(wait, error)
+    if not runs.keys() & OURS.keys():
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return runs, failed, cut
+
+
+def check_alive(wait: Run, error: Exception) -> None:
+    """Raise where an error has left nothing to go on with, as an illegal address does."""
+    try:
+        wait()
+    except Exception as dead:
+        raise DeadError(f"{type(error).__name__}: {error}") from dead
+
+
+def turn(run: Run, wait: Run, seconds: float, calls: int = 1) -> float:
+    """Return the time of one call: of as many in a row as take so many seconds, waited for at the end.
+
+    `calls` is a guess of how many these are.
+    """
+    taken = 0.0
     while taken < seconds:
         if taken:
             calls = max(2 * calls, min(100 * calls, int(1.2 * calls * seconds / taken)))
@@ -539,29 +616,23 @@ def turn(run: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> flo
     return taken / calls
 
 
-def measure(
-    ways: Ways, wait: Callable[[], Any], rounds: int, seconds: float
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the median time of a unit of every way, the ways taking turns, and why a way could not be timed."""
-    failed: dict[str, str] = {}
-    for name, run in ways.runs.items():  # compiles and warms
-        try:
-            for _ in range(3):
-                run()
-            wait()
-        except Exception as error:  # a way of PyTorch's that fails here is reported, and the rest timed
-            if name in (*OURS, "copy"):
-                raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    taken: dict[str, list[float]] = {name: [] for name in ways.runs if name not in failed}
-    for _ in range(rounds):
+def measure(runs: dict[str, Run], units: dict[str, int], wait: Run, seconds: float) -> Iterator[dict[str, float]]:
+    """Yield the median times of a unit of every way, after one round of turns more each."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    while True:
         for name, times in taken.items():
-            times.append(turn(ways.runs[name], wait, seconds) / ways.units[name])
-    return {name: statistics.median(times) for name, times in taken.items()}, failed
+            calls = int(1.2 * seconds / (times[0] * units[name])) if times else 1
+            times.append(turn(runs[name], wait, seconds, max(1, calls)) / units[name])
+        yield {name: statistics.median(times) for name, times in taken.items()}
 
 
-def row_of(case: cases.Case, seconds: dict[str, float], failed: dict[str, str], bandwidth: float) -> dict[str, Any]:
-    """Return a row of the results; `bandwidth` is that of the copy, in bytes a second."""
+def row_of(
+    case: cases.Case, seconds: dict[str, float], failed: dict[str, str], bandwidth: float, cut: list[str] | None = None
+) -> dict[str, Any]:
+    """Return a row of the results; `bandwidth` is that of the copy, in bytes a second.
+
+    As long as a way was cut that decides a mark, the mark can be missed and not met.
+    """
     image = case.kind in IMAGES
     fastest = min(value for name, value in seconds.items() if name in (OURS if image else ("ours",)))
     ratios = {name: value / fastest for name, value in seconds.items() if name in (IMAGE_WAYS if image else WAYS)}
@@ -572,7 +643,9 @@ def row_of(case: cases.Case, seconds: dict[str, float], failed: dict[str, str], 
         if case.kind in MEMORY_BOUND and name in seconds
     }
     reached = ratios | ({"copy": share["ours"]} if share else {}) | (best if image else {})
-    wanted = WANTED.get(case.name, {})
+    wanted, cut = WANTED.get(case.name, {}), cut or []
+    if set(BEST) & set(cut) and reached.get("best", 0) >= wanted.get("best", 0):
+        reached.pop("best", None)
     return {
         "name": case.name,
         "kind": case.kind,
@@ -587,37 +660,67 @@ def row_of(case: cases.Case, seconds: dict[str, float], failed: dict[str, str], 
         "missed": sorted(name for name, least in wanted.items() if name in reached and reached[name] < least),
         "unknown": sorted(set(wanted) - set(reached)),
         "failed": failed,
+        "cut": cut,
     }
 
 
-def benchmark(be: Any, wait: Callable[[], Any], chosen: list[cases.Case], *, quick: bool) -> Iterator[dict[str, Any]]:
-    """Time cases; yield their rows."""
+def companions() -> tuple[Any, Any]:
+    """Return the modules `gpu_peers` and `numba_twins`, or None where what they need is not installed."""
     peers: Any = None
     if importlib.util.find_spec("torch") is not None:
         import gpu_peers as peers
     twins: Any = None
     if importlib.util.find_spec("numba_cuda") is not None:
         from fastdiff.kernels.cuda import numba_twins as twins
+    return peers, twins
+
+
+def benchmark(
+    be: Any,
+    wait: Run,
+    case: cases.Case,
+    *,
+    quick: bool,
+    tell: Callable[[str], None] = lambda name: None,
+    without: dict[str, str] | None = None,
+    share: float = float("inf"),
+) -> Iterator[dict[str, Any]]:
+    """Time a case; yield its row after every round, the last one being the row.
+
+    Parameters
+    ----------
+    be, wait
+        A `CudaBackend`, and what waits for its device.
+    case : Case
+    quick : bool
+        Tiny, and one round.
+    tell : callable
+        Gets the name of a way before it is made, and "" before the first round.
+    without : dict
+        Ways to be left out, and why.
+    share : float
+        Seconds after which no further way is made.
+    """
+    late = time.monotonic() + share
     rounds, seconds = (1, 0.01) if quick else (ROUNDS, TURN)
     source = be.runtime.zeros((COPY_BYTES // 4 // (100 if quick else 1),))
     target = be.runtime.zeros(source.shape)
-
-    def copy() -> None:
-        be.runtime.copy(target, source)
-
-    for case in chosen:
-        small = case.at(0.001) if quick else case
-        prepared = prepare(be, small, peers, twins)
-        ways = Ways(prepared.runs | {"copy": copy}, prepared.units | {"copy": 1})
-        times, failed = measure(ways, wait, rounds, seconds)
-        yield row_of(small, times, failed, 2 * source.nbytes / times.pop("copy"))
+    case = case.at(0.001) if quick else case
+    ways = prepare(be, case, *companions())
+    runs, failed, cut = make(ways, wait, tell, lambda: time.monotonic() > late, without)
+    runs["copy"] = lambda: be.runtime.copy(target, source)
+    tell("")
+    medians = measure(runs, ways.units | {"copy": 1}, wait, seconds)
+    for done, times in enumerate(itertools.islice(medians, rounds), 1):
+        row = row_of(case, times, failed, 2 * source.nbytes / times.pop("copy"), cut)
+        yield row | {"rounds": (done, rounds)}
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+    """Return the results as Markdown; `results` has a header, rows, the outcomes of stages, and what was not run."""
     h = results["header"]
     versions = ", ".join(f"{name} {h[name]}" for name in OPTIONAL if h.get(name))
     tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the numbers mean nothing.** "
@@ -633,18 +736,49 @@ def table(results: dict[str, Any]) -> str:
         if row["kind"] in IMAGES:
             continue
         seconds, share = row["seconds"], row["share of copy"]
-        cells = [row["title"], duration(seconds["ours"])]
+        cells = [_title(row), duration(seconds["ours"])]
         cells.append(f"{share['ours']:.0%}" if "ours" in share else "")
         cells.append(duration(seconds["twin"]) if "twin" in seconds else "")
         for way in WAYS:
             ratio = row["ratios"].get(way)
-            cells.append("failed" if way in row["failed"] else f"**{ratio:.1f}**" if ratio is not None else "")
+            cells.append(f"**{ratio:.1f}**" if ratio is not None else _absent(way, row))
         cells.append(", ".join(_wish(name, least, row) for name, least in row["wanted"].items()))
         lines.append("| " + " | ".join(cells) + " |")
     if any(row["kind"] in IMAGES for row in results["rows"]):
         lines += ["", *image_table(results["rows"])]
+    lines += ["", *marks(results["rows"])]
     lines += ["", *(f"{name}: {outcome}." for name, outcome in results["stages"].items())]
+    lines += [f"{name}: **{fault.splitlines()[0]}**." for name, fault in results["faults"].items()]
+    why = {"": "not yet", "time": "no time left", "all": "given up"}[results["ended"]]
+    for stage, names in results["left"].items():
+        lines.append(f"Not run, {'no time left' if stage == 'ways' else why}: {stage}: {', '.join(names)}.")
     return "\n".join(lines) + "\n"
+
+
+def marks(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Return lines that say of every mark whether it was met."""
+    by_name = {case.name: case for case in CASES}
+    measured = {row["name"]: row for row in rows}
+    lines = []
+    for name, wanted in WANTED.items():
+        row = measured.get(name, {"unknown": wanted, "wanted": wanted})
+        lines += [f"| {by_name[name].title} | {_wish(mark, least, row)} |" for mark, least in row["wanted"].items()]
+    counts = (f"{sum(line.endswith(f'{end} |') for line in lines)} {end.strip('*')}" for end in OUTCOMES)
+    yield f"Marks: {', '.join(counts)}."
+    yield ""
+    yield "| work | mark |"
+    yield "|---|---|"
+    yield from lines
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The title of a row, and how many rounds there are where some are missing."""
+    done, rounds = row["rounds"]
+    return row["title"] + ("" if done == rounds else f" ({done} of {rounds} rounds)")
+
+
+def _absent(way: str, row: dict[str, Any]) -> str:
+    return "failed" if way in row["failed"] else "no time" if way in row["cut"] else ""
 
 
 def image_table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -659,135 +793,29 @@ def image_table(rows: list[dict[str, Any]]) -> Iterator[str]:
         if row["kind"] not in IMAGES:
             continue
         seconds, share = row["seconds"], row["share of copy"]
-        times = {way: "failed" if way in row["failed"] else "" for way in (*OURS, *IMAGE_WAYS)}
+        times = {way: _absent(way, row) for way in (*OURS, *IMAGE_WAYS)}
         times |= {way: duration(value) for way, value in seconds.items() if way in times}
-        cells = [row["title"], *(times[way] for way in OURS), f"{share['ours']:.0%}" if "ours" in share else ""]
+        cells = [_title(row), *(times[way] for way in OURS), f"{share['ours']:.0%}" if "ours" in share else ""]
         cells += [times[way] for way in IMAGE_WAYS]
         cells.append(", ".join(_wish(name, least, row) for name, least in row["wanted"].items()))
         yield "| " + " | ".join(cells) + " |"
 
 
+OUTCOMES = ("met", "**missed**", "not measured")
+
+
 def _wish(name: str, least: float, row: dict[str, Any]) -> str:
     titles = WAYS | {"best": "the fastest CUDA graph of PyTorch, by the fastest of ours"}
     words = f"{least:.0%} of the copy" if name == "copy" else f"{least:g} x {titles[name]}"
+    met, missed, unknown = OUTCOMES
     if name in row["unknown"]:
-        return f"{words}: not measured"
+        return f"{words}: {unknown}"
     reached = row["reached"][name]
     shown = f"{reached:.0%}" if name == "copy" else f"{reached:.2f}"
-    return f"{words}: {shown}, {'**missed**' if name in row['missed'] else 'met'}"
-
-
-# -- tests ---------------------------------------------------------------------------------------------------------
-
-
-def run_tests(*options: str, under: tuple[str, ...] = ()) -> str:
-    """Run the tests in tests/gpu; return "" if they pass, else the end of what they say."""
-    # Their own conftest only: that of tests/ needs packages which a GPU machine need not have.
-    command = [*under, sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", "-W", "default", "-q"]
-    done = subprocess.run(
-        [*command, *options],
-        env={**os.environ, "FASTDIFF_GPU": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        cwd=TESTS.parents[1],
-    )
-    print(done.stdout, flush=True)
-    return "" if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-5:]) or f"exit code {done.returncode}"
-
-
-def sanitize() -> str:
-    """Run the small parity tests under the tools of compute-sanitizer; return "" if all pass, else what does not."""
-    failed = []
-    for tool in TOOLS:
-        under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-        if run_tests("-k", "test_parity and small", under=under):
-            failed.append(tool)
-    return f"errors found by {', '.join(failed)}" if failed else ""
-
-
-# -- the program ---------------------------------------------------------------------------------------------------
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a distribution, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def head(be: Any, scale: float) -> dict[str, Any]:
-    """Return what was measured where."""
-    import cupy
-
-    optional = {name: installed(name) for name in OPTIONAL[1:]}
-    return header(be.threads) | {"gpu": be.runtime.device, "cupy": cupy.__version__, "scale": scale, **optional}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the stages, print, and write the results; return the exit code."""
-    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
-    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
-    args = parser.parse_args(argv)
-    chosen = [case for case in CASES if any(case.name.startswith(name) for name in args.only or [""])]
-    if not chosen:
-        parser.error(f"no such case; there are {', '.join(case.name for case in CASES)}")
-    stages = args.stage or list(STAGES)
-
-    from fastdiff.errors import BackendError
-
-    try:
-        from fastdiff.backends.cuda import CudaBackend
-
-        be = CudaBackend()
-    except BackendError as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        return 2
-    import cupy
-
-    outcomes: dict[str, str] = {}
-    faults: dict[str, str] = {}
-    if "tests" in stages:
-        faults["tests"] = run_tests()
-        outcomes["GPU tests"] = "**failed**" if faults["tests"] else "passed"
-    if "sanitizer" in stages:
-        if shutil.which("compute-sanitizer"):
-            faults["sanitizer"] = sanitize()
-            outcomes["compute-sanitizer"] = f"**{faults['sanitizer']}**" if faults["sanitizer"] else "no errors"
-        else:
-            outcomes["compute-sanitizer"] = "not installed"
-    rows = []
-    if "benchmarks" in stages:
-        if importlib.util.find_spec("torch") is None:
-            outcomes["PyTorch"] = "not installed"
-        for name in ("diffusers", "cudnn"):
-            if importlib.util.find_spec(name) is None:
-                outcomes[name] = "not installed"
-        for case in chosen:
-            try:
-                for row in benchmark(be, cupy.cuda.runtime.deviceSynchronize, [case], quick=args.quick):
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-            except (AssertionError, RuntimeError) as error:  # the others are timed all the same
-                faults[case.name] = f"{type(error).__name__}: {error}"
-    results = {"header": head(be, 0.001 if args.quick else 1.0), "stages": outcomes, "rows": rows}
-    print(f"\n{table(results)}")
-    output = args.output or (None if args.only or args.quick or args.stage else RESULTS)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "gpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "gpu.md", table(results))
-        print(f"written to {output}")
-    for name, fault in faults.items():
-        if fault:
-            print(f"gpu.py: {name}: {fault}", file=sys.stderr)
-    return int(any(faults.values()))
+    return f"{words}: {shown}, {missed if name in row['missed'] else met}"
 
 
 if __name__ == "__main__":
+    from gpu_run import main
+
     sys.exit(main())

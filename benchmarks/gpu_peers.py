@@ -1,13 +1,14 @@
 """The work of `gpu.py` in PyTorch on a GPU: as it stands, compiled, and compiled and replayed as one CUDA graph.
 
-Image networks are those of diffusers. Their ways are named as in `gpu.IMAGE_WAYS`; the results that are compared are
-computed without TF32.
+Image networks are those of diffusers. Their ways are named as in `gpu.IMAGE_WAYS`, and come as functions that make
+them, because that is where a minute of compiling goes; the results that are compared are computed without TF32.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 Run = Callable[[], Any]
+Make = Callable[[], tuple[Run, Any]]  # makes what is timed, and computes what is compared
 DEVICE = "cuda"
 WARM = 3  # calls before a capture
 torch.backends.cudnn.benchmark = True  # as who wants speed sets it
@@ -45,6 +47,12 @@ class _Replayed:
             with torch.cuda.graph(self.graph):
                 self.run()
         self.graph.replay()
+
+
+def release() -> None:
+    """Give back what a case has left: compiled functions, which share a limit, and memory."""
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
 
 
 def device(array: Any) -> Any:
@@ -273,58 +281,65 @@ def _forms(folder: Any, work: Callable[[Any], Callable[..., Any]]) -> dict[str, 
     return {name: (form, of_plain if name == "eager" else of_last) for name, form in forms.items()}
 
 
-def _replays(runs: dict[str, Run]) -> dict[str, Run]:
-    """Runs of the forms, and those as one graph."""
-    return runs | {"graphs": _Replayed(runs["compiled"]), "bf16-graphs": _Replayed(runs["bf16-graphs"])}
+def _makers(make: dict[str, Make]) -> dict[str, Make]:
+    """What makes the forms, each once, and those as one graph."""
+    forms = {name: cache(once) for name, once in make.items()}
+
+    def replayed(name: str) -> tuple[Run, Any]:
+        run, result = forms[name]()
+        return _Replayed(run), result
+
+    return forms | {"graphs": partial(replayed, "compiled"), "bf16-graphs": partial(replayed, "bf16-graphs")}
 
 
-def image_forward(folder: Any, x: Any, t: Any) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return ways of a forward pass, and the outputs of all forms."""
+def image_forward(folder: Any, x: Any, t: Any) -> dict[str, Make]:
+    """Return ways of a forward pass; compared is the output."""
     x, t = _nchw(x), device(t)
 
-    def run(form: Callable[..., Any]) -> Run:
+    def make(form: Callable[..., Any]) -> tuple[Run, Any]:
         def forward() -> Any:
             with torch.no_grad():
                 return form(x, t)
 
-        return forward
+        with exactly():
+            return forward, _nhwc(forward())
 
-    runs = {name: run(form) for name, (form, _) in _forms(folder, lambda net: net).items()}
-    with exactly():
-        outputs = {name: _nhwc(forward()) for name, forward in runs.items()}
-    return _replays(runs), outputs
+    return _makers({name: partial(make, form) for name, (form, _) in _forms(folder, lambda net: net).items()})
 
 
-def image_training(
-    folder: Any, X: Any, betas: Any, batch: int, example: tuple[Any, Any, Any]
-) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return ways of a training step, and the gradients of all forms for x0, t and noise.
+def image_training(folder: Any, X: Any, betas: Any, batch: int, example: tuple[Any, Any, Any]) -> dict[str, Make]:
+    """Return ways of a training step; compared is the gradient for x0, t and noise.
 
     A gradient is one vector, the parameters in the order of their names.
     """
     loss, X = _loss(betas), _nchw(X)
     given = _nchw(example[0]), device(example[1]), _nchw(example[2])
-    gradients, runs = {}, {}
 
     def work(net: Any) -> Callable[..., Any]:
         return lambda x0, t, eps: loss(net, x0, t, eps)
 
-    for name, (form, by_name) in _forms(folder, work).items():
-        parameters = list(by_name.values())
+    forms = _forms(folder, work)
+    weights = {key: value.detach().clone() for key, value in forms["eager"][1].items()}
+
+    def make(name: str) -> tuple[Run, Any]:
+        form, by_name = forms[name]
+        for key, parameter in by_name.items():  # another way may have trained them
+            parameter.grad = None
+            parameter.data.copy_(weights[key])
         with exactly():
             form(*given).backward()
-        gradients[name] = torch.cat([by_name[key].grad.reshape(-1) for key in sorted(by_name)]).cpu().numpy()
+        gradient = torch.cat([by_name[key].grad.reshape(-1) for key in sorted(by_name)]).cpu().numpy()
+        parameters = list(by_name.values())
         for parameter in parameters:
             parameter.grad = None
         optimizer = torch.optim.AdamW(parameters, lr=1e-3) if name == "eager" else _fast_adamw(parameters)
-        runs[name] = _stepper(form, X, len(betas), batch, parameters, optimizer)
-    return _replays(runs), gradients
+        return _stepper(form, X, len(betas), batch, parameters, optimizer), gradient
+
+    return _makers({name: partial(make, name) for name in forms})
 
 
-def image_sampling(
-    folder: Any, start: Any, few: Any, rows: Any, clip: tuple[float, float]
-) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return ways to draw pictures by rows of a table, and those of all forms after `few` rows from given noise."""
+def image_sampling(folder: Any, start: Any, few: Any, rows: Any, clip: tuple[float, float]) -> dict[str, Make]:
+    """Return ways to draw pictures by rows of a table; compared are those after `few` rows from given noise."""
     start = _nchw(start)
 
     def work(net: Any) -> Callable[..., Any]:
@@ -347,17 +362,19 @@ def image_sampling(
 
         return sample
 
-    def from_noise(sample: Callable[[Any], Any]) -> Run:
-        return lambda: sample(torch.randn_like(start))
+    forms = {name: form for name, (form, _) in _forms(folder, work).items()}
 
-    forms = _forms(folder, work)
-    with exactly():
-        pictures = {name: _nhwc(run(form, few)(start)) for name, (form, _) in forms.items()}
-    return _replays({name: from_noise(run(form, rows)) for name, (form, _) in forms.items()}), pictures
+    def make(form: Callable[..., Any]) -> tuple[Run, Any]:
+        sample = run(form, rows)
+        with exactly():  # one call of the form: a second one of "reduced" would be recorded, without TF32 for good
+            pictures = run(forms["eager"], few[1:])(run(form, few[:1])(start))
+        return lambda: sample(torch.randn_like(start)), _nhwc(pictures)
+
+    return _makers({name: partial(make, form) for name, form in forms.items()})
 
 
-def layer(kind: str, x: Any, **given: Any) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return ways of a layer alone, and what it makes of our arrays, in our layout and as one vector.
+def layer(kind: str, x: Any, **given: Any) -> dict[str, Make]:
+    """Return ways of a layer alone; compared is what it makes of our arrays, in our layout and as one vector.
 
     With `eager`, images lie plane by plane, in all other ways channels-last. In bf16 the inputs are bf16 already.
     """
@@ -395,16 +412,16 @@ def layer(kind: str, x: Any, **given: Any) -> tuple[dict[str, Run], dict[str, An
     def everything(*tensors: Any) -> list[Any]:
         return [make(*tensors) for make in results]
 
-    def run(work: Callable[..., Any], tensors: tuple[Any, ...]) -> Run:
-        return torch.no_grad()(lambda: work(*tensors))
+    def make(work: Callable[..., Any], tensors: tuple[Any, ...]) -> tuple[Run, Any]:
+        run = torch.no_grad()(lambda: work(*tensors))
+        with exactly():
+            return run, np.concatenate([_flat(part) for part in run()])
 
     fast = torch.compile(everything)
-    runs = {name: run(everything, tensors) for name, tensors in arrays.items()}
-    runs |= {"compiled": run(fast, arrays["channels"]), "bf16-graphs": run(fast, arrays["bf16"])}
-    runs.setdefault("eager", runs["channels"])
-    with exactly():
-        made = {name: np.concatenate([_flat(part) for part in once()]) for name, once in runs.items()}
-    return _replays(runs), made
+    makers = {name: partial(make, everything, tensors) for name, tensors in arrays.items()}
+    makers |= {"compiled": partial(make, fast, arrays["channels"]), "bf16-graphs": partial(make, fast, arrays["bf16"])}
+    makers.setdefault("eager", makers["channels"])
+    return _makers(makers)
 
 
 def _conv_backward(x: Any, w: Any, dy: Any, of_input: bool) -> Any:

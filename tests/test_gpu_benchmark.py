@@ -8,27 +8,37 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from device_array import DeviceRuntime
 from fake_cudnn import Library
 from host_cuda import HostRuntime, has_compiler
 
 from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-gpu, cases = map(importlib.import_module, ("gpu", "cases"))
+gpu, gpu_run, cases = map(importlib.import_module, ("gpu", "gpu_run", "cases"))
 
 FORWARD = cases.BY_NAME["forward-1000000x50"]
 HEADER = {
     "gpu": "NVIDIA H200", "cupy": "14.2.0", "numba-cuda": None, "torch": "2.13.0", "python": "3.12.1", "scale": 1.0,
     "system": "Linux x86_64", "date": "2026-01-02", "commit": "abc",
 }  # fmt: skip
+
+
+def row_of(name, seconds, failed=(), bandwidth=1e9, rounds=(7, 7), cut=()):
+    case = next(case for case in gpu.CASES if case.name == name)
+    return gpu.row_of(case, seconds, dict(failed), bandwidth, list(cut)) | {"rounds": rounds}
+
+
+def table(*rows, **results):
+    nothing = {"stages": {}, "faults": {}, "left": {}, "ended": "all"}
+    return gpu.table(nothing | {"header": HEADER, "rows": list(rows)} | results)
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
@@ -43,15 +53,16 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 
 
 def test_wrong_arguments_are_refused(capsys):
-    for bad in (["--only", "nothing"], ["--stage", "all"], ["more"]):
+    for bad in (["--only", "nothing"], ["--stage", "all"], ["more"], ["--minutes", "0"], ["--minutes", "nan"]):
         with pytest.raises(SystemExit, match="2"):
-            gpu.main(bad)
+            gpu_run.main(bad)
         assert "usage: gpu.py" in capsys.readouterr().err
 
 
 def test_what_is_wanted_is_measured():
     names = {case.name for case in gpu.CASES}
-    assert set(gpu.WANTED) <= names
+    assert set(gpu.WANTED) <= set(gpu.FIRST) <= names
+    assert gpu.in_order(sorted(names))[:9] == list(gpu.FIRST)
     assert all(set(wanted) <= {*gpu.WAYS, "copy", "best"} for wanted in gpu.WANTED.values())
     assert set(gpu.BEST) <= set(gpu.IMAGE_WAYS)
     by_name = {case.name: case for case in gpu.CASES}
@@ -63,7 +74,7 @@ def test_what_is_wanted_is_measured():
 def test_a_case_runs_on_the_host(monkeypatch, case):
     """Of image networks all four ways of ours, with a stand-in for cuDNN."""
     waits, runtime = [], HostRuntime()
-    small = replace(case.at(0.0001), n=2)
+    small = replace(case.at(0.0001), n=2, units=min(case.units, 5))
     if case.kind in gpu.IMAGES:
         small = replace(small, shape=(4, 4, 3) if case.net else (5, 32) if case.kind == "attention" else (4, 4, 8))
         small = replace(small, steps=2) if case.kind == "unet-ddim" else small
@@ -73,46 +84,16 @@ def test_a_case_runs_on_the_host(monkeypatch, case):
         find = gpu.importlib.util.find_spec
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "cudnn" or find(name))
     ways = gpu.prepare(CudaBackend(runtime), small, None, None)
-    seconds, failed = gpu.measure(ways, lambda: waits.append(1), 1, 0.0001)
+    runs, failed, cut = gpu.make(ways, lambda: waits.append(1))
+    seconds = next(gpu.measure(runs, ways.units, lambda: waits.append(1), 0.0001))
     assert not failed
+    assert not cut
     alone = case.kind not in gpu.IMAGES or case.kind in ("norm", "attention")
     assert set(seconds) == ({"ours"} if alone else set(gpu.OURS))
     assert min(seconds.values()) > 0
     assert waits
     row = gpu.row_of(small, seconds, failed, 1e9)
     assert json.loads(json.dumps(row)) == row
-
-
-@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
-def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capsys):
-    """All stages but the test runs themselves, on arrays that refuse to come to the host unasked."""
-    be, asked = CudaBackend(DeviceRuntime()), []
-    cupy = SimpleNamespace(
-        __version__="14.2.0",
-        cuda=SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=lambda: asked.append("wait"))),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr("fastdiff.backends.cuda.CudaBackend", lambda *args: be)
-    monkeypatch.setattr(gpu, "run_tests", lambda *options, under=(): asked.append(("tests", *under, *options)) or "")
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/compute-sanitizer")
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    chosen = ["--only", "forward", "--only", "step", "--only", "normals"]
-    assert gpu.main(["--quick", "--output", str(tmp_path), *chosen]) == 0
-    out = capsys.readouterr().out
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["name"].split("-")[0] for row in results["rows"]] == ["normals", "forward", "step"]
-    assert all(set(row["share of copy"]) == {"ours"} for row in results["rows"])
-    absent = dict.fromkeys(("PyTorch", "diffusers", "cudnn"), "not installed")
-    assert results["stages"] == {"GPU tests": "passed", "compute-sanitizer": "no errors"} | absent
-    assert results["header"]["gpu"] == "host"
-    assert (tmp_path / "gpu.md").read_text() in out
-    assert [call[2:4] for call in asked if call[1:2] == ("compute-sanitizer",)] == [("--tool", t) for t in gpu.TOOLS]
-    assert "wait" in asked
-    monkeypatch.setattr(gpu, "run_tests", lambda *options, under=(): "1 failed")
-    assert gpu.main(["--quick", "--stage", "tests", "--stage", "sanitizer"]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "gpu.py: tests: 1 failed", "gpu.py: sanitizer: errors found by memcheck, racecheck, synccheck",
-    ]  # fmt: skip
 
 
 def test_a_turn_times_many_calls_and_waits_for_them(monkeypatch):
@@ -130,59 +111,124 @@ def test_a_turn_times_many_calls_and_waits_for_them(monkeypatch):
     assert now[0] > 0.1
 
 
-def test_a_peer_that_fails_is_left_out_and_we_are_not():
-    def broken():
-        raise RuntimeError("no Triton\nand more")
+def broken():
+    raise RuntimeError("no Triton\nand more")
 
-    ways = gpu.Ways({"ours": int, "eager": int, "compiled": broken}, {"ours": 10, "eager": 1, "compiled": 1})
-    seconds, failed = gpu.measure(ways, int, 1, 0.001)
-    assert set(seconds) == {"ours", "eager"}
-    assert seconds["ours"] < seconds["eager"]
-    assert failed == {"compiled": "RuntimeError: no Triton"}
-    with pytest.raises(RuntimeError, match="no Triton"):
-        gpu.measure(gpu.Ways({"ours": broken}, {"ours": 1}), int, 1, 0.001)
+
+def made(*names, **others):
+    """Ways of which those that are named run."""
+    makers = {name: lambda: int for name in names} | others
+    return gpu.Ways(makers, dict.fromkeys(makers, 1))
+
+
+def test_rounds_of_turns():
+    ways = made("ours", "eager")
+    units = {"ours": 10, "eager": 1}
+    rounds = list(islice(gpu.measure(gpu.make(ways, int)[0], units, int, 0.001), 3))
+    assert len(rounds) == 3
+    assert all(set(seconds) == {"ours", "eager"} for seconds in rounds)
+    assert all(seconds["ours"] < seconds["eager"] for seconds in rounds)
+
+
+def test_a_way_that_fails_is_left_out():
+    """Whether it cannot be made or cannot run; all of ours, and there is nothing to compare."""
+    told = []
+    ways = made("ours", "eager", compiled=broken, **{"ours-bf16": lambda: broken})
+    runs, failed, cut = gpu.make(ways, int, told.append, without={"eager": "died", "graphs": "no such way"})
+    assert (set(runs), cut, told) == ({"ours"}, [], ["ours", "compiled", "ours-bf16"])
+    assert failed == dict.fromkeys(("compiled", "ours-bf16"), "RuntimeError: no Triton") | {"eager": "died"}
+    with pytest.raises(RuntimeError, match="eager: died; ours: RuntimeError: no Triton"):
+        gpu.make(made("eager", ours=broken), int, without={"eager": "died"})
+
+
+def test_a_device_that_is_dead_ends_the_work():
+    waits = iter([int, broken])
+    with pytest.raises(gpu.DeadError, match="RuntimeError: no Triton"):
+        gpu.make(made("ours", compiled=broken), lambda: next(waits)())
+
+
+def test_what_is_late_is_cut():
+    """But for ours and PyTorch as it stands; a mark can still be missed then, and not met."""
+    ways = made("ours", "ours-bf16", "eager", "graphs", "reduced")
+    clock = iter([False, True])
+    runs, failed, cut = gpu.make(ways, int, late=lambda: next(clock))
+    assert (set(runs), failed, cut) == ({"ours", "ours-bf16", "eager", "graphs"}, {}, ["reduced"])
+    fast, slow = (row_of("unet-train-16", {"ours": 1.0, "graphs": theirs}, cut=cut) for theirs in (1.6, 1.4))
+    assert (fast["reached"], fast["missed"], fast["unknown"]) == ({}, [], ["best"])
+    assert (slow["reached"], slow["missed"], slow["unknown"]) == ({"best": 1.4}, ["best"], [])
+    whole = row_of("unet-train-16", {"ours": 1.0, "graphs": 1.6}, cut=["channels"])
+    assert whole["reached"] == {"best": 1.6}
+    text = table(fast)
+    assert "| no time |" in text
+    assert text.count("by the fastest of ours: not measured") == 4  # its row, and three marks
+
+
+def test_what_decides_a_mark_is_made_first():
+    case = next(case for case in gpu.CASES if case.name == "unet-ddim-50-16")
+    assert gpu.deciding(case) == gpu.BEST
+    assert gpu.deciding(FORWARD) == ("eager", "compiled")
 
 
 def test_the_table():
     """Half the bandwidth of a copy that moves as many bytes a second as the case has."""
-    seconds = {"ours": 2.0, "twin": 4.0, "eager": 8.0}
-    row = gpu.row_of(FORWARD, seconds, {"compiled": "RuntimeError: no"}, float(FORWARD.bytes))
+    seconds, speed = {"ours": 2.0, "twin": 4.0, "eager": 8.0}, float(FORWARD.bytes)
+    row = row_of(FORWARD.name, seconds, {"compiled": "RuntimeError: no"}, speed)
     assert row["ratios"] == {"eager": 4.0}
     assert row["share of copy"] == {"ours": 0.5, "twin": 0.25}
     assert row["missed"] == ["copy"]
     assert row["unknown"] == ["compiled"]
-    fast = gpu.row_of(FORWARD, {"ours": 1.1, "compiled": 1.3, "eager": 3.2}, {}, float(FORWARD.bytes))
+    fast = row_of(FORWARD.name, {"ours": 1.1, "compiled": 1.3, "eager": 3.2}, {}, speed, (3, 7))
     assert fast["missed"] == ["compiled", "eager"]
-    chain = gpu.row_of(gpu.CASES[4], {"ours": 1.0, "graphs": 6.0}, {}, 1e9)
+    chain = row_of(gpu.CASES[4].name, {"ours": 1.0, "graphs": 6.0})
     assert (chain["share of copy"], chain["missed"]) == ({}, [])
-    text = gpu.table({"header": HEADER, "stages": {"GPU tests": "passed"}, "rows": [row, fast, chain]})
+    text = table(row, fast, chain, stages={"GPU tests": "2 passed"}, faults={"step": "died\nbadly"})
     lines = text.splitlines()
     assert "NVIDIA H200; cupy 14.2.0, torch 2.13.0; Python 3.12.1" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert {len(cells) for cells in rows} == {8}
+    assert {len(cells) for cells in rows[:5]} == {8}
     assert rows[2][:7] == [FORWARD.title, "2.00 s", "50%", "4.00 s", "**4.0**", "failed", ""]
     assert rows[2][7] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
+    assert rows[3][0] == f"{FORWARD.title} (3 of 7 rounds)"
     assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
-    assert lines[-1] == "GPU tests: passed."
+    assert lines[-2:] == ["GPU tests: 2 passed.", "step: **died**."]
+
+
+def test_every_mark_is_accounted_for():
+    row = row_of(FORWARD.name, {"ours": 2.0, "eager": 8.0}, {}, float(FORWARD.bytes))
+    lines = table(row).splitlines()
+    marks = lines[lines.index("| work | mark |") + 2 :]
+    assert sum(map(len, gpu.WANTED.values())) == 12
+    assert len([line for line in marks if line.startswith("|")]) == 12
+    assert "Marks: 1 met, 1 missed, 10 not measured." in lines
+    assert marks[:3] == [
+        f"| {FORWARD.title} | {mark} |"
+        for mark in ("85% of the copy: 50%, **missed**", "3 x PyTorch: 4.00, met", "1.2 x compiled: not measured")
+    ]
+
+
+def test_what_was_not_run_is_named():
+    left = {"benchmarks": ["norm-1", "conv-2"], "full": ["test_a"]}
+    for ended, why in (("time", "no time left"), ("", "not yet"), ("all", "given up")):
+        lines = table(left=left, ended=ended).splitlines()
+        assert lines[-2:] == [f"Not run, {why}: benchmarks: norm-1, conv-2.", f"Not run, {why}: full: test_a."]
 
 
 def test_the_table_of_image_networks():
     """The fastest of ours against the fastest of their CUDA graphs, whatever the precision."""
-    by_name = {case.name: case for case in gpu.CASES}
     seconds = {"ours": 4.0, "ours-bf16": 2.0, "eager": 9.0, "channels": 8.0, "graphs": 5.0, "bf16-graphs": 2.9}
-    slow = gpu.row_of(by_name["unet-train-16"], seconds, {"reduced": "RuntimeError: no"}, 1e9)
+    slow = row_of("unet-train-16", seconds, {"reduced": "RuntimeError: no"})
     assert slow["ratios"]["graphs"] == 2.5
     assert (slow["reached"], slow["missed"], slow["unknown"]) == ({"best": 1.45}, ["best"], [])
-    fast = gpu.row_of(by_name["unet-train-256"], seconds, {}, 1e9)
+    fast = row_of("unet-train-256", seconds)
     assert fast["missed"] == []
-    alone = gpu.row_of(by_name["unet-ddim-50-16"], {"ours": 1.0}, {}, 1e9)
+    alone = row_of("unet-ddim-50-16", {"ours": 1.0})
     assert alone["unknown"] == ["best"]
-    norm = by_name["norm-1024x32x32x64"]
-    norm_row = gpu.row_of(norm, {"ours": 1.0}, {}, float(norm.bytes))
-    curve = gpu.row_of(FORWARD, {"ours": 1.0}, {}, 1e9)
-    text = gpu.table({"header": HEADER, "stages": {}, "rows": [slow, curve, fast, alone, norm_row]})
+    norm = next(case for case in gpu.CASES if case.name == "norm-1024x32x32x64")
+    norm_row = row_of(norm.name, {"ours": 1.0}, {}, float(norm.bytes))
+    text = table(slow, row_of(FORWARD.name, {"ours": 1.0}), fast, alone, norm_row)
     first, second = text.split("Image networks, and their layers alone")
     assert [line.count(" | ") for line in first.splitlines() if line.startswith("| ")] == [7, 7]
+    second = second.split("Marks:")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in second.splitlines() if line[:1] == "|"]
     assert {len(cells) for cells in rows} == {14}
     assert rows[0][:7] == ["work", "ours", "bf16", "cuDNN", "cuDNN, bf16", "of the copy", "PyTorch"]
@@ -195,26 +241,44 @@ def test_the_table_of_image_networks():
     assert (rows[5][5], rows[5][-1]) == ("100%", "80% of the copy: 100%, met")
 
 
-def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
-    """Its fault is told at the end, and what went before and comes after is written."""
-    be = CudaBackend(HostRuntime())
-    cupy = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=int)))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr("fastdiff.backends.cuda.CudaBackend", lambda *args: be)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    prepare = gpu.prepare
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capfd):
+    """On arrays that refuse to come to the host unasked; a case that fails, and one that is the end of its process."""
+    monkeypatch.setattr(gpu_run, "WORKER", (sys.executable, str(HERE / "gpu_on_host.py")))
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("FASTDIFF_TEST_BROKEN", "similarity-4096x128:reshape-1000000x128")
+    options = ["--quick", "--stage", "benchmarks", "--output", str(tmp_path)]
+    chosen = ["forward", "step", "similarity", "reshape", "normals"]
+    assert gpu_run.main([*options, *(f"--only={name}" for name in chosen)]) == 1
+    out, err = capfd.readouterr()
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["name"].split("-")[0] for row in results["rows"]] == ["forward", "step", "normals"]
+    assert all(set(row["share of copy"]) == {"ours"} for row in results["rows"])
+    assert all(row["rounds"] == [1, 1] for row in results["rows"])
+    compiled = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in results["compile"].items())
+    absent = dict.fromkeys(("PyTorch", "diffusers", "cudnn"), "not installed")
+    assert results["stages"] == {"Kernels compiled": compiled} | absent
+    assert len(results["compile"]) == len(list((HERE.parent / "kernels" / "cuda").glob("*.cu")))
+    assert results["faults"] == {
+        "optim.cu": "optim.cu does not compile",
+        "reshape-1000000x128": "RuntimeError: ours: RuntimeError: an illegal memory access was encountered",
+        "similarity-4096x128": "AssertionError: they differ",
+    }
+    assert (results["header"]["gpu"], results["header"]["complete"]) == ("host", ["benchmarks"])
+    assert (tmp_path / "gpu.md").read_text() in out
+    assert "gpu.py: similarity-4096x128: AssertionError: they differ" in err
 
-    def broken(be, case, *args):
-        if case.kind == "normals":
-            raise AssertionError("they differ")
-        return prepare(be, case, *args)
 
-    monkeypatch.setattr(gpu, "prepare", broken)
-    chosen = ["--only", "normals", "--only", "step"]
-    assert gpu.main(["--quick", "--stage", "benchmarks", "--output", str(tmp_path), *chosen]) == 1
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert [row["kind"] for row in rows] == ["step"]
-    assert "gpu.py: normals-48x1000000: AssertionError: they differ" in capsys.readouterr().err
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_a_worker_makes_one_way(tmp_path):
+    events = tmp_path / "events"
+    environment = os.environ | {"FASTDIFF_GPU_EVENTS": str(events), "FASTDIFF_GPU_PARENT": str(os.getpid())}
+    for way, code, told in (("ours", 0, ""), ("theirs", 3, '{"dying": "KeyError: \'theirs\'"}\n')):
+        events.write_text("")
+        job = json.dumps({"do": "make", "case": FORWARD.name, "way": way})
+        command = [sys.executable, str(HERE / "gpu_on_host.py"), job]
+        assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == code
+        assert events.read_text() == told
 
 
 def test_results_that_differ_are_not_timed():

@@ -1,4 +1,8 @@
-"""Tests that need a CUDA device. ``make gpu`` sets FASTDIFF_GPU and runs them; elsewhere they are not collected."""
+"""Tests that need a CUDA device. ``make gpu`` sets FASTDIFF_GPU and runs them; elsewhere they are not collected.
+
+It also names a file in which every test leaves what became of it. A test that leaves the device dead ends the process:
+``make gpu`` starts another, which goes on behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,54 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # what they share with the tests of the host run
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # what they share with the tests of the host run
 
 collect_ignore_glob = [] if os.environ.get("FASTDIFF_GPU", "0") != "0" else ["*"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; make gpu runs these")
+    if "FASTDIFF_GPU_EVENTS" in os.environ:
+        config.pluginmanager.register(Events())
+
+
+class Events:
+    """Tells `benchmarks/gpu_run.py` what becomes of the tests."""
+
+    def __init__(self):
+        sys.path.append(str(HERE.parents[1] / "benchmarks"))
+        import gpu_events
+
+        self.events, self.outcome = gpu_events, ""
+        gpu_events.end_with_parent()
+
+    @pytest.hookimpl(trylast=True)  # what is deselected by name has gone
+    def pytest_collection_modifyitems(self, items):
+        begun = {event.get("begin") for event in self.events.told()}
+        items[:] = [item for item in items if item.nodeid not in begun]
+        self.events.tell(planned=[item.nodeid for item in items])
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.outcome = "passed"
+        self.events.tell(begin=nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.outcome = f"failed: {report.longreprtext[-2000:]}"
+        elif report.skipped:
+            self.outcome = "skipped"
+
+    def pytest_runtest_logfinish(self, nodeid):
+        good = not self.outcome.startswith("failed")
+        self.events.tell(end=nodeid, outcome=self.outcome, good=good)
+        if not good:
+            import cupy
+
+            try:
+                cupy.cuda.runtime.deviceSynchronize()
+            except Exception as error:  # noqa: BLE001 - of CuPy or the driver
+                self.events.tell(dying=f"{type(error).__name__}: {error}")
+                os._exit(3)

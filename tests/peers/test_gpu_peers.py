@@ -33,7 +33,7 @@ def small(case):
         return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
     shape = (4, 4, 3) if case.net else (5, 8) if case.kind == "attention" else (4, 4, 8)
     few = {"steps": gpu.EXAMPLE_DDIM + 1} if case.kind == "unet-ddim" else {}
-    return replace(case.at(1e-5), n=2, shape=shape, **few)
+    return replace(case.at(1e-5), n=2, shape=shape, units=min(case.units, 5), **few)
 
 
 class Stream:
@@ -86,7 +86,7 @@ def on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
 def test_every_way_runs_and_agrees(on_cpu, case):
-    """`prepare` compares the two sides' results on the same inputs."""
+    """Whoever makes them compares the two sides' results on the same inputs; what decides a mark comes first."""
     ways = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
     if case.kind == "normals":
         wanted = {"ours", "eager"}
@@ -95,10 +95,14 @@ def test_every_way_runs_and_agrees(on_cpu, case):
     else:
         ours = {"ours"} if case.kind in ("norm", "attention") else {"ours", "ours-bf16"}
         wanted = {*ours, *gpu.IMAGE_WAYS} - (set() if case.net else {"reduced"})
-    assert set(ways.runs) == wanted
-    seconds, failed = gpu.measure(ways, int, 1, 1e-6)
-    assert not failed
-    assert set(seconds) == wanted
+    assert set(ways.makers) == wanted
+    ours = [name for name in ways.makers if name in gpu.OURS]
+    assert list(ways.makers)[: len(ours) + 1] == [*ours, "eager"]
+    decide = [name for name in gpu.deciding(case) if name != "eager"]
+    assert list(ways.makers)[len(ours) + 1 :][: len(decide)] == decide
+    runs, failed, cut = gpu.make(ways, int)
+    assert (failed, cut) == ({}, [])
+    assert set(next(gpu.measure(runs, ways.units, int, 1e-6))) == wanted
     for graph in Graph.made:
         assert graph.replays > 1
     assert len(Graph.made) == ("graphs" in wanted) + ("bf16-graphs" in wanted)
@@ -122,20 +126,67 @@ def test_results_that_differ_are_noticed(on_cpu, monkeypatch, kind):
         gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None)
 
 
-@pytest.mark.parametrize("name", ["unet-forward-16", "conv-back-16x16x16x128", "norm-1024x32x32x64"])
+@pytest.mark.parametrize(
+    "name", ["unet-forward-16", "unet-train-16", "unet-ddim-50-16", "conv-back-16x16x16x128", "norm-1024x32x32x64"]
+)
 def test_a_form_that_differs_is_noticed(on_cpu, monkeypatch, name):
-    """Ours or one of PyTorch's, whichever is off by one part in a thousand."""
+    """One of PyTorch's, or PyTorch as it stands, whose place is in every comparison."""
     case = {case.name: case for case in gpu.CASES}[name]
-    right = "image_forward" if case.net else "layer"
-    function = getattr(gpu_peers, right)
+    right = {"unet": "image_forward", "unet-training": "image_training", "unet-ddim": "image_sampling"}
+    right = right.get(case.kind, "layer")
+    function, off = getattr(gpu_peers, right), "channels"
 
     def wrong(*args, **options):
-        runs, results = function(*args, **options)
-        return runs, results | {"channels": 1.001 * results["channels"]}
+        def scaled(make):
+            run, result = make()
+            return run, 1.001 * result
+
+        return {
+            name: (lambda make=make: scaled(make)) if name == off else make
+            for name, make in function(*args, **options).items()
+        }
 
     monkeypatch.setattr(gpu_peers, right, wrong)
+    makers = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None).makers
+    makers["ours"]()
     with pytest.raises(AssertionError, match=f"{case.name}, channels: ours and PyTorch's differ by 0.001"):
-        gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
+        makers["channels"]()
+    off = "eager"
+    makers = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None).makers
+    for name in ("ours", "channels"):
+        with pytest.raises(AssertionError, match=f"{case.name}, {name}: ours and PyTorch's differ by 0.000999"):
+            makers[name]()
+
+
+def test_a_form_is_compared_with_the_weights_of_before(on_cpu):
+    """Though another form, which shares them, has trained them; and each is made once."""
+    case = small({case.name: case for case in gpu.CASES}["unet-train-16"])
+    ways, made = gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None), []
+    for name in ("graphs", "bf16-graphs", "channels", "compiled"):
+        run = ways.makers[name]()
+        for _ in range(3):
+            run()
+        made.append(run)
+    assert made[0].run is made[3]
+
+
+def test_reduced_is_called_once_before_it_is_timed(on_cpu, monkeypatch):
+    """Its second call is recorded, with the precision of that moment."""
+    calls, exact = [], []
+    monkeypatch.setattr(
+        torch.compiler,
+        "cudagraph_mark_step_begin",
+        lambda: calls.append(torch.backends.cudnn.allow_tf32),
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for name in ("unet-forward-16", "unet-train-16", "unet-ddim-50-16"):
+        case = small({case.name: case for case in gpu.CASES}[name])
+        calls.clear()
+        run = gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None).makers["reduced"]()
+        exact.append(list(calls))
+        run()
+        assert set(calls[1:]) == {True}
+    assert exact == [[False]] * 3
 
 
 def test_a_capture_warms_up_first(on_cpu):
@@ -191,3 +242,10 @@ def test_what_is_really_compiled_is_the_formula(monkeypatch):
     assert eps.std() > 0.5
     want = s.signal[t][:, None] * x0 + s.noise[t][:, None] * eps.astype(np.float64)
     assert_close(x_t, want, terms=2)
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    runs["compiled"]()
+    assert frames["ok"] == before
+    gpu_peers.release()
+    runs["compiled"]()
+    assert frames["ok"] > before

@@ -1,0 +1,478 @@
+"""Tests and benchmarks on a machine with a GPU: ``make gpu``, which is ``python benchmarks/gpu.py``.
+
+First the kernels are compiled. Then stages, in this order: the tests in tests/gpu but for those at full size ("tests");
+the times of our kernels beside a copy and PyTorch, see `gpu.py`, what has a mark first ("benchmarks"); the tests at
+full size ("full"); the small parity tests under compute-sanitizer, where it is installed ("sanitizer").
+
+This program never touches the GPU. Processes do, one after the other: one that dies or says nothing for too long costs
+the test, or the way of a case, that it had in hand, and another goes on behind it.
+
+The results go to ``gpu.json`` and ``.md`` in benchmarks/results, unless only a part was run, after every test and every
+round of times. With ``--minutes`` all ends at that time, and the results name what was not run; then PyTorch's networks
+are compiled beside the first stages, by processes of their own. ``--continue`` goes on with the results of an earlier
+run of the same card, source and versions.
+
+Exit code 1: something failed; 2: there is no usable GPU; 3: nothing failed, and time was up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_events
+from machine import header
+from readme_numbers import RESULTS, write
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TESTS = ROOT / "tests" / "gpu"
+WORKER = (sys.executable, str(HERE / "gpu_worker.py"))
+STAGES = ("tests", "benchmarks", "full", "sanitizer")
+SELECTED = {
+    "tests": "not full] and not test_cudnn",
+    "full": "full] or test_cudnn",
+    "sanitizer": "test_parity and small",
+}
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TICK = 0.05  # seconds between two looks at a process
+PATIENCE = {"start": 300, "tests": 120, "full": 300, "sanitizer": 600, "ours": 90, "theirs": 240}  # seconds of silence
+RESTARTS = 10  # a stage in which so many processes die in a row is given up
+SHARE = 1 / 4  # of the time: so long may making the ways of a case take, and silence
+AHEAD = 1 / 4  # of the time, after which nothing is compiled ahead
+NO_TIME = "no time left"
+Event = dict[str, Any]
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def follow(
+    command: tuple[str, ...], events: Path, until: float, patience: Callable[[Event], float], **environment: str
+) -> Iterator[Event]:
+    """Run a command in a process; yield what it tells, and at last why it is over ("": it ended well).
+
+    It ends at `until`, and where nothing has been told for longer than `patience` of the last event. What it started
+    ends with it.
+    """
+    if time.monotonic() >= until:
+        yield {"over": NO_TIME}
+        return
+    names = {gpu_events.FILE: str(events), gpu_events.PARENT: str(os.getpid())}
+    events.touch()
+    with events.open(encoding="utf-8") as lines:
+        lines.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | names | environment, stdin=subprocess.DEVNULL, process_group=0
+        )
+        heard, last, text, over = time.monotonic(), {}, "", None
+        try:
+            while over is None:
+                code = process.poll()  # before reading: nothing is missed
+                *whole, text = (text + lines.read()).split("\n")
+                for line in whole:
+                    heard, last = time.monotonic(), json.loads(line)
+                    yield last
+                if code is not None:
+                    over = f"exit code {code}" if code > 0 else f"died of {signal.Signals(-code).name}" if code else ""
+                elif time.monotonic() >= until:
+                    over = NO_TIME
+                elif time.monotonic() >= heard + patience(last):
+                    over = f"killed, silent for {patience(last):g} s"
+                else:
+                    time.sleep(TICK)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+    yield {"over": last.get("dying", over)}
+
+
+def drive(
+    left: list[str],
+    start: Callable[[], Iterator[Event]],
+    take: Callable[[Event], None],
+    lost: Callable[[str, str], bool],
+) -> str:
+    """Have processes do what is left, in order, until nothing is or time is up; return why they could not, or "".
+
+    Parameters
+    ----------
+    left : list of str
+        What is not done yet; names are taken out as they are done. A process may replace it by what it plans.
+    start : callable
+        Starts a process for what is left.
+    take : callable
+        Gets every event.
+    lost : callable
+        Gets what a process had in hand when it ended, and why it did; returns whether that is to be tried again.
+    """
+    died = 0
+    while left:
+        in_hand, before = "", list(left)
+        for event in start():
+            take(event)
+            if "planned" in event:
+                left[:] = event["planned"]
+            if "begin" in event:
+                in_hand = event["begin"]
+            if "end" in event:
+                left.remove(event["end"])
+                in_hand, died = "", 0 if event["good"] else died
+        why = event["over"] or "the process ended"
+        if event["over"] == NO_TIME:
+            return ""
+        if in_hand:
+            if not lost(in_hand, why):
+                left.remove(in_hand)
+        elif left == before:
+            return why
+        died += 1
+        if left and died == RESTARTS:
+            return f"given up after {died} processes; the last one: {why}"
+    return ""
+
+
+# -- what is known -------------------------------------------------------------------------------------------------
+
+
+def whole(row: dict[str, Any]) -> bool:
+    """Whether a row lacks no round and no way."""
+    return row["rounds"][0] == row["rounds"][1] and not row["cut"]
+
+
+@dataclass
+class Session:
+    """The results so far, where they are written, and the time that there is."""
+
+    results: dict[str, Any]
+    left: dict[str, list[str]]
+    """Names of what is planned and not done, by stage."""
+    output: Path | None
+    quick: bool
+    until: float
+    seconds: float
+    """From the start until then."""
+    folder: Path
+    """For the files of the processes."""
+
+    def follow(
+        self, name: str, command: tuple[str, ...], patience: Callable[[Event], str], **more: str
+    ) -> Iterator[Event]:
+        """Follow a process; `patience` names one of `PATIENCE`."""
+
+        def seconds(event: Event) -> float:
+            return min(PATIENCE[patience(event)], SHARE * self.seconds)
+
+        return follow(command, self.folder / name, self.until, seconds, **more)
+
+    def fault(self, name: str, why: str) -> None:
+        """Add what failed, and say so."""
+        self.results["faults"][name] = why
+        print(f"gpu.py: {name}: {why}", file=sys.stderr, flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, in place of one of no more rounds."""
+        rows = self.results["rows"]
+        old = next((old for old in rows if old["name"] == row["name"]), None)
+        if old is None or old["rounds"][0] <= row["rounds"][0]:
+            order = gpu.in_order([case.name for case in gpu.CASES])
+            rows[:] = sorted([*(r for r in rows if r is not old), row], key=lambda r: order.index(r["name"]))
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known."""
+        results = self.results
+        ways = [f"{row['title']}: {way}" for row in results["rows"] for way in row["cut"]]
+        results["left"] = {stage: names for stage, names in (self.left | {"ways": ways}).items() if names}
+        results["header"]["complete"] = [stage for stage, names in self.left.items() if not names]
+        results["header"]["cases"] = [row["name"] for row in results["rows"] if whole(row)]
+        for stage, outcomes in results["tests"].items():
+            bad = [name.split("::")[-1] for name, outcome in outcomes.items() if outcome.startswith("failed")]
+            passed = f"{sum(outcome == 'passed' for outcome in outcomes.values())} passed"
+            failed = f", **{len(bad)} failed**: {', '.join(bad)}" if bad else ""
+            if outcomes:
+                results["stages"][f"GPU tests, {stage}"] = passed + failed
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write(self.output / "gpu.json", json.dumps(results, indent=1) + "\n")
+            write(self.output / "gpu.md", gpu.table(results))
+
+
+# -- the stages ----------------------------------------------------------------------------------------------------
+
+
+def job(**what: Any) -> tuple[str, ...]:
+    """The command of a worker."""
+    return (*WORKER, json.dumps(what))
+
+
+def start(session: Session, ready: Callable[[], None]) -> str:
+    """Start the backend, then call `ready`, and compile the kernels; return "", or why there is no GPU."""
+    unusable = ""
+
+    def take(event: Event) -> None:
+        nonlocal unusable
+        unusable = event.get("unusable", unusable)
+        if "gpu" in event:
+            session.results["header"] |= event
+            ready()
+        if "end" in event:
+            session.results["compile"][event["end"]] = round(event["seconds"], 2)
+            if event["fault"]:
+                session.fault(f"{event['end']}.cu", event["fault"])
+
+    for event in session.follow("start", job(do="start"), lambda event: "start"):
+        take(event)
+    if "gpu" not in session.results["header"]:
+        return unusable or event["over"]
+    times = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in session.results["compile"].items())
+    session.results["stages"]["Kernels compiled"] = times
+    print(f"kernels compiled: {times}", flush=True)
+    if event["over"] not in ("", NO_TIME):
+        session.fault("start", event["over"])
+    return ""
+
+
+def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: str = "") -> str:
+    """Run tests of tests/gpu that have not run yet; return how a process ended badly, or ""."""
+    # Their own conftest only: that of tests/ needs packages which a GPU machine need not have.
+    pytest = (sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", "-W", "default", "-q")
+    name, over = name or stage, ""
+    outcomes = session.results["tests"].setdefault(name, {})
+    if under:  # a tool says at its end what it has found
+        outcomes.clear()
+    with (session.folder / name).open("w", encoding="utf-8") as events:
+        events.writelines(json.dumps({"begin": test}) + "\n" for test in outcomes)
+    left = session.left[stage] if name == stage else [name]
+
+    def process() -> Iterator[Event]:
+        command = (*under, *pytest, "-k", SELECTED[stage])
+        return session.follow(name, command, lambda event: stage, FASTDIFF_GPU="1")
+
+    def take(event: Event) -> None:
+        nonlocal over
+        over = over or event.get("over", "")
+        if "end" in event:
+            outcomes[event["end"]] = event["outcome"]
+            session.save()
+
+    def lost(test: str, why: str) -> bool:
+        outcomes[test] = f"failed: {why}"
+        return False
+
+    if why := drive(left, process, take, lost):
+        session.fault(name, why)
+    return over
+
+
+def sanitize(session: Session) -> None:
+    """Run the small parity tests under the tools of compute-sanitizer."""
+    if not shutil.which("compute-sanitizer"):
+        session.results["stages"]["compute-sanitizer"] = "not installed"
+        session.left["sanitizer"] = []
+        return
+    for tool in list(session.left["sanitizer"]):
+        log = session.folder / f"{tool}.log"
+        options = ("--error-exitcode", "1", "--target-processes", "all", "--log-file", str(log))
+        over = run_tests(session, "sanitizer", ("compute-sanitizer", "--tool", tool, *options), tool)
+        if time.monotonic() >= session.until:
+            return
+        if over:
+            session.fault(tool, over + (f"\n{log.read_text()[:4000]}" if log.exists() else ""))
+        session.left["sanitizer"].remove(tool)
+
+
+def benchmarks(session: Session) -> None:
+    """Time the cases that are left."""
+    way = ""
+    dead: dict[str, dict[str, str]] = {}  # ways that ended their process, and how, by case
+    hung: dict[str, str] = {}  # variants of ours that did so by silence: once is enough
+    for package in ("torch", "diffusers", "cudnn"):
+        if importlib.util.find_spec(package) is None:
+            session.results["stages"][{"torch": "PyTorch"}.get(package, package)] = "not installed"
+
+    def process() -> Iterator[Event]:
+        left, share = session.left["benchmarks"], SHARE * session.seconds
+        without = {case: hung | dead.get(case, {}) for case in left}
+        command = job(do="cases", cases=left, quick=session.quick, share=share, without=without)
+        return session.follow(
+            "cases", command, lambda event: "theirs" if event.get("way") in gpu.IMAGE_WAYS else "ours"
+        )
+
+    def take(event: Event) -> None:
+        nonlocal way
+        way = "" if "begin" in event else event.get("way", way)
+        if "row" in event:
+            session.add(event["row"])
+        if "end" in event:
+            row = next((row for row in session.results["rows"] if row["name"] == event["end"]), {"failed": {}})
+            for name in row["failed"].keys() & gpu.OURS.keys():
+                session.fault(f"{event['end']}, {name}", row["failed"][name])
+            if event["fault"]:
+                session.fault(event["end"], event["fault"])
+            print(f"{event['end']}: {'failed' if event['fault'] else 'done'}", flush=True)
+
+    def lost(case: str, why: str) -> bool:
+        if not way:
+            session.fault(case, why)
+            return False
+        dead.setdefault(case, {})[way] = why
+        if gpu.OURS.get(way) and "silent" in why:
+            hung[way] = why
+        return True
+
+    if why := drive(session.left["benchmarks"], process, take, lost):
+        session.fault("benchmarks", why)
+
+
+def ahead(session: Session) -> list[Future[dict[str, str]]]:
+    """Compile PyTorch's networks beside the first stages, one process a way; PyTorch's own cache keeps the code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(max(1, cores // 2))
+    until = session.until - (1 - AHEAD) * session.seconds
+
+    def run(case: str, way: str) -> dict[str, str]:
+        began, command, events = time.monotonic(), job(do="make", case=case, way=way), session.folder / f"{case}-{way}"
+        *_, last = follow(command, events, until, lambda event: session.seconds, TORCHINDUCTOR_COMPILE_THREADS="2")
+        outcome = last["over"] or f"{time.monotonic() - began:.0f} s"
+        print(f"compiled ahead, {case}, {way}: {outcome}", flush=True)
+        return {f"{case}, {way}": outcome}
+
+    networks = {case.name for case in gpu.CASES if case.net == "unet" and case.name in gpu.WANTED}
+    return [pool.submit(run, case, way) for case in session.left["benchmarks"] if case in networks for way in gpu.BEST]
+
+
+# -- the program ---------------------------------------------------------------------------------------------------
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a distribution, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def sources() -> str:
+    """Return a digest of what is tested and measured, and of what does it."""
+    digest = hashlib.sha256()
+    for folder in ("fastdiff", "kernels", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".py", ".cu", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def go_on(session: Session) -> None:
+    """Take over the results of an earlier run, and leave out what it has done."""
+    path, results = (session.output or Path()) / "gpu.json", session.results
+    earlier = json.loads(path.read_text(encoding="utf-8")) if session.output and path.exists() else None
+    same = ("gpu", "system", "python", "sources", "scale", *gpu.OPTIONAL)
+    other = [name for name in same if earlier and earlier["header"].get(name) != results["header"].get(name)]
+    if earlier is None or other:
+        print(f"starts anew: {f'{path} differs in {other}' if other else f'there is no {path}'}", flush=True)
+        return
+    kept = {case.name for case in gpu.CASES} | {*TOOLS}
+    results["faults"] |= {name: why for name, why in earlier["faults"].items() if name.split(",")[0] in kept}
+    results |= {name: earlier[name] for name in ("rows", "tests", "ahead")}
+    rows = {row["name"]: row for row in results["rows"] if row["rounds"][0] == row["rounds"][1]}
+    done = {name for name, row in rows.items() if whole(row)} | results["faults"].keys()
+    for stage, left in session.left.items():
+        if stage == "benchmarks":  # what is missing, then what lacks a way that decides a mark, then another way
+            left[:] = [name for name in left if name not in done]
+            left.sort(key=lambda name: (name in rows, not rows.get(name, {}).get("unknown")))
+        elif stage in earlier["header"]["complete"]:
+            left.clear()
+        elif stage == "sanitizer":
+            left[:] = earlier["left"].get(stage, left)
+    print(f"goes on with {path}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages, print, and write the results; return the exit code."""
+    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, metavar="M", help="end after so many; without it all is run")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="do what an earlier run did not get to")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
+    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
+    args = parser.parse_args(argv)
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"argument --minutes: got {args.minutes:g}, wants more than 0")
+    names = [case.name for case in gpu.CASES]
+    chosen = [name for name in names if any(name.startswith(beginning) for beginning in args.only or [""])]
+    if not chosen:
+        parser.error(f"no such case; there are {', '.join(names)}")
+    stages = [stage for stage in STAGES if stage in (args.stage or STAGES)]
+    plan = {"tests": ["all"], "benchmarks": gpu.in_order(chosen), "full": ["all"], "sanitizer": list(TOOLS)}
+    seconds = 60 * args.minutes if args.minutes else float("inf")
+    until = time.monotonic() + seconds
+    head = {**header(1), "sources": sources(), "scale": 0.001 if args.quick else 1.0, "minutes": args.minutes}
+    results: dict[str, Any] = {
+        "header": head | {name: installed(name) for name in gpu.OPTIONAL},
+        "ended": "", "left": {}, "stages": {}, "faults": {}, "compile": {}, "ahead": {}, "tests": {}, "rows": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(
+            results,
+            {stage: plan[stage] for stage in stages},
+            args.output or (None if args.only or args.quick or args.stage else RESULTS),
+            args.quick,
+            until,
+            seconds,
+            Path(folder),
+        )
+        futures = []
+        both = all(map(importlib.util.find_spec, ("torch", "diffusers")))
+
+        def ready() -> None:
+            if args.go_on:
+                go_on(session)
+            session.save()
+            if args.minutes and both and "benchmarks" in stages and not args.quick:
+                futures.extend(ahead(session))
+
+        if why := start(session, ready):
+            print(f"gpu.py: {why}", file=sys.stderr)
+            return 2
+        session.save()
+        for stage in stages:
+            if stage == "benchmarks":
+                for future in futures:
+                    results["ahead"] |= future.result()
+                if results["ahead"]:
+                    words = (f"{what} {outcome}" for what, outcome in results["ahead"].items())
+                    results["stages"]["Compiled ahead"] = "; ".join(words)
+                benchmarks(session)
+            elif stage == "sanitizer":
+                sanitize(session)
+            else:
+                run_tests(session, stage)
+            session.save()
+    results["ended"] = "time" if time.monotonic() >= until else "all"
+    session.save()
+    print(f"\n{gpu.table(results)}")
+    if session.output is not None:
+        print(f"written to {session.output}")
+    failed = any(outcome.startswith("failed") for each in results["tests"].values() for outcome in each.values())
+    return 1 if failed or results["faults"] else 3 if results["left"] else 0
