@@ -52,9 +52,10 @@ peers: $(VENV)/.installed-peers
 gate: $(VENV)/.installed-test
 	$(BIN)/python tests/cuda_gate.py
 
-# On a machine with a GPU, with a Python that has CuPy; installs nothing.
+# On a machine with a GPU, with a Python that has CuPy; installs nothing. MINUTES=9: what matters most, in that time;
+# CONTINUE=1: what an earlier run did not get to.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CONTINUE),--continue)
 
 # Where the time of a training step goes: of the perceptron kernel by kernel, of the U-Net layer by layer.
 profile: $(VENV)/.installed-plot
