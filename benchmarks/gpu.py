@@ -490,6 +490,7 @@ def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepare
 
 def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     import fastdiff as fd
+    from fastdiff.model import NetworkDenoiser
 
     del twins
     net, all_sides = cases.network(fd, case), sides(be)
@@ -497,7 +498,8 @@ def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
 
     def run(side: Any, steps: int) -> Callable[[], Any]:
         sampler = cases.ddim(fd, case, steps)
-        return lambda: fd.sample(net, sampler, n=case.n, seed=0, backend=side)
+        denoiser = NetworkDenoiser(net, be.asarray(net.flat), sampler.prediction, side)  # weights there, as PyTorch's
+        return lambda: fd.sample(denoiser, sampler, n=case.n, seed=0, backend=side)
 
     runs = {name: run(side, case.steps) for name, side in all_sides.items()}
     theirs = {}
