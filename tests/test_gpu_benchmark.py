@@ -123,7 +123,7 @@ def made(*names, **others):
 
 def test_rounds_of_turns():
     ways = made("ours", "eager")
-    units = {"ours": 10, "eager": 1}
+    units = {"ours": 10_000, "eager": 1}
     rounds = list(islice(gpu.measure(gpu.make(ways, int)[0], units, int, 0.001), 3))
     assert len(rounds) == 3
     assert all(set(seconds) == {"ours", "eager"} for seconds in rounds)
