@@ -842,6 +842,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="of both sides (default 2)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The ratios mean nothing")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
+    parser.add_argument("--name", default="peers-cpu", help="of the files with the results (default peers-cpu)")
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--variant", default="", help=argparse.SUPPRESS)
@@ -894,8 +895,8 @@ def main() -> int:
         return 1
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write(output / "peers-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "peers-cpu.md", table(results))
+        write(output / f"{args.name}.json", json.dumps(results, indent=1) + "\n")
+        write(output / f"{args.name}.md", table(results))
         print(f"written to {output}")
     return 0
 
