@@ -153,9 +153,9 @@ def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
     `most_in_a_row` is how many vectors a tile of one row has at most; the last vector has `used` lanes.
     """
     lanes, most_rows, most_vectors, _ = TILES[width]
-    # AVX-512 masks for free, so every tile masks its last vector. AVX2 is slow to store through a mask, and elsewhere a
-    # mask is a branch for each lane, so full tiles have code of their own.
-    always = lanes >= 16
+    # AVX masks for free, so every tile masks its last vector. Elsewhere a mask is a branch for each lane,
+    # so full tiles have code of their own.
+    always = lanes >= 8
     masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
     choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
     never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
