@@ -17,9 +17,11 @@ width 0, for machines without fused multiply-add, rounds each product and agrees
 loads one row of B, broadcasts one A for each row, and multiplies.  That is enough independent chains to hide
 the latency of the multiply-add, and few enough loads to keep it fed.  A single row takes up to 16 vectors
 instead, so that a matrix-vector product reads B nearly in order.  Rows and vectors are divided into tiles as
-evenly as can be: 13 vectors are 4 + 3 + 3 + 3, not 4 + 4 + 4 + 1, so that no tile has too few chains.  The
-last vector of a row is masked: nothing outside the m x n, m x k and k x n elements is read or written.
-Masked lanes are wasted: where the layout is free, let n be the size that the vector length divides.
+evenly as can be: 13 vectors are 3 + 3 + 3 + 4, not 4 + 4 + 4 + 1, so that no tile has too few chains.  The
+last vector of a row ends with the row, so it may share elements with the one before, which is in the same tile: both
+compute the same.  Only where n is less than a vector is there a mask, which is slow on many CPUs.  Nothing outside the
+m x n, m x k and k x n elements is read or written.  Lanes that compute an element once more are wasted: where the
+layout is free, let n be the size that the vector length divides.
 
 **One compiled copy.**  The machine code is made once (`export`), and ``gemm`` is a mere call of its symbol, so a
 kernel that uses it compiles fast, and can be cached as well.
@@ -62,10 +64,14 @@ def _int(value, bits=I64):
 
 
 class Rows:
-    """Code for rows of vectors; the vector numbered `masked` (or None) has only its first `used` lanes."""
+    """Code for rows of vectors; the vector numbered `masked` (or None) has only its first `used` lanes.
 
-    def __init__(self, builder, lanes, masked, used):
-        self.builder, self.lanes, self.masked = builder, lanes, masked
+    The one numbered `last` (or None) is a whole one: its last `used` lanes follow the vector before.
+    """
+
+    def __init__(self, builder, lanes, masked, used, last=None):
+        self.builder, self.lanes, self.masked, self.last = builder, lanes, masked, last
+        self.overlap = builder.sub(used, _int(lanes))
         self.type = ir.VectorType(F32, lanes)
         self.zero = ir.Constant(self.type, [0.0] * lanes)
         index = ir.VectorType(I64, lanes)
@@ -83,7 +89,10 @@ class Rows:
         return self.builder.call(function, args)
 
     def address(self, row, j):
-        return self.builder.bitcast(self.builder.gep(row, [_int(j * self.lanes)]), self.type.as_pointer())
+        at = _int(j * self.lanes)
+        if j == self.last:
+            at = self.builder.add(at, self.overlap)
+        return self.builder.bitcast(self.builder.gep(row, [at]), self.type.as_pointer())
 
     def load(self, row, j):
         place = self.address(row, j)
@@ -153,23 +162,21 @@ def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
     `most_in_a_row` is how many vectors a tile of one row has at most; the last vector has `used` lanes.
     """
     lanes, most_rows, most_vectors, _ = TILES[width]
-    # AVX masks for free, so every tile masks its last vector. Elsewhere a mask is a branch for each lane,
-    # so full tiles have code of their own.
-    always = lanes >= 8
-    masks = _int(1) if always else builder.zext(builder.icmp_signed("<", used, _int(lanes)), I64)
-    choice = builder.add(builder.shl(rows, _int(8)), builder.add(builder.shl(vectors, _int(1)), masks))
+    # 0 vectors is one with a mask.
+    part = builder.and_(builder.icmp_signed("==", vectors, _int(1)), builder.icmp_signed("<", used, _int(lanes)))
+    choice = builder.add(builder.shl(rows, _int(8)), builder.select(part, _int(0), vectors))
     never, leave = builder.append_basic_block("never"), builder.append_basic_block("leave")
     switch = builder.switch(choice, never)
     builder.position_at_end(never)
     builder.unreachable()
     for r in range(1, most_rows + 1):
-        for v in range(1, 1 + (most_in_a_row if r == 1 else most_vectors)):
-            for masked in (1,) if always else (0, 1):
-                case = builder.append_basic_block(f"tile_{r}x{v}")
-                switch.add_case(_int((r << 8) + (v << 1) + masked), case)
-                builder.position_at_end(case)
-                emit(Rows(builder, lanes, v - 1 if masked else None, used), r, v)
-                builder.branch(leave)
+        for v in range(1 + (most_in_a_row if r == 1 else most_vectors)):
+            case = builder.append_basic_block(f"tile_{r}x{v}")
+            switch.add_case(_int((r << 8) + v), case)
+            builder.position_at_end(case)
+            masked, last = (None if v else 0), (v - 1 if v > 1 else None)
+            emit(Rows(builder, lanes, masked, used, last), r, max(1, v))
+            builder.branch(leave)
     builder.position_at_end(leave)
 
 
@@ -205,7 +212,7 @@ def make_driver(width):
         panels = (vectors + most - 1) // most
         j = 0
         for panel in range(panels):  # the outer loop, so that the panel of B stays in the cache for all rows
-            v = vectors // panels + (panel < vectors % panels)
+            v = vectors // panels + (panels - panel <= vectors % panels)  # the last has two where there are two
             used = min(lanes, n - j - (v - 1) * lanes)
             i = 0
             for row_tile in range(row_tiles):

@@ -112,7 +112,7 @@ def make_driver(width):
         panels = (vectors + most - 1) // most
         j = 0
         for panel in range(panels):
-            v = vectors // panels + (panel < vectors % panels)
+            v = vectors // panels + (panels - panel <= vectors % panels)
             used = min(lanes, n - j - (v - 1) * lanes)
             i = 0
             for row_tile in range(row_tiles):
