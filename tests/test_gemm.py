@@ -158,6 +158,26 @@ def test_working_sizes(width, m, n, k, transpose):
 
 
 @widths
+def test_bias(width):
+    """That of `gemm` and the bias added to it, in every tile; nothing beside C is written."""
+    with_bias = (module.gemm if width == HOST else module.make_gemm(width)).with_bias
+
+    @numba.njit
+    def call(c, ldc, a, b, bias, first, m, n, k):
+        with_bias(c, 0, ldc, a, 0, k, 1, b, 0, n, m, n, k, bias, first)
+
+    rng = np.random.default_rng(4)
+    for m, n, k in itertools.product((1, 2, 5, 6, 13), (*range(1, 20), 50, 100, 129), (0, 1, 7)):
+        a, b, bias = normals(rng, m, k), normals(rng, k, n), np.full(n + 2, np.nan, np.float32)
+        bias[1:-1] = normals(rng, n)
+        c = np.full((m, n + 1), CANARY)
+        call(c.reshape(-1), n + 1, a.reshape(-1), b.reshape(-1), bias, 1, m, n, k)
+        wanted = check(width, a, b) + bias[1:-1]
+        np.testing.assert_array_equal(c[:, :-1].view(np.uint32), wanted.view(np.uint32))
+        assert (c[:, -1] == CANARY).all()
+
+
+@widths
 def test_batch_law(width):
     """An element has the same bits alone, in any part of the rows and columns, and with k in pieces."""
     rng, call = np.random.default_rng(3), kernel(width)
@@ -263,18 +283,21 @@ def before_guard(count, keep=[]):
 def run(width):
     gemm = module.make_gemm(width)
 
+    with_bias = gemm.with_bias
+
     @numba.njit
-    def call(c, a, rs, cs, b, m, n, k):
+    def call(c, a, rs, cs, b, bias, m, n, k):
+        with_bias(c, 0, n, a, 0, rs, cs, b, 0, n, m, n, k, bias, 0)
         gemm(c, 0, n, a, 0, rs, cs, b, 0, n, m, n, k, False)
         gemm(c, 0, n, a, 0, rs, cs, b, 0, n, m, n, k, True)
 
     for m in (1, 2, 5, 7, 13):
         for n in (1, 2, 3, 5, 15, 17, 50, 100):
             for k in (0, 1, 9):
-                c, a, b = before_guard(m * n), before_guard(m * k), before_guard(k * n)
+                c, a, b, bias = before_guard(m * n), before_guard(m * k), before_guard(k * n), before_guard(n)
                 a[:], b[:] = 1, 1
-                call(c, a, k, 1, b, m, n, k)
-                call(c, a, 1, m, b, m, n, k)
+                call(c, a, k, 1, b, bias, m, n, k)
+                call(c, a, 1, m, b, bias, m, n, k)
                 assert (c == 2 * k).all()
 
 for width in %r:

@@ -6,6 +6,7 @@
 
 where C[i, j] is ``c[c_off + i * ldc + j]``, A[i, k] is ``a[a_off + i * a_rs + k * a_cs]`` and B[k, j] is
 ``b[b_off + k * ldb + j]``.  With (a_rs, a_cs) = (ld, 1) it is y = x W; with (1, ld) it is dW = x^T dy.
+``gemm_bias`` takes ``bias, bias_off`` instead of ``accumulate``, and adds bias[bias_off + j] to the sum at the end.
 
 **The bits.**  Every C[i, j] is one chain of fused multiply-adds over ascending k, starting from C[i, j] or
 from +0.  Vectors run along j, rows are independent, and k is never split into partial sums.  So the bits
@@ -29,12 +30,14 @@ kernel that uses it compiles fast, and can be cached as well.
 
 from __future__ import annotations
 
+from functools import partial
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
 from fastdiff.kernels.cpu.jit import export, kernel
@@ -45,7 +48,10 @@ FLOAT_BYTES = 4
 # width: (lanes of a vector, most rows of a tile, most vectors of a tile, most vectors of a tile of one row).
 # 6 x 4 sums suit 32 registers (AVX-512, NEON), 6 x 2 the 16 of AVX2 and SSE.
 TILES = {16: (16, 6, 4, 16), 8: (8, 6, 2, 8), 4: (4, 6, 4, 8), 0: (4, 6, 2, 8)}
-DRIVER_ARGS = (types.int64,) * 11
+# Where a tile has 2 vectors, a third one beside them would be a tile of its own with too few chains: 4 x 3 sums are
+# enough, and fit as well.
+PAIR, ROWS_OF_THREE = 2, 4
+DRIVER_ARGS = (types.int64,) * 12
 
 
 def host_width():
@@ -110,10 +116,24 @@ class Rows:
             self.call(name, ir.VoidType(), value, place, _int(FLOAT_BYTES, I32), self.mask)
 
 
-def _emit_tile(builder, vec, fused, rows, vectors, operands):
-    """Write one tile: fetch C or zeros, run over k, store C."""
+def opaque(builder, value):
+    """The integer, of which LLVM knows nothing: else it adds from row to row, and each address waits for the last."""
+    return builder.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [value])
+
+
+def loop_back(builder, loop):
+    """Branch to the head of a loop, which is not to be unrolled: no faster, and twice the code to compile."""
+    module = builder.module
+    wish = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    name = module.add_metadata([wish, wish])
+    name.operands = name, wish  # how LLVM wants it: a loop's list names itself first
+    builder.branch(loop).set_metadata("llvm.loop", name)
+
+
+def _emit_tile(builder, vec, fused, rows, vectors, operands, bias=None):
+    """Write one tile: fetch C or zeros, run over k, add the bias where its address is not 0, store C."""
     c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate = operands
-    a_starts = [builder.mul(_int(i), a_rs) for i in range(rows)]
+    a_starts = [opaque(builder, builder.mul(_int(i), a_rs)) for i in range(rows)]
     c_rows = [builder.gep(c, [builder.mul(_int(i), ldc)]) for i in range(rows)]
     tile = [(i, j) for i in range(rows) for j in range(vectors)]
 
@@ -149,9 +169,19 @@ def _emit_tile(builder, vec, fused, rows, vectors, operands):
     count.add_incoming(builder.add(count, _int(1)), step)
     a_k.add_incoming(builder.gep(a_k, [a_cs]), step)
     b_k.add_incoming(builder.gep(b_k, [ldb]), step)
-    builder.branch(loop)
+    loop_back(builder, loop)
 
     builder.position_at_end(finish)
+    if bias is not None:
+        with builder.if_then(builder.icmp_signed("!=", bias, ir.Constant(bias.type, None))):
+            added = [vec.load(bias, j) for j in range(vectors)]
+            shifted = {(i, j): builder.fadd(sums[i, j], added[j]) for i, j in tile}
+            inside = builder.block
+        for ij in tile:
+            total = builder.phi(vec.type)
+            total.add_incoming(sums[ij], finish)
+            total.add_incoming(shifted[ij], inside)
+            sums[ij] = total
     for i, j in tile:
         vec.store(sums[i, j], c_rows[i], j)
 
@@ -170,7 +200,8 @@ def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
     builder.position_at_end(never)
     builder.unreachable()
     for r in range(1, most_rows + 1):
-        for v in range(1 + (most_in_a_row if r == 1 else most_vectors)):
+        most = most_vectors + (most_vectors == PAIR and r <= ROWS_OF_THREE)
+        for v in range(1 + (max(most, most_in_a_row) if r == 1 else most)):
             case = builder.append_basic_block(f"tile_{r}x{v}")
             switch.add_case(_int((r << 8) + v), case)
             builder.position_at_end(case)
@@ -181,53 +212,76 @@ def emit_tiles(builder, width, most_in_a_row, rows, vectors, used, emit):
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typingctx, width, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate):
-    """One tile of `rows` x `vectors` at the addresses c, a, b; its last vectors have `used` lanes."""
+def _tile(typingctx, width, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate, bias):
+    """One tile of `rows` x `vectors` at the addresses c, a, b, bias; its last vectors have `used` lanes."""
     most_in_a_row = TILES[width.literal_value][3]
 
     def codegen(context, builder, signature, args):
-        _, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate = args
-        c, a, b = (builder.inttoptr(address, F32.as_pointer()) for address in (c, a, b))
+        _, rows, vectors, used, c, ldc, a, a_rs, a_cs, b, ldb, k, accumulate, bias = args
+        c, a, b, bias = (builder.inttoptr(address, F32.as_pointer()) for address in (c, a, b, bias))
         operands = c, ldc, a, a_rs, a_cs, b, ldb, k, builder.trunc(accumulate, I1)
         emit_tiles(
             builder, width.literal_value, most_in_a_row, rows, vectors, used,
-            lambda vec, r, v: _emit_tile(builder, vec, width.literal_value > 0, r, v, operands),
+            lambda vec, r, v: _emit_tile(builder, vec, width.literal_value > 0, r, v, operands, bias),
         )  # fmt: skip
         return context.get_dummy_value()
 
-    return types.void(width, *[types.int64] * 12), codegen
+    return types.void(width, *[types.int64] * 13), codegen
+
+
+@register_jitable
+def panels_of(vectors, most):
+    """Number of panels of at most `most` vectors, or of 2 or 3 where `most` is 2."""
+    return max(1, vectors // PAIR) if most == PAIR else (vectors + most - 1) // most
+
+
+@register_jitable
+def row_tiles_of(m, vectors, most, most_rows):
+    """Number of tiles of m rows of so many vectors."""
+    rows = ROWS_OF_THREE if vectors > most else most_rows
+    return (m + rows - 1) // rows
+
+
+@register_jitable
+def share(count, parts, part):
+    """Size of an even part of `count`: the last one is of the largest."""
+    return count // parts + (parts - part <= count % parts)
 
 
 def make_driver(width):
-    """The loops over the tiles: gemm with addresses for arrays and offsets, and 0 or 1 for accumulate."""
+    """The loops over the tiles: gemm with addresses for arrays and offsets, and 0 or 1 for accumulate.
+
+    The bias is added to every row of C at the end; address 0 is none.
+    """
     lanes, most_rows, most_vectors, most_in_a_row = TILES[width]
 
     @kernel
-    def driver(c, ldc, a, a_rs, a_cs, b, ldb, m, n, k, accumulate):
+    def driver(c, ldc, a, a_rs, a_cs, b, ldb, m, n, k, accumulate, bias):
         if m <= 0 or n <= 0:
             return
-        row_tiles = (m + most_rows - 1) // most_rows
         vectors = (n + lanes - 1) // lanes
         most = most_in_a_row if m == 1 else most_vectors
-        panels = (vectors + most - 1) // most
+        panels = panels_of(vectors, most)
         j = 0
         for panel in range(panels):  # the outer loop, so that the panel of B stays in the cache for all rows
-            v = vectors // panels + (panels - panel <= vectors % panels)  # the last has two where there are two
+            v = share(vectors, panels, panel)
             used = min(lanes, n - j - (v - 1) * lanes)
+            row_tiles = row_tiles_of(m, v, most, most_rows)
             i = 0
             for row_tile in range(row_tiles):
-                r = m // row_tiles + (row_tile < m % row_tiles)
+                r = share(m, row_tiles, row_tile)
                 c_tile, a_tile, b_tile = c + 4 * (i * ldc + j), a + 4 * i * a_rs, b + 4 * j
-                _tile(width, r, v, used, c_tile, ldc, a_tile, a_rs, a_cs, b_tile, ldb, k, accumulate)
+                bias_tile = bias + 4 * j if bias else 0
+                _tile(width, r, v, used, c_tile, ldc, a_tile, a_rs, a_cs, b_tile, ldb, k, accumulate, bias_tile)
                 i += r
             j += v * lanes
 
     return driver
 
 
-def check_operands(name, c, a, b):
-    """Raise `TypingError` where the types of C, A and B are not those of a product."""
-    for array in (c, a, b):
+def check_operands(name, c, *others):
+    """Raise `TypingError` where the types of C and the others are not those of a product."""
+    for array in (c, *others):
         if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1):
             raise TypingError(f"{name} wants 1-D float32 arrays, got {array}")
         if array.layout != "C" or not array.aligned:
@@ -252,25 +306,31 @@ def make_gemm(width):
     driver = make_driver(width)
     emit = export(driver, DRIVER_ARGS, f"gemm_{width}")
 
+    def call(context, builder, signature, args, bias):
+        def address(position):
+            data = make_array(signature.args[position])(context, builder, args[position]).data
+            return builder.ptrtoint(builder.gep(data, [args[position + 1]]), I64)
+
+        _, _, ldc, _, _, a_rs, a_cs, _, _, ldb, m, n, k, last, *_ = args
+        start, added = (_int(0), address(13)) if bias else (builder.zext(last, I64), _int(0))
+        return emit(context, builder, (address(0), ldc, address(3), a_rs, a_cs, address(7), ldb, m, n, k, start, added))
+
+    i = types.int64
+
     @intrinsic
     def gemm(typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, accumulate):
         check_operands("gemm", c, a, b)
+        return types.void(c, i, i, a, i, i, i, b, i, i, i, i, i, types.boolean), partial(call, bias=False)
 
-        def codegen(context, builder, signature, args):
-            def address(position):
-                data = make_array(signature.args[position])(context, builder, args[position]).data
-                return builder.ptrtoint(builder.gep(data, [args[position + 1]]), I64)
-
-            _, _, ldc, _, _, a_rs, a_cs, _, _, ldb, m, n, k, accumulate = args
-            start = builder.zext(accumulate, I64)
-            values = address(0), ldc, address(3), a_rs, a_cs, address(7), ldb, m, n, k, start
-            return emit(context, builder, values)
-
-        i = types.int64
-        return types.void(c, i, i, a, i, i, i, b, i, i, i, i, i, types.boolean), codegen
+    @intrinsic
+    def with_bias(typingctx, c, c_off, ldc, a, a_off, a_rs, a_cs, b, b_off, ldb, m, n, k, bias, bias_off):
+        check_operands("gemm", c, a, b, bias)
+        return types.void(c, i, i, a, i, i, i, b, i, i, i, i, i, bias, i), partial(call, bias=True)
 
     gemm.driver = driver  # keeps the machine code alive
+    gemm.with_bias = with_bias
     return gemm
 
 
 gemm = make_gemm(host_width())
+gemm_bias = gemm.with_bias

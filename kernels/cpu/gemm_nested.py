@@ -19,7 +19,21 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I64, TILES, _int, check_operands, emit_tiles, host_width
+from fastdiff.kernels.cpu.gemm import (
+    F32,
+    FLOAT_BYTES,
+    I64,
+    TILES,
+    _int,
+    check_operands,
+    emit_tiles,
+    host_width,
+    loop_back,
+    opaque,
+    panels_of,
+    row_tiles_of,
+    share,
+)
 from fastdiff.kernels.cpu.jit import export, kernel
 
 DRIVER_ARGS = (types.int64,) * 13
@@ -28,7 +42,7 @@ DRIVER_ARGS = (types.int64,) * 13
 def _emit_tile(builder, vec, fused, rows, vectors, operands):
     """Write one tile: fetch C, run over both indices, store C."""
     c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, k, blocks = operands
-    a_starts = [builder.mul(_int(i), a_rs) for i in range(rows)]
+    a_starts = [opaque(builder, builder.mul(_int(i), a_rs)) for i in range(rows)]
     c_rows = [builder.gep(c, [builder.mul(_int(i), ldc)]) for i in range(rows)]
     tile = [(i, j) for i in range(rows) for j in range(vectors)]
     outer, inner, step, following, finish = map(
@@ -70,11 +84,11 @@ def _emit_tile(builder, vec, fused, rows, vectors, operands):
                 totals.append(builder.fadd(builder.fmul(a_ik, b_row[j]), sums[i * vectors + j]))
     following_k = builder.add(count, _int(1)), builder.gep(a_k, [a_cs]), builder.gep(b_k, [ldb])
     advance(inside, [*following_k, *totals])
-    builder.branch(inner)
+    loop_back(builder, inner)
 
     builder.position_at_end(following)
     advance(outside, [builder.add(u, _int(1)), builder.gep(a_u, [a_us]), builder.gep(b_u, [b_us]), *sums])
-    builder.branch(outer)
+    loop_back(builder, outer)
 
     builder.position_at_end(finish)
     for (i, j), total in zip(tile, begun, strict=True):
@@ -107,16 +121,16 @@ def make_driver(width):
     def driver(c, ldc, a, a_rs, a_cs, a_us, b, ldb, b_us, m, n, k, blocks):
         if m <= 0 or n <= 0:
             return
-        row_tiles = (m + most_rows - 1) // most_rows
         vectors = (n + lanes - 1) // lanes
-        panels = (vectors + most - 1) // most
+        panels = panels_of(vectors, most)
         j = 0
         for panel in range(panels):
-            v = vectors // panels + (panels - panel <= vectors % panels)
+            v = share(vectors, panels, panel)
             used = min(lanes, n - j - (v - 1) * lanes)
+            row_tiles = row_tiles_of(m, v, most, most_rows)
             i = 0
             for row_tile in range(row_tiles):
-                r = m // row_tiles + (row_tile < m % row_tiles)
+                r = share(m, row_tiles, row_tile)
                 c_tile, a_tile, b_tile = c + 4 * (i * ldc + j), a + 4 * i * a_rs, b + 4 * j
                 _tile(width, r, v, used, c_tile, ldc, a_tile, a_rs, a_cs, a_us, b_tile, ldb, b_us, k, blocks)
                 i += r
