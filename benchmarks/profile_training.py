@@ -47,10 +47,9 @@ def forward_products(layers, arena, params, rows):
 
 
 @numba.njit(**jit.OPTIONS)
-def weight_gradients(layers, arena, dy, partial, rows):
+def weight_gradients(layers, arena, dy, partial, spare, rows):
     for k in range(len(layers)):
-        n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
-        gemm(partial, layers[k, mlp.WEIGHT], m, arena, layers[k, mlp.X], 1, n, dy, 0, m, n, m, rows, False)
+        mlp._weight_gradient(rows, layers[k], arena, dy, partial, spare)
 
 
 @numba.njit(**jit.OPTIONS)
@@ -63,12 +62,6 @@ def input_gradients(layers, dy, transposed, dx, rows):
 @numba.njit(**jit.OPTIONS)
 def square_product(a, b, c, n):
     gemm(c, 0, n, a, 0, n, 1, b, 0, n, n, n, n, False)
-
-
-@numba.njit(**jit.OPTIONS)
-def activations(layers, arena, params, table, width, slots, t):
-    for k in range(len(layers)):
-        mlp._modulate_activate(len(t), layers[k], arena, params, table, width, slots, t)
 
 
 @numba.njit(**jit.OPTIONS)
@@ -102,7 +95,7 @@ def main() -> None:
         space.time_table(net.flat, space.t)[0],
         net.plan.time_width,
     )
-    partial, dtime = space.partials[0], space.dtime[0]
+    partial, dtime, dtable = space.partials[0], space.dtime[0], grads[space.summed :]
     target, d_in, d_out = space.deltas[0]
     slots, t = space.slots, space.t
     zeros = np.zeros_like(d_in)  # a gradient that does not grow from call to call
@@ -118,15 +111,19 @@ def main() -> None:
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
     forward = 2 * rows * sum(case.products)
+    products = best(forward_products, layers, arena, net.flat, rows)
     parts = {
-        "products, forward": (best(forward_products, layers, arena, net.flat, rows), forward),
-        "products, weight gradients": (best(weight_gradients, layers, arena, zeros, partial, rows), forward),
+        "products, forward": (products, forward),
+        "products, weight gradients": (best(weight_gradients, layers, arena, zeros, partial, d_in, rows), forward),
         "products, input gradients": (
             best(input_gradients, layers, zeros, space.transposed, d_in, rows),
             forward - 2 * rows * case.products[0],
         ),
-        "activations": (best(activations, layers, arena, net.flat, table, width, slots, t), 0),
-        "activations, backward": (
+        "biases and activations": (
+            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t) - products,
+            0,
+        ),
+        "biases and activations, backward": (
             best(activations_backward, layers, arena, zeros, table, width, slots, t, dtime, partial),
             0,
         ),
@@ -139,7 +136,7 @@ def main() -> None:
         ),
         "sums over tiles": (
             best(
-                mlp.collect_tile, True, grads[: space.summed], partial, dtime, t, slots, space.dtable, width
+                mlp.collect_tile, True, grads[: space.summed], partial, dtime, t, slots, dtable, width
             ),
             0,
         ),

@@ -395,7 +395,7 @@ class CpuBackend(CpuLayers):
         if width and net.features is None:
             dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
         dtable[: count * width] = 0
-        mlp_kernels.transpose_weights(net.layers, params, net.transposed)
+        mlp_kernels.transpose_weights(net.layers if draws is None else net.layers[1:], params, net.transposed)
         if draws is None:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:

@@ -12,14 +12,12 @@ taps and channels, whatever the parts, tiles and images that are computed togeth
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, register_jitable
-from numba.np.arrayobj import make_array
+from numba.extending import register_jitable
 
-from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I32, I64, TILES, host_width
+from fastdiff.kernels.cpu.gemm import TILES, host_width
 from fastdiff.kernels.cpu.gemm_nested import gemm_nested
 from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.transpose import transpose_into
 
 # Columns of the table of parts: rows and columns of output pixels; their distances and the first one's offset in the
 # output, the same in the input for the first tap; the distance of kernel rows in the input; how many kernel rows;
@@ -36,7 +34,6 @@ PATTERN = 1024  # values: rows of biases are repeated up to this length
 LANES = TILES[host_width()][0]
 VECTORS = TILES[host_width()][2]
 ZERO = np.float32(0)
-SIDE = 8  # of the blocks in which weights are transposed
 
 
 @register_jitable
@@ -211,59 +208,13 @@ def spread_weights(start, stop, taps, w, out, c, k, transpose):
             continue
         source = w[taps[t, 1] * size : (taps[t, 1] + 1) * size]
         if transpose:
-            _transpose(source, target, c, k, taps[t, 2] != 0)
+            transpose_into(source, target, c, k, taps[t, 2] != 0)
         elif taps[t, 2] != 0:
             for i in range(size):
                 target[i] += source[i]
         else:
             for i in range(size):
                 target[i] = source[i]
-
-
-@intrinsic
-def _transpose_block(typingctx, source, at, distance, target, to, target_distance, add):
-    """target[to + j target_distance + i] = source[at + i distance + j] for i, j < SIDE, or has it added."""
-
-    def codegen(context, builder, signature, args):
-        def vectors(position):
-            data = make_array(signature.args[position])(context, builder, args[position]).data
-            starts = [builder.add(args[position + 1], builder.mul(I64(i), args[position + 2])) for i in range(SIDE)]
-            return [builder.bitcast(builder.gep(data, [start]), vector.as_pointer()) for start in starts]
-
-        vector = ir.VectorType(F32, SIDE)
-        rows = [builder.load(place, align=FLOAT_BYTES) for place in vectors(0)]
-        span = 1
-        while span < SIDE:  # exchange the off-diagonal halves of blocks of twice the span
-            upper = [lane if not lane & span else SIDE + lane - span for lane in range(SIDE)]
-            lower = [lane + span if not lane & span else SIDE + lane for lane in range(SIDE)]
-            for i in range(SIDE):
-                if not i & span:
-                    pair = rows[i], rows[i + span]
-                    rows[i], rows[i + span] = (
-                        builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, SIDE), mask))
-                        for mask in (upper, lower)
-                    )
-            span *= 2
-        for row, place in zip(rows, vectors(3), strict=True):
-            old = builder.select(args[6], builder.load(place, align=FLOAT_BYTES), ir.Constant(vector, [0.0] * SIDE))
-            builder.store(builder.fadd(row, old), place, align=FLOAT_BYTES)
-        return context.get_dummy_value()
-
-    i = types.int64
-    return types.void(source, i, i, target, i, i, types.boolean), codegen
-
-
-@kernel
-def _transpose(source, target, rows, columns, add):
-    """target (columns, rows) becomes the transpose of source (rows, columns), or has it added."""
-    whole_rows, whole_columns = rows - rows % SIDE, columns - columns % SIDE
-    for j in range(0, whole_columns, SIDE):
-        for i in range(0, whole_rows, SIDE):
-            _transpose_block(source, i * columns + j, columns, target, j * rows + i, rows, add)
-    for j in range(columns):
-        for i in range(whole_rows if j < whole_columns else 0, rows):
-            old = target[j * rows + i] if add else ZERO
-            target[j * rows + i] = source[i * columns + j] + old
 
 
 @kernel

@@ -13,10 +13,11 @@ import numpy as np
 
 from fastdiff.backends import LEAKY_SLOPE
 from fastdiff.kernels.cpu.elementary import sigmoid
-from fastdiff.kernels.cpu.gemm import gemm
+from fastdiff.kernels.cpu.gemm import TILES, gemm, gemm_bias, host_width
 from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
 from fastdiff.kernels.cpu.step import apply_row
+from fastdiff.kernels.cpu.transpose import transpose_into
 
 TILE = 128
 PATIENCE = 20_000  # looks at whose turn it is, some 20 ns each
@@ -33,75 +34,55 @@ SHIFTED, SCALED = 1, 2
 
 F = np.float32
 ZERO, ONE, TWO, SLOPE = F(0), F(1), F(2), F(LEAKY_SLOPE)
+UNIT = np.ones(1, F)  # with distances 0 a matrix of ones, whose product is a sum
+LANES = TILES[host_width()][0]
 
 
 @kernel
 def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
-    """u = product + bias and y = act((1 + gain) u + shift), in the arena, for the rows of a tile."""
-    n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
-    bias = params[layer[BIAS] : layer[BIAS] + n]
+    """u = x W + bias and y = act((1 + gain) u + shift), in the arena, for the rows of a tile."""
+    inputs, n, mode, act, column = layer[INPUTS], layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
+    gemm_bias(
+        arena, layer[U], n, arena, layer[X], inputs, 1, params, layer[WEIGHT], n, rows, n, inputs, params, layer[BIAS],
+    )  # fmt: skip
     us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
-    if mode == 0 and act != SILU:  # apart, since cutting out a row costs as much as what is done with it
-        for i in range(rows):
-            y = ys[i * n : (i + 1) * n]
-            if act == LEAKY:
-                for j in range(n):
-                    v = y[j] + bias[j]
-                    y[j] = v if v > ZERO else SLOPE * v
-            else:
-                for j in range(n):
-                    y[j] = y[j] + bias[j]
-        return
-    column = layer[COLUMN]
-    for i in range(rows):
+    # u and y are one place unless u is needed again (SiLU, or a gain): each loop below writes through one of the
+    # two names only where they are, since the compiler does not vectorise over arrays that overlap.
+    for i in range(rows if mode != 0 else 0):
         u, y = us[i * n : (i + 1) * n], ys[i * n : (i + 1) * n]
         at = slots[t[i]] * width + column
-        # u and y are one place unless u is needed again (SiLU, or a gain): each loop below writes through one of the
-        # two names only where they are, since the compiler does not vectorise over arrays that overlap.
-        if mode == SCALED:
-            gain, shift = table[at : at + n], table[at + n : at + 2 * n]
-            for j in range(n):
-                u[j] = u[j] + bias[j]
-            if act == SILU:
-                for j in range(n):
-                    v = (ONE + gain[j]) * u[j] + shift[j]
-                    y[j] = v * sigmoid(v)
-                continue
-            for j in range(n):
-                y[j] = (ONE + gain[j]) * u[j] + shift[j]
-        elif mode == SHIFTED:
+        if mode == SHIFTED:
             shift = table[at : at + n]
             if act == SILU:
                 for j in range(n):
-                    u[j] = u[j] + bias[j]
-                for j in range(n):
                     v = u[j] + shift[j]
                     y[j] = v * sigmoid(v)
-                continue
+            else:
+                for j in range(n):
+                    y[j] = y[j] + shift[j]
+            continue
+        gain, shift = table[at : at + n], table[at + n : at + 2 * n]
+        if act == SILU:
             for j in range(n):
-                y[j] = (y[j] + bias[j]) + shift[j]
+                v = (ONE + gain[j]) * u[j] + shift[j]
+                y[j] = v * sigmoid(v)
         else:
             for j in range(n):
-                u[j] = u[j] + bias[j]
-            for j in range(n):
-                y[j] = u[j] * sigmoid(u[j])
-            continue
-        if act == LEAKY:
-            for j in range(n):
-                y[j] = y[j] if y[j] > ZERO else SLOPE * y[j]
+                y[j] = (ONE + gain[j]) * u[j] + shift[j]
+    # Without rows where they are not needed: cutting out a row costs as much as what is done with it.
+    if act == LEAKY:
+        for i in range(rows * n):
+            ys[i] *= ONE if ys[i] > ZERO else SLOPE
+    elif act == SILU and mode == 0:
+        for i in range(rows * n):
+            ys[i] = us[i] * sigmoid(us[i])
 
 
 @kernel
 def forward_tile(rows, layers, arena, params, table, width, slots, t):
     """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]]."""
     for k in range(len(layers)):
-        layer = layers[k]
-        inputs, outputs = layer[INPUTS], layer[OUTPUTS]
-        gemm(
-            arena, layer[U], outputs, arena, layer[X], inputs, 1, params, layer[WEIGHT], outputs,
-            rows, outputs, inputs, False,
-        )  # fmt: skip
-        _modulate_activate(rows, layer, arena, params, table, width, slots, t)
+        _modulate_activate(rows, layers[k], arena, params, table, width, slots, t)
 
 
 @kernel
@@ -287,40 +268,27 @@ def transpose_weights(layers, params, transposed):
     """W^T of every layer, at the offset of W."""
     for k in range(len(layers)):
         n, m, at = layers[k, INPUTS], layers[k, OUTPUTS], layers[k, WEIGHT]
-        source, target = params[at : at + n * m], transposed[at : at + n * m]
-        for j in range(m):
-            for i in range(n):
-                target[j * n + i] = source[i * m + j]
+        transpose_into(params[at : at + n * m], transposed[at : at + n * m], n, m, False)
+
+
+@kernel
+def _gradient_place(layer, width, dtime, other):
+    """Where the gradient of a layer's output belongs: in `dtime` itself where a shift is all that this has."""
+    return dtime if layer[MODE] == SHIFTED and layer[OUTPUTS] == width else other
 
 
 @kernel
 def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, partial):
-    """dy becomes du, in place; fills the tile's rows of dtime and adds to the bias gradient."""
-    n, mode, act = layer[OUTPUTS], layer[MODE], layer[ACTIVATION]
-    db = partial[layer[BIAS] : layer[BIAS] + n]
+    """dy becomes du, in place; fills the tile's rows of dtime, and the bias gradient in `partial`."""
+    n, mode, act, column = layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
     us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
-    if mode == 0 and act != SILU:
-        for i in range(rows):
-            d = dy[i * n : (i + 1) * n]
-            if act == LEAKY:
-                y = ys[i * n : (i + 1) * n]
-                for j in range(n):
-                    v = d[j] if y[j] > ZERO else SLOPE * d[j]
-                    d[j] = v
-                    db[j] += v
-            else:
-                for j in range(n):
-                    db[j] += d[j]
-        return
-    column = layer[COLUMN]
-    for i in range(rows):
+    if act == LEAKY:
+        for i in range(rows * n):
+            dy[i] *= ONE if ys[i] > ZERO else SLOPE
+    for i in range(rows if mode != 0 or act == SILU else 0):
         u, d = us[i * n : (i + 1) * n], dy[i * n : (i + 1) * n]
         at, to = slots[t[i]] * width + column, i * width + column
-        if act == LEAKY:
-            y = ys[i * n : (i + 1) * n]
-            for j in range(n):
-                d[j] = d[j] if y[j] > ZERO else SLOPE * d[j]
-        elif act == SILU:
+        if act == SILU:
             gain, shift = table[at : at + n], table[at + n : at + 2 * n]
             for j in range(n):
                 v = u[j]
@@ -337,16 +305,31 @@ def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, parti
                 dgain[j] = d[j] * u[j]
                 dshift[j] = d[j]
             for j in range(n):
-                v = d[j] * (ONE + gain[j])
-                d[j] = v
-                db[j] += v
-            continue
-        if mode == SHIFTED:
+                d[j] = d[j] * (ONE + gain[j])
+        elif mode == SHIFTED and n < width:
             dshift = dtime[to : to + n]
             for j in range(n):
                 dshift[j] = d[j]
-        for j in range(n):
-            db[j] += d[j]
+    gemm(partial, layer[BIAS], n, UNIT, 0, 0, 0, dy, 0, n, 1, n, rows, False)
+
+
+@kernel
+def _weight_gradient(rows, layer, arena, dy, partial, spare):
+    """W's gradient, x^T dy, into `partial`.
+
+    Columns beyond the last whole vector would cost every row a vector. Where it is less work they are the rows of
+    dy^T x instead, of the same bits.
+    """
+    n, m, at = layer[INPUTS], layer[OUTPUTS], layer[WEIGHT]
+    rest = m % LANES
+    if 2 * rest * ((n + LANES - 1) // LANES) > n:
+        rest = 0
+    gemm(partial, at, m, arena, layer[X], 1, n, dy, 0, m, n, m - rest, rows, False)
+    gemm(spare, 0, n, dy, m - rest, 1, m, arena, layer[X], n, rest, n, rows, False)
+    for j in range(rest):
+        column, row = partial[at + m - rest + j :], spare[j * n : (j + 1) * n]
+        for i in range(n):
+            column[i * m] = row[i]
 
 
 @kernel
@@ -387,8 +370,6 @@ def gradient_tile(
     """
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
-    for k in range(len(layers)):
-        partial[layers[k, BIAS] : layers[k, BIAS] + layers[k, OUTPUTS]] = ZERO
     loss[0] = 0.0
     begin = tile * TILE
     rows = min(TILE, batch - begin)
@@ -401,25 +382,27 @@ def gradient_tile(
     times = t[begin : begin + rows]
     forward_tile(rows, layers, arena, params, table, width, slots, times)
 
-    sums, dy, dnext = d_in[:e], d_out, d_in
-    sums[:] = ZERO  # squared errors, column by column
-    for i in range(rows):
-        y, wanted, dyi = arena[layers[-1, Y] + i * e :], target[i * e :], dy[i * e :]
-        for j in range(e):
-            difference = y[j] - wanted[j]
-            sums[j] += difference * difference
-            dyi[j] = difference * scale
+    # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
+    last = len(layers) - 1
+    dy = _gradient_place(layers[last], width, dtime, d_out if last % 2 else d_in)
+    y, squares, sums = arena[layers[last, Y] :], target, d_in if last % 2 else d_out
+    for i in range(rows * e):
+        difference = y[i] - target[i]
+        dy[i] = difference * scale
+        squares[i] = difference * difference
+    gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)
     for j in range(e):
         loss[0] += np.float64(sums[j])
 
-    for k in range(len(layers) - 1, -1, -1):
-        layer = layers[k]
+    for k in range(last, -1, -1):
+        layer, spare = layers[k], d_in if k % 2 else d_out
         n, m = layer[INPUTS], layer[OUTPUTS]
         _layer_backward(rows, layer, arena, dy, table, width, slots, times, dtime, partial)
-        gemm(partial, layer[WEIGHT], m, arena, layer[X], 1, n, dy, 0, m, n, m, rows, False)
+        _weight_gradient(rows, layer, arena, dy, partial, spare)
         if k > 0 or given:
+            dnext = _gradient_place(layers[k - 1], width, dtime, spare) if k > 0 else spare
             gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
-            dy, dnext = dnext, dy
+            dy = dnext
     if given:
         _copy(dx[begin * d :], dy, rows * d)
 

@@ -1,0 +1,61 @@
+"""The transpose of a matrix, in square blocks that are turned by shuffles."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I32, I64
+from fastdiff.kernels.cpu.jit import kernel
+
+SIDE = 8  # of a block
+ZERO = np.float32(0)
+
+
+@intrinsic
+def _transpose_block(typingctx, source, at, distance, target, to, target_distance, add):
+    """target[to + j target_distance + i] = source[at + i distance + j] for i, j < SIDE, or has it added."""
+
+    def codegen(context, builder, signature, args):
+        def vectors(position):
+            data = make_array(signature.args[position])(context, builder, args[position]).data
+            starts = [builder.add(args[position + 1], builder.mul(I64(i), args[position + 2])) for i in range(SIDE)]
+            return [builder.bitcast(builder.gep(data, [start]), vector.as_pointer()) for start in starts]
+
+        vector = ir.VectorType(F32, SIDE)
+        rows = [builder.load(place, align=FLOAT_BYTES) for place in vectors(0)]
+        span = 1
+        while span < SIDE:  # exchange the off-diagonal halves of blocks of twice the span
+            upper = [lane if not lane & span else SIDE + lane - span for lane in range(SIDE)]
+            lower = [lane + span if not lane & span else SIDE + lane for lane in range(SIDE)]
+            for i in range(SIDE):
+                if not i & span:
+                    pair = rows[i], rows[i + span]
+                    rows[i], rows[i + span] = (
+                        builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, SIDE), mask))
+                        for mask in (upper, lower)
+                    )
+            span *= 2
+        for row, place in zip(rows, vectors(3), strict=True):
+            old = builder.select(args[6], builder.load(place, align=FLOAT_BYTES), ir.Constant(vector, [0.0] * SIDE))
+            builder.store(builder.fadd(row, old), place, align=FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(source, i, i, target, i, i, types.boolean), codegen
+
+
+@kernel
+def transpose_into(source, target, rows, columns, add):
+    """target (columns, rows) becomes the transpose of source (rows, columns), or has it added."""
+    whole_rows, whole_columns = rows - rows % SIDE, columns - columns % SIDE
+    for j in range(0, whole_columns, SIDE):
+        for i in range(0, whole_rows, SIDE):
+            _transpose_block(source, i * columns + j, columns, target, j * rows + i, rows, add)
+    for j in range(columns):
+        for i in range(whole_rows if j < whole_columns else 0, rows):
+            old = target[j * rows + i] if add else ZERO
+            target[j * rows + i] = source[i * columns + j] + old
