@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench asv scaling peers quality gate gpu profile compile-time readme-numbers wheel clean
+.PHONY: demo test check bench asv scaling peers quality precision gate gpu profile compile-time readme-numbers wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,10 @@ compile-time: $(VENV)/.installed-plot
 
 quality: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/quality.py
+
+# Whether bf16 convolutions learn as well as float32: two trainings, some ten minutes.
+precision: $(VENV)/.installed-examples
+	$(BIN)/python benchmarks/precision.py
 
 readme-numbers: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/readme_numbers.py

@@ -51,6 +51,8 @@ def table(results: dict[str, Any]) -> str:
         return roofs_table(results)
     if "passes" in results:
         return profile_table(results)
+    if "precision" in results:
+        return precision_table(results)
     h = results["header"]
     tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the ratios mean nothing.** "
     lines = [
@@ -189,6 +191,24 @@ def profile_table(results: dict[str, Any]) -> str:
     ours, numpy = (results["rounding"][side] for side in ("ours", "numpy"))
     errors = ", ".join(f"{what} {ours[what]:.1e} ({numpy[what]:.1e})" for what in ours)
     lines += ["", f"Error of a 3x3 convolution against float64, and in brackets NumPy's in float32: {errors}."]
+    return "\n".join(lines) + "\n"
+
+
+def precision_table(results: dict[str, Any]) -> str:
+    """Return the results of `precision.py` as Markdown."""
+    lines = [
+        f"{place(results['header'])} {results['steps']} steps of batch {results['batch']}; the error of a ratio is the "
+        "standard error of the mean difference of a step.",
+        "",
+        "| digits of `examples/images.py` | float32 | bf16 convolutions | ratio | wanted |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in results["precision"]:
+        ratio = wanted = ""
+        if "ratio" in row:
+            ratio = f"**{row['ratio']:.4f}**" + (f" ± {row['error']:.4f}" if "error" in row else "")
+            wanted = f"{row['wanted']:g}{'' if row['ratio'] <= row['wanted'] else ': **missed**'}"
+        lines.append(f"| {row['what']} | {row['float32']:.4f} | {row['bf16']:.4f} | {ratio} | {wanted} |")
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,10 @@ STEPS, BATCH = {"digits": 4000, "tiles": 2000}, {"digits": 128, "tiles": 64}  # 
 SEEN = 1400  # digits to learn from; the others judge
 ANY = 10  # the class of a digit that is not asked for
 CONFIDENT = 0.9
+LEVELS = (0, 16)  # of a digit's pixels
 TILE = 16
+
+Named = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # pictures and their classes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,27 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def digits(args: argparse.Namespace) -> None:
-    from sklearn.datasets import load_digits
-
-    X, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(X))
-    X, y = X.reshape(-1, 8, 8, 1)[order].astype(np.float32), y[order]
-    seen, unseen = X[:SEEN], X[SEEN:]
+    (seen, names), (unseen, _) = digit_sets()
     plots.save(grid(seen[:16], "Training pictures"), args.output / "digits_training.png")
-
-    # One network for both: every digit is shown with its name, and once more as "any".
-    shown, names = np.concatenate([seen, seen]), np.concatenate([y[:SEEN], np.full(SEEN, ANY)])
-    net = fd.UNet((8, 8, 1), channels=(32, 64), blocks=1, T=T, classes=11)
-    model = fit(net, shown, names, args, data_range=(0, 16))
+    model = fit(digit_network(), *shown_twice(seen, names), args, data_range=LEVELS)
 
     some, path = model.sample(args.drawn, labels=ANY, trajectory=True)  # path: (201, drawn, 8, 8, 1), noise first
     asked = np.arange(args.drawn) % 10
     named = model.sample(args.drawn, labels=asked, first_sample=args.drawn)
     plots.save(grid(some[:16], "Generated digits"), args.output / "digits_generated.png")
     plots.save(grid(named[:50], "Drawn as asked: 0 to 9", columns=10), args.output / "digits_asked.png")
-    chain(path, (0, 16), args.output / "digits")
+    chain(path, LEVELS, args.output / "digits")
 
-    classify = classifier(seen.reshape(-1, 64), y[:SEEN])
+    classify = classifier(seen.reshape(-1, 64), names)
     share, found = classify(some)
     print(f"confident classifications: {share:.1%} of generated digits, {classify(unseen)[0]:.1%} of unseen real ones")
     counts = np.bincount(found, minlength=10) / len(found)
@@ -76,6 +70,25 @@ def digits(args: argparse.Namespace) -> None:
     flat = [part.reshape(len(part), 64) for part in (some, unseen, seen)]
     drawn, floor = energy_distance(flat[0], flat[1]), energy_distance(flat[2][: args.drawn], flat[1])
     print(f"energy distance to unseen digits: generated {drawn:.3f}, as many real ones {floor:.3f}")
+
+
+def digit_sets() -> tuple[Named, Named]:
+    """The digits to learn from, and the others."""
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(X))
+    X, y = X.reshape(-1, 8, 8, 1)[order].astype(np.float32), y[order]
+    return (X[:SEEN], y[:SEEN]), (X[SEEN:], y[SEEN:])
+
+
+def shown_twice(X: npt.NDArray[Any], y: npt.NDArray[Any]) -> Named:
+    """Every digit with its name, and once more as "any": one network for both."""
+    return np.concatenate([X, X]), np.concatenate([y, np.full(len(y), ANY)])
+
+
+def digit_network() -> fd.UNet:
+    return fd.UNet((8, 8, 1), channels=(32, 64), blocks=1, T=T, classes=11)
 
 
 def photographs(args: argparse.Namespace) -> None:
@@ -97,18 +110,22 @@ def photographs(args: argparse.Namespace) -> None:
 def fit(net: fd.UNet, X: npt.NDArray[Any], y: Any, args: argparse.Namespace, **options: Any) -> fd.Diffusion:
     """Train and save a model."""
     steps, batch, begun = args.steps or STEPS[args.what], args.batch or BATCH[args.what], perf_counter()
-    model = fd.Diffusion(net, fd.Schedule.cosine(T), prediction="noise")
-    model.fit(
-        X, y, steps=steps, batch=batch, lr=RATE, warmup=min(100, steps // 2), decay_steps=steps,
-        progress=not args.quiet, **options,
-    )  # fmt: skip
+    model = learn(net, X, y, steps=steps, batch=batch, progress=not args.quiet, **options)
     print(f"{net}, {net.layout.count} parameters: {steps} steps in {perf_counter() - begun:.0f} s")
     model.save(args.output / f"{args.what}.safetensors")
     return model
 
 
+def learn(
+    net: fd.UNet, X: npt.NDArray[Any], y: Any, *, steps: int, backend: Any = "auto", **options: Any
+) -> fd.Diffusion:
+    """Train a model."""
+    model = fd.Diffusion(net, fd.Schedule.cosine(T), prediction="noise", backend=backend)
+    return model.fit(X, y, steps=steps, lr=RATE, warmup=min(100, steps // 2), decay_steps=steps, **options)
+
+
 def grid(images: npt.NDArray[Any], title: str, columns: int = 4) -> Any:
-    bounds = (0, 255) if images.dtype == np.uint8 else (0, 16)
+    bounds = (0, 255) if images.dtype == np.uint8 else LEVELS
     return plots.image_grid(images, columns=columns, title=title, data_range=bounds)
 
 
