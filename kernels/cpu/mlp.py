@@ -322,7 +322,7 @@ def _weight_gradient(rows, layer, arena, dy, partial, spare):
     """
     n, m, at = layer[INPUTS], layer[OUTPUTS], layer[WEIGHT]
     rest = m % LANES
-    if 2 * rest * ((n + LANES - 1) // LANES) > n:
+    if 4 * rest * ((n + LANES - 1) // LANES) > 3 * n:
         rest = 0
     gemm(partial, at, m, arena, layer[X], 1, n, dy, 0, m, n, m - rest, rows, False)
     gemm(spare, 0, n, dy, m - rest, 1, m, arena, layer[X], n, rest, n, rows, False)
