@@ -68,7 +68,7 @@ compile-time: $(VENV)/.installed-plot
 quality: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/quality.py
 
-# Whether bf16 convolutions learn as well as float32: two trainings, some ten minutes.
+# Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/precision.py
 
