@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from fastdiff import checkpoint, noise, process, samplers
 from fastdiff.backends import AdamW, Backend, TrainingDraws, backend_for, get_backend
@@ -38,6 +37,7 @@ from fastdiff.nn.optim import TrainingPlan
 from fastdiff.nn.unet import UNet
 from fastdiff.noise import Stream
 from fastdiff.noise_shape import NoiseShape
+from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
 
@@ -458,7 +458,7 @@ class Diffusion:
         with (
             ExitStack() as last,
             _deferred_interrupt() as interrupted,
-            tqdm(total=steps, disable=not progress, desc="training") as bar,
+            progress_bar(show=progress, total=steps, desc="training") as bar,
         ):
             last.callback(bring_back)
             last.callback(settle)

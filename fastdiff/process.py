@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from fastdiff.backends import Backend, MLPPlan, Row, backend_for
 from fastdiff.errors import (
@@ -22,6 +21,7 @@ from fastdiff.errors import (
     is_on_device,
 )
 from fastdiff.noise import Stream, check_rows
+from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
@@ -338,7 +338,7 @@ def sample(
     parts = list(zip(batches, classes, strict=True))
     groups = [parts] if callback is not None else [[part] for part in parts]
     done = len(rows)
-    with tqdm(total=len(rows) * len(groups), desc="sampling", disable=not progress, leave=False) as bar:
+    with progress_bar(show=progress, total=len(rows) * len(groups), desc="sampling", leave=False) as bar:
         for group in groups:
             previous = [be.empty((part.stop - part.start, width), x.dtype) if remembers else None for part, _ in group]
             for kept in previous:

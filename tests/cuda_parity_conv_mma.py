@@ -17,6 +17,7 @@ from tolerances import assert_close, assert_close_in_bf16, assert_same_bits
 
 from fastdiff.backends import cuda_conv_mma
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda_conv import product
 from fastdiff.backends.cuda_conv_mma import TILES
 from fastdiff.backends.layers import Conv, ConvWeights
 
@@ -193,25 +194,29 @@ def conv_mma_prepared(be, size):
     given = [arrays_of(case, seed=60) for case in cases]
     flat = np.concatenate([np.zeros(5, F), *(w.reshape(-1) for _, w, _, _ in given)])
     for change in (0, 1):
-        for backward in (True, False):
+        for backward in (False, True):
             base, at, convs = be.asarray(flat + F(change)), 5, []
             for case, (x, w, _, dy) in zip(cases, given, strict=True):
                 view = base[at : at + w.size].reshape(w.shape)
                 convs.append(ConvWeights(case.geometry, x.shape, dy.shape, view))
                 at += w.size
             ready = be.prepare(kept.setdefault(backward, {}), convs, backward=backward)
-            for conv, forms, (x, _, b, dy) in zip(convs, ready, given, strict=True):
-                there, results = [be.asarray(a) for a in (x, b, dy)], []
-                for forward, back in ((conv.w, conv.w), forms):
-                    out, dx = be.empty(dy.shape), be.empty(x.shape)
-                    be.conv(conv.geometry, there[0], forward, there[1], out)
-                    results.append([be.to_numpy(out)])
-                    if backward:
-                        sums = be.empty(conv.w.shape), be.empty(b.shape)
-                        be.conv_backward(conv.geometry, there[2], there[0], back, dx, *sums)
-                        results[-1].append(be.to_numpy(dx))
-                for got, want in zip(*results[::-1], strict=True):
-                    assert_same_bits(got, want)
+            for conv, forms in zip(convs, ready, strict=True):
+                for adjoint in (False, True)[: 1 + backward]:
+                    form = product(conv.geometry, conv.x, conv.out, adjoint)
+                    packed = be.to_numpy(be._tensor_cores.weights(form, conv.w, adjoint))
+                    got = be.to_numpy(forms[adjoint])
+                    assert_same_bits(got.view(np.uint32), packed[: got.size].view(np.uint32))
+    # They take the place of the weights themselves.
+    (x, _, b, dy), results = given[0], []
+    for w in ([convs[0].w] * 2, ready[0]):
+        out, dx, dw, db = (be.empty(shape) for shape in (dy.shape, x.shape, convs[0].w.shape, b.shape))
+        there = [be.asarray(array) for array in (x, b, dy)]
+        be.conv(convs[0].geometry, there[0], w[0], there[1], out)
+        be.conv_backward(convs[0].geometry, there[2], there[0], w[1], dx, dw, db)
+        results.append([be.to_numpy(out), be.to_numpy(dx)])
+    for got, want in zip(*results, strict=True):
+        assert_same_bits(got, want)
 
 
 @contextlib.contextmanager

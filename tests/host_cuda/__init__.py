@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def build(text: str, sanitize: bool = False) -> Path:
                 raise HostError(f"{' '.join(command)}\n{done.stderr}")
             made.replace(library)
     return library
+
+
+def build_all(sanitize: bool = False) -> None:
+    """Build the libraries of all sources, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: build(host_text(source), sanitize), runtime.source_names()))
 
 
 @cache

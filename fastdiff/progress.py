@@ -1,0 +1,26 @@
+"""Progress bars, whose library is imported when one is shown: it takes as long as half of the rest."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+
+class _Nothing:
+    """A bar that is not shown."""
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def set_postfix(self, **values: Any) -> None:
+        pass
+
+
+def bar(*, show: bool, **options: Any) -> AbstractContextManager[Any]:
+    """Return tqdm's bar with these options; without `show`, something that takes its place."""
+    if not show:
+        return nullcontext(_Nothing())
+    from tqdm.auto import tqdm
+
+    shown: AbstractContextManager[Any] = tqdm(**options)
+    return shown
