@@ -55,7 +55,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 TICK = 0.05  # seconds between two looks at a process
 PATIENCE = {"start": 300, "tests": 120, "full": 300, "sanitizer": 600, "ours": 90, "theirs": 240}  # seconds of silence
 RESTARTS = 10  # a stage in which so many processes die in a row is given up
-SHARE = 1 / 4  # of the time: so long may making the ways of a case take, and silence
+SHARE = 1 / 4  # of the time: no way of a case is begun after so long, and none of PyTorch's may be silent for longer
 AHEAD = 1 / 4  # of the time, after which nothing is compiled ahead
 NO_TIME = "no time left"
 Event = dict[str, Any]
@@ -180,7 +180,8 @@ class Session:
         """Follow a process; `patience` names one of `PATIENCE`."""
 
         def seconds(event: Event) -> float:
-            return min(PATIENCE[patience(event)], SHARE * self.seconds)
+            name = patience(event)
+            return min(PATIENCE[name], SHARE * self.seconds) if name == "theirs" else PATIENCE[name]
 
         return follow(command, self.folder / name, self.until, seconds, **more)
 

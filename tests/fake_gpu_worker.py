@@ -48,7 +48,8 @@ def main():
                 if not left_out:
                     tell(way=step["way"])
             elif not left_out:
-                tell(**step.get("tell", {}))
+                if "tell" in step:
+                    tell(**step["tell"])
                 do(step.get("do"))
                 fault = step.get("fault", fault)
         tell(end=name, fault=fault, good=not fault)

@@ -140,6 +140,15 @@ def test_a_way_that_ends_its_process_is_left_out_and_the_case_done_again(run):
     ]
 
 
+def test_a_way_of_pytorch_has_its_share_of_the_time(run):
+    """And no more patience than that, whatever it compiles; it is told how much."""
+    plan = {TRAIN: [{"way": "reduced"}, HANG, {"way": "graphs"}, row(TRAIN)]}
+    assert run("--minutes", "3", "--stage", "benchmarks", "--only", TRAIN, **plan) == 0
+    first, second = (job for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "cases")
+    assert first["share"] == 45
+    assert second["without"] == {TRAIN: {"reduced": "killed, silent for 45 s"}}
+
+
 def test_processes_that_only_die_are_given_up(run, monkeypatch):
     monkeypatch.setattr(gpu_run, "RESTARTS", 3)
     names = ["normals", "forward", "step", "chain", "train-default", "similarity"]
