@@ -115,6 +115,28 @@ def test_hot_kernels_are_vectorised(name):
         assert re.search(patterns[operation], text), f"no packed {operation}"
 
 
+@pytest.mark.parametrize("m", [1, gemm.TILES[gemm.host_width()][0], 50, 100])
+@pytest.mark.parametrize("n", [1, 9, 50, 200])
+def test_weight_gradients_have_the_bits_of_the_product(n, m):
+    """Also in the columns that are computed as rows of the transpose, from one row of samples to a whole tile."""
+    rng = np.random.default_rng(0)
+    for rows in (1, 7, mlp.TILE):
+        x, dy = rng.standard_normal((rows, n), F32), rng.standard_normal((rows, m), F32)
+        row = np.zeros(mlp.LAYER_COLUMNS, I64)
+        row[[mlp.INPUTS, mlp.OUTPUTS, mlp.WEIGHT]] = n, m, 3
+        partial, spare, wanted = np.full(n * m + 6, -1, F32), np.full(mlp.TILE * max(n, m), np.nan, F32), arrays(n * m)
+        mlp._weight_gradient(rows, row, x.reshape(-1), dy.reshape(-1), partial, spare)
+        product(*wanted, x.reshape(-1), dy.reshape(-1), rows, n, m)
+        np.testing.assert_array_equal(partial[3:-3].view(np.uint32), wanted[0].view(np.uint32))
+        assert (partial[:3] == -1).all()
+        assert (partial[-3:] == -1).all()
+
+
+@numba.njit(**jit.OPTIONS)
+def product(dw, x, dy, rows, n, m):
+    gemm.gemm(dw, 0, m, x, 0, 1, n, dy, 0, m, n, m, rows, False)
+
+
 def peak_of(work):
     """Bytes of Python and NumPy memory that a warm call has at once beyond what there was before."""
     for _ in range(3):
