@@ -199,7 +199,7 @@ def test_a_killed_run_leaves_what_was_done(run, tmp_path):
     environment = os.environ | {"FASTDIFF_TEST_PLAN": json.dumps(plan)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as program:
         try:
-            while not ((tmp_path / "gpu.json").exists() and (run.read() or len(run.rows) == 2)):
+            while not ((tmp_path / "gpu.md").exists() and (run.read() or len(run.rows) == 2)):
                 assert program.poll() is None
                 time.sleep(0.05)
             workers = Path(f"/proc/{program.pid}/task/{program.pid}/children")

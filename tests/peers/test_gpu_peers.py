@@ -33,7 +33,7 @@ def small(case):
         return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
     shape = (4, 4, 3) if case.net else (5, 8) if case.kind == "attention" else (4, 4, 8)
     few = {"steps": gpu.EXAMPLE_DDIM + 1} if case.kind == "unet-ddim" else {}
-    return replace(case.at(1e-5), n=2, shape=shape, units=min(case.units, 5), **few)
+    return replace(case.at(1e-5), n=2, shape=shape, **few)
 
 
 class Stream:
