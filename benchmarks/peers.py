@@ -879,13 +879,15 @@ def main() -> int:
             failed.append(comparison.name)
             print(f"{comparison.name}: {error}", flush=True)
             continue
-        results["rows"].append(row)
+        doubtful = row["others"] > BUSY and not args.quick
+        if not doubtful:
+            results["rows"].append(row)
         ratio, target = row["ratio"], row["target"]
         words = [f"{comparison.name}: {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f})"]
         if target is not None:
             words.append(f"target {target:g}: {'met' if row['met'] else 'MISSED'}")
-        if row["others"] > BUSY and not args.quick:
-            words.append(f"DOUBTFUL: other programs used {row['others']:.0%} of the machine")
+        if doubtful:
+            words.append(f"DOUBTFUL, left out: other programs used {row['others']:.0%} of the machine")
         if "memory" in row:
             words.append(memory_words(row["memory"]))
         print("  ".join(words), flush=True)

@@ -352,9 +352,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
     import numpy as np
-    from tqdm import tqdm
 
-    from fastdiff import plots
+    from fastdiff import plots, progress
     from fastdiff.data import ENDINGS, save_curves
     from fastdiff.files import check_writable
 
@@ -364,7 +363,7 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
         raise FastdiffError("--gif is for pictures, and this is a model of curves")
     labels = _in_turn(model, args.labels, n, args.first_sample)
     parts = []
-    with tqdm(total=n, desc="sampling", unit="curve", disable=args.quiet, leave=False) as bar:
+    with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
         for start in range(0, n, SAMPLES_AT_ONCE):
             size = min(SAMPLES_AT_ONCE, n - start)
             of_part = None if labels is None else labels[start : start + size]

@@ -1,4 +1,4 @@
-"""Progress bars, whose library is imported when one is shown: it takes as long as half of the rest."""
+"""Progress bars, whose library is imported when one is shown."""
 
 from __future__ import annotations
 
