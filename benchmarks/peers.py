@@ -40,7 +40,7 @@ import numpy as np
 import unet_cases
 from cases import Case, T
 from machine import header
-from readme_numbers import RESULTS, memory_words, table, write
+from readme_numbers import BUSY, RESULTS, memory_words, table, write
 from unet_cases import ConvCase, UNetCase
 
 BY_NAME = cases.BY_NAME | unet_cases.BY_NAME
@@ -162,7 +162,6 @@ TURN = 0.3  # seconds of calls in one turn
 SHAPE_TURN = 0.1  # the same where many shapes take turns
 LONG = 0.8  # seconds: a call of this length is not repeated for warmth
 PAUSE = 0.2  # between turns: threads of the other side stop spinning
-BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
 
 
 class PeersError(Exception):
@@ -879,15 +878,13 @@ def main() -> int:
             failed.append(comparison.name)
             print(f"{comparison.name}: {error}", flush=True)
             continue
-        doubtful = row["others"] > BUSY and not args.quick
-        if not doubtful:
-            results["rows"].append(row)
+        results["rows"].append(row)
         ratio, target = row["ratio"], row["target"]
         words = [f"{comparison.name}: {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f})"]
         if target is not None:
             words.append(f"target {target:g}: {'met' if row['met'] else 'MISSED'}")
-        if doubtful:
-            words.append(f"DOUBTFUL, left out: other programs used {row['others']:.0%} of the machine")
+        if row["others"] > BUSY and not args.quick:
+            words.append(f"DOUBTFUL: other programs used {row['others']:.0%} of the machine")
         if "memory" in row:
             words.append(memory_words(row["memory"]))
         print("  ".join(words), flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdiff.bench import cells, duration, speed
 
+BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- numbers:([\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
@@ -64,6 +65,8 @@ def table(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         ratio, target, seconds = row["ratio"], row["target"], row["seconds"]
         wanted = "" if target is None else f"{target:g}" if row["met"] else f"{target:g}: **missed**"
+        if row.get("others", 0) > BUSY:
+            wanted += f" (other programs used {row['others']:.0%} of the machine)"
         lines.append(
             f"| {row['title']} | {row['peer']} | {duration(seconds['ours'])} | {duration(seconds['peer'])} "
             f"| **{ratio['median']:.1f}** ({ratio['min']:.1f} .. {ratio['max']:.1f}) | {wanted} |"
