@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -184,6 +185,18 @@ def test_validation_between_the_steps(be, eager, monkeypatch):
     ours, theirs = (trained(each, EVERYTHING, steps=6, validation=0.5) for each in (be, eager))
     assert_same_models(ours, theirs)
     assert 0 < len(be.runtime.graphs) < 6
+
+
+def test_an_interrupt_counts_the_steps_that_have_been_issued(be, eager, monkeypatch):
+    answers = iter([False] * 3 + [True] * 2)
+    monkeypatch.setattr("fastdiff.model._deferred_interrupt", lambda: nullcontext(lambda: next(answers)))
+    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    ours = model(be)
+    with pytest.raises(KeyboardInterrupt):
+        ours.fit(PICTURES, steps=20, **QUIET)
+    monkeypatch.undo()
+    assert ours.step == 4
+    assert_same_models(ours, trained(eager, {}, steps=4))
 
 
 CURVES = RANDOM.normal(size=(50, 7)).astype(np.float32)
