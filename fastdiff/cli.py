@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff demo | train | sample | info | bench``.
+"""The command line: ``fastdiff demo | train | sample | evaluate | info | bench``.
 
 Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
 ``fastdiff: error: ...`` and exit code 2; Ctrl-C is exit code 130. Each command imports what it needs when it
@@ -22,7 +22,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import FastdiffError, ScheduleWarning, TrainingError, check_float, check_int, check_seed
+from fastdiff.errors import (
+    FastdiffError,
+    QualityWarning,
+    ScheduleWarning,
+    TrainingError,
+    check_float,
+    check_int,
+    check_seed,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +48,8 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "scaled_linear": (1000, 1e-4, 0.02),
     "cosine": (1000, None, None),
 }
-STEPS, LEARNING_RATE = 3000, 1e-3
+LEARNING_RATE = 1e-3
+FEWEST_ROWS = 8  # as fastdiff.judgement has it
 SIZE = 32  # pixels on a side of the pictures
 SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
 PICTURES_AT_ONCE = 64
@@ -92,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
     output: str | None = args.output or args.resume
     if output is None:
         raise FastdiffError("say where the model goes: -o MODEL.safetensors")
-    steps = check_int("--steps", args.steps, low=1)
+    steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
     batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
     # All that could fail is tried before the minutes of training.
     check_writable(output, (".safetensors",))
@@ -108,6 +117,11 @@ def _train(args: argparse.Namespace) -> int:
         model.class_names = names
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
+    if len(data) < FEWEST_ROWS:
+        raise FastdiffError(
+            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
+            f"{FEWEST_ROWS}"
+        )
     what = f"curves of {data.shape[1]} points" if data.ndim == 2 else _pictures(data)
     _note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
@@ -126,6 +140,7 @@ def _train(args: argparse.Namespace) -> int:
                 warmup=0 if args.warmup is None else args.warmup,
                 decay_steps=args.decay_steps,
                 validation=args.validation,
+                judge=args.judge,
                 flip=args.flip,
                 accumulate=args.accumulate,
                 progress=not args.quiet,
@@ -157,8 +172,8 @@ def _train(args: argparse.Namespace) -> int:
         (_note if stopped else print)(f"{args.loss_plot}: the loss of every step")
     if failure:
         return _fail(str(failure))
-    if stopped and 0 < done < steps:
-        _note(f"continue with: {_continuation(args, output, steps - done)}")
+    if stopped and done > 0 and model.step < model.end_step:
+        _note(f"continue with: {_continuation(args, output, model.end_step - model.step)}")
     return INTERRUPTED if stopped else 0
 
 
@@ -239,7 +254,7 @@ def _snapshots(model: Diffusion, output: str, every: int, stop: _PatientInterrup
 
 def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | None) -> Diffusion:
     import fastdiff as fd
-    from fastdiff.model import PICTURE_T, picture_net
+    from fastdiff.defaults import PICTURE_T, picture_net
 
     schedule = _schedule(args)
     seed = 0 if args.seed is None else check_seed(args.seed, "--seed")
@@ -252,7 +267,8 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
     elif args.network == "tutorial":
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
         net = fd.MLP.tutorial(shape[0], T=schedule.T)
-    return fd.Diffusion(net, schedule, prediction=args.prediction or "noise", backend=args.backend, seed=seed)
+    scale = args.scale or "auto"
+    return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
 
 
 def _resumed(args: argparse.Namespace) -> Diffusion:
@@ -272,6 +288,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "beta_start",
         "beta_end",
         "prediction",
+        "scale",
     )
     for name in settled:
         if getattr(args, name) is not None:
@@ -487,6 +504,64 @@ def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
     return get_backend(args.backend).to_numpy(array)
 
 
+# --------------------------------------------------------------------------------------- evaluate
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import fastdiff as fd
+
+    if args.output:
+        _check_picture(args.output)
+    samples = None if args.n is None else check_int("-n", args.n, low=2)
+    seed = None if args.seed is None else check_seed(args.seed, "--seed")
+    model = fd.load(args.model, backend=args.backend)
+    args.resume = args.model  # where the shape of the data is known from
+    data, labels, _ = _training_data(args, model)
+    training = None
+    if args.training is not None:
+        training, _, _ = _training_data(argparse.Namespace(**{**vars(args), "data": args.training}), model)
+    found = model.evaluate(data, labels, training=training, samples=samples, seed=seed)
+    report = found.report
+    if args.json:
+        print(json.dumps({**report.to_dict(), "complaint": found.complaint}, indent=2))
+    else:
+        print(f"{args.model} beside {args.data}")
+        print("\n".join(_aligned(_measures(report))))
+    if args.output:
+        from fastdiff import plots
+
+        lines = {key: _shown(value) for key, value in _measures(report).items()}
+        figure = plots.evaluation(
+            found.real.reshape(len(found.real), -1),
+            found.drawn.reshape(len(found.drawn), -1),
+            training=found.training.reshape(len(found.training), -1),
+            measures=lines,
+        )
+        plots.save(figure, args.output)
+        _note(f"figure in {args.output}")
+    if found.complaint:
+        _note(f"fastdiff: warning: {found.complaint}")
+    return 0
+
+
+def _measures(report: Any) -> dict[str, Any]:
+    """The numbers of a report with what they are called, as lines of a table."""
+    which = "held-out" if report.held_out else "training"
+    return {
+        "samples": report.samples,
+        f"{which} rows": report.rows,
+        "energy distance": f"{report.energy_distance:.4f} +- {report.stderr:.4f}",
+        "of a fitted Gaussian": f"{report.gaussian:.4f}",
+        "of training rows": "not known" if report.real != report.real else f"{report.real:.4f}",
+        "less the Gaussian's": f"{report.excess:.4f} +- {report.excess_stderr:.4f}",
+        "deviation, over the data's": f"{report.deviation:.3f}",
+        "smallest, largest value": f"{report.low:.4g}, {report.high:.4g}",
+        "values out of range": f"{report.outside:.2%}",
+        "nearer to training rows": f"{report.nearer:.0%} (50 % of unseen rows; 100 % of copies)",
+        "median distance to them": f"{report.nearest_ratio:.3f} of unseen rows'",
+    }
+
+
 # --------------------------------------------------------------------------------------- info
 
 
@@ -689,6 +764,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
     _add_info(commands)
     _add_bench(commands)
     return parser
@@ -732,23 +808,31 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("data", metavar="DATA", help="a .csv or .npy file of curves, or a folder of pictures")
     train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
-    train.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (default: as many as suit the data)")
     train.add_argument("--batch", type=int, metavar="N", help="curves (default 256) or pictures (64) a step")
     train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
     train.add_argument("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
     train.add_argument(
-        "--decay-steps", type=int, metavar="N", help="the step by which the rate has fallen (default: it stays)"
+        "--decay-steps",
+        type=int,
+        metavar="N",
+        help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
     )
     train.add_argument(
         "--validation",
         type=float,
         metavar="FRACTION",
-        help="hold out this part of the data, and report its loss",
+        help="hold out this part of the data, and report its loss (default: 0.05 of 100 rows or more; 0: none)",
     )
     train.add_argument(
         "--resume",
         metavar="MODEL",
         help="continue this model for --steps more; -o may be left out, then it is updated",
+    )
+    train.add_argument(
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        help="at the end measure samples against held-out rows (default: after 1000 steps or more)",
     )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     _add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
@@ -777,8 +861,11 @@ def _add_train(commands: Any) -> None:
         choices=("default", "tutorial"),
         help="for curves, default: three hidden layers that the timestep scales and shifts; tutorial: the tutorial's",
     )
+    model.add_argument("--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default v)")
     model.add_argument(
-        "--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default noise)"
+        "--scale",
+        choices=("auto", "all", "column"),
+        help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
     )
     model.add_argument("--schedule", choices=tuple(SCHEDULES), help="default: chosen for the data")
     model.add_argument("--timesteps", type=int, metavar="T", help="steps of noise; needs --schedule")
@@ -829,6 +916,30 @@ def _add_sample(commands: Any) -> None:
     )
     _add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
     sample.set_defaults(run=_sample)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "say how good a model's samples are",
+        "Draws from a model and compares with data: of the file it was trained on, with the\n"
+        "rows that training held out. Prints the energy distance beside that of a fitted\n"
+        "Gaussian, deviation and range, and whether samples are copies of training rows.",
+        "examples:\n"
+        "  fastdiff evaluate m.safetensors curves.csv -o report.png\n"
+        "  fastdiff evaluate m.safetensors new.csv --training curves.csv\n",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
+    evaluate.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")
+    evaluate.add_argument("-o", "--output", metavar="FILE", help="draw a page of comparisons into this .png file")
+    evaluate.add_argument("-n", type=int, metavar="N", help="how many samples (default 1000; pictures: 64)")
+    evaluate.add_argument("--training", metavar="DATA", help="what the model has learned from, where DATA is other")
+    evaluate.add_argument("--labels", action="store_true", help="the folder holds one folder for each class")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(evaluate, seed="of the samples (default: the model's)", usual_seed=None)
+    evaluate.set_defaults(run=_evaluate, size=None, gray=False, flip=False)
+    evaluate.set_defaults(snapshots=None, channels=None, dropout=None)
 
 
 def _add_info(commands: Any) -> None:
@@ -938,7 +1049,8 @@ def _plain_messages() -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ScheduleWarning)
+        for category in (ScheduleWarning, QualityWarning):
+            warnings.simplefilter("always", category)
         warnings.showwarning = show
         try:
             yield

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, DataError, check_array, check_float, check_int, check_seed
+from fastdiff.errors import DataError, check_array, check_float, check_int, check_seed
 from fastdiff.files import check_ending, check_writable, load_npy, naming, writing
+from fastdiff.metrics import energy_distance
 from fastdiff.noise import Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
 
@@ -252,41 +253,3 @@ def save_curves(path: str | os.PathLike[str], X: npt.ArrayLike) -> None:
             np.lib.format.write_array(file, curves, allow_pickle=False)
         else:
             np.savetxt(file, curves, fmt="%.9g", delimiter=",")  # 9 digits: float32 comes back exactly
-
-
-# --------------------------------------------------------------------------------------- compared
-
-
-def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike) -> float:
-    """Energy distance of two samples: 0 for equal distributions and positive for any others.
-
-    ``2 E|x - y| - E|x - x'| - E|y - y'|`` with Euclidean norms (Szekely and Rizzo 2013, there E or D^2; no
-    square root). The V-statistic: the means run over all pairs, each point with itself included. So it is
-    never negative, and two samples of one distribution lie a little above 0, by about
-    ``E|x - x'| (1/N + 1/M)``: compare with the distance of two samples that are known to be alike.
-
-    Parameters
-    ----------
-    X : array_like
-        (N, d) real numbers, N at least 1.
-    Y : array_like
-        (M, d) real numbers, M at least 1.
-
-    Returns
-    -------
-    float
-        In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
-    """
-    from scipy.spatial.distance import cdist
-
-    x = check_array("X", X, shape=(None, None), dtype=np.float64)
-    y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
-    for name, sample in (("X", x), ("Y", y)):
-        if not len(sample):
-            raise ArgumentError(name, "no rows", "at least one")
-
-    def mean_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-        total = sum(float(cdist(a[i : i + 256], b).sum()) for i in range(0, len(a), 256))
-        return total / (len(a) * len(b))
-
-    return max(0.0, 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y))

@@ -27,6 +27,7 @@ POINTS, RATE = 50, 50.0  # points a curve, points a second
 GENERATED = 2000  # curves that are drawn from each model and measured
 BATCH = 256
 CURVE_STEPS, CURVE_RATE = 3000, 1e-3
+CURVE_ERROR = 0.1  # above it a reader sees that the curves are wrong
 FAMILY_STEPS, FAMILY_RATE = 12000, 2e-3
 FAMILY_WARMUP = 200
 FAMILY_CURVES = 20000  # to learn from
@@ -87,6 +88,8 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     drawn = as_numpy(model.sample(GENERATED))
     error = float(np.sqrt(np.mean((drawn - curve) ** 2, dtype=np.float64)))
     out.measured(f"root mean square error of {GENERATED} generated curves", error)
+    if error > CURVE_ERROR:
+        out.say(f"  That is much, of a curve of deviation 1: {steps} steps are too few. Leave --quick out.")
 
     chain = fd.forward_chain(curve, schedule, seed=seed, backend=backend)[:, 0]
     path = as_numpy(model.sample(1, trajectory=True)[1])
@@ -110,10 +113,7 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
     seen = curves(FAMILY_CURVES, 0)
     unseen = curves(GENERATED, FAMILY_CURVES)
     others = curves(GENERATED, FAMILY_CURVES + GENERATED)
-    # "v" and not "noise": of curves that differ, little shows through the noise at the last timesteps, and there
-    # an error of the predicted noise counts 1 / signal = 14 times in the curve.
-    net = fd.MLP(POINTS, T=schedule.T)
-    model = fd.Diffusion(net, schedule, prediction="v", backend=backend, seed=seed)
+    model = fd.Diffusion(fd.MLP(POINTS, T=schedule.T), schedule, backend=backend, seed=seed)
     begun = time.perf_counter()
     model.fit(
         seen,

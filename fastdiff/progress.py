@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+log = logging.getLogger("fastdiff")
 
 
 class _Nothing:
@@ -24,3 +28,12 @@ def bar(*, show: bool, **options: Any) -> AbstractContextManager[Any]:
 
     shown: AbstractContextManager[Any] = tqdm(**options)
     return shown
+
+
+def say(text: str, *, show: bool) -> None:
+    """Write a line to stderr, as a bar is; without `show`, log it."""
+    if show:
+        sys.stderr.write(f"fastdiff: {text}\n")
+        sys.stderr.flush()
+    else:
+        log.info("%s", text)
