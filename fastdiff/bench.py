@@ -12,6 +12,7 @@ its roof is the time that the slower of its bytes and its operations must take, 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import platform
@@ -262,6 +263,18 @@ def schedule(fd: Any, case: Case) -> Any:
     return fd.Schedule.sigmoid(T, beta_start=1e-5, beta_end=0.1)
 
 
+def untrained(fd: Any, net: Any, noise_levels: Any, be: Any) -> Any:
+    """Return a model as every version of the library has it."""
+    return fd.Diffusion(net, noise_levels, prediction="noise", backend=be, seed=0)
+
+
+def training_only(fd: Any) -> dict[str, Any]:
+    """Return the options of `fit` with which it does nothing but train, in any version of the library."""
+    if "judge" in inspect.signature(fd.Diffusion.fit).parameters:
+        return {"progress": False, "validation": 0, "judge": False}
+    return {"progress": False}
+
+
 def network(fd: Any, case: Case) -> Any:
     """Return the network of a case; no tensor is zero, as some of a fresh one are."""
     points = case.shape[0]
@@ -350,12 +363,13 @@ def _chain(fd: Any, case: Case, be: Any) -> Work:
 
 def _training(fd: Any, case: Case, be: Any) -> Work:
     X = curves(fd, case)
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
+    how = training_only(fd)
     # The moving average is off: peers do without it.
-    model.fit(X, steps=1, batch=case.n, ema=None, progress=False)
+    model.fit(X, steps=1, batch=case.n, ema=None, **how)
 
     def run() -> Any:
-        return model.fit(X, steps=case.units, batch=case.n, progress=False)
+        return model.fit(X, steps=case.units, batch=case.n, **how)
 
     def check(result: Any) -> None:
         assert result.step >= 1 + case.units
@@ -465,8 +479,8 @@ def _unet(fd: Any, case: Case, be: Any) -> Work:
 
 def _unet_training(fd: Any, case: Case, be: Any) -> Work:
     X = pictures(case)
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
-    how = {"batch": case.n, "data_range": (-1.0, 1.0), "progress": False}
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
+    how = {"batch": case.n, "data_range": (-1.0, 1.0), **training_only(fd)}
     model.fit(X, steps=1, ema=None, **how)
 
     def check(result: Any) -> None:
@@ -565,7 +579,7 @@ def _adamw(fd: Any, case: Case, be: Any) -> Work:
 def _file(fd: Any, case: Case, be: Any) -> tuple[Any, Path]:
     """Return a model of one training step, with its moments, and where to save it."""
     folder = tempfile.mkdtemp(prefix="fastdiff-")
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
     weakref.finalize(model, shutil.rmtree, folder)
     model.fit(pictures(case, 2), steps=1, batch=1, data_range=(-1.0, 1.0), progress=False)
     return model, Path(folder) / "model.safetensors"

@@ -112,16 +112,16 @@ def _train(args: argparse.Namespace) -> int:
         _check_picture(_snapshot(output, 0))
     model = _resumed(args) if args.resume else None
     data, labels, names = _training_data(args, model)
+    if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+        raise FastdiffError(
+            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
+            f"{FEWEST_ROWS}"
+        )
     if model is None:
         model = _new_model(args, data.shape[1:], None if names is None else len(names))
         model.class_names = names
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
-    if len(data) < FEWEST_ROWS:
-        raise FastdiffError(
-            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
-            f"{FEWEST_ROWS}"
-        )
     what = f"curves of {data.shape[1]} points" if data.ndim == 2 else _pictures(data)
     _note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
