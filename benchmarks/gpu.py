@@ -462,6 +462,7 @@ def _unet(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
 
 def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     import fastdiff as fd
+    from fastdiff.backends.layers import Batch
     from fastdiff.interop import diffusers_views
 
     del twins
@@ -473,8 +474,8 @@ def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepare
     def gradient(name: str) -> Any:
         x_t = be.asarray(s.signal[t][:, None, None, None] * x0 + s.noise[t][:, None, None, None] * eps, np.float32)
         grads = be.asarray(net.layout.zeros(np.float32))
-        given = be.asarray(net.flat), x_t, be.asarray(t, np.int64), be.asarray(eps), grads, None
-        net.gradient(all_sides[name], *given, seed=0, step=0, first_sample=0)
+        batch = Batch(x_t, be.asarray(t, np.int64), be.asarray(eps))
+        net.runner(all_sides[name], be.asarray(net.flat)).gradient(batch, grads)
         views = diffusers_views(net, be.to_numpy(grads))
         return np.concatenate([views[name].reshape(-1) for name in sorted(views)])
 
@@ -521,8 +522,7 @@ def _layer(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     works = {name: cases.KINDS[case.kind].setup(fd, case, side).run for name, side in everybody.items()}
 
     def run(side: Any, work: Callable[[], Any]) -> Callable[[], Any]:
-        kept: dict[Any, Any] = {}
-        return lambda: side.repeat(kept, [], work)
+        return side.record(work).run
 
     def result(name: str) -> Any:
         return np.concatenate([be.to_numpy(part).reshape(-1) for part in _parts(works[name]())])

@@ -38,7 +38,7 @@ from fastdiff.backends.workers import Script
 PASSES = 9
 OTHER = "outside of the layers"
 # Calls that are no layers, or made of them.
-OUTER = {"asarray", "empty", "owns", "prepare", "queue", "sample_step", "to_numpy", "train_step"}
+OUTER = {"address", "asarray", "empty", "owns", "prepare", "queue", "to_numpy"}
 STEP_END = "finish_step"
 KINDS = {
     "attention": "attention",
@@ -77,7 +77,7 @@ Pass = tuple[float, list[Call]]  # its seconds, and the calls in it
 def watched(be: CpuBackend) -> list[Call]:
     """Make a backend note every call from outside in the list that is returned.
 
-    What `repeat` is given becomes one script for each of its operations, instead of one for all of them.
+    What is recorded becomes one script for each of its operations, instead of one for all of them.
     """
     calls: list[Call] = []
     written: list[tuple[Script, str, tuple[Any, ...], dict[str, Any]]] | None = None
@@ -99,26 +99,31 @@ def watched(be: CpuBackend) -> list[Call]:
             else:
                 written.append((Script(be.threads, be._recorded.pop()), name, positional, named))
 
-    def repeat(kept: dict[Any, Any], places: list[Any], body: Callable[[], None]) -> None:
-        nonlocal written
-        key = tuple(None if array is None else array.ctypes.data for array in places)
-        if key not in kept:
-            kept[key] = written = []
-            try:
-                body()
-            finally:
-                written = None
-        for script, name, positional, named in kept[key]:
-            begin = time.perf_counter()
-            be._workers.perform(script)
-            end = time.perf_counter()
-            calls.append(Call(name, end, end - begin, positional, named))
+    class Scripts:
+        """A recording."""
+
+        def __init__(self, body: Callable[[], None], places: Any = ()) -> None:
+            self.body, self.scripts = body, None
+
+        def run(self) -> None:
+            nonlocal written
+            if self.scripts is None:
+                self.scripts = written = []
+                try:
+                    self.body()
+                finally:
+                    written = None
+            for script, name, positional, named in self.scripts:
+                begin = time.perf_counter()
+                be._workers.perform(script)
+                end = time.perf_counter()
+                calls.append(Call(name, end, end - begin, positional, named))
 
     for name in dir(LayerBackend):
         method = getattr(be, name, None)
-        if name not in OUTER and not name.startswith("_") and callable(method):
+        if name not in OUTER and not name.startswith(("_", "record")) and callable(method):
             setattr(be, name, partial(watch, name, method))
-    be.repeat = repeat  # type: ignore[method-assign]
+    be.record = Scripts  # type: ignore[method-assign]
     return calls
 
 

@@ -561,7 +561,7 @@ def _attention(fd: Any, case: Case, be: Any) -> Work:
 
 
 def _adamw(fd: Any, case: Case, be: Any) -> Work:
-    from fastdiff.backends import AdamW
+    from fastdiff.backends import AdamW, TrainState
 
     del fd
     rng, size = np.random.default_rng(0), case.values
@@ -570,7 +570,7 @@ def _adamw(fd: Any, case: Case, be: Any) -> Work:
     options = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.5, 0.5, 1.0, 0.999)
 
     def run() -> Any:
-        be.adamw(params, grads, m, v, average, options)
+        be.adamw(TrainState(params, grads, m, v, average), options)
         return params
 
     return Work(run, lambda p: finite((1, size), 0.5, 2)(p[None]))

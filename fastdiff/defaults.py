@@ -23,7 +23,6 @@ log = logging.getLogger("fastdiff")
 WIDTH_PER_POINT, NARROWEST, WIDEST, WIDTH_STEP = 3.5, 128, 1024, 32
 STEPS_PER_ROOT, FEWEST_STEPS, MOST_STEPS = 30, 500, 12_000
 MOST_WORK = 6e12  # operations of a training: less than a minute on two cores
-BATCH, PICTURE_BATCH = 256, 64  # rows of a step
 PICTURE_STEPS, PICTURE_T = 3000, 200
 
 JUDGED_STEPS = 1000  # a fit of so many ends with a judgement

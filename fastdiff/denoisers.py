@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend, RowMap, backend_for
 from fastdiff.covariance import check_covariance
+from fastdiff.denoiser import Evaluator
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, check_timesteps, is_on_device
 from fastdiff.samplers import PREDICTIONS, Sampler, named
 from fastdiff.schedule import Schedule
@@ -175,6 +176,7 @@ class Exact(ABC):
         Mean and covariance of the data.
     """
 
+    classes: int | None = None
     _mixes_steps = False  # whether `_expect` and `_log_density` take a t for each row
 
     def __init__(self, shape: tuple[int, ...], schedule: Schedule, prediction: str) -> None:
@@ -272,20 +274,9 @@ class Exact(ABC):
         spread, rest = np.hypot(alpha * data.deviations, sigma), math.hypot(alpha * data.rest, sigma)
         return Moments(alpha * data.mean, spread, data.basis, rest)
 
-    def evaluator(self, be: Backend) -> Callable[[Array, int], Array]:
-        """The prediction as a function of flat states (n, d) of a backend and an int t, unchecked.
-
-        Its result is overwritten by the next call.
-        """
-        space = _Workspace(be)
-
-        def evaluate(x: Array, t: int) -> Array:
-            out = space("out", x.shape, x.dtype)
-            if len(x):
-                self._expect(space, self.prediction, x, t, out)
-            return out
-
-        return evaluate
+    def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Evaluator:
+        """The prediction on flat states (n, d) of a backend: see `Denoiser`."""
+        return _Expects(self, be)
 
     @abstractmethod
     def _expect(self, space: _Workspace, prediction: str, x: Array, t: Any, out: Array) -> None:
@@ -899,6 +890,19 @@ def convergence(
         return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
     return np.array([exact_chain(gaussian, table(int(n))).w2() for n in steps])
+
+
+class _Expects(Evaluator):
+    """An exact denoiser on a backend."""
+
+    def __init__(self, denoiser: Exact, be: Backend) -> None:
+        self.be, self.denoiser, self._space = be, denoiser, _Workspace(be)
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        out = self._space("out", x.shape, x.dtype)
+        if len(x):
+            self.denoiser._expect(self._space, self.denoiser.prediction, x, t, out)
+        return out
 
 
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -20,6 +20,7 @@ from fastdiff.normaliser import Normaliser
 SAMPLES = 256  # that a judgement draws
 PICTURES, PICTURE_STEPS = 64, 20  # of ddim: each costs a pass of a U-Net
 MOST_ROWS = 1024  # of training rows that are looked at: distances take the square of their number
+MOST_WORK = 1e12  # operations of a network, beyond which curves are drawn as pictures are
 FEWEST_ROWS = 8  # that can be told from a Gaussian, or from copies, at all
 
 Rows = npt.NDArray[Any]

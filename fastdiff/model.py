@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import warnings
-import weakref
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from time import perf_counter
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
-from fastdiff.backends import AdamW, Backend, TrainingDraws, backend_for, get_backend
+from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
+from fastdiff.backends.layers import Batch
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -35,25 +31,18 @@ from fastdiff.errors import (
     check_seed,
     is_on_device,
 )
-from fastdiff.nn.mlp import MLP
+from fastdiff.nn import MLP, Network, Runner, UNet, network_of
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.nn.unet import UNet
 from fastdiff.noise import Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
-from fastdiff.progress import bar as progress_bar
 from fastdiff.progress import say
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
+from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
 
-VALIDATION_EVERY = 100  # steps, counted from 0
-READ_SECONDS = 0.1  # at most, from one look at the losses to the next
-
-Network = MLP | UNet
-Step = Callable[[int, AdamW], None]
-Batch = tuple[Any, Any, Any, Any]
 HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
 
 
@@ -63,7 +52,7 @@ class NetworkDenoiser:
 
     Attributes
     ----------
-    net : MLP or UNet
+    net : Network
         The architecture.
     flat : array
         The weights in use.
@@ -77,18 +66,14 @@ class NetworkDenoiser:
     flat: npt.NDArray[Any]
     prediction: str
     backend: Backend
-    _steppers: dict[Backend, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
+    _runners: dict[Backend, Runner] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.net, self.flat, self.prediction, self.backend)
 
     @property
-    def plan(self) -> Any:
-        return getattr(self.net, "plan", None)
-
-    @property
     def classes(self) -> int | None:
-        return getattr(self.net, "classes", None)
+        return self.net.classes
 
     @property
     def T(self) -> int:
@@ -102,27 +87,12 @@ class NetworkDenoiser:
         """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
         return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
 
-    def evaluator(self, be: Backend) -> Callable[..., Any]:
-        """Return a U-Net with these weights as a function of states on a backend: see `UNet.evaluator`."""
-        assert isinstance(self.net, UNet)  # a perceptron has a plan
-        return self.net.evaluator(be, self._on(be))
-
-    @property
-    def stepper(self) -> Callable[[Backend], Callable[..., None]] | None:
-        """Takes a backend and returns a U-Net with these weights as a sampler's step there: see `UNet.stepper`."""
-        net = self.net
-        if not isinstance(net, UNet):
-            return None
-
-        def on(be: Backend) -> Callable[..., None]:
-            if be not in self._steppers:
-                self._steppers[be] = net.stepper(be, self._on(be))
-            return self._steppers[be]
-
-        return on
-
-    def _on(self, be: Backend) -> Any:
-        return self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
+    def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Runner:
+        """Return the network with these weights on a backend, always the same one."""
+        if be not in self._runners:
+            flat = self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
+            self._runners[be] = self.net.runner(be, flat)
+        return self._runners[be]
 
 
 class _Optimizer(NamedTuple):
@@ -201,7 +171,8 @@ class Diffusion:
         noise_shape: NoiseShape | None = None,
     ) -> None:
         if net is not None and not isinstance(net, Network):
-            raise ArgumentError("net", type(net).__name__, "a fastdiff.MLP or a fastdiff.UNet")
+            wants = "a fastdiff.MLP, a fastdiff.UNet, or another fastdiff.nn.Network"
+            raise ArgumentError("net", type(net).__name__, wants)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
         if net is not None and schedule is None:
@@ -213,11 +184,11 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
-        if isinstance(net, UNet) and net.outputs != net.image[2]:
+        if net is not None and net.outputs != net.image[2]:
             raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
         if prediction is None:
-            prediction = (net.prediction if isinstance(net, UNet) else None) or "v"
-        if isinstance(net, UNet) and net.prediction not in (None, prediction):
+            prediction = (None if net is None else net.prediction) or "v"
+        if net is not None and net.prediction not in (None, prediction):
             raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
@@ -347,10 +318,9 @@ class Diffusion:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = self._checked(be, X, y)
         rows, labels, held_out, rule = self._split(X, y, validation, classes)
-        unet = X.ndim > 2 if self.net is None else isinstance(self.net, UNet)
-        usual = defaults.PICTURE_BATCH if unet else defaults.BATCH
-        batch = usual if batch is None else check_int("batch", batch, low=1, high=1 << 30)
-        accumulate = check_int("accumulate", accumulate, low=1, high=batch if unet else 1)
+        kind = (MLP if X.ndim == 2 else UNet) if self.net is None else type(self.net)
+        batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
+        accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
         if flip and X.ndim == 2:
             raise ArgumentError("flip", repr(flip), "False for curves")
 
@@ -372,72 +342,12 @@ class Diffusion:
         first, self.end_step = self.step, self.step + steps
         net, optimizer = self.net, self._optimizer
         data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
-        draws = TrainingDraws(data, self.schedule.signal, self.schedule.noise, *self._target_tables(), self.seed)
-        checks = None if held_out is None else self._validation_set(be, *held_out)
-        grads = be.asarray(net.layout.zeros(net.dtype), net.dtype)
-        # The same arrays on the CPU; on a GPU copies, that are brought back below.
-        host = (net.flat, optimizer.m, optimizer.v, self._average)
-        state = [be.asarray(array, net.dtype) for array in host]
-
-        results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
-        if isinstance(net, MLP):
-            take_step = _mlp_step(be, net, draws, batch, grads, *state, results=results)
-        else:
-            draw = _batches(be, net, draws, labels, bool(flip))
-            take_step = _unet_step(be, net, draw, batch, accumulate, self.seed, grads, *state, results=results)
-        issued, read_at = self.step, perf_counter()
-
-        def settle() -> None:
-            """Wait for the steps that have been issued, and count them."""
-            nonlocal issued, read_at
-            rows = be.to_numpy(results) if issued > self.step else ()
-            while self.step < issued:
-                loss, norm = rows[self.step % len(rows)].tolist()
-                if not math.isfinite(norm):
-                    issued = self.step  # the others have done nothing
-                    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
-                    raise TrainingError(
-                        f"{what} in step {self.step}: stopped; the model keeps the state before it, try a smaller lr"
-                    )
-                self.history["step"].append(self.step)
-                self.history["loss"].append(loss)
-                self.step += 1
-                self.ema_updates += 1
-                bar.update()
-                if progress and self.step % 50 == 0:
-                    bar.set_postfix(loss=f"{np.mean(self.history['loss'][-50:]):.4f}", refresh=False)
-            read_at = perf_counter()
-
-        def bring_back() -> None:
-            for ours, theirs in zip(host, state, strict=True):
-                if ours is not theirs:
-                    ours[...] = be.to_numpy(theirs)
-
-        with (
-            ExitStack() as last,
-            _deferred_interrupt() as interrupted,
-            progress_bar(show=progress, total=steps, desc="training") as bar,
-        ):
-            last.callback(bring_back)
-            last.callback(settle)
-            while issued < self.end_step:
-                if checks is not None and issued % VALIDATION_EVERY == 0:
-                    settle()
-                    self._validate(be, state[-1], checks)
-                take_step(issued, optimizer.plan.options(issued, self.ema_updates + issued - self.step))
-                issued += 1
-                late = issued - self.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
-                if not (late or callback is not None or interrupted() or issued == self.end_step):
-                    continue
-                settle()
-                if interrupted():
-                    raise KeyboardInterrupt
-                if callback is not None:
-                    bring_back()
-                    if callback(self.step - 1, self.history["loss"][-1]):
-                        break
-            if checks is not None and self.step % VALIDATION_EVERY == 0:
-                self._validate(be, state[-1], checks)
+        tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
+        validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
+        host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
+        trainer = Trainer(be, net, draws, host, batch, accumulate)
+        trainer.run(self, steps, optimizer.plan.options, validate=validate, progress=progress, callback=callback)
         if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self
@@ -473,7 +383,7 @@ class Diffusion:
         training : (M, ...) array, optional
             The rows that the model has learned from; then X are others.
         samples : int, optional
-            How many to draw; by default 1,000, and 64 for a U-Net (in 20 steps of ddim).
+            How many to draw; by default 1,024. Of pictures, and of curves by a large network, 64 in 20 steps of ddim.
         seed : int, optional
             By default the model's.
 
@@ -520,7 +430,8 @@ class Diffusion:
     ) -> judgement.Evaluation:
         assert self.net is not None and self.normaliser is not None  # noqa: PT018
         n, sampler, steps = samples, "ddpm", None
-        if isinstance(self.net, UNet):
+        cost = 2 * samples * self.net.T * self.net.layout.count * math.prod(self.net.image[:2])
+        if cost > judgement.MOST_WORK or len(self.net.shape) == 3:
             n, sampler, steps = judgement.PICTURES, "ddim", min(judgement.PICTURE_STEPS, self.net.T)
         asked = None if labels is None else labels[np.arange(n) * len(labels) // n]
         drawn = self.sample(n, labels=asked, sampler=sampler, steps=steps, seed=seed)
@@ -537,8 +448,7 @@ class Diffusion:
             return "take fewer steps, a smaller network, or more rows"
         if self.prediction == "noise":
             return "fit a Diffusion(prediction='v')"
-        narrow = isinstance(self.net, MLP) and min(self.net.hidden, default=self.net.points) < self.net.points
-        if narrow:
+        if self.net.narrow:
             return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
         return "train longer (fit again, or steps=), or bring more rows"
 
@@ -680,9 +590,9 @@ class Diffusion:
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
-        return be.asarray(x), be.asarray(t, np.int64), target, labels
+        return Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
 
-    def _validate(self, be: Backend, average: Any, checks: Batch) -> None:
+    def _validate(self, be: Backend, checks: Batch, average: Any) -> None:
         assert self.net is not None
         if self.history["validation_step"][-1:] == [self.step]:
             return  # an earlier fit ended here
@@ -864,9 +774,7 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
 
 def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backend: str | Backend) -> Diffusion:
     schedule = Schedule.from_dict(header["schedule"])
-    config = header["network"]
-    kind = config.get("kind") if isinstance(config, dict) else None
-    net: Network = (UNet if kind == "unet" else MLP).from_dict(config, draw=False)
+    net = network_of(header["network"], draw=False)
 
     def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if name not in tensors:
@@ -954,115 +862,9 @@ def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> 
     return checked
 
 
-def _mlp_step(
-    be: Backend,
-    net: MLP,
-    draws: TrainingDraws,
-    batch: int,
-    grads: Any,
-    params: Any,
-    m: Any,
-    v: Any,
-    average: Any,
-    *,
-    results: Any,
-) -> Step:
-    """A perceptron's training step: one fused operation of the backend."""
-
-    def take(step: int, options: AdamW) -> None:
-        be.mlp_train_step(net.plan, params, draws, step, batch, grads, m, v, average, options, results)
-
-    return take
-
-
-def _unet_step(
-    be: Any,
-    net: UNet,
-    draw: Callable[[int, int, int], Batch],
-    batch: int,
-    accumulate: int,
-    seed: int,
-    grads: Any,
-    params: Any,
-    m: Any,
-    v: Any,
-    average: Any,
-    *,
-    results: Any,
-) -> Step:
-    """A U-Net's training step: gradients of the parts of the batch, weighted by their sizes, and then the optimiser."""
-    bounds = [batch * i // accumulate for i in range(accumulate + 1)]
-    part = grads if accumulate == 1 else be.asarray(net.layout.zeros(net.dtype), net.dtype)
-    total = be.empty((1,), np.float64)
-    kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-    def gradient(step: int, first: int, end: int) -> Any:
-        x, t, target, labels = draw(step, first, end - first)
-        return net.gradient(be, params, x, t, target, part, labels, seed=seed, step=step, first_sample=first)
-
-    def take(step: int, options: AdamW) -> None:
-        arrays = params, grads, m, v, average, options, results
-        if accumulate == 1:
-            net.train_step(be, kept, lambda: gradient(step, 0, batch), batch, step, *arrays)
-            return
-        grads[...], total[...] = 0, 0
-        for first, end in pairwise(bounds):
-            weight, loss = (end - first) / batch, gradient(step, first, end)
-            loss *= weight
-            part[...] *= part.dtype.type(weight)
-            total[...] += loss
-            grads[...] += part
-        be.finish_step(total, step, *arrays)
-
-    return take
-
-
-def _batches(
-    be: Any, net: UNet, draws: TrainingDraws, labels: npt.NDArray[Any] | None, flip: bool
-) -> Callable[[int, int, int], Batch]:
-    """Return a function of step, first position and size, that draws this part of a batch: x_t, t, target, labels.
-
-    They lie where the network takes them from, and are valid until a part of that size is drawn again.
-    """
-    images = draws._replace(data=draws.data.reshape(-1, *net.image))
-    classes = None if labels is None else be.asarray(labels, np.int64)
-
-    def draw(step: int, first: int, n: int) -> Batch:
-        batch = net.batch(be, n, labels=classes is not None)
-        be.draw_batch(images, classes, *batch, step=step, first_sample=first, flip=flip)
-        return batch
-
-    return draw
-
-
 def _on_host(be: Backend, X: Any) -> Any:
     """Training data as NumPy: it is normalised on the host, once."""
     if not is_on_device(X):
         return X
     be, array = backend_for(be, X=X), check_array("X", X)
     return be.to_numpy(be.asarray(array, array.dtype))
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came.
-
-    A handler that somebody else has set stays: it decides itself what an interrupt does.
-    """
-    seen = 0
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-
-    def hold(number: int, frame: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 2:
-            signal.signal(number, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield lambda: seen > 0
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,7 @@ evaluated in the order written here, one rounding per operation, so that any bac
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,28 @@ class Stream(IntEnum):
     PROBE = 12  # normals and signs of estimates
     RESAMPLE = 13  # particles
     DROP = 14  # labels, covariates and masks that a training step leaves out
+
+
+class Draw(NamedTuple):
+    """Where noise comes from: rows of a stream of a seed, at a step, by the noise law.
+
+    Attributes
+    ----------
+    seed : int
+    stream : Stream
+    step : int
+    first_row : int
+        Row of the first sample; those of the others follow.
+    """
+
+    seed: int
+    stream: int
+    step: int = 0
+    first_row: int = 0
+
+    def after(self, rows: int) -> Draw:
+        """The draw of what comes so many rows later."""
+        return self._replace(first_row=self.first_row + rows)
 
 
 # Philox4x32: multipliers of the two products, and the Weyl increments of the two key words.

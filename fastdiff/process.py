@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, MLPPlan, Row, backend_for
+from fastdiff.backends import Backend, Row, backend_for
+from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory
 from fastdiff.errors import (
     ArgumentError,
     check_array,
@@ -20,13 +21,12 @@ from fastdiff.errors import (
     check_timesteps,
     is_on_device,
 )
-from fastdiff.noise import Stream, check_rows
+from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 Array = Any
-Evaluate = Callable[..., Array]  # of flat states, t and, where there are classes, labels
 
 BATCH_VALUES = 1 << 22  # that go to a denoiser at once where the caller does not say
 BLOCK_VALUES = 1 << 18  # of a sum that NumPy takes: its terms stay in cache
@@ -151,13 +151,14 @@ def forward_chain(
     given = _states("x0", x0, be)
     clean = given.reshape(len(given), _width(given.shape))
     seed, first_sample = check_seed(seed), check_rows(first_sample, len(clean))
-    step = _stepper(be, clean, _shaped(noise_shape, clean.shape[1]), None, seed=seed, stream=Stream.CHAIN)
+    shaped, draw = _shaped(noise_shape, clean.shape[1]), Draw(seed, Stream.CHAIN, first_row=first_sample)
+    step = _stepper(be, clean, shaped)
     chain = be.empty((schedule.T + 1, *clean.shape), clean.dtype)
     chain[0] = clean
     for t, beta in enumerate(schedule.betas):
         chain[t + 1] = chain[t]
         row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, c=0, e=0, s=math.sqrt(beta))
-        step(chain[t + 1], None, None, row, first_sample)
+        step(chain[t + 1], None, None, row, None, draw)
     return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
 
@@ -249,7 +250,7 @@ def sample(
 
     Parameters
     ----------
-    denoiser : callable or object with ``predict``
+    denoiser : callable, object with ``predict``, or `Denoiser`
         Called as ``denoiser(x, t)``, or ``denoiser(x, t, labels)``, with x (n, ...) and an int t, it returns an array
         like x in the table's prediction. Where it has attributes ``T``, ``prediction`` or ``shape``, they must agree
         with the table.
@@ -297,9 +298,10 @@ def sample(
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = backend_for(backend, initial=initial)
-    _check_agreement(denoiser, sampler, be)
+    source = denoiser_of(denoiser)
+    _check_agreement(source, sampler)
     states = None if initial is None else _states("initial", initial, be)
-    shape = _sample_shape(denoiser, shape, states)
+    shape = _sample_shape(source.shape, shape, states)
     width = _width((0, *shape))
     shaped = _shaped(noise_shape, width)
     if shaped is not None:
@@ -311,8 +313,9 @@ def sample(
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
-    given = _labels(denoiser, labels, n)
+    given = _labels(source.classes, labels, n)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
+    draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample), source.on(be, shape)
     batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
     if initial is None:
         fill = be.normal if shaped is None else partial(shaped.fill, be)
@@ -320,33 +323,26 @@ def sample(
 
     rows, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    stepwise = trajectory or callback or progress or shaped is not None
-    if isinstance(getattr(denoiser, "plan", None), MLPPlan) and not stepwise:
-        flat = be.asarray(denoiser.flat, denoiser.flat.dtype)
-        for part in batches:
-            first = first_sample + part.start
-            be.mlp_chain(denoiser.plan, flat, x[part], rows, clip, seed=seed, first_sample=first)
+    classes = [None if given is None else be.asarray(given[part], np.int64) for part in batches]
+    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, classes, strict=True)]
+    if not (trajectory or callback or progress or shaped is not None):
+        for part, drawn, chosen in parts:
+            evaluator.run_table(x[part], rows, clip, drawn, chosen)
         return returned(be, x.reshape(n, *shape), on_device)
 
-    step = _sampling_step(denoiser, be, shape, x[:batch], shaped, clip, seed)
-    classes = [() if given is None else (be.asarray(given[part], np.int64),) for part in batches]
-    remembers = any(row.c != 0 for row in rows)
+    step = evaluator.step if shaped is None else _shaped_step(evaluator, x[:batch], shaped)
     path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
     if path is not None:
         path[0] = x
     # A callback sees all samples after each row; without one a batch runs to its end before the next one starts.
-    parts = list(zip(batches, classes, strict=True))
     groups = [parts] if callback is not None else [[part] for part in parts]
     done = len(rows)
     with progress_bar(show=progress, total=len(rows) * len(groups), desc="sampling", leave=False) as bar:
         for group in groups:
-            previous = [be.empty((part.stop - part.start, width), x.dtype) if remembers else None for part, _ in group]
-            for kept in previous:
-                if kept is not None:
-                    kept.fill(0)
+            previous = [memory(be, x[part], rows) for part, _, _ in group]
             for done, row in enumerate(rows, start=1):
-                for (part, label), kept in zip(group, previous, strict=True):
-                    step(x[part], kept, row, first_sample + part.start, *label)
+                for (part, drawn, chosen), kept in zip(group, previous, strict=True):
+                    step(x[part], kept, row, clip, drawn, chosen)
                     if path is not None:
                         path[done, part] = x[part]
                 bar.update()
@@ -378,22 +374,38 @@ def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
     return noise_shape
 
 
-def _stepper(
-    be: Backend, like: Array, shaped: ShapedNoise | None, clip: tuple[float, float] | None, *, seed: int, stream: Stream
-) -> Callable[[Array, Array | None, Array | None, Row, int], None]:
-    """`Backend.sampler_step` for states no longer than `like`: (x, out, previous, row, first_sample).
+def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[..., None]:
+    """`Backend.sampler_step` for states no longer than `like`: (x, out, previous, row, clip, draw).
 
     Shaped noise is drawn by itself and added as the e term of a second row, which rounds like the s term of the first.
     """
     noise = like if shaped is None else be.empty(like.shape, like.dtype)
 
-    def step(x: Array, out: Array | None, previous: Array | None, row: Row, first_sample: int) -> None:
-        law = {"seed": seed, "stream": stream, "first_sample": first_sample}
+    def step(
+        x: Array,
+        out: Array | None,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        law = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
         be.sampler_step(x, out, previous, row if shaped is None else row._replace(s=0.0), clip, **law)
         if shaped is not None and row.s != 0:
             z = noise[: len(x)]
             shaped.fill(be, z, step=row.t, **law)
             be.sampler_step(x, z, None, Row(row.t, p=0, q=0, a=1, b=0, c=0, e=row.s, s=0), None, **law)
+
+    return step
+
+
+def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Callable[..., None]:
+    """`Evaluator.step` with shaped noise, for states no longer than `like`."""
+    take = _stepper(evaluator.be, like, shaped)
+
+    def step(x: Array, previous: Array | None, row: Row, clip: Any, draw: Draw, labels: Array = None) -> None:
+        out = evaluator.evaluate(x, row.t, labels) if row.q != 0 or row.e != 0 else None
+        take(x, out, previous, row, clip, draw)
 
     return step
 
@@ -432,41 +444,27 @@ def _width(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:])
 
 
-def _check_agreement(denoiser: Any, sampler: Sampler, be: Backend) -> None:
-    if not callable(denoiser) and not callable(getattr(denoiser, "predict", None)):
-        raise ArgumentError("denoiser", type(denoiser).__name__, "a callable (x, t), or an object with .predict(x, t)")
-    plan = getattr(denoiser, "plan", None)
-    ours = isinstance(plan, MLPPlan)
-    T = plan.T if isinstance(plan, MLPPlan) else getattr(denoiser, "T", None)
-    if T is not None and T != sampler.schedule.T:
-        raise ArgumentError("denoiser", f"T = {T}", f"T = {sampler.schedule.T}, the sampler's schedule")
-    prediction = getattr(denoiser, "prediction", None)
-    if isinstance(prediction, str) and prediction != sampler.prediction:
-        raise ArgumentError(
-            "denoiser", f"prediction {prediction!r}", f"{sampler.prediction!r}, the sampler's prediction"
-        )
-    if ours and denoiser.flat.dtype == np.float64 and be.name != "numpy":
-        raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
+def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
+    if denoiser.T not in (None, sampler.schedule.T):
+        raise ArgumentError("denoiser", f"T = {denoiser.T}", f"T = {sampler.schedule.T}, the sampler's schedule")
+    if denoiser.prediction not in (None, sampler.prediction):
+        what = f"prediction {denoiser.prediction!r}"
+        raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
 
 
-def _labels(denoiser: Any, labels: Any, n: int) -> Any:
-    """The class of every sample (n,) int64, or None; a denoiser that says how many classes it has must agree."""
-    known = getattr(denoiser, "classes", None)
+def _labels(known: int | None, labels: Any, n: int) -> Any:
+    """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
     if labels is None:
-        if known is not None:
-            raise ArgumentError(
-                "labels", "None", f"a class from 0 to {known - 1} for each sample: this one has classes"
-            )
+        if known not in (None, ANY_CLASSES):
+            wants = f"a class from 0 to {known - 1} for each sample: this one has classes"
+            raise ArgumentError("labels", "None", wants)
         return None
-    told = hasattr(denoiser, "classes") or hasattr(denoiser, "evaluator")
-    if known is None and (told or isinstance(getattr(denoiser, "plan", None), MLPPlan)):
+    if known is None:
         raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-    return check_indices("labels", labels, 1 << 62 if known is None else known, n)
+    return check_indices("labels", labels, known, n)
 
 
-def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
-    told = getattr(denoiser, "shape", None)
-    known: tuple[int, ...] | None = told if isinstance(told, tuple) else None
+def _sample_shape(known: tuple[int, ...] | None, shape: Any, initial: Any) -> tuple[int, ...]:
     if shape is None:
         if known is not None:
             return known
@@ -478,63 +476,3 @@ def _sample_shape(denoiser: Any, shape: Any, initial: Any) -> tuple[int, ...]:
     if known is not None and known != wanted:
         raise ArgumentError("shape", str(wanted), f"{known}, the shape that the denoiser works on")
     return wanted
-
-
-def _sampling_step(
-    denoiser: Any,
-    be: Backend,
-    shape: tuple[int, ...],
-    like: Array,
-    shaped: ShapedNoise | None,
-    clip: tuple[float, float] | None,
-    seed: int,
-) -> Callable[..., None]:
-    """A step of a sampler for states no longer than `like`: (x, previous, row, first_sample, *labels)."""
-    own = shaped is None and getattr(denoiser, "stepper", None)  # evaluation and step in one
-    if own:
-        whole = own(be)
-
-        def take(x: Array, previous: Array | None, row: Row, first_sample: int, *labels: Array) -> None:
-            whole(x, previous, row, clip, *labels, seed=seed, stream=Stream.STEP, first_sample=first_sample)
-
-        return take
-    evaluate = _evaluator(denoiser, be, shape)
-    step = _stepper(be, like, shaped, clip, seed=seed, stream=Stream.STEP)
-
-    def evaluate_and_take(x: Array, previous: Array | None, row: Row, first_sample: int, *labels: Array) -> None:
-        out = evaluate(x, row.t, *labels) if row.q != 0 or row.e != 0 else None
-        step(x, out, previous, row, first_sample)
-
-    return evaluate_and_take
-
-
-def _evaluator(denoiser: Any, be: Backend, shape: tuple[int, ...]) -> Evaluate:
-    """The denoiser as a function of flat states (n, D) and t."""
-    plan = getattr(denoiser, "plan", None)
-    if isinstance(plan, MLPPlan):
-        flat = be.asarray(denoiser.flat, denoiser.flat.dtype)
-        out, steps = be.empty((0, 0)), be.empty((0,), np.int64)
-
-        def network(x: Array, t: int) -> Array:
-            nonlocal out, steps
-            if out.shape != x.shape:  # the last batch may be smaller
-                out, steps = be.empty(x.shape, x.dtype), be.empty((len(x),), np.int64)
-            steps[...] = t
-            return be.mlp_forward(plan, flat, x, steps, out)
-
-        return network
-    if hasattr(denoiser, "evaluator"):  # one that runs on the backend of the sampler
-        known: Evaluate = denoiser.evaluator(be)
-        return known
-    function = denoiser.predict if hasattr(denoiser, "predict") else denoiser
-
-    def evaluate(x: Array, t: int, *labels: Array) -> Array:
-        state = _copy(be, x).reshape(len(x), *shape)  # the caller's to change
-        out = check_array(
-            "denoiser output", function(state, t, *labels), finite=False, dtype=x.dtype
-        )  # host arrays are sent
-        if out.shape != state.shape:
-            raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
-        return be.asarray(out, x.dtype).reshape(x.shape)
-
-    return evaluate

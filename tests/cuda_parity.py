@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import Row
+from fastdiff.backends import Row, TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.kernels.cuda import runtime
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Stream, fill_normal, round_keys
+from fastdiff.noise import Draw, Stream, fill_normal, round_keys
 
 NUMPY = NumpyBackend()
 
@@ -173,7 +173,7 @@ def recorded_sampler_steps(be, size):
         for k, row in enumerate(few):
             arrays = [filled(shape, seed) for seed in (1, 2, 3)]
             arrays[2] = arrays[2] if memory else None
-            at = {"seed": 2**64 - 1 - k, "stream": Stream.STEP, "first_sample": 2**32 - 1 + k}
+            at = Draw(2**64 - 1 - k, Stream.STEP, first_row=2**32 - 1 + k)
             with np.errstate(all="ignore"):
                 want = sampled(NUMPY, host_kept, arrays, row, CLIPS[k % 4], at)
             if k == 0:  # where the work is done again and again
@@ -186,7 +186,7 @@ def recorded_sampler_steps(be, size):
                 assert_same_bits(be.to_numpy(array), wanted)
 
 
-def sampled(be, kept, arrays, row, clip, at, state=None):
+def sampled(be, kept, arrays, row, clip, draw, state=None):
     """x and the previous x0, where there is one, after a step by the sum of x and another array."""
     x, other, previous = (None if array is None else be.asarray(array).copy() for array in arrays)
     state = be.asarray(arrays[0]).copy() if state is None else state
@@ -197,7 +197,9 @@ def sampled(be, kept, arrays, row, clip, at, state=None):
         be.add(state, kept["other"], out)
         return out
 
-    be.sample_step(kept.setdefault("steps", {}), [out], output, state, x, previous, row, clip, **at)
+    if "sampling" not in kept:
+        kept["sampling"] = be.record_sampling(output, state)
+    kept["sampling"].run(x, previous, row, clip, draw)
     return [x] if previous is None else [x, previous]
 
 
@@ -218,9 +220,9 @@ def optimiser(be, size):
         g = random.normal(size=count).astype(np.float32)
         options = plan.options(6, 100)
         want = [column.copy() for column in state]
-        want_norm = NUMPY.adamw(want[0], g, *want[1:], options)
+        want_norm = NUMPY.adamw(TrainState(want[0], g, *want[1:]), options)
         got = [be.asarray(column.copy()) for column in state]
-        norm = be.adamw(got[0], be.asarray(g), *got[1:], options)
+        norm = be.adamw(TrainState(got[0], be.asarray(g), *got[1:]), options)
         assert type(norm) is float
         assert_close(norm, want_norm, terms=count, dtype=np.float64)
         for column, wanted in zip(got, want, strict=True):
@@ -228,7 +230,7 @@ def optimiser(be, size):
         for bad in (math.nan, math.inf, -math.inf):
             g[count // 2] = bad
             got = [be.asarray(column.copy()) for column in state]
-            assert not math.isfinite(be.adamw(got[0], be.asarray(g), *got[1:], options))
+            assert not math.isfinite(be.adamw(TrainState(got[0], be.asarray(g), *got[1:]), options))
             for column, wanted in zip(got, state, strict=True):
                 assert_same_bits(be.to_numpy(column), wanted)
 

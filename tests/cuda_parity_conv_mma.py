@@ -19,7 +19,7 @@ from fastdiff.backends import cuda_conv_mma
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda_conv import product
 from fastdiff.backends.cuda_conv_mma import TILES
-from fastdiff.backends.layers import Conv, ConvWeights
+from fastdiff.backends.layers import Conv, ConvShapes
 
 F = np.float32
 
@@ -195,22 +195,24 @@ def conv_mma_prepared(be, size):
     flat = np.concatenate([np.zeros(5, F), *(w.reshape(-1) for _, w, _, _ in given)])
     for change in (0, 1):
         for backward in (False, True):
-            base, at, convs = be.asarray(flat + F(change)), 5, []
+            base, at, convs, weights = be.asarray(flat + F(change)), 5, [], []
             for case, (x, w, _, dy) in zip(cases, given, strict=True):
-                view = base[at : at + w.size].reshape(w.shape)
-                convs.append(ConvWeights(case.geometry, x.shape, dy.shape, view))
+                weights.append(base[at : at + w.size].reshape(w.shape))
+                convs.append(ConvShapes(case.geometry, x.shape, dy.shape))
                 at += w.size
-            ready = be.prepare(kept.setdefault(backward, {}), convs, backward=backward)
-            for conv, forms in zip(convs, ready, strict=True):
+            if backward not in kept:
+                kept[backward] = be.prepare(convs, backward)
+            ready = kept[backward].run(weights)
+            for conv, w, forms in zip(convs, weights, ready, strict=True):
                 for adjoint in (False, True)[: 1 + backward]:
                     form = product(conv.geometry, conv.x, conv.out, adjoint)
-                    packed = be.to_numpy(be._tensor_cores.weights(form, conv.w, adjoint))
+                    packed = be.to_numpy(be._tensor_cores.weights(form, w, adjoint))
                     got = be.to_numpy(forms[adjoint])
                     assert_same_bits(got.view(np.uint32), packed[: got.size].view(np.uint32))
     # They take the place of the weights themselves.
     (x, _, b, dy), results = given[0], []
-    for w in ([convs[0].w] * 2, ready[0]):
-        out, dx, dw, db = (be.empty(shape) for shape in (dy.shape, x.shape, convs[0].w.shape, b.shape))
+    for w in ([weights[0]] * 2, ready[0]):
+        out, dx, dw, db = (be.empty(shape) for shape in (dy.shape, x.shape, weights[0].shape, b.shape))
         there = [be.asarray(array) for array in (x, b, dy)]
         be.conv(convs[0].geometry, there[0], w[0], there[1], out)
         be.conv_backward(convs[0].geometry, there[2], there[0], w[1], dx, dw, db)

@@ -9,7 +9,8 @@ import numpy as np
 from cuda_parity import NUMPY, both_ways, covers
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import TrainingDraws, cuda_layers
+from fastdiff.backends import TrainingDraws, TrainState, cuda_layers
+from fastdiff.backends.layers import Batch
 from fastdiff.nn.optim import TrainingPlan
 
 F, EPS = np.float32, 1e-5
@@ -237,16 +238,16 @@ DRAWS = {
 def drawn_batches(be, size):
     for number, (shape, n, rows) in enumerate(DRAWS[size]):
         T, labels = 11, np.random.default_rng(3).integers(0, 9, rows)
-        draws = TrainingDraws(normals(1, rows, *shape), *np.random.default_rng(2).normal(size=(4, T)), 2**63 + 5)
-        at = {"step": 2**32 - 1 - number, "first_sample": (0, 17)[number % 2], "flip": number % 2 == 1}
+        tables = np.random.default_rng(2).normal(size=(4, T))
+        draws = TrainingDraws(normals(1, rows, *shape), *tables, 2**63 + 5, labels, number % 2 == 1)
+        at = {"step": 2**32 - 1 - number, "first_sample": (0, 17)[number % 2]}
         want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1)]
-        NUMPY.draw_batch(draws, labels, *want, **at)
-        there = draws._replace(data=be.asarray(draws.data))
+        NUMPY.draw_batch(draws, Batch(*want), **at)
         for given in (be.asarray(labels, np.int64), None):
             got = [be.asarray(np.zeros_like(array), array.dtype) for array in want]
             if given is None:
                 got[3] = None
-            be.draw_batch(there, given, *got, **at)
+            be.draw_batch(draws._replace(data=be.asarray(draws.data), labels=given), Batch(*got), **at)
             for array, wanted in zip(got, want, strict=True):
                 if array is not None:
                     assert_same_bits(be.to_numpy(array), wanted)
@@ -302,7 +303,7 @@ def repeated_steps(be, size):
     results = []
     for each in (be, NUMPY):
         given, rows, grads = each.asarray(x.copy()), each.asarray(unfilled(1, count)), each.asarray(unfilled(1, count))
-        wanted, arrays, kept = each.asarray(target), [each.asarray(array[0].copy()) for array in state], {}
+        wanted, arrays = each.asarray(target), [each.asarray(array[0].copy()) for array in state]
         loss, of_steps = each.empty((1,), np.float64), each.asarray(np.zeros((ROWS, 2)), np.float64)
 
         def gradient(step, be=each, given=given, rows=rows, wanted=wanted, grads=grads, loss=loss):
@@ -310,13 +311,10 @@ def repeated_steps(be, size):
             be.squared_error(rows, wanted, grads, loss)
             return loss
 
+        training = each.record_training(gradient, TrainState(arrays[0], grads.reshape(-1), *arrays[1:]), of_steps)
         for step in range(STEPS):
             given[...] = each.asarray(bad if step == BAD else x)
-            options = plan.options(step, step)
-            each.train_step(
-                kept, lambda step=step, gradient=gradient: gradient(step), step, arrays[0], grads.reshape(-1),
-                *arrays[1:], options, of_steps,
-            )  # fmt: skip
+            training.run(step, plan.options(step, step))
             results.append((each.to_numpy(of_steps).copy(), [each.to_numpy(array).copy() for array in arrays]))
     before = [array[0] for array in state]
     for step, (got, want) in enumerate(zip(results[:STEPS], results[STEPS:], strict=True)):

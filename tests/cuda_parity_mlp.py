@@ -9,7 +9,7 @@ from cuda_parity import NUMPY, covers
 from gradcheck import scatter
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import TrainingDraws
+from fastdiff.backends import TrainingDraws, TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.nn import MLP
@@ -142,23 +142,26 @@ def training_steps(be, size):
         state, apart = ([be.asarray(column, np.float32) for column in want] for _ in range(2))
         grads, wide_grads = be.asarray(np.zeros_like(net.flat)), np.zeros_like(wide)
         results, wide_results = be.asarray(np.zeros((2, 2)), np.float64), np.zeros((2, 2))
+        there = draws._replace(data=data.astype(np.float64))
+        reference = NUMPY.mlp_training(net.plan, there, n, TrainState(want[0], wide_grads, *want[1:]), wide_results)
+        ours = TrainState(state[0], grads, *state[1:])
+        training = be.mlp_training(net.plan, draws, n, ours, results)
         for step in range(steps):
             options = plan.options(step, step)
-            there = draws._replace(data=data.astype(np.float64))
-            NUMPY.mlp_train_step(net.plan, want[0], there, step, n, wide_grads, *want[1:], options, wide_results)
-            be.mlp_train_step(net.plan, state[0], draws, step, n, grads, *state[1:], options, results)
+            reference.run(step, options)
+            training.run(step, options)
             got = be.to_numpy(results)[step % 2]
             assert_close(got.astype(np.float32), wide_results[step % 2], terms=steps * (terms(net) + n))
             # Weights cannot be compared with NumPy's: Adam divides a gradient by its size, be it a rounding error.
             loss = be.mlp_train_gradient(net.plan, apart[0], draws, step, n, grads)
-            norm = be.adamw(apart[0], grads, *apart[1:], options)
+            norm = be.adamw(TrainState(apart[0], grads, *apart[1:]), options)
             assert [loss, norm] == got.tolist(), "the two in one differ"
             for column, wanted in zip(state, apart, strict=True):
                 assert_same_bits(be.to_numpy(column), be.to_numpy(wanted))
         before = [be.to_numpy(column) for column in state]
         broken = draws._replace(data=np.full_like(data, np.nan))
         for step, data in ((3, broken), (4, draws)):
-            be.mlp_train_step(net.plan, state[0], data, step, n, grads, *state[1:], plan.options(step, step), results)
+            be.mlp_training(net.plan, data, n, ours, results).run(step, plan.options(step, step))
         assert np.isfinite(be.to_numpy(results)).tolist() == [[True, False], [False, False]]
         for column, wanted in zip(state, before, strict=True):
             assert_same_bits(be.to_numpy(column), wanted)

@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff import backends
-from fastdiff.backends import Backend, Row, TrainingDraws, available_backends, get_backend
+from fastdiff.backends import Backend, Row, TrainingDraws, TrainState, available_backends, get_backend
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.backends.numpy import NumpyBackend, draw_batch
@@ -504,7 +504,7 @@ def test_adamw_agrees_with_loops(plan, size):
     )  # fmt: skip
     for be, dtype in ((NUMPY, np.float64), (NUMPY, np.float32), (CPU, np.float32)):
         got = [column.astype(dtype) for column in state]
-        norm = be.adamw(got[0], g.astype(dtype), *got[1:], options)
+        norm = be.adamw(TrainState(got[0], g.astype(dtype), *got[1:]), options)
         assert type(norm) is float
         assert_close(norm, np.linalg.norm(g.astype(np.float64)), dtype=np.float64)
         for column, wanted in zip(got, want, strict=True):
@@ -515,7 +515,7 @@ def test_adamw_does_not_depend_on_threads():
     results = []
     for be in THREADED:
         state, g = optimiser_state(300_007)
-        norm = be.adamw(state[0], g, *state[1:], PLANS["default"].options(0, 0))
+        norm = be.adamw(TrainState(state[0], g, *state[1:]), PLANS["default"].options(0, 0))
         results.append((norm, state))
     for norm, state in results[1:]:
         assert norm == results[0][0]
@@ -528,7 +528,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend, bad):
     state, g = optimiser_state(100)
     g[57] = bad
     kept = [column.copy() for column in state]
-    norm = get_backend(backend).adamw(state[0], g, *state[1:], PLANS["free"].options(3, 3))
+    norm = get_backend(backend).adamw(TrainState(state[0], g, *state[1:]), PLANS["free"].options(3, 3))
     assert not math.isfinite(norm)
     for got, want in zip(state, kept, strict=True):
         assert_same_bits(got, want)

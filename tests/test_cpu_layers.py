@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import platform
 import re
+import weakref
 
 import llvmlite.binding as llvm
 import numba
@@ -415,36 +417,44 @@ def test_the_batch_changes_nothing():
         assert_same_bits(np.concatenate(split), whole)
 
 
-def test_what_is_repeated_follows_the_values_and_the_places_of_arrays():
-    x, y, kept = normals(1, 500), unfilled(500), {}
+def test_a_recording_follows_the_values_of_arrays():
+    x, y, calls = normals(1, 500), unfilled(500), []
 
     def body():
         CPU.silu(x, y)
         CPU.add(y, x, y)
+        calls.append(1)
 
-    for places in (1, 1, 2, 1):
-        x[:] = normals(places, 500)
-        CPU.repeat(kept, [x if places == 1 else y], body)
+    recording = CPU.record(body)
+    for seed in (1, 1, 2, 1):
+        x[:] = normals(seed, 500)
+        recording.run()
         want = unfilled(500)
         REFERENCE.silu(x, want)
         assert_close(y, want + x, scale=4)
-    assert len(kept) == 2
-    for other in range(3 * workers.MAX_SCRIPTS):
-        CPU.repeat(kept, [np.empty(other + 1), y], body)
-    assert len(kept) <= workers.MAX_SCRIPTS
+    assert len(calls) == 1
+
+
+def test_a_recording_keeps_its_arrays_but_not_those_of_its_places():
+    x, y = normals(1, 500), unfilled(500)
+    recording = CPU.record(functools.partial(CPU.silu, x, y), [x])
+    recording.run()
+    gone, kept = weakref.ref(x), weakref.ref(y)
+    del x, y
+    gc.collect()
+    assert gone() is None
+    assert kept() is not None
 
 
 def test_a_failure_while_writing_down_leaves_nothing_behind():
     x, y = normals(1, 500), unfilled(500)
     with pytest.raises(TypeError, match="contiguous"):
-        CPU.repeat(
-            {},
-            [x],
+        CPU.record(
             lambda: (
                 CPU.attention(normals(1, 2, 3, 9)[:, :2], normals(2, 2, 3, 3), y, heads=1)
                 or CPU._do([(pointwise.add_range, (x[::2], x, y), 9, 1.0)])
-            ),
-        )
+            )
+        ).run()
     CPU.silu(x, y)
     assert np.isfinite(y).all()
 
@@ -491,10 +501,9 @@ def test_warm_layers_allocate_no_arrays():
         CPU.take_backward(v_rows, index, dw.reshape(-1, 32))
         CPU.squared_error(y, x, dx, loss)
 
-    kept = {}
-    CPU.repeat(kept, [x], work)
-    assert peak_of(lambda: CPU.repeat(kept, [x], work)) < SMALL
-    assert len(kept) == 1
+    recording = CPU.record(work)
+    recording.run()
+    assert peak_of(recording.run) < SMALL
 
 
 N = 64

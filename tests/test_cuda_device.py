@@ -244,7 +244,7 @@ def test_training_data_on_the_device(be):
 def test_training_steps_are_read_together(be, monkeypatch):
     """The losses and norms of four; at the end, and for a callback, the whole state."""
     monkeypatch.setattr(be, "steps_ahead", 4)
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", math.inf)
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", math.inf)
     ours, state = model(be), 4
     ours.fit(CURVES, steps=7, progress=False)
     size = ours.net.flat.shape

@@ -20,8 +20,10 @@ from tolerances import assert_same_bits
 import fastdiff as fd
 from fastdiff.backends import cuda
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.layers import Batch
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.kernels.cuda.runtime import CaptureError
+from fastdiff.nn import runner
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
@@ -94,7 +96,7 @@ def test_a_training_step_allocates_nothing_and_reads_come_late(be, monkeypatch):
     """From the second step on the host sets the step and launches the graph, and sometimes reads results."""
     made, here = [], be.runtime
     monkeypatch.setattr(be, "steps_ahead", 4)
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
     empty = here.empty
     monkeypatch.setattr(here, "empty", lambda *args: made.append(args) or empty(*args))
     read, counts = here.to_numpy, []
@@ -109,21 +111,21 @@ def test_a_training_step_allocates_nothing_and_reads_come_late(be, monkeypatch):
 @pytest.mark.parametrize("ahead", [1, 3, 64])
 def test_when_losses_are_read_changes_nothing(be, eager, monkeypatch, ahead):
     monkeypatch.setattr(be, "steps_ahead", ahead)
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
-    monkeypatch.setattr("fastdiff.model.VALIDATION_EVERY", 5)
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
+    monkeypatch.setattr("fastdiff.training.VALIDATION_EVERY", 5)
     assert_same_models(*(trained(each, EVERYTHING, steps=8, validation=0.5) for each in (be, eager)))
 
 
 def test_steps_after_one_that_went_wrong_do_nothing(be, monkeypatch):
     """They have been issued before anybody has seen it."""
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
     ours, good = (trained(be, {}, steps=2) for _ in range(2))
     draw = be.draw_batch
 
-    def broken(draws, labels, x, *rest, step, **options):
-        draw(draws, labels, x, *rest, step=step, **options)
+    def broken(draws, batch, *, step, **options):
+        draw(draws, batch, step=step, **options)
         if step == 4:
-            x[...] = np.float32(np.nan)
+            batch.x[...] = np.float32(np.nan)
 
     monkeypatch.setattr(be, "graphs", False)
     monkeypatch.setattr(be, "draw_batch", broken)
@@ -169,7 +171,7 @@ def test_what_happens_between_two_steps(be, eager):
                 other_grads = each.asarray(other.layout.zeros(np.float32))
                 x = each.asarray(x)
                 t = each.asarray(np.zeros(24), np.int64)
-                other.gradient(each, each.asarray(other.flat), x, t, each.asarray(x), other_grads)
+                other.runner(each).gradient(Batch(x, t, each.asarray(x)), other_grads)
             elif step == 9:
                 for k in range(2 * cuda.TABLES):
                     each._table(np.array([float(k)]))
@@ -181,7 +183,7 @@ def test_what_happens_between_two_steps(be, eager):
 
 
 def test_validation_between_the_steps(be, eager, monkeypatch):
-    monkeypatch.setattr("fastdiff.model.VALIDATION_EVERY", 2)
+    monkeypatch.setattr("fastdiff.training.VALIDATION_EVERY", 2)
     ours, theirs = (trained(each, EVERYTHING, steps=6, validation=0.5) for each in (be, eager))
     assert_same_models(ours, theirs)
     assert 0 < len(be.runtime.graphs) < 6
@@ -189,8 +191,8 @@ def test_validation_between_the_steps(be, eager, monkeypatch):
 
 def test_an_interrupt_counts_the_steps_that_have_been_issued(be, eager, monkeypatch):
     answers = iter([False] * 3 + [True] * 2)
-    monkeypatch.setattr("fastdiff.model._deferred_interrupt", lambda: nullcontext(lambda: next(answers)))
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", np.inf)
+    monkeypatch.setattr("fastdiff.training._deferred_interrupt", lambda: nullcontext(lambda: next(answers)))
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
     ours = model(be)
     with pytest.raises(KeyboardInterrupt):
         ours.fit(PICTURES, steps=20, **QUIET)
@@ -229,8 +231,7 @@ def test_samples_have_the_same_bits(be, eager, options):
         # Of two images and of one; the weights of the next call may lie where the last one's lay.
         assert 2 <= len(be.runtime.graphs) <= 2 * number
     assert not eager.runtime.graphs
-    for program in ours.net._workspace._spaces[be][0][1].values():
-        assert len(program._kept) <= cuda.MAX_GRAPHS
+    assert len(ours._sampled(True).on(be)._steps) == 2
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -273,13 +274,13 @@ def test_samples_of_changed_weights(be):
 
 def test_few_graphs_are_kept(be):
     unet, x = net((8, 4, 1)), np.zeros((1, 8, 4, 1), np.float32)
-    weights = [be.asarray(unet.flat) for _ in range(2 * cuda.MAX_GRAPHS)]
+    weights = [be.asarray(unet.flat) for _ in range(2 * runner.MAX_RECORDINGS)]
     for flat in weights:
         for _ in range(3):
             unet.predict(x, 3, backend=be, flat=flat)
-    ((_, programs),) = unet._workspace._spaces[be].values()
-    assert [len(program._kept) for program in programs.values()] == [cuda.MAX_GRAPHS]
-    assert len(be.runtime.graphs) == 2 * cuda.MAX_GRAPHS
+    ((_, programs),) = unet._memories.on(be).spaces.values()
+    assert [len(laid.passes) for laid in programs.values()] == [runner.MAX_RECORDINGS]
+    assert len(be.runtime.graphs) == 2 * runner.MAX_RECORDINGS
 
 
 # ------------------------------------------------------------------------------------------- what stands in the way
@@ -303,16 +304,18 @@ def test_a_device_that_refuses_is_told_once(be, eager, monkeypatch, caplog):
 
 
 def test_an_error_of_the_work_itself_comes_out(be):
-    kept = {}
+    times = []
 
     def body():
-        if kept:
+        if times:
             raise ZeroDivisionError
+        times.append(1)
 
-    be.repeat(kept, [], body)
+    recording = be.record(body)
+    recording.run()
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            be.repeat(kept, [], body)
+            recording.run()
     assert not be.runtime.capturing
     assert not DeviceArray.capturing
 
@@ -329,19 +332,21 @@ def test_what_has_no_place_in_a_graph(be):
         lambda: array * 2, lambda: array.fill(0), lambda: array.copy(), lambda: array.astype(np.float64),
         lambda: be._scratch("new", 10),
     ):  # fmt: skip
-        kept = {}
-        be.repeat(kept, [array], lambda: None)
+        works = iter([lambda: None, wrong])
+        recording = be.record(lambda works=works: next(works)())
+        recording.run()
         with pytest.raises(HostError, match="while a graph is captured"):
-            be.repeat(kept, [array], wrong)
+            recording.run()
 
 
 def test_memory_that_a_graph_lost_is_noticed(be):
-    arrays, kept = [be.asarray(np.ones(3))], {}
+    arrays = [be.asarray(np.ones(3))]
+    recording = be.record(lambda: be.silu(arrays[0], arrays[0]))
     for _ in range(3):
-        be.repeat(kept, [], lambda: be.silu(arrays[0], arrays[0]))
+        recording.run()
     arrays[0] = None
     with pytest.raises(HostError, match="silu: memory of the graph has been given back"):
-        be.repeat(kept, [], lambda: None)
+        recording.run()
 
 
 def test_graphs_can_be_left_out(be):
@@ -354,8 +359,9 @@ def test_graphs_can_be_left_out(be):
             fd.get_backend(name, graphs=False)
     with pytest.raises(ArgumentError, match=r"^graphs: got False, wants None: a backend object has its own"):
         fd.get_backend(be, graphs=False)
-    kept, times = {}, []
+    eager, times = CudaBackend(HostRuntime(), graphs=False), []
+    recording = eager.record(lambda: times.append(1))
     for _ in range(3):
-        CudaBackend(HostRuntime(), graphs=False).repeat(kept, [], lambda: times.append(1))
+        recording.run()
     assert len(times) == 3
-    assert not kept
+    assert not eager.runtime.graphs

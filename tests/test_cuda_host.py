@@ -32,6 +32,7 @@ from tolerances import HANG_SECONDS, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends
+from fastdiff.backends import TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.errors import ArgumentError, BackendError
@@ -68,7 +69,7 @@ def test_the_norm_does_not_depend_on_the_geometry():
     norms = set()
     for multiprocessors in (1, 3, 50):
         be = CudaBackend(HostRuntime(multiprocessors=multiprocessors))
-        norms.add(be.adamw(*(np.zeros_like(g), g, *np.zeros((3, g.size), np.float32)), options))
+        norms.add(be.adamw(TrainState(*(np.zeros_like(g), g, *np.zeros((3, g.size), np.float32))), options))
     assert len(norms) == 1
 
 
@@ -623,18 +624,21 @@ def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
 
 
 def test_an_interrupt_ends_a_capture(stand_in):
-    cupy, be, kept = stand_in(), CudaBackend(), {}
+    cupy, be, interrupted = stand_in(), CudaBackend(), []
 
-    def interrupt():
-        raise KeyboardInterrupt
+    def work():
+        if interrupted:
+            raise interrupted.pop()
 
-    be.repeat(kept, [], lambda: None)
+    recording = be.record(work)
+    recording.run()
+    interrupted.append(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        be.repeat(kept, [], interrupt)
+        recording.run()
     assert not cupy.host.capturing
     assert not be.runtime.capturing
     assert be.graphs
-    be.repeat(kept, [], lambda: None)
+    recording.run()
     assert cupy.host.graphs == [0, 0]
 
 

@@ -16,7 +16,7 @@ from gradcheck import scatter
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, get_backend
+from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, TrainState, get_backend
 from fastdiff.backends import cuda_mlp as operations
 from fastdiff.backends import numpy as reference
 from fastdiff.backends.cuda import CudaBackend
@@ -310,7 +310,7 @@ def test_training_goes_the_way_of_the_reference(make):
         for step in range(6):
             losses.append(be.mlp_train_gradient(net.plan, flat, draws, step, 29, grads))
             options = AdamW(1e-2, 0.9, 0.99, 1e-3, 0.0, 1 - 0.9 ** (step + 1), 1 - 0.99 ** (step + 1), np.inf, 0.0)
-            be.adamw(flat, grads, m, v, average, options)
+            be.adamw(TrainState(flat, grads, m, v, average), options)
         return losses, flat
 
     want, want_flat = trained(NUMPY, np.float64)

@@ -15,7 +15,7 @@ from tolerances import CUDA_STEPS, assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.layers import LayerBackend
+from fastdiff.backends.layers import Batch, LayerBackend
 from fastdiff.errors import ArgumentError, TrainingError
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -72,12 +72,11 @@ def test_outputs_and_gradients_agree_with_float64(be, options):
 
     at, grads, want = {"seed": 3, "step": 2, "first_sample": 5}, be.asarray(net.layout.zeros(np.float32)), wide.flat * 0
     be.runtime.reads.clear()
-    arrays = there["params"], there["x"], there["t"], there["target"], grads, there["labels"]
-    loss = net.gradient(be, *arrays, **at)
+    batch = Batch(there["x"], there["t"], there["target"], there["labels"])
+    loss = net.runner(be, there["params"]).gradient(batch, grads, **at)
     assert not be.runtime.reads
-    wanted = wide.gradient(
-        fd.get_backend("numpy"), wide.flat, x.astype(np.float64), t, target.astype(np.float64), want, labels, **at
-    )
+    batch = Batch(x.astype(np.float64), t, target.astype(np.float64), labels)
+    wanted = wide.runner(fd.get_backend("numpy")).gradient(batch, want, **at)
     assert_close(read(loss), wanted, dtype=np.float32, terms=TERMS)
     got = net.layout.views(read(grads))
     scale = np.abs(want).max()
@@ -91,7 +90,7 @@ def test_the_batch_changes_nothing(be):
     want = net.predict(x, t, labels, backend=be)
     for part in (slice(0, 1), slice(1, 5)):
         assert_same_bits(net.predict(x[part], t[part], labels[part], backend=HOST), want[part])
-    net._chunk = 2
+    net.chunk = 2
     assert_same_bits(net.predict(x, t, labels, backend=be), want)
 
 
@@ -146,7 +145,7 @@ def test_a_training_step_reads_once_and_allocates_nothing(be, monkeypatch, accum
     ours, made_arrays, sent = model(be, classes=3, dropout=0.2), [], []
     here = be.runtime
     monkeypatch.setattr(be, "steps_ahead", 2)
-    monkeypatch.setattr("fastdiff.model.READ_SECONDS", math.inf)
+    monkeypatch.setattr("fastdiff.training.READ_SECONDS", math.inf)
     empty, asarray = here.empty, here.asarray
     monkeypatch.setattr(here, "empty", lambda *args: made_arrays.append(args) or empty(*args))
 
@@ -168,9 +167,9 @@ def test_a_training_step_reads_once_and_allocates_nothing(be, monkeypatch, accum
 def test_a_sampling_step_allocates_nothing(be, monkeypatch):
     ours, counts = model(be, classes=3).fit(BYTES, LABELS, steps=1, **QUIET), []
     here = be.runtime
-    empty, step, made_arrays = here.empty, be.sample_step, []
+    empty, copy_to, made_arrays = here.empty, here.copy, []
     monkeypatch.setattr(here, "empty", lambda *args: made_arrays.append(args) or empty(*args))
-    monkeypatch.setattr(be, "sample_step", lambda *a, **k: counts.append(len(made_arrays)) or step(*a, **k))
+    monkeypatch.setattr(here, "copy", lambda *args: counts.append(len(made_arrays)) or copy_to(*args))
     here.reads.clear()
     ours.sample(2, labels=1, sampler="ddim", steps=4)
     assert counts[1:] == [counts[1]] * 3
@@ -183,9 +182,9 @@ def test_what_is_not_finite_leaves_the_model_as_it_was(be, monkeypatch, what):
     before = [array.copy() for array in (ours.net.flat, ours._optimizer.m, ours._optimizer.v, ours._average)]
     issue = be._issue_adamw
 
-    def broken(params, grads, m, v, average, options, training):
-        (training[0] if what == "loss" else grads)[0] = math.inf
-        return issue(params, grads, m, v, average, options, training)
+    def broken(state, options, training):
+        (training[0] if what == "loss" else state.grads)[0] = math.inf
+        return issue(state, options, training)
 
     monkeypatch.setattr(be, "_issue_adamw", broken)
     with pytest.raises(TrainingError, match="loss inf in step 2" if what == "loss" else "gradient norm inf at loss"):
@@ -202,7 +201,7 @@ def test_work_of_two_queues_is_apart(be, monkeypatch):
     x, t, _, labels = batch_of(net, 2)
     want = net.predict(x, t, labels, backend=be)
     monkeypatch.setattr(be.runtime, "queue", threading.get_ident)
-    results, arenas = [], net._workspace._spaces[be]
+    results, arenas = [], net._memories.on(be).spaces
     thread = threading.Thread(target=lambda: results.append(net.predict(x, t, labels, backend=be)))
     thread.start()
     thread.join()

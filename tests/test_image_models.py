@@ -14,7 +14,6 @@ from fastdiff import process
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.errors import ArgumentError, CheckpointError, TrainingError
-from fastdiff.model import _batches
 from fastdiff.noise import flips
 from fastdiff.normaliser import Normaliser
 
@@ -42,12 +41,20 @@ def model(backend="numpy", prediction="noise", **options):
 # --------------------------------------------------------------------------------------- what a step draws
 
 
+def drawn(backend, draws, step, first, n):
+    """Positions of a training batch."""
+    be = fd.get_backend(backend)
+    batch = net().runner(be).batch(n, labels=True)
+    be.draw_batch(draws, batch, step=step, first_sample=first)
+    return batch
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_batch_is_the_noise_law_and_its_parts_are_numbered_through(backend, flip):
-    be, unet = fd.get_backend(backend), net()
     data = RANDOM.normal(size=(12, 6, 5, 1)).astype(np.float32)
     tables = RANDOM.normal(size=(4, T))
-    whole = _batches(be, unet, TrainingDraws(data, *tables, 9), LABELS, flip)(3, 0, 8)
+    draws = TrainingDraws(data, *tables, 9, LABELS, flip)
+    whole = drawn(backend, draws, 3, 0, 8)
     rows = data.copy()
     x, t, target = draw_batch(TrainingDraws(rows.reshape(12, -1), *tables, 9), T, 3, 8)
     if flip:
@@ -62,16 +69,15 @@ def test_a_batch_is_the_noise_law_and_its_parts_are_numbered_through(backend, fl
         assert_same_bits(whole[0].reshape(8, -1), x)
         assert_same_bits(whole[2].reshape(8, -1), target)
     assert_same_bits(whole[1], t)
-    draw = _batches(be, unet, TrainingDraws(data, *tables, 9), LABELS, flip)
-    for one, *parts in zip(whole, draw(3, 0, 3), draw(3, 3, 5), strict=True):
+    for one, *parts in zip(whole, drawn(backend, draws, 3, 0, 3), drawn(backend, draws, 3, 3, 5), strict=True):
         assert_same_bits(one, np.concatenate(parts))
 
 
 def test_labels_go_with_their_pictures():
     data = LABELS.repeat(30).reshape(12, 6, 5, 1).astype(np.float32)
     ones, zeros = np.ones(T), np.zeros(T)
-    draw = _batches(fd.get_backend("numpy"), net(), TrainingDraws(data, ones, zeros, zeros, ones, 0), LABELS, True)
-    x, _, target, labels = draw(0, 0, 9)
+    draws = TrainingDraws(data, ones, zeros, zeros, ones, 0, LABELS, True)
+    x, _, target, labels = drawn("numpy", draws, 0, 0, 9)
     assert set(labels) == {0, 1, 2}
     np.testing.assert_array_equal(x[:, 0, 0, 0], labels)
     np.testing.assert_array_equal(target[:, 5, 4, 0], labels)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
-from fastdiff.backends import AdamW, RowMap, TrainingDraws
+from fastdiff.backends import AdamW, RowMap, TrainingDraws, TrainState
 from fastdiff.kernels.cpu import covariance, gemm, jit, mlp, noise, optim, posterior, step
 from fastdiff.noise import round_keys
 
@@ -165,7 +165,7 @@ def test_a_warm_training_step_allocates_no_arrays(make):
 
     def train():
         be.mlp_train_gradient(net.plan, net.flat, draws, 7, 300, grads)
-        be.adamw(net.flat, grads, m, v, average, options)
+        be.adamw(TrainState(net.flat, grads, m, v, average), options)
 
     assert peak_of(train) < SMALL
 
@@ -228,7 +228,7 @@ def test_a_warm_exact_denoiser_allocates_no_arrays():
         fd.denoisers.Mixture([0.5, 0.5], [law[0]] * 2, [law[1]] * 2, schedule),
         fd.denoisers.Empirical(x, schedule),
     ):
-        evaluate = denoiser.evaluator(be)
+        evaluate = denoiser.on(be).evaluate
         assert peak_of(lambda evaluate=evaluate: evaluate(x, 60)) < SMALL
 
 

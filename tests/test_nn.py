@@ -12,7 +12,7 @@ from gradcheck import assert_gradient, scatter
 from scipy import stats
 from tolerances import P_VALUE, assert_close, assert_same_bits
 
-from fastdiff.backends import get_backend
+from fastdiff.backends import TrainState, get_backend
 from fastdiff.backends import numpy as reference
 from fastdiff.errors import ArgumentError
 from fastdiff.nn import MLP
@@ -146,7 +146,7 @@ def test_padding_stays_zero_in_training(make, backend):
     for step in range(5):
         x, target = random.normal(size=(2, 6, net.points)).astype(np.float32)
         be.mlp_gradient(net.plan, net.flat, x, random.integers(0, net.T, 6), target, grads)
-        be.adamw(net.flat, grads, m, v, average, TrainingPlan().options(step, step))
+        be.adamw(TrainState(net.flat, grads, m, v, average), TrainingPlan().options(step, step))
     for buffer in (net.flat, grads, *buffers):
         assert buffer.any()
         assert not buffer[padding(net.layout)].any()
@@ -162,7 +162,7 @@ def test_training_learns(backend):
     losses = []
     for step in range(300):
         losses.append(be.mlp_gradient(net.plan, net.flat, x, t, target, grads)[0])
-        be.adamw(net.flat, grads, m, v, average, TrainingPlan(lr=0.02, ema=0.9).options(step, step))
+        be.adamw(TrainState(net.flat, grads, m, v, average), TrainingPlan(lr=0.02, ema=0.9).options(step, step))
     assert losses[-1] < losses[0] / 100
     kept = net.flat.copy()
     net.flat[...] = average

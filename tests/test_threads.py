@@ -18,7 +18,7 @@ import pytest
 from gradcheck import scatter
 from tolerances import HANG_SECONDS
 
-from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.backends import TrainingDraws, TrainState, get_backend
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.workers import Each, Script, Task, Workers
 from fastdiff.kernels.cpu import mlp as mlp_kernels
@@ -41,7 +41,7 @@ def work(be):
     draws = TrainingDraws(x0, schedule.signal, schedule.noise, np.ones(20), np.zeros(20), seed=4)
     grads, m, v, average = (net.layout.zeros(np.float32) for _ in range(4))
     loss = be.mlp_train_gradient(net.plan, net.flat, draws, 5, 600, grads)
-    norm = be.adamw(net.flat, grads, m, v, average, TrainingPlan().options(0, 0))
+    norm = be.adamw(TrainState(net.flat, grads, m, v, average), TrainingPlan().options(0, 0))
     digest = hashlib.sha256(repr((loss, norm)).encode())
     for array in (x_t, eps, drawn, grads, net.flat, m, v, average):
         digest.update(array.tobytes())

@@ -17,6 +17,7 @@ from gradcheck import assert_gradient
 from tolerances import WORKSPACE, assert_close, assert_same_bits
 
 from fastdiff.backends import Backend, get_backend
+from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import UNet
@@ -63,7 +64,7 @@ def gradient(net, batch, backend="numpy", **draw):
     grads = net.layout.zeros(net.dtype)
     for view in net.layout.views(grads).values():
         view[...] = np.nan
-    loss = net.gradient(get_backend(backend), net.flat, x, t, target, grads, labels, **draw)
+    loss = net.runner(get_backend(backend)).gradient(Batch(x, t, target, labels), grads, **draw)
     return float(loss[0]), grads
 
 
@@ -88,7 +89,7 @@ def assert_gradient_along(net, directions):
 
 def planned(net, n, training):
     program = Program(n, training)
-    net._record(program)
+    net.record(program)
     program.plan()
     program.lay(np.full(program.size, np.nan, net.dtype))
     return program
@@ -191,7 +192,7 @@ def test_more_images_than_fit_at_once(backend):
     net = made(NETS["curves"], "float32")
     x, t, _, labels = batch_of(net, 7)
     whole = net.predict(x, t, labels, backend=backend)
-    net._chunk = 3
+    net.chunk = 3
     parts = net.predict(x, t, labels, backend=backend)
     if backend == "numpy":  # where BLAS decides how it adds
         assert_close(parts, whole, terms=100)
@@ -205,9 +206,9 @@ def test_a_step_allocates_nothing_large():
     batch = batch_of(net, 8)
     grads, be = net.layout.zeros(np.float32), get_backend("cpu")
     for _ in range(2):
-        net.gradient(be, net.flat, *batch[:3], grads)
+        net.runner(be).gradient(Batch(*batch), grads)
     tracemalloc.start()
-    net.gradient(be, net.flat, *batch[:3], grads)
+    net.runner(be).gradient(Batch(*batch), grads)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < WORKSPACE
@@ -219,7 +220,7 @@ def test_nothing_of_the_callers_is_kept(backend, shape):
     x, t, target, _ = batch_of(net)
     flat, grads = net.flat.copy(), net.layout.zeros(net.dtype)
     net.predict(x, t, backend=backend, flat=flat)
-    net.gradient(get_backend(backend), flat, x, t, target, grads)
+    net.runner(get_backend(backend), flat).gradient(Batch(x, t, target), grads)
     gone = [weakref.ref(array) for array in (x, flat, grads, target)]
     del x, flat, grads, target
     gc.collect()
@@ -244,7 +245,7 @@ def test_losses_of_two_networks_do_not_mix():
     for net in nets:
         x, t, target, labels = batch_of(net)
         grads = net.layout.zeros(net.dtype)
-        losses.append(net.gradient(be, net.flat, x * (1 + net.seed), t, target, grads, labels))
+        losses.append(net.runner(be).gradient(Batch(x * (1 + net.seed), t, target, labels), grads))
     again = [gradient(net, (x * (1 + net.seed), *rest), "cpu")[0] for net in nets for x, *rest in [batch_of(net)]]
     assert [float(loss[0]) for loss in losses] == again
     assert again[0] != again[1]
@@ -328,7 +329,7 @@ def test_every_dropout_has_its_own_blocks():
             super().dropout(x, out, first_block=first_block, **at)
 
     x, t, target, _ = batch_of(net)
-    net.gradient(Recorder(), net.flat, x, t, target, net.layout.zeros(np.float32))
+    net.runner(Recorder()).gradient(Batch(x, t, target), net.layout.zeros(np.float32))
     forward, backward = used[:8], used[8:]  # a block on the way down and two on the way up a level, two in the middle
     assert backward == forward[::-1]
     assert len(set(forward)) == 8

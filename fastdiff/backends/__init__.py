@@ -141,6 +141,9 @@ class TrainingDraws(NamedTuple):
     Position i of the batch at a step takes data row (w0 N) >> 32 of stream BATCH, timestep (w0 T) >> 32 of
     TRAIN_TIME and its noise from TRAIN_NOISE. `signal` and `noise` are the schedule's tables (T,), and the target
     is ``target_noise[t] * eps + target_data[t] * x0``: which prediction the network learns is a table too.
+
+    Image networks also have the class of every data row, `labels` (N,), or None; with `flip` a picture is mirrored left
+    to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
     """
 
     data: Array
@@ -149,6 +152,27 @@ class TrainingDraws(NamedTuple):
     target_noise: npt.NDArray[np.float64]
     target_data: npt.NDArray[np.float64]
     seed: int
+    labels: Array | None = None
+    flip: bool = False
+
+
+class TrainState(NamedTuple):
+    """The arrays of a training run, in the layout of the flat parameter buffer.
+
+    Attributes
+    ----------
+    params, grads : (size,) array
+    m, v : (size,) array
+        Moments of the optimiser.
+    average : (size,) array
+        Moving average of the parameters.
+    """
+
+    params: Array
+    grads: Array
+    m: Array
+    v: Array
+    average: Array
 
 
 class AdamW(NamedTuple):
@@ -169,6 +193,13 @@ class AdamW(NamedTuple):
     correction2: float
     clip_norm: float
     ema: float
+
+
+class Training(Protocol):
+    """Training steps on arrays that stay where they are; it is the caller's, and what is kept for it goes with it."""
+
+    def run(self, step: int, options: AdamW) -> None:
+        """Take a step."""
 
 
 @runtime_checkable
@@ -286,28 +317,17 @@ class Backend(Protocol):
         the sum of the weights relative to it: (-inf, 0) before the first component. `residuals` is (m, r).
         """
 
-    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+    def adamw(self, state: TrainState, options: AdamW) -> float:
         """Change parameters, moments and their moving average by one step; return the gradient's norm."""
 
-    def mlp_train_step(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        draws: TrainingDraws,
-        step: int,
-        batch: int,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        """Do `mlp_train_gradient`, then `adamw`; row ``step % rows`` of `results` takes the loss and the norm.
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        """Return what does `mlp_train_gradient`, then `adamw`; row ``step % rows`` of `results` takes loss and norm.
 
         `results` (rows, 2) is float64, the caller's, and zero at first. Where loss or norm is not finite nothing but
-        `grads` is changed, and the norm is not finite. The same is true of a step whose row before has no finite norm:
-        after one that went wrong the steps that follow do nothing.
+        the gradient is changed, and the norm is not finite. The same is true of a step whose row before has no finite
+        norm: after one that went wrong the steps that follow do nothing.
         """
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws
+from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws, TrainState
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError
 from fastdiff.noise import Stream, round_keys
@@ -510,8 +510,8 @@ class CpuBackend(CpuLayers):
         with self._workers.lock:
             self._workers.run(body, m, max(1, MIN_PIECE // (d + r)))
 
-    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
-        o = options
+    def adamw(self, state: TrainState, options: AdamW) -> float:
+        (params, grads, m, v, average), o = state, options
         with self._workers.lock:
             blocks = -(-params.size // optim_kernels.BLOCK)
             if len(self._sums) != blocks:
@@ -539,12 +539,13 @@ class CpuBackend(CpuLayers):
         return norm
 
     steps_ahead = NumpyBackend.steps_ahead
-    mlp_train_step = NumpyBackend.mlp_train_step
+    mlp_training = NumpyBackend.mlp_training
     draw_batch = NumpyBackend.draw_batch
+    address = NumpyBackend.address
     prepare = NumpyBackend.prepare
     finish_step = NumpyBackend.finish_step
-    train_step = NumpyBackend.train_step
-    sample_step = NumpyBackend.sample_step
+    record_training = NumpyBackend.record_training
+    record_sampling = NumpyBackend.record_sampling
     resize = NumpyBackend.resize
     repeats_resize = False
     queue = NumpyBackend.queue

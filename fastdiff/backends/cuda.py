@@ -12,23 +12,25 @@ step to step are then read from device memory. Losses stay there too, until many
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import CONVOLUTIONS, PRECISIONS, AdamW, Row
+from fastdiff.backends import CONVOLUTIONS, PRECISIONS, AdamW, Row, Training, TrainState
 from fastdiff.backends.cuda_conv import ConvOperations
 from fastdiff.backends.cuda_covariance import CovarianceOperations
 from fastdiff.backends.cuda_cudnn import Cudnn
 from fastdiff.backends.cuda_layers import LayerOperations
 from fastdiff.backends.cuda_mlp import MLPOperations
+from fastdiff.backends.layers import Recording, Sampling
 from fastdiff.errors import ArgumentError, BackendError, check_choice
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, Stream, round_keys
 
 try:
     from fastdiff.kernels.cuda import runtime as runtimes
@@ -45,7 +47,6 @@ VECTOR = 16  # bytes that are read and written at once where everything is align
 WIDE = 16  # a row of a multiple of this many values has four aligned quarters
 SUM_CHUNK, SUM_THREADS = 4096, 256  # as in optim.cu
 TABLES = 32  # kept on the device
-MAX_GRAPHS = 4  # kept for one program
 
 
 @lru_cache(maxsize=64)
@@ -191,113 +192,26 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
             self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
 
-    def sample_step(
-        self,
-        kept: dict[Any, Any],
-        places: list[Array],
-        output: Callable[[], Array],
-        state: Array,
-        x: Array,
-        previous: Array | None,
-        row: Row,
-        clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
-    ) -> None:
-        at = {"seed": seed, "stream": stream, "first_sample": first_sample}
-        if not self.graphs or self._twins or x.size == 0:
-            self.sampler_step(x, output(), previous, row, clip, **at)
-            return
+    def address(self, array: Array) -> int:
+        return self.runtime.address(array)
+
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
+        return _Call(_Graph(self), body)
+
+    def record_training(self, gradient: Callable[[int], Array], state: TrainState, results: Array) -> Training:
+        return _Training(self, gradient, state, results)
+
+    def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
+        return _Sampling(self, output, state)
+
+    def adamw(self, state: TrainState, options: AdamW) -> float:
         with self._lock:
-            before = None
-            if previous is not None:
-                before = self._scratch("previous", x.size)[: x.size].reshape(x.shape)
-                self.runtime.copy(before, previous)
-            record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
-            record["first_row"], record["step"], record["stream"] = first_sample, row.t, int(stream)
-            record["row"] = _row_record(row, clip, wanted=previous is not None)
-            record["keys"] = _keys(seed)
-            there = self._scratch("row", record.nbytes, np.uint8)
-            self.runtime.launch("step", "set_row", 1, 1, (record, there))
+            norm = self._issue_adamw(state, options)
+            return float(self.runtime.to_numpy(norm)[0])
 
-            def body() -> None:
-                arrays = state, output(), before
-                self._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
-
-            at_places = *map(self.runtime.address, (*places, state)), previous is None
-            self._repeated(kept, at_places, body)
-            self.runtime.copy(x, state)
-            if previous is not None:
-                self.runtime.copy(previous, before)
-
-    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
+    def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
         with self._lock:
-            state = self._issue_adamw(params, grads, m, v, average, options)
-            return float(self.runtime.to_numpy(state)[0])
-
-    def finish_step(
-        self,
-        loss: Array,
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        with self._lock:
-            self._issue_adamw(params, grads, m, v, average, options, (loss, results, step))
-
-    def train_step(
-        self,
-        kept: dict[Any, Any],
-        gradient: Callable[[], Array],
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        arrays = params, grads, m, v, average
-        places = *map(self.runtime.address, (*arrays, results)), len(results), options.clip_norm
-        with self._lock:
-            if self.graphs:
-                record = step, self._scalars(options), self._scratch("step", 1, np.uint32), self._scalars_at()
-                self.runtime.launch("optim", "set_step", 1, 1, record)
-            self._repeated(kept, places, lambda: self._issue_adamw(*arrays, options, (gradient(), results, step)))
-
-    def _repeated(self, kept: dict[Any, Any], places: tuple[Any, ...], body: Callable[[], Any]) -> None:
-        """Do body(): as a graph from the second time on that it works in these places, which `kept` is to know.
-
-        The first time kernels are loaded and scratch grows.
-        """
-        if not self.graphs or self.runtime.capturing:
-            body()
-            return
-        with self._lock:
-            key = (self.runtime.queue(), self._moves, *places)
-            if key not in kept:
-                body()
-                while len(kept) >= MAX_GRAPHS:
-                    kept.pop(next(iter(kept)))
-                kept[self.runtime.queue(), self._moves, *places] = None
-                return
-            if kept[key] is None:
-                try:
-                    kept[key] = self.runtime.capture(body)
-                except runtimes.CaptureError as error:
-                    log.warning("no CUDA graphs from here on, every kernel is launched by itself: %s", error)
-                    self.graphs = False
-                    body()
-                    return
-            kept[key]()
+            self._issue_adamw(state, options, (loss, results, step))
 
     def _step_at(self) -> Array | None:
         """Where a graph that is being captured finds the training step; None: it is a number."""
@@ -306,31 +220,23 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     def _scalars_at(self) -> Array:
         return self._scratch("scalars", runtimes.STRUCTURES["AdamWScalars"].itemsize, np.uint8)
 
-    def _issue_adamw(
-        self,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        o: AdamW,
-        training: tuple[Array, Array, int] | None = None,
-    ) -> Array:
+    def _issue_adamw(self, state: TrainState, o: AdamW, training: tuple[Array, Array, int] | None = None) -> Array:
         """Issue an optimiser step, of a training with its loss, its results and its number.
 
         Once the work is done, what is returned holds the norm.
         """
+        params, grads, m, v, average = state
         launch, size = self.runtime.launch, params.size
         chunks = max(1, -(-size // SUM_CHUNK))
-        sums, state = self._scratch("square sums", chunks, np.float64), self._scratch("state", 2, np.float64)
+        sums, norm = self._scratch("square sums", chunks, np.float64), self._scratch("state", 2, np.float64)
         launch("optim", "square_sums", *self.runtime.grid_1d(chunks * SUM_THREADS, SUM_THREADS), (grads, size, sums))
         loss, results, step = training or (None, None, 0)
         rows = 0 if results is None else len(results)
-        args = (sums, chunks, o.clip_norm, loss, state, results, rows, step, self._step_at())
+        args = (sums, chunks, o.clip_norm, loss, norm, results, rows, step, self._step_at())
         launch("optim", "finish_norm", 1, SUM_THREADS, args)
         scalars = self._scalars(o), self._scalars_at() if self.runtime.capturing else None
-        launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, *scalars, state))
-        return state
+        launch("optim", "adamw", *self.runtime.grid_1d(size), (params, grads, m, v, average, size, *scalars, norm))
+        return norm
 
     def _scalars(self, o: AdamW) -> tuple[float, ...]:
         return (
@@ -387,3 +293,99 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
                     self._tables.popitem(last=False)
                     self._moves += 1
             return self._tables[key]
+
+
+class _Graph:
+    """Launches that come again: issued one by one the first time, when kernels are loaded and scratch grows, and from
+    the second time on as a CUDA graph, made anew where the queue or memory of the backend's own has changed.
+    """
+
+    def __init__(self, be: CudaBackend) -> None:
+        self.be = be
+        self._issued: tuple[int, int] | None = None  # on which queue, and after how many moves of memory
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, issue: Callable[[], Any]) -> None:
+        """Do issue(), which has done the same whenever it was given before."""
+        be = self.be
+        if not be.graphs or be.runtime.capturing:
+            issue()
+            return
+        with be._lock:
+            if self._issued != (be.runtime.queue(), be._moves):
+                self._replay = None
+                issue()
+                self._issued = be.runtime.queue(), be._moves
+                return
+            if self._replay is None:
+                try:
+                    self._replay = be.runtime.capture(issue)
+                except runtimes.CaptureError as error:
+                    log.warning("no CUDA graphs from here on, every kernel is launched by itself: %s", error)
+                    be.graphs = False
+                    issue()
+                    return
+            self._replay()
+
+
+class _Call(NamedTuple):
+    """A recorded body."""
+
+    graph: _Graph
+    body: Callable[[], None]
+
+    def run(self) -> None:
+        self.graph.run(self.body)
+
+
+class _Training:
+    """A training step as one graph, which reads its number and the optimiser's scalars from device memory."""
+
+    def __init__(self, be: CudaBackend, gradient: Callable[[int], Array], state: TrainState, results: Array) -> None:
+        self.be, self.gradient, self.state, self.results = be, gradient, state, results
+        self._graph, self._clip_norm = _Graph(be), math.nan
+
+    def run(self, step: int, options: AdamW) -> None:
+        be = self.be
+        with be._lock:
+            if options.clip_norm != self._clip_norm:  # a number in the graph
+                self._graph, self._clip_norm = _Graph(be), options.clip_norm
+            if be.graphs:
+                record = step, be._scalars(options), be._scratch("step", 1, np.uint32), be._scalars_at()
+                be.runtime.launch("optim", "set_step", 1, 1, record)
+            self._graph.run(lambda: be._issue_adamw(self.state, options, (self.gradient(step), self.results, step)))
+
+
+class _Sampling:
+    """A network and a sampler's step as one graph, which reads row and noise law from device memory."""
+
+    def __init__(self, be: CudaBackend, output: Callable[[], Array], state: Array) -> None:
+        self.be, self.output, self.state = be, output, state
+        self._graphs = {remembers: _Graph(be) for remembers in (False, True)}
+
+    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        be, state = self.be, self.state
+        if not be.graphs or be._twins or x.size == 0:
+            at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
+            be.sampler_step(x, self.output(), previous, row, clip, **at)
+            return
+        with be._lock:
+            before = None
+            if previous is not None:
+                before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
+                be.runtime.copy(before, previous)
+            record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
+            record["first_row"], record["step"], record["stream"] = draw.first_row, row.t, int(draw.stream)
+            record["row"] = _row_record(row, clip, wanted=previous is not None)
+            record["keys"] = _keys(draw.seed)
+            there = be._scratch("row", record.nbytes, np.uint8)
+            be.runtime.launch("step", "set_row", 1, 1, (record, there))
+
+            def issue() -> None:
+                arrays = state, self.output(), before
+                be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
+
+            self._graphs[previous is not None].run(issue)
+            be.runtime.copy(x, state)
+            if previous is not None:
+                be.runtime.copy(previous, before)

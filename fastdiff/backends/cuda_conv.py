@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cuda_conv_mma import TensorCores
+from fastdiff.backends.cuda_conv_mma import PackedWeights, TensorCores
 from fastdiff.backends.cuda_cudnn import Cudnn
-from fastdiff.backends.layers import Conv, ConvWeights
+from fastdiff.backends.layers import Conv, ConvShapes, Prepared
+from fastdiff.backends.numpy_layers import AsTheyAre
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 
 Array = Any
@@ -146,17 +147,12 @@ class ConvOperations:
     def _tensor_cores(self) -> TensorCores:
         return TensorCores(self.runtime, self._scratch)
 
-    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
-        if self.precision != "bf16" or self._cudnn:
-            return [[conv.w, conv.w] for conv in convs]
-        forms = [
-            (product(conv.geometry, conv.x, conv.out, adjoint), conv.w, adjoint)
-            for conv in convs
-            for adjoint in (False, True)[: 1 + backward]
-        ]
-        ready = self._tensor_cores.prepare(kept, forms)
-        each = 1 + backward
-        return [[ready[each * i], ready[each * i + backward]] for i in range(len(convs))]
+    def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
+        if self.precision != "bf16" or self._cudnn or not convs:
+            return AsTheyAre()
+        adjoints = (False, True)[: 1 + backward]
+        forms = [[product(*conv, adjoint) for adjoint in adjoints] for conv in convs]
+        return PackedWeights(self.runtime, forms)
 
     def conv(
         self,

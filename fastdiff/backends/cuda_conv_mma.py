@@ -207,6 +207,45 @@ def warps_across(outputs: int) -> int:
     return 1 if outputs <= WARP else 2
 
 
+class PackedWeights:
+    """Many weights, views of one buffer, each as `TensorCores.weights` packs it, in one array and by one launch.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    forms : list of list of Product
+        Of every convolution, forward and, where it is wanted, backward.
+    """
+
+    def __init__(self, runtime: Runtime, forms: Sequence[Sequence[Product]]) -> None:
+        self.runtime, self.forms = runtime, forms
+        self._packed: tuple[Array, Array, Array, list[list[Array]]] | None = None
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        if self._packed is None:
+            self._packed = self._made(weights)
+        packed, places, sizes, ready = self._packed
+        args = (weights[0], packed, places, sizes, len(places), packed.size)
+        self.runtime.launch("conv_mma", "conv_mma_prepare", *self.runtime.grid_1d(packed.size), args)
+        return ready
+
+    def _made(self, weights: Sequence[Array]) -> tuple[Array, Array, Array, list[list[Array]]]:
+        """Memory for the packed weights, where each lies in it and in the buffer, their sizes, and their views."""
+        base, sizes, places, ends, first = self.runtime.address(weights[0]), [], [], [], 0
+        for w, of in zip(weights, self.forms, strict=True):
+            for adjoint, form in enumerate(of):
+                places.append((first, (self.runtime.address(w) - base) // w.itemsize, adjoint))
+                sizes.append(form.sizes)
+                first += _pairs(form, w)
+                ends.append(first)
+        packed = self.runtime.empty((first,))
+        there = self.runtime.asarray(np.array(places, np.int64), np.int64)
+        records = self.runtime.asarray(np.concatenate(sizes).view(np.uint8), np.uint8)
+        views = iter([packed[start:end] for (start, *_), end in zip(places, ends, strict=True)])
+        ready = [[next(views) for _ in of] for of in self.forms]
+        return packed, there, records, [[each[0], each[-1]] for each in ready]
+
+
 class TensorCores:
     """What `ConvOperations` launches where its precision is "bf16".
 
@@ -227,25 +266,6 @@ class TensorCores:
         entry = "conv_mma_pack_adjoint" if adjoint else "conv_mma_pack"
         self.runtime.launch("conv_mma", entry, *self.runtime.grid_1d(pairs), (w, packed, form.sizes))
         return packed
-
-    def prepare(self, kept: dict[Any, Any], forms: Sequence[tuple[Product, Array, bool]]) -> list[Array]:
-        """Return many weights, views of one buffer, each as `weights` does, in one array of `kept`, by one launch."""
-        if not kept:
-            base, sizes, places, first = self.runtime.address(forms[0][1]), [], [], 0
-            for form, w, adjoint in forms:
-                places.append((first, (self.runtime.address(w) - base) // w.itemsize, adjoint))
-                sizes.append(form.sizes)
-                first += _pairs(form, w)
-            kept["packed"] = packed = self.runtime.empty((first,))
-            kept["places"] = self.runtime.asarray(np.array(places, np.int64), np.int64)
-            kept["sizes"] = self.runtime.asarray(np.concatenate(sizes).view(np.uint8), np.uint8)
-            ends = [*(place[0] for place in places[1:]), first]
-            kept["ready"] = [packed[start:end] for (start, *_), end in zip(places, ends, strict=True)]
-        packed = kept["packed"]
-        args = (forms[0][1], packed, kept["places"], kept["sizes"], len(forms), packed.size)
-        self.runtime.launch("conv_mma", "conv_mma_prepare", *self.runtime.grid_1d(packed.size), args)
-        ready: list[Array] = kept["ready"]
-        return ready
 
     def gather(
         self, form: Product, source: Array, w: Array, target: Array, added: tuple[Array | None, ...], adjoint: bool

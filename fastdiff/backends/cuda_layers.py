@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import TrainingDraws
+from fastdiff.backends.layers import Batch
 from fastdiff.kernels.cuda.runtime import Runtime
 from fastdiff.noise import round_keys
 
@@ -87,7 +88,6 @@ class LayerOperations:
     _lock: threading.RLock
     _table: Callable[[npt.NDArray[np.float64]], Array]
     _scratch: Callable[..., Array]
-    _repeated: Callable[[dict[Any, Any], tuple[Any, ...], Callable[[], None]], None]
     _step_at: Callable[[], Array | None]
 
     def _by_fours(self, *arrays: Array | None, multiples: tuple[int, ...] = ()) -> bool:
@@ -254,25 +254,12 @@ class LayerOperations:
         self._launch_layer("pointwise", "fill", dtable.size, (dtable, dtable.size, 0))
         self._launch_layer("pointwise", "take_backward", len(dy) * THREADS, (dy, index, dtable, *dy.shape), THREADS)
 
-    def draw_batch(
-        self,
-        draws: TrainingDraws,
-        labels: Array | None,
-        x: Array,
-        t: Array,
-        target: Array,
-        chosen: Array | None,
-        *,
-        step: int,
-        first_sample: int,
-        flip: bool,
-    ) -> None:
-        n, height, width, channels = x.shape
-        size = height * width * channels
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+        n, height, width, channels = batch.x.shape
+        size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
-            draws.data, labels, *(self._table(table) for table in draws[1:5]), x, t, target, chosen, n, size, width,
-            channels, len(draws.data), len(draws.signal), first_sample, step, self._step_at(), flip,
-            round_keys(draws.seed),
+            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch, n, size, width, channels,
+            len(draws.data), len(draws.signal), first_sample, step, self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 
@@ -287,9 +274,6 @@ class LayerOperations:
         self._launch_layer("pointwise", "dropout", len(x) * -(-size // 4), args)
 
     repeats_resize = True
-
-    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
-        self._repeated(kept, tuple(array is not None and self.runtime.address(array) for array in places), body)
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
         size = y.size

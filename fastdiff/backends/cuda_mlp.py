@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Backend, DenseLayer, MLPPlan, Row, TrainingDraws
+from fastdiff.backends import AdamW, Backend, DenseLayer, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 from fastdiff.noise import Stream, round_keys
 
@@ -128,7 +128,7 @@ class _Network:
         self.loss = runtime.empty((1,), np.float64)
         self.batch = 0
         self.buffers: dict[str, Array] = {}
-        self.kept: dict[Any, Any] = {}  # see LayerBackend.train_step: of these draws and buffers
+        self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
         self.data = self.tables = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
@@ -136,7 +136,7 @@ class _Network:
     def use(self, draws: TrainingDraws) -> None:
         """Have the data and the tables of a training on the device."""
         if self.draws is not draws:
-            self.draws, self.keys, self.kept = draws, round_keys(draws.seed), {}
+            self.draws, self.keys, self.moves = draws, round_keys(draws.seed), self.moves + 1
             self.data = self.runtime.asarray(draws.data, np.float32)
             self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
 
@@ -156,7 +156,7 @@ class _Network:
             # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
             keep = layer.activation == "silu" or layer.time == "scale_shift"
             self.buffers[f"y{k}"] = empty((n, layer.outputs)) if keep else self.buffers[f"u{k}"]
-        self.batch, self.kept = n, {}
+        self.batch, self.moves = n, self.moves + 1
 
 
 def _weight(layer: DenseLayer, flat: Array) -> Array:
@@ -178,7 +178,7 @@ class MLPOperations:
     _dense_backward: Callable[[Array, Array, Array, Array | None, Array, Array], None]
     _step_at: Callable[[], Array | None]
     squared_error: Callable[[Array, Array, Array, Array], None]
-    train_step: Callable[..., None]
+    record_training: Callable[..., Training]
 
     @cached_property
     def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
@@ -258,26 +258,10 @@ class MLPOperations:
             loss = self._train_gradient(self._trained(plan, draws, batch), params, step, grads)
             return float(self.runtime.to_numpy(loss)[0])
 
-    def mlp_train_step(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        draws: TrainingDraws,
-        step: int,
-        batch: int,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        with self._lock:
-            net = self._trained(plan, draws, batch)
-            self.train_step(
-                net.kept, lambda: self._train_gradient(net, params, step, grads), step, params, grads, m, v, average,
-                options, results,
-            )  # fmt: skip
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        return _Steps(self, plan, draws, batch, state, results)
 
     def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int) -> _Network:
         net = self._network(plan)
@@ -414,3 +398,32 @@ class MLPOperations:
                 "mlp_time_table_backward", (count + 1) * width,
                 net.features, dtable, grads[plan.time_weight :], grads[plan.time_bias :], plan.T, count, width,
             )  # fmt: skip
+
+
+class _Steps:
+    """Training steps of a perceptron."""
+
+    def __init__(
+        self,
+        be: MLPOperations,
+        plan: MLPPlan,
+        draws: TrainingDraws,
+        batch: int,
+        state: TrainState,
+        results: Array,
+    ) -> None:
+        self.be, self.plan, self.draws, self.batch, self.state, self.results = be, plan, draws, batch, state, results
+        self._of: tuple[_Network, int] | None = None
+        self._recorded: Training | None = None
+
+    def run(self, step: int, options: AdamW) -> None:
+        be, state = self.be, self.state
+        with be._lock:
+            net = be._trained(self.plan, self.draws, self.batch)
+            if self._recorded is None or self._of != (net, net.moves):
+
+                def gradient(step: int) -> Array:
+                    return be._train_gradient(net, state.params, step, state.grads)
+
+                self._of, self._recorded = (net, net.moves), be.record_training(gradient, state, self.results)
+            self._recorded.run(step, options)

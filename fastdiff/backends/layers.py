@@ -8,9 +8,10 @@ respect to ``y``. A gradient is filled, not added to, except where a parameter `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends import AdamW, Array, Backend, Row, TrainingDraws
+from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.noise import Draw
 
 
 class Conv(NamedTuple):
@@ -39,13 +40,53 @@ class Conv(NamedTuple):
         return rows // self.stride[0] + 1, columns // self.stride[1] + 1
 
 
-class ConvWeights(NamedTuple):
-    """The weights of a convolution of images of the shape `x` to images of the shape `out`."""
+class ConvShapes(NamedTuple):
+    """A convolution of images of the shape `x` to images of the shape `out`."""
 
     geometry: Conv
     x: tuple[int, ...]
     out: tuple[int, ...]
-    w: Array
+
+
+class Batch(NamedTuple):
+    """A training batch of n images, or a part of one.
+
+    Attributes
+    ----------
+    x, target : (n, ...) array
+    t : (n,) int64 array
+    labels : (n,) int64 array or None
+    """
+
+    x: Array
+    t: Array
+    target: Array
+    labels: Array | None = None
+
+
+class Recording(Protocol):
+    """Operations that were written down, to be done again; it is the caller's, and goes with its memory."""
+
+    def run(self) -> None:
+        """Do them."""
+
+
+class Sampling(Protocol):
+    """A sampler's steps with a network's output: see `LayerBackend.record_sampling`."""
+
+    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        """Do `Backend.sampler_step` with the output for x."""
+
+
+class Prepared(Protocol):
+    """The weights of some convolutions in the forms that a backend reads best; they lie in memory of its own."""
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        """Return for every convolution what `conv` is to be given for its weights, and `conv_backward`.
+
+        That is w itself, or a form that holds what the weights were at this call. The weights are views of one buffer,
+        always as far from each other as at first.
+        """
 
 
 @runtime_checkable
@@ -53,18 +94,16 @@ class LayerBackend(Backend, Protocol):
     """What a backend provides besides `Backend` to run image networks."""
 
     repeats_resize: bool
-    """Whether `resize` may be among the operations of `repeat`."""
+    """Whether `resize` may be among the operations of `record`."""
 
     def queue(self) -> int:
         """Return which queue work is issued on now: work on another one does not wait for it, nor for its memory."""
 
-    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
-        """Return for every convolution what `conv` is to be given for its weights, and `conv_backward`.
+    def address(self, array: Array) -> int:
+        """Return where an array lies in memory."""
 
-        That is w itself, or a form in which the backend reads it faster: it lies in `kept`, the caller's, and holds
-        what the weights were at this call. The convolutions, views of one buffer, are the same ones whenever this is
-        called with a `kept`. Without `backward` the second is of no use.
-        """
+    def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
+        """Return what prepares the weights of convolutions; without `backward` its second forms are of no use."""
 
     def conv(
         self,
@@ -174,24 +213,8 @@ class LayerBackend(Backend, Protocol):
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         """Fill `dtable` with sums of the rows of dy (N, C), in rising order for each row of the table."""
 
-    def draw_batch(
-        self,
-        draws: TrainingDraws,
-        labels: Array | None,
-        x: Array,
-        t: Array,
-        target: Array,
-        chosen: Array | None,
-        *,
-        step: int,
-        first_sample: int,
-        flip: bool,
-    ) -> None:
-        """Fill `x` and `target` (n, H, W, C), `t` and `chosen` (n,) int64 with n positions of a training batch.
-
-        They are those from `first_sample` on, and `chosen` takes the `labels` (N,) int64 of their rows. With `flip`
-        a picture is mirrored left to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
-        """
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+        """Fill a batch with so many positions of that of a training step, those from `first_sample` on."""
 
     def dropout(
         self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
@@ -205,64 +228,24 @@ class LayerBackend(Backend, Protocol):
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
         """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2."""
 
-    def finish_step(
-        self,
-        loss: Array,
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        """Do `adamw` with a loss that is given as an array of one value; `results` is as in `mlp_train_step`."""
+    def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
+        """Do `adamw` with a loss that is given as an array of one value; `results` is as in `mlp_training`."""
 
-    def train_step(
-        self,
-        kept: dict[Any, Any],
-        gradient: Callable[[], Array],
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        """Call ``gradient()``, which fills grads and returns the loss, and do `finish_step`.
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
+        """Return what does body(): operations of this backend, and nothing else, on arrays that stay where they are.
 
-        `gradient` takes operations of this backend, and nothing else, on arrays that stay where they are; to those
-        that want the training step it gives `step`. Where `kept`, the caller's, has what a step did on these arrays,
-        a backend may do that again, with another `step` and other `options`.
+        `places` are among these arrays, but their memory is not kept: whoever runs it has them there.
         """
 
-    def sample_step(
-        self,
-        kept: dict[Any, Any],
-        places: list[Array],
-        output: Callable[[], Array],
-        state: Array,
-        x: Array,
-        previous: Array | None,
-        row: Row,
-        clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
-    ) -> None:
-        """Do `sampler_step` with the denoiser's output (n, D) that ``output()`` returns.
+    def record_training(self, gradient: Callable[[int], Array], state: TrainState, results: Array) -> Training:
+        """Return what calls ``gradient(step)``, which fills state.grads and returns the loss, and does `finish_step`.
 
-        `output` takes operations of this backend, and nothing else, on arrays that stay where they are. It reads x
-        from `state` (n, D), which holds a copy; what that holds afterwards is not defined. Where `kept`, the caller's,
-        has what a step with arrays in these `places` did, a backend may do that again, with another row and noise.
+        `gradient` is as a body of `record`; to the operations that want the training step it gives `step`.
         """
 
-    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
-        """Run ``body()``: operations of this backend, and nothing else, on arrays that stay where they are.
+    def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
+        """Return what does `sampler_step` with the denoiser's output (n, D) that ``output()`` returns.
 
-        Where `kept`, the caller's, has what a body did on arrays in these `places`, a backend may do that again.
+        `output` is as a body of `record`. It reads x from `state` (n, D), which holds a copy of it before; what that
+        holds afterwards is not defined.
         """

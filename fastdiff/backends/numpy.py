@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws
+from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, Training, TrainingDraws, TrainState
 from fastdiff.backends.numpy_layers import (
     NumpyLayers,
     activate,
@@ -205,8 +205,8 @@ class NumpyBackend(NumpyLayers):
         out += (weight / total)[:, None] * (parts - out)
         state[:, 0], state[:, 1] = top, total
 
-    def adamw(self, params: Array, grads: Array, m: Array, v: Array, average: Array, options: AdamW) -> float:
-        o = options
+    def adamw(self, state: TrainState, options: AdamW) -> float:
+        (params, grads, m, v, average), o = state, options
         norm = float(np.sqrt(np.sum(np.square(grads, dtype=np.float64))))
         if not np.isfinite(norm):
             return norm
@@ -220,22 +220,13 @@ class NumpyBackend(NumpyLayers):
         average += real(1 - o.ema) * (params - average)
         return norm
 
-    def mlp_train_step(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        draws: TrainingDraws,
-        step: int,
-        batch: int,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        loss = self.mlp_train_gradient(plan, params, draws, step, batch, grads)
-        self.finish_step(np.array([loss]), step, params, grads, m, v, average, options, results)
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        def gradient(step: int) -> Array:
+            return np.array([self.mlp_train_gradient(plan, state.params, draws, step, batch, state.grads)])
+
+        return self.record_training(gradient, state, results)
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:

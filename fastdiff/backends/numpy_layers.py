@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, Backend, Row, TrainingDraws
-from fastdiff.backends.layers import Conv, ConvWeights
-from fastdiff.noise import Stream
+from fastdiff.backends import LEAKY_SLOPE, Activation, AdamW, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.layers import Batch, Conv, ConvShapes, LayerBackend, Prepared, Recording, Sampling
+from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
@@ -88,8 +88,11 @@ class NumpyLayers:
     def queue(self) -> int:
         return 0
 
-    def prepare(self, kept: dict[Any, Any], convs: Sequence[ConvWeights], *, backward: bool) -> list[list[Array]]:
-        return [[conv.w, conv.w] for conv in convs]
+    def address(self, array: Array) -> int:
+        return array.ctypes.data
+
+    def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
+        return AsTheyAre()
 
     def conv(
         self,
@@ -254,32 +257,21 @@ class NumpyLayers:
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         dtable[...] = embedding_backward(dy, index, len(dtable))
 
-    def draw_batch(
-        self,
-        draws: TrainingDraws,
-        labels: Array | None,
-        x: Array,
-        t: Array,
-        target: Array,
-        chosen: Array | None,
-        *,
-        step: int,
-        first_sample: int,
-        flip: bool,
-    ) -> None:
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+        x, t, target, chosen = batch
         n, at = len(x), {"seed": draws.seed, "step": step, "first_sample": first_sample}
         rows = law.scaled_words(n, len(draws.data), stream=Stream.BATCH, **at)
         t[...] = law.scaled_words(n, len(draws.signal), stream=Stream.TRAIN_TIME, **at)
         x0, eps = draws.data[rows], np.empty_like(x)
-        if flip:
+        if draws.flip:
             mirrored = law.flips(n, **at)
             x0[mirrored] = x0[mirrored][:, :, ::-1]
         cast(Backend, self).normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
         target[...] = of_noise * eps + of_data * x0
-        if chosen is not None and labels is not None:
-            chosen[...] = labels[rows]
+        if chosen is not None and draws.labels is not None:
+            chosen[...] = draws.labels[rows]
 
     def dropout(
         self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
@@ -298,60 +290,61 @@ class NumpyLayers:
 
     steps_ahead = 1
 
-    def finish_step(
-        self,
-        loss: Array,
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
+    def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
         rows, norm = len(results), math.nan
         if math.isfinite(loss[0]) and math.isfinite(results[(step - 1) % rows, 1]):
-            norm = cast(Backend, self).adamw(params, grads, m, v, average, options)
+            norm = cast(Backend, self).adamw(state, options)
         results[step % rows, 0], results[step % rows, 1] = loss[0], norm
-
-    def train_step(
-        self,
-        kept: dict[Any, Any],
-        gradient: Callable[[], Array],
-        step: int,
-        params: Array,
-        grads: Array,
-        m: Array,
-        v: Array,
-        average: Array,
-        options: AdamW,
-        results: Array,
-    ) -> None:
-        self.finish_step(gradient(), step, params, grads, m, v, average, options, results)
-
-    def sample_step(
-        self,
-        kept: dict[Any, Any],
-        places: list[Array],
-        output: Callable[[], Array],
-        state: Array,
-        x: Array,
-        previous: Array | None,
-        row: Row,
-        clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
-    ) -> None:
-        be, at = cast(Backend, self), {"seed": seed, "stream": stream, "first_sample": first_sample}
-        be.sampler_step(x, be.asarray(output(), x.dtype), previous, row, clip, **at)
 
     repeats_resize = True
 
-    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
-        body()
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
+        return PlainCall(body)
+
+    def record_training(self, gradient: Callable[[int], Array], state: TrainState, results: Array) -> Training:
+        return PlainTraining(cast(LayerBackend, self), gradient, state, results)
+
+    def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
+        return PlainSampling(cast(LayerBackend, self), output)
+
+
+class AsTheyAre:
+    """Weights that a backend reads as they are."""
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        return [[w, w] for w in weights]
+
+
+class PlainCall(NamedTuple):
+    """A recording of nothing: the operations are called again."""
+
+    body: Callable[[], None]
+
+    def run(self) -> None:
+        self.body()
+
+
+class PlainTraining(NamedTuple):
+    """A gradient and an optimiser step, one after the other."""
+
+    be: LayerBackend
+    gradient: Callable[[int], Array]
+    state: TrainState
+    results: Array
+
+    def run(self, step: int, options: AdamW) -> None:
+        self.be.finish_step(self.gradient(step), step, self.state, options, self.results)
+
+
+class PlainSampling(NamedTuple):
+    """An output and a sampler's step, one after the other."""
+
+    be: LayerBackend
+    output: Callable[[], Array]
+
+    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
+        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, **at)
 
 
 def _padded(geometry: Conv, x: Array) -> Array:

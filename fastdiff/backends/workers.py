@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ Phases = list[list[Job]]
 
 MIN_WORK = 5e5  # floating-point operations of a piece of work: less is not worth sharing
 PIECES = 4  # for each thread, so that all end at about the same time
-MAX_SCRIPTS = 4  # kept for one program
 ALIGNMENT = 64  # bytes: a cache line
 
 
@@ -93,7 +92,7 @@ class Script:
         arrays = self.tasks, self.phases, self.counters
         self.table = np.array([part for a in arrays for part in (a.ctypes.data, len(a))], np.int64)
 
-    def release(self, arrays: list[Array | None]) -> None:
+    def release(self, arrays: Sequence[Array | None]) -> None:
         """Keep the memory of these alive no longer: the caller brings it whenever the script is run."""
         owners = {id(_owner(array)) for array in arrays}
         self._kept = [array for array in self._kept if id(_owner(array)) not in owners]
@@ -285,19 +284,35 @@ class Scripted:
     def _grain_of(self, items: int, work: float) -> int:
         return max(math.ceil(MIN_WORK / max(work, 1)), -(-items // (PIECES * self.threads)))
 
-    def repeat(self, kept: dict[Any, Any], places: list[Array | None], body: Callable[[], None]) -> None:
-        key = tuple(None if array is None else array.ctypes.data for array in places)
-        with self._workers.lock:
-            script = kept.get(key)
-            if script is None:
-                self._recorded.append([])
-                try:
-                    body()
-                finally:
-                    phases = self._recorded.pop()
-                script = Script(self.threads, phases)
-                script.release(places)
-                while len(kept) >= MAX_SCRIPTS:
-                    kept.pop(next(iter(kept)))
-                kept[key] = script
-            self._workers.perform(script)
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recorded:
+        """Return what does body(): the first time it writes down a script, which it then performs."""
+        return Recorded(self, body, places)
+
+
+class Recorded:
+    """Operations as a script."""
+
+    def __init__(self, be: Scripted, body: Callable[[], None], places: Sequence[Array | None]) -> None:
+        self._be = be
+        self._pending: tuple[Callable[[], None], Sequence[Array | None]] | None = body, places
+        self._script: Script | None = None
+
+    def run(self) -> None:
+        workers = self._be._workers
+        with workers.lock:
+            if self._script is None:
+                self._script = self._written()
+            workers.perform(self._script)
+
+    def _written(self) -> Script:
+        assert self._pending is not None
+        (body, places), be = self._pending, self._be
+        be._recorded.append([])
+        try:
+            body()
+        finally:
+            phases = be._recorded.pop()
+        script = Script(be.threads, phases)
+        script.release(places)
+        self._pending = None
+        return script

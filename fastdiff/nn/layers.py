@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
-import weakref
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Array, Backend
-from fastdiff.backends.layers import Conv, ConvWeights, LayerBackend
+from fastdiff.backends import Array
+from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
 from fastdiff.nn.params import ALIGNMENT
 
-MAX_PROGRAMS = 8  # kept for each backend
+Record = Callable[[list[Array], Callable[[], None]], Recording]
 
 
 class _Block:
@@ -119,10 +118,11 @@ class Program:
         self._given: dict[str, Value] = {}
         self._fixed: set[str] = set()
         self._own: dict[str, Array] = {}  # copies of what a run is given
-        self._kept: dict[Any, Any] = {}  # see LayerBackend.repeat
-        self.kept_steps: dict[Any, Any] = {}  # see LayerBackend.sample_step
-        self._prepared: dict[Any, Any] = {}  # see LayerBackend.prepare
-        self._weights: list[tuple[Conv, Value, Value, str]] = []
+        self._convs: list[tuple[Conv, Value, Value, str]] = []
+        self._prepared: Prepared | None = None
+        self._forms: list[list[Array]] | None = None  # of the weights, where a run is given them
+        self._target: Array = None
+        self._loss: Array = None
         self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._resizes = False
         self._blocks: list[_Block] = []
@@ -164,7 +164,7 @@ class Program:
         w = self.parameter(f"{name}.weight", (*geometry.kernel, x.width, outputs))
         b = self.parameter(f"{name}.bias", (outputs,))
         y = Value((self.n, *geometry.size(*x.shape[1:3]), outputs))
-        self._weights.append((geometry, x, y, f"{name}.weight"))
+        self._convs.append((geometry, x, y, f"{name}.weight"))
 
         def forward(be: LayerBackend) -> None:
             added = residual and residual.data
@@ -352,12 +352,13 @@ class Program:
                     part = arena[block.offset : block.offset + math.prod(value.shape)]
                     setattr(value, name, part.reshape(value.shape))
 
-    def prepare(
-        self, be: LayerBackend, kept: dict[Any, Any], params: Mapping[str, Array], *, backward: bool = False
-    ) -> list[list[Array]]:
-        """Do `LayerBackend.prepare` for the weights of all convolutions, in the order of their use."""
-        convs = [ConvWeights(geometry, x.shape, y.shape, params[name]) for geometry, x, y, name in self._weights]
-        return be.prepare(kept, convs, backward=backward)
+    def prepare(self, be: LayerBackend, *, backward: bool) -> Prepared:
+        """Do `LayerBackend.prepare` for all convolutions, in the order of their use."""
+        return be.prepare([ConvShapes(geometry, x.shape, y.shape) for geometry, x, y, _ in self._convs], backward)
+
+    def weights(self, params: Mapping[str, Array]) -> list[Array]:
+        """Return the weights of all convolutions, in the order of their use."""
+        return [params[name] for *_, name in self._convs]
 
     def run(
         self,
@@ -366,49 +367,65 @@ class Program:
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
         target: Array | None = None,
+        *,
         forms: list[list[Array]] | None = None,
+        record: Record | None = None,
         **draw: int,
     ) -> Array:
         """Return the result, which stays valid until the next run in the arena.
 
-        With `grads` and `target`, fill the former with the gradients of the mean squared error and return that, as
-        an array of one value; `draw` then holds seed, step and first_sample of dropout. `forms` are the weights as
-        `prepare` returned them, where that has been done.
+        Parameters
+        ----------
+        be : LayerBackend
+        params, given : mapping of str to array
+        grads, target : optional
+            Fill the former with the gradients of the mean squared error, and return that, as an array of one value.
+        forms : list of list of array, optional
+            The weights as they were prepared; by default this is done in the run.
+        record : callable, optional
+            ``record(places, body)`` returns what does body() for arrays in these places, which are the caller's; it may
+            have been made by an earlier run.
+        **draw : int
+            seed, step and first_sample of dropout.
         """
-        self._draw = draw
+        self._draw, self._forms = draw, forms
         for name, value in self._given.items():
             value.data = given[name] if name in self._fixed else self._copy(be, name, given[name])
         for name, value in self._tensors.items():
             value.data, value.grad = params[name], None if grads is None else grads[name]
-        loss = None
         if target is not None:
-            target, loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
-
-        def body() -> None:
-            ready = forms or self.prepare(be, self._prepared, params, backward=grads is not None)
-            for (*_, name), pair in zip(self._weights, ready, strict=True):
-                self._tensors[name].forms = pair
-            for operation in self._operations:
-                operation.forward(be)
-            if grads is None:
-                return
-            be.squared_error(self.output.data, target, self.output.grad, loss)
-            for operation in reversed(self._operations):
-                if operation.backward is not None:
-                    operation.backward(be, operation.add)
-                if operation.add_through and operation.through is not None:
-                    be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
-
-        if self._repeats and (be.repeats_resize or not self._resizes):
+            self._target, self._loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
+        body = partial(self._work, be, grads is not None)
+        if record is not None and self._repeats and (be.repeats_resize or not self._resizes):
             tensor = next(iter(self._tensors.values()))  # the others lie as far from it as ever
-            places = [tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))]
-            be.repeat(self._kept, places, body)
+            record([tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))], body).run()
         else:
             body()
         for value in (*self._given.values(), *self._tensors.values()):
             value.data = value.grad = None  # they are the caller's
             value.forms = []
-        return self.output.data if grads is None else loss
+        self._forms = None
+        return self.output.data if grads is None else self._loss
+
+    def _work(self, be: LayerBackend, backward: bool) -> None:
+        """Everything that a run does with the arrays that it has been given."""
+        forms = self._forms
+        if forms is None:
+            if self._prepared is None:
+                self._prepared = self.prepare(be, backward=backward)
+            forms = self._prepared.run([self._tensors[name].data for *_, name in self._convs])
+        for (*_, name), pair in zip(self._convs, forms, strict=True):
+            self._tensors[name].forms = pair
+        for operation in self._operations:
+            operation.forward(be)
+        if not backward:
+            return
+        be.squared_error(self.output.data, self._target, self.output.grad, self._loss)
+        for operation in reversed(self._operations):
+            if operation.backward is not None:
+                operation.backward(be, operation.add)
+            if operation.add_through and operation.through is not None:
+                be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
 
 
 def _rows(value: Value | None, which: str = "data") -> Array:
@@ -434,57 +451,3 @@ def _arrange(blocks: list[_Block]) -> int:
                 block.offset = max(block.offset, other.offset + other.size)
         insort(placed, block, key=lambda block: block.offset)
     return max((block.offset + block.size for block in placed), default=0)
-
-
-class Workspace:
-    """The programs of one network, and for each queue of a backend the arena that they share. A copy of it is empty."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._spaces: weakref.WeakKeyDictionary[Backend, dict[int, tuple[Array, dict[Any, Program]]]] = (
-            weakref.WeakKeyDictionary()
-        )  # fmt: skip
-        self._constants: weakref.WeakKeyDictionary[Backend, dict[tuple[int, str], Array]] = weakref.WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return Workspace, ()
-
-    def program(
-        self, be: LayerBackend, n: int, training: bool, dtype: npt.DTypeLike, write: Callable[[Program], Any]
-    ) -> Program:
-        """Return the program for n images, which `write` records if there is none; hold the lock until it has run."""
-        spaces, queue = self._spaces.setdefault(be, {}), be.queue()
-        arena, programs = spaces.get(queue, (None, {}))
-        program = programs.get((n, training))
-        if program is not None:
-            return program
-        program = Program(n, training)
-        write(program)
-        program.plan()
-        if arena is None or len(arena) < program.size:
-            programs = {}
-            spaces[queue] = None, programs
-            arena = None  # the old one goes before the new one comes
-            arena = _aligned(be, program.size, dtype)
-        elif len(programs) == MAX_PROGRAMS:
-            programs.pop(next(iter(programs)))
-        program.lay(arena)
-        programs[n, training] = program
-        spaces[queue] = arena, programs
-        return program
-
-    def constant(self, be: LayerBackend, name: str, values: npt.NDArray[Any]) -> Array:
-        """Return the values on the backend, brought there once for each queue."""
-        kept, key = self._constants.setdefault(be, {}), (be.queue(), name)
-        if key not in kept:
-            kept[key] = be.asarray(values, values.dtype)
-        return kept[key]
-
-
-def _aligned(be: Backend, size: int, dtype: npt.DTypeLike) -> Array:
-    """An array of `size` values that starts on a cache line, where the backend's memory is the host's."""
-    array = be.empty((size + ALIGNMENT,), dtype)
-    start = 0
-    if isinstance(array, np.ndarray):
-        start = -array.ctypes.data // array.itemsize % ALIGNMENT
-    return array[start : start + size]

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import noise
-from fastdiff.backends import Activation, Backend, DenseLayer, MLPPlan, TimeMode, backend_for
-from fastdiff.errors import (
-    ArgumentError,
-    check_array,
-    check_choice,
-    check_int,
-    check_seed,
-    check_timesteps,
-    is_on_device,
+from fastdiff.backends import (
+    Activation,
+    Array,
+    Backend,
+    DenseLayer,
+    MLPPlan,
+    Row,
+    TimeMode,
+    Training,
+    TrainingDraws,
+    TrainState,
 )
+from fastdiff.errors import ArgumentError, check_choice, check_int, check_seed
+from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
-from fastdiff.noise import Stream
+from fastdiff.nn.runner import Runner
+from fastdiff.noise import Draw
 
 TIME_FEATURES = 32
 MAX_PERIOD = 10_000.0
-MAX_WIDTH = 1 << 16
 KINDS = ("modulated", "tutorial")
 TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
 
@@ -48,7 +51,7 @@ def sinusoidal_features(T: int, width: int = TIME_FEATURES) -> npt.NDArray[np.fl
     return np.hstack([np.cos(angles), np.sin(angles)])
 
 
-class MLP:
+class MLP(Network):
     """A perceptron on curves of `points` values: x_t and t in, one value a point out.
 
     Hidden layer i computes silu((1 + g_i(t)) (x W_i + b_i) + s_i(t)); gain g and shift s are linear in sinusoidal
@@ -76,6 +79,9 @@ class MLP:
     shape : tuple of int
         Shape of one sample, (points,).
     """
+
+    widths, usual_batch = "hidden", 256
+    in_parts = False
 
     def __init__(
         self,
@@ -118,7 +124,7 @@ class MLP:
         self.T = check_int("T", T, low=1, high=1 << 20)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
-        self.shape = (d,)
+        self.shape, self.image, self.outputs = (d,), (1, d, 1), 1
         hidden_kind: tuple[Activation, TimeMode] = ("silu", "scale_shift")
         kinds: list[tuple[Activation, TimeMode]]
         if kind == "tutorial":
@@ -137,8 +143,8 @@ class MLP:
             shapes["time.weight"] = (self.T if embedded else TIME_FEATURES, sum(columns))
             if not embedded:
                 shapes["time.bias"] = (sum(columns),)
-        self.layout = Layout(shapes)
-        at = self.layout.offsets
+        layout = Layout(shapes)
+        at = layout.offsets
         self.plan = MLPPlan(
             layers=tuple(
                 DenseLayer(
@@ -147,74 +153,25 @@ class MLP:
                 for i, (inputs, outputs) in enumerate(pairwise(widths))
             ),
             T=self.T,
-            size=self.layout.size,
+            size=layout.size,
             time_width=sum(columns),
             time_weight=at.get("time.weight", 0),
             time_bias=at.get("time.bias", 0),
             features=None if embedded or not sum(columns) else sinusoidal_features(self.T),
         )
-        self.flat = self.layout.zeros(self.dtype)
-        if draw:
-            self.redraw()
+        self.own(layout, draw)
 
-    @property
-    def params(self) -> dict[str, Any]:
-        return self.layout.views(self.flat)
+    def start(self, name: str) -> Start:
+        """The tutorial's embedding starts normal; else modulation and the last layer start at zero.
 
-    def redraw(self) -> None:
-        """Draw the weights anew from the network's seed."""
-        for tensor, (name, view) in enumerate(self.params.items()):
-            if self.kind == "modulated" and (name.startswith("time.") or name == f"layers.{len(self.hidden)}.weight"):
-                view[...] = 0  # no modulation, and the best constant guess at the noise
-                continue
-            fan_in = self.layout.shapes[name.replace("bias", "weight")][0]
-            draw = np.empty((1, view.size))
-            at = {"seed": self.seed, "stream": Stream.WEIGHTS, "step": 0, "first_sample": tensor}
-            if name == "time.weight":
-                noise.fill_normal(draw, **at)
-            else:
-                noise.fill_uniform(draw, **at)
-                draw = (2 * draw - 1) / math.sqrt(fan_in)
-            view[...] = draw.reshape(view.shape)
-
-    def predict(self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None) -> Any:
-        """Return the network's output for x at timesteps t.
-
-        Parameters
-        ----------
-        x : (n, points) array
-            Noisy curves, in the network's own range.
-        t : int or (n,) int array
-            Timesteps, 0 .. T - 1.
-        labels : None
-            This network has no classes.
-        backend : str or Backend, optional
-        flat : (layout.size,) array, optional
-            Other parameters than the network's own, for instance their average.
-
-        Returns
-        -------
-        (n, points) array
-            float32; float64 for a float64 network, which needs the numpy backend.
-
-        Raises
-        ------
-        ArgumentError
-            Shape, dtype or range of an argument.
+        That is no modulation, and the best constant guess at the noise.
         """
-        if labels is not None:
-            raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-        be = backend_for(backend, x=x, t=t, flat=flat)
-        if self.dtype == np.float64 and be.name != "numpy":
-            raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
-        on_device = is_on_device(x)
-        x = be.asarray(check_array("x", x, shape=(None, self.points), dtype=self.dtype))
-        steps = be.asarray(check_timesteps(t, self.T, len(x)), np.int64)
-        weights = self.flat
-        if flat is not None:
-            weights = check_array("flat", flat, shape=self.flat.shape, finite=False, dtype=self.dtype)
-        y = be.mlp_forward(self.plan, be.asarray(weights, self.dtype), x, steps)
-        return y if on_device else be.to_numpy(y)
+        if self.kind == "tutorial":
+            return "normal" if name == "time.weight" else "uniform"
+        return "zero" if name.startswith("time.") or name == f"layers.{len(self.hidden)}.weight" else "uniform"
+
+    def runner(self, be: Backend, weights: Array = None) -> Runner:
+        return MLPRunner(self, be, be.asarray(self.flat if weights is None else weights, self.dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; the parameters are not in it."""
@@ -232,10 +189,7 @@ class MLP:
         ArgumentError
             A key is missing or unknown, or a value is not what it should be.
         """
-        keys = {"kind", "points", "hidden", "T", "dtype", "seed"}
-        if not isinstance(config, Mapping) or set(config) != keys:
-            shown = sorted(map(str, config)) if isinstance(config, Mapping) else type(config).__name__
-            raise ArgumentError("network", str(shown), f"the keys {sorted(keys)}")
+        check_keys(config, {"kind", "points", "hidden", "T", "dtype", "seed"})
         self = cls.__new__(cls)
         kind = check_choice("kind", config["kind"], KINDS)
         hidden = config["hidden"]
@@ -245,7 +199,40 @@ class MLP:
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
         return self
 
+    @property
+    def narrow(self) -> bool:
+        return min(self.hidden, default=self.points) < self.points
+
     def __repr__(self) -> str:
         if self.kind == "tutorial":
             return f"MLP.tutorial({self.points}, T={self.T})"
         return f"MLP({self.points}, hidden={self.hidden}, T={self.T})"
+
+
+register(MLP, *KINDS)
+
+
+class MLPRunner(Runner):
+    """A perceptron on a backend: its plan runs in one piece, and so does a whole table."""
+
+    net: MLP
+    _output: tuple[Array, Array] | None = None
+
+    def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
+        self.be.mlp_forward(self.net.plan, self.weights, x, t, y.reshape(x.shape))
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
+            self._output = self.be.empty(x.shape, x.dtype), self.be.empty((len(x),), np.int64)
+        out, steps = self._output
+        steps[...] = t
+        return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out)
+
+    def run_table(
+        self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
+    ) -> None:
+        at = {"seed": draw.seed, "first_sample": draw.first_row}
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, **at)
+
+    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+        return self.be.mlp_training(self.net.plan, draws, batch, state, results)

@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tolerances import PEER_FLOOR, PEER_GRADIENT, PEER_OUTPUT
 
 import fastdiff as fd
+from fastdiff.backends.layers import Batch
 from fastdiff.interop import diffusers_views
 
 NETS = {
@@ -79,7 +80,7 @@ def test_output_and_every_gradient(config, backend, tmp_path):
     loss.backward()
     assert relative(net.predict(x, t, labels, backend=backend), y.detach().numpy()) <= PEER_OUTPUT
     grads = net.layout.zeros(np.float32)
-    got = net.gradient(fd.get_backend(backend), net.flat, x, t, target, grads, labels)
+    got = net.runner(fd.get_backend(backend)).gradient(Batch(x, t, target, labels), grads)
     assert relative(got, loss.item()) <= PEER_OUTPUT
     want = {name: parameter.grad.numpy() for name, parameter in other.named_parameters()}
     views = diffusers_views(net, grads)

@@ -7,7 +7,7 @@ from gradcheck import scatter
 from tolerances import assert_close
 from torch.nn import functional
 
-from fastdiff.backends import get_backend
+from fastdiff.backends import TrainState, get_backend
 from fastdiff.backends import numpy as reference
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
@@ -119,7 +119,7 @@ def test_twenty_steps_of_training(name, plan, backend, dtype):
     for step in range(steps):
         x, t, target = batch_of(net, 30, seed=step)
         be.mlp_gradient(net.plan, net.flat, x, t, target, grads)
-        norm = be.adamw(net.flat, grads, m, v, average, plan.options(step, step))
+        norm = be.adamw(TrainState(net.flat, grads, m, v, average), plan.options(step, step))
 
         optimiser.zero_grad()
         if dtype == "float64":

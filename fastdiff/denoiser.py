@@ -1,0 +1,143 @@
+"""What a sampler needs of a denoiser, and how what a caller gives becomes one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from fastdiff.backends import Array, Backend, Row
+from fastdiff.errors import ArgumentError, check_array
+from fastdiff.noise import Draw
+
+ANY_CLASSES = 1 << 62  # of a denoiser that does not say how many it has, or whether it has any
+
+
+class Evaluator(ABC):
+    """A denoiser on a backend, on flat states (n, D).
+
+    Arrays are the backend's own and are not checked; labels are (n,) int64. A subclass has `be`, and `evaluate`.
+    """
+
+    be: Backend
+
+    @abstractmethod
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        """Return the output (n, D) for x (n, D); valid until the next call."""
+
+    def step(
+        self,
+        x: Array,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Array = None,
+    ) -> None:
+        """Change x, and `previous` where it is given, by one row of a table: see `Backend.sampler_step`."""
+        out = self.evaluate(x, row.t, labels) if row.q != 0 or row.e != 0 else None
+        at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
+        self.be.sampler_step(x, out, previous, row, clip, **at)
+
+    def run_table(
+        self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
+    ) -> None:
+        """Change x by all rows of a table, one after the other."""
+        previous = memory(self.be, x, rows)
+        for row in rows:
+            self.step(x, previous, row, clip, draw, labels)
+
+
+def memory(be: Backend, x: Array, rows: tuple[Row, ...]) -> Array | None:
+    """Room for the x0 of the row before, zero at first, for a table that remembers it."""
+    if not any(row.c != 0 for row in rows):
+        return None
+    previous = be.empty(x.shape, x.dtype)
+    previous.fill(0)
+    return previous
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """What can be sampled from: a network, a network with frozen weights, an exact denoiser, or `denoiser_of` others.
+
+    Attributes
+    ----------
+    T : int or None
+        Number of timesteps; None: not known, as for the other two.
+    prediction : {"noise", "x0", "v"} or None
+        What the output is.
+    shape : tuple of int or None
+        Shape of one sample.
+    classes : int or None
+        How many classes there are; None: it takes no labels. `ANY_CLASSES`: not known.
+    """
+
+    @property
+    def T(self) -> int | None: ...
+
+    @property
+    def prediction(self) -> str | None: ...
+
+    @property
+    def shape(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def classes(self) -> int | None: ...
+
+    def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
+        """Return it on a backend, for samples of this shape."""
+
+
+def denoiser_of(value: Any) -> Denoiser:
+    """Return a denoiser: `value` itself, or one that calls a function or an object's ``predict``.
+
+    Raises
+    ------
+    ArgumentError
+        It is none of these.
+    """
+    if isinstance(value, Denoiser):
+        return value
+    function = getattr(value, "predict", value)
+    if not callable(function):
+        raise ArgumentError("denoiser", type(value).__name__, "a callable (x, t), or an object with .predict(x, t)")
+    told = {name: getattr(value, name, None) for name in ("T", "prediction", "shape")}
+    return _Given(
+        function,
+        told["T"],
+        told["prediction"] if isinstance(told["prediction"], str) else None,
+        told["shape"] if isinstance(told["shape"], tuple) else None,
+        getattr(value, "classes", ANY_CLASSES),
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A function (x, t), or (x, t, labels), as a denoiser."""
+
+    function: Callable[..., Any]
+    T: int | None
+    prediction: str | None
+    shape: tuple[int, ...] | None
+    classes: int | None
+
+    def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
+        return _Calls(be, self.function, shape)
+
+
+class _Calls(Evaluator):
+    """A caller's function, which gets a copy of the states and returns arrays of any kind."""
+
+    def __init__(self, be: Backend, function: Callable[..., Any], shape: tuple[int, ...]) -> None:
+        self.be, self.function, self.shape = be, function, shape
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        state = self.be.empty((len(x), *self.shape), x.dtype)
+        state[...] = x.reshape(state.shape)
+        given = self.function(state, t) if labels is None else self.function(state, t, labels)
+        out = check_array("denoiser output", given, finite=False, dtype=x.dtype)  # host arrays are sent
+        if out.shape != state.shape:
+            raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
+        return self.be.asarray(out, x.dtype).reshape(x.shape)

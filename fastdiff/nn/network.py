@@ -1,0 +1,345 @@
+"""What a network must offer to be trained, sampled, saved and loaded by `Diffusion`, and the registry of their kinds.
+
+A network of one's own is a subclass of `ProgramNetwork`. It says in `record` what it computes, as calls of a `Program`,
+and which arguments of its constructor make it again; everything else follows from these:
+
+    @fastdiff.nn.register
+    class Plain(fastdiff.nn.ProgramNetwork):
+        kind, options = "plain", ("shape", "T", "seed", "width")
+
+        def __init__(self, shape, *, T=100, seed=0, width=8, dtype="float32", draw=True):
+            self.describe(shape, T=T, seed=seed, dtype=dtype)
+            self.width = width
+            self.build(draw)
+
+        def record(self, p):
+            x, t = p.given("x", (p.n, *self.image)), p.given("t", (p.n,))
+            table = p.parameter("time.weight", (self.T, self.width))
+            h = p.silu(p.conv("layers.0", x, self.width, shift=p.take(table, t)))
+            p.conv("layers.1", h, self.outputs)
+
+A network that computes in its own way, as `MLP` does, is a subclass of `Network` with a `Runner` of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import noise
+from fastdiff.backends import Array, Backend, backend_for
+from fastdiff.errors import (
+    ArgumentError,
+    check_array,
+    check_choice,
+    check_indices,
+    check_int,
+    check_seed,
+    check_timesteps,
+    is_on_device,
+)
+from fastdiff.nn.layers import Program
+from fastdiff.nn.params import Layout
+from fastdiff.nn.runner import Memories, ProgramRunner, Runner
+from fastdiff.noise import Stream
+
+MAX_WIDTH = 1 << 16
+MAX_T, MAX_CLASSES = 1 << 16, 1 << 20
+MAX_SIZE = 1 << 31  # of all parameters
+CHUNK_VALUES = 1 << 24  # of activations: so many images as have these go through a network at once
+
+Start = Literal["zero", "one", "normal", "uniform"]
+
+
+class Network(ABC):
+    """A network that predicts noise, x0 or v from x_t and t.
+
+    Attributes
+    ----------
+    kind : str
+        Names the class in files: see `register`.
+    options : tuple of str
+        Arguments of the constructor, attributes as well, that make the network again; besides these it takes `dtype`,
+        and `draw`, without which the weights are zero, for a caller who fills them.
+    widths : str
+        Name of the argument to which a network owes its size: errors name it.
+    usual_batch : int
+        Rows of a training step where the caller does not say.
+    in_parts : bool
+        Whether a training step may take its batch in parts.
+    shape : tuple of int
+        Of one sample.
+    image : (int, int, int)
+        The sample as a program sees it: height, width, channels.
+    outputs : int
+        Channels of the output.
+    T : int
+        Number of timesteps.
+    classes : int or None
+        Number of classes; None: it takes no labels.
+    seed : int
+        Of the weights.
+    dtype : numpy.dtype
+        Of the weights; float64 networks run on the numpy backend only.
+    layout : Layout
+        Names, shapes and places of the tensors in `flat`.
+    flat : (layout.size,) array
+        All parameters in one buffer.
+    prediction : {"noise", "x0", "v"} or None
+        What the output is, where that is known.
+    """
+
+    kind: str
+    options: ClassVar[tuple[str, ...]]
+    widths: ClassVar[str] = "network"
+    usual_batch: ClassVar[int] = 64
+    in_parts: ClassVar[bool] = True
+
+    shape: tuple[int, ...]
+    image: tuple[int, int, int]
+    outputs: int
+    T: int
+    classes: int | None = None
+    seed: int
+    dtype: np.dtype[Any]
+    layout: Layout
+    flat: npt.NDArray[Any]
+    prediction: str | None = None
+
+    @abstractmethod
+    def runner(self, be: Backend, weights: Array = None) -> Runner:
+        """Return the network on a backend, with its own weights or with others (layout.size,)."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a layer is too narrow to carry all noise of a sample from the input to the output."""
+        return False
+
+    # ------------------------------------------------------------------------------------------- building
+
+    def describe(
+        self,
+        shape: Any,
+        *,
+        T: int,
+        classes: int | None = None,
+        seed: int = 0,
+        dtype: str = "float32",
+        outputs: int | None = None,
+    ) -> None:
+        """Check what every network has, and set it.
+
+        Raises
+        ------
+        ArgumentError
+            A value is not what it should be.
+        """
+        if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 3):
+            raise ArgumentError("shape", repr(shape), "(height, width, channels) of an image, or (points,) of a curve")
+        self.shape = tuple(check_int("shape", size, low=1, high=MAX_WIDTH) for size in shape)
+        height, width, channels = self.shape if len(self.shape) == 3 else (1, *self.shape, 1)
+        self.image = height, width, channels
+        self.T = check_int("T", T, low=1, high=MAX_T)
+        self.classes = None if classes is None else check_int("classes", classes, low=1, high=MAX_CLASSES)
+        self.seed = check_seed(seed)
+        self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
+        self.outputs = channels if outputs is None else check_int("outputs", outputs, low=1, high=MAX_WIDTH)
+
+    def own(self, layout: Layout, draw: bool) -> None:
+        """Have tensors of this layout, which `redraw` draws, or zeros without `draw`."""
+        if layout.size > MAX_SIZE:
+            raise ArgumentError(self.widths, f"{layout.size} parameters", f"at most {MAX_SIZE}")
+        self.layout, self.flat = layout, layout.zeros(self.dtype)
+        if draw:
+            self.redraw()
+
+    def start(self, name: str) -> Start:
+        """How a tensor starts: at "zero" or "one", "normal", or "uniform" in +-1 / sqrt(fan in of its layer).
+
+        By default gains and shifts of layers called norm are one and zero, and all others uniform.
+        """
+        layer, _, part = name.rpartition(".")
+        if "norm" in layer.rpartition(".")[2]:
+            return "one" if part == "weight" else "zero"
+        return "uniform"
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Named views into `flat`."""
+        return self.layout.views(self.flat)
+
+    def redraw(self) -> None:
+        """Draw the weights anew from the network's seed: stream WEIGHTS, one row a tensor, as `start` says."""
+        for tensor, (name, view) in enumerate(self.params.items()):
+            start = self.start(name)
+            at = {"seed": self.seed, "stream": Stream.WEIGHTS, "step": 0, "first_sample": tensor}
+            draw = np.full((1, view.size), start == "one", np.float64)
+            if start == "normal":
+                noise.fill_normal(draw, **at)
+            elif start == "uniform":
+                noise.fill_uniform(draw, **at)
+                layer = f"{name.rpartition('.')[0]}.weight"
+                draw = (2 * draw - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
+            view[...] = draw.reshape(view.shape)
+
+    # ------------------------------------------------------------------------------------------- in use
+
+    def on(self, be: Backend, shape: tuple[int, ...]) -> Runner:
+        """Return the network, with the weights that it has now, as a sampler takes it: see `Denoiser`."""
+        return self.runner(be)
+
+    def predict(self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None) -> Any:
+        """Return the network's output for x at timesteps t.
+
+        Parameters
+        ----------
+        x : (n, *shape) array
+            Noisy samples, in the network's own range.
+        t : int or (n,) int array
+            Timesteps, 0 .. T - 1.
+        labels : int or (n,) int array, optional
+            Classes, 0 .. classes - 1, for a network that has them.
+        backend : str or Backend, optional
+        flat : (layout.size,) array, optional
+            Other parameters than the network's own, for instance their average.
+
+        Returns
+        -------
+        (n, *shape) array
+            With `outputs` channels. float32; float64 for a float64 network, which needs the numpy backend.
+
+        Raises
+        ------
+        ArgumentError
+            Shape, dtype or range of an argument.
+        BackendError
+            The backend does not run such networks.
+        """
+        be = backend_for(backend, x=x, t=t, labels=labels, flat=flat)
+        self.check_backend(be)
+        on_device = is_on_device(x)
+        x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
+        n = len(x)
+        steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
+        if self.classes is None and labels is not None:
+            raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
+        if self.classes is not None:
+            if labels is None:
+                raise ArgumentError("labels", "None", f"a class from 0 to {self.classes - 1} for each sample")
+            labels = be.asarray(check_indices("labels", labels, self.classes, n), np.int64)
+        weights = self.flat if flat is None else flat
+        weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
+        y = be.empty((n, *self.image[:2], self.outputs), self.dtype)
+        self.runner(be, weights).fill(y, x, steps, labels)
+        y = y if len(self.shape) == 3 or self.outputs > 1 else y.reshape(x.shape)
+        return y if on_device else be.to_numpy(y)
+
+    def check_backend(self, be: Backend) -> None:
+        """Refuse a backend that cannot compute in the network's dtype."""
+        if self.dtype == np.float64 and be.name != "numpy":
+            raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
+
+    # ------------------------------------------------------------------------------------------- configuration
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration, as JSON types; the parameters are not in it."""
+        config: dict[str, Any] = {"kind": self.kind}
+        for name in self.options:
+            value = getattr(self, name)
+            config[name] = list(value) if isinstance(value, tuple) else value
+        return config | {"dtype": self.dtype.name}
+
+    @classmethod
+    def from_dict(cls, config: Any, *, draw: bool = True) -> Self:
+        """Return the network of a configuration, with weights drawn from its seed, or zero without `draw`.
+
+        Raises
+        ------
+        ArgumentError
+            A key is missing or unknown, or a value is not what it should be.
+        """
+        check_keys(config, {"kind", "dtype", *cls.options})
+        check_choice("kind", config["kind"], [cls.kind])
+        arguments: dict[str, Any] = {name: value for name, value in config.items() if name != "kind"}
+        return cls(**arguments, draw=draw)  # type: ignore[call-arg]  # see `options`
+
+
+class ProgramNetwork(Network):
+    """A network that records its operations in a `Program`, and runs on every backend that has layers.
+
+    Its constructor calls `describe`, sets what `record` needs, and calls `build`.
+    """
+
+    chunk: int
+    """Samples that go through it at once."""
+
+    @abstractmethod
+    def record(self, p: Program) -> None:
+        """Record the network on the n samples of a program: what it makes last is the output (n, H, W, outputs).
+
+        A run is given "x" (n, H, W, C), "t" (n,) int64, "labels" (n,) int64 where there are classes, and `constants`.
+        """
+
+    def constants(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Arrays that every run is given under their names: fixed ones, which no training changes."""
+        return {}
+
+    def build(self, draw: bool) -> None:
+        """Find out by `record` which tensors there are, and have them."""
+        probe = Program(1, training=False)
+        self.record(probe)
+        probe.plan()
+        self.chunk = max(1, CHUNK_VALUES // probe.size)
+        self._memories = Memories()
+        self.own(Layout(probe.parameters), draw)
+
+    def runner(self, be: Backend, weights: Array = None) -> Runner:
+        weights = be.asarray(self.flat if weights is None else weights, self.dtype)
+        return ProgramRunner(self, be, weights, self._memories.on(be))
+
+
+def check_keys(config: Any, keys: set[str]) -> None:
+    """Refuse what is no configuration of these keys."""
+    if not isinstance(config, Mapping) or set(config) != keys:
+        shown = sorted(map(str, config)) if isinstance(config, Mapping) else type(config).__name__
+        raise ArgumentError("network", str(shown), f"the keys {sorted(keys)}")
+
+
+Kind = TypeVar("Kind", bound=type[Network])
+
+_kinds: dict[str, type[Network]] = {}
+
+
+def register(cls: Kind, *kinds: str) -> Kind:
+    """Make files of networks of this class loadable; a decorator.
+
+    Parameters
+    ----------
+    cls : subclass of Network
+    *kinds : str
+        What stands in their configuration; by default its `kind`.
+    """
+    for kind in kinds or (cls.kind,):
+        known = _kinds.setdefault(kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ArgumentError("kind", repr(kind), f"another name: {known.__module__}.{known.__qualname__} has it")
+        _kinds[kind] = cls
+    return cls
+
+
+def network_of(config: Any, *, draw: bool = True) -> Network:
+    """Return the network of a configuration: see `Network.from_dict`.
+
+    Raises
+    ------
+    ArgumentError
+        Its kind is not registered, or as of `Network.from_dict`.
+    """
+    if not isinstance(config, Mapping) or "kind" not in config:
+        check_keys(config, {"kind"})
+    return _kinds[check_choice("kind", config["kind"], sorted(_kinds))].from_dict(config, draw=draw)

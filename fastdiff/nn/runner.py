@@ -1,0 +1,394 @@
+"""A network on a backend, with given weights: what evaluates it, trains it, and runs a sampler's table over it.
+
+Everything that is kept for a network on a backend lives here. A `Runner` has weights, and what was made for these. The
+arena, the programs laid into it, and what was recorded of them are the same for all weights: they are in the network's
+`Memory` for the backend, which all runners share. Copies of a network start with none.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.layers import Batch, LayerBackend, Recording
+from fastdiff.denoiser import Evaluator
+from fastdiff.errors import BackendError
+from fastdiff.nn.layers import Program
+from fastdiff.nn.params import ALIGNMENT
+from fastdiff.noise import Draw
+
+if TYPE_CHECKING:
+    from fastdiff.nn.network import Network, ProgramNetwork
+
+MAX_PROGRAMS = 8  # kept for each queue
+MAX_RECORDINGS = 4  # kept of a program, and of a runner's steps
+
+
+class Runner(Evaluator):
+    """A network on a backend, with given weights.
+
+    Arrays are the backend's own and are not checked. States are flat, (n, D), where nothing else is said.
+
+    Parameters
+    ----------
+    net : Network
+    be : Backend
+    weights : (layout.size,) array
+        Whoever changes them in place has a network that has changed: except for `step` and `run_table`, which may keep
+        forms of them.
+    """
+
+    def __init__(self, net: Network, be: Backend, weights: Array) -> None:
+        net.check_backend(be)
+        self.net, self.be, self.weights = net, be, weights
+
+    @abstractmethod
+    def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
+        """Fill y (n, H, W, outputs) with the output for x (n, ...) at t (n,) int64."""
+
+    @abstractmethod
+    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+        """Return what takes training steps with these weights, which are those of `state`.
+
+        Parameters
+        ----------
+        draws : TrainingDraws
+        batch : int
+            Rows of a step.
+        parts : int
+            Into how many the batch is cut, where the network can do that.
+        state : TrainState
+            On the backend.
+        results : (rows, 2) float64 array
+            As for `Backend.mlp_training`.
+        """
+
+
+class Recordings(dict[Any, Any]):
+    """The last few that were made, each under a key."""
+
+    def of(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            while len(self) >= MAX_RECORDINGS:
+                self.pop(next(iter(self)))
+            self[key] = make()
+        return self[key]
+
+
+class Laid(NamedTuple):
+    """A program in an arena, and what was recorded of its passes, by the places of weights and gradients."""
+
+    program: Program
+    passes: Recordings
+
+    def run(self, be: LayerBackend, *arguments: Any, **options: Any) -> Array:
+        """Do `Program.run`, as it was recorded where it is the same as before."""
+
+        def record(places: list[Array], body: Callable[[], None]) -> Recording:
+            key = tuple(None if array is None else be.address(array) for array in places)
+            made: Recording = self.passes.of(key, lambda: be.record(body, places))
+            return made
+
+        return self.program.run(be, *arguments, record=record, **options)
+
+
+class Memory:
+    """What all runners of a network on a backend share: for each queue an arena, and the programs in it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.spaces: dict[int, tuple[Array, dict[tuple[int, bool], Laid]]] = {}
+        self._constants: dict[tuple[int, str], Array] = {}
+
+    def laid(self, net: ProgramNetwork, be: LayerBackend, n: int, training: bool) -> Laid:
+        """Return the program for n samples, recorded where there is none; hold the lock until it has run."""
+        queue = be.queue()
+        arena, programs = self.spaces.get(queue, (None, {}))
+        laid = programs.get((n, training))
+        if laid is not None:
+            return laid
+        program = Program(n, training)
+        net.record(program)
+        program.plan()
+        if arena is None or len(arena) < program.size:
+            programs = {}
+            self.spaces[queue] = None, programs
+            arena = None  # the old one goes before the new one comes
+            arena = _aligned(be, program.size, net.dtype)
+        elif len(programs) == MAX_PROGRAMS:
+            programs.pop(next(iter(programs)))
+        program.lay(arena)
+        laid = programs[n, training] = Laid(program, Recordings())
+        self.spaces[queue] = arena, programs
+        return laid
+
+    def constants(self, net: ProgramNetwork, be: LayerBackend) -> dict[str, Array]:
+        """Return the network's constants on the backend, brought there once for each queue."""
+        queue = be.queue()
+        there = {}
+        for name, values in net.constants().items():
+            if (queue, name) not in self._constants:
+                self._constants[queue, name] = be.asarray(values, values.dtype)
+            there[name] = self._constants[queue, name]
+        return there
+
+
+class Memories:
+    """The memory of a network for each backend that it has been on. A copy is empty."""
+
+    def __init__(self) -> None:
+        self._memories: dict[Backend, Memory] = {}
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return Memories, ()
+
+    def on(self, be: Backend) -> Memory:
+        """Return that for a backend."""
+        memory = self._memories.get(be)
+        return self._memories.setdefault(be, Memory()) if memory is None else memory
+
+
+def _aligned(be: Backend, size: int, dtype: npt.DTypeLike) -> Array:
+    """An array of `size` values that starts on a cache line, where the backend's memory is the host's."""
+    array = be.empty((size + ALIGNMENT,), dtype)
+    start = 0
+    if isinstance(array, np.ndarray):
+        start = -array.ctypes.data // array.itemsize % ALIGNMENT
+    return array[start : start + size]
+
+
+class ProgramRunner(Runner):
+    """A network that records its operations: see `Network.record`."""
+
+    net: ProgramNetwork
+    be: LayerBackend
+
+    def __init__(self, net: ProgramNetwork, be: Backend, weights: Array, memory: Memory) -> None:
+        super().__init__(net, be, weights)
+        if not isinstance(be, LayerBackend):
+            raise BackendError(f"backend {be.name!r} does not run image networks: use backend='cpu'")
+        self.memory, self.params = memory, net.layout.views(weights)
+        self._output: tuple[Array, Array] | None = None  # of `evaluate`, and its timesteps
+        self._forms: dict[int, list[list[Array]]] = {}  # of the weights, for each queue
+        self._steps = Recordings()
+
+    def _laid(self, n: int, training: bool) -> Laid:
+        return self.memory.laid(self.net, self.be, n, training)
+
+    def _given(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        return {**given, **self.memory.constants(self.net, self.be)}
+
+    def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
+        given = {"x": x.reshape(len(x), *self.net.image), "t": t}
+        if labels is not None:
+            given["labels"] = labels
+        for start in range(0, len(y), self.net.chunk):
+            part = slice(start, start + self.net.chunk)
+            with self.memory.lock:
+                some = self._given({name: array[part] for name, array in given.items()})
+                y[part] = self._laid(len(some["x"]), False).run(self.be, self.params, some)
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        n, dtype = len(x), self.net.dtype
+        if self._output is None or len(self._output[0]) != n:  # the last batch may be smaller
+            shape = (n, *self.net.image[:2], self.net.outputs)
+            self._output = self.be.empty(shape, dtype), self.be.empty((n,), np.int64)
+        y, steps = self._output
+        steps.fill(t)
+        self.fill(y, self.be.asarray(x, dtype), steps, labels)
+        return self.be.asarray(y, x.dtype).reshape(x.shape)
+
+    # ------------------------------------------------------------------------------------------- sampling
+
+    def step(
+        self,
+        x: Array,
+        previous: Array | None,
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Array = None,
+    ) -> None:
+        if row.q == 0 and row.e == 0:
+            super().step(x, previous, row, clip, draw)
+            return
+        for start in range(0, len(x), self.net.chunk):
+            end = start + self.net.chunk
+            some, before, chosen = (None if array is None else array[start:end] for array in (x, previous, labels))
+            with self.memory.lock:
+                self._step(some, before, chosen, row, clip, draw.after(start))
+
+    def _step(
+        self,
+        x: Array,
+        previous: Array | None,
+        labels: Array,
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        be, n = self.be, len(x)
+        laid = self._laid(n, False)
+        program = laid.program
+        own = program.own(be, "x", (n, *self.net.image), self.net.dtype)
+        own[...] = be.asarray(x, self.net.dtype).reshape(own.shape)
+        t = program.own(be, "t", (n,), np.int64)
+        t.fill(row.t)
+        given = {"x": own, "t": t}
+        if labels is not None:
+            given["labels"] = program.own(be, "labels", (n,), np.int64)
+            given["labels"][...] = labels
+        queue = be.queue()
+        if queue not in self._forms:
+            self._forms[queue] = program.prepare(be, backward=False).run(program.weights(self.params))
+        of, recorded = self._steps.of((queue, n), lambda: (None, None))
+        if of is None or of() is not program:
+            output = _Output(self.memory, self.net, be, self.params, self._given(given), self._forms[queue])
+            recorded = be.record_sampling(output, own.reshape(n, -1))
+            self._steps[queue, n] = weakref.ref(program), recorded
+        recorded.run(x, previous, row, clip, draw)
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def batch(self, n: int, *, labels: bool) -> Batch:
+        """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
+
+        Parameters
+        ----------
+        n : int
+            Number of samples.
+        labels : bool
+            Whether there are labels.
+
+        Returns
+        -------
+        Batch
+            Unfilled. The network's, and valid until it is given more samples than ever before.
+        """
+        be, net = self.be, self.net
+        with self.memory.lock:
+            program = self._laid(n, True).program
+            return Batch(
+                program.own(be, "x", (n, *net.image), net.dtype),
+                program.own(be, "t", (n,), np.int64),
+                program.own(be, "target", (n, *net.image[:2], net.outputs), net.dtype),
+                program.own(be, "labels", (n,), np.int64) if labels else None,
+            )
+
+    def gradient(self, batch: Batch, grads: Array, *, seed: int = 0, step: int = 0, first_sample: int = 0) -> Array:
+        """Fill `grads` with the gradient of the mean squared error, and return that as an array of one value.
+
+        The padding between the tensors of `grads` must be zero, and stays so. Memory is reused from step to step.
+
+        Parameters
+        ----------
+        batch : Batch
+        grads : (layout.size,) array
+        seed, step, first_sample : int, optional
+            Of dropout: the training step, and the position in the batch of the first sample.
+
+        Returns
+        -------
+        (1,) array
+            The backend's own, valid until the next call.
+        """
+        n, image = len(batch.x), self.net.image
+        given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t, "labels": batch.labels}
+        target = _shaped(batch.target, (n, *image[:2], self.net.outputs))
+        at = {"seed": seed, "step": step, "first_sample": first_sample}
+        with self.memory.lock:
+            views = self.net.layout.views(grads)
+            return self._laid(n, True).run(self.be, self.params, self._given(given), views, target, **at)
+
+    def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
+        """Do `gradient` for n positions of a training batch, from `first` on."""
+        batch = self.batch(n, labels=draws.labels is not None)
+        self.be.draw_batch(draws, batch, step=step, first_sample=first)
+        return self.gradient(batch, grads, seed=draws.seed, step=step, first_sample=first)
+
+    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+        labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
+        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels)
+        if parts == 1:
+            return _Whole(self, draws, batch, state, results)
+        return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The output of a network with weights in these forms; it knows nothing of the runner that keeps it."""
+
+    memory: Memory
+    net: ProgramNetwork
+    be: LayerBackend
+    params: Mapping[str, Array]
+    given: dict[str, Array]
+    forms: list[list[Array]]
+
+    def __call__(self) -> Array:
+        n = len(self.given["x"])
+        laid = self.memory.laid(self.net, self.be, n, False)
+        return laid.run(self.be, self.params, self.given, forms=self.forms).reshape(n, -1)
+
+
+class _Whole:
+    """A training step whose batch goes through the network at once."""
+
+    def __init__(
+        self, runner: ProgramRunner, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> None:
+        self.runner, self.batch = runner, batch
+
+        def gradient(step: int) -> Array:
+            return runner.drawn_gradient(draws, step, 0, batch, state.grads)
+
+        self._record = partial(runner.be.record_training, gradient, state, results)
+        self._of: Callable[[], Program | None] = lambda: None
+        self._recorded: Training | None = None
+
+    def run(self, step: int, options: AdamW) -> None:
+        memory = self.runner.memory
+        with memory.lock:
+            program = memory.laid(self.runner.net, self.runner.be, self.batch, True).program
+            if self._recorded is None or self._of() is not program:  # in an arena that is gone
+                self._of, self._recorded = weakref.ref(program), self._record()
+            self._recorded.run(step, options)
+
+
+class _InParts:
+    """A training step whose batch goes through the network in parts: their gradients, weighted by sizes, are added."""
+
+    def __init__(
+        self, runner: ProgramRunner, draws: TrainingDraws, bounds: list[int], state: TrainState, results: Array
+    ) -> None:
+        self.runner, self.draws, self.bounds, self.state, self.results = runner, draws, bounds, state, results
+        be, net = runner.be, runner.net
+        self.part = be.asarray(net.layout.zeros(net.dtype), net.dtype)
+        self.total = be.empty((1,), np.float64)
+
+    def run(self, step: int, options: AdamW) -> None:
+        grads, part, total = self.state.grads, self.part, self.total
+        grads[...], total[...] = 0, 0
+        for first, end in pairwise(self.bounds):
+            loss = self.runner.drawn_gradient(self.draws, step, first, end - first, part)
+            weight = (end - first) / self.bounds[-1]
+            loss *= weight
+            part[...] *= part.dtype.type(weight)
+            total[...] += loss
+            grads[...] += part
+        self.runner.be.finish_step(total, step, self.state, options, self.results)
+
+
+def _shaped(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array in another shape, itself where it has that."""
+    return array if array.shape == shape else array.reshape(shape)

@@ -1,0 +1,161 @@
+"""The training loop: steps are issued ahead, and their losses read late."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
+from fastdiff.errors import TrainingError
+from fastdiff.nn import Network
+from fastdiff.progress import bar as progress_bar
+
+VALIDATION_EVERY = 100  # steps, counted from 0
+READ_SECONDS = 0.1  # at most, from one look at the losses to the next
+
+
+class Counted(Protocol):
+    """What a trainer counts in: a `Diffusion` is one."""
+
+    step: int
+    ema_updates: int
+    history: dict[str, list[Any]]
+
+
+class Trainer:
+    """Training of a network on a backend.
+
+    Parameters
+    ----------
+    be : Backend
+    net : Network
+    draws : TrainingDraws
+        What a step draws its batch from, the data on the backend.
+    host : TrainState
+        Arrays on the host, but for the gradient; where the backend works on copies they are brought back.
+    batch, parts : int
+        See `Runner.training`.
+    """
+
+    def __init__(
+        self, be: Backend, net: Network, draws: TrainingDraws, host: TrainState, batch: int, parts: int
+    ) -> None:
+        self.be, self.host = be, host
+        # The same arrays on the CPU; on a GPU copies.
+        self.state = TrainState(*(be.asarray(array, net.dtype) for array in host))
+        self.results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
+        runner = net.runner(be, self.state.params)
+        self.steps = runner.training(draws, batch, parts, self.state, self.results)
+
+    def bring_back(self) -> None:
+        """Bring what has been trained to the host."""
+        for name, ours, theirs in zip(self.host._fields, self.host, self.state, strict=True):
+            if ours is not theirs and name != "grads":
+                ours[...] = self.be.to_numpy(theirs)
+
+    def run(
+        self,
+        model: Counted,
+        steps: int,
+        options: Callable[[int, int], AdamW],
+        *,
+        validate: Callable[[Array], None] | None = None,
+        progress: bool = True,
+        callback: Callable[[int, float], Any] | None = None,
+    ) -> None:
+        """Take so many steps.
+
+        Parameters
+        ----------
+        model : Counted
+            Its counts and its history go on.
+        steps : int
+        options : callable
+            Of the step and of how many averages there were before it: see `TrainingPlan.options`.
+        validate : callable, optional
+            Called with the averaged weights at every step that is a multiple of `VALIDATION_EVERY`.
+        progress, callback
+            As of `Diffusion.fit`.
+        """
+        be, results = self.be, self.results
+        issued, read_at = model.step, perf_counter()
+
+        def settle() -> None:
+            """Wait for the steps that have been issued, and count them."""
+            nonlocal issued, read_at
+            rows = be.to_numpy(results) if issued > model.step else ()
+            while model.step < issued:
+                loss, norm = rows[model.step % len(rows)].tolist()
+                if not math.isfinite(norm):
+                    issued = model.step  # the others have done nothing
+                    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
+                    raise TrainingError(
+                        f"{what} in step {model.step}: stopped; the model keeps the state before it, try a smaller lr"
+                    )
+                model.history["step"].append(model.step)
+                model.history["loss"].append(loss)
+                model.step += 1
+                model.ema_updates += 1
+                bar.update()
+                if progress and model.step % 50 == 0:
+                    bar.set_postfix(loss=f"{np.mean(model.history['loss'][-50:]):.4f}", refresh=False)
+            read_at = perf_counter()
+
+        with (
+            ExitStack() as last,
+            _deferred_interrupt() as interrupted,
+            progress_bar(show=progress, total=steps, desc="training") as bar,
+        ):
+            last.callback(self.bring_back)
+            last.callback(settle)
+            end = model.step + steps
+            while issued < end:
+                if validate is not None and issued % VALIDATION_EVERY == 0:
+                    settle()
+                    validate(self.state.average)
+                self.steps.run(issued, options(issued, model.ema_updates + issued - model.step))
+                issued += 1
+                late = issued - model.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
+                if not (late or callback is not None or interrupted() or issued == end):
+                    continue
+                settle()
+                if interrupted():
+                    raise KeyboardInterrupt
+                if callback is not None:
+                    self.bring_back()
+                    if callback(model.step - 1, model.history["loss"][-1]):
+                        break
+            if validate is not None and model.step % VALIDATION_EVERY == 0:
+                validate(self.state.average)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came.
+
+    A handler that somebody else has set stays: it decides itself what an interrupt does.
+    """
+    seen = 0
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+
+    def hold(number: int, frame: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            signal.signal(number, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: seen > 0
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
