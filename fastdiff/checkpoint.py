@@ -38,7 +38,7 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapp
 
     versions = {"format": FORMAT_VERSION, "noise_law": NOISE_LAW_VERSION}
     text = json.dumps({**versions, **header}, allow_nan=False)
-    content = save({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={_KEY: text})
+    content = save({name: np.asarray(t, order="C") for name, t in tensors.items()}, metadata={_KEY: text})
     with writing(path) as file:
         file.write(content)
 

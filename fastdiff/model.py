@@ -767,7 +767,7 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     header, tensors = checkpoint.read(path)
     try:
         return _restore(header, tensors, backend)
-    except (ArgumentError, KeyError, TypeError) as error:
+    except (ArgumentError, KeyError, TypeError, MemoryError) as error:  # the last: a network of any size can be claimed
         reason = f"the header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
 
