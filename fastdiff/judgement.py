@@ -160,7 +160,9 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     -------
     Report
     """
-    units = Normaliser.of(training.reshape(len(training), -1)) if normaliser.noise_shape is not None else normaliser
+    units = normaliser._replace(base=None)  # which would turn the columns, and change no distance
+    if normaliser.noise_shape is not None:
+        units = Normaliser.of(training.reshape(len(training), -1))
     picked = training[np.arange(min(len(training), MOST_ROWS)) * len(training) // min(len(training), MOST_ROWS)]
     x, learned = (units.apply(rows, np.float64).reshape(len(rows), -1) for rows in (drawn, picked))
     unseen = None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
 from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
 from fastdiff.backends.layers import Batch
+from fastdiff.base import MOST_VALUES, GaussianBase
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -125,6 +126,9 @@ class Diffusion:
     scale : {"auto", "all", "column"}, optional
         What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
         scales each column where their deviations differ by more than a factor of 10. Pictures have a `data_range`.
+    base : {"auto", "gaussian", None}, optional
+        "gaussian": the network starts from the best linear denoiser of the curves and learns what is not Gaussian in
+        them (see `fastdiff.base`). "auto" does so where the network is chosen from the data; for perceptrons only.
     backend : str or Backend, optional
     seed : int, optional
         Of the weights, of all training draws, and of the samples unless `sample` names another.
@@ -166,6 +170,7 @@ class Diffusion:
         *,
         prediction: str | None = None,
         scale: str = "auto",
+        base: str | None = "auto",
         backend: str | Backend = "auto",
         seed: int = 0,
         noise_shape: NoiseShape | None = None,
@@ -194,6 +199,9 @@ class Diffusion:
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
         self.scale = check_choice("scale", scale, SCALES)
+        self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
+        if net is not None and base == "gaussian" and not net.has_skip:
+            raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
         if scale == "channel":
             raise ArgumentError("scale", "'channel'", "'auto', 'all' or 'column': curves have one channel")
         if scale == "column" and noise_shape is not None:
@@ -224,6 +232,8 @@ class Diffusion:
             self.net = None
         elif self.net is not None:
             self.net.redraw()
+            if self.net.has_skip:
+                self.net.set_skip(None)
         return self
 
     def fit(
@@ -341,7 +351,7 @@ class Diffusion:
             )
         first, self.end_step = self.step, self.step + steps
         net, optimizer = self.net, self._optimizer
-        data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
+        data = be.asarray(self.normaliser.apply(rows, net.dtype, be), net.dtype)
         tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
@@ -567,6 +577,15 @@ class Diffusion:
                 net = defaults.picture_net(X.shape[1:], classes=classes, **at)
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
+        if net.has_skip and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
+            if defaults.wants_base(*X.shape):
+                inner = normaliser.apply(X, np.float64)
+                normaliser = normaliser._replace(base=GaussianBase.of(inner))
+                assert normaliser.base is not None
+                net.set_skip(normaliser.base.gains(schedule, self.prediction))
+            elif self.base == "gaussian":
+                wants = f"None, or at least 2 rows of at most {MOST_VALUES} values"
+                raise ArgumentError("base", f"'gaussian' with {len(X)} rows of {X.shape[1]} values", wants)
         self.schedule, self.net = schedule, net
         zeros = net.layout.zeros
         self._optimizer = _Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
@@ -585,7 +604,7 @@ class Diffusion:
     def _validation_set(self, be: Backend, rows: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> Batch:
         """x_t, t, target and labels of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
-        x0 = self.normaliser.apply(rows, self.net.dtype)
+        x0 = self.normaliser.apply(rows, self.net.dtype, be)
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
@@ -688,7 +707,7 @@ class Diffusion:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
-        if normaliser.noise_shape is not None:
+        if normaliser.noise_shape is not None or normaliser.base is not None:
             process.refuse_clip(sampler)
         be = get_backend(self.backend)
         result = process.sample(
@@ -795,7 +814,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
     )
     model.normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
-    model.scale = model.normaliser.scale
+    model.scale, base = model.normaliser.scale, model.normaliser.base
+    model.base = None if base is None else "gaussian"
+    if base is not None:
+        net.set_skip(base.gains(schedule, model.prediction))
     model._held_out, model._data, model.report_ = _restore_habits(header)
     names = header.get("class_names")
     if names is not None:

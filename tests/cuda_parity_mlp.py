@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 from cuda_parity import NUMPY, covers
-from gradcheck import scatter
+from gradcheck import scatter, skipping
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
@@ -21,6 +21,7 @@ NETS = {
     "tutorial": lambda: MLP.tutorial(50, T=100),
     "default": lambda: MLP(50, T=100),
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
+    "skip": lambda: skipping(MLP(19, hidden=(33, 21), T=7)),
 }
 BATCH = {"small": 37, "full": 8195}
 CHAIN_STEPS = {"small": 3, "full": 100}
@@ -55,7 +56,7 @@ def batch_of(net, n):
     return x, random.integers(0, net.T, n), target
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate")
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_skip")
 def networks_forward(be, size):
     n = BATCH[size]
     for net, wide in networks():
@@ -71,7 +72,7 @@ def networks_forward(be, size):
                     assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate")
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_skip")
 def chains(be, size):
     n = BATCH[size] // 2
     for net, wide in networks():
@@ -92,7 +93,7 @@ def chains(be, size):
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 
-GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times")
+GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times", "mlp_skip")
 TIME_GRADIENT = ("mlp_time_gradient", "mlp_time_table", "mlp_time_table_backward")
 
 

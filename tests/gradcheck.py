@@ -32,6 +32,12 @@ def assert_gradient(function, array, gradient):
     assert worst <= GRADIENT, f"relative error {worst:.3g}"
 
 
+def skipping(net):
+    """Give a network a fixed linear part."""
+    net.set_skip(np.random.default_rng(4).normal(size=(net.T, net.points)))
+    return net
+
+
 def scatter(net, seed=0):
     """Give every parameter of a network a random value of a useful size, and leave the padding alone."""
     random = np.random.default_rng(seed)

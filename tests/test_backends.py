@@ -16,7 +16,7 @@ import weakref
 import naive
 import numpy as np
 import pytest
-from gradcheck import scatter
+from gradcheck import scatter, skipping
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -259,6 +259,8 @@ NETS = {
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
     "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
     "tutorial of three": lambda: MLP.tutorial(3, T=5),
+    "skip": lambda: skipping(MLP(17, hidden=(33, 19), T=11)),
+    "skip alone": lambda: skipping(MLP(5, hidden=(), T=3)),
 }
 
 
@@ -286,6 +288,8 @@ def test_networks_agree_with_loops_and_with_each_other(net, n):
     for k in {0, n // 2, n - 1}:
         row = x[k].astype(np.float64).tolist()
         loop = naive.tutorial(params, row, t[k]) if net.kind == "tutorial" else naive.mlp(params, row, t[k], net.T)
+        if net.plan.skip is not None:
+            loop = [value + net.plan.skip[t[k], j] * row[j] for j, value in enumerate(loop)]
         assert_close(want[k], loop, terms=terms(net), scale=1000)  # the angles of the time features are that large
     for be in (NUMPY, CPU):
         got = be.mlp_forward(net.plan, net.flat, x, t)

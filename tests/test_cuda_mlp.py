@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gradcheck import scatter
+from gradcheck import scatter, skipping
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
@@ -183,6 +183,8 @@ NETS = {
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
     "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
     "tutorial of three": lambda: MLP.tutorial(3, T=5),
+    "skip": lambda: skipping(MLP(17, hidden=(33, 19), T=11)),
+    "skip alone": lambda: skipping(MLP(5, hidden=(), T=3)),
 }
 
 

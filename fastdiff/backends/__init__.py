@@ -92,6 +92,8 @@ class MLPPlan:
         Offsets; `time_bias` is unused for an embedding.
     features : (T, F) float64 or None
         Sinusoidal features of every timestep.
+    skip : (T, outputs) float64 or None
+        Added to the output of the layers, skip[t] * x, value by value: a fixed linear part, which is not trained.
     """
 
     layers: tuple[DenseLayer, ...]
@@ -101,6 +103,7 @@ class MLPPlan:
     time_weight: int
     time_bias: int
     features: npt.NDArray[np.float64] | None
+    skip: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)

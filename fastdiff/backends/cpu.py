@@ -88,6 +88,7 @@ class _MLPSpace:
         self.previous = [np.empty(k.TILE * plan.layers[0].inputs, np.float32) for _ in range(threads)]
         self.slots = np.arange(plan.T)
         self.used = np.empty(plan.T, np.int64)
+        self.skip = np.empty(0, np.float32) if plan.skip is None else plan.skip.astype(np.float32).reshape(-1)
         self.features = None if plan.features is None else plan.features.astype(np.float32)
         self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
         self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
@@ -306,6 +307,7 @@ class CpuBackend(CpuLayers):
                     table,
                     plan.time_width,
                     net.slots,
+                    net.skip,
                     net.arenas[worker],
                 )
 
@@ -337,14 +339,15 @@ class CpuBackend(CpuLayers):
             if len(x) <= FEW:
                 mlp_kernels.chain_few(
                     flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width, net.slots,
-                    first, int(Stream.STEP), keys, *self._spaces[0].noise, net.arenas[0], net.previous[0], net.times[0],
+                    net.skip, first, int(Stream.STEP), keys, *self._spaces[0].noise, net.arenas[0], net.previous[0],
+                    net.times[0],
                 )  # fmt: skip
                 return
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
                     start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
-                    net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
+                    net.slots, net.skip, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.previous[worker],
                 )  # fmt: skip
 
@@ -409,7 +412,7 @@ class CpuBackend(CpuLayers):
                 while True:
                     held = mlp_kernels.gradient_tiles(
                         held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
-                        params, net.transposed, table, width, net.slots, net.dtime[worker], grads, net.summed,
+                        params, net.transposed, table, width, net.slots, net.skip, net.dtime[worker], grads, net.summed,
                         net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE), keys,
                         *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
                     )  # fmt: skip

@@ -125,6 +125,7 @@ class _Network:
             self.features = runtime.asarray(plan.features.astype(np.float32))
             self.table = runtime.empty((plan.T, plan.time_width))
             self.dtable = runtime.empty((plan.T, plan.time_width))
+        self.skip = None if plan.skip is None else runtime.asarray(plan.skip.astype(np.float32))
         self.loss = runtime.empty((1,), np.float64)
         self.batch = 0
         self.buffers: dict[str, Array] = {}
@@ -330,7 +331,7 @@ class MLPOperations:
         self.runtime.launch(
             "mlp", "mlp_chain", grid, THREADS,
             (x, y, t, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed, net.packed.size,
-             table, plan.time_width, n, tile.rows, *net.widths, tile.staged, first_sample, round_keys(seed)),
+             table, plan.time_width, net.skip, n, tile.rows, *net.widths, tile.staged, first_sample, round_keys(seed)),
             shared_bytes(plan, tile, memory=memory),
         )  # fmt: skip
 
@@ -348,11 +349,18 @@ class MLPOperations:
 
     def _forward(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array, y: Array) -> None:
         """Layer by layer, keeping nothing."""
+        h = x
         for layer in net.plan.layers[:-1]:
             u = self.runtime.empty((len(x), layer.outputs))
-            self._layer(layer, params, table, net.plan.time_width, x, t, u, u)
-            x = u
-        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, x, t, y, y)
+            self._layer(layer, params, table, net.plan.time_width, h, t, u, u)
+            h = u
+        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, t, y, y)
+        self._skip(net, x, y, t)
+
+    def _skip(self, net: _Network, x: Array, y: Array, t: Array) -> None:
+        """Add the fixed linear part of the output for x to y, or of the gradient of y to that of x."""
+        if net.skip is not None:
+            self._launch("mlp_skip", x.size, x, y, net.skip, t, *x.shape)
 
     def _gradient(
         self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
@@ -363,9 +371,14 @@ class MLPOperations:
         inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
         for k, layer in enumerate(plan.layers):
             self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        self._skip(net, x, inputs[-1], t)
 
         dy, free = buffers["d0"], buffers["d1"]
         self.squared_error(inputs[-1], target, dy, net.loss)
+        of_output = None
+        if dx is not None and net.skip is not None:
+            of_output = self.runtime.empty(x.shape)
+            of_output[...] = dy[: x.size].reshape(x.shape)
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
@@ -379,6 +392,8 @@ class MLPOperations:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)
             self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
             dy, free = free, dy
+        if of_output is not None:
+            self._skip(net, of_output, dx, t)
         if width:
             self._time_gradient(net, t, grads)
 

@@ -121,7 +121,8 @@ class NumpyBackend(NumpyLayers):
         with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
             y, saved = _mlp_forward(plan, params, x, t)
             loss, dy = squared_error(y, target)
-            return loss, _mlp_backward(plan, params, dy, t, saved, grads)
+            dx = _mlp_backward(plan, params, dy, t, saved, grads)
+            return loss, dx if plan.skip is None else dx + _skip(plan, t, dy)
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
@@ -266,7 +267,13 @@ def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Arra
         v = u if layer.time == "none" else modulate(u, gain, shift)
         saved.append((x, u, v, gain))
         x = activate(v, layer.activation)
-    return x, saved
+    return x if plan.skip is None else x + _skip(plan, t, saved[0][0]), saved
+
+
+def _skip(plan: MLPPlan, t: Array, x: Array) -> Array:
+    """The linear part of the output for x; it is its own transpose."""
+    assert plan.skip is not None
+    return plan.skip.astype(x.dtype)[t] * x
 
 
 def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from fastdiff.backends import (
     TrainingDraws,
     TrainState,
 )
-from fastdiff.errors import ArgumentError, check_choice, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Runner
@@ -81,7 +82,7 @@ class MLP(Network):
     """
 
     widths, usual_batch = "hidden", 256
-    in_parts = False
+    in_parts, has_skip = False, True
 
     def __init__(
         self,
@@ -164,11 +165,13 @@ class MLP(Network):
     def start(self, name: str) -> Start:
         """The tutorial's embedding starts normal; else modulation and the last layer start at zero.
 
-        That is no modulation, and the best constant guess at the noise.
+        That is no modulation, and the best constant guess at the noise; or nothing but the linear part, with one.
         """
         if self.kind == "tutorial":
             return "normal" if name == "time.weight" else "uniform"
-        return "zero" if name.startswith("time.") or name == f"layers.{len(self.hidden)}.weight" else "uniform"
+        last = f"layers.{len(self.hidden)}"
+        still = name.startswith("time.") or name == f"{last}.weight"
+        return "zero" if still or (self.plan.skip is not None and name == f"{last}.bias") else "uniform"
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         return MLPRunner(self, be, be.asarray(self.flat if weights is None else weights, self.dtype))
@@ -198,6 +201,14 @@ class MLP(Network):
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
         return self
+
+    def set_skip(self, gains: npt.NDArray[np.float64] | None) -> None:
+        if gains is not None:
+            gains = check_array("gains", gains, shape=(self.T, self.points), dtype=np.float64)
+            last = f"layers.{len(self.plan.layers) - 1}"
+            if not self.params[f"{last}.weight"].any():  # an untrained one: its output is to be the linear part alone
+                self.params[f"{last}.bias"][...] = 0
+        self.plan = replace(self.plan, skip=gains)
 
     @property
     def narrow(self) -> bool:

@@ -72,6 +72,8 @@ class Network(ABC):
         Rows of a training step where the caller does not say.
     in_parts : bool
         Whether a training step may take its batch in parts.
+    has_skip : bool
+        Whether it takes a fixed linear part: see `set_skip`.
     shape : tuple of int
         Of one sample.
     image : (int, int, int)
@@ -99,6 +101,7 @@ class Network(ABC):
     widths: ClassVar[str] = "network"
     usual_batch: ClassVar[int] = 64
     in_parts: ClassVar[bool] = True
+    has_skip: ClassVar[bool] = False
 
     shape: tuple[int, ...]
     image: tuple[int, int, int]
@@ -119,6 +122,14 @@ class Network(ABC):
     def narrow(self) -> bool:
         """Whether a layer is too narrow to carry all noise of a sample from the input to the output."""
         return False
+
+    def set_skip(self, gains: npt.NDArray[np.float64] | None) -> None:
+        """Add gains[t] * x_t, value by value, to the output from now on; gains are (T, values), or None: nothing.
+
+        Only of a network that `has_skip`. It is neither trained nor part of the weights or the configuration.
+        """
+        if gains is not None:
+            raise ArgumentError("base", "'gaussian'", f"None: a network of kind {self.kind!r} has no linear part")
 
     # ------------------------------------------------------------------------------------------- building
 

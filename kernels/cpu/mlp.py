@@ -79,10 +79,19 @@ def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
 
 
 @kernel
-def forward_tile(rows, layers, arena, params, table, width, slots, t):
-    """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]]."""
+def forward_tile(rows, layers, arena, params, table, width, slots, t, skip):
+    """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]].
+
+    Where `skip`, the gains of every timestep, is not empty, skip[t] x is added to it.
+    """
     for k in range(len(layers)):
         _modulate_activate(rows, layers[k], arena, params, table, width, slots, t)
+    d = layers[0, INPUTS]
+    for i in range(rows if len(skip) > 0 else 0):
+        gain = skip[t[i] * d : (t[i] + 1) * d]
+        x, y = arena[layers[0, X] + i * d :], arena[layers[-1, Y] + i * d :]
+        for j in range(d):
+            y[j] += gain[j] * x[j]
 
 
 @kernel
@@ -92,20 +101,20 @@ def _copy(target, source, count):
 
 
 @kernel
-def forward_range(start, stop, x, y, t, layers, params, table, width, slots, arena):
+def forward_range(start, stop, x, y, t, layers, params, table, width, slots, skip, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t[begin:])
+        forward_tile(rows, layers, arena, params, table, width, slots, t[begin:], skip)
         _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
 @kernel
 def chain_few(
-    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
+    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, skip, first_row, stream,
     keys, words, z, segments, arena, previous, t,
 ):  # fmt: skip
     """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
@@ -115,7 +124,7 @@ def chain_few(
     for r in range(len(steps)):
         t[:rows] = steps[r]
         _copy(arena[layers[0, X] :], x, rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t)
+        forward_tile(rows, layers, arena, params, table, width, slots, t, skip)
         out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
         row = coefficients[r]
         if row[6] == ZERO:
@@ -165,7 +174,7 @@ def _modulate_activate_columns(rows, layer, arena, params, table, at):
 
 @kernel
 def chain_range(
-    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, first_row, stream,
+    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, skip, first_row, stream,
     keys, words, z, arena, previous,
 ):  # fmt: skip
     """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat, with the bits of `chain_few`.
@@ -198,6 +207,11 @@ def chain_range(
                     outputs, rows, inputs, False,
                 )  # fmt: skip
                 _modulate_activate_columns(rows, layer, arena, params, table, slots[steps[r]] * width)
+            for j in range(d if len(skip) > 0 else 0):
+                gain = skip[steps[r] * d + j]
+                source, target = state[j * rows : (j + 1) * rows], out[j * rows : (j + 1) * rows]
+                for i in range(rows):
+                    target[i] += gain * source[i]
             row = coefficients[r]
             if row[6] == ZERO:
                 apply_row(state, out, kept, state, row, low, high, keep)
@@ -360,7 +374,7 @@ def _draw_tile(
 @part
 def gradient_tile(
     tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
-    dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
+    skip, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
 ):  # fmt: skip
     """One tile of a training step: draws, forward, loss, backward.
 
@@ -380,7 +394,7 @@ def gradient_tile(
     else:
         _draw_tile(begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
     times = t[begin : begin + rows]
-    forward_tile(rows, layers, arena, params, table, width, slots, times)
+    forward_tile(rows, layers, arena, params, table, width, slots, times, skip)
 
     # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
     last = len(layers) - 1
@@ -390,6 +404,10 @@ def gradient_tile(
         difference = y[i] - target[i]
         dy[i] = difference * scale
         squares[i] = difference * difference
+    for i in range(rows if given and len(skip) > 0 else 0):
+        gain, to, of_output = skip[times[i] * d :], dx[(begin + i) * d :], dy[i * d :]
+        for j in range(d):
+            to[j] = gain[j] * of_output[j]
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)
     for j in range(e):
         loss[0] += np.float64(sums[j])
@@ -404,7 +422,12 @@ def gradient_tile(
             gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
             dy = dnext
     if given:
-        _copy(dx[begin * d :], dy, rows * d)
+        to = dx[begin * d : (begin + rows) * d]
+        if len(skip) > 0:
+            for i in range(rows * d):
+                to[i] += dy[i]
+        else:
+            _copy(to, dy, rows * d)
 
 
 @part
@@ -425,7 +448,7 @@ def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
 @kernel
 def gradient_tiles(
     held, turns, total, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
-    width, slots, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments, arena, target,
+    width, slots, skip, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments, arena, target,
     d_in, d_out,
 ):  # fmt: skip
     """Tiles of a training step, one after another until none is left; returns -1.
@@ -444,7 +467,7 @@ def gradient_tiles(
             # Tile 0 needs no sum.
             gradient_tile(
                 held, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width,
-                slots, dtime, partial if held > 0 else grads, loss, step, stream, keys, words, z, segments, arena,
+                slots, skip, dtime, partial if held > 0 else grads, loss, step, stream, keys, words, z, segments, arena,
                 target, d_in, d_out,
             )  # fmt: skip
         patience = PATIENCE

@@ -50,6 +50,8 @@ typedef FD_REAL real;
 // Integers only: the sum of floats would depend on the order.
 #define fd_atomic_add(address, value) atomicAdd(address, value)
 
+#define fd_product(a, b) __fmul_rn(a, b)  // rounded by itself, never a part of a fused multiply-add
+
 #define fd_float_bits(x) __float_as_int(x)
 #define fd_bits_float(i) __int_as_float(i)
 

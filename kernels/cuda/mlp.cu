@@ -86,6 +86,19 @@ FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *
     }
 }
 
+// The fixed linear part of a network, which has no layers: y (n, d) += skip[t] x, value by value. It is its own
+// transpose, so dx += skip[t] dy is the same.
+FD_DEVICE real mlp_skip_value(const real *skip, int64 t, int64 d, int64 j, real x, real y) {
+    return y + fd_product(skip[t * d + j], x);
+}
+
+FD_KERNEL mlp_skip(const real *x, real *y, const real *skip, const int64 *t, int64 n, int64 d) {
+    for (Walk walk = fd_walk(d); walk.row < n; fd_walk_on(walk, d)) {
+        const int64 i = walk.row * d + walk.item;
+        y[i] = mlp_skip_value(skip, t[walk.row], d, walk.item, x[i], y[i]);
+    }
+}
+
 // ------------------------------------------------------------------------------------------- the time table
 
 // table (T, width) = features (T, F) W (F, width) + bias.
@@ -262,8 +275,8 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
 template <int R, bool STAGED>
 FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows,
                          const int64 *steps, int step_count, bool keep, const int *layers, int layer_count,
-                         const real *packed, int packed_size, const real *table, int64 table_width, int64 n, int rows,
-                         int even_width, int odd_width, uint64 first_row, const RoundKeys &keys) {
+                         const real *packed, int packed_size, const real *table, int64 table_width, const real *skip,
+                         int64 n, int rows, int even_width, int odd_width, uint64 first_row, const RoundKeys &keys) {
     const int thread = threadIdx.x, threads = blockDim.x;
     const int d = layers[INPUTS], e = layers[(layer_count - 1) * LAYER_COLUMNS + OUTPUTS], quarter = (d + 3) / 4;
     const int pitch = mlp_pitch(d), even_pitch = mlp_pitch(even_width), odd_pitch = mlp_pitch(odd_width);
@@ -296,7 +309,12 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                 fd_syncthreads();
             }
             if (step_count == 0) {
-                for (int i = thread; i < here * e; i += threads) y[begin * e + i] = out[i / e * out_pitch + i % e];
+                for (int i = thread; i < here * e; i += threads) {
+                    const int row = i / e, j = i % e;
+                    const real output = out[row * out_pitch + j];
+                    y[begin * e + i] =
+                        skip ? mlp_skip_value(skip, times[row], d, j, state[row * pitch + j], output) : output;
+                }
                 continue;
             }
             const TableRow coefficients = table_rows[r];
@@ -313,7 +331,8 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                     const int j = q + c * quarter;
                     if (j >= d) break;
                     real &value = state[row * pitch + j];
-                    const real output = out[row * out_pitch + j];
+                    real output = out[row * out_pitch + j];
+                    if (skip) output = mlp_skip_value(skip, steps[r], d, j, value, output);
                     const real x0 = fd_row_x0(coefficients, value, output);
                     value = fd_row_x(coefficients, value, x0, keep ? previous[row * pitch + j] : 0, output, z[c]);
                     if (keep) previous[row * pitch + j] = x0;
@@ -334,22 +353,22 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
 FD_KERNEL FD_BOUNDS(256, 2)
     mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
               int keep, const int *layers, int layer_count, const real *packed, int packed_size, const real *table,
-              int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
-              RoundKeys keys) {
+              int64 table_width, const real *skip, int64 n, int rows, int even_width, int odd_width, int staged,
+              uint64 first_row, RoundKeys keys) {
     FD_SHARED(real, shared);
     if (rows % 32 == 0) {
         if (staged)
             mlp_tiles<8, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+                               packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
         else
             mlp_tiles<8, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+                                packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
     } else {
         if (staged)
             mlp_tiles<2, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+                               packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
         else
             mlp_tiles<2, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, n, rows, even_width, odd_width, first_row, keys);
+                                packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
     }
 }

@@ -73,6 +73,8 @@ static inline double2 make_double2(double x, double y) { return {x, y}; }
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#define fd_product(a, b) ((a) * (b))
+
 static inline int fd_float_bits(float x) {
     int i;
     memcpy(&i, &x, 4);
