@@ -242,7 +242,7 @@ class NumpyLayers:
         *,
         add: bool = False,
     ) -> None:
-        """dx = r (dh - <dh> - h <dh h>) with dh = dy gamma, as in `norm_backward`; <.> is the mean over the channels."""
+        """dx = r (dh - <dh> - h <dh h>) with dh = dy gamma, as in `norm_backward`; <.> is the mean over channels."""
         h = (x - stats[..., :1]) * stats[..., 1:]
         dgamma[...] = (dy * h).sum(axis=(0, 1, 2))
         dbeta[...] = dy.sum(axis=(0, 1, 2))
