@@ -112,7 +112,7 @@ def test_every_gradient(block):
 FIRST = {
     "layer norm": lambda p, x: p.layer_norm("first", x, eps=EPS),
     "GELU": lambda p, x: p.gelu(x),
-    "offset": lambda p, x: p.offset("first", x),
+    "offsets": lambda p, x: p.concatenate(p.offset("first", x), p.offset("second", x)),
 }
 
 

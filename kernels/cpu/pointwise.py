@@ -37,7 +37,7 @@ def silu_backward_range(start, stop, dy, x, dx, add):
 
 @kernel
 def _gelu_gate(v):
-    """1 / (1 + exp(-v (A + B v^2))), for v from -GELU_END to GELU_END."""
+    """1 / (1 + exp(-v (A + B v^2)))."""
     return sigmoid(v * (GELU_A + GELU_B * (v * v)))
 
 
@@ -47,7 +47,7 @@ def gelu_range(start, stop, x, out):
     a, y = x[start:stop], out[start:stop]
     for i in range(stop - start):
         low = -GELU_END if a[i] < -GELU_END else a[i]
-        y[i] = low * _gelu_gate(GELU_END if low > GELU_END else low)
+        y[i] = low * _gelu_gate(low)
 
 
 @kernel

@@ -38,7 +38,7 @@ FD_DEVICE real fd_gelu_gate(real v) { return fd_sigmoid(v * fmaf(FD_GELU_B, v * 
 
 FD_DEVICE real fd_gelu(real x) {
     const real low = x < -FD_GELU_END ? -FD_GELU_END : x;
-    return low * fd_gelu_gate(low > FD_GELU_END ? FD_GELU_END : low);
+    return low * fd_gelu_gate(low);
 }
 
 // dx: dy g (1 + x (1 - g) (A + 3 B x^2)).
