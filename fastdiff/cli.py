@@ -586,7 +586,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a model file without what only programs want: those are in the JSON."""
-    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters")}
+    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters", "digest")}
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
     return {**brief, "network": network, "training": training}

@@ -213,6 +213,7 @@ class Diffusion:
         self.report_: dict[str, Any] | None = None
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
+        self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_frozen": None}
@@ -340,6 +341,8 @@ class Diffusion:
                 stacklevel=2,
             )
         first, self.end_step = self.step, self.step + steps
+        if steps > 0:
+            self._use_this_arithmetic()
         net, optimizer = self.net, self._optimizer
         data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
         tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
@@ -574,6 +577,13 @@ class Diffusion:
         self.normaliser = normaliser
         self._held_out = held_out_by
 
+    def _use_this_arithmetic(self) -> None:
+        """Say once that a file was trained with other bits than those that follow."""
+        before, self._arithmetic = self._arithmetic, checkpoint.ARITHMETIC
+        if before != self._arithmetic:
+            words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
+            log.warning(words, before, self._arithmetic)
+
     def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Factors of noise and data in the training target at every t."""
         assert self.schedule is not None
@@ -739,8 +749,9 @@ class Diffusion:
             "normaliser": normaliser.to_dict(), "held_out": self._held_out, "data": self._data, "report": self.report_,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
+            "arithmetic": self._arithmetic,
         }  # fmt: skip
-        checkpoint.write(path, header, tensors)
+        checkpoint.write(path, header, tensors, features=normaliser.features)
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
@@ -757,12 +768,14 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     Returns
     -------
     Diffusion
-        Equal to the saved one to the bit.
+        Equal to the saved one to the bit. Training goes on to the same bits on the same kind of CPU, unless the file
+        is of another arithmetic (see `fastdiff.checkpoint`), which the first `fit` logs.
 
     Raises
     ------
     CheckpointError
-        The file is missing, truncated, foreign, of a newer format, or inconsistent.
+        The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
+        not here.
     """
     header, tensors = checkpoint.read(path)
     try:
@@ -777,9 +790,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     net = network_of(header["network"], draw=False)
 
     def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if name not in tensors:
+        tensor = tensors.get(name)
+        if tensor is None:
             raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
-        return check_array(name, tensors[name], shape=shape)
+        return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
 
     # Shapes first: a header that claims a huge network must not make us allocate one.
     for name, shape in net.layout.shapes.items():
@@ -805,6 +819,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     model.class_names = names
     model.step = check_int("step", header["step"], low=0)
     model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
+    model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
 
     def buffer(prefix: str) -> npt.NDArray[Any]:
         flat = net.layout.zeros(net.dtype)
@@ -814,6 +829,12 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
             if tensor.dtype != net.dtype:
                 raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
             views[name][...] = tensor
+        try:
+            check_array(prefix, flat)  # all at once: there may be hundreds
+        except ArgumentError:
+            for name, view in views.items():  # which of them it is
+                check_array(f"{prefix}.{name}", view)
+            raise
         return flat
 
     net.flat = buffer("net")
@@ -824,6 +845,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         model.history[name] = check_array(
             f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
         ).tolist()
+    for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
+        if len(model.history[steps]) != len(model.history[losses]):
+            got, wants = (f"{len(model.history[name])} values" for name in (losses, steps))
+            raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
     return model
 
 

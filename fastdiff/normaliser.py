@@ -142,6 +142,11 @@ class Normaliser(NamedTuple):
         return -float(np.sum(np.log(stds[stds > 0]))) - of_shape
 
     @property
+    def features(self) -> list[str]:
+        """What a file of it uses of `fastdiff.checkpoint.FEATURES`."""
+        return [] if self.scale == "all" else ["column scale"]
+
+    @property
     def arrays(self) -> dict[str, npt.NDArray[np.float64]]:
         """What a file keeps as tensors: the moments of columns."""
         return {} if self.scale == "all" else {"normaliser.mean": self.mean, "normaliser.std": self.std}
