@@ -30,7 +30,7 @@ from fastdiff.errors import (
 )
 from fastdiff.nn import MLP, Network, Runner, UNet, network_of
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
@@ -435,7 +435,7 @@ class Diffusion:
                     f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows",
                 )
             # Rows in the order of a word of their own: a choice that only seed and row number decide.
-            words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
+            words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
             order = np.argsort(words, kind="stable")
             held, kept = np.sort(order[:count]), np.sort(order[count:])
             return X[kept], None if y is None else y[kept], (X[held], None if y is None else y[held])
