@@ -344,10 +344,10 @@ def _forward(fd: Any, case: Case, be: Any) -> Work:
 def _step(fd: Any, case: Case, be: Any) -> Work:
     host_x, host_out, row, clip = image_step(fd, case)
     x, out = be.asarray(host_x), be.asarray(host_out)
-    seeds = itertools.count()  # the same noise again and again would add up
+    draw, seeds = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t), itertools.count()  # the same noise would add up
 
     def run() -> Any:
-        be.sampler_step(x, out, None, row, clip, seed=next(seeds), stream=fd.noise.Stream.STEP, first_sample=0)
+        be.sampler_step(x, out, None, row, clip, draw._replace(seed=next(seeds)))
         return x
 
     return Work(run, finite(x.shape, 0.5, 2))
@@ -422,11 +422,11 @@ def _shaped(fd: Any, case: Case, be: Any) -> Work:
     from fastdiff.backends import RowMap
 
     plan, shape = RowMap(left=shape_of_noise(fd, case).matrix), (case.n, *case.shape)
-    at = {"seed": 0, "stream": fd.noise.Stream.FORWARD, "step": 0, "first_sample": 0}
+    draw = fd.noise.Draw(0, fd.noise.Stream.FORWARD)
 
     def run() -> Any:
         out = be.empty(shape)
-        be.mapped_normal(out, plan, **at)
+        be.mapped_normal(out, plan, draw)
         return out
 
     def check(y: Any) -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastdiff.errors import DataError, check_array, check_float, check_int, check_seed
 from fastdiff.files import check_ending, check_writable, load_npy, naming, writing
 from fastdiff.metrics import energy_distance
-from fastdiff.noise import Stream, check_rows, philox_words
+from fastdiff.noise import Draw, Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
 
 __all__ = [
@@ -88,7 +88,7 @@ def harmonic_curves(
     first_sample = check_rows(first_sample, n)
 
     blocks = -(-2 * cosines // 4)
-    words = philox_words(n, blocks, seed=seed, stream=Stream.DATA, first_sample=first_sample)
+    words = philox_words(n, blocks, Draw(seed, Stream.DATA, first_row=first_sample))
     uniform = (words.reshape(n, 4 * blocks) >> np.uint32(8)) * 2.0**-24  # [0, 1), 24 bits, float64
     turn = 2 * np.pi * max_frequency * uniform[:, :cosines]  # radians a point
     phase = np.pi * uniform[:, cosines : 2 * cosines]

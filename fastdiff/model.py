@@ -33,7 +33,7 @@ from fastdiff.errors import (
 )
 from fastdiff.nn import MLP, Network, Runner, UNet, network_of
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.progress import say
@@ -516,7 +516,7 @@ class Diffusion:
         """
         if part == 0:
             return X, y, None, (rule, part)
-        words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
+        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
         if rule == "fraction":
             held = np.zeros(len(X), bool)
             held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True

@@ -12,6 +12,7 @@ from tolerances import assert_close, assert_same_bits
 from fastdiff.backends import TrainingDraws, TrainState, cuda_layers
 from fastdiff.backends.layers import Batch
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import Draw, Stream
 
 F, EPS = np.float32, 1e-5
 
@@ -287,14 +288,14 @@ def drawn_batches(be, size):
         T, labels = 11, np.random.default_rng(3).integers(0, 9, rows)
         tables = np.random.default_rng(2).normal(size=(4, T))
         draws = TrainingDraws(normals(1, rows, *shape), *tables, 2**63 + 5, labels, number % 2 == 1)
-        at = {"step": 2**32 - 1 - number, "first_sample": (0, 17)[number % 2]}
+        at = 2**32 - 1 - number, (0, 17)[number % 2]
         want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1)]
-        NUMPY.draw_batch(draws, Batch(*want), **at)
+        NUMPY.draw_batch(draws, Batch(*want), *at)
         for given in (be.asarray(labels, np.int64), None):
             got = [be.asarray(np.zeros_like(array), array.dtype) for array in want]
             if given is None:
                 got[3] = None
-            be.draw_batch(draws._replace(data=be.asarray(draws.data), labels=given), Batch(*got), **at)
+            be.draw_batch(draws._replace(data=be.asarray(draws.data), labels=given), Batch(*got), *at)
             for array, wanted in zip(got, want, strict=True):
                 if array is not None:
                     assert_same_bits(be.to_numpy(array), wanted)
@@ -308,12 +309,12 @@ def dropped(be, size):
     """The bits of the noise law, in place too."""
     for number, shape in enumerate(DROPS[size]):
         x, want = normals(1, *shape), unfilled(*shape)
-        at = {"rate": (0.3, 1e-9, 0.999)[number % 3], "seed": 2**64 - 1, "step": 2**32 - 1 - number}
-        at |= {"first_block": (0, 7)[number % 2], "first_sample": (2**33 + 5, 0)[number % 2]}
-        NUMPY.dropout(x, want, **at)
+        draw = Draw(2**64 - 1, Stream.DROPOUT, 2**32 - 1 - number, (2**33 + 5, 0)[number % 2])
+        at = (0.3, 1e-9, 0.999)[number % 3], (0, 7)[number % 2], draw
+        NUMPY.dropout(x, want, *at)
         for there, out in both_ways(be, x, unfilled(*shape)):
             for to in (out, there):
-                be.dropout(there, to, **at)
+                be.dropout(there, to, *at)
                 assert_same_bits(be.to_numpy(to), want)
 
 
@@ -354,7 +355,7 @@ def repeated_steps(be, size):
         loss, of_steps = each.empty((1,), np.float64), each.asarray(np.zeros((ROWS, 2)), np.float64)
 
         def gradient(step, be=each, given=given, rows=rows, wanted=wanted, grads=grads, loss=loss):
-            be.dropout(given, rows, rate=0.3, seed=7, step=step, first_block=0)
+            be.dropout(given, rows, 0.3, 0, Draw(7, Stream.DROPOUT, step))
             be.squared_error(rows, wanted, grads, loss)
             return loss
 

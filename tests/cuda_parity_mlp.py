@@ -14,6 +14,7 @@ from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import Draw, Stream
 from fastdiff.samplers import ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -79,16 +80,16 @@ def chains(be, size):
         steps = min(CHAIN_STEPS[size], net.T - 1)
         for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v")):
             x, _, _ = batch_of(net, n)
-            at = {"seed": 4, "first_sample": 2**32 - 5}
+            draw = Draw(4, Stream.STEP, first_row=2**32 - 5)
             want = x.astype(np.float64)
-            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, **at)
+            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, draw)
             with contextlib.closing(both_paths(be)) as paths:
                 for path in paths:
                     params, got = path.asarray(net.flat), path.asarray(x.copy())
-                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, **at)
+                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, draw)
                     assert_close(path.to_numpy(got), want, terms=len(smp) * terms(net))
-                    part, later = path.asarray(x[5:].copy()), at | {"first_sample": at["first_sample"] + 5}
-                    path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, **later)
+                    part = path.asarray(x[5:].copy())
+                    path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, draw.after(5))
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 

@@ -23,6 +23,7 @@ from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, layer_norm, norm, pointwise, winograd
 from fastdiff.kernels.cpu.gemm import host_width
+from fastdiff.noise import Draw, Stream
 
 CPU, REFERENCE = CpuBackend(threads=2), NumpyBackend()
 F32, F64 = np.float32, np.float64
@@ -322,7 +323,7 @@ def test_rows_of_tables():
 def test_dropout_has_the_bits_of_the_reference(shape, first_block, first_sample):
     x, got, want = normals(1, *shape), unfilled(*shape), unfilled(*shape)
     for be, out in ((CPU, got), (REFERENCE, want)):
-        be.dropout(x, out, rate=0.3, seed=5, step=9, first_block=first_block, first_sample=first_sample)
+        be.dropout(x, out, 0.3, first_block, Draw(5, Stream.DROPOUT, 9, first_sample))
     assert_same_bits(got, want)
 
 
@@ -399,7 +400,7 @@ def layers(be, rows, whole=False):
         keep(out)
     be.offset(x, normals(6, 40, 40, 16), out)
     keep(out)
-    be.dropout(x, out, rate=0.2, seed=1, step=2, first_block=3, first_sample=rows.start)
+    be.dropout(x, out, 0.2, 3, Draw(1, Stream.DROPOUT, 2, rows.start))
     be.concatenate(x, z, joined)
     keep(out, joined)
     be.split(joined, out, z)
@@ -573,7 +574,7 @@ def test_warm_layers_allocate_no_arrays():
         CPU.add(x, y, y)
         CPU.concatenate(x, y, more)
         CPU.split(more, dx, residual)
-        CPU.dropout(x, y, rate=0.1, seed=0, step=0, first_block=0)
+        CPU.dropout(x, y, 0.1, 0, Draw(0, Stream.DROPOUT))
         CPU.take(dw.reshape(-1, 32), index, v_rows)
         CPU.take_backward(v_rows, index, dw.reshape(-1, 32))
         CPU.squared_error(y, x, dx, loss)

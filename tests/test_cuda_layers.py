@@ -14,6 +14,7 @@ from fastdiff.backends import cuda_layers, get_backend
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda_layers import WHOLE, NormPlan, norm_plan
 from fastdiff.kernels.cuda import runtime
+from fastdiff.noise import Draw, Stream
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
@@ -161,7 +162,7 @@ def layers(be, rows):
     be.attention(qkv, out, log_sums, heads=2)
     be.attention_backward(dy, qkv, out, log_sums, dqkv, heads=2)
     x, dropped = images(1, 3, 5, 7), unfilled(*images(1, 3, 5, 7).shape)
-    be.dropout(x, dropped, rate=0.2, seed=1, step=2, first_block=3, first_sample=rows.start)
+    be.dropout(x, dropped, 0.2, 3, Draw(1, Stream.DROPOUT, 2, rows.start))
     return [*results, out, log_sums, dqkv, dropped]
 
 
@@ -194,7 +195,7 @@ def test_no_images(be):
     be.silu_backward(x, x, x)
     be.add(x, x, x)
     be.concatenate(x, x, np.empty((0, 3, 3, 8), F32))
-    be.dropout(x, x, rate=0.5, seed=0, step=0, first_block=0)
+    be.dropout(x, x, 0.5, 0, Draw(0, Stream.DROPOUT))
     be.take_backward(np.empty((0, 4), F32), np.empty(0, np.int64), table)
     assert not sums.any()
     assert not more.any()

@@ -24,7 +24,7 @@ from fastdiff.backends.cuda_mlp import Tile, chain_plan, chain_tile, packed_size
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.samplers import ddim, ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -346,7 +346,7 @@ def table(net, name):
 
 def chained(be, net, smp, x, first):
     x = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, seed=4, first_sample=first)
+    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=first))
     return x
 
 
@@ -354,7 +354,7 @@ def stepped(be, net, smp, x, first):
     state, previous = x.copy(), np.zeros_like(x) if any(row.c != 0 for row in smp.rows) else None
     for row in smp.rows:
         out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        be.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
+        be.sampler_step(state, out, previous, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
     return state
 
 
@@ -376,7 +376,7 @@ def test_chains_agree(net, be, name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 9)
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=6)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
     assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net.plan))
 
 
@@ -390,7 +390,8 @@ def test_every_term_of_a_table(be):
     got = chained(be, net, smp, x, 2**56 - 70)
     assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=2**56 - 70)
+    draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
     assert_close(got, want, terms=4 * terms(net.plan))
 
 
@@ -398,7 +399,7 @@ def test_an_empty_chain_changes_nothing(be):
     net = scatter(MLP(3, hidden=(5,), T=7))
     x = normals(4, 3)
     kept = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, (), None, seed=0, first_sample=0)
+    be.mlp_chain(net.plan, net.flat, x, (), None, Draw(0, Stream.STEP))
     assert_same_bits(x, kept)
     assert chained(be, net, table(net, "ddpm"), x[:0], 0).shape == (0, 3)
 

@@ -11,7 +11,7 @@ from fastdiff import process
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.errors import ArgumentError, TrainingError
-from fastdiff.noise import flips
+from fastdiff.noise import Draw, Stream, flips
 from fastdiff.normaliser import Normaliser
 
 T = 20
@@ -42,7 +42,7 @@ def drawn(backend, draws, step, first, n):
     """Positions of a training batch."""
     be = fd.get_backend(backend)
     batch = net().runner(be).batch(n, labels=True)
-    be.draw_batch(draws, batch, step=step, first_sample=first)
+    be.draw_batch(draws, batch, step, first)
     return batch
 
 
@@ -55,10 +55,10 @@ def test_a_batch_is_the_noise_law_and_its_parts_are_numbered_through(backend, fl
     rows = data.copy()
     x, t, target = draw_batch(TrainingDraws(rows.reshape(12, -1), *tables, 9), T, 3, 8)
     if flip:
-        mirrored = flips(8, seed=9, step=3)
+        mirrored = flips(8, Draw(9, Stream.AUGMENT, 3))
         assert 0 < mirrored.sum() < 8
         signal, of_data = (table[t].astype(np.float32)[:, None, None, None] for table in (tables[0], tables[3]))
-        chosen = fd.noise.scaled_words(8, 12, seed=9, stream=fd.noise.Stream.BATCH, step=3)
+        chosen = fd.noise.scaled_words(8, 12, Draw(9, Stream.BATCH, 3))
         change = np.where(mirrored[:, None, None, None], data[chosen][:, :, ::-1] - data[chosen], 0)
         assert_close(whole[0], x.reshape(whole[0].shape) + signal * change, scale=10)
         assert_close(whole[2], target.reshape(whole[2].shape) + of_data * change, scale=10)

@@ -10,6 +10,7 @@ from tolerances import assert_close
 
 from fastdiff.backends import get_backend
 from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.noise import Draw, Stream
 
 NUMPY = get_backend("numpy")
 FLOATS = pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -342,7 +343,7 @@ def test_dropout(rate, first_sample):
     (x,) = arrays((4, 2, 3, 3))
     at = {"rate": rate, "seed": 2**40 + 3, "step": 7, "first_block": 11, "first_sample": first_sample}
     (out,) = unset(x)
-    NUMPY.dropout(x, out, **at)
+    NUMPY.dropout(x, out, rate, 11, Draw(2**40 + 3, Stream.DROPOUT, 7, first_sample))
     assert_close(out, naive.dropout(x, **at), scale=0)
     assert np.count_nonzero(out) < x.size or not rate
 
@@ -350,7 +351,7 @@ def test_dropout(rate, first_sample):
 def test_dropout_keeps_its_share():
     x, rate = np.ones((50, 2000)), 0.3
     out = np.empty_like(x)
-    NUMPY.dropout(x, out, rate=rate, seed=1, step=0, first_block=0)
+    NUMPY.dropout(x, out, rate, 0, Draw(1, Stream.DROPOUT))
     share = np.mean(out == 0)
     assert abs(share - rate) < 5 * np.sqrt(rate * (1 - rate) / x.size)
 

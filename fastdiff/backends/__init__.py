@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device
+from fastdiff.noise import Draw
 
 log = logging.getLogger("fastdiff")
 
@@ -223,7 +224,7 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array."""
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def normal(self, out: Array, draw: Draw) -> None:
         """Fill `out` (n, D) with normals by the noise law."""
 
     def forward_noise(
@@ -234,11 +235,9 @@ class Backend(Protocol):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        """Fill `eps` (n, D) with stream FORWARD and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
+        """Fill `eps` (n, D) with noise and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
 
     def sampler_step(
         self,
@@ -247,10 +246,7 @@ class Backend(Protocol):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
 
@@ -280,11 +276,9 @@ class Backend(Protocol):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        """Change `x` (n, D) by all rows of a table, the network being the denoiser."""
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser; a row's step is its t."""
 
     def similarity(self, v: Array, out: Array) -> None:
         """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""
@@ -292,7 +286,7 @@ class Backend(Protocol):
     def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
         """Fill `out` (m, k) with the map of the rows of x (m, n)."""
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
         """Fill `out` (m, k) with the map of normals (m, n) by the noise law, which are not stored."""
 
     def posterior_mean(

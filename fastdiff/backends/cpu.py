@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws, TrainState
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, Stream, round_keys
 
 try:
     from fastdiff.backends.cpu_layers import CpuLayers
@@ -49,6 +49,11 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _law(draw: Draw) -> tuple[Any, int, int, Array]:
+    """First row, step, stream and keys, as the kernels take them."""
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
 
 
 class _Workspace:
@@ -198,13 +203,11 @@ class CpuBackend(CpuLayers):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return np.empty(shape, dtype)
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+    def normal(self, out: Array, draw: Draw) -> None:
+        flat, law = out.reshape(-1), _law(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
-            noise_kernels.normal_range(
-                start, stop, flat, *out.shape, first, step, int(stream), keys, *self._spaces[worker].noise
-            )
+            noise_kernels.normal_range(start, stop, flat, *out.shape, *law, *self._spaces[worker].noise)
 
         self._chunks(body, out.shape)
 
@@ -216,9 +219,7 @@ class CpuBackend(CpuLayers):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         arrays = (
             x0.reshape(-1),
@@ -228,11 +229,11 @@ class CpuBackend(CpuLayers):
             out.reshape(-1),
             eps.reshape(-1),
         )
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        first, _, stream, keys = _law(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
             step_kernels.forward_noise_range(
-                start, stop, *arrays, *x0.shape, first, int(Stream.FORWARD), keys, *self._spaces[worker].noise
+                start, stop, *arrays, *x0.shape, first, stream, keys, *self._spaces[worker].noise
             )
 
         self._chunks(body, x0.shape)
@@ -251,10 +252,7 @@ class CpuBackend(CpuLayers):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         outs = flat if out is None else out.reshape(-1)
@@ -262,12 +260,12 @@ class CpuBackend(CpuLayers):
         kept = flat if previous is None else previous.reshape(-1)
         coefficients = np.array(row[1:], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        law = _law(draw)
 
         def noisy(worker: int, start: int, stop: int) -> None:
             step_kernels.step_range(
                 start, stop, flat, outs, kept, coefficients, low, high, keep, *x.shape,
-                first, row.t, int(stream), keys, *self._spaces[worker].noise,
+                *law, *self._spaces[worker].noise,
             )  # fmt: skip
 
         def quiet(worker: int, start: int, stop: int) -> None:
@@ -319,16 +317,14 @@ class CpuBackend(CpuLayers):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         steps = np.array([row.t for row in rows], np.int64)
         coefficients = np.array([row[1:] for row in rows], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
         keep = any(row.c != 0 for row in rows)
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        first, _, stream, keys = _law(draw)
         with self._workers.lock:
             net = self._network(plan)
             table, _ = net.time_table(params, steps)
@@ -337,14 +333,14 @@ class CpuBackend(CpuLayers):
             if len(x) <= FEW:
                 mlp_kernels.chain_few(
                     flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width, net.slots,
-                    first, int(Stream.STEP), keys, *self._spaces[0].noise, net.arenas[0], net.previous[0], net.times[0],
+                    first, stream, keys, *self._spaces[0].noise, net.arenas[0], net.previous[0], net.times[0],
                 )  # fmt: skip
                 return
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
                     start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
-                    net.slots, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
+                    net.slots, first, stream, keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.previous[worker],
                 )  # fmt: skip
 
@@ -465,8 +461,8 @@ class CpuBackend(CpuLayers):
 
             self._run_tiles(body, space, out)
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
+        flat, law = out.reshape(-1), _law(draw)
         with self._workers.lock:
             space = self._row_map(plan)
             drawn = space.drawn()
@@ -474,7 +470,7 @@ class CpuBackend(CpuLayers):
             def body(worker: int, start: int, stop: int) -> None:
                 covariance_kernels.mapped_normal_range(
                     start, stop, space.tile, drawn[worker], flat, *space.sizes, space.parts, space.work[worker],
-                    first, step, int(stream), keys, *self._spaces[worker].noise,
+                    *law, *self._spaces[worker].noise,
                 )  # fmt: skip
 
             self._run_tiles(body, space, out)

@@ -19,7 +19,7 @@ from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
 from fastdiff.kernels.cpu import norm as norm_kernels
 from fastdiff.kernels.cpu import pointwise as pointwise_kernels
 from fastdiff.kernels.cpu.noise import CHUNK
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, round_keys
 
 SILU_WORK = 120  # floating-point operations of a convolution that last as long, for each value
 # Rows of LayerNorm whose gradients of parameters are summed apart; so many that they have about CHUNK_VALUES values.
@@ -212,15 +212,13 @@ class CpuLayers(Convolutions):
             work = float(LIGHT_WORK * width * (1 + len(index) // max(rows, 1)))
             self._do([(pointwise_kernels.take_rows_backward, arguments, rows, work)])
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         size, limit, scale = x.size // max(len(x), 1), math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
         with self._workers.lock:
             words = self._each("words", 4 * CHUNK, (4, CHUNK), np.uint32)
             arguments = (
-                x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), step, int(Stream.DROPOUT), first_block,
-                first_sample, round_keys(seed), words,
+                x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), draw.step, int(draw.stream),
+                first_block, draw.first_row, round_keys(draw.seed), words,
             )  # fmt: skip
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.layers import Batch
 from fastdiff.kernels.cuda.runtime import Runtime
-from fastdiff.noise import round_keys
+from fastdiff.noise import Draw, round_keys
 
 Array = Any
 
@@ -312,23 +312,21 @@ class LayerOperations:
         self._launch_layer("pointwise", "fill", dtable.size, (dtable, dtable.size, 0))
         self._launch_layer("pointwise", "take_backward", len(dy) * THREADS, (dy, index, dtable, *dy.shape), THREADS)
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch, n, size, width, channels,
-            len(draws.data), len(draws.signal), first_sample, step, self._step_at(), draws.flip, round_keys(draws.seed),
+            len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         size = x.size // max(1, len(x))
         fours = self._by_fours(x, out, multiples=(size,))
         limit, scale = math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
-        at = first_block, first_sample, step, self._step_at()
-        args = (x, out, len(x), size, limit, scale, *at, round_keys(seed), fours)
+        at = first_block, draw.first_row, draw.step, self._step_at()
+        args = (x, out, len(x), size, limit, scale, *at, round_keys(draw.seed), fours)
         self._launch_layer("pointwise", "dropout", len(x) * -(-size // 4), args)
 
     repeats_resize = True

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import AdamW, Backend, DenseLayer, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, Stream, round_keys
 
 Array = Any
 
@@ -216,9 +216,7 @@ class MLPOperations:
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         if len(x) == 0 or not rows:
             return
@@ -227,16 +225,14 @@ class MLPOperations:
             net = self._network(plan)
             if net.tile is not None:
                 table = self._time_table(net, params)
-                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, memory, seed, first_sample)
+                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, draw)
                 return
         previous = self.runtime.zeros(x.shape) if memory else None
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
         for row in rows:
             t.fill(row.t)
             self.mlp_forward(plan, params, x, t, out)
-            cast(Backend, self).sampler_step(
-                x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample
-            )
+            cast(Backend, self).sampler_step(x, out, previous, row, clip, draw.at(row.t))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -310,12 +306,10 @@ class MLPOperations:
         t: Array | None,
         rows: tuple[Row, ...] = (),
         clip: tuple[float, float] | None = None,
-        memory: bool = False,
-        seed: int = 0,
-        first_sample: int = 0,
+        draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
         """One launch of `mlp_chain`: the forward pass where there are no rows, else all of them."""
-        plan, n = net.plan, len(x)
+        plan, n, memory = net.plan, len(x), any(row.c != 0 for row in rows)
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
         sizes = [size for size in TILES if size <= tile.rows and -(-n // size) >= self.runtime.multiprocessors]
         tile = tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
@@ -330,7 +324,7 @@ class MLPOperations:
         self.runtime.launch(
             "mlp", "mlp_chain", grid, THREADS,
             (x, y, t, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed, net.packed.size,
-             table, plan.time_width, n, tile.rows, *net.widths, tile.staged, first_sample, round_keys(seed)),
+             table, plan.time_width, n, tile.rows, *net.widths, tile.staged, draw.first_row, round_keys(draw.seed)),
             shared_bytes(plan, tile, memory=memory),
         )  # fmt: skip
 

@@ -249,16 +249,14 @@ class LayerBackend(Backend, Protocol):
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         """Fill `dtable` with sums of the rows of dy (N, C), in rising order for each row of the table."""
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
-        """Fill a batch with so many positions of that of a training step, those from `first_sample` on."""
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
+        """Fill a batch with so many positions of that of a training step, those from `first` on."""
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         """Fill `out` with x / (1 - rate) where it is kept, and 0 elsewhere; also the backward pass, dx from dy.
 
         Value j of image i, in the order of memory, is dropped where word j % 4 of Philox block
-        ``first_block + j // 4`` of row ``first_sample + i``, stream DROPOUT, is below rate 2^32.
+        ``first_block + j // 4`` of row i of the draw is below rate 2^32.
         """
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:

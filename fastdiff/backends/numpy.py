@@ -24,7 +24,7 @@ from fastdiff.backends.numpy_layers import (
     modulate_backward,
     squared_error,
 )
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 Saved = tuple[Array, Array, Array, Array]
@@ -54,8 +54,8 @@ class NumpyBackend(NumpyLayers):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return np.empty(shape, dtype)
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        law.fill_normal(out, seed=seed, stream=stream, step=step, first_sample=first_sample)
+    def normal(self, out: Array, draw: Draw) -> None:
+        law.fill_normal(out, draw)
 
     def forward_noise(
         self,
@@ -65,11 +65,9 @@ class NumpyBackend(NumpyLayers):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        self.normal(eps, seed=seed, stream=Stream.FORWARD, step=0, first_sample=first_sample)
+        self.normal(eps, draw)
         real = out.dtype.type
         np.multiply(signal.astype(real)[t, None], x0, out=out)
         out += noise.astype(real)[t, None] * eps
@@ -81,10 +79,7 @@ class NumpyBackend(NumpyLayers):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         real = x.dtype.type
 
@@ -103,7 +98,7 @@ class NumpyBackend(NumpyLayers):
                 x0 = np.where(x0 < low, low, np.where(x0 > high, high, x0))
         if row.s != 0:
             z = np.empty_like(x)
-            self.normal(z, seed=seed, stream=stream, step=row.t, first_sample=first_sample)
+            self.normal(z, draw)
         x[...] = total((row.a, x), (row.b, x0), (row.c, previous), (row.e, out), (row.s, z))
         if previous is not None:
             previous[...] = x0
@@ -136,14 +131,12 @@ class NumpyBackend(NumpyLayers):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
         for row in rows:
             out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
-            self.sampler_step(x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample)
+            self.sampler_step(x, out, previous, row, clip, draw.at(row.t))
 
     def similarity(self, v: Array, out: Array) -> None:
         with np.errstate(over="ignore"):  # exp(-inf) is the right 0
@@ -167,9 +160,9 @@ class NumpyBackend(NumpyLayers):
             y /= np.where(deviation > 0, deviation, real(1))
         out[...] = y
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
         z = np.empty((len(out), plan.shape[0]), out.dtype)
-        self.normal(z, seed=seed, stream=stream, step=step, first_sample=first_sample)
+        self.normal(z, draw)
         self.map_rows(z, out, plan)
 
     def posterior_mean(
@@ -231,12 +224,11 @@ class NumpyBackend(NumpyLayers):
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
-    data = draws.data
-    at = {"seed": draws.seed, "step": step}
-    x0 = data[law.scaled_words(batch, len(data), stream=Stream.BATCH, **at)]
-    t = law.scaled_words(batch, T, stream=Stream.TRAIN_TIME, **at)
+    data, seed = draws.data, draws.seed
+    x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    t = law.scaled_words(batch, T, Draw(seed, Stream.TRAIN_TIME, step))
     eps = np.empty_like(x0)
-    law.fill_normal(eps, stream=Stream.TRAIN_NOISE, first_sample=0, **at)
+    law.fill_normal(eps, Draw(seed, Stream.TRAIN_NOISE, step))
     signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
     return signal * x0 + noise * eps, t, target_noise * eps + target_data * x0
 

@@ -315,32 +315,26 @@ class NumpyLayers:
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         dtable[...] = embedding_backward(dy, index, len(dtable))
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         x, t, target, chosen = batch
-        n, at = len(x), {"seed": draws.seed, "step": step, "first_sample": first_sample}
-        rows = law.scaled_words(n, len(draws.data), stream=Stream.BATCH, **at)
-        t[...] = law.scaled_words(n, len(draws.signal), stream=Stream.TRAIN_TIME, **at)
+        n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
+        rows = law.scaled_words(n, len(draws.data), of_rows)
+        t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
         x0, eps = draws.data[rows], np.empty_like(x)
         if draws.flip:
-            mirrored = law.flips(n, **at)
+            mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
             x0[mirrored] = x0[mirrored][:, :, ::-1]
-        cast(Backend, self).normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
+        cast(Backend, self).normal(eps.reshape(n, -1), of_rows.of(Stream.TRAIN_NOISE))
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
         target[...] = of_noise * eps + of_data * x0
         if chosen is not None and draws.labels is not None:
             chosen[...] = draws.labels[rows]
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         values = x.reshape(len(x), -1)
-        rows = np.arange(first_sample, first_sample + len(x), dtype=np.uint64)[:, None]
-        blocks = np.arange(first_block, first_block - (-values.shape[1] // 4), dtype=np.uint32)
-        low = (rows & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        high = (rows >> np.uint64(32)).astype(np.uint32) | np.uint32(Stream.DROPOUT << 24)
-        words = law.philox(blocks, np.full_like(blocks, step), low, high, law.round_keys(seed))
-        kept = np.stack(words, axis=-1).reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
+        words = law.philox_words(len(x), -(-values.shape[1] // 4), draw, first_block)
+        kept = words.reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
         out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
@@ -401,8 +395,7 @@ class PlainSampling(NamedTuple):
     output: Callable[[], Array]
 
     def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
-        at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
-        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, **at)
+        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, draw)
 
 
 def _padded(geometry: Conv, x: Array) -> Array:

@@ -14,7 +14,6 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,11 @@ import numpy.typing as npt
 from fastdiff.backends import Array
 from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
 from fastdiff.nn.params import ALIGNMENT
+from fastdiff.noise import Draw, Stream
 
 Record = Callable[[list[Array], Callable[[], None]], Recording]
+
+NO_DRAW = Draw(0, Stream.DROPOUT)
 
 
 class _Block:
@@ -127,7 +129,7 @@ class Program:
         self._resizes = False
         self._blocks: list[_Block] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
-        self._draw: dict[str, int] = {}
+        self._draw = NO_DRAW
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -305,11 +307,10 @@ class Program:
             return x
         self._repeats = False
         y = Value(x.shape)
-        at: dict[str, Any] = {"rate": rate, "first_block": first}
         return self._record(
             _Operation(
-                lambda be: be.dropout(x.data, y.data, **at, **self._draw),
-                lambda be, add: be.dropout(y.grad, x.grad, **at, **self._draw),
+                lambda be: be.dropout(x.data, y.data, rate, first, self._draw),
+                lambda be, add: be.dropout(y.grad, x.grad, rate, first, self._draw),
                 (y,), (x,), fresh=(x,),
             )
         )  # fmt: skip
@@ -411,7 +412,7 @@ class Program:
         *,
         forms: list[list[Array]] | None = None,
         record: Record | None = None,
-        **draw: int,
+        draw: Draw = NO_DRAW,
     ) -> Array:
         """Return the result, which stays valid until the next run in the arena.
 
@@ -426,8 +427,8 @@ class Program:
         record : callable, optional
             ``record(places, body)`` returns what does body() for arrays in these places, which are the caller's; it may
             have been made by an earlier run.
-        **draw : int
-            seed, step and first_sample of dropout.
+        draw : Draw, optional
+            Of dropout.
         """
         self._draw, self._forms = draw, forms
         for name, value in self._given.items():

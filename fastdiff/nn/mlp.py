@@ -231,8 +231,7 @@ class MLPRunner(Runner):
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:
-        at = {"seed": draw.seed, "first_sample": draw.first_row}
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, **at)
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

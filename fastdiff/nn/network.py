@@ -46,7 +46,7 @@ from fastdiff.errors import (
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Memories, ProgramRunner, Runner
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 MAX_WIDTH = 1 << 16
 MAX_T, MAX_CLASSES = 1 << 16, 1 << 20
@@ -177,15 +177,15 @@ class Network(ABC):
         """Draw the weights anew from the network's seed: stream WEIGHTS, one row a tensor, as `start` says."""
         for tensor, (name, view) in enumerate(self.params.items()):
             start = self.start(name)
-            at = {"seed": self.seed, "stream": Stream.WEIGHTS, "step": 0, "first_sample": tensor}
-            draw = np.full((1, view.size), start == "one", np.float64)
+            draw = Draw(self.seed, Stream.WEIGHTS, first_row=tensor)
+            values = np.full((1, view.size), start == "one", np.float64)
             if start == "normal":
-                noise.fill_normal(draw, **at)
+                noise.fill_normal(values, draw)
             elif start == "uniform":
-                noise.fill_uniform(draw, **at)
+                noise.fill_uniform(values, draw)
                 layer = f"{name.rpartition('.')[0]}.weight"
-                draw = (2 * draw - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
-            view[...] = draw.reshape(view.shape)
+                values = (2 * values - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
+            view[...] = values.reshape(view.shape)
 
     # ------------------------------------------------------------------------------------------- in use
 
