@@ -466,7 +466,12 @@ class Diffusion:
             shape = (getattr(self.noise_shape, "d", None),)
             if given.ndim != 2:
                 pictures = ", or pictures (N, height, width, channels)" if self.noise_shape is None else ""
-                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}")
+                hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
+                hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
+                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
+        if given.ndim == 3 and len(shape) == 1:
+            wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
+            raise ArgumentError("X", f"shape {given.shape}", wants)
         given = check_array("X", given, shape=(None, *shape))
         if given.size == 0:
             what = "curve of at least one point" if len(shape) == 1 else "picture"
@@ -475,6 +480,10 @@ class Diffusion:
         if self.net is None and len(shape) == 3 and y is not None:
             y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
             classes = int(y.max()) + 1
+        if classes is None and y is not None:
+            count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
+            wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+            raise ArgumentError("y", "labels", wants)
         return given, _labels("y", y, classes, len(given), be), classes
 
     def _split(

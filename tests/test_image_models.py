@@ -353,6 +353,31 @@ def test_options_of_pictures_are_refused_for_curves(option):
         fd.Diffusion(backend="numpy").fit(np.eye(8), steps=1, progress=False, **option)
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+def test_what_curves_cannot_be_is_answered_with_what_they_can(made_before):
+    curves, classes = np.eye(12), np.arange(12) % 3
+    model = fd.Diffusion(fd.MLP(12, T=T) if made_before else None, backend="numpy")
+    with pytest.raises(
+        ArgumentError, match=r"y: got labels, wants None: .*; use (fd\.UNet\(\(12,\), classes=3\))$"
+    ) as told:
+        model.fit(curves, classes)
+    net = eval(str(told.value).split("use ")[1].replace("classes", "channels=(4,), T=9, classes"))
+    assert fd.Diffusion(net, backend="numpy").fit(curves, classes, steps=1, **QUIET).step == 1
+    with pytest.raises(ArgumentError, match=r"y: got shape"):
+        model.fit(curves, classes[:5])
+
+    series = curves.reshape(12, 4, 3)
+    with pytest.raises(ArgumentError, match=r"X: got shape \(12, 4, 3\), wants curves .*X\.reshape\(len\(X\), -1\)"):
+        model.fit(series)
+    assert model.fit(series.reshape(len(series), -1), steps=1, **QUIET).step == 1
+
+
+def test_gray_pictures_without_an_axis_of_colour_are_told_what_they_lack():
+    pictures = BYTES[..., 0]
+    with pytest.raises(ArgumentError, match=r"X\[\.\.\., None\] pictures of gray ones"):
+        fd.Diffusion(backend="numpy").fit(pictures)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
