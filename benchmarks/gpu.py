@@ -248,12 +248,12 @@ def _ready(runs: dict[str, Run], units: int = 1) -> Prepared:
 
 
 def _normals(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
+    from fastdiff.noise import Draw, Stream
+
     del twins
     shape = (case.n, case.values // case.n)
-    out = be.empty(shape)
-    runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: be.normal(out, seed=0, stream=0, step=0, first_sample=0),
-    }
+    out, draw = be.empty(shape), Draw(0, Stream.INIT)
+    runs: dict[str, Callable[[], Any]] = {"ours": lambda: be.normal(out, draw)}
     return _ready(runs | (peers.normals(*shape) if peers else {}))
 
 
@@ -263,15 +263,15 @@ def _forward(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     x0, t, s = cases.noising(fd, case)
     arrays = be.asarray(x0), be.asarray(t, np.int64)
     out, eps = be.empty(x0.shape), be.empty(x0.shape)
-    where = {"seed": 0, "first_sample": 0}
+    draw = fd.noise.Draw(0, fd.noise.Stream.FORWARD)
 
     def ours() -> None:
-        be.forward_noise(*arrays, s.signal, s.noise, out, eps, **where)
+        be.forward_noise(*arrays, s.signal, s.noise, out, eps, draw)
 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if twins:
         tables = be.asarray(s.signal), be.asarray(s.noise)
-        runs["twin"] = lambda: twins.forward_noise(*arrays, *tables, out, eps, queue=be.runtime.queue(), **where)
+        runs["twin"] = lambda: twins.forward_noise(*arrays, *tables, out, eps, draw, queue=be.runtime.queue())
     if peers:
         ours()
         theirs, x_t = peers.forward(x0, t, s.signal, s.noise, be.to_numpy(eps))
@@ -286,21 +286,21 @@ def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     host_x, host_out, row, clip = cases.image_step(fd, case)
     x, out = be.asarray(host_x), be.asarray(host_out)
     seeds = itertools.count(1)  # the same noise again and again would add up
-    where: dict[str, Any] = {"stream": fd.noise.Stream.STEP, "first_sample": 0}
+    draw = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t)
 
     def ours() -> None:
-        be.sampler_step(x, out, None, row, clip, seed=next(seeds), **where)
+        be.sampler_step(x, out, None, row, clip, draw._replace(seed=next(seeds)))
 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if twins:
         runs["twin"] = lambda: twins.sampler_step(
-            x, out, None, row, clip, seed=next(seeds), queue=be.runtime.queue(), **where
+            x, out, None, row, clip, draw._replace(seed=next(seeds)), queue=be.runtime.queue()
         )
     if peers:
         z = be.empty(host_x.shape)
-        be.normal(z, seed=0, step=row.t, **where)
+        be.normal(z, draw)
         theirs, wanted = peers.step(host_x, host_out, row, clip, be.to_numpy(z))
-        be.sampler_step(x, out, None, row, clip, seed=0, **where)
+        be.sampler_step(x, out, None, row, clip, draw)
         agree(case.name, be.to_numpy(x), wanted)
         runs |= theirs
     return _ready(runs)
@@ -320,8 +320,8 @@ def _chain(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     params, x = be.asarray(net.flat), be.empty((case.n, *case.shape))
 
     def ours() -> None:
-        be.normal(x, seed=0, stream=fd.noise.Stream.INIT, step=0, first_sample=0)
-        be.mlp_chain(net.plan, params, x, sampler.rows, sampler.clip, seed=0, first_sample=0)
+        be.normal(x, fd.noise.Draw(0, fd.noise.Stream.INIT))
+        be.mlp_chain(net.plan, params, x, sampler.rows, sampler.clip, fd.noise.Draw(0, fd.noise.Stream.STEP))
 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if peers:
@@ -396,16 +396,16 @@ def _shaped(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
 
     del twins
     plan, out = RowMap(left=cases.shape_of_noise(fd, case).matrix), be.empty((case.n, *case.shape))
-    where = {"seed": 0, "stream": fd.noise.Stream.FORWARD, "step": 0, "first_sample": 0}
+    draw = fd.noise.Draw(0, fd.noise.Stream.FORWARD)
 
     def ours() -> None:
-        be.mapped_normal(out, plan, **where)
+        be.mapped_normal(out, plan, draw)
 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if peers:
         ours()
         z = be.empty(out.shape)
-        be.normal(z, **where)
+        be.normal(z, draw)
         theirs, wanted = peers.shaped(be.to_numpy(z), plan.left)
         agree(case.name, be.to_numpy(out), wanted)
         runs |= theirs

@@ -33,6 +33,7 @@ def start(job: dict[str, Any]) -> None:
 
     tell(gpu=be.runtime.device, cupy=cupy.__version__, threads=be.threads)
     from fastdiff.kernels.cuda.runtime import cached_cubin, source_names
+    from fastdiff.noise import Draw, Stream
 
     def build(source: str) -> None:
         began, fault = time.perf_counter(), ""
@@ -45,7 +46,7 @@ def start(job: dict[str, Any]) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(build, source_names()))
     out = be.empty((1000, 64))
-    be.normal(out, seed=0, stream=0, step=0, first_sample=0)
+    be.normal(out, Draw(0, Stream.INIT))
     if abs(be.to_numpy(out).std() - 1) > 0.1:
         raise AssertionError("normals have another deviation than 1")
 

@@ -266,10 +266,10 @@ def _draws(fd: Any, be: Any, case: Case, rows: int, T: int) -> dict[str, Any]:
     """Data rows, timesteps and noise of the example's training steps."""
     draws: dict[str, list[Any]] = {"rows": [], "t": [], "eps": []}
     for step in range(EXAMPLE_STEPS):
-        at = {"seed": 0, "step": step}
-        draws["rows"].append(fd.noise.scaled_words(case.n, rows, stream=fd.noise.Stream.BATCH, **at))
-        draws["t"].append(fd.noise.scaled_words(case.n, T, stream=fd.noise.Stream.TRAIN_TIME, **at))
-        draws["eps"].append(fd.normal((case.n, *case.shape), stream="train_noise", backend=be, **at))
+        draw = fd.noise.Draw(0, fd.noise.Stream.BATCH, step)
+        draws["rows"].append(fd.noise.scaled_words(case.n, rows, draw))
+        draws["t"].append(fd.noise.scaled_words(case.n, T, draw.of(fd.noise.Stream.TRAIN_TIME)))
+        draws["eps"].append(fd.normal((case.n, *case.shape), seed=0, stream="train_noise", step=step, backend=be))
     return {name: np.stack(values) for name, values in draws.items()}
 
 

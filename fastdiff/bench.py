@@ -344,10 +344,10 @@ def _forward(fd: Any, case: Case, be: Any) -> Work:
 def _step(fd: Any, case: Case, be: Any) -> Work:
     host_x, host_out, row, clip = image_step(fd, case)
     x, out = be.asarray(host_x), be.asarray(host_out)
-    seeds = itertools.count()  # the same noise again and again would add up
+    draw, seeds = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t), itertools.count()  # the same noise would add up
 
     def run() -> Any:
-        be.sampler_step(x, out, None, row, clip, seed=next(seeds), stream=fd.noise.Stream.STEP, first_sample=0)
+        be.sampler_step(x, out, None, row, clip, draw._replace(seed=next(seeds)))
         return x
 
     return Work(run, finite(x.shape, 0.5, 2))
@@ -422,11 +422,11 @@ def _shaped(fd: Any, case: Case, be: Any) -> Work:
     from fastdiff.backends import RowMap
 
     plan, shape = RowMap(left=shape_of_noise(fd, case).matrix), (case.n, *case.shape)
-    at = {"seed": 0, "stream": fd.noise.Stream.FORWARD, "step": 0, "first_sample": 0}
+    draw = fd.noise.Draw(0, fd.noise.Stream.FORWARD)
 
     def run() -> Any:
         out = be.empty(shape)
-        be.mapped_normal(out, plan, **at)
+        be.mapped_normal(out, plan, draw)
         return out
 
     def check(y: Any) -> None:
@@ -541,6 +541,49 @@ def _norm(fd: Any, case: Case, be: Any) -> Work:
 
     def run() -> Any:
         be.norm(x, gamma, beta, out, stats, groups=GROUPS, eps=1e-5, silu=True)
+        return out
+
+    return Work(run, finite(out.shape, 0.5, 0.8))
+
+
+def _layer_norm_arrays(case: Case, be: Any) -> tuple[Any, ...]:
+    """x, gamma, beta, out and statistics."""
+    gamma, beta = (be.asarray(np.full(case.shape[-1], value, np.float32)) for value in (1, 0))
+    out, stats = be.empty((case.n, *case.shape)), be.empty((case.n, *case.shape[:-1], 2))
+    return be.asarray(white_rows(case)), gamma, beta, out, stats
+
+
+def _layer_norm(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    arrays = _layer_norm_arrays(case, be)
+    out = arrays[3]
+
+    def run() -> Any:
+        be.layer_norm(*arrays, eps=1e-5)
+        return out
+
+    return Work(run, finite(out.shape, 0.8, 1.2))
+
+
+def _layer_norm_backward(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    x, gamma, beta, dx, stats = _layer_norm_arrays(case, be)
+    dy, dgamma, dbeta = be.asarray(white_rows(case)[..., ::-1]), be.empty(gamma.shape), be.empty(gamma.shape)
+    be.layer_norm(x, gamma, beta, dx, stats, eps=1e-5)
+
+    def run() -> Any:
+        be.layer_norm_backward(dy, x, gamma, stats, dx, dgamma, dbeta)
+        return dx, dgamma, dbeta
+
+    return Work(run, lambda result: finite(dx.shape, 0.8, 1.2)(result[0]))
+
+
+def _gelu(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    x, out = be.asarray(white_rows(case)), be.empty((case.n, *case.shape))
+
+    def run() -> Any:
+        be.gelu(x, out)
         return out
 
     return Work(run, finite(out.shape, 0.5, 0.8))
@@ -695,6 +738,11 @@ KINDS: dict[str, Kind] = {
         70_000, 5e-6, needs="layers",
     ),
     "norm": Kind(_norm, "GB/s", lambda c: 8 * c.values, lambda c: 9 * c.values, 70_000, needs="layers"),
+    "layer-norm": Kind(_layer_norm, "GB/s", lambda c: 8 * c.values, lambda c: 8 * c.values, 70_000, needs="layers"),
+    "layer-norm-backward": Kind(
+        _layer_norm_backward, "GB/s", lambda c: 12 * c.values, lambda c: 13 * c.values, 70_000, 5e-6, needs="layers",
+    ),
+    "gelu": Kind(_gelu, "GB/s", lambda c: 8 * c.values, lambda c: 5 * c.values, 70_000, needs="layers"),
     "attention": Kind(
         _attention, "GF/s", lambda c: 16 * c.values, lambda c: 4 * c.values * c.shape[0], 70_000, needs="layers",
     ),
@@ -751,6 +799,9 @@ CASES: tuple[Case, ...] = (
     Case("adamw-4000000", "AdamW, clipping, average; 4 M parameters", "adamw", 1, (4_000_000,)),
     Case("save-unet", "checkpoint of the U-Net saved, with moments", "save", 1, (32, 32, 3), "unet"),
     Case("load-unet", "checkpoint of the U-Net loaded", "load", 1, (32, 32, 3), "unet"),
+    Case("layer-norm-64x1024x128", "LayerNorm, 64 x 1024 x 128", "layer-norm", 64, (1, 1024, 128)),
+    Case("layer-norm-back-64x1024x128", "its gradients, 64 x 1024 x 128", "layer-norm-backward", 64, (1, 1024, 128)),
+    Case("gelu-64x1024x256", "GELU, 64 x 1024 x 256", "gelu", 64, (1, 1024, 256)),
 )
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}
@@ -759,6 +810,7 @@ QUICK = (
     "normals-48x1000000", "forward-1000000x50", "step-64x256x256x3", "similarity-4096x128", "shaped-1000000x128",
     "posterior-1000x10000x64", "mlp-default-100000", "chain-tutorial-1", "chain-default-1000", "train-default-10",
     "train-default-1000", "conv-16x32x32x64", "conv-back-16x32x32x64", "norm-64x32x32x64", "attention-16x256x128",
+    "layer-norm-64x1024x128", "layer-norm-back-64x1024x128", "gelu-64x1024x256",
     "unet-forward-16", "unet-train-16", "unet-ddim-16", "adamw-4000000", "save-unet", "load-unet",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ runs, so that ``--help`` comes at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -20,9 +21,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastdiff.errors import (
+    DataWarning,
     FastdiffError,
     QualityWarning,
     ScheduleWarning,
@@ -70,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0, or 2 after an error, or 130 after Ctrl-C. ``--help``, ``--version`` and unknown options leave by
-        ``SystemExit``, as argparse does.
+        ``SystemExit``, as argparse does. Without any argument there is help on stderr, and 2.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        _parser().print_help(sys.stderr)
+        return 2
     args = _parser().parse_args(argv)
     try:
         with _plain_messages():
@@ -189,7 +195,7 @@ def _training_data(
     args: argparse.Namespace, model: Diffusion | None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None, list[str] | None]:
     """Curves or pictures, and for those the class of each and the classes' names."""
-    from fastdiff.data import load_curves, load_images
+    from fastdiff.data import load_images
 
     shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
     learned = shape is not None and len(shape) == 3
@@ -197,7 +203,9 @@ def _training_data(
         for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout"):
             if getattr(args, name):
                 raise FastdiffError(f"--{name} is for pictures: a folder, or with --size an .npy file")
-        return load_curves(args.data), None, None
+        return _curves(args), None, None
+    if _table_options(args):
+        raise FastdiffError(f"{_table_options(args)[0]} is for files of curves")
     if shape is None:
         size, mode = args.size or SIZE, "gray" if args.gray else "auto"
     elif len(shape) == 3:
@@ -209,6 +217,23 @@ def _training_data(
     if model is not None and model.class_names is not None:
         raise FastdiffError(f"--labels is wanted: {args.resume} has the classes {', '.join(model.class_names)}")
     return load_images(args.data, size, mode=mode), None, None
+
+
+def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
+    from fastdiff.data import load_curves
+
+    return load_curves(args.data, header=args.header, index=args.index, drop=args.drop)
+
+
+def _table_options(args: argparse.Namespace) -> list[str]:
+    """What was said about the file of curves, as it was said."""
+    header = [] if args.header is None else ["--header" if args.header else "--no-header"]
+    index = [] if args.index is None else ["--index", args.index]
+    return [*header, *index, *(["--drop", ",".join(args.drop)] if args.drop else [])]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _size(text: str) -> int | tuple[int, int]:
@@ -240,9 +265,12 @@ def _snapshots(model: Diffusion, output: str, every: int, stop: _PatientInterrup
         if (step + 1) % every == 0:
             assert model.normaliser is not None
             try:
-                drawn = model.sample(SHOWN, labels=_in_turn(model, None, SHOWN), sampler="ddim")
+                labels = _in_turn(model, None, SHOWN)
                 figure = plots.image_grid(
-                    drawn, title=f"After {step + 1} steps", data_range=model.normaliser.data_range or (0, 255)
+                    model.sample(SHOWN, labels=labels, sampler="ddim"),
+                    labels=_class_names(model, labels),
+                    title=f"After {step + 1} steps: {_how(model, 'ddim', None)}",
+                    data_range=model.normaliser.data_range or (0, 255),
                 )
                 plots.save(figure, _snapshot(output, step + 1))
             except (FastdiffError, OSError) as error:  # worth less than the training
@@ -339,6 +367,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int) -> str:
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
+    words += _table_options(args)
     return shlex.join(words)
 
 
@@ -387,16 +416,16 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
             first = args.first_sample + start
             parts.append(_as_numpy(args, model.sample(size, labels=of_part, first_sample=first, **options)))
             bar.update(size)
-    curves = np.concatenate(parts)
+    curves, how = np.concatenate(parts), _how(model, args.sampler, args.sample_steps)
     save_curves(args.output, curves)
     print(f"{args.output}: {n} curves of {curves.shape[1]} points")
     if args.plot:
-        plots.save(plots.generated(curves, count=SHOWN), args.plot)
+        plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
         print(f"{args.plot}: the first {min(SHOWN, n)} of them")
     if args.trace:
         of_first = None if labels is None else labels[:1]
         _, path = model.sample(1, labels=of_first, first_sample=args.first_sample, trajectory=True, **options)
-        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0]), args.trace)
+        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0], sampler=how), args.trace)
         print(f"{args.trace}: the first one's way from noise")
     return 0
 
@@ -443,12 +472,13 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
     images = np.concatenate(parts)
     assert model.normaliser is not None and model.normaliser.data_range is not None  # noqa: PT018
     shades: dict[str, Any] = {"data_range": model.normaliser.data_range}
-    words = None if labels is None else [_class_name(model, label) for label in labels[:n]]
+    words, how = _class_names(model, labels), _how(model, args.sampler, args.sample_steps)
 
     def grid(path: str, count: int) -> None:
         columns = max(1, round(count**0.5))
-        shown = plots.image_grid(images[:count], columns=columns, labels=words and words[:count], **shades)
-        plots.save(shown, path)
+        some, title = words and words[:count], f"Generated pictures: {how}"
+        figure = plots.image_grid(images[:count], columns=columns, labels=some, title=title, **shades)
+        plots.save(figure, path)
 
     if ending == ".png":
         grid(output, n)
@@ -463,7 +493,7 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
         grid(args.plot, min(n, SHOWN))
         print(f"{args.plot}: the first {min(n, SHOWN)} of them")
     if args.trace:
-        plots.save(plots.image_trace(path[:, :TRACED], **shades), args.trace)
+        plots.save(plots.image_trace(path[:, :TRACED], sampler=how, **shades), args.trace)
         print(f"{args.trace}: the first {min(n, TRACED)} on their way from noise")
     if args.gif:
         plots.animation(path, args.gif, **shades)
@@ -496,6 +526,19 @@ def _in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.
 
 def _class_name(model: Diffusion, label: int) -> str:
     return str(label) if model.class_names is None else model.class_names[label]
+
+
+def _class_names(model: Diffusion, labels: npt.NDArray[np.int64] | None) -> list[str] | None:
+    return None if labels is None else [_class_name(model, label) for label in labels]
+
+
+def _how(model: Diffusion, sampler: str, steps: int | None) -> str:
+    """What draws, for the legend of a figure."""
+    from fastdiff import samplers
+
+    assert model.schedule is not None
+    with warnings.catch_warnings(action="ignore", category=ScheduleWarning):  # drawing itself warns
+        return samplers.named(sampler, model.schedule, steps).label
 
 
 def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
@@ -586,7 +629,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a model file without what only programs want: those are in the JSON."""
-    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters")}
+    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters", "digest")}
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
     return {**brief, "network": network, "training": training}
@@ -743,8 +786,86 @@ def _bench(args: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------- the parser
 
 
+# What options and commands of other programs are called here.
+SYNONYMS = {
+    "--steps": "epochs epoch iterations iters num-steps n-steps max-steps",
+    "--sample-steps": "steps num-steps n-steps inference-steps num-inference-steps",
+    "--lr": "learning-rate rate alpha",
+    "--batch": "batch-size batchsize bs",
+    "--validation": "val test-size validation-split validation-fraction holdout",
+    "--warmup": "warmup-steps",
+    "--resume": "load checkpoint continue init-from",
+    "--index": "index-col id time",
+    "--drop": "exclude ignore columns",
+    "--seed": "random-state random-seed",
+    "--backend": "device gpu cuda",
+    "--quiet": "silent no-progress",
+    "--size": "resolution image-size",
+    "--labels": "class classes label",
+    "--timesteps": "diffusion-steps num-timesteps",
+    "--prediction": "parameterization prediction-type objective",
+    "--sampler": "method solver scheduler",
+    "--first-sample": "offset start skip",
+    "--overwrite": "force",
+    "--plot": "figure png",
+    "--threads": "workers num-workers jobs n-jobs num-threads",
+    "-n": "num-samples samples n-samples count number num",
+    "--output": "out outfile out-file output-file file save save-to to",
+    "train": "fit learn",
+    "sample": "generate draw predict",
+    "info": "show inspect describe",
+    "bench": "benchmark time",
+    "evaluate": "eval test score judge",
+    "demo": "example tutorial",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers what it does not know with its own usage, those of commands included, and with the nearest it knows."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = args
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            super().error("; ".join(self._unknown(options)) or f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the usage and the message, and with what an unknown option or command may mean."""
+        commands = [name for action in self._actions if not action.option_strings for name in action.choices or ()]
+        if not commands:
+            super().error("; ".join([message, *self._unknown([word for word in self.given if word[:2] == "--"])]))
+        word = next((word for word in self.given if not word.startswith("-")), "")
+        near = _nearest(word, commands)
+        super().error(f"{message}; did you mean {near}?" if near not in (None, word) else message)
+
+    def _unknown(self, words: Sequence[str]) -> list[str]:
+        options = [name for action in self._actions for name in action.option_strings]
+        said = []
+        for name in (word.split("=")[0] for word in words):
+            if any(option.startswith(name) for option in options):  # argparse takes what begins like one
+                continue
+            near = _nearest(name, options)
+            said.append(f"unrecognized option {name}" + (f": did you mean {near}?" if near else ""))
+        return said
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    """Which of the options or commands may be meant."""
+    bare = word.strip("-").replace("_", "-").lower()
+    for name in known:
+        if bare in SYNONYMS.get(name, "").split():
+            return name
+    names = {name.strip("-"): name for name in known}
+    near = difflib.get_close_matches(bare, names, 1, 0.65)
+    return names[near[0]] if near else None
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastdiff",
         description="Train diffusion models on curves or pictures and draw new ones.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -799,6 +920,7 @@ def _add_train(commands: Any) -> None:
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
         "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
+        "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
         "\n"
@@ -835,6 +957,7 @@ def _add_train(commands: Any) -> None:
         help="at the end measure samples against held-out rows (default: after 1000 steps or more)",
     )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
+    _add_table_options(train)
     _add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
     pictures = train.add_argument_group("pictures")
     pictures.add_argument(
@@ -1004,6 +1127,20 @@ def _add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int 
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def _add_table_options(command: argparse.ArgumentParser) -> None:
+    """What `_curves` asks for."""
+    table = command.add_argument_group("a table of curves")
+    table.add_argument(
+        "--index", metavar="NAME", help="leave out this column of names or times; a number counts from 1"
+    )
+    table.add_argument(
+        "--drop", type=_words, action="extend", default=[], metavar="NAME,...", help="leave these columns out as well"
+    )
+    table.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, help="the first line has column names (default: looks)"
+    )
+
+
 class _Version(argparse.Action):
     """Looks the version up only when asked."""
 
@@ -1049,8 +1186,8 @@ def _plain_messages() -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with warnings.catch_warnings():
-        for category in (ScheduleWarning, QualityWarning):
-            warnings.simplefilter("always", category)
+        for kind in (ScheduleWarning, DataWarning, QualityWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show
         try:
             yield

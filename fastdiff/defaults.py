@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Iterable
 
-from fastdiff import base
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.unet import UNet
 from fastdiff.schedule import Schedule
@@ -70,11 +69,6 @@ def curve_steps(rows: int, points: int, batch: int, parameters: int) -> int:
     wanted = STEPS_PER_ROOT * math.sqrt(rows * points)
     affordable = MOST_WORK / (6 * batch * parameters)
     return round(max(FEWEST_STEPS, min(wanted, affordable, MOST_STEPS)))
-
-
-def wants_base(rows: int, values: int) -> bool:
-    """Return whether a Gaussian base suits rows of so many values: see `fastdiff.base`."""
-    return rows >= 2 and values <= base.MOST_VALUES
 
 
 def held_out_share(rows: int, most: int) -> float:

@@ -37,8 +37,7 @@ class Evaluator(ABC):
     ) -> None:
         """Change x, and `previous` where it is given, by one row of a table: see `Backend.sampler_step`."""
         out = self.evaluate(x, row.t, labels) if row.q != 0 or row.e != 0 else None
-        at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
-        self.be.sampler_step(x, out, previous, row, clip, **at)
+        self.be.sampler_step(x, out, previous, row, clip, draw.at(row.t))
 
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastdiff.covariance import ledoit_wolf
 from fastdiff.metrics import BLOCK_ROWS, nearest_distances
-from fastdiff.noise import Stream, fill_normal
+from fastdiff.noise import Draw, Stream, fill_normal
 from fastdiff.normaliser import Normaliser
 
 SAMPLES = 256  # that a judgement draws
@@ -160,9 +160,7 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     -------
     Report
     """
-    units = normaliser._replace(base=None)  # which would turn the columns, and change no distance
-    if normaliser.noise_shape is not None:
-        units = Normaliser.of(training.reshape(len(training), -1))
+    units = Normaliser.of(training.reshape(len(training), -1)) if normaliser.noise_shape is not None else normaliser
     picked = training[np.arange(min(len(training), MOST_ROWS)) * len(training) // min(len(training), MOST_ROWS)]
     x, learned = (units.apply(rows, np.float64).reshape(len(rows), -1) for rows in (drawn, picked))
     unseen = None
@@ -206,7 +204,7 @@ def _gaussian(rows: Rows, n: int, seed: int) -> Rows:
     """Draw from the Gaussian fitted to rows: normals of stream PROBE, sample by sample."""
     moments = ledoit_wolf(rows)
     normals = np.empty((n, sum(rows.shape)))
-    fill_normal(normals, seed=seed, stream=Stream.PROBE, step=0, first_sample=0)
+    fill_normal(normals, Draw(seed, Stream.PROBE))
     return moments.sample(normals[:, : len(rows)], normals[:, len(rows) :])
 
 

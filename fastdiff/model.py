@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
 from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
 from fastdiff.backends.layers import Batch
-from fastdiff.base import MOST_VALUES, GaussianBase
+from fastdiff.base import GaussianBase
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -34,7 +34,7 @@ from fastdiff.errors import (
 )
 from fastdiff.nn import MLP, Network, Runner, UNet, network_of
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.progress import say
@@ -200,7 +200,7 @@ class Diffusion:
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
-        if net is not None and base == "gaussian" and not net.has_skip:
+        if net is not None and base == "gaussian" and not net.has_linear:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
         if scale == "channel":
             raise ArgumentError("scale", "'channel'", "'auto', 'all' or 'column': curves have one channel")
@@ -221,6 +221,8 @@ class Diffusion:
         self.report_: dict[str, Any] | None = None
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
+        self._gaussian: GaussianBase | None = None
+        self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_frozen": None}
@@ -232,8 +234,8 @@ class Diffusion:
             self.net = None
         elif self.net is not None:
             self.net.redraw()
-            if self.net.has_skip:
-                self.net.set_skip(None)
+            if self.net.has_linear:
+                self.net.set_linear(None)
         return self
 
     def fit(
@@ -350,8 +352,10 @@ class Diffusion:
                 stacklevel=2,
             )
         first, self.end_step = self.step, self.step + steps
+        if steps > 0:
+            self._use_this_arithmetic()
         net, optimizer = self.net, self._optimizer
-        data = be.asarray(self.normaliser.apply(rows, net.dtype, be), net.dtype)
+        data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
         tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
@@ -473,7 +477,12 @@ class Diffusion:
             shape = (getattr(self.noise_shape, "d", None),)
             if given.ndim != 2:
                 pictures = ", or pictures (N, height, width, channels)" if self.noise_shape is None else ""
-                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}")
+                hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
+                hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
+                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
+        if given.ndim == 3 and len(shape) == 1:
+            wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
+            raise ArgumentError("X", f"shape {given.shape}", wants)
         given = check_array("X", given, shape=(None, *shape))
         if given.size == 0:
             what = "curve of at least one point" if len(shape) == 1 else "picture"
@@ -482,6 +491,10 @@ class Diffusion:
         if self.net is None and len(shape) == 3 and y is not None:
             y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
             classes = int(y.max()) + 1
+        if classes is None and y is not None:
+            count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
+            wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+            raise ArgumentError("y", "labels", wants)
         return given, _labels("y", y, classes, len(given), be), classes
 
     def _split(
@@ -523,7 +536,7 @@ class Diffusion:
         """
         if part == 0:
             return X, y, None, (rule, part)
-        words = noise.philox_words(len(X), 1, seed=self.seed, stream=Stream.DATA, step=1)[:, 0, 0]
+        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
         if rule == "fraction":
             held = np.zeros(len(X), bool)
             held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True
@@ -577,21 +590,24 @@ class Diffusion:
                 net = defaults.picture_net(X.shape[1:], classes=classes, **at)
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
-        if net.has_skip and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
-            if defaults.wants_base(*X.shape):
-                inner = normaliser.apply(X, np.float64)
-                normaliser = normaliser._replace(base=GaussianBase.of(inner))
-                assert normaliser.base is not None
-                net.set_skip(normaliser.base.gains(schedule, self.prediction))
-            elif self.base == "gaussian":
-                wants = f"None, or at least 2 rows of at most {MOST_VALUES} values"
-                raise ArgumentError("base", f"'gaussian' with {len(X)} rows of {X.shape[1]} values", wants)
+        self._gaussian = None
+        if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
+            normaliser = normaliser.centred(X)
+            self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64))
+            net.set_linear(self._gaussian.linear(schedule, self.prediction))
         self.schedule, self.net = schedule, net
         zeros = net.layout.zeros
         self._optimizer = _Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
         self._average = net.flat.copy()
         self.normaliser = normaliser
         self._held_out = held_out_by
+
+    def _use_this_arithmetic(self) -> None:
+        """Say once that a file was trained with other bits than those that follow."""
+        before, self._arithmetic = self._arithmetic, checkpoint.ARITHMETIC
+        if before != self._arithmetic:
+            words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
+            log.warning(words, before, self._arithmetic)
 
     def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Factors of noise and data in the training target at every t."""
@@ -604,7 +620,7 @@ class Diffusion:
     def _validation_set(self, be: Backend, rows: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> Batch:
         """x_t, t, target and labels of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
-        x0 = self.normaliser.apply(rows, self.net.dtype, be)
+        x0 = self.normaliser.apply(rows, self.net.dtype)
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
@@ -707,7 +723,7 @@ class Diffusion:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
-        if normaliser.noise_shape is not None or normaliser.base is not None:
+        if normaliser.noise_shape is not None:
             process.refuse_clip(sampler)
         be = get_backend(self.backend)
         result = process.sample(
@@ -752,14 +768,17 @@ class Diffusion:
         noise_shape = normaliser.noise_shape
         if noise_shape is not None:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
-        tensors |= normaliser.arrays
+        tensors |= normaliser.arrays | ({} if self._gaussian is None else self._gaussian.arrays)
         header = {
             "network": net.to_dict(), "schedule": schedule.to_dict(), "prediction": self.prediction,
             "normaliser": normaliser.to_dict(), "held_out": self._held_out, "data": self._data, "report": self.report_,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
+            "arithmetic": self._arithmetic,
         }  # fmt: skip
-        checkpoint.write(path, header, tensors)
+        checkpoint.write(
+            path, header, tensors, features=normaliser.features + ([] if self._gaussian is None else ["base"])
+        )
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
@@ -776,12 +795,14 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     Returns
     -------
     Diffusion
-        Equal to the saved one to the bit.
+        Equal to the saved one to the bit. Training goes on to the same bits on the same kind of CPU, unless the file
+        is of another arithmetic (see `fastdiff.checkpoint`), which the first `fit` logs.
 
     Raises
     ------
     CheckpointError
-        The file is missing, truncated, foreign, of a newer format, or inconsistent.
+        The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
+        not here.
     """
     header, tensors = checkpoint.read(path)
     try:
@@ -796,9 +817,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     net = network_of(header["network"], draw=False)
 
     def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if name not in tensors:
+        tensor = tensors.get(name)
+        if tensor is None:
             raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
-        return check_array(name, tensors[name], shape=shape)
+        return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
 
     # Shapes first: a header that claims a huge network must not make us allocate one.
     for name, shape in net.layout.shapes.items():
@@ -814,10 +836,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
     )
     model.normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
-    model.scale, base = model.normaliser.scale, model.normaliser.base
-    model.base = None if base is None else "gaussian"
-    if base is not None:
-        net.set_skip(base.gains(schedule, model.prediction))
+    model.scale, model.base = model.normaliser.scale, None
+    if "base" in header.get("features", ()):
+        model.base, model._gaussian = "gaussian", GaussianBase.from_arrays(tensors, net.shape[0])
+        net.set_linear(model._gaussian.linear(schedule, model.prediction))
     model._held_out, model._data, model.report_ = _restore_habits(header)
     names = header.get("class_names")
     if names is not None:
@@ -827,6 +849,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     model.class_names = names
     model.step = check_int("step", header["step"], low=0)
     model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
+    model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
 
     def buffer(prefix: str) -> npt.NDArray[Any]:
         flat = net.layout.zeros(net.dtype)
@@ -836,6 +859,12 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
             if tensor.dtype != net.dtype:
                 raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
             views[name][...] = tensor
+        try:
+            check_array(prefix, flat)  # all at once: there may be hundreds
+        except ArgumentError:
+            for name, view in views.items():  # which of them it is
+                check_array(f"{prefix}.{name}", view)
+            raise
         return flat
 
     net.flat = buffer("net")
@@ -846,6 +875,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         model.history[name] = check_array(
             f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
         ).tolist()
+    for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
+        if len(model.history[steps]) != len(model.history[losses]):
+            got, wants = (f"{len(model.history[name])} values" for name in (losses, steps))
+            raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
     return model
 
 

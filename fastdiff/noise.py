@@ -64,9 +64,17 @@ class Draw(NamedTuple):
     """
 
     seed: int
-    stream: int
+    stream: Stream | int
     step: int = 0
     first_row: int = 0
+
+    def at(self, step: int) -> Draw:
+        """The same at another step."""
+        return self._replace(step=step)
+
+    def of(self, stream: Stream) -> Draw:
+        """The same of another stream."""
+        return self._replace(stream=stream)
 
     def after(self, rows: int) -> Draw:
         """The draw of what comes so many rows later."""
@@ -150,30 +158,25 @@ def _row_words(
     return philox(blocks, np.full_like(blocks, step), low, high, keys)
 
 
-def philox_words(
-    n: int, blocks: int, *, seed: int, stream: Stream | str | int, step: int = 0, first_sample: int = 0
-) -> npt.NDArray[np.uint32]:
-    """Return the raw words of n rows of one stream.
+def philox_words(n: int, blocks: int, draw: Draw, first_block: int = 0) -> npt.NDArray[np.uint32]:
+    """Return raw words of n rows.
 
     Parameters
     ----------
     n, blocks : int
         Number of rows, and of blocks in a row.
-    seed : int
-        0 .. 2^64 - 1.
-    stream : Stream, str or int
-        What the draw is for.
-    step, first_sample : int
-        The step, and the index of the first row.
+    draw : Draw
+    first_block : int, optional
+        Block of a row that comes first.
 
     Returns
     -------
     (n, blocks, 4) uint32
     """
-    keys = round_keys(check_seed(seed))
-    rows = np.repeat(np.arange(first_sample, first_sample + n, dtype=np.uint64), blocks)
-    columns = np.tile(np.arange(blocks, dtype=np.uint32), n)
-    words = _row_words(rows, columns, keys, resolve_stream(stream), step)
+    keys = round_keys(draw.seed)
+    rows = np.repeat(np.arange(draw.first_row, draw.first_row + n, dtype=np.uint64), blocks)
+    columns = np.tile(np.arange(first_block, first_block + blocks, dtype=np.uint32), n)
+    words = _row_words(rows, columns, keys, draw.stream, draw.step)
     return np.stack(words, axis=-1).reshape(n, blocks, 4)
 
 
@@ -223,42 +226,40 @@ def box_muller(w0: Words, w1: Words) -> tuple[Floats, Floats]:
     return radius * cosine, radius * sine
 
 
-def fill_normal(out: npt.NDArray[Any], *, seed: int, stream: Stream | int, step: int, first_sample: int) -> None:
-    """Fill `out` (n, D), float32 or float64, with the normals of the rows first_sample ... first_sample + n - 1."""
+def fill_normal(out: npt.NDArray[Any], draw: Draw) -> None:
+    """Fill `out` (n, D), float32 or float64, with normals."""
     n, width = out.shape
     blocks = -(-width // 4)
-    keys = round_keys(seed)
+    keys = round_keys(draw.seed)
     for start in range(0, n * blocks, _CHUNK_BLOCKS):
         flat = np.arange(start, min(start + _CHUNK_BLOCKS, n * blocks), dtype=np.uint64)
         row, block = flat // np.uint64(blocks), (flat % np.uint64(blocks)).astype(np.uint32)
-        w0, w1, w2, w3 = _row_words(row + np.uint64(first_sample), block, keys, stream, step)
+        w0, w1, w2, w3 = _row_words(row + np.uint64(draw.first_row), block, keys, draw.stream, draw.step)
         for quarter, values in enumerate((*box_muller(w0, w1), *box_muller(w2, w3))):
             column = block.astype(np.int64) + quarter * blocks
             kept = column < width
             out[row[kept].astype(np.int64), column[kept]] = values[kept]
 
 
-def fill_uniform(out: npt.NDArray[Any], *, seed: int, stream: Stream | int, step: int, first_sample: int) -> None:
+def fill_uniform(out: npt.NDArray[Any], draw: Draw) -> None:
     """Fill `out` (n, D) with uniforms (w >> 8) 2^-24 in [0, 1): value 4 q + j of a row is word j of its block q."""
     n, width = out.shape
-    words = philox_words(n, -(-width // 4), seed=seed, stream=stream, step=step, first_sample=first_sample)
+    words = philox_words(n, -(-width // 4), draw)
     out[...] = (words.reshape(n, -1)[:, :width] >> np.uint32(8)) * 2.0**-24
 
 
-def scaled_words(
-    n: int, bound: int, *, seed: int, stream: Stream | int, step: int, first_sample: int = 0
-) -> npt.NDArray[np.int64]:
+def scaled_words(n: int, bound: int, draw: Draw) -> npt.NDArray[np.int64]:
     """Return n integers (w0 bound) >> 32 in 0 .. bound - 1, one per row: the law's batch rows and timesteps."""
-    w0 = philox_words(n, 1, seed=seed, stream=stream, step=step, first_sample=first_sample)[:, 0, 0]
+    w0 = philox_words(n, 1, draw)[:, 0, 0]
     return ((w0.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
-def flips(n: int, *, seed: int, step: int, first_sample: int = 0) -> npt.NDArray[np.bool_]:
+def flips(n: int, draw: Draw) -> npt.NDArray[np.bool_]:
     """Return which of n pictures of a training batch are mirrored left to right: those with w0 < 2^31, (n,) bool.
 
     Stream AUGMENT: the row is the position in the batch, the step the training step, as for BATCH.
     """
-    return scaled_words(n, 2, seed=seed, stream=Stream.AUGMENT, step=step, first_sample=first_sample) == 0
+    return scaled_words(n, 2, draw) == 0
 
 
 def check_rows(first_sample: Any, n: int) -> int:
@@ -317,5 +318,5 @@ def normal(
     first_sample = check_rows(first_sample, shape[0])
     be = get_backend(backend)
     out = be.empty((shape[0], int(np.prod(shape[1:], dtype=np.int64))))
-    be.normal(out, seed=seed, stream=stream, step=step, first_sample=first_sample)
+    be.normal(out, Draw(seed, stream, step, first_sample))
     return out.reshape(shape) if backend != "auto" else be.to_numpy(out).reshape(shape)

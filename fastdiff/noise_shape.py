@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fastdiff.backends import Array, Backend, RowMap, backend_for
 from fastdiff.covariance import check_covariance
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, is_on_device
+from fastdiff.noise import Draw
 from fastdiff.process import BATCH_VALUES, _states, _width, returned
 
 Float64 = npt.NDArray[np.float64]
@@ -267,13 +268,12 @@ class NoiseShape:
         else:
             _filter(be, x, out, plan)
 
-    def fill(self, be: Backend, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` (n, d) with L z, where z has the bits of white noise."""
-        law = {"seed": seed, "stream": stream, "step": step, "first_sample": first_sample}
         if isinstance(self._root, RowMap):
-            be.mapped_normal(out, self._root, **law)
+            be.mapped_normal(out, self._root, draw)
         else:
-            be.normal(out, **law)
+            be.normal(out, draw)
             _filter(be, out, out, self._root)
 
     def _rows(self, argument: str, value: Any, backend: str | Backend, *, inverse: bool) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import process
-from fastdiff.backends import Backend, get_backend
-from fastdiff.base import GaussianBase
+from fastdiff.backends import Backend
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, is_on_device
 from fastdiff.noise_shape import NoiseShape
 
@@ -38,8 +36,8 @@ class Normaliser(NamedTuple):
         Of pictures: becomes [-1, 1].
     whole : bool
         Whether pictures are bytes, as which they come back.
-    base : GaussianBase or None
-        With one, what comes out of all this is turned to its axes.
+    centre : (d,) float64 or None
+        Subtracted from what comes out of all this, so that every column has mean zero.
     """
 
     mean: Any
@@ -47,7 +45,7 @@ class Normaliser(NamedTuple):
     noise_shape: NoiseShape | None = None
     data_range: tuple[float, float] | None = None
     whole: bool = False
-    base: GaussianBase | None = None
+    centre: npt.NDArray[np.float64] | None = None
 
     @property
     def scale(self) -> str:
@@ -108,18 +106,20 @@ class Normaliser(NamedTuple):
             wants = "values within data_range, ({:g}, {:g}) since the first fit".format(*self.data_range)
             raise ArgumentError(argument, f"values from {low:g} to {high:g}", wants)
 
-    def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike, be: Backend | None = None) -> npt.NDArray[Any]:
-        """Return the data in the network's range; with a base, a backend may turn them, in its own precision."""
+    def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return the data in the network's range."""
         white = self._white(X)
         out = np.empty(white.shape, dtype)
         std = np.where(self.std == 0, 1.0, self.std) if np.ndim(self.std) else self.std
         for start in range(0, len(out), rows := max(1, BLOCK_VALUES // max(1, white[:1].size))):
             part = slice(start, start + rows)
-            out[part] = (np.asarray(white[part], np.float64) - self.mean) / std
-        if self.base is None:
-            return out
-        be = get_backend("numpy") if be is None else be
-        return be.to_numpy(self.base.apply(be.asarray(out, dtype), be))
+            inner = (np.asarray(white[part], np.float64) - self.mean) / std
+            out[part] = inner if self.centre is None else inner - self.centre
+        return out
+
+    def centred(self, X: npt.NDArray[Any]) -> Normaliser:
+        """Return this one with the centre of a data set."""
+        return self._replace(centre=np.mean(self.apply(X, np.float64), axis=0))
 
     def restore(self, x: Any, be: Backend) -> Any:
         """Return samples as the data were: `invert`, and bytes where those were bytes."""
@@ -130,8 +130,8 @@ class Normaliser(NamedTuple):
 
     def invert(self, x: Any, be: Backend) -> Any:
         """Return network values (n, ...) in the data's range, in place where the array is its own."""
-        if self.base is not None:
-            x = self.base.invert(x, be)
+        if self.centre is not None:
+            x += be.asarray(self.centre, x.dtype)
         one = x.dtype.type
         x *= be.asarray(self.std, x.dtype) if np.ndim(self.std) else one(self.std)
         x += be.asarray(self.mean, x.dtype) if np.ndim(self.mean) else one(self.mean)
@@ -152,10 +152,15 @@ class Normaliser(NamedTuple):
         return -float(np.sum(np.log(stds[stds > 0]))) - of_shape
 
     @property
+    def features(self) -> list[str]:
+        """What a file of it uses of `fastdiff.checkpoint.FEATURES`."""
+        return [] if self.scale == "all" else ["column scale"]
+
+    @property
     def arrays(self) -> dict[str, npt.NDArray[np.float64]]:
-        """What a file keeps as tensors: the moments of columns, and a base."""
+        """What a file keeps as tensors: the moments of columns."""
         of_columns = {} if self.scale == "all" else {"normaliser.mean": self.mean, "normaliser.std": self.std}
-        return of_columns if self.base is None else of_columns | self.base.arrays
+        return of_columns if self.centre is None else of_columns | {"normaliser.centre": self.centre}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rest as JSON types; the noise shape is not in it."""
@@ -186,9 +191,9 @@ class Normaliser(NamedTuple):
         data_range = config.get("data_range")  # neither in files of format 1
         if (data_range is not None) != (len(shape) == 3):
             raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
-        base = None
-        if any(name.startswith("base.") for name in tensors):
-            base = GaussianBase.from_arrays(tensors, math.prod(shape))
+        centre = tensors.get("normaliser.centre")
+        if centre is not None:
+            centre = check_array("normaliser.centre", centre, shape=shape, dtype=np.float64)
         if check_choice("normaliser.scale", config.get("scale", "all"), ["all", "column"]) == "column":
             moments = []
             for name in ("normaliser.mean", "normaliser.std"):
@@ -197,11 +202,11 @@ class Normaliser(NamedTuple):
                 moments.append(check_array(name, tensors[name], shape=shape, dtype=np.float64))
             if (moments[1] < 0).any():
                 raise ArgumentError("normaliser.std", str(moments[1].min()), "numbers of at least 0")
-            return cls(moments[0], moments[1], noise_shape, base=base)
+            return cls(moments[0], moments[1], noise_shape, centre=centre)
         mean = check_float("normaliser.mean", config["mean"])
         std = check_float("normaliser.std", config["std"], low=0, low_open=True)
         if data_range is None:
-            return cls(mean, std, noise_shape, base=base)
+            return cls(mean, std, noise_shape, centre=centre)
         low, high = check_array("normaliser.data_range", data_range, shape=(2,)).tolist()
         return cls(mean, std, noise_shape, (low, high), config["bytes"] is True)
 

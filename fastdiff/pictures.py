@@ -30,7 +30,7 @@ from fastdiff.errors import (
     check_seed,
 )
 from fastdiff.files import check_writable, load_npy, naming, writing
-from fastdiff.noise import Stream, check_rows, philox_words
+from fastdiff.noise import Draw, Stream, check_rows, philox_words
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow's names of those formats. It reads many more, some with programs of their own; no file is handed to these.
@@ -374,7 +374,7 @@ def tiles(
         if one.shape[0] < height or one.shape[1] < width:
             raise ArgumentError("size", str((height, width)), f"tiles that fit into {name}, {one.shape[:2]}")
 
-    words = philox_words(count, 1, seed=seed, stream=Stream.DATA, step=1, first_sample=first_sample)[:, 0]
+    words = philox_words(count, 1, Draw(seed, Stream.DATA, 1, first_sample))[:, 0]
     out = np.empty((count, height, width, whole[0][1].shape[2]), np.uint8)
     for tile, (w0, w1, w2, _) in zip(out, words.tolist(), strict=True):
         one = whole[w0 * len(whole) >> 32][1]

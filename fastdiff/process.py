@@ -38,7 +38,7 @@ class ShapedNoise(Protocol):
 
     d: int
 
-    def fill(self, be: Backend, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` (n, d) with the noise that takes the place of the white noise of the noise law."""
 
 
@@ -100,11 +100,11 @@ def forward_noise(
             target = out.reshape(clean.shape)
             clean = _copy(be, clean) if is_on_device(out) or np.may_share_memory(out, clean) else clean
     noisy = be.empty(clean.shape, clean.dtype) if target is None else target
-    tables = schedule.signal, schedule.noise
+    tables, draw = (schedule.signal, schedule.noise), Draw(seed, Stream.FORWARD, first_row=first_sample)
     if shaped is None:
-        be.forward_noise(clean, steps, *tables, noisy, eps, seed=seed, first_sample=first_sample)
+        be.forward_noise(clean, steps, *tables, noisy, eps, draw)
     else:
-        shaped.fill(be, eps, seed=seed, stream=Stream.FORWARD, step=0, first_sample=first_sample)
+        shaped.fill(be, eps, draw)
         signal, noise = (be.asarray(table, clean.dtype)[steps, None] for table in tables)
         for start in range(0, len(clean), rows := max(1, BLOCK_VALUES // clean.shape[1])):
             part = slice(start, start + rows)
@@ -319,7 +319,7 @@ def sample(
     batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
     if initial is None:
         fill = be.normal if shaped is None else partial(shaped.fill, be)
-        fill(x, seed=seed, stream=Stream.INIT, step=0, first_sample=first_sample)
+        fill(x, draw.of(Stream.INIT))
 
     rows, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
@@ -389,12 +389,12 @@ def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[.
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        law = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
-        be.sampler_step(x, out, previous, row if shaped is None else row._replace(s=0.0), clip, **law)
+        draw = draw.at(row.t)
+        be.sampler_step(x, out, previous, row if shaped is None else row._replace(s=0.0), clip, draw)
         if shaped is not None and row.s != 0:
             z = noise[: len(x)]
-            shaped.fill(be, z, step=row.t, **law)
-            be.sampler_step(x, z, None, Row(row.t, p=0, q=0, a=1, b=0, c=0, e=row.s, s=0), None, **law)
+            shaped.fill(be, z, draw)
+            be.sampler_step(x, z, None, Row(row.t, p=0, q=0, a=1, b=0, c=0, e=row.s, s=0), None, draw)
 
     return step
 

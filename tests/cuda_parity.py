@@ -83,19 +83,19 @@ def both_ways(be, *arrays):
 @covers("noise", "normal", "normal_wide")
 def normals(be, size):
     for i, (n, width) in enumerate(SHAPES[size]):
-        at = {
-            "seed": (0, 1, 2**64 - 1, 0x9E3779B97F4A7C15)[i % 4],
-            "stream": list(Stream)[i % len(Stream)],
-            "step": (0, 7, 2**32 - 1)[i % 3],
-            "first_sample": (0, 2**32 - 2, LAST_ROW - n + 1)[i // 2 % 3],
-        }
+        draw = Draw(
+            seed=(0, 1, 2**64 - 1, 0x9E3779B97F4A7C15)[i % 4],
+            stream=list(Stream)[i % len(Stream)],
+            step=(0, 7, 2**32 - 1)[i % 3],
+            first_row=(0, 2**32 - 2, LAST_ROW - n + 1)[i // 2 % 3],
+        )
         want = np.empty((n, width), np.float32)
-        fill_normal(want, **at)
+        fill_normal(want, draw)
         for (out,) in both_ways(be, np.full_like(want, np.nan)):
-            be.normal(out, **at)
+            be.normal(out, draw)
             assert_same_bits(be.to_numpy(out), want)
     for shape in ((0, 5), (5, 0), (0, 0)):
-        be.normal(be.empty(shape), seed=0, stream=0, step=0, first_sample=0)
+        be.normal(be.empty(shape), Draw(0, 0))
 
 
 @covers("noise", "forward_noise", "forward_noise_wide")
@@ -105,12 +105,12 @@ def forward_noising(be, size):
     signal[:3], noise[:3] = (0, 1, 1e-42), (1, 0, 1e-42)
     for i, shape in enumerate(SHAPES[size]):
         x0, t = filled(shape, i), random.integers(0, 11, shape[0])
-        at = {"seed": 3 + i, "first_sample": 2**32 - 3}
+        draw = Draw(3 + i, Stream.FORWARD, first_row=2**32 - 3)
         want, eps = np.empty_like(x0), np.empty_like(x0)
         with np.errstate(all="ignore"):
-            NUMPY.forward_noise(x0, t, signal, noise, want, eps, **at)
+            NUMPY.forward_noise(x0, t, signal, noise, want, eps, draw)
         for got_x0, out, drawn in both_ways(be, x0, np.full_like(x0, np.nan), np.full_like(x0, np.nan)):
-            be.forward_noise(got_x0, be.asarray(t, np.int64), signal, noise, out, drawn, **at)
+            be.forward_noise(got_x0, be.asarray(t, np.int64), signal, noise, out, drawn, draw)
             assert_same_bits(be.to_numpy(out), want)
             assert_same_bits(be.to_numpy(drawn), eps)
         # Without eps, which is the caller's wish.
@@ -150,12 +150,12 @@ def step_agrees(be, shape, row, clip, memory):
         out = None
     if not memory:
         previous = None
-    at = {"seed": 9, "stream": Stream.STEP, "first_sample": 2**32 - 1}
+    draw = Draw(9, Stream.STEP, row.t, 2**32 - 1)
     want, kept = x.copy(), None if previous is None else previous.copy()
     with np.errstate(all="ignore"):
-        NUMPY.sampler_step(want, out, kept, row, clip, **at)
+        NUMPY.sampler_step(want, out, kept, row, clip, draw)
     for got, got_out, got_previous in both_ways(be, x, out, previous):
-        be.sampler_step(got, got_out, got_previous, row, clip, **at)
+        be.sampler_step(got, got_out, got_previous, row, clip, draw)
         assert_same_bits(be.to_numpy(got), want)
         if kept is not None:
             assert_same_bits(be.to_numpy(got_previous), kept)
@@ -173,7 +173,7 @@ def recorded_sampler_steps(be, size):
         for k, row in enumerate(few):
             arrays = [filled(shape, seed) for seed in (1, 2, 3)]
             arrays[2] = arrays[2] if memory else None
-            at = Draw(2**64 - 1 - k, Stream.STEP, first_row=2**32 - 1 + k)
+            at = Draw(2**64 - 1 - k, Stream.STEP, row.t, 2**32 - 1 + k)
             with np.errstate(all="ignore"):
                 want = sampled(NUMPY, host_kept, arrays, row, CLIPS[k % 4], at)
             if k == 0:  # where the work is done again and again

@@ -10,7 +10,7 @@ from cuda_parity import NUMPY, both_ways, covers
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import RowMap
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 CURVES = {
     "small": [(1, 1), (3, 3), (50, 2), (7, 13), (2, 50), (5, 32), (3, 129), (1, 1030)],
@@ -117,19 +117,19 @@ def mapped_normals(be, size):
     """Normals have the bits of the noise law: the map of stored ones gives the same bits."""
     for i, sizes in enumerate(MAPS[size]):
         plan, m = map_of(sizes), sizes.m
-        at = {"seed": (0, 2**64 - 1)[i % 2], "stream": list(Stream)[i % len(Stream)], "step": (5, 2**32 - 1)[i % 2]}
         first = (2**32 - 2, 2**56 - m, 0)[i % 3]
+        draw = Draw((0, 2**64 - 1)[i % 2], list(Stream)[i % len(Stream)], (5, 2**32 - 1)[i % 2], first)
         z, stored, out = be.empty((m, sizes.n)), be.empty((m, sizes.k)), be.empty((m, sizes.k))
-        be.normal(z, **at, first_sample=first)
+        be.normal(z, draw)
         be.map_rows(z, stored, plan)
-        be.mapped_normal(out, plan, **at, first_sample=first)
+        be.mapped_normal(out, plan, draw)
         got = be.to_numpy(out)
         assert_same_bits(got, be.to_numpy(stored))
         want = np.empty((m, sizes.k))
-        NUMPY.mapped_normal(want, plan, **at, first_sample=first)
+        NUMPY.mapped_normal(want, plan, draw)
         assert_close(got, want, terms=products(sizes))
         part = be.empty((m - m // 2, sizes.k))
-        be.mapped_normal(part, plan, **at, first_sample=first + m // 2)
+        be.mapped_normal(part, plan, draw.after(m // 2))
         assert_same_bits(be.to_numpy(part), got[m // 2 :])
 
 

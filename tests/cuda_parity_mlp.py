@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 from cuda_parity import NUMPY, covers
-from gradcheck import scatter, skipping
+from gradcheck import scatter, with_linear
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
@@ -14,6 +14,7 @@ from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import Draw, Stream
 from fastdiff.samplers import ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -21,7 +22,8 @@ NETS = {
     "tutorial": lambda: MLP.tutorial(50, T=100),
     "default": lambda: MLP(50, T=100),
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
-    "skip": lambda: skipping(MLP(19, hidden=(33, 21), T=7)),
+    "linear part": lambda: with_linear(MLP(19, hidden=(33, 21), T=7)),
+    "part of rank": lambda: with_linear(MLP(19, hidden=(5,), T=7), 6),
 }
 BATCH = {"small": 37, "full": 8195}
 CHAIN_STEPS = {"small": 3, "full": 100}
@@ -56,7 +58,7 @@ def batch_of(net, n):
     return x, random.integers(0, net.T, n), target
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_skip")
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part")
 def networks_forward(be, size):
     n = BATCH[size]
     for net, wide in networks():
@@ -72,7 +74,7 @@ def networks_forward(be, size):
                     assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_skip")
+@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part")
 def chains(be, size):
     n = BATCH[size] // 2
     for net, wide in networks():
@@ -80,20 +82,20 @@ def chains(be, size):
         steps = min(CHAIN_STEPS[size], net.T - 1)
         for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v")):
             x, _, _ = batch_of(net, n)
-            at = {"seed": 4, "first_sample": 2**32 - 5}
+            draw = Draw(4, Stream.STEP, first_row=2**32 - 5)
             want = x.astype(np.float64)
-            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, **at)
+            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, draw)
             with contextlib.closing(both_paths(be)) as paths:
                 for path in paths:
                     params, got = path.asarray(net.flat), path.asarray(x.copy())
-                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, **at)
+                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, draw)
                     assert_close(path.to_numpy(got), want, terms=len(smp) * terms(net))
-                    part, later = path.asarray(x[5:].copy()), at | {"first_sample": at["first_sample"] + 5}
-                    path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, **later)
+                    part = path.asarray(x[5:].copy())
+                    path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, draw.after(5))
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 
-GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times", "mlp_skip")
+GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times", "mlp_scale", "mlp_add_part")
 TIME_GRADIENT = ("mlp_time_gradient", "mlp_time_table", "mlp_time_table_backward")
 
 

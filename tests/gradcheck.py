@@ -7,6 +7,8 @@ import math
 import numpy as np
 from tolerances import GRADIENT, GRADIENT_FLOOR, STEP
 
+from fastdiff.backends import LinearPart
+
 
 def differences(function, array):
     """The gradient of a scalar ``function()`` with respect to `array`, which it reads, one entry at a time."""
@@ -32,9 +34,12 @@ def assert_gradient(function, array, gradient):
     assert worst <= GRADIENT, f"relative error {worst:.3g}"
 
 
-def skipping(net):
-    """Give a network a fixed linear part."""
-    net.set_skip(np.random.default_rng(4).normal(size=(net.T, net.points)))
+def with_linear(net, rank=None):
+    """Give a network a fixed linear part, complete or with a rest."""
+    random, rank = np.random.default_rng(4), net.points if rank is None else rank
+    gains, rest = random.normal(size=(net.T, rank)), random.normal(size=net.T)
+    basis = random.normal(size=(net.points, rank)) / math.sqrt(net.points)
+    net.set_linear(LinearPart(basis, gains, None if rank == net.points else rest))
     return net
 
 

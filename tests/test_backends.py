@@ -16,7 +16,7 @@ import weakref
 import naive
 import numpy as np
 import pytest
-from gradcheck import scatter, skipping
+from gradcheck import scatter, with_linear
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -30,7 +30,7 @@ from fastdiff.backends.numpy import NumpyBackend, draw_batch
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.samplers import ddim, ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -104,7 +104,7 @@ def test_backends_survive_copy_and_pickle(backend, again):
 
 def drawn(be, shape=(3, 5)):
     z = be.empty(shape)
-    be.normal(z, seed=1, stream=Stream.INIT, step=0, first_sample=0)
+    be.normal(z, Draw(1, Stream.INIT))
     return z
 
 
@@ -138,10 +138,10 @@ SEEDS = st.integers(0, 2**64 - 1)
 SHAPES = st.tuples(st.integers(0, 4), st.integers(0, 21))
 
 
-def noised(be, x0, t, signal, noise, **at):
+def noised(be, x0, t, signal, noise, seed, first):
     out, eps = be.empty(x0.shape, x0.dtype), be.empty(x0.shape, x0.dtype)
     with np.errstate(all="ignore"):
-        be.forward_noise(x0, t, signal, noise, out, eps, **at)
+        be.forward_noise(x0, t, signal, noise, out, eps, Draw(seed, Stream.FORWARD, first_row=first))
     return out, eps
 
 
@@ -155,7 +155,7 @@ def test_forward_noise_has_the_same_bits_everywhere(data, x0, seed):
     with np.errstate(all="ignore"):
         want = naive.forward_noise(x0, t, signal, noise, z)
     for be in (NUMPY, CPU):
-        out, eps = noised(be, x0, t, signal, noise, seed=seed, first_sample=first)
+        out, eps = noised(be, x0, t, signal, noise, seed, first)
         assert_same_bits(out, want)
         assert_same_bits(eps, z)
 
@@ -165,9 +165,9 @@ def test_forward_noise_beyond_the_chunks(shape):
     x0 = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     t = np.arange(len(x0)) % 100
     tables = Schedule.cosine(100).signal, Schedule.cosine(100).noise
-    want, z = noised(NUMPY, x0, t, *tables, seed=5, first_sample=3)
+    want, z = noised(NUMPY, x0, t, *tables, 5, 3)
     for be in THREADED:
-        out, eps = noised(be, x0, t, *tables, seed=5, first_sample=3)
+        out, eps = noised(be, x0, t, *tables, 5, 3)
         assert_same_bits(out, want)
         assert_same_bits(eps, z)
 
@@ -175,14 +175,14 @@ def test_forward_noise_beyond_the_chunks(shape):
 # ------------------------------------------------------------------------------------------- the sampler step
 
 
-def stepped(be, x, out, previous, row, clip, **at):
+def stepped(be, x, out, previous, row, clip, draw):
     x, previous = x.copy(), None if previous is None else previous.copy()
     with np.errstate(all="ignore"):
-        be.sampler_step(x, out, previous, row, clip, **at)
+        be.sampler_step(x, out, previous, row, clip, draw.at(row.t))
     return x, previous
 
 
-AT = {"seed": 9, "stream": Stream.STEP, "first_sample": 2**32 - 1}
+DRAW = Draw(9, Stream.STEP, first_row=2**32 - 1)
 CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
 
 
@@ -205,7 +205,7 @@ def test_every_combination_of_terms():
             want, want_x0 = np.array(pairs, np.float32).reshape(*x.shape, 2).transpose(2, 0, 1)
             for be in (NUMPY, CPU):
                 for given_out in (out, None) if row.q == 0 and row.e == 0 else (out,):
-                    got, kept = stepped(be, x, given_out, memory, row, clip, **AT)
+                    got, kept = stepped(be, x, given_out, memory, row, clip, DRAW)
                     assert_same_bits(got, want)
                     if memory is not None:
                         assert_same_bits(kept, want_x0)
@@ -220,9 +220,9 @@ def test_sampler_step_has_the_same_bits_everywhere(data, shape, row, clip, seed)
     x, out, previous = (data.draw(hnp.arrays(np.float32, shape, elements=ANY_FLOAT)) for _ in range(3))
     row = Row(data.draw(st.sampled_from([0, 999, 2**32 - 1])), *row)
     stream, first = data.draw(st.sampled_from(Stream)), data.draw(st.integers(0, 2**56 - 4))
-    at = {"seed": seed, "stream": stream, "first_sample": first}
-    want, want_x0 = stepped(NUMPY, x, out, previous, row, clip, **at)
-    got, got_x0 = stepped(CPU, x, out, previous, row, clip, **at)
+    draw = Draw(seed, stream, first_row=first)
+    want, want_x0 = stepped(NUMPY, x, out, previous, row, clip, draw)
+    got, got_x0 = stepped(CPU, x, out, previous, row, clip, draw)
     assert_same_bits(got, want)
     assert_same_bits(got_x0, want_x0)
 
@@ -232,9 +232,9 @@ def test_sampler_step_has_the_same_bits_everywhere(data, shape, row, clip, seed)
 def test_sampler_step_beyond_the_chunks(shape, s):
     x, out, previous = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
     row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, s)
-    want, want_x0 = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), **AT)
+    want, want_x0 = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), DRAW)
     for be in THREADED:
-        got, got_x0 = stepped(be, x, out, previous, row, (-1.0, 1.0), **AT)
+        got, got_x0 = stepped(be, x, out, previous, row, (-1.0, 1.0), DRAW)
         assert_same_bits(got, want)
         assert_same_bits(got_x0, want_x0)
 
@@ -243,7 +243,7 @@ def test_numpy_steps_in_float64():
     x, out, previous = np.random.default_rng(2).normal(size=(3, 4, 7))
     row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, 0.5)
     z = naive.normal(4, 7, seed=9, stream=Stream.STEP, step=3, first_sample=2**32 - 1).astype(np.float64)
-    got, _ = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), **AT)
+    got, _ = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), DRAW)
     for at in np.ndindex(x.shape):
         want, _ = naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], (-1.0, 1.0), np.float64)
         assert got[at] == want
@@ -259,8 +259,9 @@ NETS = {
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
     "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
     "tutorial of three": lambda: MLP.tutorial(3, T=5),
-    "skip": lambda: skipping(MLP(17, hidden=(33, 19), T=11)),
-    "skip alone": lambda: skipping(MLP(5, hidden=(), T=3)),
+    "linear part": lambda: with_linear(MLP(17, hidden=(33, 19), T=11)),
+    "part of rank": lambda: with_linear(MLP(17, hidden=(5,), T=11), 7),
+    "part alone": lambda: with_linear(MLP(5, hidden=(), T=3)),
 }
 
 
@@ -288,8 +289,8 @@ def test_networks_agree_with_loops_and_with_each_other(net, n):
     for k in {0, n // 2, n - 1}:
         row = x[k].astype(np.float64).tolist()
         loop = naive.tutorial(params, row, t[k]) if net.kind == "tutorial" else naive.mlp(params, row, t[k], net.T)
-        if net.plan.skip is not None:
-            loop = [value + net.plan.skip[t[k], j] * row[j] for j, value in enumerate(loop)]
+        if net.plan.linear is not None:
+            loop = naive.with_linear(loop, row, net.plan.linear, t[k])
         assert_close(want[k], loop, terms=terms(net), scale=1000)  # the angles of the time features are that large
     for be in (NUMPY, CPU):
         got = be.mlp_forward(net.plan, net.flat, x, t)
@@ -408,7 +409,7 @@ def table(net, name):
 
 def chained(be, net, smp, x, first):
     x = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, seed=4, first_sample=first)
+    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=first))
     return x
 
 
@@ -423,7 +424,7 @@ def test_a_chain_is_its_steps_in_any_batch(net, name):
     state, previous = x.copy(), np.zeros_like(x)
     for row in smp.rows:
         out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
+        CPU.sampler_step(state, out, previous, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
     assert_same_bits(state, whole)
     for be in THREADED:
         for edges in ([0, 300], [0, 1, 8, 24, 128, 257, 300]):
@@ -438,7 +439,7 @@ def test_curves_longer_than_a_chunk_of_noise():
     state = x.copy()
     for row in smp.rows:
         out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, None, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=7)
+        CPU.sampler_step(state, out, None, row, smp.clip, Draw(4, Stream.STEP, row.t, 7))
     assert_same_bits(chained(CPU, net, smp, x, 7), state)
     assert_same_bits(chained(CPU, net, smp, x[67:], 74), state[67:])
     draws = draws_for(net)
@@ -454,7 +455,7 @@ def test_chains_agree(name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 40)
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=6)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
     for be in (NUMPY, CPU):
         assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net))
 

@@ -30,6 +30,7 @@ from fastdiff.covariance import (
     spectrum,
 )
 from fastdiff.errors import ArgumentError
+from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
 
 NUMPY, CPU = get_backend("numpy"), get_backend("cpu")
@@ -604,29 +605,27 @@ def test_a_mapped_row_does_not_depend_on_its_batch_or_the_threads(data, sizes, m
 @pytest.mark.parametrize("m", [1, 40, 300])
 def test_shaped_noise_is_the_map_of_the_noise_law(sizes, m):
     plan = plan_of(*sizes)
-    at = {"seed": 5, "stream": 1, "step": 9}
+    draw = Draw(5, 1, 9, 2**40)
     z = CPU.empty((m, plan.shape[0]))
-    CPU.normal(z, first_sample=2**40, **at)
+    CPU.normal(z, draw)
     want = mapped(CPU, z, plan)
     for be in THREADED:
         out = be.empty((m, plan.shape[1]))
-        be.mapped_normal(out, plan, first_sample=2**40, **at)
+        be.mapped_normal(out, plan, draw)
         assert_same_bits(out, want)
         cut = m // 3
-        be.mapped_normal(out[:cut], plan, first_sample=2**40, **at)
-        be.mapped_normal(out[cut:], plan, first_sample=2**40 + cut, **at)
+        be.mapped_normal(out[:cut], plan, draw)
+        be.mapped_normal(out[cut:], plan, draw.after(cut))
         assert_same_bits(out, want)
     reference = NUMPY.empty((m, plan.shape[1]))
-    NUMPY.mapped_normal(reference, plan, first_sample=2**40, **at)
+    NUMPY.mapped_normal(reference, plan, draw)
     assert_close(want, reference, terms=plan.shape[0], scale=60 * (1 if plan.right is None else len(plan.right)))
 
 
 def test_shaped_noise_has_its_covariance(backend):
     target = matrix(6, 20)
     out = get_backend(backend).empty((40_000, 6))
-    get_backend(backend).mapped_normal(
-        out, RowMap(left=np.linalg.cholesky(target).T), seed=1, stream=0, step=0, first_sample=0
-    )
+    get_backend(backend).mapped_normal(out, RowMap(left=np.linalg.cholesky(target).T), Draw(1, 0))
     error = np.sqrt((target**2 + np.outer(target.diagonal(), target.diagonal())) / len(out))
     assert_estimate(empirical(out).cov, target, error)
 

@@ -22,12 +22,12 @@ from fastdiff.backends import RowMap, get_backend
 from fastdiff.backends import cuda_covariance as operations
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda_covariance import PRODUCTS, MapTile, map_tile, packed
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
 NUMPY, F = get_backend("numpy"), np.float32
-AT = {"seed": 3, "stream": Stream.INIT, "step": 0, "first_sample": 7}
+DRAW = Draw(3, Stream.INIT, first_row=7)
 LEAST_SHARED_LIMIT = 99 * 1024  # of the architectures that the gate compiles for: sm_120
 
 
@@ -48,7 +48,7 @@ def mapped(be, x, plan):
 
 def drawn(be, m, plan):
     out = be.empty((m, plan.shape[1]))
-    be.mapped_normal(out, plan, **AT)
+    be.mapped_normal(out, plan, DRAW)
     return out
 
 

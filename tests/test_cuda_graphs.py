@@ -122,8 +122,8 @@ def test_steps_after_one_that_went_wrong_do_nothing(be, monkeypatch):
     ours, good = (trained(be, {}, steps=2) for _ in range(2))
     draw = be.draw_batch
 
-    def broken(draws, batch, *, step, **options):
-        draw(draws, batch, step=step, **options)
+    def broken(draws, batch, step, first):
+        draw(draws, batch, step, first)
         if step == 4:
             batch.x[...] = np.float32(np.nan)
 

@@ -37,7 +37,7 @@ from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 if not host_cuda.has_compiler():
     pytest.skip("the host run of the CUDA kernels needs g++", allow_module_level=True)
@@ -339,7 +339,7 @@ def test_arrays():
 def test_the_backend_survives_copy_and_pickle(again):
     be = again(CudaBackend(HostRuntime()))
     z = be.empty((3, 5))
-    be.normal(z, seed=1, stream=Stream.INIT, step=0, first_sample=0)
+    be.normal(z, Draw(1, Stream.INIT))
     assert_same_bits(z, fd.normal((3, 5), seed=1, stream="init", backend="numpy"))
 
 
@@ -361,12 +361,12 @@ from fastdiff.backends import Row, get_backend
 from fastdiff.backends.cuda import CudaBackend
 here = HostRuntime()
 be = CudaBackend(here, "numba")
-x0, t, at = filled((3, 7), 1), np.array([0, 1, 1]), {"seed": 5, "first_sample": 2}
+x0, t, draw = filled((3, 7), 1), np.array([0, 1, 1]), Draw(5, Stream.FORWARD, first_row=2)
 results = []
 for each in (be, get_backend("numpy")):
     out, eps = np.empty_like(x0), np.empty_like(x0)
     with np.errstate(all="ignore"):
-        each.forward_noise(x0, t, np.array([0.5, 0.1]), np.array([0.3, 0.2]), out, eps, **at)
+        each.forward_noise(x0, t, np.array([0.5, 0.1]), np.array([0.3, 0.2]), out, eps, draw)
     results.append((out, eps))
 for got, want in zip(*results):
     assert got.tobytes() == want.tobytes()
@@ -748,9 +748,8 @@ def test_foreign_arrays_are_taken_in_or_refused(stand_in):
     elsewhere = DeviceArray(np.ones((4, 4), np.float32), where=1)
     assert be.asarray(elsewhere).device.id == 0
     assert (be.owns(here), be.owns(elsewhere), be.owns(np.ones(3))) == (True, False, False)
-    at = {"seed": 0, "stream": 0, "step": 0, "first_sample": 0}
     with pytest.raises(TypeError, match="out_nd is on device 1, wants device 0"):
-        be.normal(elsewhere, **at)
+        be.normal(elsewhere, Draw(0, 0))
     with pytest.raises(TypeError, match=r"out_nd is (list|ndarray), wants a CuPy array"):
         be.runtime.launch(
             "noise", "normal", 1, 1, (np.ones((4, 4), np.float32), 4, 4, 0, 0, 0, np.zeros(20, np.uint32))

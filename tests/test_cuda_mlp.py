@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gradcheck import scatter, skipping
+from gradcheck import scatter, with_linear
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
@@ -24,7 +24,7 @@ from fastdiff.backends.cuda_mlp import Tile, chain_plan, chain_tile, packed_size
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.samplers import ddim, ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
@@ -183,8 +183,9 @@ NETS = {
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
     "wide": lambda: MLP(3, hidden=(130, 7), T=1000),
     "tutorial of three": lambda: MLP.tutorial(3, T=5),
-    "skip": lambda: skipping(MLP(17, hidden=(33, 19), T=11)),
-    "skip alone": lambda: skipping(MLP(5, hidden=(), T=3)),
+    "linear part": lambda: with_linear(MLP(17, hidden=(33, 19), T=11)),
+    "part of rank": lambda: with_linear(MLP(17, hidden=(5,), T=11), 7),
+    "part alone": lambda: with_linear(MLP(5, hidden=(), T=3)),
 }
 
 
@@ -348,7 +349,7 @@ def table(net, name):
 
 def chained(be, net, smp, x, first):
     x = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, seed=4, first_sample=first)
+    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=first))
     return x
 
 
@@ -356,7 +357,7 @@ def stepped(be, net, smp, x, first):
     state, previous = x.copy(), np.zeros_like(x) if any(row.c != 0 for row in smp.rows) else None
     for row in smp.rows:
         out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        be.sampler_step(state, out, previous, row, smp.clip, seed=4, stream=Stream.STEP, first_sample=first)
+        be.sampler_step(state, out, previous, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
     return state
 
 
@@ -378,7 +379,7 @@ def test_chains_agree(net, be, name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 9)
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=6)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
     assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net.plan))
 
 
@@ -392,7 +393,8 @@ def test_every_term_of_a_table(be):
     got = chained(be, net, smp, x, 2**56 - 70)
     assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, seed=4, first_sample=2**56 - 70)
+    draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
     assert_close(got, want, terms=4 * terms(net.plan))
 
 
@@ -400,7 +402,7 @@ def test_an_empty_chain_changes_nothing(be):
     net = scatter(MLP(3, hidden=(5,), T=7))
     x = normals(4, 3)
     kept = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, (), None, seed=0, first_sample=0)
+    be.mlp_chain(net.plan, net.flat, x, (), None, Draw(0, Stream.STEP))
     assert_same_bits(x, kept)
     assert chained(be, net, table(net, "ddpm"), x[:0], 0).shape == (0, 3)
 

@@ -22,7 +22,7 @@ from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import Row, RowMap, get_backend
 from fastdiff.backends.cuda_covariance import _TwinMap
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 SHAPES = [(1, 1), (3, 2), (2, 4), (5, 3), (3, 7), (2, 13), (1, 31)]
 WHERE = [(0, 0), (2**64 - 1, 2**56 - 40), (0x299F31D0A4093822, 2**32 - 2)]  # (seed, first sample)
@@ -53,15 +53,15 @@ def forward_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
     """Run forward noising against NumPy; return the number of cases."""
     reference, count = get_backend("numpy"), 0
     for shape, (seed, first) in itertools.product(shapes, WHERE):
-        rng = np.random.default_rng(1)
+        rng, draw = np.random.default_rng(1), Draw(seed, Stream.FORWARD, first_row=first)
         x0, t = data(2, shape), rng.integers(0, 10, shape[0])
         signal, noise = rng.random(10), rng.random(10)
         signal[0], noise[1] = 1.0, 0.0
         want = np.empty_like(x0), np.empty_like(x0)
-        reference.forward_noise(x0, t, signal, noise, *want, seed=seed, first_sample=first)
+        reference.forward_noise(x0, t, signal, noise, *want, draw)
         tables = (to_device(table.astype(np.float32)) for table in (signal, noise))
         got = [to_device(np.full(shape, np.nan, np.float32)) for _ in range(2)]
-        twins.forward_noise(to_device(x0), to_device(t), *tables, *got, seed=seed, first_sample=first, **options)
+        twins.forward_noise(to_device(x0), to_device(t), *tables, *got, draw, **options)
         for a, b in zip(got, want, strict=True):
             assert_same_bits(to_host(a), b)
         count += 1
@@ -73,13 +73,13 @@ def step_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
     reference, count = get_backend("numpy"), 0
     for shape, row, clip in itertools.product(shapes, ROWS, CLIPS):
         seed, first = WHERE[count % len(WHERE)]
-        where = {"seed": seed, "first_sample": first, "stream": Stream.STEP if count % 2 else Stream.CHAIN}
+        draw = Draw(seed, Stream.STEP if count % 2 else Stream.CHAIN, row.t, first)
         for keep in {row.c != 0, True}:
             x, out, previous = data(3, shape), data(4, shape), data(5, shape) if keep else None
             outs = out if row.q or row.e else None
             arrays = [None if a is None else to_device(a.copy()) for a in (x, outs, previous)]
-            reference.sampler_step(x, outs, previous, row, clip, **where)
-            twins.sampler_step(*arrays, row, clip, **where, **options)
+            reference.sampler_step(x, outs, previous, row, clip, draw)
+            twins.sampler_step(*arrays, row, clip, draw, **options)
             assert_same_bits(to_host(arrays[0]), x)
             if keep:
                 assert_same_bits(to_host(arrays[2]), previous)
@@ -191,9 +191,9 @@ def devices():
             print("leave", self.number, *filter(None, error))  # noqa: T201
 
     cuda.gpus = [Device(0), Device(1)]
-    where = {"seed": 0, "stream": 1, "first_sample": 0, "threads": THREADS}
-    twins.sampler_step(data(3, (3, 7)).view(Array), data(4, (3, 7)), None, ROWS[2], None, **where)
-    twins.sampler_step(data(3, (3, 7)), data(4, (3, 7)), None, ROWS[2], None, **where)
+    draw = Draw(0, 1, ROWS[2].t)
+    twins.sampler_step(data(3, (3, 7)).view(Array), data(4, (3, 7)), None, ROWS[2], None, draw, threads=THREADS)
+    twins.sampler_step(data(3, (3, 7)), data(4, (3, 7)), None, ROWS[2], None, draw, threads=THREADS)
 
 
 # ------------------------------------------------------------------------------------------- compiled

@@ -17,6 +17,7 @@ import fastdiff as fd
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import Batch, LayerBackend
 from fastdiff.errors import ArgumentError, TrainingError
+from fastdiff.noise import Draw, Stream
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
@@ -70,13 +71,13 @@ def test_outputs_and_gradients_agree_with_float64(be, options):
     assert_close(read(y), wide.predict(x.astype(np.float64), t, labels, backend="numpy"), terms=TERMS)
     assert isinstance(net.predict(x, t, labels, backend=be), np.ndarray)
 
-    at, grads, want = {"seed": 3, "step": 2, "first_sample": 5}, be.asarray(net.layout.zeros(np.float32)), wide.flat * 0
+    draw, grads, want = Draw(3, Stream.DROPOUT, 2, 5), be.asarray(net.layout.zeros(np.float32)), wide.flat * 0
     be.runtime.reads.clear()
     batch = Batch(there["x"], there["t"], there["target"], there["labels"])
-    loss = net.runner(be, there["params"]).gradient(batch, grads, **at)
+    loss = net.runner(be, there["params"]).gradient(batch, grads, draw)
     assert not be.runtime.reads
     batch = Batch(x.astype(np.float64), t, target.astype(np.float64), labels)
-    wanted = wide.runner(fd.get_backend("numpy")).gradient(batch, want, **at)
+    wanted = wide.runner(fd.get_backend("numpy")).gradient(batch, want, draw)
     assert_close(read(loss), wanted, dtype=np.float32, terms=TERMS)
     got = net.layout.views(read(grads))
     scale = np.abs(want).max()

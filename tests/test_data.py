@@ -13,13 +13,13 @@ from hypothesis.extra import numpy as hnp
 
 from fastdiff.data import energy_distance, harmonic_curves, load_curves, save_curves
 from fastdiff.errors import ArgumentError, DataError
-from fastdiff.noise import philox_words
+from fastdiff.noise import Draw, Stream, philox_words
 
 # --------------------------------------------------------------------------------------- made
 
 
 def test_harmonic_curves_follow_their_formula():
-    words = philox_words(3, 3, seed=11, stream="data").reshape(3, 12)
+    words = philox_words(3, 3, Draw(11, Stream.DATA)).reshape(3, 12)
     for row, curve in enumerate(harmonic_curves(3, seed=11)):
         u = [int(w >> 8) / 2**24 for w in words[row]]
         v = [

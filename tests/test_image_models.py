@@ -11,7 +11,7 @@ from fastdiff import process
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.errors import ArgumentError, TrainingError
-from fastdiff.noise import flips
+from fastdiff.noise import Draw, Stream, flips
 from fastdiff.normaliser import Normaliser
 
 T = 20
@@ -42,7 +42,7 @@ def drawn(backend, draws, step, first, n):
     """Positions of a training batch."""
     be = fd.get_backend(backend)
     batch = net().runner(be).batch(n, labels=True)
-    be.draw_batch(draws, batch, step=step, first_sample=first)
+    be.draw_batch(draws, batch, step, first)
     return batch
 
 
@@ -55,10 +55,10 @@ def test_a_batch_is_the_noise_law_and_its_parts_are_numbered_through(backend, fl
     rows = data.copy()
     x, t, target = draw_batch(TrainingDraws(rows.reshape(12, -1), *tables, 9), T, 3, 8)
     if flip:
-        mirrored = flips(8, seed=9, step=3)
+        mirrored = flips(8, Draw(9, Stream.AUGMENT, 3))
         assert 0 < mirrored.sum() < 8
         signal, of_data = (table[t].astype(np.float32)[:, None, None, None] for table in (tables[0], tables[3]))
-        chosen = fd.noise.scaled_words(8, 12, seed=9, stream=fd.noise.Stream.BATCH, step=3)
+        chosen = fd.noise.scaled_words(8, 12, Draw(9, Stream.BATCH, 3))
         change = np.where(mirrored[:, None, None, None], data[chosen][:, :, ::-1] - data[chosen], 0)
         assert_close(whole[0], x.reshape(whole[0].shape) + signal * change, scale=10)
         assert_close(whole[2], target.reshape(whole[2].shape) + of_data * change, scale=10)
@@ -351,6 +351,31 @@ def test_later_fits_keep_to_the_first_one_s_range():
 def test_options_of_pictures_are_refused_for_curves(option):
     with pytest.raises(ArgumentError, match=next(iter(option))):
         fd.Diffusion(backend="numpy").fit(np.eye(8), steps=1, progress=False, **option)
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_what_curves_cannot_be_is_answered_with_what_they_can(made_before):
+    curves, classes = np.eye(12), np.arange(12) % 3
+    model = fd.Diffusion(fd.MLP(12, T=T) if made_before else None, backend="numpy")
+    with pytest.raises(
+        ArgumentError, match=r"y: got labels, wants None: .*; use (fd\.UNet\(\(12,\), classes=3\))$"
+    ) as told:
+        model.fit(curves, classes)
+    net = eval(str(told.value).split("use ")[1].replace("classes", "channels=(4,), T=9, classes"))
+    assert fd.Diffusion(net, backend="numpy").fit(curves, classes, steps=1, **QUIET).step == 1
+    with pytest.raises(ArgumentError, match=r"y: got shape"):
+        model.fit(curves, classes[:5])
+
+    series = curves.reshape(12, 4, 3)
+    with pytest.raises(ArgumentError, match=r"X: got shape \(12, 4, 3\), wants curves .*X\.reshape\(len\(X\), -1\)"):
+        model.fit(series)
+    assert model.fit(series.reshape(len(series), -1), steps=1, **QUIET).step == 1
+
+
+def test_gray_pictures_without_an_axis_of_colour_are_told_what_they_lack():
+    pictures = BYTES[..., 0]
+    with pytest.raises(ArgumentError, match=r"X\[\.\.\., None\] pictures of gray ones"):
+        fd.Diffusion(backend="numpy").fit(pictures)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import fastdiff as fd
 from fastdiff.backends import AdamW, RowMap, TrainingDraws, TrainState
 from fastdiff.kernels.cpu import covariance, gemm, jit, mlp, noise, optim, posterior, step
-from fastdiff.noise import round_keys
+from fastdiff.noise import Draw, round_keys
 
 N = 64
 F32, I64 = np.float32, np.int64
@@ -179,7 +179,7 @@ def test_a_warm_map_of_rows_allocates_no_arrays():
     def work():
         be.similarity(v, similarities)
         be.map_rows(x, out, plan)
-        be.mapped_normal(out, plan, seed=0, stream=0, step=0, first_sample=0)
+        be.mapped_normal(out, plan, Draw(0, 0))
 
     assert peak_of(work) < SMALL
 

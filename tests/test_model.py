@@ -4,6 +4,7 @@ import copy
 import pickle
 import signal
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tolerances import assert_close, assert_same_bits
 import fastdiff as fd
 from fastdiff.errors import ArgumentError, BackendError, TrainingError
 from fastdiff.model import Normaliser, default_schedule
+from fastdiff.nn.optim import TrainingPlan
 
 T = 12
 CURVES = fd.data.harmonic_curves(40, points=9, seed=3)
@@ -184,6 +186,16 @@ def test_a_loss_belongs_to_the_weights_before_its_step(backend):
     one, other = (fit(model(backend), 2, lr=lr) for lr in (1e-3, 0.1))
     assert one.history["loss"][0] == other.history["loss"][0]
     assert one.history["loss"][1] != other.history["loss"][1]
+
+
+def test_the_rate_is_that_of_the_absolute_step(backend):
+    """Adam moves the most certain weight by about the rate, whatever the gradient is."""
+    made, plan = model(backend), TrainingPlan(**PLAN)
+    weights = [made.net.flat.copy()]
+    for steps in (2, 1, 4, 8):
+        fit(made, steps, callback=lambda step, loss: weights.append(made.net.flat.copy()), **PLAN)
+    for step, (before, after) in enumerate(pairwise(weights)):
+        assert 0.6 < np.abs(after - before).max() / plan.rate(step) < 1.4, step
 
 
 def test_losses_fall(backend):

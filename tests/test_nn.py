@@ -8,7 +8,7 @@ import pickle
 import naive
 import numpy as np
 import pytest
-from gradcheck import assert_gradient, scatter, skipping
+from gradcheck import assert_gradient, scatter, with_linear
 from scipy import stats
 from tolerances import P_VALUE, assert_close, assert_same_bits
 
@@ -80,7 +80,8 @@ NETS = {
     "one point": lambda **kw: MLP(1, hidden=(17,), T=1, **kw),
     "tutorial": lambda **kw: MLP.tutorial(3, T=4, **kw),
     "tutorial of one": lambda **kw: MLP.tutorial(1, T=2, **kw),
-    "skip": lambda **kw: skipping(MLP(3, hidden=(5,), T=4, **kw)),
+    "linear part": lambda **kw: with_linear(MLP(3, hidden=(5,), T=4, **kw)),
+    "part of rank": lambda **kw: with_linear(MLP(4, hidden=(5,), T=4, **kw), 2),
 }
 nets = pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 
@@ -239,8 +240,8 @@ def test_predict_takes_one_timestep_or_many(make, backend):
     assert_same_bits(net.predict(np.asfortranarray(x), t, backend=backend), want)
     assert_same_bits(net.predict((x * 0).astype(int), t, backend=backend), net.predict(x * 0, t, backend=backend))
     assert net.predict(x[:0], t, backend=backend).shape == (0, net.points)
-    nothing = np.zeros_like(want) if net.plan.skip is None else np.float32(net.plan.skip[t]) * x.astype(np.float32)
-    assert_same_bits(net.predict(x, t, backend=backend, flat=np.zeros(net.flat.size)), nothing)
+    if net.plan.linear is None:
+        assert_same_bits(net.predict(x, t, backend=backend, flat=np.zeros(net.flat.size)), np.zeros_like(want))
 
 
 def test_float64_networks_run_on_numpy_only():
@@ -298,7 +299,7 @@ def test_a_configuration_goes_through_json(make):
         assert repr(other) == repr(net)
         assert other.to_dict() == net.to_dict()
         assert other.layout.shapes == net.layout.shapes
-        if net.plan.skip is None:  # it comes from the data, and changes how the last layer starts
+        if net.plan.linear is None:  # it comes from the data, and changes how the last layer starts
             assert_same_bits(other.flat, net.flat)
         assert not MLP.from_dict(stored, draw=False).flat.any()
 

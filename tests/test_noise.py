@@ -15,7 +15,7 @@ from tolerances import P_VALUE, WORKSPACE, assert_close, assert_estimate, assert
 from fastdiff import noise
 from fastdiff.backends import get_backend
 from fastdiff.errors import ArgumentError
-from fastdiff.noise import Stream, normal
+from fastdiff.noise import Draw, Stream, normal
 from fastdiff.process import forward_noise
 from fastdiff.schedule import Schedule
 
@@ -109,8 +109,8 @@ def test_words_uniforms_and_integers_are_the_law(data, seed, first, width):
         "step": data.draw(STEPS),
         "first_sample": first,
     }
-    blocks = -(-width // 4)
-    words = noise.philox_words(2, blocks, **at)
+    blocks, drawn = -(-width // 4), Draw(seed, at["stream"], at["step"], first)
+    words = noise.philox_words(2, blocks, drawn)
     assert words.shape == (2, blocks, 4)
     assert words.dtype == np.uint32
     for k in range(2):
@@ -118,19 +118,20 @@ def test_words_uniforms_and_integers_are_the_law(data, seed, first, width):
             want = naive.words(q, seed=seed, stream=at["stream"], step=at["step"], row=first + k)
             assert tuple(words[k, q]) == want
     uniforms = np.empty((2, width))
-    noise.fill_uniform(uniforms, **at)
+    noise.fill_uniform(uniforms, drawn)
     assert uniforms.tolist() == naive.uniform(2, width, **at)
     bound = data.draw(st.integers(1, 2**32 - 1))
-    assert noise.scaled_words(2, bound, **at).tolist() == naive.scaled(2, bound, **at)
+    assert noise.scaled_words(2, bound, drawn).tolist() == naive.scaled(2, bound, **at)
 
 
 def test_flips_are_the_law():
     at = {"seed": 2**63 + 5, "step": 40_000}
     want = [naive.words(0, stream=10, row=row, **at)[0] < 2**31 for row in range(64)]
     assert want[:16] == [bool(int(c)) for c in "0010110011010110"]
-    assert noise.flips(64, **at).tolist() == want
-    assert noise.flips(60, first_sample=4, **at).tolist() == want[4:]
-    many = noise.flips(40_000, seed=1, step=3)
+    drawn = Draw(**at, stream=Stream.AUGMENT)
+    assert noise.flips(64, drawn).tolist() == want
+    assert noise.flips(60, drawn.after(4)).tolist() == want[4:]
+    many = noise.flips(40_000, Draw(1, Stream.AUGMENT, 3))
     assert_estimate(many.mean(), 0.5, 0.5 / len(many) ** 0.5)
 
 
@@ -169,7 +170,7 @@ def test_a_stream_goes_by_member_number_and_name():
 def test_no_block_is_drawn_twice():
     """Over streams, steps, seeds and rows, with bits set in every word of key and counter."""
     words = [
-        noise.philox_words(150, 5, seed=seed, stream=stream, step=step, first_sample=row)
+        noise.philox_words(150, 5, Draw(seed, stream, step, row))
         for stream in Stream
         for step in (0, 1, 2**16, 2**31, 2**32 - 1)
         for seed in (0, 1, 2**32, 2**63)
@@ -236,11 +237,11 @@ def test_steps_streams_and_seeds_are_uncorrelated(draws):
 
 def test_uniforms_and_integers_are_uniform():
     uniforms = np.empty((500, 40))
-    noise.fill_uniform(uniforms, seed=5, stream="weights", step=0, first_sample=0)
+    noise.fill_uniform(uniforms, Draw(5, Stream.WEIGHTS))
     assert uniforms.min() >= 0
     assert uniforms.max() < 1
     assert stats.kstest(uniforms.ravel(), "uniform").pvalue > P_VALUE
-    counts = np.bincount(noise.scaled_words(70_000, 7, seed=5, stream="train_time", step=3), minlength=7)
+    counts = np.bincount(noise.scaled_words(70_000, 7, Draw(5, Stream.TRAIN_TIME, 3)), minlength=7)
     assert len(counts) == 7
     assert stats.chisquare(counts).pvalue > P_VALUE
 
@@ -284,7 +285,7 @@ def test_the_range_of_a_normal():
 
 def test_float64_work_takes_the_float32_normals_widened():
     wide = np.empty((4, 9))
-    get_backend("numpy").normal(wide, seed=8, stream=Stream.STEP, step=5, first_sample=1)
+    get_backend("numpy").normal(wide, Draw(8, Stream.STEP, 5, 1))
     narrow = normal((4, 9), seed=8, stream="step", step=5, first_sample=1)
     assert narrow.dtype == np.float32
     assert_same_bits(wide, narrow.astype(np.float64))

@@ -25,7 +25,7 @@ from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.kernels.cpu.jit import OPTIONS, kernel
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import normal
+from fastdiff.noise import Draw, normal
 from fastdiff.process import forward_noise, sample
 from fastdiff.samplers import ddpm
 from fastdiff.schedule import Schedule
@@ -324,7 +324,7 @@ def test_a_pickled_backend_keeps_its_threads():
 def test_a_dropped_backend_ends_its_threads():
     before = set(threading.enumerate())
     be = CpuBackend(threads=3)
-    be.normal(np.empty((4000, 100), np.float32), seed=0, stream=0, step=0, first_sample=0)
+    be.normal(np.empty((4000, 100), np.float32), Draw(0, 0))
     helpers = set(threading.enumerate()) - before
     assert len(helpers) == 2
     del be

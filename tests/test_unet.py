@@ -21,8 +21,8 @@ from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import UNet
-from fastdiff.nn.layers import Program
-from fastdiff.noise import Stream, fill_uniform
+from fastdiff.nn.layers import NO_DRAW, Program
+from fastdiff.noise import Draw, Stream, fill_uniform
 
 NUMPY = get_backend("numpy")
 
@@ -50,6 +50,9 @@ def made(options, dtype="float64", **more):
     return net
 
 
+DRAW = Draw(3, Stream.DROPOUT, 2)
+
+
 def batch_of(net, n=2, seed=1):
     """x, t, target and labels."""
     random = np.random.default_rng(seed)
@@ -59,12 +62,12 @@ def batch_of(net, n=2, seed=1):
     return x, random.integers(0, net.T, n), target, labels
 
 
-def gradient(net, batch, backend="numpy", **draw):
+def gradient(net, batch, backend="numpy", draw=NO_DRAW):
     x, t, target, labels = batch
     grads = net.layout.zeros(net.dtype)
     for view in net.layout.views(grads).values():
         view[...] = np.nan
-    loss = net.runner(get_backend(backend)).gradient(Batch(x, t, target, labels), grads, **draw)
+    loss = net.runner(get_backend(backend)).gradient(Batch(x, t, target, labels), grads, draw)
     return float(loss[0]), grads
 
 
@@ -79,9 +82,9 @@ def assert_gradient_along(net, directions):
 
     def loss():
         net.flat[...] = kept + at @ directions
-        return np.mean((program.run(NUMPY, net.params, given, seed=3, step=2) - target) ** 2)
+        return np.mean((program.run(NUMPY, net.params, given, draw=DRAW) - target) ** 2)
 
-    value, grads = gradient(net, batch, seed=3, step=2)
+    value, grads = gradient(net, batch, draw=DRAW)
     assert_close(value, loss())
     assert_gradient(loss, at, directions @ grads)
     return grads
@@ -305,16 +308,14 @@ def test_other_parameters(backend):
 def test_dropout_is_the_noise_law(backend):
     net = made({**NETS["plain"], "dropout": 0.4}, "float32")
     x, t, target, labels = batch = batch_of(net, 4)
-    loss, grads = gradient(net, batch, backend, seed=5, step=1, first_sample=2)
-    again = gradient(net, batch, backend, seed=5, step=1, first_sample=2)
+    draw = Draw(5, Stream.DROPOUT, 1, 2)
+    loss, grads = gradient(net, batch, backend, draw)
+    again = gradient(net, batch, backend, draw)
     assert again[0] == loss
     assert_same_bits(again[1], grads)
-    for other in ({"step": 2}, {"seed": 6}, {"first_sample": 3}):
-        assert gradient(net, batch, backend, **{"seed": 5, "step": 1, "first_sample": 2, **other})[0] != loss
-    halves = [
-        gradient(net, (x[a:b], t[a:b], target[a:b], labels), backend, seed=5, step=1, first_sample=2 + a)
-        for a, b in ((0, 2), (2, 4))
-    ]
+    for other in ({"step": 2}, {"seed": 6}, {"first_row": 3}):
+        assert gradient(net, batch, backend, draw._replace(**other))[0] != loss
+    halves = [gradient(net, (x[a:b], t[a:b], target[a:b], labels), backend, draw.after(a)) for a, b in ((0, 2), (2, 4))]
     assert_close((halves[0][0] + halves[1][0]) / 2, loss, dtype=np.float32, terms=200)
     assert_close((halves[0][1] + halves[1][1]) / 2, grads, terms=400)
 
@@ -324,9 +325,9 @@ def test_every_dropout_has_its_own_blocks():
     used = []
 
     class Recorder(NumpyBackend):
-        def dropout(self, x, out, *, first_block, **at):
+        def dropout(self, x, out, rate, first_block, draw):
             used.append((first_block, first_block + -(-x[0].size // 4)))
-            super().dropout(x, out, first_block=first_block, **at)
+            super().dropout(x, out, rate, first_block, draw)
 
     x, t, target, _ = batch_of(net)
     net.runner(Recorder()).gradient(Batch(x, t, target), net.layout.zeros(np.float32))
@@ -344,7 +345,7 @@ def test_weights_are_drawn_by_the_noise_law():
     for tensor, (name, view) in enumerate(net.params.items()):
         if name == "conv_in.weight":
             want = np.empty((1, view.size))
-            fill_uniform(want, seed=2**40 + 1, stream=Stream.WEIGHTS, step=0, first_sample=tensor)
+            fill_uniform(want, Draw(2**40 + 1, Stream.WEIGHTS, first_row=tensor))
             assert_close(view, (2 * want - 1).reshape(view.shape) / 3, scale=1)
         elif "norm" in name:
             assert np.all(view == name.endswith("weight")), name

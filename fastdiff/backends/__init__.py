@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device
+from fastdiff.noise import Draw
 
 log = logging.getLogger("fastdiff")
 
@@ -73,6 +74,27 @@ class DenseLayer:
 
 
 @dataclass(frozen=True, eq=False)
+class LinearPart:
+    """A fixed, symmetric linear part of a network's output: B_t x = basis diag(gains[t]) basis^T x + rest[t] x.
+
+    Attributes
+    ----------
+    basis : (d, r) float64
+    gains : (T, r) float64
+    rest : (T,) float64 or None
+        For the directions that are not in the basis; None: zero.
+    """
+
+    basis: npt.NDArray[np.float64]
+    gains: npt.NDArray[np.float64]
+    rest: npt.NDArray[np.float64] | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
 class MLPPlan:
     """What a backend needs to know of an MLP; the numbers are in the flat parameter buffer.
 
@@ -92,8 +114,8 @@ class MLPPlan:
         Offsets; `time_bias` is unused for an embedding.
     features : (T, F) float64 or None
         Sinusoidal features of every timestep.
-    skip : (T, outputs) float64 or None
-        Added to the output of the layers, skip[t] * x, value by value: a fixed linear part, which is not trained.
+    linear : LinearPart or None
+        Added to the output of the layers, and not trained.
     """
 
     layers: tuple[DenseLayer, ...]
@@ -103,7 +125,7 @@ class MLPPlan:
     time_weight: int
     time_bias: int
     features: npt.NDArray[np.float64] | None
-    skip: npt.NDArray[np.float64] | None = None
+    linear: LinearPart | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +248,7 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array."""
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def normal(self, out: Array, draw: Draw) -> None:
         """Fill `out` (n, D) with normals by the noise law."""
 
     def forward_noise(
@@ -237,11 +259,9 @@ class Backend(Protocol):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        """Fill `eps` (n, D) with stream FORWARD and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
+        """Fill `eps` (n, D) with noise and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
 
     def sampler_step(
         self,
@@ -250,10 +270,7 @@ class Backend(Protocol):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
 
@@ -283,11 +300,9 @@ class Backend(Protocol):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        """Change `x` (n, D) by all rows of a table, the network being the denoiser."""
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser; a row's step is its t."""
 
     def similarity(self, v: Array, out: Array) -> None:
         """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""
@@ -295,7 +310,7 @@ class Backend(Protocol):
     def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
         """Fill `out` (m, k) with the map of the rows of x (m, n)."""
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
         """Fill `out` (m, k) with the map of normals (m, n) by the noise law, which are not stored."""
 
     def posterior_mean(

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, TrainingDraws, TrainState
+from fastdiff.backends import AdamW, LinearPart, MLPPlan, Row, RowMap, TrainingDraws, TrainState
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.errors import BackendError
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, Stream, round_keys
 
 try:
     from fastdiff.backends.cpu_layers import CpuLayers
@@ -51,6 +51,11 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _law(draw: Draw) -> tuple[Any, int, int, Array]:
+    """First row, step, stream and keys, as the kernels take them."""
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
+
+
 class _Workspace:
     """Scratch arrays of one worker, made once."""
 
@@ -62,6 +67,14 @@ class _Workspace:
     @property
     def noise(self) -> tuple[Array, Array, Array]:
         return self.words, self.z, self.segments
+
+
+def _packed_part(part: LinearPart | None) -> tuple[Array, int]:
+    """A network's linear part as the kernels take it, and its rank."""
+    if part is None:
+        return np.empty(0, np.float32), 0
+    arrays = [part.basis, part.basis.T, part.gains, *([] if part.rest is None else [part.rest])]
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32), part.rank
 
 
 class _MLPSpace:
@@ -82,13 +95,14 @@ class _MLPSpace:
             )  # fmt: skip
             at, x = y + k.TILE * layer.outputs, y
         widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
+        at += 0 if plan.linear is None else k.TILE * plan.linear.rank
         self.arenas = [np.empty(at, np.float32) for _ in range(threads)]
         self.deltas = [np.empty((3, k.TILE * widest), np.float32) for _ in range(threads)]
         self.times = [np.empty(k.TILE, np.int64) for _ in range(threads)]
         self.previous = [np.empty(k.TILE * plan.layers[0].inputs, np.float32) for _ in range(threads)]
         self.slots = np.arange(plan.T)
         self.used = np.empty(plan.T, np.int64)
-        self.skip = np.empty(0, np.float32) if plan.skip is None else plan.skip.astype(np.float32).reshape(-1)
+        self.linear = _packed_part(plan.linear)
         self.features = None if plan.features is None else plan.features.astype(np.float32)
         self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
         self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
@@ -199,13 +213,11 @@ class CpuBackend(CpuLayers):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return np.empty(shape, dtype)
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+    def normal(self, out: Array, draw: Draw) -> None:
+        flat, law = out.reshape(-1), _law(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
-            noise_kernels.normal_range(
-                start, stop, flat, *out.shape, first, step, int(stream), keys, *self._spaces[worker].noise
-            )
+            noise_kernels.normal_range(start, stop, flat, *out.shape, *law, *self._spaces[worker].noise)
 
         self._chunks(body, out.shape)
 
@@ -217,9 +229,7 @@ class CpuBackend(CpuLayers):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         arrays = (
             x0.reshape(-1),
@@ -229,11 +239,11 @@ class CpuBackend(CpuLayers):
             out.reshape(-1),
             eps.reshape(-1),
         )
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        first, _, stream, keys = _law(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
             step_kernels.forward_noise_range(
-                start, stop, *arrays, *x0.shape, first, int(Stream.FORWARD), keys, *self._spaces[worker].noise
+                start, stop, *arrays, *x0.shape, first, stream, keys, *self._spaces[worker].noise
             )
 
         self._chunks(body, x0.shape)
@@ -252,10 +262,7 @@ class CpuBackend(CpuLayers):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         outs = flat if out is None else out.reshape(-1)
@@ -263,12 +270,12 @@ class CpuBackend(CpuLayers):
         kept = flat if previous is None else previous.reshape(-1)
         coefficients = np.array(row[1:], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        law = _law(draw)
 
         def noisy(worker: int, start: int, stop: int) -> None:
             step_kernels.step_range(
                 start, stop, flat, outs, kept, coefficients, low, high, keep, *x.shape,
-                first, row.t, int(stream), keys, *self._spaces[worker].noise,
+                *law, *self._spaces[worker].noise,
             )  # fmt: skip
 
         def quiet(worker: int, start: int, stop: int) -> None:
@@ -307,7 +314,7 @@ class CpuBackend(CpuLayers):
                     table,
                     plan.time_width,
                     net.slots,
-                    net.skip,
+                    net.linear,
                     net.arenas[worker],
                 )
 
@@ -321,16 +328,14 @@ class CpuBackend(CpuLayers):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         steps = np.array([row.t for row in rows], np.int64)
         coefficients = np.array([row[1:] for row in rows], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
         keep = any(row.c != 0 for row in rows)
-        keys, first = round_keys(seed), np.uint64(first_sample)
+        first, _, stream, keys = _law(draw)
         with self._workers.lock:
             net = self._network(plan)
             table, _ = net.time_table(params, steps)
@@ -339,7 +344,7 @@ class CpuBackend(CpuLayers):
             if len(x) <= FEW:
                 mlp_kernels.chain_few(
                     flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width, net.slots,
-                    net.skip, first, int(Stream.STEP), keys, *self._spaces[0].noise, net.arenas[0], net.previous[0],
+                    net.linear, first, stream, keys, *self._spaces[0].noise, net.arenas[0], net.previous[0],
                     net.times[0],
                 )  # fmt: skip
                 return
@@ -347,7 +352,7 @@ class CpuBackend(CpuLayers):
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
                     start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
-                    net.slots, net.skip, first, int(Stream.STEP), keys, *self._spaces[worker].noise[:2],
+                    net.slots, net.linear, first, stream, keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.previous[worker],
                 )  # fmt: skip
 
@@ -412,9 +417,9 @@ class CpuBackend(CpuLayers):
                 while True:
                     held = mlp_kernels.gradient_tiles(
                         held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
-                        params, net.transposed, table, width, net.slots, net.skip, net.dtime[worker], grads, net.summed,
-                        net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE), keys,
-                        *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
+                        params, net.transposed, table, width, net.slots, net.linear, net.dtime[worker], grads,
+                        net.summed, net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE),
+                        keys, *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
                     )  # fmt: skip
                     if held < 0:
                         return
@@ -468,8 +473,8 @@ class CpuBackend(CpuLayers):
 
             self._run_tiles(body, space, out)
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        flat, keys, first = out.reshape(-1), round_keys(seed), np.uint64(first_sample)
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
+        flat, law = out.reshape(-1), _law(draw)
         with self._workers.lock:
             space = self._row_map(plan)
             drawn = space.drawn()
@@ -477,7 +482,7 @@ class CpuBackend(CpuLayers):
             def body(worker: int, start: int, stop: int) -> None:
                 covariance_kernels.mapped_normal_range(
                     start, stop, space.tile, drawn[worker], flat, *space.sizes, space.parts, space.work[worker],
-                    first, step, int(stream), keys, *self._spaces[worker].noise,
+                    *law, *self._spaces[worker].noise,
                 )  # fmt: skip
 
             self._run_tiles(body, space, out)

@@ -30,7 +30,7 @@ from fastdiff.backends.cuda_layers import LayerOperations
 from fastdiff.backends.cuda_mlp import MLPOperations
 from fastdiff.backends.layers import Recording, Sampling
 from fastdiff.errors import ArgumentError, BackendError, check_choice
-from fastdiff.noise import Draw, Stream, round_keys
+from fastdiff.noise import Draw, round_keys
 
 try:
     from fastdiff.kernels.cuda import runtime as runtimes
@@ -54,6 +54,11 @@ def _keys(seed: int) -> npt.NDArray[Any]:
     keys = np.zeros(1, runtimes.STRUCTURES["RoundKeys"])
     keys["words"] = round_keys(seed).reshape(1, -1)
     return keys
+
+
+def _law(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
+    """First row, step, stream and keys, as the kernels take them."""
+    return draw.first_row, draw.step, int(draw.stream), _keys(draw.seed)
 
 
 def _row_record(row: Row, clip: tuple[float, float] | None, *, wanted: bool) -> tuple[Any, ...]:
@@ -143,8 +148,8 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
     def queue(self) -> int:
         return self.runtime.queue()
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        self._by_blocks("noise", "normal", (out,), (*out.shape, first_sample, step, int(stream), _keys(seed)))
+    def normal(self, out: Array, draw: Draw) -> None:
+        self._by_blocks("noise", "normal", (out,), (*out.shape, *_law(draw)))
 
     def forward_noise(
         self,
@@ -154,16 +159,14 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         tables = self._table(signal), self._table(noise)
         if self._twins:
-            queue = self.runtime.queue()
-            self._twins.forward_noise(x0, t, *tables, out, eps, seed=seed, first_sample=first_sample, queue=queue)
+            self._twins.forward_noise(x0, t, *tables, out, eps, draw, queue=self.runtime.queue())
             return
-        after = (*x0.shape, first_sample, int(Stream.FORWARD), _keys(seed))
+        first, _, stream, keys = _law(draw)
+        after = (*x0.shape, first, stream, keys)
         self._by_blocks("noise", "forward_noise", (x0, out, eps), after, (x0, t, *tables, out, eps))
 
     def sampler_step(
@@ -173,19 +176,15 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         if self._twins:
-            at = {"seed": seed, "stream": stream, "first_sample": first_sample, "queue": self.runtime.queue()}
-            self._twins.sampler_step(x, out, previous, row, clip, **at)
+            self._twins.sampler_step(x, out, previous, row, clip, draw, queue=self.runtime.queue())
             return
         record = _row_record(row, clip, wanted=previous is not None)
         arrays = (x, out, previous)
         if record[6] != 0:
-            after = (record, *x.shape, first_sample, row.t, int(stream), _keys(seed))
+            after = (record, *x.shape, *_law(draw))
             self._by_blocks("step", "step_noisy", arrays, after)
         elif x.size:
             fours = self._aligned(*arrays)
@@ -366,8 +365,7 @@ class _Sampling:
     def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
         if not be.graphs or be._twins or x.size == 0:
-            at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
-            be.sampler_step(x, self.output(), previous, row, clip, **at)
+            be.sampler_step(x, self.output(), previous, row, clip, draw)
             return
         with be._lock:
             before = None
@@ -375,9 +373,8 @@ class _Sampling:
                 before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
                 be.runtime.copy(before, previous)
             record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
-            record["first_row"], record["step"], record["stream"] = draw.first_row, row.t, int(draw.stream)
+            record["first_row"], record["step"], record["stream"], record["keys"] = _law(draw)
             record["row"] = _row_record(row, clip, wanted=previous is not None)
-            record["keys"] = _keys(draw.seed)
             there = be._scratch("row", record.nbytes, np.uint8)
             be.runtime.launch("step", "set_row", 1, 1, (record, there))
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import RowMap
 from fastdiff.kernels.cuda.runtime import Runtime
-from fastdiff.noise import round_keys
+from fastdiff.noise import Draw, round_keys
 
 Array = Any
 
@@ -153,9 +153,9 @@ class CovarianceOperations:
         if plan.standardise:
             self._standardise(out)
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
         if out.size:
-            self._map(None, out, plan, (first_sample, step, int(stream), round_keys(seed)))
+            self._map(None, out, plan, (draw.first_row, draw.step, int(draw.stream), round_keys(draw.seed)))
 
     def _map(self, x: Array | None, out: Array, plan: RowMap, where: tuple[Any, ...]) -> None:
         """Map the rows of x, or, where it is None, normals: `where` is first row, step, stream and keys."""

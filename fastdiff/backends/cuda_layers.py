@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.layers import Batch
 from fastdiff.kernels.cuda.runtime import Runtime
-from fastdiff.noise import round_keys
+from fastdiff.noise import Draw, round_keys
 
 Array = Any
 
@@ -33,6 +33,8 @@ CHUNK_VALUES = 8192
 FEWEST_THREADS, FORWARD_THREADS, THREADS = 64, 512, 256
 WARP = 32
 AT_ONCE = 2
+MOST_ROWS = 256  # LayerNorm: rows of a chunk
+SUM_COLUMNS = 8
 # Attention, as in attention.cu.
 SIDE, TILE, DEPTH = 16, 64, 32
 ERROR_CHUNK = 4096  # values whose squared errors one block adds up
@@ -180,6 +182,48 @@ class LayerOperations:
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0
 
+    # ------------------------------------------------------------------------------------------- layer norm
+
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        rows, channels, lanes, fours = self._rows_of(stats, x, gamma, beta, out)
+        args = (x, gamma, beta, out, stats, rows, channels, lanes, eps, fours)
+        self._launch_layer("layer_norm", "layer_norm", rows * lanes, args, THREADS)
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        rows, channels, lanes, fours = self._rows_of(stats, x, gamma, dy, dx)
+        size = max(1, min(MOST_ROWS, CHUNK_VALUES // channels))
+        chunks = -(-rows // size)
+        with self._lock:
+            sums = self._scratch("norm", 2 * chunks * channels)
+            plain, by_h = sums[: chunks * channels], sums[chunks * channels : 2 * chunks * channels]
+            args = (dy, x, gamma, stats, dx, plain, by_h, rows, size, channels, lanes, add, fours)
+            self._launch_layer("layer_norm", "layer_norm_backward", chunks * THREADS, args, THREADS)
+            self._sum_columns(plain, dbeta, chunks)
+            self._sum_columns(by_h, dgamma, chunks)
+
+    def _rows_of(self, stats: Array, *arrays: Array) -> tuple[int, int, int, int]:
+        """Rows, channels, threads that share a row, and how they take four channels at once."""
+        channels = arrays[0].shape[-1]
+        vector = 1 if channels % 4 else 4
+        lanes = min(WARP, 1 << (channels // vector - 1).bit_length())
+        fours = 0 if vector == 1 else AT_ONCE if self._by_fours(*arrays) else 1
+        return stats.size // 2, channels, lanes, fours
+
+    def _sum_columns(self, x: Array, out: Array, rows: int) -> None:
+        items = -(-out.size // SUM_COLUMNS) * THREADS
+        self._launch_layer("pointwise", "column_sums", items, (x, out, rows, out.size), THREADS)
+
     # ------------------------------------------------------------------------------------------- attention
 
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
@@ -222,6 +266,20 @@ class LayerOperations:
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         self._values("silu_backward", (dy, x, dx), add)
 
+    def gelu(self, x: Array, out: Array) -> None:
+        self._values("gelu", (x, out))
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        self._values("gelu_backward", (dy, x, dx), add)
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        fours = self._by_fours(x, p, out, multiples=(p.size,))
+        args = (x, p, out, len(x), p.size, fours)
+        self._launch_layer("pointwise", "offset", x.size // 4 if fours else x.size, args)
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        self._sum_columns(dy, dp, len(dy))
+
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._values("add", (a, b, out))
 
@@ -254,23 +312,21 @@ class LayerOperations:
         self._launch_layer("pointwise", "fill", dtable.size, (dtable, dtable.size, 0))
         self._launch_layer("pointwise", "take_backward", len(dy) * THREADS, (dy, index, dtable, *dy.shape), THREADS)
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch, n, size, width, channels,
-            len(draws.data), len(draws.signal), first_sample, step, self._step_at(), draws.flip, round_keys(draws.seed),
+            len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         size = x.size // max(1, len(x))
         fours = self._by_fours(x, out, multiples=(size,))
         limit, scale = math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
-        at = first_block, first_sample, step, self._step_at()
-        args = (x, out, len(x), size, limit, scale, *at, round_keys(seed), fours)
+        at = first_block, draw.first_row, draw.step, self._step_at()
+        args = (x, out, len(x), size, limit, scale, *at, round_keys(draw.seed), fours)
         self._launch_layer("pointwise", "dropout", len(x) * -(-size // 4), args)
 
     repeats_resize = True

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Backend, DenseLayer, MLPPlan, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends import AdamW, Backend, DenseLayer, LinearPart, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
-from fastdiff.noise import Stream, round_keys
+from fastdiff.noise import Draw, Stream, round_keys
 
 Array = Any
 
@@ -60,9 +60,10 @@ def _pitch(n: int) -> int:
 
 
 def _widths(plan: MLPPlan) -> tuple[int, int]:
-    """Widest output of the layers 0, 2, ... and 1, 3, ..."""
-    outputs = [layer.outputs for layer in plan.layers]
-    return max(outputs[::2]), max(outputs[1::2], default=0)
+    """Widest output of the layers 0, 2, ... and 1, 3, ..., or what a linear part needs there."""
+    outputs, rank = [layer.outputs for layer in plan.layers], 0 if plan.linear is None else plan.linear.rank
+    ranks = (0, rank) if len(outputs) % 2 else (rank, 0)  # the product with its basis lies where the output does not
+    return max(*outputs[::2], ranks[0]), max(*outputs[1::2], 0, ranks[1])
 
 
 def packed_size(plan: MLPPlan) -> int:
@@ -101,6 +102,37 @@ def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
     return how + ("it" if tile.staged else f"the caches: their {weights} do not fit beside")
 
 
+class _Part:
+    """The linear part of a network on the device.
+
+    Attributes
+    ----------
+    layers : (2, ...) int32 array or None
+        Its two products as layers of `mlp_chain`, where the network runs in one launch.
+    packed : array or None
+        Their parameters, `size` values, once they have been packed from `flat`.
+    """
+
+    def __init__(self, part: LinearPart, runtime: Runtime, *, packed: bool) -> None:
+        d, rank = part.basis.shape
+        self.rank, self.packed = rank, None
+        arrays = (part.basis, np.zeros(rank), part.basis.T, np.zeros(d))
+        self.flat = runtime.asarray(np.concatenate([array.ravel() for array in arrays]).astype(np.float32))
+        self.basis = self.flat[: d * rank].reshape(d, rank)
+        self.transposed = self.flat[(d + 1) * rank : (2 * d + 1) * rank].reshape(rank, d)
+        self.gains = runtime.asarray(part.gains.astype(np.float32))
+        self.rest = None if part.rest is None else runtime.asarray(part.rest.astype(np.float32))
+        self.layers = None
+        if packed:
+            second, end = (d + 1) * _round4(rank), (d + 1) * rank
+            rows = [
+                (d, rank, 0, d * _round4(rank), 0, d * rank, 0, 0, 0),
+                (rank, d, second, second + rank * _round4(d), end, end + rank * d, 0, 0, 0),
+            ]
+            self.layers = runtime.asarray(np.array(rows, np.int32))
+            self.size = second + (rank + 1) * _round4(d)
+
+
 class _Network:
     """What the kernels need of one network, made once, and the buffers of its training, grown with the batch."""
 
@@ -125,7 +157,7 @@ class _Network:
             self.features = runtime.asarray(plan.features.astype(np.float32))
             self.table = runtime.empty((plan.T, plan.time_width))
             self.dtable = runtime.empty((plan.T, plan.time_width))
-        self.skip = None if plan.skip is None else runtime.asarray(plan.skip.astype(np.float32))
+        self.part = None if plan.linear is None else _Part(plan.linear, runtime, packed=self.tile is not None)
         self.loss = runtime.empty((1,), np.float64)
         self.batch = 0
         self.buffers: dict[str, Array] = {}
@@ -217,9 +249,7 @@ class MLPOperations:
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         if len(x) == 0 or not rows:
             return
@@ -228,16 +258,14 @@ class MLPOperations:
             net = self._network(plan)
             if net.tile is not None:
                 table = self._time_table(net, params)
-                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, memory, seed, first_sample)
+                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, draw)
                 return
         previous = self.runtime.zeros(x.shape) if memory else None
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
         for row in rows:
             t.fill(row.t)
             self.mlp_forward(plan, params, x, t, out)
-            cast(Backend, self).sampler_step(
-                x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample
-            )
+            cast(Backend, self).sampler_step(x, out, previous, row, clip, draw.at(row.t))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -311,12 +339,10 @@ class MLPOperations:
         t: Array | None,
         rows: tuple[Row, ...] = (),
         clip: tuple[float, float] | None = None,
-        memory: bool = False,
-        seed: int = 0,
-        first_sample: int = 0,
+        draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
         """One launch of `mlp_chain`: the forward pass where there are no rows, else all of them."""
-        plan, n = net.plan, len(x)
+        plan, n, memory = net.plan, len(x), any(row.c != 0 for row in rows)
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
         sizes = [size for size in TILES if size <= tile.rows and -(-n // size) >= self.runtime.multiprocessors]
         tile = tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
@@ -331,7 +357,8 @@ class MLPOperations:
         self.runtime.launch(
             "mlp", "mlp_chain", grid, THREADS,
             (x, y, t, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed, net.packed.size,
-             table, plan.time_width, net.skip, n, tile.rows, *net.widths, tile.staged, first_sample, round_keys(seed)),
+             table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged, draw.first_row,
+             round_keys(draw.seed)),
             shared_bytes(plan, tile, memory=memory),
         )  # fmt: skip
 
@@ -355,12 +382,29 @@ class MLPOperations:
             self._layer(layer, params, table, net.plan.time_width, h, t, u, u)
             h = u
         self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, t, y, y)
-        self._skip(net, x, y, t)
+        self._add_part(net, x, y, t)
 
-    def _skip(self, net: _Network, x: Array, y: Array, t: Array) -> None:
-        """Add the fixed linear part of the output for x to y, or of the gradient of y to that of x."""
-        if net.skip is not None:
-            self._launch("mlp_skip", x.size, x, y, net.skip, t, *x.shape)
+    def _part(self, net: _Network) -> tuple[Any, ...]:
+        """The network's linear part as `mlp_chain` takes it."""
+        part = net.part
+        if part is None:
+            return None, None, None, None, 0
+        if part.layers is not None and part.packed is None:
+            part.packed = self.runtime.empty((part.size,))
+            self._launch("mlp_pack", part.size, part.flat, part.packed, part.layers, 2, part.size)
+        return part.layers, part.packed, part.gains, part.rest, part.rank
+
+    def _add_part(self, net: _Network, x: Array, y: Array, t: Array) -> None:
+        """Add the linear part of the output for x to y, or, as it is symmetric, of the gradient of y to that of x."""
+        part = net.part
+        if part is None:
+            return
+        n, d = x.shape
+        h, product = self.runtime.empty((n, part.rank)), self.runtime.empty((n, d))
+        self._dense(x, part.basis, h)
+        self._launch("mlp_scale", h.size, h, part.gains, t, n, part.rank)
+        self._dense(h, part.transposed, product)
+        self._launch("mlp_add_part", x.size, y, product, x, part.rest, t, n, d)
 
     def _gradient(
         self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
@@ -371,12 +415,12 @@ class MLPOperations:
         inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
         for k, layer in enumerate(plan.layers):
             self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
-        self._skip(net, x, inputs[-1], t)
+        self._add_part(net, x, inputs[-1], t)
 
         dy, free = buffers["d0"], buffers["d1"]
         self.squared_error(inputs[-1], target, dy, net.loss)
         of_output = None
-        if dx is not None and net.skip is not None:
+        if dx is not None and net.part is not None:
             of_output = self.runtime.empty(x.shape)
             of_output[...] = dy[: x.size].reshape(x.shape)
         for k in reversed(range(len(plan.layers))):
@@ -393,7 +437,7 @@ class MLPOperations:
             self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
             dy, free = free, dy
         if of_output is not None:
-            self._skip(net, of_output, dx, t)
+            self._add_part(net, of_output, dx, t)
         if width:
             self._time_gradient(net, t, grads)
 

@@ -177,6 +177,27 @@ class LayerBackend(Backend, Protocol):
     ) -> None:
         """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off."""
 
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        """Fill `out` with LayerNorm over the channels of x (N, H, W, C), times gamma (C,) plus beta (Ba et al. 2016).
+
+        Every pixel is shifted to mean 0 and divided by sqrt(variance + eps), the biased variance. `stats` (N, H, W, 2)
+        takes mean and 1 / sqrt(variance + eps).
+        """
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Fill `dx`, dgamma and dbeta; with `add`, dx is added to. dx may be dy where `add` is off."""
+
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
         """Fill `out` (N, L, C) with softmax(q k^T / sqrt(C / heads)) v of every head.
 
@@ -194,6 +215,21 @@ class LayerBackend(Backend, Protocol):
 
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         """Fill `dx`; with `add`, add to it."""
+
+    def gelu(self, x: Array, out: Array) -> None:
+        """Fill `out` with GELU in its tanh form (Hendrycks and Gimpel 2016).
+
+        That is x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+        """
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        """Fill `dx`; with `add`, add to it."""
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        """Fill `out` with x (N, H, W, C) plus p (H, W, C), the same for every image; it may be x."""
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        """Fill `dp` with the sum of the images of dy, in their order or in groups that N alone decides. dx is dy."""
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         """Fill `out` with a + b; it may be one of them."""
@@ -213,16 +249,14 @@ class LayerBackend(Backend, Protocol):
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         """Fill `dtable` with sums of the rows of dy (N, C), in rising order for each row of the table."""
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
-        """Fill a batch with so many positions of that of a training step, those from `first_sample` on."""
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
+        """Fill a batch with so many positions of that of a training step, those from `first` on."""
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         """Fill `out` with x / (1 - rate) where it is kept, and 0 elsewhere; also the backward pass, dx from dy.
 
         Value j of image i, in the order of memory, is dropped where word j % 4 of Philox block
-        ``first_block + j // 4`` of row ``first_sample + i``, stream DROPOUT, is below rate 2^32.
+        ``first_block + j // 4`` of row i of the draw is below rate 2^32.
         """
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import AdamW, MLPPlan, Row, RowMap, Training, TrainingDraws, TrainState
+from fastdiff.backends import AdamW, LinearPart, MLPPlan, Row, RowMap, Training, TrainingDraws, TrainState
 from fastdiff.backends.numpy_layers import (
     NumpyLayers,
     activate,
@@ -24,7 +24,7 @@ from fastdiff.backends.numpy_layers import (
     modulate_backward,
     squared_error,
 )
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 Saved = tuple[Array, Array, Array, Array]
@@ -54,8 +54,8 @@ class NumpyBackend(NumpyLayers):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return np.empty(shape, dtype)
 
-    def normal(self, out: Array, *, seed: int, stream: int, step: int, first_sample: int) -> None:
-        law.fill_normal(out, seed=seed, stream=stream, step=step, first_sample=first_sample)
+    def normal(self, out: Array, draw: Draw) -> None:
+        law.fill_normal(out, draw)
 
     def forward_noise(
         self,
@@ -65,11 +65,9 @@ class NumpyBackend(NumpyLayers):
         noise: npt.NDArray[np.float64],
         out: Array,
         eps: Array,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
-        self.normal(eps, seed=seed, stream=Stream.FORWARD, step=0, first_sample=first_sample)
+        self.normal(eps, draw)
         real = out.dtype.type
         np.multiply(signal.astype(real)[t, None], x0, out=out)
         out += noise.astype(real)[t, None] * eps
@@ -81,10 +79,7 @@ class NumpyBackend(NumpyLayers):
         previous: Array | None,
         row: Row,
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        stream: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         real = x.dtype.type
 
@@ -103,7 +98,7 @@ class NumpyBackend(NumpyLayers):
                 x0 = np.where(x0 < low, low, np.where(x0 > high, high, x0))
         if row.s != 0:
             z = np.empty_like(x)
-            self.normal(z, seed=seed, stream=stream, step=row.t, first_sample=first_sample)
+            self.normal(z, draw)
         x[...] = total((row.a, x), (row.b, x0), (row.c, previous), (row.e, out), (row.s, z))
         if previous is not None:
             previous[...] = x0
@@ -122,7 +117,7 @@ class NumpyBackend(NumpyLayers):
             y, saved = _mlp_forward(plan, params, x, t)
             loss, dy = squared_error(y, target)
             dx = _mlp_backward(plan, params, dy, t, saved, grads)
-            return loss, dx if plan.skip is None else dx + _skip(plan, t, dy)
+            return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
@@ -137,14 +132,12 @@ class NumpyBackend(NumpyLayers):
         x: Array,
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
-        *,
-        seed: int,
-        first_sample: int,
+        draw: Draw,
     ) -> None:
         previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
         for row in rows:
             out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
-            self.sampler_step(x, out, previous, row, clip, seed=seed, stream=Stream.STEP, first_sample=first_sample)
+            self.sampler_step(x, out, previous, row, clip, draw.at(row.t))
 
     def similarity(self, v: Array, out: Array) -> None:
         with np.errstate(over="ignore"):  # exp(-inf) is the right 0
@@ -168,9 +161,9 @@ class NumpyBackend(NumpyLayers):
             y /= np.where(deviation > 0, deviation, real(1))
         out[...] = y
 
-    def mapped_normal(self, out: Array, plan: RowMap, *, seed: int, stream: int, step: int, first_sample: int) -> None:
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
         z = np.empty((len(out), plan.shape[0]), out.dtype)
-        self.normal(z, seed=seed, stream=stream, step=step, first_sample=first_sample)
+        self.normal(z, draw)
         self.map_rows(z, out, plan)
 
     def posterior_mean(
@@ -232,12 +225,11 @@ class NumpyBackend(NumpyLayers):
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
-    data = draws.data
-    at = {"seed": draws.seed, "step": step}
-    x0 = data[law.scaled_words(batch, len(data), stream=Stream.BATCH, **at)]
-    t = law.scaled_words(batch, T, stream=Stream.TRAIN_TIME, **at)
+    data, seed = draws.data, draws.seed
+    x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    t = law.scaled_words(batch, T, Draw(seed, Stream.TRAIN_TIME, step))
     eps = np.empty_like(x0)
-    law.fill_normal(eps, stream=Stream.TRAIN_NOISE, first_sample=0, **at)
+    law.fill_normal(eps, Draw(seed, Stream.TRAIN_NOISE, step))
     signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
     return signal * x0 + noise * eps, t, target_noise * eps + target_data * x0
 
@@ -267,13 +259,14 @@ def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Arra
         v = u if layer.time == "none" else modulate(u, gain, shift)
         saved.append((x, u, v, gain))
         x = activate(v, layer.activation)
-    return x if plan.skip is None else x + _skip(plan, t, saved[0][0]), saved
+    return x if plan.linear is None else x + _linear_part(plan.linear, t, saved[0][0]), saved
 
 
-def _skip(plan: MLPPlan, t: Array, x: Array) -> Array:
-    """The linear part of the output for x; it is its own transpose."""
-    assert plan.skip is not None
-    return plan.skip.astype(x.dtype)[t] * x
+def _linear_part(part: LinearPart, t: Array, x: Array) -> Array:
+    """B_t x, row by row; being symmetric, it is its own backward pass."""
+    basis = part.basis.astype(x.dtype)
+    y = ((x @ basis) * part.gains.astype(x.dtype)[t]) @ basis.T
+    return y if part.rest is None else y + part.rest.astype(x.dtype)[t, None] * x
 
 
 def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array]:

@@ -19,6 +19,8 @@ from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
 
 def linear(x: Array, w: Array, b: Array) -> Array:
     """Return y = x W + b for x (n, in), W (in, out), b (out,)."""
@@ -45,6 +47,23 @@ def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
         g = _sigmoid(v)
         dy = dy * g * (1 + v * (1 - g))
     return dy
+
+
+def gelu(x: Array) -> Array:
+    """Return x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3): it is x g with g = 1 / (1 + exp(-2 u))."""
+    return x * _sigmoid(_gelu_exponent(x))
+
+
+def gelu_backward(dy: Array, x: Array) -> Array:
+    """Return dx = dy g (1 + x (1 - g) v') with v = 2 u and v' = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2)."""
+    g = _sigmoid(_gelu_exponent(x))
+    slope = x.dtype.type(2 * GELU_SCALE) * (1 + x.dtype.type(3 * GELU_CUBIC) * x * x)
+    return dy * g * (1 + x * (1 - g) * slope)
+
+
+def _gelu_exponent(x: Array) -> Array:
+    v: Array = x.dtype.type(2 * GELU_SCALE) * (x + x.dtype.type(GELU_CUBIC) * x * x * x)
+    return v
 
 
 def _sigmoid(v: Array) -> Array:
@@ -207,6 +226,33 @@ class NumpyLayers:
         dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
         _store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
 
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        """y = gamma h + beta with h = (x - mean) / sqrt(variance + eps), over the channels."""
+        mean = x.mean(axis=-1)
+        variance = np.square(x - mean[..., None]).mean(axis=-1)
+        stats[..., 0], stats[..., 1] = mean, 1 / np.sqrt(variance + x.dtype.type(eps))
+        out[...] = (x - stats[..., :1]) * stats[..., 1:] * gamma + beta
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        """dx = r (dh - <dh> - h <dh h>) with dh = dy gamma, as in `norm_backward`; <.> is the mean over channels."""
+        h = (x - stats[..., :1]) * stats[..., 1:]
+        dgamma[...] = (dy * h).sum(axis=(0, 1, 2))
+        dbeta[...] = dy.sum(axis=(0, 1, 2))
+        dh = dy * gamma
+        dh_mean, dhh_mean = (a.mean(axis=-1, keepdims=True) for a in (dh, dh * h))
+        _store(stats[..., 1:] * (dh - dh_mean - h * dhh_mean), dx, add)
+
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
         """S = q k^T / sqrt(d), P = exp(S - log sum exp S), y = P v, for every head of width d."""
         q, k, v, scale = _heads(qkv, heads)
@@ -236,6 +282,18 @@ class NumpyLayers:
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         _store(activate_backward(dy, x, "silu"), dx, add)
 
+    def gelu(self, x: Array, out: Array) -> None:
+        out[...] = gelu(x)
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        _store(gelu_backward(dy, x), dx, add)
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        np.add(x, p, out=out)
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        dp[...] = dy.sum(axis=0)
+
     def add(self, a: Array, b: Array, out: Array) -> None:
         np.add(a, b, out=out)
 
@@ -257,32 +315,26 @@ class NumpyLayers:
     def take_backward(self, dy: Array, index: Array, dtable: Array) -> None:
         dtable[...] = embedding_backward(dy, index, len(dtable))
 
-    def draw_batch(self, draws: TrainingDraws, batch: Batch, *, step: int, first_sample: int) -> None:
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         x, t, target, chosen = batch
-        n, at = len(x), {"seed": draws.seed, "step": step, "first_sample": first_sample}
-        rows = law.scaled_words(n, len(draws.data), stream=Stream.BATCH, **at)
-        t[...] = law.scaled_words(n, len(draws.signal), stream=Stream.TRAIN_TIME, **at)
+        n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
+        rows = law.scaled_words(n, len(draws.data), of_rows)
+        t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
         x0, eps = draws.data[rows], np.empty_like(x)
         if draws.flip:
-            mirrored = law.flips(n, **at)
+            mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
             x0[mirrored] = x0[mirrored][:, :, ::-1]
-        cast(Backend, self).normal(eps.reshape(n, -1), stream=Stream.TRAIN_NOISE, **at)
+        cast(Backend, self).normal(eps.reshape(n, -1), of_rows.of(Stream.TRAIN_NOISE))
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
         target[...] = of_noise * eps + of_data * x0
         if chosen is not None and draws.labels is not None:
             chosen[...] = draws.labels[rows]
 
-    def dropout(
-        self, x: Array, out: Array, *, rate: float, seed: int, step: int, first_block: int, first_sample: int = 0
-    ) -> None:
+    def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         values = x.reshape(len(x), -1)
-        rows = np.arange(first_sample, first_sample + len(x), dtype=np.uint64)[:, None]
-        blocks = np.arange(first_block, first_block - (-values.shape[1] // 4), dtype=np.uint32)
-        low = (rows & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        high = (rows >> np.uint64(32)).astype(np.uint32) | np.uint32(Stream.DROPOUT << 24)
-        words = law.philox(blocks, np.full_like(blocks, step), low, high, law.round_keys(seed))
-        kept = np.stack(words, axis=-1).reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
+        words = law.philox_words(len(x), -(-values.shape[1] // 4), draw, first_block)
+        kept = words.reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
         out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
@@ -343,8 +395,7 @@ class PlainSampling(NamedTuple):
     output: Callable[[], Array]
 
     def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
-        at = {"seed": draw.seed, "stream": draw.stream, "first_sample": draw.first_row}
-        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, **at)
+        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, draw)
 
 
 def _padded(geometry: Conv, x: Array) -> Array:

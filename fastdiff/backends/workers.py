@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff.backends.layers import Recording
 from fastdiff.kernels.cpu import crew
 
 Body = Callable[[int, int, int], None]
@@ -284,7 +285,7 @@ class Scripted:
     def _grain_of(self, items: int, work: float) -> int:
         return max(math.ceil(MIN_WORK / max(work, 1)), -(-items // (PIECES * self.threads)))
 
-    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recorded:
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
         """Return what does body(): the first time it writes down a script, which it then performs."""
         return Recorded(self, body, places)
 

@@ -14,7 +14,6 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,11 @@ import numpy.typing as npt
 from fastdiff.backends import Array
 from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
 from fastdiff.nn.params import ALIGNMENT
+from fastdiff.noise import Draw, Stream
 
 Record = Callable[[list[Array], Callable[[], None]], Recording]
+
+NO_DRAW = Draw(0, Stream.DROPOUT)
 
 
 class _Block:
@@ -127,7 +129,7 @@ class Program:
         self._resizes = False
         self._blocks: list[_Block] = []
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
-        self._draw: dict[str, int] = {}
+        self._draw = NO_DRAW
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -203,6 +205,35 @@ class Program:
             _Operation(forward, backward, (y, stats), (x, *parts), (x, stats, *parts), x, parts, in_place=True)
         )
 
+    def layer_norm(self, name: str, x: Value, *, eps: float) -> Value:
+        """Record LayerNorm over the channels of every pixel."""
+        gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
+        y, stats = Value(x.shape), Value((*x.shape[:-1], 2))
+        unused = () if x.trained else (Value(x.shape),)  # takes the gradient that nobody wants
+
+        def forward(be: LayerBackend) -> None:
+            be.layer_norm(x.data, gamma.data, beta.data, y.data, stats.data, eps=eps)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            (dx,) = (value.grad for value in unused or (x,))
+            be.layer_norm_backward(y.grad, x.data, gamma.data, stats.data, dx, gamma.grad, beta.grad, add=add)
+
+        return self._record(
+            _Operation(forward, backward, (y, stats, *unused), (x,), (x, stats), x, unused, in_place=True)
+        )
+
+    def offset(self, name: str, x: Value) -> Value:
+        """Record x plus a tensor of one image's shape, the same for all: a learned embedding of positions."""
+        p, y = self.parameter(f"{name}.weight", x.shape[1:]), Value(x.shape)
+
+        def forward(be: LayerBackend) -> None:
+            be.offset(x.data, p.data, y.data)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.offset_backward(y.grad, p.grad)
+
+        return self._record(_Operation(forward, backward, (y,), (x,), through=x if x.trained else None))
+
     def attention(self, qkv: Value, heads: int) -> Value:
         """Record self-attention over the pixels of an image."""
         n, height, width, channels = qkv.shape
@@ -234,6 +265,18 @@ class Program:
             )
         )  # fmt: skip
 
+    def gelu(self, x: Value) -> Value:
+        """Record GELU, in its tanh form."""
+        y = Value(x.shape, x.trained)
+
+        def forward(be: LayerBackend) -> None:
+            be.gelu(x.data, y.data)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.gelu_backward(y.grad, x.data, x.grad, add=add)
+
+        return self._record(_Operation(forward, backward if x.trained else None, (y,), (x,), (x,), x))
+
     def concatenate(self, a: Value, b: Value) -> Value:
         """Record the channels of a, then those of b; whatever else uses them has been recorded before."""
         y = Value((*a.shape[:-1], a.width + b.width))
@@ -264,11 +307,10 @@ class Program:
             return x
         self._repeats = False
         y = Value(x.shape)
-        at: dict[str, Any] = {"rate": rate, "first_block": first}
         return self._record(
             _Operation(
-                lambda be: be.dropout(x.data, y.data, **at, **self._draw),
-                lambda be, add: be.dropout(y.grad, x.grad, **at, **self._draw),
+                lambda be: be.dropout(x.data, y.data, rate, first, self._draw),
+                lambda be, add: be.dropout(y.grad, x.grad, rate, first, self._draw),
                 (y,), (x,), fresh=(x,),
             )
         )  # fmt: skip
@@ -370,7 +412,7 @@ class Program:
         *,
         forms: list[list[Array]] | None = None,
         record: Record | None = None,
-        **draw: int,
+        draw: Draw = NO_DRAW,
     ) -> Array:
         """Return the result, which stays valid until the next run in the arena.
 
@@ -385,8 +427,8 @@ class Program:
         record : callable, optional
             ``record(places, body)`` returns what does body() for arrays in these places, which are the caller's; it may
             have been made by an earlier run.
-        **draw : int
-            seed, step and first_sample of dropout.
+        draw : Draw, optional
+            Of dropout.
         """
         self._draw, self._forms = draw, forms
         for name, value in self._given.items():

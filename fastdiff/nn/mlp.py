@@ -16,6 +16,7 @@ from fastdiff.backends import (
     Array,
     Backend,
     DenseLayer,
+    LinearPart,
     MLPPlan,
     Row,
     TimeMode,
@@ -82,7 +83,7 @@ class MLP(Network):
     """
 
     widths, usual_batch = "hidden", 256
-    in_parts, has_skip = False, True
+    in_parts, has_linear = False, True
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class MLP(Network):
             return "normal" if name == "time.weight" else "uniform"
         last = f"layers.{len(self.hidden)}"
         still = name.startswith("time.") or name == f"{last}.weight"
-        return "zero" if still or (self.plan.skip is not None and name == f"{last}.bias") else "uniform"
+        return "zero" if still or (self.plan.linear is not None and name == f"{last}.bias") else "uniform"
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         return MLPRunner(self, be, be.asarray(self.flat if weights is None else weights, self.dtype))
@@ -202,13 +203,14 @@ class MLP(Network):
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
         return self
 
-    def set_skip(self, gains: npt.NDArray[np.float64] | None) -> None:
-        if gains is not None:
-            gains = check_array("gains", gains, shape=(self.T, self.points), dtype=np.float64)
+    def set_linear(self, part: LinearPart | None) -> None:
+        if part is not None:
+            check_array("basis", part.basis, shape=(self.points, None))
+            check_array("gains", part.gains, shape=(self.T, part.rank))
             last = f"layers.{len(self.plan.layers) - 1}"
             if not self.params[f"{last}.weight"].any():  # an untrained one: its output is to be the linear part alone
                 self.params[f"{last}.bias"][...] = 0
-        self.plan = replace(self.plan, skip=gains)
+        self.plan = replace(self.plan, linear=part)
 
     @property
     def narrow(self) -> bool:
@@ -242,8 +244,7 @@ class MLPRunner(Runner):
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:
-        at = {"seed": draw.seed, "first_sample": draw.first_row}
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, **at)
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise
-from fastdiff.backends import Array, Backend, backend_for
+from fastdiff.backends import Array, Backend, LinearPart, backend_for
 from fastdiff.errors import (
     ArgumentError,
     check_array,
@@ -46,7 +46,7 @@ from fastdiff.errors import (
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Memories, ProgramRunner, Runner
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 
 MAX_WIDTH = 1 << 16
 MAX_T, MAX_CLASSES = 1 << 16, 1 << 20
@@ -72,8 +72,8 @@ class Network(ABC):
         Rows of a training step where the caller does not say.
     in_parts : bool
         Whether a training step may take its batch in parts.
-    has_skip : bool
-        Whether it takes a fixed linear part: see `set_skip`.
+    has_linear : bool
+        Whether it takes a fixed linear part: see `set_linear`.
     shape : tuple of int
         Of one sample.
     image : (int, int, int)
@@ -101,7 +101,7 @@ class Network(ABC):
     widths: ClassVar[str] = "network"
     usual_batch: ClassVar[int] = 64
     in_parts: ClassVar[bool] = True
-    has_skip: ClassVar[bool] = False
+    has_linear: ClassVar[bool] = False
 
     shape: tuple[int, ...]
     image: tuple[int, int, int]
@@ -123,12 +123,12 @@ class Network(ABC):
         """Whether a layer is too narrow to carry all noise of a sample from the input to the output."""
         return False
 
-    def set_skip(self, gains: npt.NDArray[np.float64] | None) -> None:
-        """Add gains[t] * x_t, value by value, to the output from now on; gains are (T, values), or None: nothing.
+    def set_linear(self, part: LinearPart | None) -> None:
+        """Add a fixed linear part to the output from now on, or with None nothing.
 
-        Only of a network that `has_skip`. It is neither trained nor part of the weights or the configuration.
+        Only of a network that `has_linear`. It is neither trained nor part of the weights or the configuration.
         """
-        if gains is not None:
+        if part is not None:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {self.kind!r} has no linear part")
 
     # ------------------------------------------------------------------------------------------- building
@@ -188,15 +188,15 @@ class Network(ABC):
         """Draw the weights anew from the network's seed: stream WEIGHTS, one row a tensor, as `start` says."""
         for tensor, (name, view) in enumerate(self.params.items()):
             start = self.start(name)
-            at = {"seed": self.seed, "stream": Stream.WEIGHTS, "step": 0, "first_sample": tensor}
-            draw = np.full((1, view.size), start == "one", np.float64)
+            draw = Draw(self.seed, Stream.WEIGHTS, first_row=tensor)
+            values = np.full((1, view.size), start == "one", np.float64)
             if start == "normal":
-                noise.fill_normal(draw, **at)
+                noise.fill_normal(values, draw)
             elif start == "uniform":
-                noise.fill_uniform(draw, **at)
+                noise.fill_uniform(values, draw)
                 layer = f"{name.rpartition('.')[0]}.weight"
-                draw = (2 * draw - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
-            view[...] = draw.reshape(view.shape)
+                values = (2 * values - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
+            view[...] = values.reshape(view.shape)
 
     # ------------------------------------------------------------------------------------------- in use
 

@@ -23,9 +23,9 @@ from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraw
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import BackendError
-from fastdiff.nn.layers import Program
+from fastdiff.nn.layers import NO_DRAW, Program
 from fastdiff.nn.params import ALIGNMENT
-from fastdiff.noise import Draw
+from fastdiff.noise import Draw, Stream
 
 if TYPE_CHECKING:
     from fastdiff.nn.network import Network, ProgramNetwork
@@ -256,7 +256,7 @@ class ProgramRunner(Runner):
             output = _Output(self.memory, self.net, be, self.params, self._given(given), self._forms[queue])
             recorded = be.record_sampling(output, own.reshape(n, -1))
             self._steps[queue, n] = weakref.ref(program), recorded
-        recorded.run(x, previous, row, clip, draw)
+        recorded.run(x, previous, row, clip, draw.at(row.t))
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -285,7 +285,7 @@ class ProgramRunner(Runner):
                 program.own(be, "labels", (n,), np.int64) if labels else None,
             )
 
-    def gradient(self, batch: Batch, grads: Array, *, seed: int = 0, step: int = 0, first_sample: int = 0) -> Array:
+    def gradient(self, batch: Batch, grads: Array, draw: Draw = NO_DRAW) -> Array:
         """Fill `grads` with the gradient of the mean squared error, and return that as an array of one value.
 
         The padding between the tensors of `grads` must be zero, and stays so. Memory is reused from step to step.
@@ -294,8 +294,8 @@ class ProgramRunner(Runner):
         ----------
         batch : Batch
         grads : (layout.size,) array
-        seed, step, first_sample : int, optional
-            Of dropout: the training step, and the position in the batch of the first sample.
+        draw : Draw, optional
+            Of dropout: its step is the training step, its rows are positions in the batch.
 
         Returns
         -------
@@ -305,16 +305,15 @@ class ProgramRunner(Runner):
         n, image = len(batch.x), self.net.image
         given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t, "labels": batch.labels}
         target = _shaped(batch.target, (n, *image[:2], self.net.outputs))
-        at = {"seed": seed, "step": step, "first_sample": first_sample}
         with self.memory.lock:
             views = self.net.layout.views(grads)
-            return self._laid(n, True).run(self.be, self.params, self._given(given), views, target, **at)
+            return self._laid(n, True).run(self.be, self.params, self._given(given), views, target, draw=draw)
 
     def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
         """Do `gradient` for n positions of a training batch, from `first` on."""
         batch = self.batch(n, labels=draws.labels is not None)
-        self.be.draw_batch(draws, batch, step=step, first_sample=first)
-        return self.gradient(batch, grads, seed=draws.seed, step=step, first_sample=first)
+        self.be.draw_batch(draws, batch, step, first)
+        return self.gradient(batch, grads, Draw(draws.seed, Stream.DROPOUT, step, first))
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)

@@ -79,19 +79,58 @@ def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
 
 
 @kernel
-def forward_tile(rows, layers, arena, params, table, width, slots, t, skip):
+def _linear_part(rows, d, x, x_at, y, y_at, add, arena, steps, t, linear):
+    """y = B_t x of a tile's rows, or y += it; at the end of the arena there is room for TILE rows of x basis.
+
+    `linear` is an array and the rank. The array has the basis, its transpose, the gains of all timesteps, and where the
+    basis is not complete their rest.
+    """
+    packed, rank = linear
+    at, gains = len(arena) - TILE * rank, 2 * d * rank
+    gemm(arena, at, rank, x, x_at, d, 1, packed, 0, rank, rows, rank, d, False)
+    for i in range(rows):
+        h, gain = arena[at + i * rank : at + (i + 1) * rank], packed[gains + t[i] * rank : gains + (t[i] + 1) * rank]
+        for j in range(rank):
+            h[j] *= gain[j]
+    gemm(y, y_at, d, arena, at, rank, 1, packed, d * rank, d, rows, d, rank, add)
+    rest = gains + steps * rank
+    for i in range(rows if len(packed) > rest else 0):
+        gain_of_rest = packed[rest + t[i]]
+        source, target = x[x_at + i * d : x_at + (i + 1) * d], y[y_at + i * d : y_at + (i + 1) * d]
+        for j in range(d):
+            target[j] += gain_of_rest * source[j]
+
+
+@kernel
+def _linear_part_columns(rows, d, arena, x_at, y_at, steps, step, linear):
+    """`_linear_part` added to a tile that is stored feature by feature and whose rows share a timestep."""
+    packed, rank = linear
+    at, gains = len(arena) - TILE * rank, 2 * d * rank
+    gemm(arena, at, rows, packed, 0, 1, rank, arena, x_at, rows, rank, rows, d, False)
+    for j in range(rank):
+        h, gain = arena[at + j * rows : at + (j + 1) * rows], packed[gains + step * rank + j]
+        for i in range(rows):
+            h[i] *= gain
+    gemm(arena, y_at, rows, packed, d * rank, 1, d, arena, at, rows, d, rows, rank, True)
+    rest = gains + steps * rank
+    if len(packed) > rest:
+        gain_of_rest = packed[rest + step]
+        source, target = arena[x_at : x_at + d * rows], arena[y_at : y_at + d * rows]
+        for i in range(d * rows):
+            target[i] += gain_of_rest * source[i]
+
+
+@kernel
+def forward_tile(rows, layers, arena, params, table, width, slots, t, linear):
     """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]].
 
-    Where `skip`, the gains of every timestep, is not empty, skip[t] x is added to it.
+    The linear part, where there is one, is added to it.
     """
     for k in range(len(layers)):
         _modulate_activate(rows, layers[k], arena, params, table, width, slots, t)
-    d = layers[0, INPUTS]
-    for i in range(rows if len(skip) > 0 else 0):
-        gain = skip[t[i] * d : (t[i] + 1) * d]
-        x, y = arena[layers[0, X] + i * d :], arena[layers[-1, Y] + i * d :]
-        for j in range(d):
-            y[j] += gain[j] * x[j]
+    if len(linear[0]) > 0:
+        d = layers[0, INPUTS]
+        _linear_part(rows, d, arena, layers[0, X], arena, layers[-1, Y], True, arena, len(slots), t, linear)
 
 
 @kernel
@@ -101,20 +140,20 @@ def _copy(target, source, count):
 
 
 @kernel
-def forward_range(start, stop, x, y, t, layers, params, table, width, slots, skip, arena):
+def forward_range(start, stop, x, y, t, layers, params, table, width, slots, linear, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t[begin:], skip)
+        forward_tile(rows, layers, arena, params, table, width, slots, t[begin:], linear)
         _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
 @kernel
 def chain_few(
-    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, skip, first_row, stream,
+    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, linear, first_row, stream,
     keys, words, z, segments, arena, previous, t,
 ):  # fmt: skip
     """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
@@ -124,7 +163,7 @@ def chain_few(
     for r in range(len(steps)):
         t[:rows] = steps[r]
         _copy(arena[layers[0, X] :], x, rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t, skip)
+        forward_tile(rows, layers, arena, params, table, width, slots, t, linear)
         out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
         row = coefficients[r]
         if row[6] == ZERO:
@@ -174,8 +213,8 @@ def _modulate_activate_columns(rows, layer, arena, params, table, at):
 
 @kernel
 def chain_range(
-    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, skip, first_row, stream,
-    keys, words, z, arena, previous,
+    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, linear, first_row,
+    stream, keys, words, z, arena, previous,
 ):  # fmt: skip
     """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat, with the bits of `chain_few`.
 
@@ -207,11 +246,8 @@ def chain_range(
                     outputs, rows, inputs, False,
                 )  # fmt: skip
                 _modulate_activate_columns(rows, layer, arena, params, table, slots[steps[r]] * width)
-            for j in range(d if len(skip) > 0 else 0):
-                gain = skip[steps[r] * d + j]
-                source, target = state[j * rows : (j + 1) * rows], out[j * rows : (j + 1) * rows]
-                for i in range(rows):
-                    target[i] += gain * source[i]
+            if len(linear[0]) > 0:
+                _linear_part_columns(rows, d, arena, at, layers[-1, Y], len(slots), steps[r], linear)
             row = coefficients[r]
             if row[6] == ZERO:
                 apply_row(state, out, kept, state, row, low, high, keep)
@@ -374,7 +410,7 @@ def _draw_tile(
 @part
 def gradient_tile(
     tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
-    skip, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
+    linear, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
 ):  # fmt: skip
     """One tile of a training step: draws, forward, loss, backward.
 
@@ -394,7 +430,7 @@ def gradient_tile(
     else:
         _draw_tile(begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
     times = t[begin : begin + rows]
-    forward_tile(rows, layers, arena, params, table, width, slots, times, skip)
+    forward_tile(rows, layers, arena, params, table, width, slots, times, linear)
 
     # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
     last = len(layers) - 1
@@ -404,10 +440,8 @@ def gradient_tile(
         difference = y[i] - target[i]
         dy[i] = difference * scale
         squares[i] = difference * difference
-    for i in range(rows if given and len(skip) > 0 else 0):
-        gain, to, of_output = skip[times[i] * d :], dx[(begin + i) * d :], dy[i * d :]
-        for j in range(d):
-            to[j] = gain[j] * of_output[j]
+    if given and len(linear[0]) > 0:
+        _linear_part(rows, d, dy, 0, dx, begin * d, False, arena, len(slots), times, linear)
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)
     for j in range(e):
         loss[0] += np.float64(sums[j])
@@ -423,7 +457,7 @@ def gradient_tile(
             dy = dnext
     if given:
         to = dx[begin * d : (begin + rows) * d]
-        if len(skip) > 0:
+        if len(linear[0]) > 0:
             for i in range(rows * d):
                 to[i] += dy[i]
         else:
@@ -448,8 +482,8 @@ def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
 @kernel
 def gradient_tiles(
     held, turns, total, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
-    width, slots, skip, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments, arena, target,
-    d_in, d_out,
+    width, slots, linear, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments,
+    arena, target, d_in, d_out,
 ):  # fmt: skip
     """Tiles of a training step, one after another until none is left; returns -1.
 
@@ -464,11 +498,11 @@ def gradient_tiles(
             held = atomic_take(turns, 0)
             if held >= tiles:
                 return -1
-            # Tile 0 needs no sum.
+            sums = partial if held > 0 else grads  # tile 0 needs no sum
             gradient_tile(
                 held, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width,
-                slots, skip, dtime, partial if held > 0 else grads, loss, step, stream, keys, words, z, segments, arena,
-                target, d_in, d_out,
+                slots, linear, dtime, sums, loss, step, stream, keys, words, z, segments,
+                arena, target, d_in, d_out,
             )  # fmt: skip
         patience = PATIENCE
         while atomic_load(turns, 1) != held:

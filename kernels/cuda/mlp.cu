@@ -86,16 +86,20 @@ FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *
     }
 }
 
-// The fixed linear part of a network, which has no layers: y (n, d) += skip[t] x, value by value. It is its own
-// transpose, so dx += skip[t] dy is the same.
-FD_DEVICE real mlp_skip_value(const real *skip, int64 t, int64 d, int64 j, real x, real y) {
-    return y + fd_product(skip[t * d + j], x);
+// The fixed linear part of a network, B_t x = basis diag(gains[t]) basis^T x + rest[t] x, between its two products:
+// h (n, rank) *= gains[t].
+FD_KERNEL mlp_scale(real *h, const real *gains, const int64 *t, int64 n, int64 rank) {
+    for (Walk walk = fd_walk(rank); walk.row < n; fd_walk_on(walk, rank)) {
+        h[walk.row * rank + walk.item] *= gains[t[walk.row] * rank + walk.item];
+    }
 }
 
-FD_KERNEL mlp_skip(const real *x, real *y, const real *skip, const int64 *t, int64 n, int64 d) {
+// y (n, d) += part, and where there is a rest, += rest[t] x.
+FD_KERNEL mlp_add_part(real *y, const real *part, const real *x, const real *rest, const int64 *t, int64 n, int64 d) {
     for (Walk walk = fd_walk(d); walk.row < n; fd_walk_on(walk, d)) {
         const int64 i = walk.row * d + walk.item;
-        y[i] = mlp_skip_value(skip, t[walk.row], d, walk.item, x[i], y[i]);
+        const real sum = y[i] + part[i];
+        y[i] = rest ? sum + fd_product(rest[t[walk.row]], x[i]) : sum;
     }
 }
 
@@ -220,10 +224,11 @@ FD_DEVICE void mlp_fma4(real (&acc)[4], real x, const float4 w) {
 }
 
 // One layer on a tile of `rows` samples, a multiple of 4 R: in and out lie in shared memory with their pitches. A warp
-// makes 4 R rows times 32 columns at a time; a lane R rows (4 apart) times 4 columns.
+// makes 4 R rows times 32 columns at a time; a lane R rows (4 apart) times 4 columns. With `add` the sums start from what
+// is in out.
 template <int R>
 FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, int in_pitch, real *out, int out_pitch,
-                         const real *table, int64 table_width, const int *times, int rows) {
+                         const real *table, int64 table_width, const int *times, int rows, bool add) {
     const int inputs = layer[INPUTS], outputs = layer[OUTPUTS], mode = layer[MODE], activation = layer[ACTIVATION];
     const int pitch = mlp_round4(outputs), column = layer[COLUMN];
     const real *weight = packed + layer[WEIGHT], *bias = packed + layer[BIAS];
@@ -234,7 +239,12 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
         const real *a = in + first * in_pitch;
         real acc[R][4];
         FD_UNROLL
-        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = 0;
+        for (int r = 0; r < R; r++) {
+            FD_UNROLL
+            for (int c = 0; c < 4; c++) {
+                acc[r][c] = add && j + c < outputs ? out[(first + 4 * r) * out_pitch + j + c] : 0;
+            }
+        }
         int k = 0;
         for (; k + 4 <= inputs; k += 4, w += 4 * pitch) {
             const float4 w0 = fd_load4(w), w1 = fd_load4(w + pitch), w2 = fd_load4(w + 2 * pitch),
@@ -270,12 +280,20 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
     }
 }
 
+// A network's fixed linear part: the products with the basis and its transpose as two layers, packed as others are, the
+// gains (T, rank), and where the basis is not complete the rest (T). Without layers there is none.
+struct LinearPart {
+    const int *layers;
+    const real *packed, *gains, *rest;
+    int rank;
+};
+
 // All rows of a sampler's table on the tiles of this block, or with none of them one forward pass.
 // Shared memory: packed parameters (STAGED), x, x0_previous (keep), outputs of even layers, of odd layers, timesteps.
 template <int R, bool STAGED>
 FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows,
                          const int64 *steps, int step_count, bool keep, const int *layers, int layer_count,
-                         const real *packed, int packed_size, const real *table, int64 table_width, const real *skip,
+                         const real *packed, int packed_size, const real *table, int64 table_width, LinearPart part,
                          int64 n, int rows, int even_width, int odd_width, uint64 first_row, const RoundKeys &keys) {
     const int thread = threadIdx.x, threads = blockDim.x;
     const int d = layers[INPUTS], e = layers[(layer_count - 1) * LAYER_COLUMNS + OUTPUTS], quarter = (d + 3) / 4;
@@ -284,8 +302,9 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
     real *const previous = state + rows * pitch;
     real *const even = previous + (keep ? rows * pitch : 0), *const odd = even + rows * even_pitch;
     int *const times = reinterpret_cast<int *>(odd + rows * odd_pitch);
-    const real *const out = layer_count % 2 ? even : odd;
+    real *const out = layer_count % 2 ? even : odd, *const other = layer_count % 2 ? odd : even;
     const int out_pitch = layer_count % 2 ? even_pitch : odd_pitch;
+    const int other_pitch = layer_count % 2 ? odd_pitch : even_pitch;
     if (STAGED) {
         for (int i = thread; i < packed_size; i += threads) shared[i] = packed[i];
     }
@@ -305,16 +324,28 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                 const real *const in = k == 0 ? state : k % 2 ? even : odd;
                 mlp_dense<R>(layers + k * LAYER_COLUMNS, STAGED ? shared : packed, in,
                              k == 0 ? pitch : k % 2 ? even_pitch : odd_pitch, k % 2 ? odd : even,
-                             k % 2 ? odd_pitch : even_pitch, table, table_width, times, rows);
+                             k % 2 ? odd_pitch : even_pitch, table, table_width, times, rows, false);
+                fd_syncthreads();
+            }
+            if (part.layers) {
+                mlp_dense<R>(part.layers, part.packed, state, pitch, other, other_pitch, table, 0, times, rows, false);
+                fd_syncthreads();
+                for (int i = thread; i < rows * part.rank; i += threads) {
+                    const int row = i / part.rank, j = i % part.rank;
+                    other[row * other_pitch + j] *= part.gains[(int64)times[row] * part.rank + j];
+                }
+                fd_syncthreads();
+                mlp_dense<R>(part.layers + LAYER_COLUMNS, part.packed, other, other_pitch, out, out_pitch, table, 0,
+                             times, rows, true);
+                fd_syncthreads();
+                for (int i = thread; part.rest && i < rows * d; i += threads) {
+                    const int row = i / d, j = i % d;
+                    out[row * out_pitch + j] += fd_product(part.rest[times[row]], state[row * pitch + j]);
+                }
                 fd_syncthreads();
             }
             if (step_count == 0) {
-                for (int i = thread; i < here * e; i += threads) {
-                    const int row = i / e, j = i % e;
-                    const real output = out[row * out_pitch + j];
-                    y[begin * e + i] =
-                        skip ? mlp_skip_value(skip, times[row], d, j, state[row * pitch + j], output) : output;
-                }
+                for (int i = thread; i < here * e; i += threads) y[begin * e + i] = out[i / e * out_pitch + i % e];
                 continue;
             }
             const TableRow coefficients = table_rows[r];
@@ -331,8 +362,7 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                     const int j = q + c * quarter;
                     if (j >= d) break;
                     real &value = state[row * pitch + j];
-                    real output = out[row * out_pitch + j];
-                    if (skip) output = mlp_skip_value(skip, steps[r], d, j, value, output);
+                    const real output = out[row * out_pitch + j];
                     const real x0 = fd_row_x0(coefficients, value, output);
                     value = fd_row_x(coefficients, value, x0, keep ? previous[row * pitch + j] : 0, output, z[c]);
                     if (keep) previous[row * pitch + j] = x0;
@@ -353,22 +383,24 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
 FD_KERNEL FD_BOUNDS(256, 2)
     mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
               int keep, const int *layers, int layer_count, const real *packed, int packed_size, const real *table,
-              int64 table_width, const real *skip, int64 n, int rows, int even_width, int odd_width, int staged,
+              int64 table_width, const int *part_layers, const real *part_packed, const real *part_gains,
+              const real *part_rest, int part_rank, int64 n, int rows, int even_width, int odd_width, int staged,
               uint64 first_row, RoundKeys keys) {
     FD_SHARED(real, shared);
+    const LinearPart part = {part_layers, part_packed, part_gains, part_rest, part_rank};
     if (rows % 32 == 0) {
         if (staged)
             mlp_tiles<8, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
+                               packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
         else
             mlp_tiles<8, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
+                                packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
     } else {
         if (staged)
             mlp_tiles<2, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
+                               packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
         else
             mlp_tiles<2, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, skip, n, rows, even_width, odd_width, first_row, keys);
+                                packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
     }
 }

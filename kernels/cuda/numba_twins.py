@@ -22,7 +22,7 @@ from numba import config, cuda, float32
 
 from fastdiff.kernels.cpu import noise as cpu_noise
 from fastdiff.kernels.cpu import step as cpu_step
-from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W, Stream
+from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W
 
 THREADS = 256  # of a block
 BLOCKS_PER_MULTIPROCESSOR = 8  # so many are resident; a grid-stride loop covers the rest
@@ -198,13 +198,12 @@ def forward_noise(
     noise: Any,
     out: Any,
     eps: Any,
+    draw: Any,
     *,
-    seed: int,
-    first_sample: int,
     queue: Any = 0,
     threads: int = THREADS,
 ) -> None:
-    """Fill `eps` (n, D) with stream FORWARD and `out` with signal[t] x0 + noise[t] eps.
+    """Fill `eps` (n, D) with noise and `out` with signal[t] x0 + noise[t] eps.
 
     Parameters
     ----------
@@ -212,14 +211,15 @@ def forward_noise(
         Anything with ``__cuda_array_interface__``, on the device that x0 is on; NumPy arrays under the simulator.
     t : (n,) int64 device array
     signal, noise : (T,) float32 device arrays
-    seed, first_sample : int
+    draw : Draw
+        Which noise.
     queue : int or stream, optional
         The CUDA stream, as an address or one of Numba's.
     threads : int, optional
         Threads of a block.
     """
-    arguments = (x0, t, signal, noise, out, eps, np.uint64(first_sample))
-    _launch(forward_noise_kernel, queue, threads, *arguments, _tag(Stream.FORWARD), *_key(seed))
+    arguments = (x0, t, signal, noise, out, eps, np.uint64(draw.first_row))
+    _launch(forward_noise_kernel, queue, threads, *arguments, _tag(draw.stream), *_key(draw.seed))
 
 
 def sampler_step(
@@ -228,10 +228,8 @@ def sampler_step(
     previous: Any,
     row: Any,
     clip: tuple[float, float] | None,
+    draw: Any,
     *,
-    seed: int,
-    stream: int,
-    first_sample: int,
     queue: Any = 0,
     threads: int = THREADS,
 ) -> None:
@@ -244,7 +242,7 @@ def sampler_step(
     row : Row
         Of the sampler's table.
     clip : (low, high) or None
-    seed, stream, first_sample : int
+    draw : Draw
         Which noise.
     queue, threads
         As for `forward_noise`.
@@ -255,8 +253,8 @@ def sampler_step(
         coefficients = tuple(np.array(row[1:], np.float32))
     # What is not needed is not touched: any array of the shape will do.
     arguments = (x, x if out is None else out, previous if keep else x, coefficients, low, high, keep)
-    counter = (np.uint64(first_sample), np.uint64(row.t), _tag(stream))
-    _launch(step_kernel, queue, threads, *arguments, *counter, *_key(seed))
+    counter = (np.uint64(draw.first_row), np.uint64(draw.step), _tag(draw.stream))
+    _launch(step_kernel, queue, threads, *arguments, *counter, *_key(draw.seed))
 
 
 def map_rows(

@@ -19,6 +19,7 @@ from tolerances import CUDNN_ERROR, assert_close, assert_same_bits
 import fastdiff as fd
 from fastdiff.backends import CONVOLUTIONS, PRECISIONS
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.noise import Draw
 
 pytestmark = pytest.mark.gpu
 
@@ -88,11 +89,11 @@ def test_work_goes_to_the_current_stream(be):
     import cupy
 
     want, out = np.empty((1000, 64), np.float32), be.empty((1000, 64))
-    at = {"seed": 1, "stream": 0, "step": 2, "first_sample": 3}
-    fd.get_backend("numpy").normal(want, **at)
+    draw = Draw(1, 0, 2, 3)
+    fd.get_backend("numpy").normal(want, draw)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        be.normal(out, **at)
+        be.normal(out, draw)
         copy = out.copy()
     stream.synchronize()
     assert_same_bits(cupy.asnumpy(copy), want)
