@@ -25,6 +25,12 @@ STEPS_PER_ROOT, FEWEST_STEPS, MOST_STEPS = 30, 500, 12_000
 MOST_WORK = 6e12  # operations of a training: less than a minute on two cores
 PICTURE_STEPS, PICTURE_T = 3000, 200
 
+WATCHED_ROWS = 4096  # more are not learned by heart in so few steps
+LOOKS = 20  # at whether samples are copies, in a training by the rule
+NEAREST = (
+    0.95  # of the training rows' distances from each other: where samples come nearer, a training by the rule ends
+)
+
 JUDGED_STEPS = 1000  # a fit of so many ends with a judgement
 HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so many
 MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little

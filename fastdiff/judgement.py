@@ -200,6 +200,35 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     )
 
 
+class Copying:
+    """Tells, while a model trains, when its samples come nearer to the training rows than these are to each other.
+
+    Parameters
+    ----------
+    rows : (N, d) array
+        The training rows, in any units.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = np.asarray(rows, np.float64)
+        picked = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
+        to_all = _distances_to(self.rows[picked], self.rows)
+        to_all[np.arange(len(picked)), picked] = np.inf
+        self.usual = float(np.median(to_all.min(axis=1)))
+
+    def ratio(self, drawn: Rows) -> float:
+        """Median distance of samples (n, d) to the nearest training row, over that of a training row to the others."""
+        nearest = float(np.median(_distances_to(np.asarray(drawn, np.float64), self.rows).min(axis=1)))
+        return nearest / self.usual if self.usual > 0 else math.inf
+
+
+def _distances_to(x: Rows, y: Rows) -> Rows:
+    from scipy.spatial.distance import cdist
+
+    between: Rows = cdist(x, y)
+    return between
+
+
 def _gaussian(rows: Rows, n: int, seed: int) -> Rows:
     """Draw from the Gaussian fitted to rows: normals of stream PROBE, sample by sample."""
     moments = ledoit_wolf(rows)
@@ -250,9 +279,7 @@ class _Cross(NamedTuple):
 
 def _to_others(rows: Rows) -> Rows:
     """Distance of every row to the nearest of the others."""
-    from scipy.spatial.distance import pdist, squareform
-
-    between = squareform(pdist(rows))
+    between = _distances_to(rows, rows)
     np.fill_diagonal(between, np.inf)
     nearest: Rows = between.min(axis=1)
     return nearest

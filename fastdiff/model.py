@@ -40,7 +40,7 @@ from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.progress import say
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
-from fastdiff.training import Trainer
+from fastdiff.training import LOOK_EVERY, Trainer
 
 log = logging.getLogger("fastdiff")
 
@@ -94,6 +94,32 @@ class NetworkDenoiser:
             flat = self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
             self._runners[be] = self.net.runner(be, flat)
         return self._runners[be]
+
+
+class _Watch:
+    """Draws samples now and then while a model trains, and keeps the last weights whose samples are no copies."""
+
+    def __init__(
+        self, net: Network, schedule: Schedule, prediction: str, be: Backend, rows: Any, steps: int, seed: int
+    ) -> None:
+        self.net, self.be, self.rows, self.seed = net, be, rows, seed
+        self.every = max(1, round(steps / defaults.LOOKS / LOOK_EVERY)) * LOOK_EVERY
+        self.sampler = samplers.ddpm(schedule, prediction=prediction)
+        self.copying = judgement.Copying(rows)
+        self.kept: Any = None
+        self.kept_at = 0
+        self.stopped = False
+
+    def sees_copies(self, step: int, average: Any) -> bool:
+        """Whether to stop: samples of these weights come nearer to training rows than these are to each other."""
+        if step % self.every:
+            return False
+        denoiser = NetworkDenoiser(self.net, average, self.sampler.prediction, self.be)
+        drawn = process.sample(denoiser, self.sampler, n=judgement.SAMPLES, seed=self.seed, backend=self.be)
+        self.stopped = self.kept is not None and self.copying.ratio(self.be.to_numpy(drawn)) < defaults.NEAREST
+        if not self.stopped:
+            self.kept, self.kept_at = self.be.to_numpy(average).copy(), step
+        return self.stopped
 
 
 class _Optimizer(NamedTuple):
@@ -359,9 +385,29 @@ class Diffusion:
         tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
+        watch = None
+        if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
+            watch = _Watch(net, self.schedule, self.prediction, be, be.to_numpy(data), steps, self.seed)
+
+        def look(average: Any) -> bool:
+            if validate is not None:
+                validate(average)
+            return watch is not None and watch.sees_copies(self.step, average)
+
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
-        trainer.run(self, steps, optimizer.plan.options, validate=validate, progress=progress, callback=callback)
+        looking = look if validate is not None or watch is not None else None
+        trainer.run(self, steps, optimizer.plan.options, look=looking, progress=progress, callback=callback)
+        if watch is not None and watch.stopped:
+            self._average[...] = watch.kept
+            self.end_step = self.step
+            log.info(
+                "stopped after step %d of %d: samples came nearer to training rows than these are to each other; "
+                "the averaged weights are those of step %d",
+                self.step,
+                first + steps,
+                watch.kept_at,
+            )
         if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self

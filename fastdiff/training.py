@@ -17,7 +17,7 @@ from fastdiff.errors import TrainingError
 from fastdiff.nn import Network
 from fastdiff.progress import bar as progress_bar
 
-VALIDATION_EVERY = 100  # steps, counted from 0
+LOOK_EVERY = 100  # steps, counted from 0
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 
 
@@ -66,7 +66,7 @@ class Trainer:
         steps: int,
         options: Callable[[int, int], AdamW],
         *,
-        validate: Callable[[Array], None] | None = None,
+        look: Callable[[Array], bool] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
     ) -> None:
@@ -79,8 +79,8 @@ class Trainer:
         steps : int
         options : callable
             Of the step and of how many averages there were before it: see `TrainingPlan.options`.
-        validate : callable, optional
-            Called with the averaged weights at every step that is a multiple of `VALIDATION_EVERY`.
+        look : callable, optional
+            Called with the averaged weights at every step that is a multiple of `LOOK_EVERY`; a true result stops.
         progress, callback
             As of `Diffusion.fit`.
         """
@@ -117,9 +117,10 @@ class Trainer:
             last.callback(settle)
             end = model.step + steps
             while issued < end:
-                if validate is not None and issued % VALIDATION_EVERY == 0:
+                if look is not None and issued % LOOK_EVERY == 0:
                     settle()
-                    validate(self.state.average)
+                    if look(self.state.average):
+                        return
                 self.steps.run(issued, options(issued, model.ema_updates + issued - model.step))
                 issued += 1
                 late = issued - model.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
@@ -132,8 +133,8 @@ class Trainer:
                     self.bring_back()
                     if callback(model.step - 1, model.history["loss"][-1]):
                         break
-            if validate is not None and model.step % VALIDATION_EVERY == 0:
-                validate(self.state.average)
+            if look is not None and model.step % LOOK_EVERY == 0:
+                look(self.state.average)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_a_training_step_allocates_nothing_and_reads_come_late(be, monkeypatch):
 def test_when_losses_are_read_changes_nothing(be, eager, monkeypatch, ahead):
     monkeypatch.setattr(be, "steps_ahead", ahead)
     monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
-    monkeypatch.setattr("fastdiff.training.VALIDATION_EVERY", 5)
+    monkeypatch.setattr("fastdiff.training.LOOK_EVERY", 5)
     assert_same_models(*(trained(each, EVERYTHING, steps=8, validation=0.5) for each in (be, eager)))
 
 
@@ -183,7 +183,7 @@ def test_what_happens_between_two_steps(be, eager):
 
 
 def test_validation_between_the_steps(be, eager, monkeypatch):
-    monkeypatch.setattr("fastdiff.training.VALIDATION_EVERY", 2)
+    monkeypatch.setattr("fastdiff.training.LOOK_EVERY", 2)
     ours, theirs = (trained(each, EVERYTHING, steps=6, validation=0.5) for each in (be, eager))
     assert_same_models(ours, theirs)
     assert 0 < len(be.runtime.graphs) < 6
