@@ -11,8 +11,9 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
+from fastdiff import defaults
 from fastdiff.errors import ArgumentError, BackendError, TrainingError
-from fastdiff.model import Normaliser, default_schedule
+from fastdiff.model import Normaliser
 from fastdiff.nn.optim import TrainingPlan
 
 T = 12
@@ -115,12 +116,12 @@ def test_the_first_fit_chooses_what_is_not_given():
     assert (made.net, made.schedule, made.normaliser) == (None, None, None)
     fit(made, 0)
     assert (made.net.points, made.net.T, made.net.seed) == (9, 100, 7)
-    assert made.schedule == default_schedule() == fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    assert made.schedule == defaults.schedule() == fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
     assert made.normaliser == Normaliser.of(CURVES)
     assert made.step == 0
     assert_same_bits(made.net.flat, fd.MLP(9, T=100, seed=7).flat)
     assert_same_bits(made.denoiser().flat, made.net.flat)
-    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == default_schedule(30) == fd.Schedule.cosine(30)
+    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.schedule(30) == fd.Schedule.cosine(30)
 
 
 def test_later_fits_keep_the_normaliser(backend):
