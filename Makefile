@@ -65,8 +65,17 @@ profile: $(VENV)/.installed-plot
 compile-time: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/compile_time.py
 
-quality: $(VENV)/.installed-plot
-	$(BIN)/python benchmarks/quality.py
+# How good the defaults are on real data. The packages that bring the data want other versions than ours: they have an
+# environment of their own.
+DATA = benchmarks/.data
+$(DATA)/.written: benchmarks/real_data.py
+	$(PYTHON) -m venv $(DATA)/venv
+	$(DATA)/venv/bin/python -m pip --disable-pip-version-check install --quiet aeon statsmodels vega_datasets
+	$(DATA)/venv/bin/python benchmarks/real_data.py $(DATA)
+	@touch $@
+
+quality: $(VENV)/.installed-plot $(DATA)/.written
+	$(BIN)/python benchmarks/quality.py --data $(DATA)
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
@@ -82,4 +91,4 @@ wheel: | $(BIN)/python
 	sh tests/installed_wheel.sh $(PYTHON) dist
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) $(DATA) build dist demo *.egg-info

@@ -39,13 +39,16 @@ from fastdiff.bench import (
     posterior_of,
     schedule,
     shape_of_noise,
+    training_only,
+    untrained,
     white_rows,
 )
 
 __all__ = [
     "BY_NAME", "CASES", "DDIM_STEPS", "HIDDEN", "IMAGE_STEP", "IMAGE_T", "KINDS", "UNET", "UNET_OPERATIONS",
     "UNET_PARAMETERS", "Case", "T", "Work", "checkpoint", "cold_process", "curves", "ddim", "finite", "image_step",
-    "network", "noising", "pictures", "posterior_of", "schedule", "shape_of_noise", "white_rows",
+    "network", "noising", "pictures", "posterior_of", "schedule", "shape_of_noise", "training_only",
+    "untrained", "white_rows",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -53,8 +56,8 @@ HERE = Path(__file__).parent
 
 def checkpoint(fd: Any, case: Case, be: Any, path: Path) -> Any:
     """Save a briefly trained model without its moments, and return it."""
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
-    model.fit(curves(fd, case), steps=2, batch=16, ema=None, progress=False)
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
+    model.fit(curves(fd, case), steps=2, batch=16, ema=None, **training_only(fd))
     model.save(path, training=False)
     return model
 

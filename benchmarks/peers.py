@@ -255,8 +255,8 @@ def _noise(fd: Any, be: Any, case: Case, seed: int, steps: int) -> Any:
 def _training_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any]) -> Example:
     X, net = cases.curves(fd, case), cases.network(fd, case)
     inputs |= _weights(net)
-    model = fd.Diffusion(net, cases.schedule(fd, case), backend=be, seed=0)
-    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, progress=False)
+    model = cases.untrained(fd, net, cases.schedule(fd, case), be)
+    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, **cases.training_only(fd))
     inputs |= _draws(fd, be, case, len(X), T)
     inputs["X"] = (X - np.float32(model.normaliser.mean)) / np.float32(model.normaliser.std)
     return inputs, {"losses": np.array(model.history["loss"]), "weights": _flat(_weights(model.net))}
@@ -283,8 +283,8 @@ def _unet_example(fd: Any, be: Any, case: Case, inputs: dict[str, Any], folder: 
         few = fd.sample(net, cases.ddim(fd, case, EXAMPLE_DDIM), n=case.n, seed=0, backend=be)
         return inputs, {"pictures": few}
     X = cases.pictures(case)
-    model = fd.Diffusion(net, cases.schedule(fd, case), backend=be, seed=0)
-    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, data_range=(-1.0, 1.0), progress=False)
+    model = cases.untrained(fd, net, cases.schedule(fd, case), be)
+    model.fit(X, steps=EXAMPLE_STEPS, batch=case.n, ema=None, data_range=(-1.0, 1.0), **cases.training_only(fd))
     inputs |= {"X": X} | _draws(fd, be, case, len(X), cases.IMAGE_T)
     return inputs, {"losses of the U-Net": np.array(model.history["loss"])}
 

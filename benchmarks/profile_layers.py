@@ -194,8 +194,8 @@ def profile(passes: list[Pass], ends: tuple[int, int], shapes: bool) -> dict[str
 
 def training_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[Pass]:
     """Training steps; a step ends where the optimiser does."""
-    model = fd.Diffusion(network(fd, case), cases.schedule(fd, case), backend=be, seed=0)
-    how = {"batch": case.n, "data_range": (-1.0, 1.0), "progress": False}
+    model = cases.untrained(fd, network(fd, case), cases.schedule(fd, case), be)
+    how = {"batch": case.n, "data_range": (-1.0, 1.0), **cases.training_only(fd)}
     X = cases.pictures(case, 4 * case.n)
     model.fit(X, steps=1, **how)
     calls.clear()

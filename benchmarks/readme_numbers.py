@@ -54,6 +54,8 @@ def table(results: dict[str, Any]) -> str:
         return profile_table(results)
     if "precision" in results:
         return precision_table(results)
+    if "quality" in results:
+        return quality_table(results)
     h = results["header"]
     tiny = "" if h["scale"] == 1 else f"**At {h['scale']:g} of the sizes: the ratios mean nothing.** "
     lines = [
@@ -212,6 +214,36 @@ def precision_table(results: dict[str, Any]) -> str:
             ratio = f"**{row['ratio']:.4f}**" + (f" ± {row['error']:.4f}" if "error" in row else "")
             wanted = f"{row['wanted']:g}{'' if row['ratio'] <= row['wanted'] else ': **missed**'}"
         lines.append(f"| {row['what']} | {row['float32']:.4f} | {row['bf16']:.4f} | {ratio} | {wanted} |")
+    return "\n".join(lines) + "\n"
+
+
+def quality_table(results: dict[str, Any]) -> str:
+    """Return the results of `quality.py` as Markdown."""
+
+    def estimate(value: dict[str, float]) -> str:
+        return f"{value['mean']:.3f} ± {value['error']:.3f}"
+
+    lines = [
+        f"{place(results['header'])} Energy distance to unseen rows, mean and standard error over {results['seeds']} "
+        "splits; nearest: median distance to the nearest training row, over that of unseen rows (copies: 0).",
+        "",
+        "| data (rows trained on x values) | real rows | Gaussian | fastdiff | less the Gaussian's | wanted | nearest "
+        "| training |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["quality"]:
+        wanted = "at most the Gaussian's" if row["wanted"] is None else f"{row['wanted']:g}"
+        wanted += "" if row["met"] else ": **missed**"
+        lines.append(
+            f"| {row['name']} ({row['rows']} x {row['d']}) | {row['real']['mean']:.3f} | {row['gaussian']['mean']:.3f} "
+            f"| **{estimate(row['ours'])}** | {estimate(row['excess'])} | {wanted} "
+            f"| {row['nearest']['mean']:.2f} | {row['seconds']['mean']:.0f} s |"
+        )
+    if results["curves"]:
+        lines += ["", "| curves of the source text | | wanted |", "|---|---:|---:|"]
+    for row in results["curves"]:
+        wanted = "" if "wanted" not in row else f"{row['wanted']:g}{'' if row['met'] else ': **missed**'}"
+        lines.append(f"| {row['what']} | {row['value']:.4f} | {wanted} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,8 +44,8 @@ class UNetCase(Case):
             net, x, t = network(fd, self), cases.pictures(self, self.n), np.arange(self.n) % cases.IMAGE_T
             return Work(lambda: net.predict(x, t, backend=be), cases.finite(x.shape, 1e-3, 1e3))
         X = cases.pictures(self)
-        model = fd.Diffusion(network(fd, self), cases.schedule(fd, self), backend=be, seed=0)
-        how = {"batch": self.n, "data_range": (-1.0, 1.0), "progress": False}
+        model = cases.untrained(fd, network(fd, self), cases.schedule(fd, self), be)
+        how = {"batch": self.n, "data_range": (-1.0, 1.0), **cases.training_only(fd)}
         model.fit(X, steps=1, ema=EMA if self.ema else None, **how)
 
         def check(result: Any) -> None:

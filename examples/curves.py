@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fastdiff as fd
-from fastdiff import plots
+from fastdiff import plots, samplers
 from fastdiff.data import harmonic_curves
 
 
@@ -31,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn, path = model.sample(100, trajectory=True)  # path: (101, 100, 50), noise first
     error = np.sqrt(np.mean((drawn - curve) ** 2))
     print(f"one curve: root mean square error {error:.3f} over {len(drawn)} generated curves")
-    plots.save(plots.reverse_chain(path[:, 0], curve[0], rate=50), args.output / "one_reverse.png")
+    how = samplers.ddpm(schedule).label  # what draws where nothing else is asked for: "ddpm, 100 steps"
+    plots.save(plots.reverse_chain(path[:, 0], curve[0], rate=50, sampler=how), args.output / "one_reverse.png")
 
     # A family: sums of five cosines of random frequency and phase. No two are alike; what the samples share
     # with the training curves is how smooth they are and how far they swing.
     family = harmonic_curves(10_000)
     model = fd.Diffusion(schedule=schedule).fit(family, steps=args.steps)
     drawn = model.sample(12)
-    plots.save(plots.generated(drawn, family, rate=50), args.output / "family.png")
+    names = (f"Generated: {how}", "Real")
+    plots.save(plots.generated(drawn, family, rate=50, names=names), args.output / "family.png")
     plots.save(plots.loss(model.history), args.output / "family_loss.png")
     print(f"pictures in {args.output}")
 

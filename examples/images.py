@@ -20,6 +20,7 @@ from fastdiff import plots
 from fastdiff.data import energy_distance, tiles
 
 T = 200
+HOW = f"ddpm, {T} steps"  # what draws where nothing else is asked for
 RATE = 1e-3
 STEPS, BATCH = {"digits": 4000, "tiles": 2000}, {"digits": 128, "tiles": 64}  # three to four minutes on two cores
 SEEN = 1400  # digits to learn from; the others judge
@@ -56,8 +57,9 @@ def digits(args: argparse.Namespace) -> None:
     some, path = model.sample(args.drawn, labels=ANY, trajectory=True)  # path: (201, drawn, 8, 8, 1), noise first
     asked = np.arange(args.drawn) % 10
     named = model.sample(args.drawn, labels=asked, first_sample=args.drawn)
-    plots.save(grid(some[:16], "Generated digits"), args.output / "digits_generated.png")
-    plots.save(grid(named[:50], "Drawn as asked: 0 to 9", columns=10), args.output / "digits_asked.png")
+    plots.save(grid(some[:16], f"Generated digits: {HOW}"), args.output / "digits_generated.png")
+    columns = {"columns": 10, "labels": range(10)}
+    plots.save(grid(named[:50], f"Drawn as asked: {HOW}", **columns), args.output / "digits_asked.png")
     chain(path, LEVELS, args.output / "digits")
 
     classify = classifier(seen.reshape(-1, 64), names)
@@ -103,7 +105,7 @@ def photographs(args: argparse.Namespace) -> None:
     net = fd.UNet(X.shape[1:], channels=(32, 64, 128), blocks=1, T=T)
     model = fit(net, X, None, args, flip=True)
     drawn, path = model.sample(16, trajectory=True)
-    plots.save(grid(drawn, "Generated tiles"), args.output / "tiles_generated.png")
+    plots.save(grid(drawn, f"Generated tiles: {HOW}"), args.output / "tiles_generated.png")
     chain(path, (0, 255), args.output / "tiles")
 
 
@@ -124,14 +126,14 @@ def learn(
     return model.fit(X, y, steps=steps, lr=RATE, warmup=min(100, steps // 2), decay_steps=steps, **options)
 
 
-def grid(images: npt.NDArray[Any], title: str, columns: int = 4) -> Any:
+def grid(images: npt.NDArray[Any], title: str, **more: Any) -> Any:
     bounds = (0, 255) if images.dtype == np.uint8 else LEVELS
-    return plots.image_grid(images, columns=columns, title=title, data_range=bounds)
+    return plots.image_grid(images, title=title, data_range=bounds, **more)
 
 
 def chain(path: npt.NDArray[Any], bounds: tuple[float, float], name: Path) -> None:
     """Draw how noise becomes pictures: four chains in 11 frames, and sixteen as a moving picture."""
-    plots.save(plots.image_trace(path[:, :4], data_range=bounds), f"{name}_trace.png")
+    plots.save(plots.image_trace(path[:, :4], data_range=bounds, sampler=HOW), f"{name}_trace.png")
     plots.animation(path[:, :16], f"{name}_chain.gif", data_range=bounds)
 
 

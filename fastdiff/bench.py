@@ -12,6 +12,7 @@ its roof is the time that the slower of its bytes and its operations must take, 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import platform
@@ -262,6 +263,18 @@ def schedule(fd: Any, case: Case) -> Any:
     return fd.Schedule.sigmoid(T, beta_start=1e-5, beta_end=0.1)
 
 
+def untrained(fd: Any, net: Any, noise_levels: Any, be: Any) -> Any:
+    """Return a model as every version of the library has it."""
+    return fd.Diffusion(net, noise_levels, prediction="noise", backend=be, seed=0)
+
+
+def training_only(fd: Any) -> dict[str, Any]:
+    """Return the options of `fit` with which it does nothing but train, in any version of the library."""
+    if "judge" in inspect.signature(fd.Diffusion.fit).parameters:
+        return {"progress": False, "validation": 0, "judge": False}
+    return {"progress": False}
+
+
 def network(fd: Any, case: Case) -> Any:
     """Return the network of a case; no tensor is zero, as some of a fresh one are."""
     points = case.shape[0]
@@ -350,12 +363,13 @@ def _chain(fd: Any, case: Case, be: Any) -> Work:
 
 def _training(fd: Any, case: Case, be: Any) -> Work:
     X = curves(fd, case)
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
+    how = training_only(fd)
     # The moving average is off: peers do without it.
-    model.fit(X, steps=1, batch=case.n, ema=None, progress=False)
+    model.fit(X, steps=1, batch=case.n, ema=None, **how)
 
     def run() -> Any:
-        return model.fit(X, steps=case.units, batch=case.n, progress=False)
+        return model.fit(X, steps=case.units, batch=case.n, **how)
 
     def check(result: Any) -> None:
         assert result.step >= 1 + case.units
@@ -465,8 +479,8 @@ def _unet(fd: Any, case: Case, be: Any) -> Work:
 
 def _unet_training(fd: Any, case: Case, be: Any) -> Work:
     X = pictures(case)
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
-    how = {"batch": case.n, "data_range": (-1.0, 1.0), "progress": False}
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
+    how = {"batch": case.n, "data_range": (-1.0, 1.0), **training_only(fd)}
     model.fit(X, steps=1, ema=None, **how)
 
     def check(result: Any) -> None:
@@ -532,6 +546,49 @@ def _norm(fd: Any, case: Case, be: Any) -> Work:
     return Work(run, finite(out.shape, 0.5, 0.8))
 
 
+def _layer_norm_arrays(case: Case, be: Any) -> tuple[Any, ...]:
+    """x, gamma, beta, out and statistics."""
+    gamma, beta = (be.asarray(np.full(case.shape[-1], value, np.float32)) for value in (1, 0))
+    out, stats = be.empty((case.n, *case.shape)), be.empty((case.n, *case.shape[:-1], 2))
+    return be.asarray(white_rows(case)), gamma, beta, out, stats
+
+
+def _layer_norm(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    arrays = _layer_norm_arrays(case, be)
+    out = arrays[3]
+
+    def run() -> Any:
+        be.layer_norm(*arrays, eps=1e-5)
+        return out
+
+    return Work(run, finite(out.shape, 0.8, 1.2))
+
+
+def _layer_norm_backward(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    x, gamma, beta, dx, stats = _layer_norm_arrays(case, be)
+    dy, dgamma, dbeta = be.asarray(white_rows(case)[..., ::-1]), be.empty(gamma.shape), be.empty(gamma.shape)
+    be.layer_norm(x, gamma, beta, dx, stats, eps=1e-5)
+
+    def run() -> Any:
+        be.layer_norm_backward(dy, x, gamma, stats, dx, dgamma, dbeta)
+        return dx, dgamma, dbeta
+
+    return Work(run, lambda result: finite(dx.shape, 0.8, 1.2)(result[0]))
+
+
+def _gelu(fd: Any, case: Case, be: Any) -> Work:
+    del fd
+    x, out = be.asarray(white_rows(case)), be.empty((case.n, *case.shape))
+
+    def run() -> Any:
+        be.gelu(x, out)
+        return out
+
+    return Work(run, finite(out.shape, 0.5, 0.8))
+
+
 def _attention(fd: Any, case: Case, be: Any) -> Work:
     del fd
     length, channels = case.shape
@@ -565,7 +622,7 @@ def _adamw(fd: Any, case: Case, be: Any) -> Work:
 def _file(fd: Any, case: Case, be: Any) -> tuple[Any, Path]:
     """Return a model of one training step, with its moments, and where to save it."""
     folder = tempfile.mkdtemp(prefix="fastdiff-")
-    model = fd.Diffusion(network(fd, case), schedule(fd, case), backend=be, seed=0)
+    model = untrained(fd, network(fd, case), schedule(fd, case), be)
     weakref.finalize(model, shutil.rmtree, folder)
     model.fit(pictures(case, 2), steps=1, batch=1, data_range=(-1.0, 1.0), progress=False)
     return model, Path(folder) / "model.safetensors"
@@ -681,6 +738,11 @@ KINDS: dict[str, Kind] = {
         70_000, 5e-6, needs="layers",
     ),
     "norm": Kind(_norm, "GB/s", lambda c: 8 * c.values, lambda c: 9 * c.values, 70_000, needs="layers"),
+    "layer-norm": Kind(_layer_norm, "GB/s", lambda c: 8 * c.values, lambda c: 8 * c.values, 70_000, needs="layers"),
+    "layer-norm-backward": Kind(
+        _layer_norm_backward, "GB/s", lambda c: 12 * c.values, lambda c: 13 * c.values, 70_000, 5e-6, needs="layers",
+    ),
+    "gelu": Kind(_gelu, "GB/s", lambda c: 8 * c.values, lambda c: 5 * c.values, 70_000, needs="layers"),
     "attention": Kind(
         _attention, "GF/s", lambda c: 16 * c.values, lambda c: 4 * c.values * c.shape[0], 70_000, needs="layers",
     ),
@@ -737,6 +799,9 @@ CASES: tuple[Case, ...] = (
     Case("adamw-4000000", "AdamW, clipping, average; 4 M parameters", "adamw", 1, (4_000_000,)),
     Case("save-unet", "checkpoint of the U-Net saved, with moments", "save", 1, (32, 32, 3), "unet"),
     Case("load-unet", "checkpoint of the U-Net loaded", "load", 1, (32, 32, 3), "unet"),
+    Case("layer-norm-64x1024x128", "LayerNorm, 64 x 1024 x 128", "layer-norm", 64, (1, 1024, 128)),
+    Case("layer-norm-back-64x1024x128", "its gradients, 64 x 1024 x 128", "layer-norm-backward", 64, (1, 1024, 128)),
+    Case("gelu-64x1024x256", "GELU, 64 x 1024 x 256", "gelu", 64, (1, 1024, 256)),
 )
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}
@@ -745,6 +810,7 @@ QUICK = (
     "normals-48x1000000", "forward-1000000x50", "step-64x256x256x3", "similarity-4096x128", "shaped-1000000x128",
     "posterior-1000x10000x64", "mlp-default-100000", "chain-tutorial-1", "chain-default-1000", "train-default-10",
     "train-default-1000", "conv-16x32x32x64", "conv-back-16x32x32x64", "norm-64x32x32x64", "attention-16x256x128",
+    "layer-norm-64x1024x128", "layer-norm-back-64x1024x128", "gelu-64x1024x256",
     "unet-forward-16", "unet-train-16", "unet-ddim-16", "adamw-4000000", "save-unet", "load-unet",
 )  # fmt: skip
 

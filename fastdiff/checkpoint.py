@@ -1,13 +1,30 @@
 """Checkpoints: safetensors files with a JSON header under the metadata key ``fastdiff``.
 
 Written to a temporary file, flushed and renamed, so a file is whole or absent. Nothing in them is executable.
+
+The header says what wrote the file and what it takes to read it. Keys that 0.1.0 did not write are optional, and where
+one is absent the file means what 0.1.0 meant; so formats 1 and 2 are read like 3.
+
+format
+    1: curves under white noise; 2: shaped noise and pictures; 3: all that follows.
+noise_law
+    Version of the law that all random numbers follow: another one is refused.
+features
+    What the file uses of `FEATURES`, sorted; absent: nothing. An unknown one is refused by name, so a new feature needs
+    no new format.
+arithmetic
+    Which `ARITHMETIC` trained the weights; absent: 1.
+digest
+    Checksum of the tensors, against accidents; absent: they are not checked.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,12 +34,22 @@ from fastdiff.errors import CheckpointError
 from fastdiff.files import writing
 from fastdiff.noise import NOISE_LAW_VERSION
 
-FORMAT_VERSION = 2  # 2 may have a noise shape
+FORMAT_VERSION = 3
+ARITHMETIC = 1
+"""Of training: with another number the same steps may end in other last bits, on the same CPU."""
+FEATURES = frozenset({"column scale"})
+"""What a file may use beyond 0.1.0 without which it must not be read. Add a name here, and give it to `write`."""
 _KEY = "fastdiff"
 _DTYPES = {"F32", "F64", "I64"}
 
 
-def write(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    tensors: Mapping[str, npt.NDArray[Any]],
+    *,
+    features: Iterable[str] = (),
+) -> None:
     """Write a checkpoint.
 
     Parameters
@@ -30,15 +57,26 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapp
     path : path
         The file; it appears whole or not at all.
     header : mapping
-        JSON types. Format and noise-law version are added.
+        JSON types. Format, noise law, arithmetic, features and digest are added; an arithmetic that is given stays.
     tensors : mapping of str to array
         float32, float64 or int64.
+    features : iterable of str, optional
+        Names out of `FEATURES` of what the file uses.
     """
     from safetensors.numpy import save
 
-    versions = {"format": FORMAT_VERSION, "noise_law": NOISE_LAW_VERSION}
-    text = json.dumps({**versions, **header}, allow_nan=False)
-    content = save({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={_KEY: text})
+    used = sorted(set(features))
+    assert FEATURES.issuperset(used), used
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    facts = {
+        "format": FORMAT_VERSION,
+        "noise_law": NOISE_LAW_VERSION,
+        "arithmetic": ARITHMETIC,
+        **header,
+        "features": used,
+        "digest": digest(arrays),
+    }
+    content = save(arrays, metadata={_KEY: json.dumps(facts, allow_nan=False)})
     with writing(path) as file:
         file.write(content)
 
@@ -49,13 +87,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.ND
     Raises
     ------
     CheckpointError
-        The file is missing, truncated, not a fastdiff checkpoint, of a newer format or another noise law.
+        The file is missing, truncated, not a fastdiff checkpoint, of a newer format or another noise law, needs a
+        feature that is not there, or has other tensors than were written.
     """
-    header, names = _open(path)
-    tensors = {}
-    with _safe_open(path) as file:
-        for name in names:
-            tensors[name] = file.get_tensor(name)
+    with _opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if header.get("digest") not in (None, digest(tensors)):
+        raise CheckpointError(f"{path}: its content was altered or damaged after it was written: the digest differs")
     return header, tensors
 
 
@@ -64,32 +102,38 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     The header, ``tensors`` (name to shape) and ``parameters`` (their number, of the network alone).
     """
-    header, _ = _open(path)
-    with _safe_open(path) as file:
+    with _opened(path) as (file, header):
         shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     parameters = sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("net."))
     return {**header, "parameters": parameters, "tensors": shapes}
 
 
-def _safe_open(path: str | os.PathLike[str]) -> Any:
-    from safetensors import safe_open
+def digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Return the checksum of C-contiguous tensors: CRC-32 of name, dtype, shape and bytes of each, sorted by name."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape} ".encode(), crc)
+        crc = zlib.crc32(tensor.data.cast("B") if tensor.size else b"", crc)
+    return f"crc32:{crc:08x}"
 
-    return safe_open(os.fspath(path), framework="np")
 
-
-def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
-    """Checked header and tensor names."""
-    from safetensors import SafetensorError
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file, once, and yield it with its checked header: a file that takes its place meanwhile is not seen."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with _safe_open(path) as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            dtypes = {file.get_slice(name).get_dtype() for name in names}
+        with safe_open(os.fspath(path), framework="np") as file:
+            yield file, _checked_header(path, file)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _checked_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
+    """The header of an open file that this version can read."""
+    metadata = file.metadata() or {}
     if _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a fastdiff checkpoint (no {_KEY!r} header)")
     try:
@@ -103,13 +147,27 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         raise CheckpointError(
             f"{path}: format version {version}, this fastdiff reads up to {FORMAT_VERSION}: update fastdiff"
         )
+    _check_features(path, header.get("features", []))
     if header.get("noise_law") != NOISE_LAW_VERSION:
         raise CheckpointError(
             f"{path}: noise law {header.get('noise_law')!r}, this fastdiff has {NOISE_LAW_VERSION}: "
             "its samples would differ from those the checkpoint was made for"
         )
+    dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     if not dtypes <= _DTYPES:
         raise CheckpointError(
             f"{path}: tensors of type {', '.join(sorted(dtypes - _DTYPES))}, wants {', '.join(sorted(_DTYPES))}"
         )
-    return header, names
+    return header
+
+
+def _check_features(path: str | os.PathLike[str], features: Any) -> None:
+    if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+        raise CheckpointError(f"{path}: features {features!r}, where a list of names is wanted")
+    unknown = [repr(name) for name in features if name not in FEATURES]
+    if unknown:
+        plural = "s" if len(unknown) > 1 else ""
+        raise CheckpointError(
+            f"{path}: this file needs the feature{plural} {', '.join(unknown)}, which this fastdiff does not have: "
+            "update fastdiff"
+        )

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff demo | train | sample | info | bench``.
+"""The command line: ``fastdiff demo | train | sample | evaluate | info | bench``.
 
 Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
 ``fastdiff: error: ...`` and exit code 2; Ctrl-C is exit code 130. Each command imports what it needs when it
@@ -8,6 +8,7 @@ runs, so that ``--help`` comes at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -20,9 +21,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastdiff.errors import FastdiffError, ScheduleWarning, TrainingError, check_float, check_int, check_seed
+from fastdiff.errors import (
+    DataWarning,
+    FastdiffError,
+    QualityWarning,
+    ScheduleWarning,
+    TrainingError,
+    check_float,
+    check_int,
+    check_seed,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +50,8 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "scaled_linear": (1000, 1e-4, 0.02),
     "cosine": (1000, None, None),
 }
-STEPS, LEARNING_RATE = 3000, 1e-3
+LEARNING_RATE = 1e-3
+FEWEST_ROWS = 8  # as fastdiff.judgement has it
 SIZE = 32  # pixels on a side of the pictures
 SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
 PICTURES_AT_ONCE = 64
@@ -61,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0, or 2 after an error, or 130 after Ctrl-C. ``--help``, ``--version`` and unknown options leave by
-        ``SystemExit``, as argparse does.
+        ``SystemExit``, as argparse does. Without any argument there is help on stderr, and 2.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        _parser().print_help(sys.stderr)
+        return 2
     args = _parser().parse_args(argv)
     try:
         with _plain_messages():
@@ -92,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
     output: str | None = args.output or args.resume
     if output is None:
         raise FastdiffError("say where the model goes: -o MODEL.safetensors")
-    steps = check_int("--steps", args.steps, low=1)
+    steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
     batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
     # All that could fail is tried before the minutes of training.
     check_writable(output, (".safetensors",))
@@ -103,6 +118,11 @@ def _train(args: argparse.Namespace) -> int:
         _check_picture(_snapshot(output, 0))
     model = _resumed(args) if args.resume else None
     data, labels, names = _training_data(args, model)
+    if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+        raise FastdiffError(
+            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
+            f"{FEWEST_ROWS}"
+        )
     if model is None:
         model = _new_model(args, data.shape[1:], None if names is None else len(names))
         model.class_names = names
@@ -126,6 +146,7 @@ def _train(args: argparse.Namespace) -> int:
                 warmup=0 if args.warmup is None else args.warmup,
                 decay_steps=args.decay_steps,
                 validation=args.validation,
+                judge=args.judge,
                 flip=args.flip,
                 accumulate=args.accumulate,
                 progress=not args.quiet,
@@ -157,8 +178,8 @@ def _train(args: argparse.Namespace) -> int:
         (_note if stopped else print)(f"{args.loss_plot}: the loss of every step")
     if failure:
         return _fail(str(failure))
-    if stopped and 0 < done < steps:
-        _note(f"continue with: {_continuation(args, output, steps - done)}")
+    if stopped and done > 0 and model.step < model.end_step:
+        _note(f"continue with: {_continuation(args, output, model.end_step - model.step)}")
     return INTERRUPTED if stopped else 0
 
 
@@ -174,7 +195,7 @@ def _training_data(
     args: argparse.Namespace, model: Diffusion | None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None, list[str] | None]:
     """Curves or pictures, and for those the class of each and the classes' names."""
-    from fastdiff.data import load_curves, load_images
+    from fastdiff.data import load_images
 
     shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
     learned = shape is not None and len(shape) == 3
@@ -182,7 +203,9 @@ def _training_data(
         for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout"):
             if getattr(args, name):
                 raise FastdiffError(f"--{name} is for pictures: a folder, or with --size an .npy file")
-        return load_curves(args.data), None, None
+        return _curves(args), None, None
+    if _table_options(args):
+        raise FastdiffError(f"{_table_options(args)[0]} is for files of curves")
     if shape is None:
         size, mode = args.size or SIZE, "gray" if args.gray else "auto"
     elif len(shape) == 3:
@@ -194,6 +217,23 @@ def _training_data(
     if model is not None and model.class_names is not None:
         raise FastdiffError(f"--labels is wanted: {args.resume} has the classes {', '.join(model.class_names)}")
     return load_images(args.data, size, mode=mode), None, None
+
+
+def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
+    from fastdiff.data import load_curves
+
+    return load_curves(args.data, header=args.header, index=args.index, drop=args.drop)
+
+
+def _table_options(args: argparse.Namespace) -> list[str]:
+    """What was said about the file of curves, as it was said."""
+    header = [] if args.header is None else ["--header" if args.header else "--no-header"]
+    index = [] if args.index is None else ["--index", args.index]
+    return [*header, *index, *(["--drop", ",".join(args.drop)] if args.drop else [])]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _size(text: str) -> int | tuple[int, int]:
@@ -225,9 +265,12 @@ def _snapshots(model: Diffusion, output: str, every: int, stop: _PatientInterrup
         if (step + 1) % every == 0:
             assert model.normaliser is not None
             try:
-                drawn = model.sample(SHOWN, labels=_in_turn(model, None, SHOWN), sampler="ddim")
+                labels = _in_turn(model, None, SHOWN)
                 figure = plots.image_grid(
-                    drawn, title=f"After {step + 1} steps", data_range=model.normaliser.data_range or (0, 255)
+                    model.sample(SHOWN, labels=labels, sampler="ddim"),
+                    labels=_class_names(model, labels),
+                    title=f"After {step + 1} steps: {_how(model, 'ddim', None)}",
+                    data_range=model.normaliser.data_range or (0, 255),
                 )
                 plots.save(figure, _snapshot(output, step + 1))
             except (FastdiffError, OSError) as error:  # worth less than the training
@@ -239,7 +282,7 @@ def _snapshots(model: Diffusion, output: str, every: int, stop: _PatientInterrup
 
 def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | None) -> Diffusion:
     import fastdiff as fd
-    from fastdiff.model import PICTURE_T, picture_net
+    from fastdiff.defaults import PICTURE_T, picture_net
 
     schedule = _schedule(args)
     seed = 0 if args.seed is None else check_seed(args.seed, "--seed")
@@ -252,7 +295,8 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
     elif args.network == "tutorial":
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
         net = fd.MLP.tutorial(shape[0], T=schedule.T)
-    return fd.Diffusion(net, schedule, prediction=args.prediction or "noise", backend=args.backend, seed=seed)
+    scale = args.scale or "auto"
+    return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
 
 
 def _resumed(args: argparse.Namespace) -> Diffusion:
@@ -272,6 +316,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "beta_start",
         "beta_end",
         "prediction",
+        "scale",
     )
     for name in settled:
         if getattr(args, name) is not None:
@@ -322,6 +367,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int) -> str:
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
+    words += _table_options(args)
     return shlex.join(words)
 
 
@@ -370,16 +416,16 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
             first = args.first_sample + start
             parts.append(_as_numpy(args, model.sample(size, labels=of_part, first_sample=first, **options)))
             bar.update(size)
-    curves = np.concatenate(parts)
+    curves, how = np.concatenate(parts), _how(model, args.sampler, args.sample_steps)
     save_curves(args.output, curves)
     print(f"{args.output}: {n} curves of {curves.shape[1]} points")
     if args.plot:
-        plots.save(plots.generated(curves, count=SHOWN), args.plot)
+        plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
         print(f"{args.plot}: the first {min(SHOWN, n)} of them")
     if args.trace:
         of_first = None if labels is None else labels[:1]
         _, path = model.sample(1, labels=of_first, first_sample=args.first_sample, trajectory=True, **options)
-        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0]), args.trace)
+        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0], sampler=how), args.trace)
         print(f"{args.trace}: the first one's way from noise")
     return 0
 
@@ -426,12 +472,13 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
     images = np.concatenate(parts)
     assert model.normaliser is not None and model.normaliser.data_range is not None  # noqa: PT018
     shades: dict[str, Any] = {"data_range": model.normaliser.data_range}
-    words = None if labels is None else [_class_name(model, label) for label in labels[:n]]
+    words, how = _class_names(model, labels), _how(model, args.sampler, args.sample_steps)
 
     def grid(path: str, count: int) -> None:
         columns = max(1, round(count**0.5))
-        shown = plots.image_grid(images[:count], columns=columns, labels=words and words[:count], **shades)
-        plots.save(shown, path)
+        some, title = words and words[:count], f"Generated pictures: {how}"
+        figure = plots.image_grid(images[:count], columns=columns, labels=some, title=title, **shades)
+        plots.save(figure, path)
 
     if ending == ".png":
         grid(output, n)
@@ -446,7 +493,7 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
         grid(args.plot, min(n, SHOWN))
         print(f"{args.plot}: the first {min(n, SHOWN)} of them")
     if args.trace:
-        plots.save(plots.image_trace(path[:, :TRACED], **shades), args.trace)
+        plots.save(plots.image_trace(path[:, :TRACED], sampler=how, **shades), args.trace)
         print(f"{args.trace}: the first {min(n, TRACED)} on their way from noise")
     if args.gif:
         plots.animation(path, args.gif, **shades)
@@ -481,10 +528,81 @@ def _class_name(model: Diffusion, label: int) -> str:
     return str(label) if model.class_names is None else model.class_names[label]
 
 
+def _class_names(model: Diffusion, labels: npt.NDArray[np.int64] | None) -> list[str] | None:
+    return None if labels is None else [_class_name(model, label) for label in labels]
+
+
+def _how(model: Diffusion, sampler: str, steps: int | None) -> str:
+    """What draws, for the legend of a figure."""
+    from fastdiff import samplers
+
+    assert model.schedule is not None
+    with warnings.catch_warnings(action="ignore", category=ScheduleWarning):  # drawing itself warns
+        return samplers.named(sampler, model.schedule, steps).label
+
+
 def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
     from fastdiff.backends import get_backend
 
     return get_backend(args.backend).to_numpy(array)
+
+
+# --------------------------------------------------------------------------------------- evaluate
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import fastdiff as fd
+
+    if args.output:
+        _check_picture(args.output)
+    samples = None if args.n is None else check_int("-n", args.n, low=2)
+    seed = None if args.seed is None else check_seed(args.seed, "--seed")
+    model = fd.load(args.model, backend=args.backend)
+    args.resume = args.model  # where the shape of the data is known from
+    data, labels, _ = _training_data(args, model)
+    training = None
+    if args.training is not None:
+        training, _, _ = _training_data(argparse.Namespace(**{**vars(args), "data": args.training}), model)
+    found = model.evaluate(data, labels, training=training, samples=samples, seed=seed)
+    report = found.report
+    if args.json:
+        print(json.dumps({**report.to_dict(), "complaint": found.complaint}, indent=2))
+    else:
+        print(f"{args.model} beside {args.data}")
+        print("\n".join(_aligned(_measures(report))))
+    if args.output:
+        from fastdiff import plots
+
+        lines = {key: _shown(value) for key, value in _measures(report).items()}
+        figure = plots.evaluation(
+            found.real.reshape(len(found.real), -1),
+            found.drawn.reshape(len(found.drawn), -1),
+            training=found.training.reshape(len(found.training), -1),
+            measures=lines,
+        )
+        plots.save(figure, args.output)
+        _note(f"figure in {args.output}")
+    if found.complaint:
+        _note(f"fastdiff: warning: {found.complaint}")
+    return 0
+
+
+def _measures(report: Any) -> dict[str, Any]:
+    """The numbers of a report with what they are called, as lines of a table."""
+    which = "held-out" if report.held_out else "training"
+    return {
+        "samples": report.samples,
+        f"{which} rows": report.rows,
+        "energy distance": f"{report.energy_distance:.4f} +- {report.stderr:.4f}",
+        "of a fitted Gaussian": f"{report.gaussian:.4f}",
+        "of training rows": "not known" if report.real != report.real else f"{report.real:.4f}",
+        "less the Gaussian's": f"{report.excess:.4f} +- {report.excess_stderr:.4f}",
+        "deviation, over the data's": f"{report.deviation:.3f}",
+        "smallest, largest value": f"{report.low:.4g}, {report.high:.4g}",
+        "values out of range": f"{report.outside:.2%}",
+        "nearer to training rows": f"{report.nearer:.0%} (50 % of unseen rows; 100 % of copies)",
+        "median distance to them": f"{report.nearest_ratio:.3f} of unseen rows'",
+    }
 
 
 # --------------------------------------------------------------------------------------- info
@@ -511,7 +629,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a model file without what only programs want: those are in the JSON."""
-    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters")}
+    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters", "digest")}
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
     return {**brief, "network": network, "training": training}
@@ -668,8 +786,86 @@ def _bench(args: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------- the parser
 
 
+# What options and commands of other programs are called here.
+SYNONYMS = {
+    "--steps": "epochs epoch iterations iters num-steps n-steps max-steps",
+    "--sample-steps": "steps num-steps n-steps inference-steps num-inference-steps",
+    "--lr": "learning-rate rate alpha",
+    "--batch": "batch-size batchsize bs",
+    "--validation": "val test-size validation-split validation-fraction holdout",
+    "--warmup": "warmup-steps",
+    "--resume": "load checkpoint continue init-from",
+    "--index": "index-col id time",
+    "--drop": "exclude ignore columns",
+    "--seed": "random-state random-seed",
+    "--backend": "device gpu cuda",
+    "--quiet": "silent no-progress",
+    "--size": "resolution image-size",
+    "--labels": "class classes label",
+    "--timesteps": "diffusion-steps num-timesteps",
+    "--prediction": "parameterization prediction-type objective",
+    "--sampler": "method solver scheduler",
+    "--first-sample": "offset start skip",
+    "--overwrite": "force",
+    "--plot": "figure png",
+    "--threads": "workers num-workers jobs n-jobs num-threads",
+    "-n": "num-samples samples n-samples count number num",
+    "--output": "out outfile out-file output-file file save save-to to",
+    "train": "fit learn",
+    "sample": "generate draw predict",
+    "info": "show inspect describe",
+    "bench": "benchmark time",
+    "evaluate": "eval test score judge",
+    "demo": "example tutorial",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers what it does not know with its own usage, those of commands included, and with the nearest it knows."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = args
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            super().error("; ".join(self._unknown(options)) or f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the usage and the message, and with what an unknown option or command may mean."""
+        commands = [name for action in self._actions if not action.option_strings for name in action.choices or ()]
+        if not commands:
+            super().error("; ".join([message, *self._unknown([word for word in self.given if word[:2] == "--"])]))
+        word = next((word for word in self.given if not word.startswith("-")), "")
+        near = _nearest(word, commands)
+        super().error(f"{message}; did you mean {near}?" if near not in (None, word) else message)
+
+    def _unknown(self, words: Sequence[str]) -> list[str]:
+        options = [name for action in self._actions for name in action.option_strings]
+        said = []
+        for name in (word.split("=")[0] for word in words):
+            if any(option.startswith(name) for option in options):  # argparse takes what begins like one
+                continue
+            near = _nearest(name, options)
+            said.append(f"unrecognized option {name}" + (f": did you mean {near}?" if near else ""))
+        return said
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    """Which of the options or commands may be meant."""
+    bare = word.strip("-").replace("_", "-").lower()
+    for name in known:
+        if bare in SYNONYMS.get(name, "").split():
+            return name
+    names = {name.strip("-"): name for name in known}
+    near = difflib.get_close_matches(bare, names, 1, 0.65)
+    return names[near[0]] if near else None
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastdiff",
         description="Train diffusion models on curves or pictures and draw new ones.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -689,6 +885,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
     _add_info(commands)
     _add_bench(commands)
     return parser
@@ -723,6 +920,7 @@ def _add_train(commands: Any) -> None:
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
         "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
+        "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
         "\n"
@@ -732,25 +930,34 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("data", metavar="DATA", help="a .csv or .npy file of curves, or a folder of pictures")
     train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
-    train.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"training steps (default {STEPS})")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (default: as many as suit the data)")
     train.add_argument("--batch", type=int, metavar="N", help="curves (default 256) or pictures (64) a step")
     train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
     train.add_argument("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
     train.add_argument(
-        "--decay-steps", type=int, metavar="N", help="the step by which the rate has fallen (default: it stays)"
+        "--decay-steps",
+        type=int,
+        metavar="N",
+        help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
     )
     train.add_argument(
         "--validation",
         type=float,
         metavar="FRACTION",
-        help="hold out this part of the data, and report its loss",
+        help="hold out this part of the data, and report its loss (default: 0.05 of 100 rows or more; 0: none)",
     )
     train.add_argument(
         "--resume",
         metavar="MODEL",
         help="continue this model for --steps more; -o may be left out, then it is updated",
     )
+    train.add_argument(
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        help="at the end measure samples against held-out rows (default: after 1000 steps or more)",
+    )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
+    _add_table_options(train)
     _add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
     pictures = train.add_argument_group("pictures")
     pictures.add_argument(
@@ -777,8 +984,11 @@ def _add_train(commands: Any) -> None:
         choices=("default", "tutorial"),
         help="for curves, default: three hidden layers that the timestep scales and shifts; tutorial: the tutorial's",
     )
+    model.add_argument("--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default v)")
     model.add_argument(
-        "--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default noise)"
+        "--scale",
+        choices=("auto", "all", "column"),
+        help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
     )
     model.add_argument("--schedule", choices=tuple(SCHEDULES), help="default: chosen for the data")
     model.add_argument("--timesteps", type=int, metavar="T", help="steps of noise; needs --schedule")
@@ -829,6 +1039,30 @@ def _add_sample(commands: Any) -> None:
     )
     _add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
     sample.set_defaults(run=_sample)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "say how good a model's samples are",
+        "Draws from a model and compares with data: of the file it was trained on, with the\n"
+        "rows that training held out. Prints the energy distance beside that of a fitted\n"
+        "Gaussian, deviation and range, and whether samples are copies of training rows.",
+        "examples:\n"
+        "  fastdiff evaluate m.safetensors curves.csv -o report.png\n"
+        "  fastdiff evaluate m.safetensors new.csv --training curves.csv\n",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
+    evaluate.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")
+    evaluate.add_argument("-o", "--output", metavar="FILE", help="draw a page of comparisons into this .png file")
+    evaluate.add_argument("-n", type=int, metavar="N", help="how many samples (default 1000; pictures: 64)")
+    evaluate.add_argument("--training", metavar="DATA", help="what the model has learned from, where DATA is other")
+    evaluate.add_argument("--labels", action="store_true", help="the folder holds one folder for each class")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(evaluate, seed="of the samples (default: the model's)", usual_seed=None)
+    evaluate.set_defaults(run=_evaluate, size=None, gray=False, flip=False)
+    evaluate.set_defaults(snapshots=None, channels=None, dropout=None)
 
 
 def _add_info(commands: Any) -> None:
@@ -893,6 +1127,20 @@ def _add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int 
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def _add_table_options(command: argparse.ArgumentParser) -> None:
+    """What `_curves` asks for."""
+    table = command.add_argument_group("a table of curves")
+    table.add_argument(
+        "--index", metavar="NAME", help="leave out this column of names or times; a number counts from 1"
+    )
+    table.add_argument(
+        "--drop", type=_words, action="extend", default=[], metavar="NAME,...", help="leave these columns out as well"
+    )
+    table.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, help="the first line has column names (default: looks)"
+    )
+
+
 class _Version(argparse.Action):
     """Looks the version up only when asked."""
 
@@ -938,7 +1186,8 @@ def _plain_messages() -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ScheduleWarning)
+        for kind in (ScheduleWarning, DataWarning, QualityWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show
         try:
             yield

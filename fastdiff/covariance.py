@@ -488,6 +488,70 @@ def empirical(X: Any) -> EmpiricalMoments:
     return EmpiricalMoments(count, mean, total)
 
 
+@dataclass(frozen=True, eq=False)
+class ShrunkMoments:
+    """What `ledoit_wolf` estimates: the Gaussian N(mean, (1 - shrinkage) S + shrinkage variance I).
+
+    Attributes
+    ----------
+    mean : (n,) float64
+    factor : (m, n) float64
+        The centred rows divided by sqrt(m): S = factor^T factor.
+    shrinkage : float
+        From 0 to 1.
+    variance : float
+        The mean of the diagonal of S.
+    """
+
+    mean: Array
+    factor: Array
+    shrinkage: float
+    variance: float
+
+    @property
+    def cov(self) -> Array:
+        """The shrunk covariance, (n, n) float64."""
+        cov: Array = (1 - self.shrinkage) * (self.factor.T @ self.factor)
+        cov[np.diag_indices_from(cov)] += self.shrinkage * self.variance
+        return cov
+
+    def sample(self, of_rows: Array, of_columns: Array) -> Array:
+        """Return k draws (k, n) made of normals (k, m) and (k, n), without forming the covariance."""
+        of_data = np.sqrt(1 - self.shrinkage) * (of_rows @ self.factor)
+        drawn: Array = self.mean + of_data + np.sqrt(self.shrinkage * self.variance) * of_columns
+        return drawn
+
+
+def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
+    """Estimate mean and covariance of few rows: shrunk towards a multiple of the identity (Ledoit and Wolf 2004).
+
+    With S = sum of x x^T / m over the centred rows and mu = tr S / n, the shrinkage is b^2 / d^2, where
+    d^2 = |S - mu I|^2 and b^2 = min(d^2, (sum |x|^4 / m - |S|^2) / m), in Frobenius norms (their equation 14).
+
+    Parameters
+    ----------
+    X : (m, n) array_like
+        At least one row. Takes O(m n min(m, n)) time and O(m n) memory.
+
+    Returns
+    -------
+    ShrunkMoments
+    """
+    rows = check_array("X", X, shape=(None, None), dtype=np.float64)
+    m, n = rows.shape
+    if rows.size == 0:
+        raise ArgumentError("X", f"shape {rows.shape}", "at least one row, of at least one value")
+    mean = rows.mean(axis=0)
+    factor = (rows - mean) / np.sqrt(m)
+    variance = float(np.sum(factor**2)) / n
+    gram = factor @ factor.T if m < n else factor.T @ factor
+    square = float(np.sum(gram**2))  # of the norm of S, either way
+    distance = square - n * variance**2
+    error = (m * float(np.sum(np.sum(factor**2, axis=1) ** 2)) - square) / m
+    shrinkage = 1.0 if distance <= 0 else min(1.0, max(0.0, error / distance))
+    return ShrunkMoments(mean, factor, shrinkage, variance)
+
+
 def _accumulate(X: Any, centre: bool) -> tuple[int, Array, Array]:
     """Number of rows, their mean or 0, and their scatter about it."""
     from scipy.linalg.blas import dsyrk

@@ -6,21 +6,21 @@ Whatever is wrong with a file is a :class:`~fastdiff.errors.DataError` that name
 
 from __future__ import annotations
 
-import csv
-import logging
 import os
-from array import array
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, DataError, check_array, check_float, check_int, check_seed
-from fastdiff.files import check_ending, check_writable, load_npy, naming, writing
+from fastdiff import tables
+from fastdiff.errors import DataWarning, check_array, check_float, check_int, check_seed
+from fastdiff.files import check_ending, check_writable, naming, writing
+from fastdiff.metrics import energy_distance
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
+from fastdiff.tables import Column
 
 __all__ = [
     "as_uint8",
@@ -37,8 +37,6 @@ __all__ = [
 ]
 
 ENDINGS = (".csv", ".npy")
-
-_log = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------- made
 
@@ -104,7 +102,13 @@ def harmonic_curves(
 # --------------------------------------------------------------------------------------- read
 
 
-def load_curves(path: str | os.PathLike[str], *, header: bool | None = None) -> npt.NDArray[np.float32]:
+def load_curves(
+    path: str | os.PathLike[str],
+    *,
+    header: bool | None = None,
+    index: Column | None = None,
+    drop: Column | Sequence[Column] = (),
+) -> npt.NDArray[np.float32]:
     """Read curves from a ``.csv`` or ``.npy`` file.
 
     A CSV file holds one curve a line, in UTF-8. Cells are separated by semicolons, tabs, commas or blanks,
@@ -119,6 +123,12 @@ def load_curves(path: str | os.PathLike[str], *, header: bool | None = None) -> 
     header : bool, optional
         Whether the first line of a CSV file names the columns. None (default) looks: it does when no cell
         is a number, or when the cells are 0, 1, 2, ... (which pandas writes above an array; this is logged).
+        Columns that are left out do not count, and if one of them is named here, the first line has names.
+    index : int or str, optional
+        The column of the curves' own names or times, which is left out and may hold text: its number, from 1,
+        or its name in the first line. Digits that are one of the numbers are taken for the number.
+    drop : int, str or sequence of these, optional
+        Further columns that are left out.
 
     Returns
     -------
@@ -130,103 +140,26 @@ def load_curves(path: str | os.PathLike[str], *, header: bool | None = None) -> 
     DataError
         Naming file and line, when the file cannot be read, is empty, ragged, truncated or foreign, or holds
         a cell that is not a finite number.
+    ArgumentError
+        There is no such column, or none would be left.
+
+    Warns
+    -----
+    DataWarning
+        A column looks like an index, a time or a label, the lines like the moments of curves (long format),
+        or the first one like column names: what was seen, and the remedy. The values are as in the file.
     """
     suffix = check_ending(path, ENDINGS)
+    of_index = [] if index is None else [index]
+    dropped = [drop] if isinstance(drop, (int, str)) else list(drop)
     with naming(path, "cannot be read"):
         if suffix == ".csv":
-            return _load_csv(Path(path), header)
-        values = load_npy(Path(path), (2,), "(curves, points)")
-        return _as_float32(values, lambda row: f"{path}, curve {row}")
-
-
-def _cells(line: str, separator: str | None) -> list[str]:
-    if separator is not None and '"' in line:
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
-    return [cell.strip() for cell in line.split(separator)]
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell) if _plain(cell) else None
-    except ValueError:
-        return None
-
-
-def _plain(text: str) -> bool:
-    # float() also reads 1_000 and digits of other scripts; no other reader of CSV does.
-    return "_" not in text and text.isascii()
-
-
-def _is_header(cells: Sequence[str], where: str) -> bool:
-    if cells == [str(i) for i in range(len(cells))] and len(cells) > 2:
-        _log.warning("%s: 0, 1, 2, ... is taken as a line of column names, not as a curve", where)
-        return True
-    return all(_number(cell) is None for cell in cells)
-
-
-def _bad_cell(cells: Sequence[str], where: str) -> DataError:
-    for column, cell in enumerate(cells, 1):
-        if not cell:
-            return DataError(f"{where}, column {column}: empty cell")
-        if _number(cell) is None:
-            shown = cell if len(cell) <= 30 else f"{cell[:27]}..."
-            return DataError(f"{where}, column {column}: {shown!r} is not a number")
-    raise AssertionError("every cell is a number")
-
-
-def _load_csv(path: Path, header: bool | None) -> npt.NDArray[np.float32]:
-    values = array("d")
-    lines: list[int] = []  # the line of each curve, for messages
-    separator: str | None = None
-    width = 0  # until the first line is seen
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                text = line.strip(" \r\n")
-                if not text.strip() or text.startswith("#"):
-                    continue
-                where = f"{path}, line {number}"
-                if not width:
-                    separator = next((sign for sign in ";\t," if sign in text), None)
-                    top = _cells(text, separator)
-                    width, width_line = len(top), number
-                    if width > 1 and not top[0] and all(top[1:]):
-                        raise DataError(
-                            f"{where}: the first column has no name and looks like a row index; "
-                            "write the file without it (pandas: index=False)"
-                        )
-                    if header or (header is None and _is_header(top, where)):
-                        continue
-                cells = _cells(text, separator)
-                if len(cells) != width:
-                    raise DataError(f"{where}: {len(cells)} cells, where line {width_line} has {width}")
-                try:
-                    if not _plain(text):
-                        raise ValueError
-                    row = array("d", map(float, cells))
-                except ValueError:
-                    raise _bad_cell(cells, where) from None
-                values.extend(row)
-                lines.append(number)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV file: {error}") from error
-    if not lines:
-        raise DataError(f"{path}: {'column names and no curves' if width else 'empty file'}")
-    wide = np.frombuffer(values, dtype=np.float64).reshape(len(lines), width)
-    return _as_float32(wide, lambda row: f"{path}, line {lines[row]}")
-
-
-def _as_float32(values: npt.NDArray[Any], where: Callable[[int], str]) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        curves = np.ascontiguousarray(values, dtype=np.float32)
-    bad = ~np.isfinite(curves)
-    if bad.any():
-        row, column = (int(i) for i in np.argwhere(bad)[0])
-        value = values[row, column]
-        reason = "is too large for float32" if np.isfinite(value) else "is not a finite number"
-        raise DataError(f"{where(row)}, column {column + 1}: {value} {reason}")
+            table = tables.read_csv(Path(path), header, of_index, dropped)
+        else:
+            table = tables.read_npy(Path(path), of_index, dropped)
+    curves = table.as_float32()
+    for doubt in table.doubts(header=header):
+        warnings.warn(f"{path}: {doubt}", DataWarning, stacklevel=2)
     return curves
 
 
@@ -252,41 +185,3 @@ def save_curves(path: str | os.PathLike[str], X: npt.ArrayLike) -> None:
             np.lib.format.write_array(file, curves, allow_pickle=False)
         else:
             np.savetxt(file, curves, fmt="%.9g", delimiter=",")  # 9 digits: float32 comes back exactly
-
-
-# --------------------------------------------------------------------------------------- compared
-
-
-def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike) -> float:
-    """Energy distance of two samples: 0 for equal distributions and positive for any others.
-
-    ``2 E|x - y| - E|x - x'| - E|y - y'|`` with Euclidean norms (Szekely and Rizzo 2013, there E or D^2; no
-    square root). The V-statistic: the means run over all pairs, each point with itself included. So it is
-    never negative, and two samples of one distribution lie a little above 0, by about
-    ``E|x - x'| (1/N + 1/M)``: compare with the distance of two samples that are known to be alike.
-
-    Parameters
-    ----------
-    X : array_like
-        (N, d) real numbers, N at least 1.
-    Y : array_like
-        (M, d) real numbers, M at least 1.
-
-    Returns
-    -------
-    float
-        In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
-    """
-    from scipy.spatial.distance import cdist
-
-    x = check_array("X", X, shape=(None, None), dtype=np.float64)
-    y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
-    for name, sample in (("X", x), ("Y", y)):
-        if not len(sample):
-            raise ArgumentError(name, "no rows", "at least one")
-
-    def mean_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-        total = sum(float(cdist(a[i : i + 256], b).sum()) for i in range(0, len(a), 256))
-        return total / (len(a) * len(b))
-
-    return max(0.0, 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import plots
+from fastdiff import plots, samplers
 from fastdiff.data import energy_distance, harmonic_curves, save_curves
 from fastdiff.files import naming
 
@@ -27,6 +27,7 @@ POINTS, RATE = 50, 50.0  # points a curve, points a second
 GENERATED = 2000  # curves that are drawn from each model and measured
 BATCH = 256
 CURVE_STEPS, CURVE_RATE = 3000, 1e-3
+CURVE_ERROR = 0.1  # above it a reader sees that the curves are wrong
 FAMILY_STEPS, FAMILY_RATE = 12000, 2e-3
 FAMILY_WARMUP = 200
 FAMILY_CURVES = 20000  # to learn from
@@ -87,15 +88,20 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     drawn = as_numpy(model.sample(GENERATED))
     error = float(np.sqrt(np.mean((drawn - curve) ** 2, dtype=np.float64)))
     out.measured(f"root mean square error of {GENERATED} generated curves", error)
+    if error > CURVE_ERROR:
+        out.say(f"  That is much, of a curve of deviation 1: {steps} steps are too few. Leave --quick out.")
 
     chain = fd.forward_chain(curve, schedule, seed=seed, backend=backend)[:, 0]
     path = as_numpy(model.sample(1, trajectory=True)[1])
-    timesteps = np.arange(schedule.T)[::-1]
+    timesteps, how = np.arange(schedule.T)[::-1], samplers.ddpm(schedule).label
     out.draw("curve_forward.png", plots.forward_diffusion(chain, rate=RATE), "the curve on its way to noise")
     out.draw("curve_loss.png", plots.loss(model.history), "the loss")
-    out.draw("curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE), "noise on its way back")
+    out.draw(
+        "curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE, sampler=how), "noise on its way back"
+    )
     out.draw("curve_lines.png", plots.reverse_lines(path[:, 0], timesteps), "the same, a line for each point")
-    out.draw("curve_generated.png", plots.around_target(drawn, curve[0], rate=RATE), "generated curves, target")
+    around = plots.around_target(drawn, curve[0], rate=RATE, sampler=how)
+    out.draw("curve_generated.png", around, "generated curves, target")
     model.save(out.file("curve.safetensors", "the model"))
 
 
@@ -110,10 +116,7 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
     seen = curves(FAMILY_CURVES, 0)
     unseen = curves(GENERATED, FAMILY_CURVES)
     others = curves(GENERATED, FAMILY_CURVES + GENERATED)
-    # "v" and not "noise": of curves that differ, little shows through the noise at the last timesteps, and there
-    # an error of the predicted noise counts 1 / signal = 14 times in the curve.
-    net = fd.MLP(POINTS, T=schedule.T)
-    model = fd.Diffusion(net, schedule, prediction="v", backend=backend, seed=seed)
+    model = fd.Diffusion(fd.MLP(POINTS, T=schedule.T), schedule, backend=backend, seed=seed)
     begun = time.perf_counter()
     model.fit(
         seen,
@@ -130,7 +133,8 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
     out.measured(f"energy distance, {GENERATED} generated to {GENERATED} unseen", energy_distance(drawn, unseen))
     out.measured("the same between two unseen sets", energy_distance(others, unseen))
 
-    beside = plots.generated(drawn, unseen, rate=RATE, names=("Generated", "Unseen in training"))
+    names = (f"Generated: {samplers.ddpm(schedule).label}", "Unseen in training")
+    beside = plots.generated(drawn, unseen, rate=RATE, names=names)
     out.draw("family_generated.png", beside, "generated curves beside unseen ones")
     out.draw("family_loss.png", plots.loss(model.history), "the loss")
     save_curves(out.file("family.csv", "the generated curves"), drawn)

@@ -60,6 +60,14 @@ class ScheduleWarning(UserWarning):
     """The doctor's word on a schedule that is legal and probably not meant."""
 
 
+class QualityWarning(UserWarning):
+    """Samples that one should not trust, or data that cannot give better ones; it names what can be done."""
+
+
+class DataWarning(UserWarning):
+    """A word on data that can be used and probably is not what it is taken for."""
+
+
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

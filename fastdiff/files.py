@@ -105,7 +105,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     # A link is written through, as open() would; the replaced file is the one it points at.
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    # 50 characters are at most 200 bytes, and a name may have 255.
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
     with naming(path, "cannot be written"):
         if target.is_dir():
             raise IsADirectoryError(0, "is a folder")

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, noise, process, samplers
+from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
 from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
 from fastdiff.backends.layers import Batch
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
+    QualityWarning,
     TrainingError,
     check_array,
     check_choice,
@@ -32,104 +35,15 @@ from fastdiff.nn import MLP, Network, Runner, UNet, network_of
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
+from fastdiff.normaliser import SCALES, Normaliser
+from fastdiff.progress import say
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
 from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
 
-PICTURE_T = 200
-BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
-
-
-class Normaliser(NamedTuple):
-    """Maps data to the network's range, (x - mean) / std, and back: one mean and one deviation for all values.
-
-    With a noise shape x is first L^-1 x, where the noise is white. Pictures have a `data_range`, which becomes [-1, 1],
-    and may be `whole`: bytes, as which they come back.
-    """
-
-    mean: float
-    std: float
-    noise_shape: NoiseShape | None = None
-    data_range: tuple[float, float] | None = None
-    whole: bool = False
-
-    @classmethod
-    def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None) -> Normaliser:
-        """Return the normaliser of a data set; a deviation under 1e-6 max|x| counts as 1."""
-        X = cls(0.0, 1.0, noise_shape)._white(X)
-        scale = float(np.max(np.abs(X)))
-        if scale == 0:
-            return cls(0.0, 1.0, noise_shape)
-        scaled = X / scale  # squares of huge values would overflow
-        mean, std = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
-        return cls(mean * scale, std * scale if std >= 1e-6 else 1.0, noise_shape)
-
-    @classmethod
-    def of_pictures(cls, X: npt.NDArray[Any], data_range: Any = None) -> Normaliser:
-        """Return the normaliser of pictures: by default of the range 0 .. 255 for bytes, else of their own."""
-        whole, wants = X.dtype == np.uint8, "a pair of numbers (low, high), low below high"
-        if data_range is None:
-            low, high = (0.0, 255.0) if whole else (float(X.min()), float(X.max()))
-            if low == high:
-                raise ArgumentError("X", f"the value {low:g} only", "pictures of several values, or a data_range")
-            if not whole:
-                log.info("data_range: (%g, %g), as the pictures have it", low, high)
-        else:
-            if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-                raise ArgumentError("data_range", repr(data_range), wants)
-            low, high = (check_float("data_range", end) for end in data_range)
-            if not low < high:
-                raise ArgumentError("data_range", repr(data_range), wants)
-        return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
-
-    def check(self, argument: str, X: npt.NDArray[Any]) -> None:
-        """Refuse pictures of another range: one outside, or not of bytes."""
-        if self.data_range is None:
-            return
-        if self.whole and X.dtype != np.uint8:
-            raise ArgumentError(argument, f"dtype {X.dtype}", "bytes (uint8), as in the first fit")
-        low, high = float(X.min()), float(X.max())
-        if low < self.data_range[0] or high > self.data_range[1]:
-            wants = "values within data_range, ({:g}, {:g}) since the first fit".format(*self.data_range)
-            raise ArgumentError(argument, f"values from {low:g} to {high:g}", wants)
-
-    def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Return the data in the network's range."""
-        white = self._white(X)
-        out = np.empty(white.shape, dtype)
-        for start in range(0, len(out), rows := max(1, BLOCK_VALUES // max(1, white[:1].size))):
-            part = slice(start, start + rows)
-            out[part] = (np.asarray(white[part], np.float64) - self.mean) / self.std
-        return out
-
-    def restore(self, x: Any, be: Backend) -> Any:
-        """Return samples as the data were: `invert`, and bytes where those were bytes."""
-        x = self.invert(x, be)
-        if self.data_range is None or not self.whole:
-            return x
-        return x.round().clip(*self.data_range).astype(np.uint8)
-
-    def invert(self, x: Any, be: Backend) -> Any:
-        """Return network values (n, ...) in the data's range, in place where the array is its own."""
-        x *= x.dtype.type(self.std)
-        x += x.dtype.type(self.mean)
-        if self.noise_shape is None:
-            return x
-        rows = be.asarray(x.reshape(-1, self.noise_shape.d))
-        out = be.empty(rows.shape, rows.dtype)
-        self.noise_shape.apply(be, rows, out)
-        return process.returned(be, out.reshape(x.shape), is_on_device(x))
-
-    def log_det(self, points: int) -> float:
-        """Return log |det| of `apply` for curves of so many points: log density of data less that of its image."""
-        return -points * math.log(self.std) - (0.0 if self.noise_shape is None else self.noise_shape.log_det)
-
-    def _white(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self.noise_shape is None:
-            return X
-        return np.asarray(self.noise_shape.whiten(np.asarray(X, np.float64), backend="numpy"))
+HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,12 +114,17 @@ class Diffusion:
     ----------
     net : MLP or UNet, optional
         The network; by default one that fits the data, made at the first `fit`: an `MLP` for curves, a `UNet` for
-        pictures.
+        pictures (`fastdiff.defaults` has the rules).
     schedule : Schedule, optional
         The noise levels; by default ``Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)`` for curves and
         ``Schedule.cosine(200)`` for pictures, or what fits net.T.
-    prediction : {"noise", "x0", "v"}, optional
-        What the network learns to predict.
+    prediction : {"v", "noise", "x0"}, optional
+        What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), or what a
+        network that was read from a file predicts. An error of the noise counts 1 / signal times in the sample, 14
+        times at the end of the source text's schedule.
+    scale : {"auto", "all", "column"}, optional
+        What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
+        scales each column where their deviations differ by more than a factor of 10. Pictures have a `data_range`.
     backend : str or Backend, optional
     seed : int, optional
         Of the weights, of all training draws, and of the samples unless `sample` names another.
@@ -224,6 +143,11 @@ class Diffusion:
         Set by the first fit: the map from data to the network's range, with the log of its determinant.
     ema_updates : int
         Number of updates of the averaged weights.
+    end_step : int
+        Where the last call of `fit` was to end.
+    report_ : dict or None
+        What the last judgement measured of the samples, after the step named "step": see
+        `fastdiff.judgement.Report`.
     class_names : list of str or None
         What the classes are called; for the reader only, and saved with the model.
 
@@ -240,7 +164,8 @@ class Diffusion:
         net: Network | None = None,
         schedule: Schedule | None = None,
         *,
-        prediction: str = "noise",
+        prediction: str | None = None,
+        scale: str = "auto",
         backend: str | Backend = "auto",
         seed: int = 0,
         noise_shape: NoiseShape | None = None,
@@ -251,7 +176,7 @@ class Diffusion:
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
         if net is not None and schedule is None:
-            schedule = default_schedule(net.T)
+            schedule = defaults.schedule(net.T)
         if net is not None and schedule is not None and net.T != schedule.T:
             raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
         if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
@@ -261,23 +186,34 @@ class Diffusion:
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
         if net is not None and net.outputs != net.image[2]:
             raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if prediction is None:
+            prediction = (None if net is None else net.prediction) or "v"
         if net is not None and net.prediction not in (None, prediction):
             raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
+        self.scale = check_choice("scale", scale, SCALES)
+        if scale == "channel":
+            raise ArgumentError("scale", "'channel'", "'auto', 'all' or 'column': curves have one channel")
+        if scale == "column" and noise_shape is not None:
+            raise ArgumentError("scale", "'column'", "'all' or 'auto' with a noise_shape: it has the scales")
         self.seed = check_seed(seed)
         self._own_net = net is None
         self._forget()
 
     def _forget(self) -> None:
         self.normaliser: Normaliser | None = None
-        self.step = self.ema_updates = 0
+        self.step = self.end_step = self.ema_updates = 0
         self.history = _empty_history()
         self._optimizer: _Optimizer | None = None
         self._average: npt.NDArray[Any] | None = None
         self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
         self.class_names: list[str] | None = None
+        self.report_: dict[str, Any] | None = None
+        self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
+        self._data: list[int] | None = None  # fingerprint of the first fit's rows
+        self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_frozen": None}
@@ -296,7 +232,7 @@ class Diffusion:
         X: Any,
         y: Any = None,
         *,
-        steps: int = 3000,
+        steps: int | None = None,
         batch: int | None = None,
         lr: float = 1e-3,
         warmup: int = 0,
@@ -304,6 +240,7 @@ class Diffusion:
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
         validation: Any = None,
+        judge: bool | None = None,
         flip: bool = False,
         accumulate: int = 1,
         data_range: tuple[float, float] | None = None,
@@ -322,15 +259,23 @@ class Diffusion:
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made for pictures has as many
             as y needs.
         steps : int, optional
-            How many more steps to take.
+            How many more steps to take, at a constant rate unless `decay_steps` is given. By default as many as suit
+            the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
         lr, warmup, decay_steps, clip_norm, ema
-            See `TrainingPlan`; those of the first call stay until `reset`. Warm-up and decay are absolute steps.
+            See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
+            `steps`. Warm-up and decay are absolute steps.
         validation : float or array, optional
-            A fraction of the rows to hold out (the same rows at each call with the same X), or other rows, with labels
-            a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps, goes to
-            `history` every 100 steps.
+            A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
+            with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
+            goes to `history` every 100 steps. By default the rows that the first call held out; in that one 5 % where
+            there are 100 rows or more, at most 1,024 (256 pictures): row k where word 0 of stream DATA, step 1, row k,
+            is small enough. It depends on nothing but seed and row number.
+        judge : bool, optional
+            Whether to end with a judgement: samples are drawn and compared with held-out rows (see
+            `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
+            after 1,000 steps or more.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
         accumulate : int, optional
@@ -359,8 +304,11 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        steps = check_int("steps", steps, low=0)
         plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
+        if steps is not None:
+            steps = check_int("steps", steps, low=0)
+        if judge not in (None, True, False):
+            raise ArgumentError("judge", repr(judge), "True, False or None")
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
                 "lr, warmup, decay_steps, clip_norm, ema",
@@ -370,17 +318,31 @@ class Diffusion:
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = self._checked(be, X, y)
-        rows, labels, held_out = self._split(X, y, validation, classes)
+        rows, labels, held_out, rule = self._split(X, y, validation, classes)
         kind = (MLP if X.ndim == 2 else UNet) if self.net is None else type(self.net)
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
         accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
         if flip and X.ndim == 2:
             raise ArgumentError("flip", repr(flip), "False for curves")
 
-        self._prepare(rows, None if held_out is None else held_out[0], classes, plan, data_range)
+        by_rule = steps is None
+        self._prepare(rows, None if held_out is None else held_out[0], classes, plan, data_range, rule)
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
         assert self._optimizer is not None
         assert self._average is not None
+        if steps is None:
+            steps = self._plan_by_rule(rows, batch)
+        self._data = self._data or _fingerprint(X)
+        if len(rows) < judgement.FEWEST_ROWS and (by_rule or judge or steps >= defaults.JUDGED_STEPS):
+            warnings.warn(
+                f"{len(rows)} rows can be learned by heart only: new samples of their kind want at least "
+                f"{judgement.FEWEST_ROWS}",
+                QualityWarning,
+                stacklevel=2,
+            )
+        first, self.end_step = self.step, self.step + steps
+        if steps > 0:
+            self._use_this_arithmetic()
         net, optimizer = self.net, self._optimizer
         data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
         tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
@@ -389,7 +351,109 @@ class Diffusion:
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
         trainer.run(self, steps, optimizer.plan.options, validate=validate, progress=progress, callback=callback)
+        if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
+            self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self
+
+    def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
+        """How many steps suit the data; the rate falls over them, from where it is."""
+        assert self.net is not None
+        assert self._optimizer is not None
+        if rows.ndim == 2:
+            steps = defaults.curve_steps(len(rows), rows.shape[1], batch, self.net.layout.count)
+        else:
+            steps = defaults.PICTURE_STEPS
+        plan = self._optimizer.plan
+        if self.step or plan.decay_steps is None:
+            end = max(self.step + steps, plan.warmup + 1)
+            self._optimizer = self._optimizer._replace(plan=replace(plan, decay_steps=end))
+        what = "x".join(map(str, rows.shape[1:]))
+        log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", len(rows), what, steps, batch)
+        return steps
+
+    def evaluate(
+        self, X: Any, y: Any = None, *, training: Any = None, samples: int | None = None, seed: int | None = None
+    ) -> judgement.Evaluation:
+        """Draw samples and measure how like the data they are.
+
+        Parameters
+        ----------
+        X : (N, ...) array
+            Rows of the data, at least 2. Where they are those of the first fit, the samples are compared with the rows
+            that it held out; of others half are taken for training rows.
+        y : (N,) int array, optional
+            Their labels, for a network that has classes: the samples are asked for in the same shares.
+        training : (M, ...) array, optional
+            The rows that the model has learned from; then X are others.
+        samples : int, optional
+            How many to draw; by default 1,024. Of pictures, and of curves by a large network, 64 in 20 steps of ddim.
+        seed : int, optional
+            By default the model's.
+
+        Returns
+        -------
+        fastdiff.judgement.Evaluation
+            With the `report`, a `complaint` or None, and the rows compared.
+
+        Raises
+        ------
+        ArgumentError
+            Shape, dtype or value of an argument.
+        TrainingError
+            The model has not been trained.
+        """
+        self._fitted()
+        X, y, _ = self._checked(get_backend(self.backend), X, y)
+        if len(X) < 2:
+            raise ArgumentError("X", "1 row", "at least 2 rows")
+        if training is not None:
+            learned, held_out = check_array("training", training, shape=(None, *X.shape[1:])), X
+            if len(learned) < 2:
+                raise ArgumentError("training", f"{len(learned)} rows", "at least 2")
+        elif _fingerprint(X) == self._data:
+            learned, _, unseen, _ = self._hold_out(X, y, *(self._held_out or ("fraction", 0.0)))
+            held_out = None if unseen is None else unseen[0]
+        else:
+            learned, _, unseen, _ = self._hold_out(X, y, "fraction", 0.5)
+            held_out = None if unseen is None else unseen[0]
+        return self._measured(learned, y, held_out, samples=samples or 4 * judgement.SAMPLES, seed=seed)
+
+    def _judge(self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, show: bool) -> None:
+        """Draw samples, measure them, and say what was found."""
+        if len(rows) < 2:
+            return
+        found = self._measured(rows, labels, held_out, samples=judgement.SAMPLES, seed=None)
+        self.report_ = {"step": self.step, **found.report.to_dict()}
+        say(found.report.sentence, show=show)
+        if found.complaint:
+            warnings.warn(found.complaint, QualityWarning, stacklevel=3)
+
+    def _measured(
+        self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, samples: int, seed: int | None
+    ) -> judgement.Evaluation:
+        assert self.net is not None and self.normaliser is not None  # noqa: PT018
+        n, sampler, steps = samples, "ddpm", None
+        cost = 2 * samples * self.net.T * self.net.layout.count * math.prod(self.net.image[:2])
+        if cost > judgement.MOST_WORK or len(self.net.shape) == 3:
+            n, sampler, steps = judgement.PICTURES, "ddim", min(judgement.PICTURE_STEPS, self.net.T)
+        asked = None if labels is None else labels[np.arange(n) * len(labels) // n]
+        drawn = self.sample(n, labels=asked, sampler=sampler, steps=steps, seed=seed)
+        drawn = get_backend(self.backend).to_numpy(drawn)
+        report = judgement.measure(drawn, rows, held_out, self.normaliser, seed=self.seed)
+        found = report.complaints
+        complaint = f"{'; '.join(found)}: {self._remedy(report)}" if found else None
+        return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
+
+    def _remedy(self, report: judgement.Report) -> str:
+        """What to try where samples are not good."""
+        assert self.net is not None
+        if report.nearer > judgement.COPIES[0] and report.nearest_ratio < judgement.COPIES[1]:
+            return "take fewer steps, a smaller network, or more rows"
+        if self.prediction == "noise":
+            return "fit a Diffusion(prediction='v')"
+        if self.net.narrow:
+            return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
+        return "train longer (fit again, or steps=), or bring more rows"
 
     def _checked(self, be: Backend, X: Any, y: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, int | None]:
         """Data and labels on the host, and how many classes the network has or is to have."""
@@ -402,7 +466,12 @@ class Diffusion:
             shape = (getattr(self.noise_shape, "d", None),)
             if given.ndim != 2:
                 pictures = ", or pictures (N, height, width, channels)" if self.noise_shape is None else ""
-                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}")
+                hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
+                hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
+                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
+        if given.ndim == 3 and len(shape) == 1:
+            wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
+            raise ArgumentError("X", f"shape {given.shape}", wants)
         given = check_array("X", given, shape=(None, *shape))
         if given.size == 0:
             what = "curve of at least one point" if len(shape) == 1 else "picture"
@@ -411,14 +480,20 @@ class Diffusion:
         if self.net is None and len(shape) == 3 and y is not None:
             y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
             classes = int(y.max()) + 1
+        if classes is None and y is not None:
+            count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
+            wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+            raise ArgumentError("y", "labels", wants)
         return given, _labels("y", y, classes, len(given), be), classes
 
     def _split(
         self, X: npt.NDArray[Any], y: npt.NDArray[Any] | None, validation: Any, classes: int | None
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None]:
-        """Training rows and their labels, and those that are held out."""
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, HeldOut | None, tuple[str, float]]:
+        """Training rows and their labels, those that are held out, and by which rule, for later calls."""
         if validation is None:
-            return X, y, None
+            most = defaults.MOST_HELD_OUT if X.ndim == 2 else defaults.MOST_HELD_OUT_PICTURES
+            rule = self._held_out or ("share", defaults.held_out_share(len(X), most))
+            return self._hold_out(X, y, *rule)
         if classes is not None and isinstance(validation, (tuple, list)):
             if len(validation) != 2:
                 raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
@@ -426,23 +501,40 @@ class Diffusion:
         elif np.ndim(validation) > 0:
             rows, labels = validation, None
         else:
-            fraction = check_float("validation", validation, low=0, high=1, low_open=True, high_open=True)
-            count = round(fraction * len(X))
-            if not 1 <= count < len(X):
+            fraction = check_float("validation", validation, low=0, high=1, high_open=True)
+            if fraction and not 1 <= round(fraction * len(X)) < len(X):
                 raise ArgumentError(
                     "validation",
                     f"{validation}",
-                    f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows",
+                    f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows, or 0: none",
                 )
-            # Rows in the order of a word of their own: a choice that only seed and row number decide.
-            words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
-            order = np.argsort(words, kind="stable")
-            held, kept = np.sort(order[:count]), np.sort(order[count:])
-            return X[kept], None if y is None else y[kept], (X[held], None if y is None else y[held])
+            return self._hold_out(X, y, "fraction", fraction)
         rows = check_array("validation", rows, shape=(None, *X.shape[1:]))
         if len(rows) == 0:
             raise ArgumentError("validation", f"no {'curves' if X.ndim == 2 else 'pictures'}", "at least one")
-        return X, y, (rows, _labels("the labels of validation", labels, classes, len(rows), get_backend(self.backend)))
+        labels = _labels("the labels of validation", labels, classes, len(rows), get_backend(self.backend))
+        return X, y, (rows, labels), ("fraction", 0.0)
+
+    def _hold_out(
+        self, X: npt.NDArray[Any], y: npt.NDArray[Any] | None, rule: str, part: float
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, HeldOut | None, tuple[str, float]]:
+        """Split rows by a word that only seed and row number decide.
+
+        A "fraction" takes the rows of the smallest words, exactly so many; a "share" those below a bound, so a row
+        stays where it is when others are added.
+        """
+        if part == 0:
+            return X, y, None, (rule, part)
+        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
+        if rule == "fraction":
+            held = np.zeros(len(X), bool)
+            held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True
+        else:
+            held = words < part * 2.0**32
+        if held.all() or not held.any():
+            return X, y, None, (rule, part)
+        unseen = X[held], None if y is None else y[held]
+        return X[~held], None if y is None else y[~held], unseen, (rule, part)
 
     def _prepare(
         self,
@@ -451,6 +543,7 @@ class Diffusion:
         classes: int | None,
         plan: TrainingPlan,
         data_range: Any,
+        held_out_by: tuple[str, float],
     ) -> None:
         """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
         if X.ndim == 2 and data_range is not None:
@@ -459,7 +552,12 @@ class Diffusion:
             )
         normaliser = self.normaliser
         if normaliser is None or data_range is not None:
-            normaliser = Normaliser.of(X, self.noise_shape) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
+            if X.ndim > 2 and self.scale not in ("auto", "all"):
+                raise ArgumentError("scale", repr(self.scale), "'auto' for pictures: they have a data_range")
+            of_curves = X.ndim == 2
+            normaliser = (
+                Normaliser.of(X, self.noise_shape, self.scale) if of_curves else Normaliser.of_pictures(X, data_range)
+            )
         if self.normaliser is not None and normaliser.data_range != self.normaliser.data_range:
             wants = f"{self.normaliser.data_range}, that of the first fit; reset() starts anew"
             raise ArgumentError("data_range", repr(data_range), wants)
@@ -470,12 +568,15 @@ class Diffusion:
             return
         schedule, net = self.schedule, self.net
         if schedule is None:
-            schedule = default_schedule() if X.ndim == 2 else default_schedule(PICTURE_T)
+            schedule = defaults.schedule() if X.ndim == 2 else defaults.schedule(defaults.PICTURE_T)
             if X.ndim > 2:
                 log.info("chosen for the pictures: %r", schedule)
         if net is None:
             at: dict[str, Any] = {"T": schedule.T, "seed": self.seed}
-            net = MLP(X.shape[1], **at) if X.ndim == 2 else picture_net(X.shape[1:], classes=classes, **at)
+            if X.ndim == 2:
+                net = defaults.curve_net(X.shape[1], **at)
+            else:
+                net = defaults.picture_net(X.shape[1:], classes=classes, **at)
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
         self.schedule, self.net = schedule, net
@@ -483,6 +584,14 @@ class Diffusion:
         self._optimizer = _Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
         self._average = net.flat.copy()
         self.normaliser = normaliser
+        self._held_out = held_out_by
+
+    def _use_this_arithmetic(self) -> None:
+        """Say once that a file was trained with other bits than those that follow."""
+        before, self._arithmetic = self._arithmetic, checkpoint.ARITHMETIC
+        if before != self._arithmetic:
+            words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
+            log.warning(words, before, self._arithmetic)
 
     def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Factors of noise and data in the training target at every t."""
@@ -543,6 +652,7 @@ class Diffusion:
         first_sample: int = 0,
         ema: bool = True,
         trajectory: bool = False,
+        round: bool = False,  # noqa: A002 - what it is called everywhere
         batch: int | None = None,
         progress: bool = False,
     ) -> Any:
@@ -568,6 +678,8 @@ class Diffusion:
             Use the averaged weights.
         trajectory : bool, optional
             Also return the states of all steps.
+        round : bool, optional
+            Round the samples to whole numbers, for data that are; those of bytes always are.
         batch : int, optional
             At most this many at once.
         progress : bool, optional
@@ -602,9 +714,9 @@ class Diffusion:
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
         )  # fmt: skip
-        if trajectory:
-            return normaliser.restore(result[0], be), normaliser.invert(result[1], be)
-        return normaliser.restore(result, be)
+        drawn = normaliser.restore(result[0] if trajectory else result, be)
+        drawn = drawn.round() if round else drawn
+        return (drawn, normaliser.invert(result[1], be)) if trajectory else drawn
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.
@@ -640,16 +752,15 @@ class Diffusion:
         noise_shape = normaliser.noise_shape
         if noise_shape is not None:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
+        tensors |= normaliser.arrays
         header = {
             "network": net.to_dict(), "schedule": schedule.to_dict(), "prediction": self.prediction,
-            "normaliser": {
-                "mean": normaliser.mean, "std": normaliser.std, "data_range": normaliser.data_range,
-                "bytes": normaliser.whole,
-            },
+            "normaliser": normaliser.to_dict(), "held_out": self._held_out, "data": self._data, "report": self.report_,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
+            "arithmetic": self._arithmetic,
         }  # fmt: skip
-        checkpoint.write(path, header, tensors)
+        checkpoint.write(path, header, tensors, features=normaliser.features)
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
@@ -666,17 +777,19 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     Returns
     -------
     Diffusion
-        Equal to the saved one to the bit.
+        Equal to the saved one to the bit. Training goes on to the same bits on the same kind of CPU, unless the file
+        is of another arithmetic (see `fastdiff.checkpoint`), which the first `fit` logs.
 
     Raises
     ------
     CheckpointError
-        The file is missing, truncated, foreign, of a newer format, or inconsistent.
+        The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
+        not here.
     """
     header, tensors = checkpoint.read(path)
     try:
         return _restore(header, tensors, backend)
-    except (ArgumentError, KeyError, TypeError) as error:
+    except (ArgumentError, KeyError, TypeError, MemoryError) as error:  # the last: a network of any size can be claimed
         reason = f"the header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
 
@@ -686,9 +799,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     net = network_of(header["network"], draw=False)
 
     def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if name not in tensors:
+        tensor = tensors.get(name)
+        if tensor is None:
             raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
-        return check_array(name, tensors[name], shape=shape)
+        return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
 
     # Shapes first: a header that claims a huge network must not make us allocate one.
     for name, shape in net.layout.shapes.items():
@@ -703,7 +817,9 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     model = Diffusion(
         net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
     )
-    model.normaliser = _restore_normaliser(header["normaliser"], noise_shape, pictures=len(net.shape) == 3)
+    model.normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
+    model.scale = model.normaliser.scale
+    model._held_out, model._data, model.report_ = _restore_habits(header)
     names = header.get("class_names")
     if names is not None:
         count = getattr(net, "classes", None)
@@ -712,6 +828,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
     model.class_names = names
     model.step = check_int("step", header["step"], low=0)
     model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
+    model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
 
     def buffer(prefix: str) -> npt.NDArray[Any]:
         flat = net.layout.zeros(net.dtype)
@@ -721,6 +838,12 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
             if tensor.dtype != net.dtype:
                 raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
             views[name][...] = tensor
+        try:
+            check_array(prefix, flat)  # all at once: there may be hundreds
+        except ArgumentError:
+            for name, view in views.items():  # which of them it is
+                check_array(f"{prefix}.{name}", view)
+            raise
         return flat
 
     net.flat = buffer("net")
@@ -731,19 +854,34 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         model.history[name] = check_array(
             f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
         ).tolist()
+    for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
+        if len(model.history[steps]) != len(model.history[losses]):
+            got, wants = (f"{len(model.history[name])} values" for name in (losses, steps))
+            raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
     return model
 
 
-def _restore_normaliser(config: Any, noise_shape: NoiseShape | None, *, pictures: bool) -> Normaliser:
-    mean = check_float("normaliser.mean", config["mean"])
-    std = check_float("normaliser.std", config["std"], low=0, low_open=True)
-    data_range = config.get("data_range")  # neither in files of format 1
-    if (data_range is not None) != pictures:
-        raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
-    if data_range is None:
-        return Normaliser(mean, std, noise_shape)
-    low, high = check_array("normaliser.data_range", data_range, shape=(2,)).tolist()
-    return Normaliser(mean, std, noise_shape, (low, high), config["bytes"] is True)
+def _restore_habits(header: dict[str, Any]) -> tuple[tuple[str, float], list[int] | None, dict[str, Any] | None]:
+    """What a file says of rows held out, of the data, and of the samples; files of 0.1.0 say nothing."""
+    held_out = header.get("held_out") or ["fraction", 0.0]
+    if not isinstance(held_out, list) or len(held_out) != 2:
+        raise ArgumentError("held_out", repr(held_out), "a rule and a share")
+    rule = check_choice("held_out", held_out[0], ["fraction", "share"])
+    part = check_float("held_out", held_out[1], low=0, high=1, high_open=True)
+    data, report = header.get("data"), header.get("report")
+    if data is not None:
+        if not isinstance(data, list) or len(data) != 2:
+            raise ArgumentError("data", repr(data), "a number of rows and a checksum, or null")
+        data = [check_int("data", value, low=0) for value in data]
+    if report is not None and not isinstance(report, dict):
+        raise ArgumentError("report", repr(report), "names and numbers, or null")
+    return (rule, part), data, report
+
+
+def _fingerprint(X: npt.NDArray[Any]) -> list[int]:
+    """Number of rows, and a checksum: tells whether a data set is the one that was learned from."""
+    single = X.astype(np.float32) if X.dtype == np.float64 else X  # as files have it
+    return [len(X), zlib.crc32(np.ascontiguousarray(single).data)]
 
 
 def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> npt.NDArray[Any] | None:
@@ -764,29 +902,3 @@ def _on_host(be: Backend, X: Any) -> Any:
         return X
     be, array = backend_for(be, X=X), check_array("X", X)
     return be.to_numpy(be.asarray(array, array.dtype))
-
-
-def picture_net(
-    shape: tuple[int, ...],
-    *,
-    T: int = PICTURE_T,
-    classes: int | None = None,
-    seed: int = 0,
-    channels: Iterable[int] | None = None,
-    dropout: float = 0.0,
-) -> UNet:
-    """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
-
-    By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
-    """
-    side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
-    if channels is None:
-        channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
-    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout)
-    log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
-    return net
-
-
-def default_schedule(T: int = 100) -> Schedule:
-    """Return the schedule used where none is given: the source text's for T = 100, else cosine."""
-    return Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1) if T == 100 else Schedule.cosine(T)

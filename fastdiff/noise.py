@@ -45,6 +45,10 @@ class Stream(IntEnum):
     DROPOUT = 8
     CHAIN = 9
     AUGMENT = 10
+    KNOWN = 11  # noise on observed values
+    PROBE = 12  # normals and signs of estimates
+    RESAMPLE = 13  # particles
+    DROP = 14  # labels, covariates and masks that a training step leaves out
 
 
 class Draw(NamedTuple):

@@ -1,5 +1,7 @@
 """Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it, `animation` a GIF.
 
+A notebook shows a figure that is the last value of a cell.
+
 matplotlib is imported inside the functions only, and never through pyplot: nothing global is touched, no
 window opens, and a figure drawn in a thread or on a machine without a display is the same figure. One style,
 `STYLE` and the colours below, serves them all; colours and maps are safe for colour-blind readers (Okabe and
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -169,7 +171,9 @@ def loss(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def reverse_chain(path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None) -> Figure:
+def reverse_chain(
+    path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None, sampler: str | None = None
+) -> Figure:
     """Draw all steps of one reverse chain over each other, from light (noise) to dark (the result).
 
     Parameters
@@ -180,6 +184,8 @@ def reverse_chain(path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, r
         (points,), the curve that was to be reached: a broad red line under the result.
     rate : float, optional
         Points a second: the horizontal axis is in seconds.
+    sampler : str, optional
+        What drew it, for the colour bar: `Sampler.label`.
     """
     states = check_array("path", path, shape=(None, None))
     if len(states) < 2:
@@ -204,7 +210,7 @@ def reverse_chain(path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, r
         axes.autoscale_view()
         axes.set(title="From noise to a curve", xlabel=label, ylabel="value")
         bar = figure.colorbar(lines, ax=axes, pad=0.02, fraction=0.05, aspect=30)
-        bar.set_label("sampling steps done")
+        bar.set_label(_by("sampling steps done", sampler))
         bar.outline.set_visible(False)
         _legend(axes)
     return figure
@@ -272,7 +278,7 @@ def generated(
     rate : float, optional
         Points a second: the horizontal axis is in seconds.
     names : pair of str, optional
-        Headings of the two halves.
+        Headings of the two halves; the first one may say how they were drawn: `Sampler.label`.
     """
     sets = [check_array("curves", curves, shape=(None, None))]
     if reference is not None:
@@ -284,7 +290,7 @@ def generated(
         most = min(count, max(map(len, sets)))
         columns = min(most, 3 if len(sets) == 2 else 4)
         rows = -(-most // columns)
-        figure = _blank(1.45 * columns * len(sets) + 0.9, 0.95 * rows + 1.0)
+        figure = _blank(max(3.2, 1.45 * columns * len(sets) + 0.9), 0.95 * rows + 1.0)
         halves = figure.subfigures(1, len(sets), wspace=0.03, squeeze=False)[0]
         x, label = _horizontal(sets[0].shape[1], rate)
         drawn = np.concatenate([half[:most] for half in sets])
@@ -307,7 +313,12 @@ def generated(
 
 
 def around_target(
-    curves: npt.ArrayLike, target: npt.ArrayLike, *, count: int = 200, rate: float | None = None
+    curves: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    count: int = 200,
+    rate: float | None = None,
+    sampler: str | None = None,
 ) -> Figure:
     """Draw generated curves over each other, with the one curve they should all be, and what is left over.
 
@@ -321,6 +332,8 @@ def around_target(
         Curves to draw.
     rate : float, optional
         Points a second: the horizontal axis is in seconds.
+    sampler : str, optional
+        What drew them, for the legend: `Sampler.label`.
     """
     made = check_array("curves", curves, shape=(None, None))
     wanted = check_array("target", target, shape=(made.shape[1],))
@@ -345,14 +358,14 @@ def around_target(
                     alpha=alpha,
                 )
             )
-        top.plot([], [], color=BLUE, linewidth=1, label=f"{shown} generated")
+        top.plot([], [], color=BLUE, linewidth=1, label=_by(f"{shown} generated", sampler))
         top.plot(x, wanted, color=RED, linewidth=1.4, label="target")
         bottom.axhline(0, color=RED, linewidth=1.4)
         bottom.plot(x, np.sqrt((left**2).mean(0)), color="black", linewidth=1.2, linestyle=(0, (4, 2)))
         for axes in (top, bottom):
             axes.autoscale_view()
         error = float(np.sqrt((left**2).mean()))
-        top.set(title="Generated curves and their target", ylabel="value")
+        top.set(title="Generated curves", ylabel="value")
         bottom.set(xlabel=label, ylabel="generated − target")
         bottom.set_title(
             f"root mean square error {error:.3g} (dashed: at each point)",
@@ -558,7 +571,7 @@ def image_grid(
     images: npt.ArrayLike,
     *,
     columns: int = 4,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[object] | None = None,
     title: str = "Generated pictures",
     data_range: tuple[float, float] = (0, 255),
 ) -> Figure:
@@ -570,8 +583,8 @@ def image_grid(
         (N, H, W, C) real numbers, C = 1 (gray) or 3 (RGB).
     columns : int, optional
         Pictures in a row.
-    labels : sequence of str, optional
-        A word above each picture.
+    labels : sequence, optional
+        A word or number above each picture, or, where there are as many as columns, above each column.
     title : str, optional
         The heading.
     data_range : pair of float, optional
@@ -581,12 +594,20 @@ def image_grid(
     columns = min(check_int("columns", columns, low=1), len(pixels))
     if not len(pixels):
         raise ArgumentError("images", "none", "at least one")
-    if labels is not None and len(labels) != len(pixels):
-        raise ArgumentError("labels", f"{len(labels)} words", f"one for each of {len(pixels)} pictures")
-    return _pictures(pixels, columns, title, labels or [])
+    words = [] if labels is None else [str(label) for label in labels]
+    if labels is not None and len(words) not in (len(pixels), columns):
+        wants = f"one for each of {len(pixels)} pictures or {columns} columns"
+        raise ArgumentError("labels", f"{len(words)} words", wants)
+    return _pictures(pixels, columns, title, words)
 
 
-def image_trace(path: npt.ArrayLike, *, frames: int = 11, data_range: tuple[float, float] = (0, 255)) -> Figure:
+def image_trace(
+    path: npt.ArrayLike,
+    *,
+    frames: int = 11,
+    data_range: tuple[float, float] = (0, 255),
+    sampler: str | None = None,
+) -> Figure:
     """Draw chains from noise to picture, a row each, in frames that are evenly spaced over the steps.
 
     Parameters
@@ -598,11 +619,14 @@ def image_trace(path: npt.ArrayLike, *, frames: int = 11, data_range: tuple[floa
         Pictures of each chain, at least 2; all of them where there are fewer.
     data_range : pair of float, optional
         The values of black and white; what is outside is clipped, so early frames show less contrast than they have.
+    sampler : str, optional
+        What drew them, for the heading: `Sampler.label`.
     """
     pixels, steps = _frames(path, frames, data_range)
     shown = np.swapaxes(pixels, 0, 1).reshape(-1, *pixels.shape[2:])
     words = [str(step) for step in steps]
-    return _pictures(shown, len(steps), "From noise to a picture", words, caption="sampling steps done")
+    title = _by("From noise to a picture", sampler)
+    return _pictures(shown, len(steps), title, words, caption="sampling steps done")
 
 
 def animation(
@@ -655,8 +679,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure, whole or not at all; the ending of `path` says how (.png, .pdf, .svg)."""
     check_available()
     ending = check_ending(path, ENDINGS)
-    with _style(), writing(path) as file:
-        figure.savefig(file, format=ending[1:])
+    with writing(path) as file:
+        write(figure, file, ending[1:])
+
+
+def write(figure: Figure, file: IO[bytes], form: str) -> None:
+    """Write a figure into an open file, in the style it was drawn in."""
+    with _style():
+        figure.savefig(file, format=form)
 
 
 def check_available() -> None:
@@ -680,12 +710,9 @@ def _style() -> Iterator[None]:
 
 
 def _blank(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from fastdiff.figure import NotebookFigure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return NotebookFigure(width, height)
 
 
 @contextmanager
@@ -782,6 +809,10 @@ def _indexed(pictures: npt.NDArray[np.uint8], columns: int, scale: int) -> Any:
     palette = strip.getpalette()[: 3 * 255]
     frame.putpalette(palette + [0] * (3 * 255 - len(palette)) + [255] * 3)
     return frame
+
+
+def _by(what: str, sampler: str | None) -> str:
+    return what if sampler is None else f"{what}: {sampler}"
 
 
 def _legend(axes: Axes) -> None:

@@ -123,6 +123,11 @@ class Sampler:
         """Number of rows, which is the number of network evaluations."""
         return len(self.rows)
 
+    @property
+    def label(self) -> str:
+        """Name and number of steps, for legends: ``ddim, 50 steps``."""
+        return f"{self.name}, {len(self)} step{'s' if len(self) > 1 else ''}"
+
     def __eq__(self, other: object) -> bool:
         """Whether both do the same: equal table, schedule, prediction and clip."""
         if not isinstance(other, Sampler):

@@ -126,6 +126,37 @@ def norms_in_chunks(be, size):
             norm_agrees(be, shape, groups, number)
 
 
+# Rows that are less than a team, a team, a warp's and more than those; chunks that end early; one wider than a block.
+LAYER_NORMS = {
+    "small": [(1, 1, 1, 1), (3, 11, 1, 7), (2, 3, 3, 16), (1, 33, 1, 33), (2, 1, 3, 132), (2, 1, 2, 1100)],
+    "full": [(64, 32, 32, 64), (3, 1, 4099, 50), (16, 16, 16, 512), (70, 1, 9, 3001)],
+}
+
+
+def layer_norm_agrees(be, shape):
+    x, c, rows = normals(1, *shape) * F(3) + F(5), shape[-1], int(np.prod(shape[:-1]))
+    gamma, beta = normals(2, c), normals(3, c)
+    outputs = [unfilled(*shape), unfilled(*shape[:-1], 2)]
+    (y, stats), (want, wanted_stats) = agree(be, "layer_norm", [x, gamma, beta, 0, 1], outputs, eps=EPS)
+    r = wanted_stats[..., 1]
+    assert_close(stats[..., 0], wanted_stats[..., 0], terms=9)
+    assert_close(stats[..., 1], r, terms=9, scale=10 * r**2)  # x has this size, before the mean is subtracted
+    assert_close(y, want, terms=9, scale=10 * r[..., None] * np.maximum(1, np.abs(gamma)))
+    dy = normals(5, *shape)
+    for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
+        arrays = [0 if start is dy else dy, x, gamma, stats, 0, 1, 2]
+        add = start is not dy and bool(np.isfinite(start).all())
+        got, want = agree(be, "layer_norm_backward", arrays, [start, unfilled(c), unfilled(c)], add=add)
+        for array, wanted, terms in zip(got, want, (9 + c, 9 + rows, 9 + rows), strict=True):
+            assert_close(array, wanted, terms=terms, scale=max(1, np.abs(wanted).max()))
+
+
+@covers("layer_norm", "layer_norm", "layer_norm_backward")
+def layer_norms(be, size):
+    for shape in LAYER_NORMS[size]:
+        layer_norm_agrees(be, shape)
+
+
 # (images, length, channels, heads): tiles of 16 and 64 rows, slabs of 64 and 128 columns, chunks of 32 channels.
 ATTENTIONS = {
     "small": [(1, 1, 4, 2), (2, 5, 8, 8), (1, 67, 9, 1), (1, 7, 66, 2), (1, 3, 130, 1)],
@@ -151,17 +182,18 @@ def attentions(be, size):
 VALUES = {"small": [(1,), (3, 5), (2, 4, 4, 8)], "full": [(1_000_003,), (64, 32, 32, 128)]}
 
 
-@covers("pointwise", "silu", "silu_backward", "add")
+@covers("pointwise", "silu", "silu_backward", "gelu", "gelu_backward", "add")
 def values_one_by_one(be, size):
     for shape in VALUES[size]:
         x, y = 4 * normals(1, *shape), normals(2, *shape)
         if x.size > 1:
             x.flat[0] = -100  # where exp(-x) is beyond float32
-        (got,), (want,) = agree(be, "silu", [x, 0], [unfilled(*shape)])
-        assert_close(got, want, terms=9)
-        for add in (False, True):
-            (got,), (want,) = agree(be, "silu_backward", [y, x, 0], [normals(4, *shape)], add=add)
+        for method in ("silu", "gelu"):
+            (got,), (want,) = agree(be, method, [x, 0], [unfilled(*shape)])
             assert_close(got, want, terms=9)
+            for add in (False, True):
+                (got,), (want,) = agree(be, f"{method}_backward", [y, x, 0], [normals(4, *shape)], add=add)
+                assert_close(got, want, terms=9)
         start = normals(3, *shape)
         for arrays, total in (([x, y, 0], x + y), ([0, y, 0], start + y), ([x, 0, 0], x + start)):
             (got,), _ = agree(be, "add", arrays, [start])
@@ -183,6 +215,21 @@ def columns(be, size):
             (got_a, got_b), _ = agree(be, "split", [both, 0, 1], outputs, add=add)
             assert_same_bits(got_a, outputs[0] + a if add else a)
             assert_same_bits(got_b, b)
+
+
+OFFSETS = {"small": [(1, 1, 1, 1), (40, 1, 3, 3), (3, 2, 5, 4)], "full": [(64, 32, 32, 64), (1031, 1, 7, 5)]}
+
+
+@covers("pointwise", "offset", "column_sums")
+def offsets(be, size):
+    for shape in OFFSETS[size]:
+        x, p = normals(1, *shape), normals(2, *shape[1:])
+        start = normals(3, *shape)
+        for arrays, total in (([x, p, 0], x + p), ([0, p, 0], start + p)):
+            (got,), _ = agree(be, "offset", arrays, [start])
+            assert_same_bits(got, total)
+        (got,), (want,) = agree(be, "offset_backward", [x, 0], [unfilled(*shape[1:])])
+        assert_close(got, want, terms=len(x))
 
 
 TABLES = {"small": [(7, 5, 11), (1, 3, 4), (3, 1, 1), (5, 40, 70)], "full": [(1000, 2048, 512), (10, 256, 128)]}

@@ -245,6 +245,10 @@ def silu(v):
     return v / (1 + math.exp(-v)) if v > -700 else 0.0
 
 
+def gelu(v):
+    return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
 def leaky_relu(v):
     return v if v > 0 else 0.01 * v
 
@@ -310,6 +314,26 @@ def norm(x, gamma, beta, *, groups, eps, activated, modulation=None):
             if modulation is not None:
                 v = (1 + modulation[image, c]) * v + modulation[image, channels + c]
             y[image, i, j, c] = silu(v) if activated else v
+    return y
+
+
+def layer_norm(x, gamma, beta, eps):
+    """LayerNorm over the channels of x (N, H, W, C)."""
+    y = np.empty(x.shape)
+    for at in np.ndindex(x.shape[:-1]):
+        values = [float(v) for v in x[at]]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + eps)
+        for c, v in enumerate(values):
+            y[(*at, c)] = gamma[c] * (v - mean) / deviation + beta[c]
+    return y
+
+
+def offset(x, p):
+    """x (N, H, W, C) plus p (H, W, C)."""
+    y = np.empty(x.shape)
+    for at in np.ndindex(x.shape):
+        y[at] = x[at] + p[at[1:]]
     return y
 
 

@@ -152,7 +152,7 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
     assert with_training != without
 
 
-def test_demo(run, monkeypatch):
+def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
         monkeypatch.setattr(demo, name, value)
     code, out, err = run("demo -o deep/demo --quick --backend numpy --quiet")
@@ -163,6 +163,8 @@ def test_demo(run, monkeypatch):
     named = {path for line in out.splitlines() for path in re.findall(r"^  (\S+): ", line)}
     assert {str(path) for path in Path("deep/demo").iterdir()} == named
     assert len([name for name in named if name.endswith(".png")]) == 8
+    assert len(drawn) == 3
+    assert all("ddpm, 100 steps" in str(options) for _, options in drawn)
     assert "error" not in err
     # What it advises to do next works.
     for advice in re.findall(r"^  fastdiff (.*)$", out, re.M):
@@ -201,6 +203,57 @@ def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
     assert "2 steps" in capsys.readouterr().out
     assert {"tiles_generated.png", "tiles_trace.png", "tiles_training.png"} < set(os.listdir("new"))
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def years():
+    """A table with a name and a year in each row, and its values alone."""
+    curves = load_curves("curves.csv")
+    cells = [f"n{i},{1950 + i}," + ",".join(f"{value:.9g}" for value in row) for i, row in enumerate(curves)]
+    Path("table.csv").write_text("\n".join(["name,YEAR," + ",".join("abcdefghijkl"), *cells, ""]))
+    return curves
+
+
+def test_a_suspicious_column_is_a_warning_that_names_the_remedy(run, years):
+    train = TRAIN.replace("curves.csv", "table.csv")
+    code, _, err = run(f"{train} -o m.safetensors --steps 2")
+    assert code == 2
+    assert "--index name or --drop name leaves it out" in err
+    code, _, err = run(f"{train} -o m.safetensors --steps 2 --index name")
+    assert code == 0
+    assert (
+        "\nfastdiff: warning: table.csv: column YEAR rises by 1 in every row: is it an index? --index YEAR"
+        in f"\n{err}"
+    )
+    assert "64 curves of 13 points" in err
+    code, _, err = run(f"{train} -o m.safetensors --steps 2 --index name --drop YEAR,l --drop 3")
+    assert code == 0
+    assert "warning" not in err
+    assert "64 curves of 10 points" in err
+    made = fd.load("m.safetensors", backend="numpy")
+    want = fd.Diffusion(backend="numpy").fit(years[:, 1:-1], steps=2, batch=16, progress=False)
+    np.testing.assert_array_equal(made.net.flat, want.net.flat)
+
+
+def test_options_of_tables_are_part_of_the_advice_and_for_tables_only(run, years, pictures):
+    def stop(self, step, loss):
+        self.presses = 1
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli._PatientInterrupt, "wanted", stop)
+        train = TRAIN.replace("curves.csv", "table.csv")
+        err = run(f"{train} -o m.safetensors --steps 9 --index name --drop YEAR,3 --header")[2]
+        advice = re.search(r"continue with: fastdiff (.*)", err)[1]
+    assert advice.endswith("--header --index name --drop YEAR,3")
+    assert run(f"{advice} --quiet")[0] == 0
+    assert fd.load("m.safetensors").step == 9
+    code, _, err = run("train classes/ant -o p.safetensors --drop 1")
+    assert code == 2
+    assert "--drop is for files of curves" in err
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -364,6 +417,45 @@ def test_options_of_pictures_are_refused_for_models_of_curves(run, model):
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every call of a function of `plots` that draws samples: its name and its options."""
+    from fastdiff import plots
+
+    calls = []
+
+    def listened(name):
+        draw = getattr(plots, name)
+        monkeypatch.setattr(
+            plots, name, lambda *arrays, **options: calls.append((name, options)) or draw(*arrays, **options)
+        )
+
+    for name in ("generated", "reverse_chain", "around_target", "image_grid", "image_trace"):
+        listened(name)
+    return calls
+
+
+def test_figures_of_samples_say_how_they_were_drawn(run, model, drawer, drawn):
+    how = "--sampler ddim --sample-steps 5 --quiet --backend numpy"
+    assert run(f"sample m.safetensors -o x.csv --plot x.png --trace t.png {how}")[0] == 0
+    assert run(f"sample p.safetensors -n 4 -o new --plot x.png --trace t.png {how}")[0] == 0
+    assert run(f"train classes -o q.safetensors {LEARN} --labels --steps 1 --snapshots 1")[0] == 0
+    said = {(name, str(options)) for name, options in drawn}
+    assert len(said) == len(drawn) == 5
+    assert all("ddim, 5 steps" in options for _, options in said - {("image_grid", str(drawn[-1][1]))})
+    assert drawn[-1][1]["title"] == "After 1 steps: ddim, 8 steps"
+    assert drawn[-1][1]["labels"] == ["ant", "cat"] * 8
+
+
+def test_a_schedule_is_warned_of_once_where_a_figure_is_drawn(run):
+    assert run(f"{TRAIN} -o m.safetensors --steps 1 --schedule linear --timesteps 10")[0] == 0
+    for options in ("", " --plot x.png"):
+        warned = run(f"sample m.safetensors -o x.csv --quiet --backend numpy{options}")[2].count("warning")
+        if not options:
+            alone = warned
+    assert warned == alone
+
+
 # --------------------------------------------------------------------------------------- help
 
 
@@ -507,7 +599,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, model, command, message):
         ("sample m.safetensors -o x.csv --sampler euler", "dpmpp_2m"),
         ("sample m.safetensors", "--output"),
         ("paint", "train"),
-        ("", "COMMAND"),
+        ("--quiet", "COMMAND"),
     ],
 )
 def test_unknown_names_are_told_the_known_ones(command, known, capsys):
@@ -516,6 +608,56 @@ def test_unknown_names_are_told_the_known_ones(command, known, capsys):
     assert left.value.code == 2
     assert known in capsys.readouterr().err
     assert files() == ["curves.csv"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train curves.csv -o n.safetensors --epochs 5", "unrecognized option --epochs: did you mean --steps?"),
+        ("train --epochs=5 curves.csv", "unrecognized option --epochs: did you mean --steps?"),
+        ("train curves.csv --learning-rate 1", "--learning-rate: did you mean --lr?"),
+        ("train curves.csv --learning_rate 1", "--learning_rate: did you mean --lr?"),
+        ("train curves.csv --batch-size 1", "--batch-size: did you mean --batch?"),
+        ("train curves.csv --seeed 1", "--seeed: did you mean --seed?"),
+        ("train curves.csv --zzz 1", "unrecognized option --zzz"),
+        ("train curves.csv -n 1", "unrecognized option -n"),
+        ("train curves.csv more.csv", "unrecognized arguments: more.csv"),
+        (
+            "train curves.csv --batch x --epochs 5",
+            "invalid int value: 'x'; unrecognized option --epochs: did you mean --steps?",
+        ),
+        ("sample m.safetensors -o x.csv --num-samples 5", "--num-samples: did you mean -n?"),
+        ("sample m.safetensors -o x.csv --steps 5", "--steps: did you mean --sample-steps?"),
+        ("sample m.safetensors --outfile x.csv", "-o/--output; unrecognized option --outfile: did you mean --output?"),
+        ("trian curves.csv", "did you mean train?"),
+        ("generate m.safetensors --epochs 3", "did you mean sample?"),
+        ("paint", "'bench')"),
+    ],
+)
+def test_mistyped_words_are_answered_by_their_command(command, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(command.split())
+    assert left.value.code == 2
+    usage, *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(message)
+    known = command.split()[0] if command.split()[0] in ("train", "sample") else ""
+    assert f"{usage} ".startswith(f"usage: fastdiff {known}".rstrip() + " ")
+    assert line.startswith(f"fastdiff {known}".rstrip() + ": error: ")
+
+
+def test_synonyms_are_of_words_that_exist():
+    actions = cli._parser()._actions
+    commands = next(action.choices for action in actions if action.choices)
+    known = {name for command in commands.values() for action in command._actions for name in action.option_strings}
+    assert set(cli.SYNONYMS) - {"evaluate"} <= known | set(commands)
+
+
+def test_without_arguments_there_is_help(run):
+    code, out, err = run("")
+    assert code == 2
+    assert out == ""
+    assert "fastdiff demo" in err
+    assert "start here" in err
 
 
 def test_a_missing_gpu_is_one_line(run):

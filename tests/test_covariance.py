@@ -648,3 +648,27 @@ def test_maps_leave_nothing_behind():
     before = len(be._maps)
     mapped(be, np.ones((3, 4), np.float32), RowMap(left=np.eye(4)))
     assert len(be._maps) == before
+
+
+# --------------------------------------------------------------------------------------- shrinkage
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 7), (12, 30), (5, 5), (2, 3)])
+def test_ledoit_wolf_is_scikit_learn_s(rows, columns):
+    from sklearn.covariance import ledoit_wolf as peer
+
+    X = np.random.default_rng(0).normal(size=(rows, columns)) @ np.diag(np.arange(1.0, columns + 1))
+    want, shrinkage = peer(X)
+    got = covariance.ledoit_wolf(X)
+    assert got.shrinkage == pytest.approx(shrinkage)
+    np.testing.assert_allclose(got.cov, want, atol=1e-12)
+
+
+def test_draws_of_shrunk_moments_have_them():
+    moments = covariance.ledoit_wolf(np.random.default_rng(0).normal(size=(6, 9)) + np.arange(9))
+    of_rows, of_columns = np.eye(6), np.eye(9)
+    of_rows, of_columns = (
+        moments.sample(a, b) - moments.mean
+        for a, b in ((of_rows, 0 * of_rows @ np.zeros((6, 9))), (np.zeros((9, 6)), of_columns))
+    )
+    np.testing.assert_allclose(of_rows.T @ of_rows + of_columns.T @ of_columns, moments.cov, atol=1e-12)

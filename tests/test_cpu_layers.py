@@ -21,7 +21,7 @@ from fastdiff.backends import cpu_conv, workers
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
-from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, norm, pointwise, winograd
+from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, layer_norm, norm, pointwise, winograd
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.noise import Draw, Stream
 
@@ -208,6 +208,35 @@ def test_the_variance_of_a_group_far_from_zero():
     assert_close(stats[..., 1], want[..., 1], terms=9)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 11, 1, 7), (2, 8, 9, 16), (5, 33, 1, 130), (1, 1, 300, 2)])
+def test_layer_norm_agrees_with_the_reference(shape):
+    x, c, rows = normals(1, *shape) * F32(3) + F32(5), shape[-1], int(np.prod(shape[:-1]))
+    gamma, beta = normals(2, c), normals(3, c)
+    outputs = [unfilled(*shape), unfilled(*shape[:-1], 2)]
+    (y, stats), (want, wanted_stats) = both("layer_norm", [x, gamma, beta, 0, 1], outputs, eps=EPS)
+    r = wanted_stats[..., 1]
+    assert_close(stats[..., 0], wanted_stats[..., 0], terms=9)
+    assert_close(stats[..., 1], r, terms=9, scale=10 * r**2)  # x has this size, before the mean is subtracted
+    assert_close(y, want, terms=9, scale=10 * r[..., None] * np.maximum(1, np.abs(gamma)))
+    dy = normals(5, *shape)
+    for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
+        arrays = [0 if start is dy else dy, x, gamma, stats, 0, 1, 2]
+        add = start is not dy and bool(np.isfinite(start).all())
+        got, want = both("layer_norm_backward", arrays, [start, unfilled(c), unfilled(c)], add=add)
+        for array, wanted, terms in zip(got, want, (9 + c, 9 + rows, 9 + rows), strict=True):
+            assert_close(array, wanted, terms=terms, scale=max(1, np.abs(wanted).max()))
+
+
+def test_the_variance_of_a_row_far_from_zero():
+    """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
+    x = normals(1, 2, 3, 5, 200) + F32(1000)
+    outputs = [unfilled(*x.shape), unfilled(2, 3, 5, 2)]
+    arrays = [x, np.ones(200, F32), np.zeros(200, F32), 0, 1]
+    (out, stats), (want, wanted_stats) = both("layer_norm", arrays, outputs, eps=EPS)
+    assert_close(stats[..., 1], wanted_stats[..., 1], terms=9)
+    assert_close(out, want, scale=1000.0)
+
+
 @pytest.mark.parametrize(
     ("n", "length", "channels", "heads"), [(1, 1, 4, 2), (2, 64, 128, 4), (3, 70, 24, 3), (1, 200, 32, 1), (2, 5, 8, 8)]
 )
@@ -239,14 +268,20 @@ def test_attention_of_scores_beyond_the_range_of_exp():
 def test_the_small_layers_agree_with_the_reference(shape):
     x, y, z = normals(1, *shape), normals(2, *shape), normals(3, *shape[:-1], 5)
     for add in (False, True):
-        (got,), (want,) = both("silu_backward", [y, x, 0], [normals(4, *shape)], add=add)
-        assert_close(got, want, terms=9)
+        for method in ("silu_backward", "gelu_backward"):
+            (got,), (want,) = both(method, [y, x, 0], [normals(4, *shape)], add=add)
+            assert_close(got, want, terms=9)
         outputs = [normals(5, *shape), unfilled(*z.shape)]
         got, want = both("split", [np.concatenate([x, z], axis=-1), 0, 1], outputs, add=add)
         for a, b in zip(got, want, strict=True):
             assert_close(a, b)
-    (got,), (want,) = both("silu", [x, 0], [unfilled(*shape)])
-    assert_close(got, want, terms=9)
+    for method in ("silu", "gelu"):
+        (got,), (want,) = both(method, [x, 0], [unfilled(*shape)])
+        assert_close(got, want, terms=9)
+    (got,), (want,) = both("offset", [x, y[0], 0], [unfilled(*shape)])
+    assert_close(got, want)
+    (got,), (want,) = both("offset_backward", [y, 0], [unfilled(*shape[1:])])
+    assert_close(got, want, terms=len(y))
     (got,), _ = both("concatenate", [x, z, 0], [unfilled(*shape[:-1], shape[-1] + 5)])
     assert_same_bits(got, np.concatenate([x, z], axis=-1))
     total = unfilled(*shape)
@@ -259,6 +294,17 @@ def test_the_small_layers_agree_with_the_reference(shape):
     REFERENCE.squared_error(x, y, wanted, wanted_loss)
     assert_close(loss, wanted_loss, dtype=F32)
     assert_same_bits(dy, wanted)
+
+
+def test_gelu_far_from_zero():
+    """Where x^2 is beyond float32, and at infinity: 0 or x, and a slope of 0 or 1."""
+    x, out, dx = np.array([-np.inf, -3e38, -1e20, -11, 11, 1e20, 3e38, np.inf, np.nan], F32), unfilled(9), unfilled(9)
+    CPU.gelu(x, out)
+    CPU.gelu_backward(np.ones(9, F32), x, dx)
+    assert np.abs(out[:4]).max() < 1e-35
+    assert_same_bits(out[4:], x[4:])
+    assert np.abs(dx[:4]).max() < 1e-35
+    assert_same_bits(dx[4:], np.array([1, 1, 1, 1, np.nan], F32))
 
 
 def test_rows_of_tables():
@@ -327,6 +373,17 @@ def layers(be, rows, whole=False):
         be.norm(x, gamma, beta, out, stats, eps=EPS, **options)
         be.norm_backward(dy, x, gamma, beta, stats, dx, *sums, dmodulation=dmodulation, **options)
         keep(out, dx, stats, dmodulation, *(sums if whole else []))
+    for height, width, c in ((20, 15, 48), (1, 1, 7)):
+        x, dy, gamma, beta = images(1, height, width, c), images(2, height, width, c), normals(3, c), normals(4, c)
+        out, dx, stats, sums = (
+            unfilled(*x.shape),
+            unfilled(*x.shape),
+            unfilled(len(x), height, width, 2),
+            normals(5, 2, c),
+        )
+        be.layer_norm(x, gamma, beta, out, stats, eps=EPS)
+        be.layer_norm_backward(dy, x, gamma, stats, dx, *sums)
+        keep(out, dx, stats, *(sums if whole else []))
     for length, channels in ((100, 32), (6, 8)):
         qkv, dy = images(1, length, 3 * channels), images(2, length, channels)
         out, log_sums, dqkv = unfilled(*dy.shape), unfilled(len(dy), 2, length), unfilled(*qkv.shape)
@@ -335,9 +392,14 @@ def layers(be, rows, whole=False):
         keep(out, log_sums, dqkv)
     x, y, z = images(1, 40, 40, 16), images(2, 40, 40, 16), images(3, 40, 40, 5)
     out, joined = unfilled(*x.shape), unfilled(*x.shape[:-1], 21)
-    for run in (lambda: be.silu(x, out), lambda: be.silu_backward(y, x, out), lambda: be.add(x, y, out)):
-        run()
+    for method in (be.silu, be.gelu):
+        method(x, out)
         keep(out)
+    for method in (be.silu_backward, be.gelu_backward, be.add):
+        method(y, x, out)
+        keep(out)
+    be.offset(x, normals(6, 40, 40, 16), out)
+    keep(out)
     be.dropout(x, out, 0.2, 3, Draw(1, Stream.DROPOUT, 2, rows.start))
     be.concatenate(x, z, joined)
     keep(out, joined)
@@ -345,6 +407,8 @@ def layers(be, rows, whole=False):
     keep(out, z)
     if whole:
         loss = np.empty(1)
+        be.offset_backward(x, out[0])
+        keep(out[0])
         be.squared_error(x, y, out, loss)
         keep(out, loss)
     return results
@@ -468,6 +532,13 @@ def test_no_images():
     CPU.conv_backward(SAME, y, x, w, x.copy(), dw, db)
     assert not dw.any()
     assert not db.any()
+    gamma, sums, position = np.ones(3, F32), normals(2, 2, 3), unfilled(5, 5, 3)
+    stats = np.empty((0, 5, 5, 2), F32)
+    CPU.layer_norm(x, gamma, gamma, x.copy(), stats, eps=EPS)
+    CPU.layer_norm_backward(x, x, gamma, stats, x.copy(), *sums)
+    CPU.offset_backward(x, position)
+    assert not sums.any()
+    assert not position.any()
 
 
 def test_the_protocol_is_complete():
@@ -481,7 +552,7 @@ def test_warm_layers_allocate_no_arrays():
     stats, qkv, dqkv = normals(1, 4, 8, 2), normals(2, 4, 256, 96), normals(3, 4, 256, 96)
     flat, log_sums, index = (a.reshape(4, 256, 32) for a in (y, dy)), normals(4, 4, 2, 256), np.array([1, 0, 1, 2])
     out, dout = flat
-    v_rows, shift, loss = normals(5, 4, 32), normals(6, 4, 32), np.empty(1)
+    v_rows, shift, loss, rows = normals(5, 4, 32), normals(6, 4, 32), np.empty(1), normals(7, 4, 16, 16, 2)
 
     def work():
         CPU.conv(SAME, x, w, v[0], y, shift=shift, residual=residual)
@@ -494,6 +565,12 @@ def test_warm_layers_allocate_no_arrays():
         CPU.attention_backward(dout, qkv, out, log_sums, dqkv, heads=2)
         CPU.silu(x, y)
         CPU.silu_backward(dy, x, dx)
+        CPU.layer_norm(x, v[0], v[1], y, rows, eps=EPS)
+        CPU.layer_norm_backward(dy, x, v[0], rows, dx, v[2], v[3])
+        CPU.gelu(x, y)
+        CPU.gelu_backward(dy, x, dx)
+        CPU.offset(x, y[0], dx)
+        CPU.offset_backward(dy, y[0])
         CPU.add(x, y, y)
         CPU.concatenate(x, y, more)
         CPU.split(more, dx, residual)
@@ -527,6 +604,12 @@ def hot_kernels():
             [*many, "divide"],
         ),
         "softmax": (attention.attention_range, (0, 1, x, y, z, 1, 4, 1, u, v, np.ones((2, attention.TILE), F32)), many),
+        "LayerNorm": (layer_norm.layer_norm_range, (0, 2, x, one, one, y, z, np.array([EPS], F32), u), many),
+        "LayerNorm backward": (
+            layer_norm.layer_norm_backward_range, (0, 1, 2, x, y, one, z[:4], u, v[:N], v[N:], False, rows), many,
+        ),
+        "GELU": (pointwise.gelu_range, (0, N, x, y), [*many, "divide"]),
+        "GELU backward": (pointwise.gelu_backward_range, (0, N, x, y, z, False), [*many, "divide"]),
         "SiLU": (pointwise.silu_range, (0, N, x, y), [*many, "divide"]),
         "SiLU backward": (pointwise.silu_backward_range, (0, N, x, y, z, False), [*many, "divide"]),
         "sum": (pointwise.add_range, (0, N, x, y, z), ["add"]),

@@ -46,9 +46,12 @@ def test_the_rule_of_a_norm():
 
 
 def test_numbers_are_those_of_the_kernels():
-    norm, attention, pointwise = (runtime._read(f"{name}.cu") for name in ("norm", "attention", "pointwise"))
+    sources = "norm.cu", "norm.cuh", "layer_norm.cu", "attention.cu", "pointwise.cu"
+    norm, both_norms, layer_norm, attention, pointwise = map(runtime._read, sources)
     for text, name, value in (
-        (norm, "MOST_THREADS", cuda_layers.THREADS), (norm, "AT_ONCE", cuda_layers.AT_ONCE),
+        (norm, "MOST_THREADS", cuda_layers.THREADS), (both_norms, "AT_ONCE", cuda_layers.AT_ONCE),
+        (layer_norm, "THREADS", cuda_layers.THREADS), (layer_norm, "MOST_ROWS", cuda_layers.MOST_ROWS),
+        (pointwise, "SUM_COLUMNS", cuda_layers.SUM_COLUMNS),
         (attention, "THREADS", cuda_layers.THREADS), (attention, "SIDE", cuda_layers.SIDE),
         (attention, "TILE", cuda_layers.TILE), (attention, "DEPTH", cuda_layers.DEPTH),
         (pointwise, "CHUNK", cuda_layers.ERROR_CHUNK), (pointwise, "SUM_THREADS", cuda_layers.THREADS),
@@ -70,6 +73,16 @@ def test_the_variance_of_a_group_far_from_zero(be, chunks):
             be.norm(x, ones, zeros, out, stats, **options)
     else:
         be.norm(x, ones, zeros, out, stats, **options)
+    assert_close(stats[..., 1], want_stats[..., 1], terms=9)
+    assert_close(out, want, scale=1000.0)
+
+
+def test_the_variance_of_a_row_far_from_zero(be):
+    x, ones, zeros = normals(1, 1, 2, 3, 200) + F32(1000), np.ones(200, F32), np.zeros(200, F32)
+    want, want_stats = np.empty(x.shape), np.empty((1, 2, 3, 2))
+    NUMPY.layer_norm(x.astype(np.float64), ones, zeros, want, want_stats, eps=EPS)
+    out, stats = unfilled(*x.shape), unfilled(1, 2, 3, 2)
+    be.layer_norm(x, ones, zeros, out, stats, eps=EPS)
     assert_close(stats[..., 1], want_stats[..., 1], terms=9)
     assert_close(out, want, scale=1000.0)
 
@@ -103,6 +116,20 @@ def test_the_rows_of_a_block_change_no_bits(length, channels, heads):
         assert_same_bits(a, b)
 
 
+# ------------------------------------------------------------------------------------------- values
+
+
+def test_gelu_far_from_zero(be):
+    """Where x^2 is beyond float32, and at infinity: 0 or x, and a slope of 0 or 1."""
+    x, out, dx = np.array([-np.inf, -3e38, -1e20, -11, 11, 1e20, 3e38, np.inf, np.nan], F32), unfilled(9), unfilled(9)
+    be.gelu(x, out)
+    be.gelu_backward(np.ones(9, F32), x, dx)
+    assert np.abs(out[:4]).max() < 1e-35
+    assert_same_bits(out[4:], x[4:])
+    assert np.abs(dx[:4]).max() < 1e-35
+    assert_same_bits(dx[4:], np.array([1, 1, 1, 1, np.nan], F32))
+
+
 # ------------------------------------------------------------------------------------------- laws
 
 
@@ -124,6 +151,12 @@ def layers(be, rows):
     norms(3, 4, 24)
     with in_chunks():
         norms(3, 5, 24)
+    x, dy, gamma, beta = images(1, 3, 5, 24), images(2, 3, 5, 24), normals(3, 24), normals(4, 24)
+    out, dx, stats, gelu = unfilled(*x.shape), unfilled(*x.shape), unfilled(*x.shape[:-1], 2), unfilled(*x.shape)
+    be.layer_norm(x, gamma, beta, out, stats, eps=EPS)
+    be.layer_norm_backward(dy, x, gamma, stats, dx, *np.empty((2, 24), F32))
+    be.gelu(x, gelu)
+    results.extend([out, dx, stats, gelu])
     qkv, dy = images(1, 19, 24), images(2, 19, 8)
     out, log_sums, dqkv = unfilled(*dy.shape), unfilled(len(dy), 2, 19), unfilled(*qkv.shape)
     be.attention(qkv, out, log_sums, heads=2)
@@ -148,6 +181,13 @@ def test_no_images(be):
     stats, qkv, table = np.empty((0, 1, 2), F32), np.empty((0, 9, 12), F32), unfilled(3, 4)
     be.norm(x, gamma, gamma, x, stats, groups=1, eps=EPS, silu=True)
     be.norm_backward(x, x, gamma, gamma, stats, x, *sums, groups=1, silu=True)
+    rows, position, more = np.empty((0, 3, 3, 2), F32), unfilled(3, 3, 4), np.full((2, 4), np.nan, F32)
+    be.layer_norm(x, gamma, gamma, x, rows, eps=EPS)
+    be.layer_norm_backward(x, x, gamma, rows, x, *more)
+    be.gelu(x, x)
+    be.gelu_backward(x, x, x)
+    be.offset(x, position, x)
+    be.offset_backward(x, position)
     out, log_sums = np.empty((0, 9, 4), F32), np.empty((0, 1, 9), F32)
     be.attention(qkv, out, log_sums, heads=1)
     be.attention_backward(out, qkv, out, log_sums, qkv, heads=1)
@@ -158,6 +198,8 @@ def test_no_images(be):
     be.dropout(x, x, 0.5, 0, Draw(0, Stream.DROPOUT))
     be.take_backward(np.empty((0, 4), F32), np.empty(0, np.int64), table)
     assert not sums.any()
+    assert not more.any()
+    assert not position.any()
     assert not table.any()
     loss = np.empty(1)
     be.squared_error(x, x, x, loss)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastdiff.data import check_writable, energy_distance, harmonic_curves, load_curves, save_curves, writing
+from fastdiff.data import energy_distance, harmonic_curves, load_curves, save_curves
 from fastdiff.errors import ArgumentError, DataError
 from fastdiff.noise import Draw, Stream, philox_words
 
@@ -291,70 +291,6 @@ def test_save_refuses_what_load_would(tmp_path, X):
     with pytest.raises(ArgumentError, match=r"^X: got "):
         save_curves(tmp_path / "x.csv", X)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, failure):
-    path = tmp_path / "x.csv"
-    path.write_text("old")
-
-    def write_half() -> None:
-        with writing(path) as file:
-            file.write(b"half of the new")
-            file.flush()
-            raise failure
-
-    with pytest.raises(failure):
-        write_half()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_new_file_takes_the_old_one_s_place_at_once(tmp_path):
-    # Whoever has the old file open goes on reading the old one, whole: nobody sees half of the new one.
-    path = tmp_path / "x.csv"
-    path.write_text("old")
-    with path.open() as reader:
-        save_curves(path, [[1, 2]])
-        assert reader.read() == "old"
-    assert path.read_text() == "1,2\n"
-
-
-def test_written_file_has_the_usual_permissions_and_follows_a_link(tmp_path):
-    usual = tmp_path / "usual"
-    usual.touch()
-    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
-    real.write_text("old")
-    link.symlink_to(real)
-    save_curves(link, [[1, 2]])
-    assert link.is_symlink()
-    assert real.read_text() == "1,2\n"
-    assert real.stat().st_mode == usual.stat().st_mode
-
-
-def test_unwritable_paths(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.csv").mkdir()
-    for path, reason in [
-        (tmp_path / "none" / "x.csv", "there is no folder"),
-        (tmp_path / "file" / "x.csv", "there is no folder"),
-        (tmp_path / "folder.csv", "is a folder"),
-        (tmp_path / ("x" * 300 + ".csv"), "too long"),
-    ]:
-        with pytest.raises(DataError, match=rf"x\.csv|folder\.csv: cannot be written: .*{reason}"):
-            save_curves(path, [[1, 2]])
-        with pytest.raises(DataError, match=f"cannot be written: .*{reason}"):
-            check_writable(path)
-
-
-def test_check_writable_touches_nothing(tmp_path):
-    path = tmp_path / "x.csv"
-    check_writable(path)
-    assert not list(tmp_path.iterdir())
-    path.write_text("old")
-    check_writable(path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --------------------------------------------------------------------------------------- compared

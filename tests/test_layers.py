@@ -1,5 +1,7 @@
 """Layers of image networks: the reference against loops, and every entry of every gradient against differences."""
 
+import math
+
 import naive
 import numpy as np
 import pytest
@@ -143,6 +145,44 @@ def test_norm_backward(shape, groups, silu, modulates):
     assert np.array_equal(in_place, dx)
 
 
+LAYER_NORMS = pytest.mark.parametrize("shape", [(2, 2, 3, 4), (3, 1, 1, 7), (1, 3, 11, 5), (2, 1, 2, 1)])
+
+
+@FLOATS
+@LAYER_NORMS
+def test_layer_norm(shape, dtype):
+    x, gamma, beta = arrays(shape, shape[-1:], shape[-1:], dtype=dtype)
+    x += 3
+    out, stats = unset(x, np.empty((*shape[:-1], 2), dtype))
+    NUMPY.layer_norm(x, gamma, beta, out, stats, eps=1e-3)
+    scale = 10 / np.sqrt(x.var(axis=-1).min() + 1e-3)  # x / deviation, before the mean is subtracted
+    assert_close(out, naive.layer_norm(x, gamma, beta, 1e-3), terms=shape[-1], scale=scale)
+    assert_close(stats[..., 0], x.mean(axis=-1), terms=shape[-1])
+    assert_close(stats[..., 1], 1 / np.sqrt(x.var(axis=-1) + 1e-3), terms=shape[-1])
+
+
+@LAYER_NORMS
+def test_layer_norm_backward(shape):
+    x, gamma, beta = arrays(shape, shape[-1:], shape[-1:])
+    out, stats, (dy,) = np.empty_like(x), np.empty((*shape[:-1], 2)), arrays(shape, seed=1)
+
+    def loss():
+        NUMPY.layer_norm(x, gamma, beta, out, stats, eps=0.1)
+        return np.sum(out * dy)
+
+    loss()
+    saved = stats.copy()
+    dx, dgamma, dbeta = unset(x, gamma, beta)
+    NUMPY.layer_norm_backward(dy, x, gamma, saved, dx, dgamma, dbeta)
+    for array, gradient in ((x, dx), (gamma, dgamma), (beta, dbeta)):
+        assert_gradient(loss, array, gradient)
+    more, in_place, rest = x.copy(), dy.copy(), unset(gamma, beta)
+    NUMPY.layer_norm_backward(dy, x, gamma, saved, more, *rest, add=True)
+    assert_close(more, x + dx)
+    NUMPY.layer_norm_backward(in_place, x, gamma, saved, in_place, *rest)
+    assert np.array_equal(in_place, dx)
+
+
 # ------------------------------------------------------------------------------------------- attention
 
 ATTENTIONS = [((2, 3, 12), 2), ((1, 1, 3), 1), ((1, 5, 6), 2), ((2, 4, 9), 1)]
@@ -205,6 +245,59 @@ def test_silu():
     more = x.copy()
     NUMPY.silu_backward(dy, x, more, add=True)
     assert_close(more, x + dx)
+
+
+@FLOATS
+def test_gelu(dtype):
+    (x,) = arrays((2, 9), dtype=dtype)
+    x[0] = (-800, -30, -5, -1, 0, 1, 5, 30, 800)
+    (out,) = unset(x)
+    NUMPY.gelu(x, out)
+    assert_close(out, np.vectorize(naive.gelu)(x.astype(np.float64)), scale=1)
+
+
+def test_gelu_is_near_to_that_of_the_error_function():
+    """x times the normal distribution function, which the tanh form stands for; by 5e-4 at most."""
+    x = np.linspace(-6, 6, 101)
+    (out,) = unset(x)
+    NUMPY.gelu(x, out)
+    exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    assert 1e-4 < np.abs(out - exact).max() < 5e-4
+
+
+def test_gelu_backward():
+    x, dy = arrays((2, 7), (2, 7))
+    x[0] = (-6, -3, -1, 0, 1, 3, 6)
+    out, dx = unset(x, x)
+
+    def loss():
+        NUMPY.gelu(x, out)
+        return np.sum(out * dy)
+
+    NUMPY.gelu_backward(dy, x, dx)
+    assert_gradient(loss, x, dx)
+    more = x.copy()
+    NUMPY.gelu_backward(dy, x, more, add=True)
+    assert_close(more, x + dx)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 2), (1, 1, 5, 1), (4, 1, 1, 7)])
+def test_offset(shape):
+    x, p, dy = arrays(shape, shape[1:], shape)
+    out, dp = unset(x, p)
+
+    def loss():
+        NUMPY.offset(x, p, out)
+        return np.sum(out * dy)
+
+    loss()
+    assert np.array_equal(out, naive.offset(x, p))
+    NUMPY.offset_backward(dy, dp)
+    assert_gradient(loss, p, dp)
+    assert_gradient(loss, x, dy)
+    want = x + p
+    NUMPY.offset(x, p, x)
+    assert np.array_equal(x, want)
 
 
 def test_add_concatenate_and_split():

@@ -75,7 +75,7 @@ def test_streams_keep_their_numbers():
     assert {s.name: s.value for s in Stream} == {
         "INIT": 0, "STEP": 1, "TRAIN_NOISE": 2, "TRAIN_TIME": 3, "BATCH": 4,
         "WEIGHTS": 5, "FORWARD": 6, "DATA": 7, "DROPOUT": 8, "CHAIN": 9,
-        "AUGMENT": 10,
+        "AUGMENT": 10, "KNOWN": 11, "PROBE": 12, "RESAMPLE": 13, "DROP": 14,
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import math
 import pickle
 import tracemalloc
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 from device_array import DeviceArray, DeviceRuntime
 from host_cuda import has_compiler
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from test_checkpoint import rewritten
 from tolerances import assert_close, assert_estimate, assert_same_bits
 
 import fastdiff as fd
-from fastdiff import NoiseShape, checkpoint, noise_shape, process, samplers
+from fastdiff import NoiseShape, noise_shape, process, samplers
 from fastdiff.backends import RowMap
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cuda import CudaBackend
@@ -611,24 +611,6 @@ def test_a_model_is_saved_and_goes_on(kind, tmp_path, capsys):
     assert_same_bits(other.fit(CURVES, steps=3, **OPTIONS).net.flat, fitted(shape).net.flat)
 
 
-def rewritten(path, header=None, tensors=None):
-    """The file again, its header and tensors changed by functions."""
-    facts, arrays = checkpoint.read(path)
-    (header or dict)(facts)
-    (tensors or dict)(arrays)
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, path, metadata={"fastdiff": json.dumps(facts)})
-    return path
-
-
-def test_a_file_of_the_first_format_is_white(tmp_path):
-    model, path = fitted(None), tmp_path / "m.safetensors"
-    model.save(path)
-    rewritten(path, lambda facts: (facts.pop("noise_shape"), facts.update(format=1)))
-    assert fd.load(path).noise_shape is None
-    assert_same_bits(fd.load(path, backend="cpu").sample(2), model.sample(2))
-
-
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
@@ -642,7 +624,7 @@ def test_a_file_of_the_first_format_is_white(tmp_path):
 def test_hostile_headers_are_refused(kind, change, words, tmp_path):
     path = tmp_path / "m.safetensors"
     fitted(make(kind, 12)).save(path)
-    rewritten(path, lambda facts: facts.update(change) if change else facts.pop("noise_shape"))
+    rewritten(path, lambda header, tensors: header.update(change) if change else header.pop("noise_shape"))
     with pytest.raises(CheckpointError, match=words):
         fd.load(path)
 
@@ -669,12 +651,12 @@ def test_hostile_arrays_are_refused(case, tmp_path):
     path = tmp_path / "m.safetensors"
     fitted(make(kind, 12)).save(path)
 
-    def tensors(arrays):
-        changed = change(arrays.pop(f"noise_shape.{name}"))
+    def other_array(header, tensors):
+        changed = change(tensors.pop(f"noise_shape.{name}"))
         if changed is not None:
-            arrays[f"noise_shape.{name}"] = np.array(changed)
+            tensors[f"noise_shape.{name}"] = np.array(changed)
 
-    assert name in refused_file(rewritten(path, tensors=tensors))
+    assert name in refused_file(rewritten(path, other_array))
 
 
 def refused_file(path):
@@ -686,7 +668,7 @@ def refused_file(path):
 def test_an_array_too_many_is_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     fitted(make("dense", 12)).save(path)
-    rewritten(path, tensors=lambda arrays: arrays.update({"noise_shape.factor": np.ones((12, 1))}))
+    rewritten(path, lambda header, tensors: tensors.update({"noise_shape.factor": np.ones((12, 1))}))
     assert "factor, root" in refused_file(path)
 
 

@@ -1,5 +1,6 @@
 """Figures: what is drawn is what was given; nothing global is touched; every figure is written as a PNG."""
 
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -49,6 +50,8 @@ FIGURES = {
     "generated alone": lambda: plots.generated(CHAIN[:5]),
     "generated, flat": lambda: plots.generated(np.zeros((1, 1))),
     "around_target": lambda: plots.around_target(CHAIN, CURVE),
+    "reverse_chain of a sampler": lambda: plots.reverse_chain(PATH, CURVE, sampler="dpmpp_2m, 100 steps"),
+    "around_target of a sampler": lambda: plots.around_target(CHAIN, CURVE, sampler="dpmpp_2m, 100 steps"),
     "covariances": lambda: plots.covariances({"Noise": SOURCE, "Signal": TARGET, "Both": SOURCE + TARGET}),
     "covariances, one": lambda: plots.covariances({"Signal": TARGET}),
     "spectra": lambda: plots.spectra(SOURCE, TARGET),
@@ -169,6 +172,16 @@ def test_around_target_counts_all_curves_in_the_error():
     figure = plots.around_target(curves, CURVE, count=1)
     assert "error 1.41 " in figure.axes[1].get_title(loc="left")
     assert len(figure.axes[0].collections[0].get_segments()) == 1
+
+
+def test_figures_of_samples_name_the_sampler():
+    how = "ddim, 50 steps"
+    assert plots.reverse_chain(PATH, sampler=how).axes[1].get_ylabel() == f"sampling steps done: {how}"
+    legend = plots.around_target(CHAIN, CURVE, sampler=how).axes[0].get_legend()
+    assert legend.get_texts()[0].get_text() == f"{T + 1} generated: {how}"
+    assert plots.image_trace(REVERSE["gray"], sampler=how)._suptitle.get_text() == f"From noise to a picture: {how}"
+    alone = plots.generated(CHAIN[:1], names=(f"Generated: {how}", ""))
+    inside(alone, alone.subfigs[0]._suptitle)
 
 
 def test_covariances_draws_each_matrix_over_its_spectrum():
@@ -325,6 +338,14 @@ def test_the_words_of_pictures_stand_above_them(title):
     assert [text.get_text() for text in axes.texts] == list("ABCyyy")
 
 
+def test_words_above_columns_stand_there_once(tmp_path):
+    figure = plots.image_grid(COLOUR, columns=3, labels=range(3))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1", "2"]
+    for text in figure.axes[0].texts:
+        assert inside(figure, text).y0 > figure.axes[0].bbox.y1
+    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(COLOUR, 3, 160 // 5, plots.GAP))
+
+
 @pytest.mark.parametrize("kind", ["colour", "gray"])
 def test_image_trace_draws_eleven_even_frames_of_each_chain(tmp_path, kind):
     path = REVERSE[kind]
@@ -408,6 +429,15 @@ def test_figures_of_pictures_refuse(tmp_path, draw, named):
     with pytest.raises(ArgumentError, match=f"^{named}: got "):
         draw(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_shows_a_figure_as_it_is_saved(tmp_path):
+    figure = plots.loss(HISTORY)
+    assert isinstance(figure, matplotlib.figure.Figure)
+    copied = pickle.loads(pickle.dumps(figure))
+    plots.save(plots.loss(HISTORY), tmp_path / "figure.png")
+    for each in (figure, copied):
+        assert each._repr_png_() == (tmp_path / "figure.png").read_bytes()
 
 
 def test_save_refuses(tmp_path):

@@ -452,3 +452,9 @@ def test_order_is_declared_for_deterministic_samplers():
         "dpmpp_2m": 2,
         "dpmpp_2m sigma_min": 2,
     }
+
+
+def test_a_label_is_the_name_and_the_number_of_steps():
+    schedule = Schedule.cosine(60)
+    assert samplers.named("ddim", schedule).label == "ddim, 50 steps"
+    assert samplers.ddim(schedule, 1).label == "ddim, 1 step"

@@ -31,6 +31,10 @@ PEER_FLOOR = 5e-5  # its norm counts as at least this share of the whole gradien
 # a gradient by its own size, so a step is off by as much as the gradient, and the next by what that makes of it.
 CUDA_STEPS = 2 * PEER_GRADIENT
 
+# What a few training steps change, relative and in the norm, on another backend of the host or another kind of CPU: at
+# most 1.4e-5 was seen. To mix up two buffers of the optimiser, or to be off by a step, changes much more.
+CPU_STEPS = 1e-4
+
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does
 

@@ -14,12 +14,16 @@ import numpy as np
 from fastdiff.backends.cpu_conv import LIGHT_WORK, NOTHING, Convolutions
 from fastdiff.backends.workers import Array, Each, Job
 from fastdiff.kernels.cpu import attention as attention_kernels
+from fastdiff.kernels.cpu import conv as conv_kernels
+from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
 from fastdiff.kernels.cpu import norm as norm_kernels
 from fastdiff.kernels.cpu import pointwise as pointwise_kernels
 from fastdiff.kernels.cpu.noise import CHUNK
 from fastdiff.noise import Draw, round_keys
 
 SILU_WORK = 120  # floating-point operations of a convolution that last as long, for each value
+# Rows of LayerNorm whose gradients of parameters are summed apart; so many that they have about CHUNK_VALUES values.
+LEAST_ROWS, MOST_ROWS, CHUNK_VALUES = 16, 128, 1 << 14
 
 
 class CpuLayers(Convolutions):
@@ -77,6 +81,41 @@ class CpuLayers(Convolutions):
                   float(4 * images))],
             )  # fmt: skip
 
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        channels = len(gamma)
+        flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1)
+        with self._workers.lock:
+            arguments = (*flat, np.array([eps], np.float32), self._each("rows", channels))
+            self._do([(layer_norm_kernels.layer_norm_range, arguments, stats.size // 2, _work(False, channels))])
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        channels, k = len(gamma), layer_norm_kernels
+        rows = min(MOST_ROWS, max(LEAST_ROWS, CHUNK_VALUES // channels))
+        chunks = -(-(stats.size // 2) // rows)
+        flat = dy.reshape(-1), x.reshape(-1), gamma, stats.reshape(-1), dx.reshape(-1)
+        with self._workers.lock:
+            sums = self._scratch("shifts", 2 * chunks * channels)
+            plain, by_h = sums[: chunks * channels], sums[chunks * channels :]
+            arguments = (rows, *flat, plain, by_h, add, self._each("rows", k.ROWS * channels, (k.ROWS, channels)))
+            self._do(
+                [(k.layer_norm_backward_range, arguments, chunks, 2 * _work(False, rows * channels))],
+                [
+                    (conv_kernels.row_sums, (part, channels, to), channels, float(LIGHT_WORK * chunks))
+                    for part, to in ((by_h, dgamma), (plain, dbeta))
+                ],
+            )
+
     def _rows(self, channels: int) -> tuple[Each, Each]:
         """Scratch of the norm kernels: rows of values and sums in float64."""
         lanes, length = norm_kernels.LANES, norm_kernels.ROW + channels
@@ -115,6 +154,22 @@ class CpuLayers(Convolutions):
 
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         self._values(SILU_WORK, pointwise_kernels.silu_backward_range, dy, x, dx, options=(add,))
+
+    def gelu(self, x: Array, out: Array) -> None:
+        self._values(SILU_WORK, pointwise_kernels.gelu_range, x, out)
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        self._values(SILU_WORK, pointwise_kernels.gelu_backward_range, dy, x, dx, options=(add,))
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        arguments = x.reshape(-1), p.reshape(-1), out.reshape(-1)
+        with self._workers.lock:
+            self._do([(pointwise_kernels.offset_range, arguments, len(x), float(LIGHT_WORK * p.size))])
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        arguments = dy.reshape(-1), dp.size, dp.reshape(-1)
+        with self._workers.lock:
+            self._do([(conv_kernels.row_sums, arguments, dp.size, float(LIGHT_WORK * len(dy)))])
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._values(LIGHT_WORK, pointwise_kernels.add_range, a, b, out)

@@ -33,6 +33,8 @@ CHUNK_VALUES = 8192
 FEWEST_THREADS, FORWARD_THREADS, THREADS = 64, 512, 256
 WARP = 32
 AT_ONCE = 2
+MOST_ROWS = 256  # LayerNorm: rows of a chunk
+SUM_COLUMNS = 8
 # Attention, as in attention.cu.
 SIDE, TILE, DEPTH = 16, 64, 32
 ERROR_CHUNK = 4096  # values whose squared errors one block adds up
@@ -180,6 +182,48 @@ class LayerOperations:
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0
 
+    # ------------------------------------------------------------------------------------------- layer norm
+
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        rows, channels, lanes, fours = self._rows_of(stats, x, gamma, beta, out)
+        args = (x, gamma, beta, out, stats, rows, channels, lanes, eps, fours)
+        self._launch_layer("layer_norm", "layer_norm", rows * lanes, args, THREADS)
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        rows, channels, lanes, fours = self._rows_of(stats, x, gamma, dy, dx)
+        size = max(1, min(MOST_ROWS, CHUNK_VALUES // channels))
+        chunks = -(-rows // size)
+        with self._lock:
+            sums = self._scratch("norm", 2 * chunks * channels)
+            plain, by_h = sums[: chunks * channels], sums[chunks * channels : 2 * chunks * channels]
+            args = (dy, x, gamma, stats, dx, plain, by_h, rows, size, channels, lanes, add, fours)
+            self._launch_layer("layer_norm", "layer_norm_backward", chunks * THREADS, args, THREADS)
+            self._sum_columns(plain, dbeta, chunks)
+            self._sum_columns(by_h, dgamma, chunks)
+
+    def _rows_of(self, stats: Array, *arrays: Array) -> tuple[int, int, int, int]:
+        """Rows, channels, threads that share a row, and how they take four channels at once."""
+        channels = arrays[0].shape[-1]
+        vector = 1 if channels % 4 else 4
+        lanes = min(WARP, 1 << (channels // vector - 1).bit_length())
+        fours = 0 if vector == 1 else AT_ONCE if self._by_fours(*arrays) else 1
+        return stats.size // 2, channels, lanes, fours
+
+    def _sum_columns(self, x: Array, out: Array, rows: int) -> None:
+        items = -(-out.size // SUM_COLUMNS) * THREADS
+        self._launch_layer("pointwise", "column_sums", items, (x, out, rows, out.size), THREADS)
+
     # ------------------------------------------------------------------------------------------- attention
 
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
@@ -221,6 +265,20 @@ class LayerOperations:
 
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         self._values("silu_backward", (dy, x, dx), add)
+
+    def gelu(self, x: Array, out: Array) -> None:
+        self._values("gelu", (x, out))
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        self._values("gelu_backward", (dy, x, dx), add)
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        fours = self._by_fours(x, p, out, multiples=(p.size,))
+        args = (x, p, out, len(x), p.size, fours)
+        self._launch_layer("pointwise", "offset", x.size // 4 if fours else x.size, args)
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        self._sum_columns(dy, dp, len(dy))
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._values("add", (a, b, out))

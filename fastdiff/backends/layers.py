@@ -177,6 +177,27 @@ class LayerBackend(Backend, Protocol):
     ) -> None:
         """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off."""
 
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        """Fill `out` with LayerNorm over the channels of x (N, H, W, C), times gamma (C,) plus beta (Ba et al. 2016).
+
+        Every pixel is shifted to mean 0 and divided by sqrt(variance + eps), the biased variance. `stats` (N, H, W, 2)
+        takes mean and 1 / sqrt(variance + eps).
+        """
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Fill `dx`, dgamma and dbeta; with `add`, dx is added to. dx may be dy where `add` is off."""
+
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
         """Fill `out` (N, L, C) with softmax(q k^T / sqrt(C / heads)) v of every head.
 
@@ -194,6 +215,21 @@ class LayerBackend(Backend, Protocol):
 
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         """Fill `dx`; with `add`, add to it."""
+
+    def gelu(self, x: Array, out: Array) -> None:
+        """Fill `out` with GELU in its tanh form (Hendrycks and Gimpel 2016).
+
+        That is x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+        """
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        """Fill `dx`; with `add`, add to it."""
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        """Fill `out` with x (N, H, W, C) plus p (H, W, C), the same for every image; it may be x."""
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        """Fill `dp` with the sum of the images of dy, in their order or in groups that N alone decides. dx is dy."""
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         """Fill `out` with a + b; it may be one of them."""

@@ -19,6 +19,8 @@ from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
 
 def linear(x: Array, w: Array, b: Array) -> Array:
     """Return y = x W + b for x (n, in), W (in, out), b (out,)."""
@@ -45,6 +47,23 @@ def activate_backward(dy: Array, v: Array, kind: Activation) -> Array:
         g = _sigmoid(v)
         dy = dy * g * (1 + v * (1 - g))
     return dy
+
+
+def gelu(x: Array) -> Array:
+    """Return x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3): it is x g with g = 1 / (1 + exp(-2 u))."""
+    return x * _sigmoid(_gelu_exponent(x))
+
+
+def gelu_backward(dy: Array, x: Array) -> Array:
+    """Return dx = dy g (1 + x (1 - g) v') with v = 2 u and v' = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2)."""
+    g = _sigmoid(_gelu_exponent(x))
+    slope = x.dtype.type(2 * GELU_SCALE) * (1 + x.dtype.type(3 * GELU_CUBIC) * x * x)
+    return dy * g * (1 + x * (1 - g) * slope)
+
+
+def _gelu_exponent(x: Array) -> Array:
+    v: Array = x.dtype.type(2 * GELU_SCALE) * (x + x.dtype.type(GELU_CUBIC) * x * x * x)
+    return v
 
 
 def _sigmoid(v: Array) -> Array:
@@ -207,6 +226,33 @@ class NumpyLayers:
         dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
         _store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
 
+    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+        """y = gamma h + beta with h = (x - mean) / sqrt(variance + eps), over the channels."""
+        mean = x.mean(axis=-1)
+        variance = np.square(x - mean[..., None]).mean(axis=-1)
+        stats[..., 0], stats[..., 1] = mean, 1 / np.sqrt(variance + x.dtype.type(eps))
+        out[...] = (x - stats[..., :1]) * stats[..., 1:] * gamma + beta
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        dx: Array,
+        dgamma: Array,
+        dbeta: Array,
+        *,
+        add: bool = False,
+    ) -> None:
+        """dx = r (dh - <dh> - h <dh h>) with dh = dy gamma, as in `norm_backward`; <.> is the mean over channels."""
+        h = (x - stats[..., :1]) * stats[..., 1:]
+        dgamma[...] = (dy * h).sum(axis=(0, 1, 2))
+        dbeta[...] = dy.sum(axis=(0, 1, 2))
+        dh = dy * gamma
+        dh_mean, dhh_mean = (a.mean(axis=-1, keepdims=True) for a in (dh, dh * h))
+        _store(stats[..., 1:] * (dh - dh_mean - h * dhh_mean), dx, add)
+
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
         """S = q k^T / sqrt(d), P = exp(S - log sum exp S), y = P v, for every head of width d."""
         q, k, v, scale = _heads(qkv, heads)
@@ -235,6 +281,18 @@ class NumpyLayers:
 
     def silu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
         _store(activate_backward(dy, x, "silu"), dx, add)
+
+    def gelu(self, x: Array, out: Array) -> None:
+        out[...] = gelu(x)
+
+    def gelu_backward(self, dy: Array, x: Array, dx: Array, *, add: bool = False) -> None:
+        _store(gelu_backward(dy, x), dx, add)
+
+    def offset(self, x: Array, p: Array, out: Array) -> None:
+        np.add(x, p, out=out)
+
+    def offset_backward(self, dy: Array, dp: Array) -> None:
+        dp[...] = dy.sum(axis=0)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         np.add(a, b, out=out)

@@ -205,6 +205,35 @@ class Program:
             _Operation(forward, backward, (y, stats), (x, *parts), (x, stats, *parts), x, parts, in_place=True)
         )
 
+    def layer_norm(self, name: str, x: Value, *, eps: float) -> Value:
+        """Record LayerNorm over the channels of every pixel."""
+        gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
+        y, stats = Value(x.shape), Value((*x.shape[:-1], 2))
+        unused = () if x.trained else (Value(x.shape),)  # takes the gradient that nobody wants
+
+        def forward(be: LayerBackend) -> None:
+            be.layer_norm(x.data, gamma.data, beta.data, y.data, stats.data, eps=eps)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            (dx,) = (value.grad for value in unused or (x,))
+            be.layer_norm_backward(y.grad, x.data, gamma.data, stats.data, dx, gamma.grad, beta.grad, add=add)
+
+        return self._record(
+            _Operation(forward, backward, (y, stats, *unused), (x,), (x, stats), x, unused, in_place=True)
+        )
+
+    def offset(self, name: str, x: Value) -> Value:
+        """Record x plus a tensor of one image's shape, the same for all: a learned embedding of positions."""
+        p, y = self.parameter(f"{name}.weight", x.shape[1:]), Value(x.shape)
+
+        def forward(be: LayerBackend) -> None:
+            be.offset(x.data, p.data, y.data)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.offset_backward(y.grad, p.grad)
+
+        return self._record(_Operation(forward, backward, (y,), (x,), through=x if x.trained else None))
+
     def attention(self, qkv: Value, heads: int) -> Value:
         """Record self-attention over the pixels of an image."""
         n, height, width, channels = qkv.shape
@@ -235,6 +264,18 @@ class Program:
                 (y,), (x,), (x,), x,
             )
         )  # fmt: skip
+
+    def gelu(self, x: Value) -> Value:
+        """Record GELU, in its tanh form."""
+        y = Value(x.shape, x.trained)
+
+        def forward(be: LayerBackend) -> None:
+            be.gelu(x.data, y.data)
+
+        def backward(be: LayerBackend, add: bool) -> None:
+            be.gelu_backward(y.grad, x.data, x.grad, add=add)
+
+        return self._record(_Operation(forward, backward if x.trained else None, (y,), (x,), (x,), x))
 
     def concatenate(self, a: Value, b: Value) -> Value:
         """Record the channels of a, then those of b; whatever else uses them has been recorded before."""

@@ -199,6 +199,10 @@ class MLP(Network):
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
         return self
 
+    @property
+    def narrow(self) -> bool:
+        return min(self.hidden, default=self.points) < self.points
+
     def __repr__(self) -> str:
         if self.kind == "tutorial":
             return f"MLP.tutorial({self.points}, T={self.T})"

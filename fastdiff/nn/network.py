@@ -115,6 +115,11 @@ class Network(ABC):
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         """Return the network on a backend, with its own weights or with others (layout.size,)."""
 
+    @property
+    def narrow(self) -> bool:
+        """Whether a layer is too narrow to carry all noise of a sample from the input to the output."""
+        return False
+
     # ------------------------------------------------------------------------------------------- building
 
     def describe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, event, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -20,6 +21,36 @@ log = logging.getLogger("fastdiff")
 
 # nogil: kernels run on the backend's own threads. No fast-math: every operation rounds once, in the written order.
 OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+COMPILING = "compiling kernels, once, about 10 s"
+
+
+class _Watch(event.Listener):  # type: ignore[misc]
+    """Calls a function whenever a kernel begins to be compiled: it is not cached."""
+
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self.begun = begun
+
+    def on_start(self, compilation: Any) -> None:
+        if compilation.data["dispatcher"].py_func.__module__.startswith("fastdiff.kernels"):
+            self.begun()
+
+    def on_end(self, compilation: Any) -> None:
+        pass
+
+
+def watching(begun: Callable[[], None]) -> AbstractContextManager[Any]:
+    """Call a function whenever a kernel begins to be compiled inside the block."""
+    watch: AbstractContextManager[Any] = event.install_listener("numba:compile", _Watch(begun))
+    return watch
+
+
+@cache
+def _announce() -> None:
+    log.info(COMPILING)
+
+
+event.register("numba:compile", _Watch(_announce))
 
 
 @cache

@@ -13,6 +13,9 @@ LANES = 64
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
+# 2 sqrt(2 / pi), that times 0.044715, and three times that. Beyond GELU_END the gate is 0 or 1 in float32.
+GELU_A, GELU_B, GELU_3B, GELU_END = (np.float32(v) for v in (1.5957691216057308, 0.0713548162726, 0.2140644488178, 10))
+
 
 @kernel
 def silu_range(start, stop, x, out):
@@ -30,6 +33,43 @@ def silu_backward_range(start, stop, dy, x, dx, add):
         g = sigmoid(a[i])
         value = d[i] * g * (ONE + a[i] * (ONE - g))
         to[i] = to[i] + value if add else value
+
+
+@kernel
+def _gelu_gate(v):
+    """1 / (1 + exp(-v (A + B v^2)))."""
+    return sigmoid(v * (GELU_A + GELU_B * (v * v)))
+
+
+@kernel
+def gelu_range(start, stop, x, out):
+    """Values start ... stop - 1 of out = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), as x times a sigmoid."""
+    a, y = x[start:stop], out[start:stop]
+    for i in range(stop - start):
+        low = -GELU_END if a[i] < -GELU_END else a[i]
+        y[i] = low * _gelu_gate(low)
+
+
+@kernel
+def gelu_backward_range(start, stop, dy, x, dx, add):
+    """dx = dy g (1 + x (1 - g) (A + 3 B x^2)), g being the sigmoid of `gelu_range`."""
+    d, a, to = dy[start:stop], x[start:stop], dx[start:stop]
+    for i in range(stop - start):
+        low = -GELU_END if a[i] < -GELU_END else a[i]
+        v = GELU_END if low > GELU_END else low
+        g = _gelu_gate(v)
+        value = d[i] * g * (ONE + v * (ONE - g) * (GELU_A + GELU_3B * (v * v)))
+        to[i] = to[i] + value if add else value
+
+
+@kernel
+def offset_range(start, stop, x, p, out):
+    """Images start ... stop - 1 of out = x + p; out may be x."""
+    size = len(p)
+    for n in range(start, stop):
+        a, y = x[n * size : (n + 1) * size], out[n * size : (n + 1) * size]
+        for i in range(size):
+            y[i] = a[i] + p[i]
 
 
 @kernel

@@ -27,6 +27,27 @@ FD_DEVICE real fd_silu_backward(real dy, real v) {
     return dy * g * fmaf(v, 1.0f - g, 1.0f);
 }
 
+// GELU in its tanh form, x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3): x g with g = 1 / (1 + exp(-2 u))
+// and 2 u = x (A + B x^2). Beyond FD_GELU_END g is 0 or 1 in float32. A NaN stays.
+#define FD_GELU_A 1.5957691216f
+#define FD_GELU_B 0.0713548163f
+#define FD_GELU_3B 0.2140644488f
+#define FD_GELU_END 10.0f
+
+FD_DEVICE real fd_gelu_gate(real v) { return fd_sigmoid(v * fmaf(FD_GELU_B, v * v, FD_GELU_A)); }
+
+FD_DEVICE real fd_gelu(real x) {
+    const real low = x < -FD_GELU_END ? -FD_GELU_END : x;
+    return low * fd_gelu_gate(low);
+}
+
+// dx: dy g (1 + x (1 - g) (A + 3 B x^2)).
+FD_DEVICE real fd_gelu_backward(real dy, real x) {
+    const real low = x < -FD_GELU_END ? -FD_GELU_END : x, v = low > FD_GELU_END ? FD_GELU_END : low;
+    const real g = fd_gelu_gate(v);
+    return dy * g * fmaf(v * (1.0f - g), fmaf(FD_GELU_3B, v * v, FD_GELU_A), 1.0f);
+}
+
 // The sum over `lanes` neighbouring lanes, a power of two, in all of them.
 template <class T>
 FD_DEVICE T fd_lane_sum(T value, int lanes = FD_WARP) {

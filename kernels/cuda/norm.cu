@@ -11,30 +11,9 @@
 // AT_ONCE all arrays are 16-byte aligned; that changes no bits.
 
 #include "elementary.cuh"
+#include "norm.cuh"
 
 #define MOST_THREADS 256  // but for norm_forward, which may have twice as many
-#define AT_ONCE 2
-
-// A block's threads on a bundle: `columns` of them side by side on `count` vectors of a pixel, `rows` pixels at once.
-// The first `members` of them, then the next, belong to one group; a bundle wider than the block is a single group.
-struct Lanes {
-    int count, columns, rows, members, column, row, member;
-    bool active;
-};
-
-FD_DEVICE Lanes lanes_of(int count, int members) {
-    Lanes lanes;
-    const int threads = blockDim.x, thread = threadIdx.x;
-    lanes.count = count;
-    lanes.columns = min(count, threads);
-    lanes.rows = threads / lanes.columns;
-    lanes.members = min(members, lanes.columns);
-    lanes.column = thread % lanes.columns;
-    lanes.row = thread / lanes.columns;
-    lanes.member = lanes.column % lanes.members;
-    lanes.active = lanes.row < lanes.rows;
-    return lanes;
-}
 
 // What a block works on.
 struct Item {
@@ -52,47 +31,6 @@ FD_DEVICE Item item_of(int64 item, int64 pixels, int64 rows, int64 chunks, int c
     found.first = found.chunk * rows;
     found.last = min(found.first + rows, pixels);
     return found;
-}
-
-template <int V>
-FD_DEVICE void take(real (&values)[V], const real *from, bool at_once = true) {
-    if (V == 4 && at_once) {
-        const float4 four = fd_load4(from);
-        values[0] = four.x, values[V / 4] = four.y, values[V / 2] = four.z, values[V - 1] = four.w;
-    } else {
-        FD_UNROLL
-        for (int j = 0; j < V; j++) values[j] = from[j];
-    }
-}
-
-template <int V>
-FD_DEVICE void put(real *to, const real (&values)[V], bool at_once = true) {
-    if (V == 4 && at_once) {
-        fd_store4(to, make_float4(values[0], values[V / 4], values[V / 2], values[V - 1]));
-    } else {
-        FD_UNROLL
-        for (int j = 0; j < V; j++) to[j] = values[j];
-    }
-}
-
-// The sums of K values over the rows of lanes, in the lanes of the first row. `sums` holds K values a thread.
-template <int K>
-FD_DEVICE void sum_rows(real (&values)[K], const Lanes &lanes, real *sums) {
-    const int thread = threadIdx.x, threads = blockDim.x;
-    FD_UNROLL
-    for (int k = 0; k < K; k++) sums[k * threads + thread] = values[k];
-    for (int n = lanes.rows; n > 1;) {
-        const int half = (n + 1) / 2;
-        fd_syncthreads();
-        if (lanes.row + half < n) {
-            FD_UNROLL
-            for (int k = 0; k < K; k++) sums[k * threads + thread] += sums[k * threads + thread + half * lanes.columns];
-        }
-        n = half;
-    }
-    FD_UNROLL
-    for (int k = 0; k < K; k++) values[k] = sums[k * threads + thread];
-    fd_syncthreads();
 }
 
 // The sums of the first row's values over the members of each group, in all lanes of the group.
@@ -141,11 +79,6 @@ FD_DEVICE void affine(real (&factor)[V], real (&offset)[V], const real *gamma, c
 }
 
 // ------------------------------------------------------------------------------------------- forward
-
-template <int V>
-FD_DEVICE real total(const real (&values)[V]) {
-    return V == 4 ? (values[0] + values[V / 4]) + (values[V / 2] + values[V - 1]) : values[0];
-}
 
 template <int V>
 FD_DEVICE void normalise(const real (&values)[V], real *to, real mean, real scale, const real (&factor)[V],
@@ -348,17 +281,6 @@ FD_DEVICE void differentiate(real (&h)[V], real (&dv)[V], real mean, real scale,
         h[j] = (h[j] - mean) * scale;
         if (silu) dv[j] = fd_silu_backward(dv[j], fmaf(factor[j], h[j], offset[j]));
     }
-}
-
-// dh and dhh: the means of dh and dh h.
-template <int V>
-FD_DEVICE void put_dx(real *dx, const real (&h)[V], const real (&dv)[V], const real (&factor)[V], real scale, real dh,
-                      real dhh, int add, bool at_once) {
-    real values[V] = {};
-    if (add) take<V>(values, dx, at_once);
-    FD_UNROLL
-    for (int j = 0; j < V; j++) values[j] += scale * ((factor[j] * dv[j] - dh) - h[j] * dhh);
-    put<V>(dx, values, at_once);
 }
 
 // The sums of V channels to where the parameters' gradients, and the modulation's, are made of them.

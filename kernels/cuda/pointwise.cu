@@ -7,25 +7,30 @@
 
 // ------------------------------------------------------------------------------------------- values
 
-enum { SILU, SILU_BACKWARD, ADD_SILU_BACKWARD, SUM };
+enum { SILU, GELU, SUM, SILU_BACKWARD, ADD_SILU_BACKWARD, GELU_BACKWARD, ADD_GELU_BACKWARD };
 
 template <int OPERATION>
 FD_DEVICE real one(real a, real b, real old) {
     if (OPERATION == SILU) return fd_silu(a);
+    if (OPERATION == GELU) return fd_gelu(a);
     if (OPERATION == SILU_BACKWARD) return fd_silu_backward(a, b);
-    return OPERATION == ADD_SILU_BACKWARD ? old + fd_silu_backward(a, b) : a + b;
+    if (OPERATION == ADD_SILU_BACKWARD) return old + fd_silu_backward(a, b);
+    if (OPERATION == GELU_BACKWARD) return fd_gelu_backward(a, b);
+    return OPERATION == ADD_GELU_BACKWARD ? old + fd_gelu_backward(a, b) : a + b;
 }
 
 // out may be a or b.
 template <int OPERATION>
 FD_DEVICE void each(const real *a, const real *b, real *out, int64 size, int fours) {
+    const bool alone = OPERATION == SILU || OPERATION == GELU;
+    const bool adds = OPERATION == ADD_SILU_BACKWARD || OPERATION == ADD_GELU_BACKWARD;
     if (!fours) {
-        FD_GRID_STRIDE(i, size) out[i] = one<OPERATION>(a[i], b[i], OPERATION == ADD_SILU_BACKWARD ? out[i] : 0);
+        FD_GRID_STRIDE(i, size) out[i] = one<OPERATION>(a[i], b[i], adds ? out[i] : 0);
         return;
     }
     FD_GRID_STRIDE(i, size / 4) {
-        const float4 x = fd_load4(a + 4 * i), y = OPERATION == SILU ? x : fd_load4(b + 4 * i);
-        const float4 old = OPERATION == ADD_SILU_BACKWARD ? fd_load4(out + 4 * i) : x;
+        const float4 x = fd_load4(a + 4 * i), y = alone ? x : fd_load4(b + 4 * i);
+        const float4 old = adds ? fd_load4(out + 4 * i) : x;
         fd_store4(out + 4 * i, make_float4(one<OPERATION>(x.x, y.x, old.x), one<OPERATION>(x.y, y.y, old.y),
                                            one<OPERATION>(x.z, y.z, old.z), one<OPERATION>(x.w, y.w, old.w)));
     }
@@ -38,6 +43,16 @@ FD_KERNEL silu_backward(const real *dy, const real *x, real *dx, int64 size, int
         each<ADD_SILU_BACKWARD>(dy, x, dx, size, fours);
     } else {
         each<SILU_BACKWARD>(dy, x, dx, size, fours);
+    }
+}
+
+FD_KERNEL gelu(const real *x, real *out, int64 size, int fours) { each<GELU>(x, x, out, size, fours); }
+
+FD_KERNEL gelu_backward(const real *dy, const real *x, real *dx, int64 size, int add, int fours) {
+    if (add) {
+        each<ADD_GELU_BACKWARD>(dy, x, dx, size, fours);
+    } else {
+        each<GELU_BACKWARD>(dy, x, dx, size, fours);
     }
 }
 
@@ -97,6 +112,48 @@ FD_KERNEL resize(const real *__restrict__ x, real *__restrict__ out, int64 n, in
         const int64 image = walk.row / to_height, row = walk.row - image * to_height;
         const bool inside = row < height && walk.item < line;
         out[walk.row * to_line + walk.item] = inside ? x[(image * height + row) * line + walk.item] : 0;
+    }
+}
+
+// ------------------------------------------------------------------------------------------- the same row for all
+
+template <class T>
+FD_DEVICE void shifted(const T *x, const T *p, T *out, int64 n, int64 size) {
+    for (Walk walk = fd_walk(size); walk.row < n; fd_walk_on(walk, size)) {
+        const int64 at = walk.row * size + walk.item;
+        out[at] = plus(x[at], p[walk.item]);
+    }
+}
+
+// out = x + p for every row of x (n, size); out may be x.
+FD_KERNEL offset(const real *x, const real *__restrict__ p, real *out, int64 n, int64 size, int fours) {
+    if (fours) {
+        shifted((const float4 *)x, (const float4 *)p, (float4 *)out, n, size / 4);
+    } else {
+        shifted(x, p, out, n, size);
+    }
+}
+
+#define SUM_THREADS 256
+#define SUM_COLUMNS 8
+#define SUM_LANES 32
+
+// The sums of the columns of x (rows, size). Each has SUM_LANES threads, of which each takes every SUM_LANES-th row,
+// in order; then a tree.
+FD_KERNEL column_sums(const real *__restrict__ x, real *__restrict__ out, int64 rows, int64 size) {
+    FD_SHARED_ARRAY(real, sums, SUM_THREADS);
+    const int thread = threadIdx.x, lane = thread / SUM_COLUMNS;
+    for (int64 begin = (int64)blockIdx.x * SUM_COLUMNS; begin < size; begin += (int64)gridDim.x * SUM_COLUMNS) {
+        const int64 column = begin + thread % SUM_COLUMNS, last = column < size ? rows : 0;
+        real sum = 0;
+        for (int64 row = lane; row < last; row += SUM_LANES) sum += x[row * size + column];
+        sums[thread] = sum;
+        for (int half = SUM_LANES / 2; half > 0; half /= 2) {
+            fd_syncthreads();
+            if (lane < half) sums[thread] += sums[thread + half * SUM_COLUMNS];
+        }
+        if (lane == 0 && column < size) out[column] = sums[thread];
+        fd_syncthreads();
     }
 }
 
@@ -206,7 +263,6 @@ FD_KERNEL dropout(const real *x, real *out, int64 n, int64 size, uint64 limit, r
 // ------------------------------------------------------------------------------------------- the loss
 
 #define CHUNK 4096
-#define SUM_THREADS 256
 
 // The sum over the block, in thread 0. sums holds SUM_THREADS values.
 FD_DEVICE double sum_block(double value, double *sums) {

@@ -1,0 +1,76 @@
+"""What is chosen where the caller does not say: network, schedule, and how long to train.
+
+The rules for curves were measured on real data sets of 30 to 1,500 rows and 4 to 600 values (`make quality`):
+
+- A perceptron carries x_t through its hidden layers, noise and all, so these are 3.5 times as wide as a curve is long.
+  A narrower one loses noise that it should predict, and its samples stay rough.
+- What can be learned without learning rows by heart grows with the number of values, N d: 30 sqrt(N d) steps of 256
+  rows were near the best of every set.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+from fastdiff.nn.mlp import MLP
+from fastdiff.nn.unet import UNet
+from fastdiff.schedule import Schedule
+
+log = logging.getLogger("fastdiff")
+
+WIDTH_PER_POINT, NARROWEST, WIDEST, WIDTH_STEP = 3.5, 128, 1024, 32
+STEPS_PER_ROOT, FEWEST_STEPS, MOST_STEPS = 30, 500, 12_000
+MOST_WORK = 6e12  # operations of a training: less than a minute on two cores
+PICTURE_STEPS, PICTURE_T = 3000, 200
+
+JUDGED_STEPS = 1000  # a fit of so many ends with a judgement
+HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so many
+MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little
+
+
+def curve_net(points: int, *, T: int, seed: int) -> MLP:
+    """Return a perceptron that suits curves of so many points, and log what was chosen."""
+    width = WIDTH_STEP * math.ceil(WIDTH_PER_POINT * points / WIDTH_STEP)
+    net = MLP(points, hidden=(min(WIDEST, max(NARROWEST, width)),) * 3, T=T, seed=seed)
+    log.info("chosen for curves of %d points: %r, %d parameters", points, net, net.layout.count)
+    return net
+
+
+def picture_net(
+    shape: tuple[int, ...],
+    *,
+    T: int = PICTURE_T,
+    classes: int | None = None,
+    seed: int = 0,
+    channels: Iterable[int] | None = None,
+    dropout: float = 0.0,
+) -> UNet:
+    """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
+
+    By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
+    """
+    side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
+    if channels is None:
+        channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
+    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout)
+    log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
+    return net
+
+
+def schedule(T: int = 100) -> Schedule:
+    """Return the schedule used where none is given: the source text's for T = 100, else cosine."""
+    return Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1) if T == 100 else Schedule.cosine(T)
+
+
+def curve_steps(rows: int, points: int, batch: int, parameters: int) -> int:
+    """Return how many training steps suit so many curves; each costs about 6 operations a row and parameter."""
+    wanted = STEPS_PER_ROOT * math.sqrt(rows * points)
+    affordable = MOST_WORK / (6 * batch * parameters)
+    return round(max(FEWEST_STEPS, min(wanted, affordable, MOST_STEPS)))
+
+
+def held_out_share(rows: int, most: int) -> float:
+    """Return which share of so many rows is held out."""
+    return 0.0 if rows < HELD_OUT_FROM else min(HELD_OUT, most / rows)

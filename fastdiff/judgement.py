@@ -1,0 +1,258 @@
+"""Whether samples can be trusted: measured against rows that the model has not learned from.
+
+Distances are in units of the data's deviation, as the model's normaliser has them, so that columns of different units
+count alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.covariance import ledoit_wolf
+from fastdiff.metrics import BLOCK_ROWS, nearest_distances
+from fastdiff.noise import Draw, Stream, fill_normal
+from fastdiff.normaliser import Normaliser
+
+SAMPLES = 256  # that a judgement draws
+PICTURES, PICTURE_STEPS = 64, 20  # of ddim: each costs a pass of a U-Net
+MOST_ROWS = 1024  # of training rows that are looked at: distances take the square of their number
+MOST_WORK = 1e12  # operations of a network, beyond which curves are drawn as pictures are
+FEWEST_ROWS = 8  # that can be told from a Gaussian, or from copies, at all
+
+Rows = npt.NDArray[Any]
+
+# Where a judgement turns into a warning. Deviations of 256 good samples of few rows stray by a tenth.
+DEVIATION = (0.75, 4 / 3)  # of the samples, over that of the data
+OUTSIDE = 0.02  # of all values, beyond the training rows' range by half of it
+WORSE = 2.0, 0.005  # standard errors, and units, by which the energy distance exceeds a Gaussian's
+COPIES = 0.9, 0.8  # share of samples nearer to a training row than unseen rows are; ratio of the median distances
+
+
+class Report(NamedTuple):
+    """What was measured of some samples.
+
+    Attributes
+    ----------
+    samples, rows : int
+        How many were compared.
+    held_out : bool
+        Whether the rows are unseen ones; else they are the training rows themselves.
+    energy_distance, gaussian, real : float
+        Estimated energy distance to the law of these rows: of the samples, of as many draws of a Gaussian fitted to the
+        training rows with Ledoit-Wolf shrinkage, and of the training rows; the last is NaN where the rows are those.
+    stderr : float
+        Of the `energy_distance`: a few held-out rows say little.
+    excess, excess_stderr : float
+        `energy_distance` less `gaussian`, and its standard error.
+    deviation : float
+        Root mean square deviation of the samples' columns over that of the training rows'.
+    low, high : float
+        The smallest and the largest value, in the data's own units.
+    outside : float
+        Share of values beyond the training rows' range in their column by more than half of that range.
+    nearer : float
+        Probability that a sample lies nearer to a training row than an unseen row does (or, where none is held out,
+        a training row to the others): 0.5 for rows of the same law, 1 for copies.
+    nearest_ratio : float
+        Median distance of samples to the nearest training row, over that of unseen rows.
+    """
+
+    samples: int
+    rows: int
+    held_out: bool
+    energy_distance: float
+    gaussian: float
+    real: float
+    stderr: float
+    excess: float
+    excess_stderr: float
+    deviation: float
+    low: float
+    high: float
+    outside: float
+    nearer: float
+    nearest_ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types; what was not measured is None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self._asdict().items()
+        }
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in one sentence."""
+        beside = f"a fitted Gaussian {self.gaussian:.3f}"
+        if math.isfinite(self.real):
+            beside += f", training rows {self.real:.3f}"
+        rows = f"{self.rows} {'held-out' if self.held_out else 'training'} rows"
+        return (
+            f"{self.samples} samples: energy distance {self.energy_distance:.3f} +- {self.stderr:.3f} to {rows} "
+            f"({beside}), deviation {self.deviation:.2f} x the data's, {self.outside:.1%} of values out of range, "
+            f"{self.nearer:.0%} nearer to a training row than unseen rows are"
+        )
+
+    @property
+    def complaints(self) -> list[str]:
+        """What is off, each with what can be done; empty where nothing is."""
+        if not math.isfinite(self.deviation):
+            return ["the samples are not finite: train with a smaller lr"]
+        found = []
+        errors, units = WORSE
+        if self.excess > errors * self.excess_stderr + units:
+            found.append(
+                f"the samples are worse than a fitted Gaussian's (energy distance {self.energy_distance:.3f} against "
+                f"{self.gaussian:.3f})"
+            )
+        if not DEVIATION[0] <= self.deviation <= DEVIATION[1]:
+            found.append(f"the samples' deviation is {self.deviation:.2f} times the data's")
+        if self.outside > OUTSIDE:
+            found.append(f"{self.outside:.0%} of the samples' values are far out of the data's range")
+        if self.nearer > COPIES[0] and self.nearest_ratio < COPIES[1]:
+            found.append(
+                f"{self.nearer:.0%} of the samples lie nearer to a training row than unseen rows do: they are close to "
+                "copies"
+            )
+        return found
+
+
+class Evaluation(NamedTuple):
+    """What `Diffusion.evaluate` drew, and what it compared that with, in the data's units.
+
+    Attributes
+    ----------
+    report : Report
+    complaint : str or None
+        What is off and what can be done, or None.
+    drawn, real, training : array
+        Samples, rows that the model has not learned from, and rows that it has.
+    """
+
+    report: Report
+    complaint: str | None
+    drawn: Rows
+    real: Rows
+    training: Rows
+
+
+def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Normaliser, *, seed: int = 0) -> Report:
+    """Compare samples with rows of the data.
+
+    Parameters
+    ----------
+    drawn : (n, ...) array
+        Samples, in the data's units.
+    training : (N, ...) array
+        The rows that were learned from, at least 2.
+    held_out : (M, ...) array or None
+        Others of the same kind. With fewer than 2 the training rows take their place.
+    normaliser : Normaliser
+        The model's: the unit of distances.
+    seed : int, optional
+        Of the Gaussian's draws.
+
+    Returns
+    -------
+    Report
+    """
+    units = Normaliser.of(training.reshape(len(training), -1)) if normaliser.noise_shape is not None else normaliser
+    picked = training[np.arange(min(len(training), MOST_ROWS)) * len(training) // min(len(training), MOST_ROWS)]
+    x, learned = (units.apply(rows, np.float64).reshape(len(rows), -1) for rows in (drawn, picked))
+    unseen = None
+    if held_out is not None and len(held_out) >= 2:
+        unseen = units.apply(held_out[:MOST_ROWS], np.float64).reshape(-1, x.shape[1])
+    y = learned if unseen is None else unseen
+    low, high = float(drawn.min()), float(drawn.max())
+    if not np.isfinite(x).all():
+        nan = math.nan
+        return Report(len(x), len(y), unseen is not None, *(nan,) * 7, low, high, *(nan,) * 3)
+    unit = float(np.sqrt(np.mean(y.var(axis=0)))) or 1.0
+    among = float(_means(learned, learned).mean())  # of the data; the few unseen rows would say it badly
+    of_samples = _Cross.of(x, y)
+    of_gaussian = _Cross.of(_gaussian(learned, len(x), seed), y)
+    excess, error = of_samples.less(of_gaussian)
+    spread = float(np.sqrt(np.mean(learned.var(axis=0)))) or 1.0
+    least, most = learned.min(axis=0), learned.max(axis=0)
+    room = (most - least) / 2 + 1e-3  # rounding, of a constant column
+    to_learned = nearest_distances(x, learned)
+    others = nearest_distances(unseen, learned) if unseen is not None else _to_others(learned)
+    return Report(
+        samples=len(x),
+        rows=len(y),
+        held_out=unseen is not None,
+        energy_distance=(of_samples.mean - among) / unit,
+        gaussian=(of_gaussian.mean - among) / unit,
+        real=math.nan if unseen is None else (_Cross.of(learned, y).mean - among) / unit,
+        stderr=math.sqrt(of_samples.variance) / unit,
+        excess=excess / unit,
+        excess_stderr=error / unit,
+        deviation=float(np.sqrt(np.mean(x.var(axis=0)))) / spread,
+        low=low,
+        high=high,
+        outside=float(np.mean((x < least - room) | (x > most + room))),
+        nearer=float(np.mean(to_learned[:, None] < others)),
+        nearest_ratio=float(np.median(to_learned) / (np.median(others) or 1.0)),
+    )
+
+
+def _gaussian(rows: Rows, n: int, seed: int) -> Rows:
+    """Draw from the Gaussian fitted to rows: normals of stream PROBE, sample by sample."""
+    moments = ledoit_wolf(rows)
+    normals = np.empty((n, sum(rows.shape)))
+    fill_normal(normals, Draw(seed, Stream.PROBE))
+    return moments.sample(normals[:, : len(rows)], normals[:, len(rows) :])
+
+
+def _means(a: Rows, b: Rows) -> Rows:
+    """Mean distance of every row of a to the rows of b, or to the others where b is a."""
+    from scipy.spatial.distance import cdist
+
+    sums = [cdist(a[i : i + BLOCK_ROWS], b).sum(axis=1) for i in range(0, len(a), BLOCK_ROWS)]
+    means: Rows = np.concatenate(sums) / (len(b) - (a is b))
+    return means
+
+
+class _Cross(NamedTuple):
+    """What an energy distance of x to y has of x: 2 E|x - y| - E|x - x'|, as means over x and over y.
+
+    Attributes
+    ----------
+    of_x : (n,) array
+        2 E_y|x - y| - 2 E_x'|x - x'| for each x: how the mean would change with it.
+    of_y : (m,) array
+        2 E_x|x - y| for each y.
+    """
+
+    mean: float
+    of_x: Rows
+    of_y: Rows
+
+    @classmethod
+    def of(cls, x: Rows, y: Rows) -> _Cross:
+        inner, outer, of_y = _means(x, x), 2 * _means(x, y), 2 * _means(y, x)
+        return cls(float(outer.mean() - inner.mean()), outer - 2 * inner, of_y)
+
+    @property
+    def variance(self) -> float:
+        return float(np.var(self.of_x) / len(self.of_x) + np.var(self.of_y) / len(self.of_y))
+
+    def less(self, other: _Cross) -> tuple[float, float]:
+        """The difference to another set's, and its standard error: what the rows of y have in common cancels."""
+        of_y = self.of_y - other.of_y
+        variance = np.var(self.of_x) / len(self.of_x) + np.var(other.of_x) / len(other.of_x) + np.var(of_y) / len(of_y)
+        return self.mean - other.mean, math.sqrt(float(variance))
+
+
+def _to_others(rows: Rows) -> Rows:
+    """Distance of every row to the nearest of the others."""
+    from scipy.spatial.distance import pdist, squareform
+
+    between = squareform(pdist(rows))
+    np.fill_diagonal(between, np.inf)
+    nearest: Rows = between.min(axis=1)
+    return nearest

@@ -1,0 +1,80 @@
+"""How alike two sets of rows are: energy distance, and distances to the nearest row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import ArgumentError, check_array
+
+BLOCK_ROWS = 256  # whose distances to all others are held at once
+
+
+def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike, *, unbiased: bool = False) -> float:
+    """Energy distance of two samples: 0 for equal distributions and positive for any others.
+
+    ``2 E|x - y| - E|x - x'| - E|y - y'|`` with Euclidean norms (Szekely and Rizzo 2013, there E or D^2; no
+    square root).
+
+    Parameters
+    ----------
+    X : array_like
+        (N, d) real numbers, N at least 1.
+    Y : array_like
+        (M, d) real numbers, M at least 1.
+    unbiased : bool, optional
+        By default the V-statistic: the means run over all pairs, each point with itself included. So it is never
+        negative, and two samples of one distribution lie a little above 0, by about ``E|x - x'| (1/N + 1/M)``: compare
+        with the distance of two samples that are known to be alike. True: the U-statistic, over pairs of different
+        points, whose expectation is the distance of the distributions; it may be negative, and N and M are at least 2.
+
+    Returns
+    -------
+    float
+        In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
+    """
+    x = check_array("X", X, shape=(None, None), dtype=np.float64)
+    y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
+    least = 2 if unbiased else 1
+    for name, sample in (("X", x), ("Y", y)):
+        if len(sample) < least:
+            raise ArgumentError(name, f"{len(sample)} rows", f"at least {least}")
+
+    def within(a: npt.NDArray[np.float64]) -> float:
+        pairs = len(a) * (len(a) - 1) if unbiased else len(a) ** 2
+        return float(_distances(a, a).sum.sum()) / pairs
+
+    distance = 2 * float(_distances(x, y).sum.sum()) / (len(x) * len(y)) - within(x) - within(y)
+    return distance if unbiased else max(0.0, distance)
+
+
+def nearest_distances(X: npt.ArrayLike, Y: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return the distance (N,) of every row of X (N, d) to the nearest row of Y (M, d).
+
+    Where samples lie much nearer to the training rows than unseen rows do, a model has learned those by heart.
+    """
+    x = check_array("X", X, shape=(None, None), dtype=np.float64)
+    y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
+    if not len(y):
+        raise ArgumentError("Y", "no rows", "at least one")
+    return _distances(x, y).least
+
+
+class Distances(NamedTuple):
+    """Of every row of one set to all rows of another: their sum and the smallest, (N,) each."""
+
+    sum: npt.NDArray[np.float64]
+    least: npt.NDArray[np.float64]
+
+
+def _distances(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Distances:
+    from scipy.spatial.distance import cdist
+
+    result = Distances(np.empty(len(x)), np.empty(len(x)))
+    for start in range(0, len(x), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        between = cdist(x[part], y)
+        result.sum[part], result.least[part] = between.sum(axis=1), between.min(axis=1)
+    return result

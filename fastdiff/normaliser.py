@@ -1,0 +1,211 @@
+"""The map from data to a network's range, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import process
+from fastdiff.backends import Backend
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, is_on_device
+from fastdiff.noise_shape import NoiseShape
+
+log = logging.getLogger("fastdiff")
+
+SCALES = ("auto", "all", "column", "channel")
+UNLIKE = 10.0  # columns whose deviations differ by more than this factor are taken for different quantities
+CONSTANT = 1e-6  # a deviation below this share of the greatest |x| is rounding
+BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
+
+
+class Normaliser(NamedTuple):
+    """Maps data to the network's range, (x - mean) / std, and back.
+
+    Attributes
+    ----------
+    mean, std : float or (d,) float64
+        Of all values, or of each column. The deviation of a constant column is 0: inside it is 0, and it comes back as
+        the constant.
+    noise_shape : NoiseShape or None
+        With one, x is first L^-1 x, where the noise is white.
+    data_range : pair of float or None
+        Of pictures: becomes [-1, 1].
+    whole : bool
+        Whether pictures are bytes, as which they come back.
+    """
+
+    mean: Any
+    std: Any
+    noise_shape: NoiseShape | None = None
+    data_range: tuple[float, float] | None = None
+    whole: bool = False
+
+    @property
+    def scale(self) -> str:
+        """What has a mean and a deviation of its own: "all" values together, or each "column"."""
+        return "column" if np.ndim(self.std) else "all"
+
+    @classmethod
+    def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
+        """Return the normaliser of rows (N, d).
+
+        "auto" takes columns whose deviations differ by more than a factor of 10 for quantities of different units, and
+        scales each by itself, unless the noise has a shape. Where all rows are the same there is one scale; a deviation
+        of all values under 1e-6 max|x| counts as 1.
+        """
+        X = cls(0.0, 1.0, noise_shape)._white(X)
+        largest = float(np.max(np.abs(X)))
+        if largest == 0:
+            return cls(0.0, 1.0, noise_shape)
+        if scale != "all":
+            mean, std = _column_moments(X)
+            varied = std[std > 0]
+            ratio = 0.0 if varied.size == 0 else float(varied.max() / varied.min())
+            if scale == "auto" and ratio > UNLIKE and noise_shape is None:
+                log.info("scale: each column its own, as their deviations differ by a factor of %.3g", ratio)
+                scale = "column"
+            if scale == "column" and varied.size:
+                return cls(mean, std, noise_shape)
+        scaled = X / largest  # squares of huge values would overflow
+        centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
+        return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
+
+    @classmethod
+    def of_pictures(cls, X: npt.NDArray[Any], data_range: Any = None) -> Normaliser:
+        """Return the normaliser of pictures: by default of the range 0 .. 255 for bytes, else of their own."""
+        whole, wants = X.dtype == np.uint8, "a pair of numbers (low, high), low below high"
+        if data_range is None:
+            low, high = (0.0, 255.0) if whole else (float(X.min()), float(X.max()))
+            if low == high:
+                raise ArgumentError("X", f"the value {low:g} only", "pictures of several values, or a data_range")
+            if not whole:
+                log.info("data_range: (%g, %g), as the pictures have it", low, high)
+        else:
+            if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
+                raise ArgumentError("data_range", repr(data_range), wants)
+            low, high = (check_float("data_range", end) for end in data_range)
+            if not low < high:
+                raise ArgumentError("data_range", repr(data_range), wants)
+        return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
+
+    def check(self, argument: str, X: npt.NDArray[Any]) -> None:
+        """Refuse pictures of another range: one outside, or not of bytes."""
+        if self.data_range is None:
+            return
+        if self.whole and X.dtype != np.uint8:
+            raise ArgumentError(argument, f"dtype {X.dtype}", "bytes (uint8), as in the first fit")
+        low, high = float(X.min()), float(X.max())
+        if low < self.data_range[0] or high > self.data_range[1]:
+            wants = "values within data_range, ({:g}, {:g}) since the first fit".format(*self.data_range)
+            raise ArgumentError(argument, f"values from {low:g} to {high:g}", wants)
+
+    def apply(self, X: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return the data in the network's range."""
+        white = self._white(X)
+        out = np.empty(white.shape, dtype)
+        std = np.where(self.std == 0, 1.0, self.std) if np.ndim(self.std) else self.std
+        for start in range(0, len(out), rows := max(1, BLOCK_VALUES // max(1, white[:1].size))):
+            part = slice(start, start + rows)
+            out[part] = (np.asarray(white[part], np.float64) - self.mean) / std
+        return out
+
+    def restore(self, x: Any, be: Backend) -> Any:
+        """Return samples as the data were: `invert`, and bytes where those were bytes."""
+        x = self.invert(x, be)
+        if self.data_range is None or not self.whole:
+            return x
+        return x.round().clip(*self.data_range).astype(np.uint8)
+
+    def invert(self, x: Any, be: Backend) -> Any:
+        """Return network values (n, ...) in the data's range, in place where the array is its own."""
+        one = x.dtype.type
+        x *= be.asarray(self.std, x.dtype) if np.ndim(self.std) else one(self.std)
+        x += be.asarray(self.mean, x.dtype) if np.ndim(self.mean) else one(self.mean)
+        if self.noise_shape is None:
+            return x
+        rows = be.asarray(x.reshape(-1, self.noise_shape.d))
+        out = be.empty(rows.shape, rows.dtype)
+        self.noise_shape.apply(be, rows, out)
+        return process.returned(be, out.reshape(x.shape), is_on_device(x))
+
+    def log_det(self, points: int) -> float:
+        """Return log |det| of `apply` for curves of so many points: log density of data less that of its image.
+
+        A constant column has no density: it is left out.
+        """
+        stds = np.broadcast_to(self.std, points)
+        of_shape = 0.0 if self.noise_shape is None else self.noise_shape.log_det
+        return -float(np.sum(np.log(stds[stds > 0]))) - of_shape
+
+    @property
+    def features(self) -> list[str]:
+        """What a file of it uses of `fastdiff.checkpoint.FEATURES`."""
+        return [] if self.scale == "all" else ["column scale"]
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[np.float64]]:
+        """What a file keeps as tensors: the moments of columns."""
+        return {} if self.scale == "all" else {"normaliser.mean": self.mean, "normaliser.std": self.std}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rest as JSON types; the noise shape is not in it."""
+        of_all = self.scale == "all"
+        return {
+            "scale": self.scale,
+            "mean": self.mean if of_all else None,
+            "std": self.std if of_all else None,
+            "data_range": self.data_range,
+            "bytes": self.whole,
+        }
+
+    @classmethod
+    def from_dict(
+        cls,
+        config: Any,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        noise_shape: NoiseShape | None,
+        shape: tuple[int, ...],
+    ) -> Normaliser:
+        """Return the normaliser of a file for samples of a shape; a file of 0.1.0 says nothing of a scale.
+
+        Raises
+        ------
+        ArgumentError
+            A value that no normaliser has.
+        """
+        data_range = config.get("data_range")  # neither in files of format 1
+        if (data_range is not None) != (len(shape) == 3):
+            raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
+        if check_choice("normaliser.scale", config.get("scale", "all"), ["all", "column"]) == "column":
+            moments = []
+            for name in ("normaliser.mean", "normaliser.std"):
+                if name not in tensors:
+                    raise ArgumentError(name, "no such tensor", f"shape {shape}, as the scale is that of a column")
+                moments.append(check_array(name, tensors[name], shape=shape, dtype=np.float64))
+            if (moments[1] < 0).any():
+                raise ArgumentError("normaliser.std", str(moments[1].min()), "numbers of at least 0")
+            return cls(moments[0], moments[1], noise_shape)
+        mean = check_float("normaliser.mean", config["mean"])
+        std = check_float("normaliser.std", config["std"], low=0, low_open=True)
+        if data_range is None:
+            return cls(mean, std, noise_shape)
+        low, high = check_array("normaliser.data_range", data_range, shape=(2,)).tolist()
+        return cls(mean, std, noise_shape, (low, high), config["bytes"] is True)
+
+    def _white(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self.noise_shape is None:
+            return X
+        return np.asarray(self.noise_shape.whiten(np.asarray(X, np.float64), backend="numpy"))
+
+
+def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and deviation (d,) of every column, 0 where it is constant but for rounding."""
+    largest = np.max(np.abs(X), axis=0).astype(np.float64)
+    scaled = X / np.where(largest == 0, 1.0, largest)
+    mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
+    constant = std < CONSTANT
+    return np.where(constant, X[0], mean * largest), np.where(constant, 0.0, std * largest)

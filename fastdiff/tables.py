@@ -1,0 +1,251 @@
+"""Tables of numbers, read from ``.csv`` and ``.npy`` files: which columns there are, and which are left out.
+
+Whatever is wrong with a file is a :class:`~fastdiff.errors.DataError` that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import doubts
+from fastdiff.errors import ArgumentError, DataError, check_int
+from fastdiff.files import load_npy
+
+Column = int | str
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers as a file has them.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    values : (N, columns) array
+        The numbers, in float64 or as an ``.npy`` file has them.
+    columns : sequence of int
+        The number of each column in the file, from 1.
+    called : sequence of str
+        What each of them is called by `index` and `drop`.
+    rows : sequence of str
+        Where each row stands: ``line 3``, ``curve 0``.
+    names : sequence of str or None
+        What the columns are called, if the file says so.
+    """
+
+    path: Path
+    values: npt.NDArray[Any]
+    columns: Sequence[int]
+    called: Sequence[str]
+    rows: Sequence[str]
+    names: Sequence[str] | None = None
+
+    def as_float32(self) -> npt.NDArray[np.float32]:
+        """Return the values in float32, all of them finite, or raise `DataError`."""
+        with np.errstate(over="ignore"):
+            curves = np.ascontiguousarray(self.values, dtype=np.float32)
+        bad = ~np.isfinite(curves)
+        if bad.any():
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            value = self.values[row, column]
+            reason = "is too large for float32" if np.isfinite(value) else "is not a finite number"
+            raise DataError(f"{self.path}, {self.rows[row]}, column {self.columns[column]}: {value} {reason}")
+        return curves
+
+    def doubts(self, *, header: bool | None) -> list[str]:
+        """Return a sentence for each thing that looks like no value of a curve; `header` as it was asked for."""
+        values, found = self.values, []
+        if self.path.suffix.lower() == ".csv" and self.names is None and header is None:
+            doubt = doubts.of_first_row(values)
+            if doubt is not None:
+                found.append(f"{self.rows[0]} {doubt}")
+                values = values[1:]
+        return found + doubts.of_columns(values, self.called, self.names)
+
+
+def read_npy(path: Path, index: Sequence[Column], drop: Sequence[Column]) -> Table:
+    """Read an ``.npy`` file of one (N, points) array, without some columns, which have numbers only."""
+    values = load_npy(path, (2,), "(curves, points)")
+    width = values.shape[1]
+    out = _places(path, "index", index, width) + _places(path, "drop", drop, width)
+    kept = _kept(path, width, out)
+    rows, columns = _Rows("curve", range(len(values))), [k + 1 for k in kept]
+    return Table(path, values[:, kept] if out else values, columns, [str(k) for k in columns], rows)
+
+
+def read_csv(path: Path, header: bool | None, index: Sequence[Column], drop: Sequence[Column]) -> Table:
+    """Read a ``.csv`` file of one row a line, without some columns: see `fastdiff.data.load_curves`."""
+    values = array("d")
+    lines: list[int] = []  # the line of each row, for messages
+    layout: _Layout | None = None  # until the first line is seen
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                text = line.strip(" \r\n")
+                if not text.strip() or text.startswith("#"):
+                    continue
+                if layout is None:
+                    layout = _layout(path, number, text, header, index, drop)
+                    if layout.names is not None:
+                        continue
+                values.extend(layout.numbers(text, number))
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: not a CSV file: {error}") from error
+    if layout is None or not lines:
+        raise DataError(f"{path}: {'empty file' if layout is None else 'column names and no curves'}")
+    wide = np.frombuffer(values, dtype=np.float64).reshape(len(lines), len(layout.kept))
+    names = None if layout.names is None else [layout.names[k] for k in layout.kept]
+    called = [_called(layout.names, k) for k in layout.kept]
+    return Table(path, wide, [k + 1 for k in layout.kept], called, _Rows("line", lines), names)
+
+
+@dataclass(frozen=True)
+class _Rows(Sequence[str]):
+    """Where rows stand; the words are made when they are asked for."""
+
+    what: str
+    numbers: Sequence[int]
+
+    def __getitem__(self, row: Any) -> Any:
+        return f"{self.what} {self.numbers[row]}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the first line of a CSV file says of all others."""
+
+    path: Path
+    first: int  # number of that line
+    separator: str | None
+    width: int  # cells of a line
+    kept: Sequence[int]  # places of the values among them
+    names: Sequence[str] | None  # of all columns, if the first line has names
+
+    def numbers(self, text: str, line: int) -> array[float]:
+        """Return the values of a line."""
+        where = f"{self.path}, line {line}"
+        cells = _cells(text, self.separator)
+        if len(cells) != self.width:
+            raise DataError(f"{where}: {len(cells)} cells, where line {self.first} has {self.width}")
+        if len(self.kept) < self.width:
+            cells = [cells[k] for k in self.kept]
+            text = "".join(cells)
+        try:
+            if not _plain(text):
+                raise ValueError
+            return array("d", map(float, cells))
+        except ValueError:
+            raise self._bad_cell(cells, line) from None
+
+    def _bad_cell(self, cells: Sequence[str], line: int) -> DataError:
+        bad = [k for k, cell in enumerate(cells) if _number(cell) is None]
+        at, first = f"{self.path}, line {line}, column {self.kept[bad[0]] + 1}", cells[bad[0]]
+        if not first:
+            return DataError(f"{at}: empty cell")
+        shown = first if len(first) <= 30 else f"{first[:27]}..."
+        texts = [_called(self.names, self.kept[k]) for k in bad if cells[k]]
+        hint = f"; {doubts.remedy(*texts)}" if len(texts) < len(cells) else ""
+        if line == self.first:
+            hint += "; --header if these are column names (header=True)"
+        return DataError(f"{at}: {shown!r} is not a number{hint}")
+
+
+def _layout(
+    path: Path, line: int, text: str, header: bool | None, index: Sequence[Column], drop: Sequence[Column]
+) -> _Layout:
+    separator = next((sign for sign in ";\t," if sign in text), None)
+    top = _cells(text, separator)
+    width, where = len(top), f"{path}, line {line}"
+    names = [] if header is False else top
+    of_index = _places(path, "index", index, width, names)
+    kept = _kept(path, width, of_index + _places(path, "drop", drop, width, names))
+    if 0 in kept and width > 1 and not top[0] and all(top[1:]):
+        raise DataError(
+            f"{where}: the first column has no name and looks like a row index; {doubts.remedy('1', index=True)}; "
+            "or write the file without it (pandas: index=False)"
+        )
+    if header is None:
+        named = any(_number_of(column, width) is None for column in (*index, *drop))
+        header = named or any(not top[k] for k in of_index) or _is_header([top[k] for k in kept], where)
+    return _Layout(path, line, separator, width, kept, top if header else None)
+
+
+def _places(path: Path, argument: str, columns: Sequence[Column], width: int, names: Sequence[str] = ()) -> list[int]:
+    """The places of columns among the cells of a line, from 0."""
+    places = []
+    for column in columns:
+        number = _number_of(column, width)
+        if number is None and names.count(str(column)) != 1:
+            count = names.count(str(column))
+            near = difflib.get_close_matches(str(column), names, 1)
+            got = repr(column) + (f", of which there are {count}" if count else "")
+            by = "by its name, or by its number" if names else "by its number"
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ArgumentError(argument, got, f"a column of {path} {by} from 1 to {width}{hint}")
+        places.append(names.index(str(column)) if number is None else number - 1)
+    return places
+
+
+def _number_of(column: Column, width: int) -> int | None:
+    """The number, from 1, that is meant; None: a name is."""
+    if isinstance(column, str):
+        return int(column) if column.isdecimal() and 1 <= int(column) <= width else None
+    return check_int("index and drop", column, low=1, high=width)
+
+
+def _kept(path: Path, width: int, out: Sequence[int]) -> list[int]:
+    kept = [k for k in range(width) if k not in set(out)]
+    if not kept:
+        raise ArgumentError("drop", "every column", f"one column of {path} that stays, at least")
+    return kept
+
+
+def _called(names: Sequence[str] | None, place: int) -> str:
+    """What `index` and `drop` call a column: its name where that is clear, else its number."""
+    name = "" if names is None else names[place]
+    clear = names is not None and names.count(name) == 1 and name and not name.isdecimal() and "," not in name
+    return name if clear else str(place + 1)
+
+
+def _cells(line: str, separator: str | None) -> list[str]:
+    if separator is not None and '"' in line:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    return [cell.strip() for cell in line.split(separator)]
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell) if _plain(cell) else None
+    except ValueError:
+        return None
+
+
+def _plain(text: str) -> bool:
+    # float() also reads 1_000 and digits of other scripts; no other reader of CSV does.
+    return "_" not in text and text.isascii()
+
+
+def _is_header(cells: Sequence[str], where: str) -> bool:
+    if cells == [str(i) for i in range(len(cells))] and len(cells) > 2:
+        _log.warning("%s: 0, 1, 2, ... is taken as a line of column names, not as a curve", where)
+        return True
+    return all(_number(cell) is None for cell in cells)
