@@ -91,9 +91,9 @@ class Page:
 
     Attributes
     ----------
-    made, real : (M, d), (N, d) float64
+    real, made : (N, d), (M, d) float64
         In the units that are drawn.
-    train : (K, d) float64 or None
+    training : (K, d) float64 or None
         Rows learned from; None: `real` is taken for them.
     ordered : bool
         Whether the columns follow one another.
@@ -103,9 +103,9 @@ class Page:
         What each column is called, if they have ticks of their own; at most 24 letters.
     """
 
-    made: Array
     real: Array
-    train: Array | None
+    made: Array
+    training: Array | None
     ordered: bool
     x: Array
     along: str
@@ -124,9 +124,9 @@ class Page:
 
 
 def page_of(
-    made: Array,
     real: Array,
-    train: Array | None,
+    made: Array,
+    training: Array | None,
     *,
     ordered: bool | None,
     rate: float | None,
@@ -142,8 +142,8 @@ def page_of(
     value = "value"
     if not ordered and len(some) and some.max() > WIDE_APART * some.min():
         mean, unit = real.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
-        made, real = (made - mean) / unit, (real - mean) / unit
-        train = None if train is None else (train - mean) / unit
+        real, made = (real - mean) / unit, (made - mean) / unit
+        training = None if training is None else (training - mean) / unit
         value = "standard score"
     if ordered:
         x, along = _horizontal(d, rate)
@@ -151,7 +151,7 @@ def page_of(
         x, along = np.arange(1.0, d + 1), "column"
     words = [] if ordered or d > NAMED_COLUMNS else list(columns or map(str, range(1, d + 1)))
     words = [word if len(word) <= 24 else f"{word[:23]}…" for word in words]
-    return Page(made, real, train, ordered, x, along, value, words)
+    return Page(real, made, training, ordered, x, along, value, words)
 
 
 def draw(page: Page, *, names: tuple[str, str], measures: Mapping[str, str], title: str, count: int) -> Figure:
@@ -182,11 +182,11 @@ def draw(page: Page, *, names: tuple[str, str], measures: Mapping[str, str], tit
     left, right = panels(2)
     _histogram(left, [(rows.ravel(), color) for rows, color in page.pair], page.value)
     left.set_title("All values", **SMALL)
-    of_train = "training" if page.train is not None else "real"
-    chosen = _distances(right, page, of_train)
+    of_train = "training" if page.training is not None else "real"
+    chosen = _distances(right, page)
     _neighbours(panels(3, shared=True), page, chosen)
 
-    handles = [Line2D([], [], color=color) for color in (BLUE, GREY, RED)]
+    handles = [Line2D([], [], color=color) for color in (GREY, BLUE, RED)]
     _heading(figure, title, handles, [*names, f"nearest {of_train} row"])
     return figure
 
@@ -336,23 +336,23 @@ def _histogram(axes: Axes, sets: Sequence[tuple[Array, str]], label: str) -> Non
     axes.set(xlabel=label, ylabel="density")
 
 
-def _distances(axes: Axes, page: Page, of_train: str) -> list[tuple[str, Array, Array]]:
+def _distances(axes: Axes, page: Page) -> list[tuple[str, Array, Array]]:
     """Draw how far generated and real rows are from the nearest row learned from; return three with their nearest."""
-    every = page.real if page.train is None else page.train
+    every = page.real if page.training is None else page.training
     learned = every[:: -(-len(every) // MOST_TRAINING)]
-    real, made = page.real[:MOST_ROWS], page.made[:MOST_ROWS]
+    made = page.made[:MOST_ROWS]
     of_made, index = nearest(made, learned)
+    of_real = np.zeros(1) if page.training is None else nearest(page.real[:MOST_ROWS], learned)[0]
     sets = [(of_made, BLUE)]
-    if page.train is not None or len(learned) > 1:
-        of_real, _ = (
-            nearest(real, learned) if page.train is not None else nearest(learned[:MOST_ROWS], learned, others=True)
-        )
+    if of_real.any() or len(learned) > 1:
+        if not of_real.any():  # they were learned from
+            of_real, _ = nearest(learned[:MOST_ROWS], learned, others=True)
         sets.insert(0, (of_real, GREY))
     _histogram(axes, sets, "root mean square distance")
     for values, color in sets:
         axes.axvline(float(np.median(values)), color=color, linewidth=1.2, linestyle=(0, (4, 2)))
     axes.set_xlim(left=0)
-    words = "Distance to the nearest " + ("training row" if page.train is not None else "other real row")
+    words = "Distance to the nearest " + ("training row" if page.training is not None else "other real row")
     some = f"{len(learned):,} of the {len(every):,} rows; " if len(learned) < len(every) else ""
     axes.set_title(f"{words} ({some}dashed: median)", **SMALL)
     order = np.argsort(of_made, kind="stable")

@@ -378,11 +378,11 @@ def around_target(
 
 
 def evaluation(
-    generated: npt.ArrayLike,
     real: npt.ArrayLike,
-    train: npt.ArrayLike | None = None,
+    generated: npt.ArrayLike,
+    training: npt.ArrayLike | None = None,
     *,
-    names: tuple[str, str] = ("generated", "real"),
+    names: tuple[str, str] = ("real", "generated"),
     measures: Mapping[str, str] | None = None,
     title: str = "Generated beside real",
     count: int = 12,
@@ -398,14 +398,14 @@ def evaluation(
 
     Parameters
     ----------
-    generated : array_like
-        (M, d), M at least 1.
     real : array_like
         (N, d), N at least 1: rows that were not learned from, if there are any.
-    train : array_like, optional
+    generated : array_like
+        (M, d), M at least 1.
+    training : array_like, optional
         (K, d), the rows learned from. Without them nearest rows are looked for among the real ones.
     names : pair of str, optional
-        What the legend calls generated and real rows; the first one may name the sampler: `Sampler.label`.
+        What the legend calls real and generated rows; the second one may name the sampler: `Sampler.label`.
     measures : mapping of str to str, optional
         Lines for the head of the page: what was measured, and the result.
     title : str, optional
@@ -424,7 +424,7 @@ def evaluation(
     """
     from fastdiff import evaluation_page
 
-    rows = {"generated": generated, "real": real, "train": train}
+    rows = {"real": real, "generated": generated, "training": training}
     given = {name: check_array(name, value, shape=(None, None)) for name, value in rows.items() if value is not None}
     shape = (None, given["real"].shape[1])
     for name, value in given.items():
@@ -435,7 +435,7 @@ def evaluation(
         raise ArgumentError("columns", f"{len(columns)} names", f"one for each of {shape[1]} columns")
     with _style():
         page = evaluation_page.page_of(
-            given["generated"], given["real"], given.get("train"), ordered=ordered, rate=rate, columns=columns
+            given["real"], given["generated"], given.get("training"), ordered=ordered, rate=rate, columns=columns
         )
         return evaluation_page.draw(
             page, names=names, measures=measures or {}, title=title, count=check_int("count", count, low=1)

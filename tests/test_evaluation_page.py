@@ -22,10 +22,10 @@ BLUE, GREY, RED = plots.BLUE, plots.GREY, plots.RED
 (OVER, UNDER, BANDS, MEAN, DEVIATION, LEFT, RIGHT, VALUES, DISTANCES, *NEAR) = range(12)  # axes without measures
 
 PAGES = {
-    "curves": lambda **more: plots.evaluation(MADE, REAL, TRAIN, rate=50, **more),
-    "curves without training rows": lambda **more: plots.evaluation(MADE, REAL, **more),
+    "curves": lambda **more: plots.evaluation(REAL, MADE, TRAIN, rate=50, **more),
+    "curves without training rows": lambda **more: plots.evaluation(REAL, MADE, **more),
     "a table": lambda **more: plots.evaluation(
-        TABLE[:20], TABLE[20:], TABLE, columns=["a long name " * 3, *"bcde"], **more
+        TABLE[20:], TABLE[:20], TABLE, columns=["a long name " * 3, *"bcde"], **more
     ),
     "a table of long names": lambda **more: plots.evaluation(
         *RNG.normal(size=(2, 9, 30)),
@@ -34,12 +34,12 @@ PAGES = {
         **more,
     ),
     "a table of many columns": lambda **more: plots.evaluation(*RNG.normal(size=(2, 9, 60)), ordered=False, **more),
-    "two columns": lambda **more: plots.evaluation(TABLE[:20, :2], TABLE[20:, :2], **more),
-    "one column": lambda **more: plots.evaluation(TABLE[:20, :1], TABLE[20:, :1], **more),
-    "constant columns": lambda **more: plots.evaluation(np.eye(9, 3), np.ones((9, 3)), **more),
-    "constant curves": lambda **more: plots.evaluation(np.ones((5, 20)), np.zeros((5, 20)), **more),
-    "one row each": lambda **more: plots.evaluation(MADE[:1], REAL[:1], **more),
-    "samples far away": lambda **more: plots.evaluation(1e6 * MADE, REAL, TRAIN, **more),
+    "two columns": lambda **more: plots.evaluation(TABLE[20:, :2], TABLE[:20, :2], **more),
+    "one column": lambda **more: plots.evaluation(TABLE[20:, :1], TABLE[:20, :1], **more),
+    "constant columns": lambda **more: plots.evaluation(np.ones((9, 3)), np.eye(9, 3), **more),
+    "constant curves": lambda **more: plots.evaluation(np.zeros((5, 20)), np.ones((5, 20)), **more),
+    "one row each": lambda **more: plots.evaluation(REAL[:1], MADE[:1], **more),
+    "samples far away": lambda **more: plots.evaluation(REAL, 1e6 * MADE, TRAIN, **more),
 }
 
 
@@ -99,7 +99,7 @@ def test_correlations_are_those_of_pairs_that_vary():
 
 @pytest.mark.parametrize(("name", "measures"), [*((name, MEASURES) for name in PAGES), ("curves", None)])
 def test_every_page_is_drawn_without_overlaps(tmp_path, name, measures):
-    figure = PAGES[name](measures=measures, names=("256 generated: dpmpp_2m, 100 steps", "100,000 held-out rows"))
+    figure = PAGES[name](measures=measures, names=("100,000 held-out rows", "256 generated: dpmpp_2m, 100 steps"))
     plots.save(figure, tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000
     renderer = figure.canvas.get_renderer()
@@ -124,13 +124,13 @@ def test_every_page_is_drawn_without_overlaps(tmp_path, name, measures):
 
 
 def test_measured_lines_stand_in_the_head_of_the_page():
-    figure = PAGES["curves"](measures=MEASURES, title="A heading", names=("ours", "theirs"))
+    figure = PAGES["curves"](measures=MEASURES, title="A heading", names=("theirs", "ours"))
     told = [text.get_text() for text in figure.axes[0].texts]
     assert told[:3] == ["energy distance", "0.05", "judgement"]
     assert told[4] == ""  # the name of a second line
     assert " ".join(told[3::2]).split() == [*["word"] * 60, "1"]
     assert figure._suptitle.get_text() == "A heading"
-    assert [text.get_text() for text in figure.legends[0].texts] == ["ours", "theirs", "nearest training row"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["theirs", "ours", "nearest training row"]
     assert len(PAGES["curves"]().axes) == 12
 
 
@@ -166,7 +166,7 @@ def test_the_panels_of_curves_draw_what_they_say():
 
 def test_nearest_rows_are_those_of_the_training_data():
     made = np.concatenate([TRAIN[7:8] + 0.01, MADE, 9 + TRAIN[3:4]])
-    axes = plots.evaluation(made, REAL, TRAIN).axes
+    axes = plots.evaluation(REAL, made, TRAIN).axes
     of_made, index = nearest(made.astype(float), TRAIN.astype(float))
     order = np.argsort(of_made, kind="stable")
     for panel, k in zip(NEAR, (order[0], order[len(order) // 2], order[-1]), strict=True):
@@ -188,6 +188,10 @@ def test_without_training_rows_the_real_ones_are_searched():
     assert median.get_xdata()[0] == pytest.approx(np.median(among))
     assert figure.axes[DISTANCES].get_title(loc="left").startswith("Distance to the nearest other real row")
     assert figure.legends[0].texts[2].get_text() == "nearest real row"
+    same = plots.evaluation(TRAIN, MADE, TRAIN)  # a model that holds nothing out: no row is its own neighbour
+    (median,) = names_of(GREY, same.axes[DISTANCES].lines)
+    among, _ = nearest(TRAIN.astype(float), TRAIN.astype(float), others=True)
+    assert median.get_xdata()[0] == pytest.approx(np.median(among))
     assert not names_of(GREY, PAGES["one row each"]().axes[DISTANCES].lines)  # it has no other
 
 
@@ -228,7 +232,7 @@ def test_what_is_a_curve_and_what_a_table(rows, ordered, value):
 
 def test_a_large_training_set_is_thinned(monkeypatch):
     monkeypatch.setattr(evaluation_page, "MOST_TRAINING", 10)
-    axes = plots.evaluation(MADE, REAL, TRAIN).axes
+    axes = plots.evaluation(REAL, MADE, TRAIN).axes
     of_made, _ = nearest(MADE.astype(float), TRAIN[::5].astype(float))
     (median,) = names_of(BLUE, axes[DISTANCES].lines)
     assert median.get_xdata()[0] == pytest.approx(np.median(of_made))
@@ -238,16 +242,16 @@ def test_a_large_training_set_is_thinned(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "more", "named"),
     [
-        ((MADE[0], REAL), {}, "generated"),
-        ((MADE, REAL[:, :9]), {}, "generated"),
-        ((MADE, REAL, TRAIN[:, :9]), {}, "train"),
-        ((MADE[:0], REAL), {}, "generated"),
-        ((MADE, REAL[:0]), {}, "real"),
-        ((MADE, REAL, TRAIN[:0]), {}, "train"),
-        ((MADE * np.nan, REAL), {}, "generated"),
-        ((MADE, REAL), {"count": 0}, "count"),
-        ((MADE, REAL), {"rate": -1}, "rate"),
-        ((MADE, REAL), {"columns": ["a"]}, "columns"),
+        ((REAL, MADE[0]), {}, "generated"),
+        ((REAL[:, :9], MADE), {}, "generated"),
+        ((REAL, MADE, TRAIN[:, :9]), {}, "training"),
+        ((REAL, MADE[:0]), {}, "generated"),
+        ((REAL[:0], MADE), {}, "real"),
+        ((REAL, MADE, TRAIN[:0]), {}, "training"),
+        ((REAL, MADE * np.nan), {}, "generated"),
+        ((REAL, MADE), {"count": 0}, "count"),
+        ((REAL, MADE), {"rate": -1}, "rate"),
+        ((REAL, MADE), {"columns": ["a"]}, "columns"),
     ],
 )
 def test_the_page_refuses(arguments, more, named):
