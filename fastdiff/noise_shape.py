@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class _Filter(NamedTuple):
     """A symmetric circulant map of rows, by its eigenvalues at the frequencies of ``rfft``."""
 
     gain: Float64
-    kept: dict[tuple[str, np.dtype[Any]], Array]  # the gain as each kind of backend has it
+    kept: WeakKeyDictionary[Backend, dict[np.dtype[Any], Array]]  # the gain as each backend has it
 
 
 class _Maps(NamedTuple):
@@ -349,7 +350,7 @@ def _circulant(eigenvalues: Float64) -> RowMap | _Filter:
     d = len(eigenvalues)
     gain = eigenvalues[: d // 2 + 1]
     if d > MATRIX_LIMIT:
-        return _Filter(gain, {})
+        return _Filter(gain, WeakKeyDictionary())
     row, k = np.fft.irfft(gain, d), np.arange(d)
     return RowMap(left=row[(k[:, None] - k) % d])
 
@@ -392,11 +393,11 @@ def _row(argument: str, given: Any) -> npt.NDArray[Any]:
 
 def _filter(be: Backend, x: Array, out: Array, plan: _Filter) -> None:
     """The circulant map in `out` (n, d), which may be x; NumPy hands the arrays of other libraries to their own FFT."""
-    key = be.name, x.dtype
-    if key not in plan.kept:
-        plan.kept[key] = be.asarray(plan.gain, x.dtype)
+    kept = plan.kept.setdefault(be, {})
+    if x.dtype not in kept:
+        kept[x.dtype] = be.asarray(plan.gain, x.dtype)
     d = x.shape[1]
     rows = max(1, (FFT_VALUES if isinstance(x, np.ndarray) else BATCH_VALUES) // d)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        out[part] = np.fft.irfft(np.fft.rfft(x[part]) * plan.kept[key], d)
+        out[part] = np.fft.irfft(np.fft.rfft(x[part]) * kept[x.dtype], d)

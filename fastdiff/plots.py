@@ -377,6 +377,71 @@ def around_target(
     return figure
 
 
+def evaluation(
+    real: npt.ArrayLike,
+    generated: npt.ArrayLike,
+    training: npt.ArrayLike | None = None,
+    *,
+    names: tuple[str, str] = ("real", "generated"),
+    measures: Mapping[str, str] | None = None,
+    title: str = "Generated beside real",
+    count: int = 12,
+    rate: float | None = None,
+    columns: Sequence[str] | None = None,
+    ordered: bool | None = None,
+) -> Figure:
+    """Draw on one page how generated rows compare with real ones.
+
+    From above: what was measured; a dozen rows of each; percentiles, mean and standard deviation of every column;
+    autocorrelation and power spectrum within rows, or, of a table of different things, its correlations; all values;
+    the distances to the nearest training rows, and three generated rows over their nearest one.
+
+    Parameters
+    ----------
+    real : array_like
+        (N, d), N at least 1: rows that were not learned from, if there are any.
+    generated : array_like
+        (M, d), M at least 1.
+    training : array_like, optional
+        (K, d), the rows learned from. Without them nearest rows are looked for among the real ones.
+    names : pair of str, optional
+        What the legend calls real and generated rows; the second one may name the sampler: `Sampler.label`.
+    measures : mapping of str to str, optional
+        Lines for the head of the page: what was measured, and the result.
+    title : str, optional
+        The heading.
+    count : int, optional
+        Rows of each kind that are drawn one by one, evenly spaced.
+    rate : float, optional
+        Points a second: horizontal axes are in seconds and hertz. Otherwise they count points.
+    columns : sequence of str, optional
+        (d,) names, for tables.
+    ordered : bool, optional
+        Whether the columns follow one another, as those of curves do. By default they do if there are at least eight,
+        and the real rows' deviation seldom jumps from one to the next: at most a fifth by more than three times. If
+        they do not, and some deviations are ten times others, columns are drawn, and distances taken, as standard
+        scores of the real rows.
+    """
+    from fastdiff import evaluation_page
+
+    rows = {"real": real, "generated": generated, "training": training}
+    given = {name: check_array(name, value, shape=(None, None)) for name, value in rows.items() if value is not None}
+    shape = (None, given["real"].shape[1])
+    for name, value in given.items():
+        given[name] = check_array(name, value, shape=shape, dtype=np.float64)
+        if not value.size:
+            raise ArgumentError(name, f"shape {value.shape}", "at least one row of at least one value")
+    if columns is not None and len(columns) != shape[1]:
+        raise ArgumentError("columns", f"{len(columns)} names", f"one for each of {shape[1]} columns")
+    with _style():
+        page = evaluation_page.page_of(
+            given["real"], given["generated"], given.get("training"), ordered=ordered, rate=rate, columns=columns
+        )
+        return evaluation_page.draw(
+            page, names=names, measures=measures or {}, title=title, count=check_int("count", count, low=1)
+        )
+
+
 def covariances(matrices: Mapping[str, npt.ArrayLike]) -> Figure:
     """Draw matrices as heat maps, each over its spectrum: how much of it lies in how few directions.
 

@@ -359,6 +359,7 @@ from cuda_parity import filled, step_agrees
 from host_cuda import HostRuntime
 from fastdiff.backends import Row, get_backend
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.noise import Draw, Stream
 here = HostRuntime()
 be = CudaBackend(here, "numba")
 x0, t, draw = filled((3, 7), 1), np.array([0, 1, 1]), Draw(5, Stream.FORWARD, first_row=2)

@@ -29,6 +29,7 @@ def test_one_hierarchy():
     assert all(issubclass(kind, FastdiffError) for kind in raised)
     assert issubclass(ArgumentError, ValueError)
     assert issubclass(errors.ScheduleWarning, UserWarning)
+    assert issubclass(errors.DataWarning, UserWarning)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])

@@ -11,8 +11,9 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
+from fastdiff import defaults
 from fastdiff.errors import ArgumentError, BackendError, TrainingError
-from fastdiff.model import Normaliser, default_schedule
+from fastdiff.model import Normaliser
 from fastdiff.nn.optim import TrainingPlan
 
 T = 12
@@ -115,12 +116,12 @@ def test_the_first_fit_chooses_what_is_not_given():
     assert (made.net, made.schedule, made.normaliser) == (None, None, None)
     fit(made, 0)
     assert (made.net.points, made.net.T, made.net.seed) == (9, 100, 7)
-    assert made.schedule == default_schedule() == fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+    assert made.schedule == defaults.schedule() == fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
     assert made.normaliser == Normaliser.of(CURVES)
     assert made.step == 0
     assert_same_bits(made.net.flat, fd.MLP(9, T=100, seed=7).flat)
     assert_same_bits(made.denoiser().flat, made.net.flat)
-    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == default_schedule(30) == fd.Schedule.cosine(30)
+    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.schedule(30) == fd.Schedule.cosine(30)
 
 
 def test_later_fits_keep_the_normaliser(backend):
@@ -253,20 +254,22 @@ def test_validation_is_every_hundred_steps_and_once_at_each(backend):
     assert whole.history == made.history
 
 
-@pytest.mark.parametrize("kind", NETS)
-def test_validation_is_the_loss_of_the_average_on_fixed_noise(backend, kind):
+@pytest.mark.parametrize(("kind", "prediction"), [("default", "noise"), ("tutorial", "v"), ("unet", "x0")])
+def test_validation_is_the_loss_of_the_average_on_fixed_noise(backend, kind, prediction):
     rows = fd.data.harmonic_curves(7, points=9, seed=8)
-    made = fit(model(backend, kind, prediction="x0"), 0, validation=rows, **PLAN)
+    made = fit(model(backend, kind, prediction=prediction), 0, validation=rows, **PLAN)
     x0 = ((rows.astype(np.float64) - made.normaliser.mean) / made.normaliser.std).astype(np.float32)
     t = np.arange(7) * T // 7
-    x, _ = fd.forward_noise(x0, t, made.schedule, seed=4, backend=backend)
+    x, eps = fd.forward_noise(x0, t, made.schedule, seed=4, backend=backend)
+    v = made.schedule.signal[t, None] * eps - made.schedule.noise[t, None] * x0
+    target = {"noise": eps, "x0": x0, "v": v}[prediction]
     fit(made, 100, validation=rows, **PLAN)
     assert made.history["validation_step"] == [0, 100]
     for weights, got in zip(
         (model(backend, kind).net.flat, made.denoiser().flat), made.history["validation_loss"], strict=True
     ):
         out = made.net.predict(x, t, backend=backend, flat=weights)
-        assert got == pytest.approx(np.mean(np.square(out.astype(np.float64) - x0)), rel=1e-6)
+        assert got == pytest.approx(np.mean(np.square(out.astype(np.float64) - target)), rel=1e-6)
 
 
 def test_a_fraction_holds_out_the_same_rows_and_they_are_not_trained_on():

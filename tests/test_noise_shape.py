@@ -1,6 +1,7 @@
 """Noise with a covariance: its roots, the processes and the sampler with it, and models that learn under it."""
 
 import copy
+import gc
 import math
 import pickle
 import tracemalloc
@@ -18,11 +19,12 @@ from tolerances import assert_close, assert_estimate, assert_same_bits
 import fastdiff as fd
 from fastdiff import NoiseShape, noise_shape, process, samplers
 from fastdiff.backends import RowMap
+from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.cli import main
 from fastdiff.denoisers import Gaussian, exact_chain
 from fastdiff.errors import ArgumentError, CheckpointError
-from fastdiff.noise import Stream
+from fastdiff.noise import Draw, Stream
 from fastdiff.schedule import Schedule
 
 SCHEDULE = Schedule.cosine(12)
@@ -690,3 +692,15 @@ def test_bad_models_are_refused():
     model = fitted(shape)
     clipped = samplers.ddpm(model.schedule, clip=1.0)
     assert "clip None" in refused("sampler", model.sample, 2, sampler=clipped)
+
+
+def test_what_a_shape_keeps_for_a_backend_is_its_own():
+    """Two backends of one name may be two devices."""
+    shape, backends = make("fft", 7), [CpuBackend(threads=1) for _ in range(2)]
+    for be in backends:
+        shape.fill(be, np.empty((2, 7), np.float32), Draw(0, Stream.INIT))
+    first, second = (shape._root.kept[be][np.dtype(np.float32)] for be in backends)
+    assert not np.shares_memory(first, second)
+    del backends, be
+    gc.collect()
+    assert len(shape._root.kept) == 0

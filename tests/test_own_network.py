@@ -157,6 +157,8 @@ def test_samples_do_not_depend_on_the_batch(be):
     assert whole.shape == (5, *SHAPE)
     if be.name != "numpy":  # where BLAS decides how it adds
         assert_same_bits(be.to_numpy(trained.sample(5, labels=labels, batch=2)), whole)
+        trained.net.chunk = 2
+        assert_same_bits(be.to_numpy(trained.sample(5, labels=labels)), whole)
     path = trained.sample(5, labels=labels, trajectory=True)[0]
     assert_same_bits(be.to_numpy(path), whole)
     other = be.to_numpy(trained.sample(5, labels=(labels + 1) % CLASSES))

@@ -302,7 +302,7 @@ class Backend(Protocol):
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        """Change `x` (n, D) by all rows of a table, the network being the denoiser; a row's step is its t."""
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t."""
 
     def similarity(self, v: Array, out: Array) -> None:
         """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""

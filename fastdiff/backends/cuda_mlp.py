@@ -235,11 +235,10 @@ class MLPOperations:
             return y
         with self._lock:
             net = self._network(plan)
-            table = self._time_table(net, params)
             if net.tile is not None:
-                self._tiles(net, net.tile, params, table, x, y, t)
+                self._tiles(net, params, x, (y, t))
             else:
-                self._forward(net, params, table, x, t, y)
+                self._forward(net, params, self._time_table(net, params), x, t, y)
         return y
 
     def mlp_chain(
@@ -257,8 +256,7 @@ class MLPOperations:
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
-                table = self._time_table(net, params)
-                self._tiles(net, net.tile, params, table, x, None, None, rows, clip, draw)
+                self._tiles(net, params, x, (None, None), rows, clip, draw)
                 return
         previous = self.runtime.zeros(x.shape) if memory else None
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
@@ -331,21 +329,19 @@ class MLPOperations:
     def _tiles(
         self,
         net: _Network,
-        tile: Tile,
         params: Array,
-        table: Array | None,
         x: Array,
-        y: Array | None,
-        t: Array | None,
+        forward: tuple[Array | None, Array | None],
         rows: tuple[Row, ...] = (),
         clip: tuple[float, float] | None = None,
         draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
-        """One launch of `mlp_chain`: the forward pass where there are no rows, else all of them."""
-        plan, n, memory = net.plan, len(x), any(row.c != 0 for row in rows)
+        """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
+        plan, n, memory, table = net.plan, len(x), any(row.c != 0 for row in rows), self._time_table(net, params)
+        assert net.tile is not None
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
-        sizes = [size for size in TILES if size <= tile.rows and -(-n // size) >= self.runtime.multiprocessors]
-        tile = tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
+        sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
+        tile = net.tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
         table_rows = steps = None
         if rows:
             bounds = clip or (-np.inf, np.inf)
@@ -356,8 +352,9 @@ class MLPOperations:
         grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
         self.runtime.launch(
             "mlp", "mlp_chain", grid, THREADS,
-            (x, y, t, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed, net.packed.size,
-             table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged, draw.first_row,
+            (x, *forward, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed,
+             net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged,
+             draw.first_row,
              round_keys(draw.seed)),
             shared_bytes(plan, tile, memory=memory),
         )  # fmt: skip
