@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,8 @@ CONSTANT = 1e-6  # a deviation below this share of the greatest |x| is rounding
 BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
 
 
-class Normaliser(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Normaliser:
     """Maps data to the network's range, (x - mean) / std, and back.
 
     Attributes
@@ -46,6 +48,12 @@ class Normaliser(NamedTuple):
     data_range: tuple[float, float] | None = None
     whole: bool = False
     centre: npt.NDArray[np.float64] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Normaliser):
+            return NotImplemented
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(a is b or np.array_equal(a, b) for a, b in pairs)
 
     @property
     def scale(self) -> str:
@@ -119,7 +127,7 @@ class Normaliser(NamedTuple):
 
     def centred(self, X: npt.NDArray[Any]) -> Normaliser:
         """Return this one with the centre of a data set."""
-        return self._replace(centre=np.mean(self.apply(X, np.float64), axis=0))
+        return replace(self, centre=np.mean(self.apply(X, np.float64), axis=0))
 
     def restore(self, x: Any, be: Backend) -> Any:
         """Return samples as the data were: `invert`, and bytes where those were bytes."""
@@ -188,6 +196,8 @@ class Normaliser(NamedTuple):
         ArgumentError
             A value that no normaliser has.
         """
+        if not isinstance(config, Mapping):
+            raise ArgumentError("normaliser", type(config).__name__, "names and values")
         data_range = config.get("data_range")  # neither in files of format 1
         if (data_range is not None) != (len(shape) == 3):
             raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")

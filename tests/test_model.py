@@ -29,7 +29,8 @@ NETS = {
 
 
 def model(backend="numpy", kind="default", **options):
-    return fd.Diffusion(NETS[kind](), fd.Schedule.cosine(T), backend=backend, **{"seed": 4, **options})
+    options = {"seed": 4, "prediction": "noise", **options}
+    return fd.Diffusion(NETS[kind](), fd.Schedule.cosine(T), backend=backend, **options)
 
 
 def fit(made, steps, X=CURVES, **options):
@@ -274,7 +275,7 @@ def test_validation_is_the_loss_of_the_average_on_fixed_noise(backend, kind, pre
 
 def test_a_fraction_holds_out_the_same_rows_and_they_are_not_trained_on():
     made = model()
-    rows, labels, (held, of_held) = made._split(CURVES, None, 0.3, None)
+    rows, labels, (held, of_held), _ = made._split(CURVES, None, 0.3, None)
     assert labels is None
     assert of_held is None
     assert (len(rows), len(held)) == (28, 12)
@@ -291,7 +292,7 @@ def test_a_fraction_holds_out_the_same_rows_and_they_are_not_trained_on():
 @pytest.mark.parametrize(
     ("validation", "message"),
     [
-        (0, "validation: got 0"), (1.0, "validation: got 1.0"), (0.001, "holds out 1 to 39 of the 40 rows"),
+        (-0.1, "validation: got -0.1"), (1.0, "validation: got 1.0"), (0.001, "holds out 1 to 39 of the 40 rows"),
         (np.zeros((0, 9)), "validation: got no curves"), (np.zeros((2, 8)), r"validation: got shape \(2, 8\)"),
         ("all", "validation: got 'all'"),
     ],
@@ -430,7 +431,7 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
         (CURVES, {"lr": 0}, "lr: got 0"),
         (CURVES, {"ema": 1}, "ema: got 1"),
         (CURVES, {"warmup": 5, "decay_steps": 5}, "decay_steps: got 5"),
-        (CURVES, {"y": np.zeros(40, int)}, "y: got ndarray, wants None: this network has no classes"),
+        (CURVES, {"y": np.zeros(40, int)}, "y: got labels, wants None: this network has no classes; use fd.UNet"),
         (CURVES, {"flip": True}, "flip: got True"),
         (CURVES, {"accumulate": 2}, "accumulate: got 2"),
         (CURVES, {"data_range": (0, 1)}, "data_range: got"),
