@@ -1055,6 +1055,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     evaluate.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")
+    _add_table_options(evaluate)
     evaluate.add_argument("-o", "--output", metavar="FILE", help="draw a page of comparisons into this .png file")
     evaluate.add_argument("-n", type=int, metavar="N", help="how many samples (default 1000; pictures: 64)")
     evaluate.add_argument("--training", metavar="DATA", help="what the model has learned from, where DATA is other")
