@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastdiff.schedule import Schedule
 
 BACKENDS = ("auto", "numpy", "cpu", "cuda")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLERS = ("auto", "ddpm", "ddim", "dpmpp_2m")
 # Constructor: T, beta_start, beta_end. The first is the tutorial's, the others the values of the papers.
 SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "sigmoid": (100, 1e-5, 0.1),
@@ -534,11 +534,8 @@ def _class_names(model: Diffusion, labels: npt.NDArray[np.int64] | None) -> list
 
 def _how(model: Diffusion, sampler: str, steps: int | None) -> str:
     """What draws, for the legend of a figure."""
-    from fastdiff import samplers
-
-    assert model.schedule is not None
     with warnings.catch_warnings(action="ignore", category=ScheduleWarning):  # drawing itself warns
-        return samplers.named(sampler, model.schedule, steps).label
+        return model.named_sampler(sampler, steps).label
 
 
 def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
@@ -595,7 +592,7 @@ def _measures(report: Any) -> dict[str, Any]:
         f"{which} rows": report.rows,
         "energy distance": f"{report.energy_distance:.4f} +- {report.stderr:.4f}",
         "of a fitted Gaussian": f"{report.gaussian:.4f}",
-        "of training rows": "not known" if report.real != report.real else f"{report.real:.4f}",
+        "of two real sets": "not known" if report.real != report.real else f"{report.real:.4f}",
         "less the Gaussian's": f"{report.excess:.4f} +- {report.excess_stderr:.4f}",
         "deviation, over the data's": f"{report.deviation:.3f}",
         "smallest, largest value": f"{report.low:.4g}, {report.high:.4g}",
@@ -1025,7 +1022,10 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--labels", metavar="L,L,...", help="classes, by number or name, taken in turn (default: all)")
     sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
     sample.add_argument(
-        "--sampler", choices=SAMPLERS, default="ddpm", help="default ddpm; ddim and dpmpp_2m need fewer steps"
+        "--sampler",
+        choices=SAMPLERS,
+        default="auto",
+        help="default auto: dpmpp_2m for a model with a Gaussian base, else ddpm; ddim and dpmpp_2m need fewer steps",
     )
     sample.add_argument(
         "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 50, 20)"

@@ -7,13 +7,14 @@ count alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.covariance import ledoit_wolf
-from fastdiff.metrics import BLOCK_ROWS, nearest_distances
+from fastdiff.metrics import BLOCK_ROWS, energy_distance, nearest_distances
 from fastdiff.noise import Draw, Stream, fill_normal
 from fastdiff.normaliser import Normaliser
 
@@ -21,6 +22,9 @@ SAMPLES = 256  # that a judgement draws
 PICTURES, PICTURE_STEPS = 64, 20  # of ddim: each costs a pass of a U-Net
 MOST_ROWS = 1024  # of training rows that are looked at: distances take the square of their number
 MOST_WORK = 1e12  # operations of a network, beyond which curves are drawn as pictures are
+LOOKS, LOOK_EVERY = 20, 100  # at samples while a model trains by the rule; steps
+SLACK = 0.25  # standard errors by which an earlier look may be worse than the best: with 1, most sets stopped too early
+NEAREST = 0.95  # of the training rows' distances from each other
 FEWEST_ROWS = 8  # that can be told from a Gaussian, or from copies, at all
 
 Rows = npt.NDArray[Any]
@@ -41,9 +45,12 @@ class Report(NamedTuple):
         How many were compared.
     held_out : bool
         Whether the rows are unseen ones; else they are the training rows themselves.
-    energy_distance, gaussian, real : float
-        Estimated energy distance to the law of these rows: of the samples, of as many draws of a Gaussian fitted to the
-        training rows with Ledoit-Wolf shrinkage, and of the training rows; the last is NaN where the rows are those.
+    energy_distance, gaussian : float
+        Estimated energy distance to the law of these rows, of the samples and of as many draws of a Gaussian fitted to
+        the training rows with Ledoit-Wolf shrinkage. What the training rows' own distance has in common with it, which
+        is the noise of few held-out rows, is taken off.
+    real : float
+        Energy distance of two halves of the training rows: how far two sets of one law lie apart.
     stderr : float
         Of the `energy_distance`: a few held-out rows say little.
     excess, excess_stderr : float
@@ -87,9 +94,7 @@ class Report(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was found, in one sentence."""
-        beside = f"a fitted Gaussian {self.gaussian:.3f}"
-        if math.isfinite(self.real):
-            beside += f", training rows {self.real:.3f}"
+        beside = f"a fitted Gaussian {self.gaussian:.3f}, two real sets {self.real:.3f}"
         rows = f"{self.rows} {'held-out' if self.held_out else 'training'} rows"
         return (
             f"{self.samples} samples: energy distance {self.energy_distance:.3f} +- {self.stderr:.3f} to {rows} "
@@ -171,12 +176,14 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     if not np.isfinite(x).all():
         nan = math.nan
         return Report(len(x), len(y), unseen is not None, *(nan,) * 7, low, high, *(nan,) * 3)
-    unit = float(np.sqrt(np.mean(y.var(axis=0)))) or 1.0
-    among = float(_means(learned, learned).mean())  # of the data; the few unseen rows would say it badly
-    of_samples = _Cross.of(x, y)
-    of_gaussian = _Cross.of(_gaussian(learned, len(x), seed), y)
+    unit = float(np.sqrt(np.mean(learned.var(axis=0)))) or 1.0
+    of_samples, of_gaussian = _Cross.of(x, y), _Cross.of(_gaussian(learned, len(x), seed), y)
     excess, error = of_samples.less(of_gaussian)
-    spread = float(np.sqrt(np.mean(learned.var(axis=0)))) or 1.0
+    if unseen is None:
+        own = float(_means(learned, learned).mean())
+        distance, stderr = of_samples.mean - own, math.sqrt(of_samples.variance)
+    else:
+        distance, stderr = of_samples.less(_Cross.of(learned, y))
     least, most = learned.min(axis=0), learned.max(axis=0)
     room = (most - least) / 2 + 1e-3  # rounding, of a constant column
     to_learned = nearest_distances(x, learned)
@@ -185,13 +192,13 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
         samples=len(x),
         rows=len(y),
         held_out=unseen is not None,
-        energy_distance=(of_samples.mean - among) / unit,
-        gaussian=(of_gaussian.mean - among) / unit,
-        real=math.nan if unseen is None else (_Cross.of(learned, y).mean - among) / unit,
-        stderr=math.sqrt(of_samples.variance) / unit,
+        energy_distance=distance / unit,
+        gaussian=(distance - excess) / unit,
+        real=energy_distance(learned[::2], learned[1::2], unbiased=True) / unit if len(learned) > 3 else math.nan,
+        stderr=stderr / unit,
         excess=excess / unit,
         excess_stderr=error / unit,
-        deviation=float(np.sqrt(np.mean(x.var(axis=0)))) / spread,
+        deviation=float(np.sqrt(np.mean(x.var(axis=0)))) / unit,
         low=low,
         high=high,
         outside=float(np.mean((x < least - room) | (x > most + room))),
@@ -200,26 +207,56 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     )
 
 
-class Copying:
-    """Tells, while a model trains, when its samples come nearer to the training rows than these are to each other.
+class Watch:
+    """Looks at samples while a model trains on few rows, and says which weights to keep.
+
+    Those whose samples are no nearer to the training rows than these are to each other, and among these the first whose
+    energy distance to the training rows is as small as the smallest, up to a quarter of its standard error. So a network
+    that has nothing to add to its Gaussian base adds nothing, and one that begins to learn rows by heart is stopped.
 
     Parameters
     ----------
     rows : (N, d) array
-        The training rows, in any units.
+        The training rows, in the network's range.
+    draw : callable
+        Takes weights and returns samples (n, d), in the network's range.
+    first, last : int
+        Steps between which the training goes.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = np.asarray(rows, np.float64)
+    def __init__(self, rows: Rows, draw: Callable[[Rows], Rows], first: int, last: int) -> None:
+        self.rows, self.draw = np.asarray(rows, np.float64), draw
+        self.every, self.last = max(1, round((last - first) / LOOKS / LOOK_EVERY)) * LOOK_EVERY, last
         picked = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
         to_all = _distances_to(self.rows[picked], self.rows)
         to_all[np.arange(len(picked)), picked] = np.inf
         self.usual = float(np.median(to_all.min(axis=1)))
+        self.looks: list[tuple[int, Rows, _Cross]] = []
+        self.reason = ""
 
-    def ratio(self, drawn: Rows) -> float:
-        """Median distance of samples (n, d) to the nearest training row, over that of a training row to the others."""
-        nearest = float(np.median(_distances_to(np.asarray(drawn, np.float64), self.rows).min(axis=1)))
-        return nearest / self.usual if self.usual > 0 else math.inf
+    def look(self, step: int, weights: Rows) -> bool:
+        """Draw with the weights of a step; true where samples have become copies."""
+        if step % self.every and step != self.last:
+            return False
+        drawn = np.asarray(self.draw(weights), np.float64)
+        nearest = float(np.median(_distances_to(drawn, self.rows).min(axis=1)))
+        if self.looks and nearest < NEAREST * self.usual:
+            self.reason = "after more, samples are nearer to training rows than these are to each other"
+            return True
+        if np.isfinite(drawn).all():
+            self.looks.append((step, weights.copy(), _Cross.of(drawn, self.rows)))
+        return False
+
+    def best(self) -> tuple[int, Rows]:
+        """Return the step and the weights to keep."""
+        smallest = min(self.looks, key=lambda look: look[2].mean)
+        for step, weights, cross in self.looks:
+            excess, error = cross.less(smallest[2])
+            if excess <= SLACK * error:
+                if step < self.looks[-1][0]:
+                    self.reason = "samples of later ones are no nearer to the data's law"
+                return step, weights
+        raise AssertionError("the smallest is as small as itself")
 
 
 def _distances_to(x: Rows, y: Rows) -> Rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 import zlib
@@ -40,7 +39,7 @@ from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.progress import say
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
-from fastdiff.training import LOOK_EVERY, Trainer
+from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
 
@@ -96,32 +95,6 @@ class NetworkDenoiser:
         return self._runners[be]
 
 
-class _Watch:
-    """Draws samples now and then while a model trains, and keeps the last weights whose samples are no copies."""
-
-    def __init__(
-        self, net: Network, schedule: Schedule, prediction: str, be: Backend, rows: Any, steps: int, seed: int
-    ) -> None:
-        self.net, self.be, self.rows, self.seed = net, be, rows, seed
-        self.every = max(1, round(steps / defaults.LOOKS / LOOK_EVERY)) * LOOK_EVERY
-        self.sampler = samplers.ddpm(schedule, prediction=prediction)
-        self.copying = judgement.Copying(rows)
-        self.kept: Any = None
-        self.kept_at = 0
-        self.stopped = False
-
-    def sees_copies(self, step: int, average: Any) -> bool:
-        """Whether to stop: samples of these weights come nearer to training rows than these are to each other."""
-        if step % self.every:
-            return False
-        denoiser = NetworkDenoiser(self.net, average, self.sampler.prediction, self.be)
-        drawn = process.sample(denoiser, self.sampler, n=judgement.SAMPLES, seed=self.seed, backend=self.be)
-        self.stopped = self.kept is not None and self.copying.ratio(self.be.to_numpy(drawn)) < defaults.NEAREST
-        if not self.stopped:
-            self.kept, self.kept_at = self.be.to_numpy(average).copy(), step
-        return self.stopped
-
-
 class _Optimizer(NamedTuple):
     """The moving parts of training, besides the weights; all in the layout of the flat buffer."""
 
@@ -143,8 +116,8 @@ class Diffusion:
         The network; by default one that fits the data, made at the first `fit`: an `MLP` for curves, a `UNet` for
         pictures (`fastdiff.defaults` has the rules).
     schedule : Schedule, optional
-        The noise levels; by default ``Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)`` for curves and
-        ``Schedule.cosine(200)`` for pictures, or what fits net.T.
+        The noise levels; by default ``Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)`` for curves (100 without a
+        base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
     prediction : {"v", "noise", "x0"}, optional
         What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), or what a
         network that was read from a file predicts. An error of the noise counts 1 / signal times in the sample, 14
@@ -387,30 +360,32 @@ class Diffusion:
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
         watch = None
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
-            watch = _Watch(net, self.schedule, self.prediction, be, be.to_numpy(data), steps, self.seed)
+            watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.step + steps)
 
         def look(average: Any) -> bool:
             if validate is not None:
                 validate(average)
-            return watch is not None and watch.sees_copies(self.step, average)
+            return watch is not None and watch.look(self.step, be.to_numpy(average))
 
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
         looking = look if validate is not None or watch is not None else None
         trainer.run(self, steps, optimizer.plan.options, look=looking, progress=progress, callback=callback)
-        if watch is not None and watch.stopped:
-            self._average[...] = watch.kept
+        if watch is not None:
             self.end_step = self.step
-            log.info(
-                "stopped after step %d of %d: samples came nearer to training rows than these are to each other; "
-                "the averaged weights are those of step %d",
-                self.step,
-                first + steps,
-                watch.kept_at,
-            )
+            step, self._average[...] = watch.best()
+            if step < self.step:
+                log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
         if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self
+
+    def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Samples of some weights of the network, in its own range."""
+        net, _, _ = self._fitted()
+        denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), self.prediction, be)
+        drawn = process.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
+        return be.to_numpy(drawn)
 
     def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
         """How many steps suit the data; the rate falls over them, from where it is."""
@@ -489,9 +464,8 @@ class Diffusion:
         self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, samples: int, seed: int | None
     ) -> judgement.Evaluation:
         assert self.net is not None and self.normaliser is not None  # noqa: PT018
-        n, sampler, steps = samples, "ddpm", None
-        cost = 2 * samples * self.net.T * self.net.layout.count * math.prod(self.net.image[:2])
-        if cost > judgement.MOST_WORK or len(self.net.shape) == 3:
+        n, sampler, steps = samples, "auto", None
+        if self.net.operations * self.net.T * n > judgement.MOST_WORK or len(self.net.shape) == 3:
             n, sampler, steps = judgement.PICTURES, "ddim", min(judgement.PICTURE_STEPS, self.net.T)
         asked = None if labels is None else labels[np.arange(n) * len(labels) // n]
         drawn = self.sample(n, labels=asked, sampler=sampler, steps=steps, seed=seed)
@@ -625,13 +599,15 @@ class Diffusion:
             return
         schedule, net = self.schedule, self.net
         if schedule is None:
-            schedule = defaults.schedule() if X.ndim == 2 else defaults.schedule(defaults.PICTURE_T)
+            pictures = X.ndim > 2
+            base = self.base is not None
+            schedule = defaults.schedule(defaults.PICTURE_T) if pictures else defaults.curve_schedule(base=base)
             if X.ndim > 2:
                 log.info("chosen for the pictures: %r", schedule)
         if net is None:
             at: dict[str, Any] = {"T": schedule.T, "seed": self.seed}
             if X.ndim == 2:
-                net = defaults.curve_net(X.shape[1], **at)
+                net = defaults.curve_net(*X.shape, base=self.base is not None, **at)
             else:
                 net = defaults.picture_net(X.shape[1:], classes=classes, **at)
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
@@ -703,12 +679,21 @@ class Diffusion:
             self._frozen = now, self.denoiser()
         return self._frozen[1]
 
+    def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
+        """Return the table that `sample` runs for the name of a sampler: see there."""
+        _, schedule, normaliser = self._fitted()
+        if name == "auto":
+            name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
+            steps = usual if steps is None else steps
+        clip = None if normaliser.data_range is None else 1.0
+        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
+
     def sample(
         self,
         n: int = 16,
         *,
         labels: Any = None,
-        sampler: str | Sampler = "ddpm",
+        sampler: str | Sampler = "auto",
         steps: int | None = None,
         seed: int | None = None,
         first_sample: int = 0,
@@ -726,10 +711,11 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        sampler : {"ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction. A
-            named one clips the x0 of pictures to their range; a table does what it says, and must not clip where the
-            model has a noise shape.
+        sampler : {"auto", "ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
+            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+            "auto" is "dpmpp_2m" in 50 steps where the model has a Gaussian base, which that samples best, and "ddpm"
+            elsewhere. A named one clips the x0 of pictures to their range; a table does what it says, and
+            must not clip where the model has a noise shape.
         steps : int, optional
             Number of steps of a named sampler.
         seed : int, optional
@@ -763,8 +749,7 @@ class Diffusion:
         """
         _, schedule, normaliser = self._fitted()
         if not isinstance(sampler, Sampler):
-            clip = None if normaliser.data_range is None else 1.0
-            sampler = samplers.named(sampler, schedule, steps, prediction=self.prediction, clip=clip)
+            sampler = self.named_sampler(sampler, steps)
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.schedule != schedule:

@@ -14,10 +14,10 @@ import numpy as np
 
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.errors import TrainingError
+from fastdiff.judgement import LOOK_EVERY
 from fastdiff.nn import Network
 from fastdiff.progress import bar as progress_bar
 
-LOOK_EVERY = 100  # steps, counted from 0
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 
 

@@ -213,6 +213,10 @@ class MLP(Network):
         self.plan = replace(self.plan, linear=part)
 
     @property
+    def operations(self) -> int:
+        return 2 * self.layout.count
+
+    @property
     def narrow(self) -> bool:
         return min(self.hidden, default=self.points) < self.points
 

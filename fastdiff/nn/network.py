@@ -119,6 +119,11 @@ class Network(ABC):
         """Return the network on a backend, with its own weights or with others (layout.size,)."""
 
     @property
+    def operations(self) -> int:
+        """About how many a forward pass of a sample takes at most."""
+        return 2 * self.layout.count * math.prod(self.image[:2])
+
+    @property
     def narrow(self) -> bool:
         """Whether a layer is too narrow to carry all noise of a sample from the input to the output."""
         return False
