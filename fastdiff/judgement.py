@@ -235,8 +235,8 @@ class Watch:
         self.reason = ""
 
     def look(self, step: int, weights: Rows) -> bool:
-        """Draw with the weights of a step; true where samples have become copies."""
-        if step % self.every and step != self.last:
+        """Draw with the weights of a step, if it is one to look at; true where samples have become copies."""
+        if self.looks and (step == self.looks[-1][0] or (step % self.every and step != self.last)):
             return False
         drawn = np.asarray(self.draw(weights), np.float64)
         nearest = float(np.median(_distances_to(drawn, self.rows).min(axis=1)))
