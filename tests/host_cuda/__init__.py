@@ -154,6 +154,8 @@ class HostRuntime:
         """(source, entry) of every launch so far."""
         self.graphs: list[int] = []
         """How many launches each graph has that was captured so far."""
+        self.static_shared: dict[tuple[str, str], int] = {}
+        """Bytes of shared memory that each entry had besides the dynamic."""
         self._captured = None
 
     @cached_property
@@ -237,7 +239,7 @@ class HostRuntime:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
         cast = runtime.cast_arguments(source, entry, args)
         pointers = (ctypes.c_void_p * max(1, len(cast)))()
-        kept, used = [], []
+        kept, used, limit = [], [], self.shared_limit
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
                 memory = None if value is None else self._argument(entry, parameter, value)
@@ -246,7 +248,8 @@ class HostRuntime:
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
-        function = _library(host_text(source), self.sanitize)[f"launch_{entry}"]
+        library = _library(host_text(source), self.sanitize)
+        function = library[f"launch_{entry}"]
         function.restype = ctypes.c_char_p
         function.argtypes = [
             ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
@@ -258,9 +261,13 @@ class HostRuntime:
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
                 error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
+                static = library.fd_static_shared()
             self.launches.append((source, entry))
+            self.static_shared[source, entry] = max(static, self.static_shared.get((source, entry), 0))
             if error:
                 raise HostError(f"{source}.cu, {entry}: {error.decode()}")
+            if static + shared_bytes > limit:
+                raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory, besides {static} of its own")
 
         if self.capturing:
             self._captured.append(run)

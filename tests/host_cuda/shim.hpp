@@ -151,6 +151,7 @@ static std::vector<Fiber> fibers(max_threads);
 static std::vector<char *> free_stacks;
 static std::vector<Shared> shared;
 static unsigned char *dynamic_memory;
+static size_t static_size;  // of the last launch's shared arrays
 static Slot slots[2][max_threads];
 static std::vector<std::vector<Copy>> copies(max_threads);  // that have not arrived, thread by thread
 static unsigned current;  // thread that runs
@@ -473,10 +474,16 @@ static const char *launch(void (*kernel)(void **), void **args, unsigned grid, u
     }
     for (Fiber &fiber : fibers)  // abandoned by an error
         if (fiber.stack) free_stacks.push_back(fiber.stack), fiber.stack = nullptr;
-    for (const Shared &array : shared) free(array.memory);
+    static_size = 0;
+    for (const Shared &array : shared) {
+        static_size += (array.size + 15) / 16 * 16;
+        free(array.memory);
+    }
     shared.clear();
     free(dynamic_memory);
     return good ? nullptr : error;
 }
 
 }  // namespace fd_host
+
+extern "C" __attribute__((used)) size_t fd_static_shared() { return fd_host::static_size; }
