@@ -18,6 +18,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import cuda_gate
 import cuda_parity
 import cuda_parity_conv  # noqa: F401 - registers its checks
 import cuda_parity_conv_mma  # noqa: F401 - registers its checks
@@ -50,10 +51,16 @@ if not host_cuda.has_compiler():
 @pytest.mark.parametrize("order", host_cuda.ORDERS)
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels_agree(name, order):
-    """In three orders of threads and blocks; and each check launches what it claims to cover."""
+    """In three orders of threads and blocks; and each check launches what it claims to cover.
+
+    The shared memory of the host run is what the compiler of a GPU gives an entry.
+    """
     here = HostRuntime(order)
     CHECKS[name].run(CudaBackend(here), "small")
     assert set(here.launches) >= CHECKS[name].covers
+    rows = (line.split() for line in cuda_gate.KEPT.read_text().splitlines()[2:])
+    static = {entry: -(-int(shared) // 16) * 16 for entry, arch, _, shared, *_ in rows if arch == "sm_90"}
+    assert here.static_shared == {key: static[key[1]] for key in here.static_shared}
 
 
 @pytest.mark.parametrize("block", [1, 32, 256, 1024])

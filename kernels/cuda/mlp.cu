@@ -235,6 +235,7 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
                 mlp_fma4(acc[r], x.w, w3);
             }
         }
+        FD_ROLL
         for (; k < inputs; k++, w += pitch) {
             const float4 w0 = fd_load4(w);
             FD_UNROLL

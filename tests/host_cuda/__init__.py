@@ -239,7 +239,7 @@ class HostRuntime:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
         cast = runtime.cast_arguments(source, entry, args)
         pointers = (ctypes.c_void_p * max(1, len(cast)))()
-        kept, used, limit = [], [], self.shared_limit
+        kept, used, limit = [], [], HostRuntime.shared_limit  # that of the device, whatever is allowed here
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
                 memory = None if value is None else self._argument(entry, parameter, value)
