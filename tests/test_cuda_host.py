@@ -651,7 +651,8 @@ def test_graphs_through_cupy(stand_in):
 def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
     """Whatever CUDA says to a graph, the work is done without one."""
     cupy, want = stand_in(), of_pictures(CudaBackend(HostRuntime(), graphs=False))
-    be, wrong = CudaBackend(), RuntimeError("cudaErrorStreamCaptureInvalidated")
+    be = CudaBackend()
+    wrong = CUDADriverError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED") if where == "launch" else CUDARuntimeError(901)
 
     def fail(*args):
         if cupy.host.capturing and where == "end_capture":
@@ -670,12 +671,14 @@ def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
         for got, wanted in zip(of_pictures(be), want, strict=True):
             assert_same_bits(got, wanted)
     (record,) = caplog.records
-    said = "memory was asked for" if where == "empty" else "RuntimeError: cudaErrorStreamCaptureInvalidated"
+    said = "memory was asked for" if where == "empty" else f"{type(wrong).__name__}: {wrong}"
     assert said in record.getMessage()
     assert not be.graphs
 
 
-def test_an_interrupt_ends_a_capture(stand_in):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, AssertionError])
+def test_errors_of_the_work_end_a_capture(stand_in, error):
+    """They are raised: only what CUDA says to a graph makes the work go on without one."""
     cupy, be, interrupted = stand_in(), CudaBackend(), []
 
     def work():
@@ -684,8 +687,8 @@ def test_an_interrupt_ends_a_capture(stand_in):
 
     recording = be.record(work)
     recording.run()
-    interrupted.append(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    interrupted.append(error)
+    with pytest.raises(error):
         recording.run()
     assert not cupy.host.capturing
     assert not be.runtime.capturing

@@ -574,9 +574,9 @@ class CupyRuntime:
     def capture(self, issue: Callable[[], None]) -> Callable[[], None]:
         # On a stream of its own, because the legacy default stream cannot be captured, and one that does not wait for
         # that stream nor it for this one. Nothing runs on it: the memory stays that of the caller's queue.
-        queue = self.queue()
+        queue, cuda = self.queue(), self._cupy.cuda
         try:
-            with self._cupy.cuda.Stream(non_blocking=True) as stream:
+            with cuda.Stream(non_blocking=True) as stream:
                 stream.begin_capture()
                 self._captured.queue = queue
                 try:
@@ -588,9 +588,8 @@ class CupyRuntime:
                 finally:
                     self._captured.queue = None
                 graph = stream.end_capture()
-        except CaptureError:
-            raise
-        except Exception as error:  # of CuPy, the driver, or a launch: the caller issues it again, and will see
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            # The caller issues it again, and will see. An error of its own is its own.
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         launch: Callable[[], None] = graph.launch
         return launch
