@@ -44,6 +44,8 @@
 #define fd_shuffle_down(value, delta) \
     fd_host::exchange(value, fd_host::down(fd_host::lane(), delta), __FILE__, __LINE__)
 #define fd_shuffle_xor(value, mask) fd_host::exchange(value, fd_host::lane() ^ (mask), __FILE__, __LINE__)
+#define fd_ballot(condition) fd_host::ballot(condition, __FILE__, __LINE__)
+#define fd_count_bits(bits) __builtin_popcount(bits)
 #define fd_cp_async16(to, from, bytes) fd_host::begin_copy(to, from, bytes)
 #define fd_cp_async_commit() fd_host::commit_copies()
 #define fd_cp_async_wait(n) fd_host::wait_for_copies(n)
@@ -288,6 +290,13 @@ static inline T exchange(T value, unsigned from, const char *file, int line) {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
     memcpy(&value, &show(value, file, line)[from % warp_size], sizeof(T));
     return value;
+}
+
+static inline unsigned ballot(bool condition, const char *file, int line) {
+    const Slot *const lanes = show(condition, file, line);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < warp_size; i++) bits |= unsigned(lanes[i].bytes[0]) << i;
+    return bits;
 }
 
 // A copy arrives as late as it may, when its thread waits for it; before that there is garbage. Through float4, so that
