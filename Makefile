@@ -54,9 +54,11 @@ gate: $(VENV)/.installed-test $(VENV)/.installed-cuda-check
 	$(BIN)/python tests/cuda_gate.py $(if $(RENEW),--renew)
 
 # On a machine with a GPU, with a Python that has CuPy; installs nothing. MINUTES=9: what matters most, in that time;
-# CONTINUE=1: what an earlier run did not get to.
+# OUTPUT=folder: where the results go; CONTINUE=1: what an earlier run did not get to, or CONTINUE=folder: one whose
+# results are there.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CONTINUE),--continue)
+	$(PYTHON) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUTPUT),--output $(OUTPUT)) \
+		$(if $(CONTINUE),--continue $(filter-out 1,$(CONTINUE)))
 
 # Where the time of a training step goes: of the perceptron kernel by kernel, of the U-Net layer by layer.
 profile: $(VENV)/.installed-plot
