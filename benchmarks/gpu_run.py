@@ -12,8 +12,9 @@ round of times. With ``--minutes`` all ends at that time, and the results name w
 are compiled beside the first stages, by processes of their own. ``--continue`` goes on with the results of an earlier
 run of the same card, source and versions; ``--continue FOLDER`` takes them from there.
 
-Nothing needs to be installed but Python, what fastdiff imports, CuPy and pytest. Where only one folder of the machine
-comes back, ``--output`` names it.
+Nothing needs to be installed but Python, what fastdiff imports, CuPy and pytest; what is missing, such as diffusers for
+PyTorch's networks, may be carried along as unpacked wheels on PYTHONPATH. Where only one folder of the machine comes
+back, ``--output`` names it.
 
 Exit code 1: something failed; 2: there is no usable GPU; 3: nothing failed, and time was up.
 """

@@ -176,3 +176,14 @@ def test_timesteps_are_sorted_in_linear_time():
         assert order.tolist() == np.argsort(t, kind="stable").tolist()
         touched.append(here.accesses["mlp", "mlp_order_times"])
     assert touched[1] <= 4 * touched[0]
+
+
+def test_a_timestep_is_read_once_to_be_added_up():
+    """Where it ends is found by halving: a thread reads timesteps to find its place, and no more of them than that."""
+    n, width = 3000, 4
+    here, t, order = HostRuntime(races=True), np.zeros(n, np.int64), np.arange(n, dtype=np.int32)
+    dtime, dtable = np.ones((n, width), np.float32), np.zeros((1, width), np.float32)
+    here.launch("mlp", "mlp_time_gradient", 3, 61, (dtime, t, order, dtable, n, width))
+    assert dtable.tolist() == [[n] * width]
+    to_find, to_add = 4 * n * width, 2 * n * width
+    assert here.accesses["mlp", "mlp_time_gradient"] <= to_find + to_add + 100 * width

@@ -113,6 +113,7 @@ FD_KERNEL mlp_time_table_backward(const real *features, const real *dtable, real
     }
 }
 
+enum { AT_ONCE = 8 };  // loads on their way
 enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS, ORDER_WARPS = DIGITS / FD_WARP };
 
 // The lanes of this warp whose digit is that of this lane, as bits; none where `is` does not hold.
@@ -189,8 +190,24 @@ FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order,
         const int64 j = walk.item;
         const int64 step = t[order[place]];
         if (place > 0 && t[order[place - 1]] == step) continue;
+        // Where the timestep ends: before that many loads can be on their way at once.
+        int64 end = place + 1;
+        for (int64 beyond = n; end < beyond;) {
+            const int64 middle = (end + beyond) / 2;
+            if (t[order[middle]] == step)
+                end = middle + 1;
+            else
+                beyond = middle;
+        }
         real sum = 0;
-        for (; place < n && t[order[place]] == step; place++) sum = sum + dtime[order[place] * width + j];
+        for (; place + AT_ONCE <= end; place += AT_ONCE) {
+            real values[AT_ONCE];
+            FD_UNROLL
+            for (int k = 0; k < AT_ONCE; k++) values[k] = dtime[order[place + k] * width + j];
+            FD_UNROLL
+            for (int k = 0; k < AT_ONCE; k++) sum = sum + values[k];
+        }
+        for (; place < end; place++) sum = sum + dtime[order[place] * width + j];
         dtable[step * width + j] = sum;
     }
 }
