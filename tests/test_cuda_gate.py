@@ -126,6 +126,23 @@ def test_parameters_of_another_size_fail(compiler):
     assert faults == ["source.cu: packed on sm_90 takes 28 bytes of parameters, declared are 24"]
 
 
+def test_the_table_is_renewed_on_request_only(monkeypatch, tmp_path, capsys):
+    kept, rows = tmp_path / "kept.txt", [cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8)]
+    monkeypatch.setattr(cuda_gate, "KEPT", kept)
+    monkeypatch.setattr(cuda_gate, "find_compiler", lambda wanted: ("NVRTC 13.0", None))
+    monkeypatch.setattr(cuda_gate, "examine", lambda *args: (rows, []))
+    assert cuda_gate.main([]) == 1
+    assert not kept.exists()
+    assert cuda_gate.main(["--renew"]) == 0
+    assert cuda_gate.main([]) == 0
+    capsys.readouterr()
+    rows[0] = rows[0]._replace(registers=71)
+    assert cuda_gate.main([]) == 1
+    assert "-first  sm_90" in (said := capsys.readouterr().err)
+    assert "--renew writes it" in said
+    assert cuda_gate.main(["--arch", "sm_90"]) == 0  # a part is not compared
+
+
 def test_a_change_of_the_kept_table_fails(monkeypatch, tmp_path, capsys):
     """In whatever direction; the table of another compiler is left alone."""
     kept = tmp_path / "kept.txt"

@@ -526,7 +526,10 @@ class StandInDriver:
     """What it knows of a kernel, whose `ptr` is the kernel itself."""
 
     CUDADriverError = CUDADriverError
-    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 8, 3
+
+    def funcGetAttribute(self, attribute, kernel):
+        return kernel.attributes.get(attribute, 0)
 
     def funcSetAttribute(self, kernel, attribute, value):
         kernel.attributes[attribute] = value
@@ -858,6 +861,8 @@ def test_large_shared_memory_is_announced_to_the_kernel(stand_in, monkeypatch):
     for size in (100_000, 90_000, 120_000):
         be.runtime.launch("large", "large", 1, 1, (x,), size)
         assert be.to_numpy(x) == 3
+    assert be.runtime.attribute("large", "large", "MAX_DYNAMIC_SHARED_SIZE_BYTES") == 120_000
+    assert be.runtime.attribute("large", "large", "LOCAL_SIZE_BYTES") == 0
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((1, 27, 27, 32), 4), ((1, 18, 18, 256), 8), ((1, 24, 24, 96), 32)])
