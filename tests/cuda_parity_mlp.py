@@ -29,9 +29,16 @@ BATCH = {"small": 37, "full": 8195}
 CHAIN_STEPS = {"small": 3, "full": 100}
 
 
+FORWARD = (
+    "mlp_pack", "mlp_chain", "mlp_chain_part", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part",
+)  # fmt: skip
+
+
 def terms(net):
     """How many products the longest way through the network adds up."""
-    return sum(layer.inputs for layer in net.plan.layers) + 32
+    linear = net.plan.linear
+    of_part = 0 if linear is None else sum(linear.basis.shape)
+    return sum(layer.inputs for layer in net.plan.layers) + 32 + of_part
 
 
 def both_paths(be):
@@ -58,7 +65,9 @@ def batch_of(net, n):
     return x, random.integers(0, net.T, n), target
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part")
+@covers(
+    "mlp", "mlp_pack", "mlp_chain", "mlp_chain_part", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part"
+)
 def networks_forward(be, size):
     n = BATCH[size]
     for net, wide in networks():
@@ -74,7 +83,9 @@ def networks_forward(be, size):
                     assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
 
 
-@covers("mlp", "mlp_pack", "mlp_chain", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part")
+@covers(
+    "mlp", "mlp_pack", "mlp_chain", "mlp_chain_part", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part"
+)
 def chains(be, size):
     n = BATCH[size] // 2
     for net, wide in networks():

@@ -107,30 +107,35 @@ class _Part:
 
     Attributes
     ----------
-    layers : (2, ...) int32 array or None
-        Its two products as layers of `mlp_chain`, where the network runs in one launch.
-    packed : array or None
-        Their parameters, `size` values, once they have been packed from `flat`.
+    flat : array
+        The basis, zeros for a bias, its transpose, and zeros again.
+    rows : list of tuple
+        Its two products as layers of `mlp_chain`.
+    values : array
+        What `mlp_chain` takes: room for their packed parameters, `size` values, then the gains, at `gains`, and the
+        rest, at `rest` or, where there is none, at 0.
     """
 
-    def __init__(self, part: LinearPart, runtime: Runtime, *, packed: bool) -> None:
+    def __init__(self, part: LinearPart, runtime: Runtime) -> None:
         d, rank = part.basis.shape
-        self.rank, self.packed = rank, None
         arrays = (part.basis, np.zeros(rank), part.basis.T, np.zeros(d))
-        self.flat = runtime.asarray(np.concatenate([array.ravel() for array in arrays]).astype(np.float32))
+        self.rank, self.flat = rank, runtime.asarray(_joined(*arrays))
         self.basis = self.flat[: d * rank].reshape(d, rank)
         self.transposed = self.flat[(d + 1) * rank : (2 * d + 1) * rank].reshape(rank, d)
-        self.gains = runtime.asarray(part.gains.astype(np.float32))
-        self.rest = None if part.rest is None else runtime.asarray(part.rest.astype(np.float32))
-        self.layers = None
-        if packed:
-            second, end = (d + 1) * _round4(rank), (d + 1) * rank
-            rows = [
-                (d, rank, 0, d * _round4(rank), 0, d * rank, 0, 0, 0),
-                (rank, d, second, second + rank * _round4(d), end, end + rank * d, 0, 0, 0),
-            ]
-            self.layers = runtime.asarray(np.array(rows, np.int32))
-            self.size = second + (rank + 1) * _round4(d)
+        second, end = (d + 1) * _round4(rank), (d + 1) * rank
+        self.rows = [
+            (d, rank, 0, d * _round4(rank), 0, d * rank, 0, 0, 0),
+            (rank, d, second, second + rank * _round4(d), end, end + rank * d, 0, 0, 0),
+        ]
+        self.size = self.gains = second + (rank + 1) * _round4(d)
+        self.rest = 0 if part.rest is None else self.gains + part.gains.size
+        rest = np.empty(0) if part.rest is None else part.rest
+        self.values = runtime.asarray(_joined(np.zeros(self.size), part.gains, rest))
+        self.packed = False
+
+
+def _joined(*arrays: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
 
 
 class _Network:
@@ -150,6 +155,8 @@ class _Network:
                  MODES[layer.time], layer.time_column)
             )  # fmt: skip
             at = bias + _round4(layer.outputs)
+        self.part = None if plan.linear is None else _Part(plan.linear, runtime)
+        rows += [] if self.part is None else self.part.rows
         # The kernel's offsets have 32 bits; a network that is too wide for shared memory does without the table.
         self.layers = runtime.asarray(np.array(rows, np.int32)) if self.tile else None
         self.features = self.table = self.dtable = None
@@ -157,8 +164,8 @@ class _Network:
             self.features = runtime.asarray(plan.features.astype(np.float32))
             self.table = runtime.empty((plan.T, plan.time_width))
             self.dtable = runtime.empty((plan.T, plan.time_width))
-        self.part = None if plan.linear is None else _Part(plan.linear, runtime, packed=self.tile is not None)
         self.loss = runtime.empty((1,), np.float64)
+        self.room: tuple[Array, Array] | None = None  # of the linear part's products in a gradient
         self.batch = 0
         self.buffers: dict[str, Array] = {}
         self.moves = 0  # how often draws or buffers that a recording may use have changed
@@ -190,6 +197,8 @@ class _Network:
             # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
             keep = layer.activation == "silu" or layer.time == "scale_shift"
             self.buffers[f"y{k}"] = empty((n, layer.outputs)) if keep else self.buffers[f"u{k}"]
+        if self.part is not None:
+            self.room = empty((n, self.part.rank)), empty((n, len(self.part.basis)))
         self.batch, self.moves = n, self.moves + 1
 
 
@@ -352,7 +361,7 @@ class MLPOperations:
             steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
         grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
         self.runtime.launch(
-            "mlp", "mlp_chain", grid, THREADS,
+            "mlp", "mlp_chain" if net.part is None else "mlp_chain_part", grid, THREADS,
             (x, *forward, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed,
              net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged,
              draw.first_row,
@@ -386,23 +395,25 @@ class MLPOperations:
         """The network's linear part as `mlp_chain` takes it."""
         part = net.part
         if part is None:
-            return None, None, None, None, 0
-        if part.layers is not None and part.packed is None:
-            part.packed = self.runtime.empty((part.size,))
-            self._launch("mlp_pack", part.size, part.flat, part.packed, part.layers, 2, part.size)
-        return part.layers, part.packed, part.gains, part.rest, part.rank
+            return ()
+        if not part.packed:
+            assert net.layers is not None
+            layers = net.layers[len(net.plan.layers) :]
+            self._launch("mlp_pack", part.size, part.flat, part.values, layers, len(layers), part.size)
+            part.packed = True
+        return part.values, part.rank, part.gains, part.rest
 
-    def _add_part(self, net: _Network, x: Array, y: Array, t: Array) -> None:
+    def _add_part(self, net: _Network, x: Array, y: Array, t: Array, room: tuple[Array, Array] | None = None) -> None:
         """Add the linear part of the output for x to y, or, as it is symmetric, of the gradient of y to that of x."""
         part = net.part
         if part is None:
             return
         n, d = x.shape
-        h, product = self.runtime.empty((n, part.rank)), self.runtime.empty((n, d))
+        h, product = room or (self.runtime.empty((n, part.rank)), self.runtime.empty((n, d)))
         self._dense(x, part.basis, h)
-        self._launch("mlp_scale", h.size, h, part.gains, t, n, part.rank)
+        self._launch("mlp_scale", h.size, h, part.values[part.gains :], t, n, part.rank)
         self._dense(h, part.transposed, product)
-        self._launch("mlp_add_part", x.size, y, product, x, part.rest, t, n, d)
+        self._launch("mlp_add_part", x.size, y, product, x, part.values[part.rest :] if part.rest else None, t, n, d)
 
     def _gradient(
         self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
@@ -413,7 +424,7 @@ class MLPOperations:
         inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
         for k, layer in enumerate(plan.layers):
             self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
-        self._add_part(net, x, inputs[-1], t)
+        self._add_part(net, x, inputs[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
         self.squared_error(inputs[-1], target, dy, net.loss)
@@ -435,7 +446,7 @@ class MLPOperations:
             self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
             dy, free = free, dy
         if of_output is not None:
-            self._add_part(net, of_output, dx, t)
+            self._add_part(net, of_output, dx, t, net.room)
         if width:
             self._time_gradient(net, t, grads)
 

@@ -349,17 +349,17 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
     }
 }
 
-// A network's fixed linear part: the products with the basis and its transpose as two layers, packed as others are, the
-// gains (T, rank), and where the basis is not complete the rest (T). Without layers there is none.
+// A network's fixed linear part. The products with the basis and its transpose are two layers that follow the others in
+// their table. `values` has their parameters, packed as others are, at `gains` the gains (T, rank), and at `rest`, where
+// that is not 0, the rest (T).
 struct LinearPart {
-    const int *layers;
-    const real *packed, *gains, *rest;
-    int rank;
+    const real *values;
+    int rank, gains, rest;
 };
 
 // All rows of a sampler's table on the tiles of this block, or with none of them one forward pass.
 // Shared memory: packed parameters (STAGED), x, x0_previous (keep), outputs of even layers, of odd layers, timesteps.
-template <int R, bool STAGED>
+template <int R, bool STAGED, bool PART>
 FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows,
                          const int64 *steps, int step_count, bool keep, const int *layers, int layer_count,
                          const real *packed, int packed_size, const real *table, int64 table_width, LinearPart part,
@@ -371,9 +371,9 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
     real *const previous = state + rows * pitch;
     real *const even = previous + (keep ? rows * pitch : 0), *const odd = even + rows * even_pitch;
     int *const times = reinterpret_cast<int *>(odd + rows * odd_pitch);
-    real *const out = layer_count % 2 ? even : odd, *const other = layer_count % 2 ? odd : even;
-    const int out_pitch = layer_count % 2 ? even_pitch : odd_pitch;
-    const int other_pitch = layer_count % 2 ? odd_pitch : even_pitch;
+    const bool out_is_even = layer_count % 2;
+    real *const out = out_is_even ? even : odd, *const other = out_is_even ? odd : even;
+    const int out_pitch = out_is_even ? even_pitch : odd_pitch, other_pitch = out_is_even ? odd_pitch : even_pitch;
     if (STAGED) {
         for (int i = thread; i < packed_size; i += threads) shared[i] = packed[i];
     }
@@ -389,27 +389,26 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                 times[row] = (int)(step_count ? steps[r] : row < here ? t[begin + row] : 0);
             }
             fd_syncthreads();
-            for (int k = 0; k < layer_count; k++) {
-                const real *const in = k == 0 ? state : k % 2 ? even : odd;
-                mlp_dense<R>(layers + k * LAYER_COLUMNS, STAGED ? shared : packed, in,
-                             k == 0 ? pitch : k % 2 ? even_pitch : odd_pitch, k % 2 ? odd : even,
-                             k % 2 ? odd_pitch : even_pitch, table, table_width, times, rows, false);
+            // The linear part's two products follow the layers: one call for all of them, or registers run out.
+            FD_ROLL
+            for (int k = 0; k < layer_count + (PART ? 2 : 0); k++) {
+                const bool of_part = PART && k >= layer_count, second = PART && k > layer_count;
+                const bool from_state = k == 0 || (PART && k == layer_count), to_odd = of_part ? second != out_is_even : k % 2;
+                mlp_dense<R>(layers + k * LAYER_COLUMNS, of_part ? part.values : STAGED ? shared : packed,
+                             from_state ? state : to_odd ? even : odd, from_state ? pitch : to_odd ? even_pitch : odd_pitch,
+                             to_odd ? odd : even, to_odd ? odd_pitch : even_pitch, table, table_width, times, rows,
+                             second);
                 fd_syncthreads();
-            }
-            if (part.layers) {
-                mlp_dense<R>(part.layers, part.packed, state, pitch, other, other_pitch, table, 0, times, rows, false);
-                fd_syncthreads();
-                for (int i = thread; i < rows * part.rank; i += threads) {
+                if (!of_part) continue;
+                FD_ROLL
+                for (int i = thread; !second && i < rows * part.rank; i += threads) {
                     const int row = i / part.rank, j = i % part.rank;
-                    other[row * other_pitch + j] *= part.gains[(int64)times[row] * part.rank + j];
+                    other[row * other_pitch + j] *= part.values[part.gains + times[row] * part.rank + j];
                 }
-                fd_syncthreads();
-                mlp_dense<R>(part.layers + LAYER_COLUMNS, part.packed, other, other_pitch, out, out_pitch, table, 0,
-                             times, rows, true);
-                fd_syncthreads();
-                for (int i = thread; part.rest && i < rows * d; i += threads) {
+                FD_ROLL
+                for (int i = thread; second && part.rest && i < rows * d; i += threads) {
                     const int row = i / d, j = i % d;
-                    out[row * out_pitch + j] += fd_product(part.rest[times[row]], state[row * pitch + j]);
+                    out[row * out_pitch + j] += fd_product(part.values[part.rest + times[row]], state[row * pitch + j]);
                 }
                 fd_syncthreads();
             }
@@ -446,30 +445,55 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
     }
 }
 
+template <bool PART>
+FD_DEVICE void mlp_run(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps,
+                       int step_count, bool keep, const int *layers, int layer_count, const real *packed,
+                       int packed_size, const real *table, int64 table_width, LinearPart part, int64 n, int rows,
+                       int even_width, int odd_width, bool staged, uint64 first_row, const RoundKeys &keys) {
+    if (rows % 32 == 0) {
+        if (staged)
+            mlp_tiles<8, true, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                                     packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row,
+                                     keys);
+        else
+            mlp_tiles<8, false, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count,
+                                      packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
+                                      first_row, keys);
+    } else {
+        if (staged)
+            mlp_tiles<2, true, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
+                                     packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row,
+                                     keys);
+        else
+            mlp_tiles<2, false, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count,
+                                      packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
+                                      first_row, keys);
+    }
+}
+
 // x (n, d) is changed by the `step_count` rows of a table, or, where there are none, y becomes the network's output at
 // the timesteps t. `rows` samples are a tile, 8 or a multiple of 32; `staged` keeps the packed parameters in shared
 // memory. Neither changes a bit.
 FD_KERNEL FD_BOUNDS(256, 2)
     mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
               int keep, const int *layers, int layer_count, const real *packed, int packed_size, const real *table,
-              int64 table_width, const int *part_layers, const real *part_packed, const real *part_gains,
-              const real *part_rest, int part_rank, int64 n, int rows, int even_width, int odd_width, int staged,
-              uint64 first_row, RoundKeys keys) {
+              int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
+              RoundKeys keys) {
     FD_SHARED(real, shared);
-    const LinearPart part = {part_layers, part_packed, part_gains, part_rest, part_rank};
-    if (rows % 32 == 0) {
-        if (staged)
-            mlp_tiles<8, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
-        else
-            mlp_tiles<8, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
-    } else {
-        if (staged)
-            mlp_tiles<2, true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                               packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
-        else
-            mlp_tiles<2, false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row, keys);
-    }
+    const LinearPart none = {nullptr, 0, 0, 0};
+    mlp_run<false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed, packed_size,
+                   table, table_width, none, n, rows, even_width, odd_width, staged, first_row, keys);
+}
+
+// The same for a network with a linear part, whose products want more registers: one block of it on a multiprocessor.
+FD_KERNEL FD_BOUNDS(256, 1)
+    mlp_chain_part(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
+                   int keep, const int *layers, int layer_count, const real *packed, int packed_size,
+                   const real *table, int64 table_width, const real *part_values, int part_rank, int part_gains,
+                   int part_rest, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
+                   RoundKeys keys) {
+    FD_SHARED(real, shared);
+    const LinearPart part = {part_values, part_rank, part_gains, part_rest};
+    mlp_run<true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed, packed_size,
+                  table, table_width, part, n, rows, even_width, odd_width, staged, first_row, keys);
 }
