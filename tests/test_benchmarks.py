@@ -417,15 +417,18 @@ RESULT = {
     },
     "rows": [
         {
-            "name": "step", "title": "a step", "peer": "torch", "ratio": {"median": 3.14, "min": 3.0, "max": 3.5}, "target": 3.0,
+            "name": "step", "title": "a step", "peer": "torch",
+            "ratio": {"median": 3.14, "min": 3.0, "max": 3.5}, "target": 3.0,
             "met": True, "seconds": {"ours": 0.000123456, "peer": 0.02},
         },
         {
-            "name": "chain", "title": "a chain", "peer": "torch", "ratio": {"median": 1.5, "min": 1.4, "max": 1.6}, "target": 2.0,
+            "name": "chain", "title": "a chain", "peer": "torch",
+            "ratio": {"median": 1.5, "min": 1.4, "max": 1.6}, "target": 2.0,
             "met": False, "seconds": {"ours": 1.0, "peer": 15.04}, "others": 0.07,
         },
         {
-            "name": "draw", "title": "a draw", "peer": "torch", "ratio": {"median": 2.0, "min": 1.4, "max": 2.6}, "target": None,
+            "name": "draw", "title": "a draw", "peer": "torch",
+            "ratio": {"median": 2.0, "min": 1.4, "max": 2.6}, "target": None,
             "met": None, "seconds": {"ours": 1.5e-7, "peer": 3e-6}, "memory": {"ours": 2e6, "peer": 3.4e6},
         },
     ],
