@@ -79,10 +79,10 @@ class GaussianBase:
                 raise ArgumentError(name, "no such tensor", "one, as there are others of a base")
         axes = check_array("base.axes", tensors["base.axes"], shape=(d, None), dtype=np.float64)
         rank = axes.shape[1]
-        variances = check_array("base.variances", tensors["base.variances"], shape=(rank,), dtype=np.float64)
-        rest = check_float("base.rest", check_array("base.rest", tensors["base.rest"], shape=(1,))[0], low=0)
         if not 1 <= rank <= d:
             raise ArgumentError("base.axes", f"shape {axes.shape}", f"1 to {d} axes")
+        variances = check_array("base.variances", tensors["base.variances"], shape=(rank,), dtype=np.float64)
+        rest = check_float("base.rest", check_array("base.rest", tensors["base.rest"], shape=(1,))[0], low=0)
         if (variances < 0).any():
             raise ArgumentError("base.variances", str(variances.min()), "numbers of at least 0")
         off = float(np.abs(axes.T @ axes - np.eye(rank)).max())

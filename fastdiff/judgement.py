@@ -210,9 +210,9 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
 class Watch:
     """Looks at samples while a model trains on few rows, and says which weights to keep.
 
-    Those whose samples are no nearer to the training rows than these are to each other, and among these the first whose
-    energy distance to the training rows is as small as the smallest, up to a quarter of its standard error. So a network
-    that has nothing to add to its Gaussian base adds nothing, and one that begins to learn rows by heart is stopped.
+    Those whose samples are no nearer to the training rows than these are to each other, and of these the first whose
+    energy distance to the training rows is the smallest, up to a quarter of a standard error. So a network that has
+    nothing to add to its Gaussian base adds nothing, and one that begins to learn rows by heart is stopped.
 
     Parameters
     ----------
@@ -235,8 +235,8 @@ class Watch:
         self.reason = ""
 
     def look(self, step: int, weights: Rows) -> bool:
-        """Draw with the weights of a step; true where samples have become copies."""
-        if step % self.every and step != self.last:
+        """Draw with the weights of a step, if it is one to look at; true where samples have become copies."""
+        if self.looks and (step == self.looks[-1][0] or (step % self.every and step != self.last)):
             return False
         drawn = np.asarray(self.draw(weights), np.float64)
         nearest = float(np.median(_distances_to(drawn, self.rows).min(axis=1)))

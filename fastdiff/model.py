@@ -360,7 +360,8 @@ class Diffusion:
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
         watch = None
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
-            watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.step + steps)
+            watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
+            watch.look(self.step, self._average)
 
         def look(average: Any) -> bool:
             if validate is not None:
@@ -372,6 +373,8 @@ class Diffusion:
         looking = look if validate is not None or watch is not None else None
         trainer.run(self, steps, optimizer.plan.options, look=looking, progress=progress, callback=callback)
         if watch is not None:
+            if self.step == self.end_step:
+                watch.look(self.step, self._average)
             self.end_step = self.step
             step, self._average[...] = watch.best()
             if step < self.step:

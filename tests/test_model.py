@@ -116,11 +116,14 @@ def test_the_first_fit_chooses_what_is_not_given():
     made = fd.Diffusion(backend="numpy", seed=7)
     assert (made.net, made.schedule, made.normaliser) == (None, None, None)
     fit(made, 0)
-    assert (made.net.points, made.net.T, made.net.seed) == (9, 100, 7)
-    assert made.schedule == defaults.schedule() == fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
-    assert made.normaliser == Normaliser.of(CURVES)
+    assert (made.net.points, made.net.T, made.net.seed) == (9, 200, 7)
+    assert made.schedule == fd.Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)
+    assert made.normaliser == Normaliser.of(CURVES).centred(CURVES)
     assert made.step == 0
-    assert_same_bits(made.net.flat, fd.MLP(9, T=100, seed=7).flat)
+    weights, plain = made.net.params, fd.MLP(9, hidden=made.net.hidden, T=200, seed=7).params
+    for name, view in plain.items():
+        # The Gaussian's output has no constant.
+        assert_same_bits(weights[name], np.zeros_like(view) if name == "layers.3.bias" else view)
     assert_same_bits(made.denoiser().flat, made.net.flat)
     assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.schedule(30) == fd.Schedule.cosine(30)
 

@@ -1,0 +1,137 @@
+"""The Gaussian base: a model before its first step is the exact denoiser of a Gaussian, and files keep it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from tolerances import assert_close, assert_same_bits
+
+import fastdiff as fd
+from fastdiff.base import GaussianBase
+from fastdiff.covariance import ledoit_wolf
+from fastdiff.errors import ArgumentError, CheckpointError
+
+RANDOM = np.random.default_rng(0)
+ROWS = (RANDOM.normal(size=(60, 9)) @ np.diag(np.linspace(3, 0.2, 9)) @ RANDOM.normal(size=(9, 9)) + 4).astype(
+    np.float32
+)
+QUIET = {"progress": False, "judge": False}
+
+
+def untrained(rows=ROWS, **options):
+    return fd.Diffusion(base="gaussian", **options).fit(rows, steps=0, **QUIET)
+
+
+@pytest.mark.parametrize("prediction", ["v", "noise", "x0"])
+def test_before_its_first_step_a_model_is_the_gaussian(prediction, backend):
+    made = untrained(prediction=prediction, backend=backend)
+    inner = made.normaliser.apply(ROWS, np.float64)
+    np.testing.assert_allclose(inner.mean(axis=0), 0, atol=1e-12)
+    exact = fd.denoisers.Gaussian(np.zeros(9), ledoit_wolf(inner).cov, made.schedule, prediction=prediction)
+    x = RANDOM.normal(size=(7, 9)).astype(np.float32)
+    for t in (0, 60, 199):
+        want = exact.predict(x.astype(np.float64), t, backend="numpy")
+        assert_close(made.denoiser().predict(x, t), want, terms=40)
+
+
+def test_its_samples_have_the_moments_of_the_data(backend):
+    made = untrained(backend=backend)
+    drawn = made.sample(20_000).astype(np.float64)
+    moments = ledoit_wolf(ROWS)
+    error = np.sqrt(np.outer(np.diag(moments.cov), np.diag(moments.cov)) * 2 / len(drawn))
+    assert (np.abs(np.cov(drawn.T) - moments.cov) < 5 * error + 0.02 * np.abs(moments.cov).max()).all()
+    assert (np.abs(drawn.mean(axis=0) - moments.mean) < 5 * np.sqrt(np.diag(moments.cov) / len(drawn))).all()
+
+
+def test_of_many_values_the_leading_axes_are_kept(monkeypatch):
+    monkeypatch.setattr("fastdiff.base.MOST_AXES", 4)
+    made = untrained()
+    base = made._gaussian
+    assert base.axes.shape == (9, 4)
+    cov = ledoit_wolf(made.normaliser.apply(ROWS, np.float64)).cov
+    variances = np.linalg.eigvalsh(cov)[::-1]
+    np.testing.assert_allclose(base.variances, variances[:4])
+    assert base.rest == pytest.approx(variances[4:].mean())
+    model_cov = base.axes @ np.diag(base.variances - base.rest) @ base.axes.T + base.rest * np.eye(9)
+    exact = fd.denoisers.Gaussian(np.zeros(9), model_cov, made.schedule, prediction="v")
+    x = RANDOM.normal(size=(5, 9)).astype(np.float32)
+    want = exact.predict(x.astype(np.float64), 70, backend="numpy")
+    assert_close(made.denoiser().predict(x, 70), want, terms=40)
+
+
+def test_training_adds_to_it_and_a_file_keeps_it(tmp_path, backend):
+    made = fd.Diffusion(base="gaussian", backend=backend).fit(ROWS, steps=6, **QUIET)
+    made.save(tmp_path / "m.safetensors")
+    again = fd.load(tmp_path / "m.safetensors", backend=backend)
+    assert again.base == "gaussian"
+    assert_same_bits(again.sample(5), made.sample(5))
+    for one in (made, again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        one.fit(ROWS, steps=4, **QUIET)
+        assert_same_bits(one.net.flat, made.net.flat)
+        assert_same_bits(one.sample(3, seed=1), made.sample(3, seed=1))
+    whole = fd.Diffusion(base="gaussian", backend=backend).fit(ROWS, steps=10, **QUIET)
+    if backend == "cpu":
+        assert_same_bits(whole.net.flat, made.net.flat)
+
+
+def test_a_batch_and_a_trajectory_change_no_bits():
+    made = fd.Diffusion(base="gaussian", backend="cpu").fit(ROWS, steps=6, **QUIET)
+    whole = made.sample(200)
+    assert_same_bits(made.sample(200, batch=7), whole)
+    assert_same_bits(made.sample(3, trajectory=True)[0], whole[:3])
+    assert_same_bits(made.sample(3, trajectory=True)[1][-1], whole[:3])
+
+
+def test_who_gets_one():
+    own = fd.MLP(9, hidden=(8,), T=20)
+    assert fd.Diffusion().fit(ROWS, steps=0, **QUIET)._gaussian is not None
+    assert fd.Diffusion(base=None).fit(ROWS, steps=0, **QUIET)._gaussian is None
+    assert fd.Diffusion(own).fit(ROWS, steps=0, **QUIET)._gaussian is None
+    made = fd.Diffusion(own, base="gaussian").fit(ROWS, steps=0, **QUIET)
+    assert made.net.plan.linear is not None
+    assert made.reset().net.plan.linear is None
+    assert fd.Diffusion(fd.MLP.tutorial(9, T=20), base="gaussian").fit(ROWS, steps=2, **QUIET).sample(2).shape == (2, 9)
+
+
+@pytest.mark.parametrize("rows", [np.ones((9, 4)), RANDOM.normal(size=(2, 30)), np.eye(3), RANDOM.normal(size=(1, 5))])
+def test_odd_rows_have_one_as_well(rows):
+    drawn = untrained(rows.astype(np.float32)).sample(50)
+    assert np.isfinite(drawn).all()
+    if (rows == rows[0]).all():
+        np.testing.assert_allclose(drawn, np.broadcast_to(rows[0], drawn.shape), atol=1e-3)
+
+
+def test_networks_of_pictures_have_none():
+    with pytest.raises(ArgumentError, match="base: got 'gaussian', wants None: a network of kind 'unet'"):
+        fd.Diffusion(fd.UNet((8, 8, 1), channels=(4,)), base="gaussian")
+    with pytest.raises(ArgumentError, match="base: got 'normal', wants one of"):
+        fd.Diffusion(base="normal")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("base.axes", np.ones((9, 9)), "off orthonormal"),
+        ("base.axes", np.eye(9)[:, :0], "1 to 9 axes"),
+        ("base.axes", np.eye(8), "base.axes: got shape"),
+        ("base.variances", -np.ones(9), "at least 0"),
+        ("base.rest", np.full(1, np.nan), "base.rest"),
+        ("base.rest", None, "base.rest: got no such tensor"),
+        ("normaliser.centre", np.ones(3), "normaliser.centre"),
+    ],
+)
+def test_a_file_with_another_base_is_refused(name, value, message, tmp_path, monkeypatch):
+    made = untrained()
+    genuine = type(made._gaussian).arrays.fget
+
+    def altered(self):
+        arrays = {**genuine(self), **made.normaliser.arrays, name: value}
+        return {key: array for key, array in arrays.items() if array is not None}
+
+    monkeypatch.setattr(GaussianBase, "arrays", property(altered))
+    made.save(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        fd.load(tmp_path / "m.safetensors")
