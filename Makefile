@@ -48,14 +48,17 @@ peers: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/footprint.py
 
-# Compiles every CUDA kernel for every architecture, with nvcc or with NVRTC (extra cuda-check), without a GPU.
-gate: $(VENV)/.installed-test
-	$(BIN)/python tests/cuda_gate.py
+# Compiles every CUDA kernel for every architecture, with NVRTC as on a GPU, without one. RENEW=1: writes the table of
+# what the kernels need, tests/cuda_resources.txt, any other change of which fails.
+gate: $(VENV)/.installed-test $(VENV)/.installed-cuda-check
+	$(BIN)/python tests/cuda_gate.py $(if $(RENEW),--renew)
 
 # On a machine with a GPU, with a Python that has CuPy; installs nothing. MINUTES=9: what matters most, in that time;
-# CONTINUE=1: what an earlier run did not get to.
+# OUTPUT=folder: where the results go; CONTINUE=1: what an earlier run did not get to, or CONTINUE=folder: one whose
+# results are there.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CONTINUE),--continue)
+	$(PYTHON) benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUTPUT),--output $(OUTPUT)) \
+		$(if $(CONTINUE),--continue $(filter-out 1,$(CONTINUE)))
 
 # Where the time of a training step goes: of the perceptron kernel by kernel, of the U-Net layer by layer.
 profile: $(VENV)/.installed-plot

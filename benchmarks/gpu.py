@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bare  # noqa: F401 - so that the others are found
 import cases
 import numpy as np
 from readme_numbers import duration

@@ -10,7 +10,11 @@ the test, or the way of a case, that it had in hand, and another goes on behind 
 The results go to ``gpu.json`` and ``.md`` in benchmarks/results, unless only a part was run, after every test and every
 round of times. With ``--minutes`` all ends at that time, and the results name what was not run; then PyTorch's networks
 are compiled beside the first stages, by processes of their own. ``--continue`` goes on with the results of an earlier
-run of the same card, source and versions.
+run of the same card, source and versions; ``--continue FOLDER`` takes them from there.
+
+Nothing needs to be installed but Python, what fastdiff imports, CuPy and pytest; what is missing, such as diffusers for
+PyTorch's networks, may be carried along as unpacked wheels on PYTHONPATH. Where only one folder of the machine comes
+back, ``--output`` names it.
 
 Exit code 1: something failed; 2: there is no usable GPU; 3: nothing failed, and time was up.
 """
@@ -51,7 +55,7 @@ SELECTED = {
     "full": "full] or test_cudnn",
     "sanitizer": "test_parity and small",
 }
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TICK = 0.05  # seconds between two looks at a process
 PATIENCE = {"start": 300, "tests": 120, "full": 300, "sanitizer": 600, "ours": 90, "theirs": 240}  # seconds of silence
 RESTARTS = 10  # a stage in which so many processes die in a row is given up
@@ -267,7 +271,8 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
 
     def process() -> Iterator[Event]:
         command = (*under, *pytest, "-k", SELECTED[stage])
-        return session.follow(name, command, lambda event: stage, FASTDIFF_GPU="1")
+        pool = "0" if under else "1"  # a tool knows where memory ends that is no part of a pool
+        return session.follow(name, command, lambda event: stage, FASTDIFF_GPU="1", FASTDIFF_GPU_POOL=pool)
 
     def take(event: Event) -> None:
         nonlocal over
@@ -383,10 +388,10 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def go_on(session: Session) -> None:
-    """Take over the results of an earlier run, and leave out what it has done."""
-    path, results = (session.output or Path()) / "gpu.json", session.results
-    earlier = json.loads(path.read_text(encoding="utf-8")) if session.output and path.exists() else None
+def go_on(session: Session, folder: Path) -> None:
+    """Take over the results of an earlier run from a folder, and leave out what it has done."""
+    path, results = folder / "gpu.json", session.results
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     same = ("gpu", "system", "python", "sources", "scale", *gpu.OPTIONAL)
     other = [name for name in same if earlier and earlier["header"].get(name) != results["header"].get(name)]
     if earlier is None or other:
@@ -412,7 +417,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stages, print, and write the results; return the exit code."""
     parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, metavar="M", help="end after so many; without it all is run")
-    parser.add_argument("--continue", action="store_true", dest="go_on", help="do what an earlier run did not get to")
+    parser.add_argument(
+        "--continue", nargs="?", type=Path, const=Path(), dest="go_on", metavar="FOLDER",
+        help="do what an earlier run did not get to, whose results are there; by default where they are written",
+    )  # fmt: skip
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
     parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
@@ -447,8 +455,8 @@ def main(argv: list[str] | None = None) -> int:
         both = all(map(importlib.util.find_spec, ("torch", "diffusers")))
 
         def ready() -> None:
-            if args.go_on:
-                go_on(session)
+            if args.go_on is not None:
+                go_on(session, session.output or RESULTS if args.go_on == Path() else args.go_on)
             session.save()
             if args.minutes and both and "benchmarks" in stages and not args.quick:
                 futures.extend(ahead(session))

@@ -43,6 +43,7 @@ NEAREST = 0.8  # of held-out rows' distance to the training rows
 SECONDS = 60.0  # of a training, on two cores
 
 STEPS, BATCH, GENERATED = 5000, 1000, 2000
+COST, ROUNDS = 1.15, 7
 BOUNDS = {"tutorial": 0.20, "default": 0.03}  # root mean square error against the curve
 
 
@@ -134,6 +135,30 @@ def curves() -> list[dict[str, Any]]:
     return rows
 
 
+def cost() -> list[dict[str, Any]]:
+    """What a base of all directions costs curves of 50 points: medians of ratios, in alternation."""
+    X = fd.data.harmonic_curves(2000)
+    models = [fd.Diffusion(fd.MLP(50, T=100), base=base) for base in ("gaussian", None)]
+    options = {"batch": 256, "progress": False, "judge": False, "validation": 0}
+    rows = []
+    for what, run in (
+        ("training step of 256", lambda model: model.fit(X, steps=300, **options)),
+        ("chain of 1,000 curves", lambda model: model.sample(1000, sampler="ddpm")),
+    ):
+        ratios = []
+        for _ in range(ROUNDS + 1):  # the first one warms up
+            seconds = []
+            for model in models:
+                begin = time.perf_counter()
+                run(model)
+                seconds.append(time.perf_counter() - begin)
+            ratios.append(seconds[0] / seconds[1])
+        ratio = float(np.median(ratios[1:]))
+        rows.append({"what": f"{what}: time with a base through without", "value": ratio, "wanted": COST})
+        rows[-1]["met"] = ratio <= COST
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train, sample, print; return the exit code."""
     parser = argparse.ArgumentParser(prog="quality.py", description=__doc__.split("\n")[0])
@@ -145,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     threads = fd.get_backend("auto").threads
     results: dict[str, Any] = {"header": header(threads), "seeds": args.seeds}
     results["quality"] = real_rows(args.data, args.seeds, args.only)
-    results["curves"] = [] if args.only else curves()
+    results["curves"] = [] if args.only else [*curves(), *cost()]
     print(table(results), end="")
     if not args.only and args.seeds == SEEDS:
         write(RESULTS / "quality-cpu.json", json.dumps(results, indent=1) + "\n")

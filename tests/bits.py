@@ -35,7 +35,7 @@ import fastdiff as fd
 
 LANES = ("numpy", "cpu-1", "cpu-2", "cuda", "bf16")
 HOST = LANES[:3]
-FIT = {"lr": 3e-3, "warmup": 2, "decay_steps": 20, "clip_norm": 1.0, "ema": 0.99, "validation": None}
+FIT = {"lr": 3e-3, "warmup": 2, "decay_steps": 20, "clip_norm": 1.0, "ema": 0.99, "validation": 0}
 QUIET = {"progress": False, "callback": None}
 NET = {"groups": 2, "blocks": 1, "T": 6, "seed": 5, "dtype": "float32", "padding": 1, "flip": True}
 UNETS: dict[str, dict[str, Any]] = {

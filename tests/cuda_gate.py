@@ -1,30 +1,46 @@
 """Compile every CUDA source for every architecture, without a GPU, and show what its entries cost.
 
-``python tests/cuda_gate.py`` prints a table of registers, shared memory, stack and spills, and fails (exit code 1)
-where an entry spills or keeps a stack in local memory, where a source does not compile, and where the compiler finds
-other entries than `runtime.entries` does. It takes nvcc, or else NVRTC through the wheels cuda-core and
-nvidia-cuda-nvrtc; with neither it says so (exit code 2).
+``python tests/cuda_gate.py`` prints a table of registers, shared memory, stack, spills and bytes of parameters. It
+fails (exit code 1) where an entry spills or keeps a stack in local memory, where a source does not compile, where the
+compiler finds other entries than `runtime.entries` does or parameters of other sizes, and where the table is not that
+of ``cuda_resources.txt``, which ``--renew`` writes. It takes NVRTC, which compiles in production, through the wheels
+cuda-core and nvidia-cuda-nvrtc, or else nvcc; with neither it says so (exit code 2). Numbers are compared where the
+compiler is the one that the kept table names.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastdiff.kernels.cuda import runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 NVCC_SECONDS = 300
-Compile = Callable[[str, str], str]
+KEPT = Path(__file__).with_name("cuda_resources.txt")
+
+
+class Compiled(NamedTuple):
+    """What ptxas says, and the machine code."""
+
+    log: str
+    code: bytes
+
+
+Compile = Callable[[str, str], Compiled]
 
 
 class NoCompilerError(Exception):
@@ -44,6 +60,7 @@ class Use(NamedTuple):
     shared: int
     stack: int
     spills: int
+    parameters: int = 0
 
     @property
     def fault(self) -> str:
@@ -56,8 +73,8 @@ class Use(NamedTuple):
 # -- compilers ---------------------------------------------------------------------------------------------------
 
 
-def nvcc(text: str, arch: str) -> str:
-    """Compile with nvcc; return what ptxas says."""
+def nvcc(text: str, arch: str) -> Compiled:
+    """Compile with nvcc."""
     with tempfile.TemporaryDirectory(prefix="fastdiff-gate-") as folder:
         path = Path(folder) / "source.cu"
         path.write_text(text, encoding="utf-8")
@@ -69,13 +86,13 @@ def nvcc(text: str, arch: str) -> str:
             timeout=NVCC_SECONDS,
             check=False,
         )
-    if done.returncode:
-        raise CompileError(done.stdout + done.stderr)
-    return done.stdout + done.stderr
+        if done.returncode:
+            raise CompileError(done.stdout + done.stderr)
+        return Compiled(done.stdout + done.stderr, path.with_suffix(".cubin").read_bytes())
 
 
-def nvrtc(text: str, arch: str) -> str:
-    """Compile with NVRTC; return what ptxas says."""
+def nvrtc(text: str, arch: str) -> Compiled:
+    """Compile with NVRTC."""
     from cuda.core import Program, ProgramOptions
 
     known = {"-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"}
@@ -86,29 +103,29 @@ def nvrtc(text: str, arch: str) -> str:
     )
     log = io.StringIO()
     try:
-        Program(text, "c++", options).compile("cubin", logs=log)
+        code = Program(text, "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # of several kinds; all of them carry the compiler's log
         raise CompileError(f"{error}\n{log.getvalue()}") from error
-    return log.getvalue()
+    return Compiled(log.getvalue(), bytes(code))
 
 
-def _has_nvrtc() -> bool:
+def nvrtc_version() -> str:
+    """Return the version of NVRTC, "" where there is none."""
     try:
         from cuda.bindings import nvrtc as library
         from cuda.core import Program  # noqa: F401 - here, because importing it is not safe in threads
 
-        library.nvrtcVersion()
+        return ".".join(map(str, library.nvrtcVersion()[1:]))
     except (ImportError, RuntimeError):  # the wheel cuda-core, or the library, is missing
-        return False
-    return True
+        return ""
 
 
 def find_compiler(wanted: str = "") -> tuple[str, Compile]:
     """Return the name and the function of the compiler to use: the one wanted, or the first that is here."""
+    if wanted in ("", "nvrtc") and (version := nvrtc_version()):
+        return f"NVRTC {version}", nvrtc
     if wanted in ("", "nvcc") and shutil.which("nvcc"):
         return "nvcc", nvcc
-    if wanted in ("", "nvrtc") and _has_nvrtc():
-        return "nvrtc", nvrtc
     missing = {"": "neither nvcc nor NVRTC is here", "nvcc": "nvcc is not here", "nvrtc": "NVRTC is not here"}[wanted]
     raise NoCompilerError(f"{missing}: install the CUDA toolkit, or pip install cuda-core nvidia-cuda-nvrtc")
 
@@ -145,9 +162,46 @@ def uses(log: str, arch: str) -> list[Use]:
     return list(found.values())
 
 
+# Of the header of an ELF file: where the table of sections lies; the size and number of its entries, that of the names.
+_SECTIONS = struct.Struct("<40x Q 10x HHH")
+_SECTION = struct.Struct("<I 20x QQ")  # of an entry: where its name begins, where it lies, how long it is
+# A section .nv.info.ENTRY is a list of attributes; those of format 4 have their value behind them.
+_ATTRIBUTE, _LONG, _PARAMETER_SIZE = struct.Struct("<BBH"), 4, 0x19
+
+
+def parameter_sizes(code: bytes) -> dict[str, int]:
+    """Return the bytes of parameters of each entry in machine code."""
+    table_at, size, count, name_table = _SECTIONS.unpack_from(code)
+    sections = [_SECTION.unpack_from(code, table_at + i * size) for i in range(count)]
+    found = {}
+    for name_at, at, length in sections:
+        begin = sections[name_table][1] + name_at
+        name = code[begin : code.index(b"\0", begin)].decode()
+        end = at + length if name.startswith(".nv.info.") else at
+        while at < end:
+            form, attribute, value = _ATTRIBUTE.unpack_from(code, at)
+            if attribute == _PARAMETER_SIZE:
+                found[name.removeprefix(".nv.info.")] = value
+            at += _ATTRIBUTE.size + (value if form == _LONG else 0)
+    return found
+
+
+def _alignment(dtype: np.dtype[Any]) -> int:
+    return max(_alignment(dtype[name].base) for name in dtype.names) if dtype.names else dtype.alignment
+
+
+def declared_size(parameters: Sequence[runtime.Parameter]) -> int:
+    """Return the bytes of parameters as they are passed: each begins at a multiple of its alignment."""
+    end = 0
+    for parameter in parameters:
+        size, align = (8, 8) if parameter.pointer else (parameter.dtype.itemsize, _alignment(parameter.dtype))
+        end = -(-end // align) * align + size
+    return end
+
+
 def table(rows: Sequence[Use]) -> str:
     """Return the rows as text."""
-    heads = ("entry", "arch", "registers", "shared", "stack", "spills", "")
+    heads = ("entry", "arch", "registers", "shared", "stack", "spills", "parameters", "")
     cells = [heads, *((r.entry, r.arch, *map(str, r[2:]), "FAILS" if r.fault else "") for r in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     lines = []
@@ -162,7 +216,10 @@ def table(rows: Sequence[Use]) -> str:
 
 
 def examine(
-    sources: dict[str, str], wanted: dict[str, set[str]] | None, compile_text: Compile, architectures: Sequence[str]
+    sources: dict[str, str],
+    wanted: dict[str, dict[str, int]] | None,
+    compile_text: Compile,
+    architectures: Sequence[str],
 ) -> tuple[list[Use], list[str]]:
     """Compile sources for architectures.
 
@@ -171,9 +228,9 @@ def examine(
     sources : dict
         Whole texts by name.
     wanted : dict or None
-        The entries that each must have; None: any.
+        The entries that each must have, and the bytes of their parameters; None: any.
     compile_text : callable
-        Takes a text and an architecture, returns a log of ``ptxas -v``.
+        Takes a text and an architecture.
     architectures : sequence of str
 
     Returns
@@ -183,7 +240,7 @@ def examine(
     """
     jobs = [(name, arch) for name in sources for arch in architectures]
 
-    def work(job: tuple[str, str]) -> str | CompileError:
+    def work(job: tuple[str, str]) -> Compiled | CompileError:
         try:
             return compile_text(sources[job[0]], job[1])
         except CompileError as error:
@@ -192,25 +249,44 @@ def examine(
     rows: list[Use] = []
     faults: list[str] = []
     with ThreadPoolExecutor(2) as pool:
-        for (name, arch), log in zip(jobs, pool.map(work, jobs), strict=True):
-            if isinstance(log, CompileError):
-                faults.append(f"{name}.cu does not compile for {arch}:\n{log}")
+        for (name, arch), made in zip(jobs, pool.map(work, jobs), strict=True):
+            if isinstance(made, CompileError):
+                faults.append(f"{name}.cu does not compile for {arch}:\n{made}")
                 continue
-            found = uses(log, arch)
+            sizes = parameter_sizes(made.code)
+            found = [use._replace(parameters=sizes.get(use.entry, 0)) for use in uses(made.log, arch)]
             rows += found
             faults += [f"{name}.cu: {use.entry} {use.fault} on {arch}" for use in found if use.fault]
-            compiled = set(_ENTRY.findall(log))
-            for entry in sorted(compiled ^ (compiled if wanted is None else wanted[name])):
+            if wanted is None:
+                continue
+            compiled, declared = set(_ENTRY.findall(made.log)), wanted[name]
+            for entry in sorted(compiled ^ declared.keys()):
                 blind = "runtime.entries" if entry in compiled else "the compiler"
                 faults.append(f"{name}.cu: {entry} on {arch}: {blind} does not see this entry")
+            faults += [
+                f"{name}.cu: {entry} on {arch} takes {sizes.get(entry, 0)} bytes of parameters, declared are {size}"
+                for entry, size in declared.items()
+                if entry in compiled and sizes.get(entry, 0) != size
+            ]
     return sorted(rows, key=lambda row: (row.entry, architectures.index(row.arch))), faults
+
+
+def changes(text: str) -> list[str]:
+    """Return the lines in which a table differs from the kept one, if that is of the same compiler."""
+    kept = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
+    if kept and kept[0] != text.splitlines()[0]:
+        print(f"not compared with {KEPT.name}, which is of {kept[0]}\n")  # noqa: T201
+        return []
+    lines = difflib.unified_diff(kept, text.splitlines(), "kept", "now", n=0, lineterm="")
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print the table, return the exit code."""
     parser = argparse.ArgumentParser(prog="cuda_gate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="", help="by default nvcc where there is one")
+    parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="", help="by default nvrtc where it is")
     parser.add_argument("--arch", action="append", help=f"by default {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--renew", action="store_true", help=f"write {KEPT.name}")
     parser.add_argument("files", nargs="*", type=Path, help="other sources, as they are, instead of the kernels")
     args = parser.parse_args(argv)
     try:
@@ -222,13 +298,23 @@ def main(argv: list[str] | None = None) -> int:
         sources, wanted = {path.stem: path.read_text(encoding="utf-8") for path in args.files}, None
     else:
         sources = {source: runtime.source_text(source) for source in runtime.source_names()}
-        wanted = {source: set(runtime.entries(source)) for source in sources}
+        wanted = {
+            source: {entry: declared_size(parameters) for entry, parameters in runtime.entries(source).items()}
+            for source in sources
+        }
     architectures = args.arch or list(ARCHITECTURES)
     rows, faults = examine(sources, wanted, compile_text, architectures)
     if not rows and not faults:
         faults = ["there is nothing to compile"]
     counted = f"{len(sources)} sources, {len({row.entry for row in rows})} entries"
-    print(f"{counted}, compiled by {name} for {', '.join(architectures)}\n\n{table(rows)}")  # noqa: T201
+    text = table(rows)
+    print(f"{counted}, compiled by {name} for {', '.join(architectures)}\n\n{text}")  # noqa: T201
+    if not (args.files or args.arch):
+        text = f"{name}, options {' '.join(runtime.COMPILE_OPTIONS)}\n{text}\n"
+        if args.renew:
+            KEPT.write_text(text, encoding="utf-8")
+        elif changed := changes(text):
+            faults.append("\n".join([f"{KEPT.name} says otherwise; --renew writes it:", *changed]))
     for fault in faults:
         print(f"cuda_gate.py: {fault}", file=sys.stderr)  # noqa: T201
     return int(bool(faults))

@@ -14,7 +14,7 @@ import pytest
 from cuda_parity_conv import CASES, ROWS, SAME, Arrays, Case
 from cuda_parity_layers import unfilled
 from device_array import DeviceRuntime
-from fake_cudnn import DataType, Library
+from fake_cudnn import DataType, Graph, Library
 from host_cuda import HostRuntime, has_compiler
 from test_cuda_conv import backward, forward
 from test_image_models import BYTES, LABELS, model
@@ -170,6 +170,22 @@ def test_a_shape_is_planned_once_and_nothing_is_allocated_after(made, monkeypatc
     assert work(large) == (0, 0)
     assert work(large._replace(geometry=SAME._replace(pad=(1, 0, 0, 1))))[0] == 3
     assert not be.runtime.reads
+
+
+def test_what_cudnn_refuses_in_a_graph_is_done_without(made, monkeypatch, caplog):
+    (be, library), own = made(DeviceRuntime()), CudaBackend(HostRuntime())
+    execute = Graph.execute
+
+    def refuse(graph, *args, **options):
+        if library.runtime.capturing:
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+        execute(graph, *args, **options)
+
+    monkeypatch.setattr(Graph, "execute", refuse)
+    sides = [model(each, classes=3).fit(BYTES, LABELS, steps=3, batch=4, progress=False) for each in (be, own)]
+    np.testing.assert_allclose(sides[0].history["loss"], sides[1].history["loss"], rtol=CUDA_STEPS)
+    assert "cuDNN: CUDNN_STATUS_NOT_SUPPORTED" in caplog.text
+    assert not be.graphs
 
 
 def test_what_cudnn_refuses_is_asked_once_and_logged(made, caplog):

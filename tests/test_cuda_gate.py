@@ -1,4 +1,4 @@
-"""The compile gate: every CUDA source compiles for every architecture and keeps nothing in local memory."""
+"""The compile gate: every CUDA source compiles for every architecture, and its entries cost what they did."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import cuda_gate
+import numpy as np
 import pytest
 
 from fastdiff.backends.cuda_mlp import THREADS
@@ -105,25 +106,75 @@ def test_what_passes(compiler, tmp_path):
 
 def test_an_entry_that_only_one_side_sees_fails(compiler):
     compile_text = cuda_gate.find_compiler()[1]
-    for wanted in ({"good", "lost"}, set()):
+    for wanted in ({"good": 8, "lost": 8}, {}):
         _, faults = cuda_gate.examine({"source": GOOD}, {"source": wanted}, compile_text, ["sm_90"])
         assert len(faults) == 1
         assert "does not see this entry" in faults[0]
-    assert cuda_gate.examine({"source": GOOD}, {"source": {"good"}}, compile_text, ["sm_90"])[1] == []
+    assert cuda_gate.examine({"source": GOOD}, {"source": {"good": 8}}, compile_text, ["sm_90"])[1] == []
+
+
+def test_parameters_of_another_size_fail(compiler):
+    """What the compiler has is what the launches pack: here with gaps before an int64 and behind a float."""
+    text = 'extern "C" __global__ void packed(float *x, int n, long long m, float a) { x[n + m] = a; }\n'
+    parameters = [runtime.Parameter(name, np.dtype(dtype), name == "x", True) for name, dtype in
+                  (("x", "f4"), ("n", "i4"), ("m", "i8"), ("a", "f4"))]  # fmt: skip
+    size = cuda_gate.declared_size(parameters)
+    assert size == 28
+    compile_text = cuda_gate.find_compiler()[1]
+    assert cuda_gate.examine({"source": text}, {"source": {"packed": size}}, compile_text, ["sm_90"])[1] == []
+    faults = cuda_gate.examine({"source": text}, {"source": {"packed": 24}}, compile_text, ["sm_90"])[1]
+    assert faults == ["source.cu: packed on sm_90 takes 28 bytes of parameters, declared are 24"]
+
+
+def test_the_table_is_renewed_on_request_only(monkeypatch, tmp_path, capsys):
+    kept, rows = tmp_path / "kept.txt", [cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8)]
+    monkeypatch.setattr(cuda_gate, "KEPT", kept)
+    monkeypatch.setattr(cuda_gate, "find_compiler", lambda wanted: ("NVRTC 13.0", None))
+    monkeypatch.setattr(cuda_gate, "examine", lambda *args: (rows, []))
+    assert cuda_gate.main([]) == 1
+    assert not kept.exists()
+    assert cuda_gate.main(["--renew"]) == 0
+    assert cuda_gate.main([]) == 0
+    capsys.readouterr()
+    rows[0] = rows[0]._replace(registers=71)
+    assert cuda_gate.main([]) == 1
+    assert "-first  sm_90" in (said := capsys.readouterr().err)
+    assert "--renew writes it" in said
+    assert cuda_gate.main(["--arch", "sm_90"]) == 0  # a part is not compared
+
+
+def test_a_change_of_the_kept_table_fails(monkeypatch, tmp_path, capsys):
+    """In whatever direction; the table of another compiler is left alone."""
+    kept = tmp_path / "kept.txt"
+    monkeypatch.setattr(cuda_gate, "KEPT", kept)
+    row = cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8)
+    text = f"NVRTC 13.0\n{cuda_gate.table([row])}\n"
+    assert len(cuda_gate.changes(text)) == 3
+    kept.write_text(text)
+    assert cuda_gate.changes(text) == []
+    (old, new) = cuda_gate.changes(f"NVRTC 13.0\n{cuda_gate.table([row._replace(registers=69)])}\n")
+    assert (old[0], new[0]) == ("-", "+")
+    assert "70" in old
+    assert "69" in new
+    assert cuda_gate.changes("NVRTC 13.5\nwhatever\n") == []
+    assert "not compared" in capsys.readouterr().out
+    lines = GATE.with_name("cuda_resources.txt").read_text().splitlines()
+    kept_names = {line.split()[0] for line in lines}
+    assert kept_names >= {entry for source in runtime.source_names() for entry in runtime.entries(source)}
 
 
 def test_what_ptxas_says_is_read():
     first, second, helper = cuda_gate.uses(LOG, "sm_90")
-    assert first == ("sm_90", "first", 70, 1024, 0, 0)
+    assert first == ("sm_90", "first", 70, 1024, 0, 0, 0)
     assert not first.fault
-    assert second == ("sm_90", "second", 255, 0, 256, 24)
+    assert second == ("sm_90", "second", 255, 0, 256, 24, 0)
     assert "spills 24 bytes" in second.fault
-    assert helper == ("sm_90", "_Z6helperf", 0, 0, 40, 0)
+    assert helper == ("sm_90", "_Z6helperf", 0, 0, 40, 0, 0)
     assert "40 bytes in local memory" in helper.fault
     lines = cuda_gate.table([first, second]).splitlines()
     assert [line.split() for line in lines[1:]] == [
-        ["first", "sm_90", "70", "1024", "0", "0"],
-        ["second", "sm_90", "255", "0", "256", "24", "FAILS"],
+        ["first", "sm_90", "70", "1024", "0", "0", "0"],
+        ["second", "sm_90", "255", "0", "256", "24", "0", "FAILS"],
     ]
 
 

@@ -4,11 +4,13 @@
 leaves undefined, and the runtime for CuPy against a stand-in for CuPy.
 """
 
+import contextlib
 import copy
 import inspect
 import math
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import types
@@ -16,6 +18,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import cuda_gate
 import cuda_parity
 import cuda_parity_conv  # noqa: F401 - registers its checks
 import cuda_parity_conv_mma  # noqa: F401 - registers its checks
@@ -48,10 +51,16 @@ if not host_cuda.has_compiler():
 @pytest.mark.parametrize("order", host_cuda.ORDERS)
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels_agree(name, order):
-    """In three orders of threads and blocks; and each check launches what it claims to cover."""
+    """In three orders of threads and blocks; and each check launches what it claims to cover.
+
+    The shared memory of the host run is what the compiler of a GPU gives an entry.
+    """
     here = HostRuntime(order)
     CHECKS[name].run(CudaBackend(here), "small")
     assert set(here.launches) >= CHECKS[name].covers
+    rows = (line.split() for line in cuda_gate.KEPT.read_text().splitlines()[2:])
+    static = {entry: -(-int(shared) // 16) * 16 for entry, arch, _, shared, *_ in rows if arch == "sm_90"}
+    assert here.static_shared == {key: static[key[1]] for key in here.static_shared}
 
 
 @pytest.mark.parametrize("block", [1, 32, 256, 1024])
@@ -253,6 +262,10 @@ def test_launches_that_no_device_takes(run):
             run(text, grid, block, 1)
     with pytest.raises(HostError, match="shared memory"):
         run(text, 1, 1, 1, shared_bytes=228 * 1024)
+    text = "FD_KERNEL own(float *x) { FD_SHARED(float, a); FD_SHARED_ARRAY(float, b, 5); x[0] = a[0] = b[0] = 1; }"
+    run(text, 1, 1, np.zeros(1, np.float32), shared_bytes=227 * 1024 - 32)
+    with pytest.raises(HostError, match="asks for 232420 bytes of shared memory, besides 32 of its own"):
+        run(text, 1, 1, np.zeros(1, np.float32), shared_bytes=227 * 1024 - 28)
 
 
 def test_what_does_not_compile_is_shown(run):
@@ -425,6 +438,16 @@ class OutOfMemoryError(MemoryError):
     pass
 
 
+class CUDADriverError(RuntimeError):
+    pass
+
+
+def elf(payload):
+    """A 64-bit ELF file of one segment, with the table of segments at its end."""
+    header = b"\x7fELF\x02\x01\x01".ljust(32, b"\0") + struct.pack("<QQ6xHHHH2x", 64 + len(payload), 0, 56, 1, 64, 0)
+    return header + payload + struct.pack("<IIQQQQQQ", 1, 5, 64, 0, 0, len(payload), len(payload), 1)
+
+
 class StandIn(types.ModuleType):
     """What `CupyRuntime` uses of CuPy, on arrays of a pretended device and the host run."""
 
@@ -447,15 +470,16 @@ class StandIn(types.ModuleType):
         )  # fmt: skip
         nvrtc = types.SimpleNamespace(
             getVersion=lambda: (13, 0),
-            createProgram=lambda text, name, headers, includes: [text],
+            createProgram=lambda text, name, headers, includes: [name, text],
             compileProgram=lambda program, options: self.compiled.append(options),
-            getCUBIN=lambda program: program[0].encode(),
+            getCUBIN=lambda program: elf("\n".join(program).encode())[:-1],  # CuPy drops the last byte
             getProgramLog=lambda program: "the log",
             destroyProgram=list.clear,
         )
-        memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
         self.cuda = types.SimpleNamespace(
-            runtime=api, Device=lambda: device, nvrtc=nvrtc, memory=memory, Stream=partial(StandInStream, self),
+            runtime=api, Device=lambda *number: contextlib.nullcontext(device) if number else device, nvrtc=nvrtc,
+            driver=StandInDriver(), function=types.SimpleNamespace(Module=partial(StandInModule, self)),
+            memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), Stream=partial(StandInStream, self),
             get_current_stream=lambda: self.streams[-1],
         )  # fmt: skip
         self.streams = [types.SimpleNamespace(ptr=0)]  # the current one last
@@ -498,8 +522,34 @@ class StandIn(types.ModuleType):
         self._fits(out.size)
         self.host.matmul(a, b, out)
 
-    def RawModule(self, *, path):
-        return types.SimpleNamespace(get_function=lambda entry: StandInKernel(self, Path(path), entry))
+
+class StandInDriver:
+    """What it knows of a kernel, whose `ptr` is the kernel itself."""
+
+    CUDADriverError = CUDADriverError
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 8, 3
+
+    def funcGetAttribute(self, attribute, kernel):
+        return kernel.attributes.get(attribute, 0)
+
+    def funcSetAttribute(self, kernel, attribute, value):
+        kernel.attributes[attribute] = value
+
+
+class StandInModule:
+    """It is loaded from memory, and only what is whole."""
+
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def load(self, cubin):
+        name, text = cubin[64:-56].decode(errors="replace").split("\n", 1)
+        self.source = name.removesuffix(".cu")
+        if cubin != elf(cubin[64:-56]) or text != runtime.source_text(self.source):
+            raise CUDADriverError("CUDA_ERROR_INVALID_IMAGE")
+
+    def get_function(self, entry):
+        return StandInKernel(self.cupy, self.source, entry)
 
 
 class StandInStream:
@@ -532,13 +582,13 @@ class StandInStream:
 
 
 class StandInKernel:
-    def __init__(self, cupy, path, entry):
-        self.cupy, self.source, self.entry = cupy, path.name.split("-")[0], entry
-        assert path.read_text() == runtime.source_text(self.source)
-        self.max_dynamic_shared_size_bytes = 48 * 1024
+    __slots__ = ("attributes", "cupy", "entry", "ptr", "source")
+
+    def __init__(self, cupy, source, entry):
+        self.cupy, self.source, self.entry, self.ptr = cupy, source, entry, self
+        self.attributes = {}
 
     def __call__(self, grid, block, args, shared_mem):
-        assert shared_mem <= self.max_dynamic_shared_size_bytes
         assert self.cupy.host.capturing == (self.cupy.streams[-1].ptr != 0)
         for parameter, value in zip(runtime.entries(self.source)[self.entry], args, strict=True):
             if parameter.pointer:
@@ -547,7 +597,12 @@ class StandInKernel:
                 assert value.dtype == parameter.dtype
                 assert value.size == 1
                 assert not isinstance(value, DeviceArray)
-        self.cupy.host.launch(self.source, self.entry, *grid, *block, args, shared_mem)
+        host = self.cupy.host
+        host.launch(self.source, self.entry, *grid, *block, args, shared_mem)
+        static = host.static_shared.get((self.source, self.entry), 0)  # seen by the launch
+        told = self.attributes.get(self.cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 0)
+        if shared_mem > told and static + shared_mem > 48 * 1024:
+            raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {self.entry}, {static} + {shared_mem} bytes shared")
 
 
 @pytest.fixture
@@ -600,7 +655,8 @@ def test_graphs_through_cupy(stand_in):
 def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
     """Whatever CUDA says to a graph, the work is done without one."""
     cupy, want = stand_in(), of_pictures(CudaBackend(HostRuntime(), graphs=False))
-    be, wrong = CudaBackend(), RuntimeError("cudaErrorStreamCaptureInvalidated")
+    be = CudaBackend()
+    wrong = CUDADriverError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED") if where == "launch" else CUDARuntimeError(901)
 
     def fail(*args):
         if cupy.host.capturing and where == "end_capture":
@@ -619,12 +675,14 @@ def test_captures_that_fail(stand_in, monkeypatch, caplog, where):
         for got, wanted in zip(of_pictures(be), want, strict=True):
             assert_same_bits(got, wanted)
     (record,) = caplog.records
-    said = "memory was asked for" if where == "empty" else "RuntimeError: cudaErrorStreamCaptureInvalidated"
+    said = "memory was asked for" if where == "empty" else f"{type(wrong).__name__}: {wrong}"
     assert said in record.getMessage()
     assert not be.graphs
 
 
-def test_an_interrupt_ends_a_capture(stand_in):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, AssertionError])
+def test_errors_of_the_work_end_a_capture(stand_in, error):
+    """They are raised: only what CUDA says to a graph makes the work go on without one."""
     cupy, be, interrupted = stand_in(), CudaBackend(), []
 
     def work():
@@ -633,8 +691,8 @@ def test_an_interrupt_ends_a_capture(stand_in):
 
     recording = be.record(work)
     recording.run()
-    interrupted.append(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    interrupted.append(error)
+    with pytest.raises(error):
         recording.run()
     assert not cupy.host.capturing
     assert not be.runtime.capturing
@@ -652,6 +710,43 @@ def test_kernels_are_compiled_once(stand_in, tmp_path):
     assert "-ftz=false" in runtime.COMPILE_OPTIONS
     assert "-fmad=false" in runtime.COMPILE_OPTIONS
     assert [path.name.split("-")[:2] for path in (tmp_path / "cuda").iterdir()] == [["optim", "sm_90"]]
+
+
+def changed(path, what):
+    """What became of a file: cut, emptied, or of another compiler."""
+    code = path.read_bytes()
+    path.write_bytes({"cut": code[:-1], "cut short": code[:70], "empty": b"", "other": elf(code[64:-56][:-1])}[what])
+
+
+@pytest.mark.parametrize("what", ["cut", "cut short", "empty", "other"])
+def test_damaged_kernels_are_compiled_anew(stand_in, tmp_path, what):
+    """Machine code is whole by its own headers, of which CuPy drops the last byte; a file that is not is replaced."""
+    cupy = stand_in()
+    CHECKS["optimiser"].run(CudaBackend(), "small")
+    (path,) = (tmp_path / "cuda").iterdir()
+    whole = path.read_bytes()
+    assert len(whole) == runtime.cubin_size(whole)
+    changed(path, what)
+    CHECKS["optimiser"].run(CudaBackend(), "small")
+    assert len(cupy.compiled) == 2
+    assert path.read_bytes() == whole
+    changed(path, "cut")
+    short = cupy.cuda.nvrtc.getCUBIN
+    cupy.cuda.nvrtc.getCUBIN = lambda program: short(program)[:-1]
+    with pytest.raises(BackendError, match=r"NVRTC gave \d+ bytes of optim\.cu for sm_90, of \d+"):
+        CHECKS["optimiser"].run(CudaBackend(), "small")
+
+
+def test_a_driver_that_refuses_new_code_is_named(stand_in, monkeypatch):
+    cupy = stand_in(driver=12040)
+
+    def refuse(module, cubin):
+        raise CUDADriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    monkeypatch.setattr(StandInModule, "load", refuse)
+    with pytest.raises(BackendError, match=r"knows CUDA 12\.4, does not load optim\.cu as NVRTC 13\.0 .*NO_BINARY"):
+        CHECKS["optimiser"].run(CudaBackend(), "small")
+    assert len(cupy.compiled) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(stand_in, monkeypatch, tmp_path):
@@ -767,6 +862,21 @@ def test_large_shared_memory_is_announced_to_the_kernel(stand_in, monkeypatch):
     for size in (100_000, 90_000, 120_000):
         be.runtime.launch("large", "large", 1, 1, (x,), size)
         assert be.to_numpy(x) == 3
+    assert be.runtime.attribute("large", "large", "MAX_DYNAMIC_SHARED_SIZE_BYTES") == 120_000
+    assert be.runtime.attribute("large", "large", "LOCAL_SIZE_BYTES") == 0
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 27, 27, 32), 4), ((1, 18, 18, 256), 8), ((1, 24, 24, 96), 32)])
+def test_static_shared_memory_counts_too(stand_in, shape, groups):
+    """Of a kernel whose dynamic shared memory alone would not have to be announced."""
+    cupy, (x, y, dx), (gamma, beta, *grads) = stand_in(), np.ones((3, *shape), np.float32), np.ones((4, shape[-1]), "f")
+    be, stats = CudaBackend(), np.empty((1, groups, 2), np.float32)
+    x, y, dx, gamma, beta, stats, *grads = map(be.asarray, (x, y, dx, gamma, beta, stats, *grads))
+    be.norm(x, gamma, beta, y, stats, groups=groups, eps=1e-5, silu=False)
+    be.norm_backward(y, x, gamma, beta, stats, dx, *grads, groups=groups, silu=False)
+    assert {entry: cupy.host.static_shared["norm", entry] for entry in ("norm_forward", "norm_backward")} == {
+        "norm_forward": 2048, "norm_backward": 8192,
+    }  # fmt: skip
 
 
 def test_the_cupy_runtime_survives_pickle(stand_in):

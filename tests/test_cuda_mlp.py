@@ -129,11 +129,11 @@ def test_the_time_table_and_its_gradient(runtime, T, width):
     assert_close(dbias, want_bias, terms=T)
 
 
-@pytest.mark.parametrize(("n", "T", "width"), [(1, 1, 1), (300, 7, 5), (40, 100, 66), (257, 1, 3)])
+@pytest.mark.parametrize(("n", "T", "width"), [(1, 1, 1), (300, 7, 5), (40, 100, 66), (257, 1, 3), (600, 70_000, 2)])
 def test_rows_of_one_timestep_are_added_in_the_order_of_the_batch(runtime, n, T, width):
     t, dtime = np.random.default_rng(n).integers(0, T, n), normals(n, width)
-    order, dtable = runtime.empty((n,), np.int32), np.zeros((T, width), F)
-    runtime.launch("mlp", "mlp_order_times", -(-n // 256), 256, (t, order, n))
+    order, spare, dtable = runtime.empty((n,), np.int32), runtime.empty((n,), np.int32), np.zeros((T, width), F)
+    runtime.launch("mlp", "mlp_order_times", 1, 256, (t, order, spare, n, T))
     runtime.launch("mlp", "mlp_time_gradient", *runtime.grid_1d(n * width), (dtime, t, order, dtable, n, width))
     assert order.tolist() == np.argsort(t, kind="stable").tolist()
     assert_same_bits(dtable, reference.embedding_backward(dtime, t, T))

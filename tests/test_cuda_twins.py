@@ -199,6 +199,51 @@ def devices():
 # ------------------------------------------------------------------------------------------- compiled
 
 
+def test_a_launch_waits_for_no_stream():
+    """Numba waits for the stream that an array names unless it is told not to."""
+    pytest.importorskip("numba_cuda")
+    done = program("waits", simulator="0")
+    assert done.stdout.split() == ["launched", "0"], done.stderr
+
+
+def waits():
+    """Launch a step on arrays that name a stream, with Numba's driver replaced; print how often one was waited for."""
+    import inspect
+
+    from numba import cuda
+
+    from fastdiff.kernels.cuda import numba_twins as twins
+
+    default, waited = inspect.signature(cuda.as_cuda_array).parameters["sync"].default, []
+
+    class OnDevice(np.ndarray):
+        def __array_finalize__(self, other):
+            self.__cuda_array_interface__ = {"stream": 7}
+
+    def as_cuda_array(array, sync=default):
+        if sync:
+            waited.append(array.__cuda_array_interface__["stream"])
+        return array.view(np.ndarray)
+
+    class Kernel:
+        def __getitem__(self, geometry):
+            return self.launch
+
+        @staticmethod
+        def launch(*arguments):
+            for argument in arguments:
+                if hasattr(argument, "__cuda_array_interface__"):  # as Numba itself does
+                    as_cuda_array(argument)
+            print("launched")  # noqa: T201
+
+    cuda.as_cuda_array = as_cuda_array
+    cuda.get_current_device = lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=2)
+    twins.step_kernel = Kernel()
+    x, output = (data(seed, (3, 7)).view(OnDevice) for seed in (3, 4))
+    twins.sampler_step(x, output, None, ROWS[2], None, Draw(0, 1, ROWS[2].t), threads=THREADS)
+    print(len(waited))  # noqa: T201
+
+
 def test_products_are_never_fused():
     """PTX needs no GPU. A product there says how it is rounded: only so nothing fuses it with an addition.
 
@@ -245,4 +290,4 @@ def ptx():
 
 
 if __name__ == "__main__":
-    {"simulate": simulate, "devices": devices, "ptx": ptx}[sys.argv[1]](*sys.argv[2:])
+    {"simulate": simulate, "devices": devices, "waits": waits, "ptx": ptx}[sys.argv[1]](*sys.argv[2:])

@@ -6,13 +6,16 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
 HERE = Path(__file__).parent
@@ -246,6 +249,18 @@ def test_a_later_run_goes_on(run):
     assert not run.rows
 
 
+def test_goes_on_with_results_of_another_folder(run, tmp_path):
+    assert run(*BENCHMARKS_ONLY, **{FORWARD: [row(FORWARD)]}) == 0
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    for name in ("gpu.json", "gpu.md"):
+        (tmp_path / name).rename(earlier / name)
+    assert run("--continue", str(earlier), *BENCHMARKS_ONLY, **{STEP: [row(STEP)]}) == 0
+    assert run.asked() == [[STEP, NORMALS]]
+    assert set(run.rows) == {FORWARD, STEP}
+    assert set(json.loads((earlier / "gpu.json").read_text())["header"]["cases"]) == {FORWARD}
+
+
 def test_results_of_another_card_are_not_gone_on_with(run, capfd):
     assert run(*BENCHMARKS_ONLY, **{FORWARD: [row(FORWARD)]}) == 0
     assert run("--continue", *BENCHMARKS_ONLY, gpu="another card") == 0
@@ -276,6 +291,45 @@ def test_networks_are_compiled_ahead(run):
     assert run.asked("make") == []
 
 
+# -- a bare machine ------------------------------------------------------------------------------------------------
+
+BARE = ("fastdiff", "kernels", "benchmarks", "tests")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Run Python in a copy of the tree, where packages are found and the project is not installed."""
+    root, python = tmp_path / "tree", tmp_path / "bare" / "bin" / "python"
+    for name in BARE:
+        shutil.copytree(HERE.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__", ".*", "results"))
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    packages = os.pathsep.join({str(Path(module.__file__).parents[1]) for module in (numpy, pytest)})
+    # What a folder on this path says of the project is not read: only those of a site are.
+    environment = {**os.environ, "PYTHONPATH": packages, "FASTDIFF_GPU": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def run(*command):
+        return subprocess.run(
+            [str(python), *command], cwd=root, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert "No module named 'fastdiff" in run("-c", "import sys; sys.path.remove(''); import fastdiff").stderr
+    return run
+
+
+def test_nothing_has_to_be_installed(bare, tmp_path):
+    """The program, its worker and the tests find the project where it lies; a result is written where it is told."""
+    done = bare("benchmarks/gpu.py", "--quick", "--output", str(tmp_path / "out"))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("gpu.py: backend 'cuda' needs CuPy: pip install"), (
+        done.stderr
+    )
+    tests = bare(
+        "-m", "pytest", "tests/gpu", "--confcutdir=tests/gpu", "-q", "-p", "no:cacheprovider", "--collect-only"
+    )
+    assert tests.returncode == 0, tests.stdout + tests.stderr
+    assert "test_gpu.py::test_graphs" in tests.stdout
+
+
 # -- tests ---------------------------------------------------------------------------------------------------------
 
 SUITE = """
@@ -303,7 +357,13 @@ def wait():
     if dead:
         raise RuntimeError("the device is dead")
 
-cuda = SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=wait))
+pool = [True]
+
+def set_allocator(allocator):
+    assert allocator is None
+    pool.clear()
+
+cuda = SimpleNamespace(runtime=SimpleNamespace(deviceSynchronize=wait), set_allocator=set_allocator)
 """
 
 
@@ -376,6 +436,21 @@ def test_the_tools(run, suite, monkeypatch):
         assert outcomes(run, tool) == dict.fromkeys(("test_parity[a-small]", "test_parity[b-small]"), "passed")
     assert run.faults == {"racecheck": "exit code 1\na hazard"}
     assert run.header["complete"] == ["sanitizer"]
+    assert "initcheck" in gpu_run.TOOLS
+
+
+def test_the_tools_see_where_arrays_end(run, suite):
+    """CuPy's pool is off under them, and only there."""
+    (suite / "test_suite.py").write_text("import cupy\n\ndef test_parity_small(): assert not cupy.pool")
+    assert run("--stage", "sanitizer") == 1
+    assert set(run.faults) == {"racecheck"}  # it always finds something
+    assert {name: len(found) for name, found in run.results["tests"].items()} == dict.fromkeys(gpu_run.TOOLS, 1)
+    (suite / "test_suite.py").write_text("import cupy\n\ndef test_parity_small(): assert cupy.pool")
+    assert run("--stage", "tests") == 0
+    assert set(outcomes(run, "tests").values()) == {"passed"}
+
+
+def test_no_tools(run, suite, monkeypatch):
     monkeypatch.setattr(gpu_run.shutil, "which", lambda name: None)
     assert run("--stage", "sanitizer") == 0
     assert run.results["stages"]["compute-sanitizer"] == "not installed"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from fastdiff.backends.layers import Conv
 from fastdiff.errors import BackendError
-from fastdiff.kernels.cuda.runtime import Runtime
+from fastdiff.kernels.cuda.runtime import CaptureError, Runtime
 
 log = logging.getLogger("fastdiff")
 
@@ -267,4 +267,9 @@ class Cudnn:
         addresses = {uid: self.runtime.address(array) for uid, array in arrays.items()}
         workspace = self.scratch("cudnn workspace", -(-plan.workspace // 4)) if plan.workspace else None
         at = 0 if workspace is None else self.runtime.address(workspace)
-        plan.graph.execute(addresses, at, handle=self._handle())
+        try:
+            plan.graph.execute(addresses, at, handle=self._handle())
+        except RuntimeError as error:  # of the frontend
+            if self.runtime.capturing:
+                raise CaptureError(f"cuDNN: {error}") from error
+            raise

@@ -181,7 +181,8 @@ class _Network:
         widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
         self.buffers = {
             "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
-            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)), "order": empty((n,), np.int32),
+            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)),
+            "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
             "d0": empty((n * widest,)), "d1": empty((n * widest,)),
         }  # fmt: skip
         for k, layer in enumerate(plan.layers):
@@ -441,12 +442,12 @@ class MLPOperations:
     def _time_gradient(self, net: _Network, t: Array, grads: Array) -> None:
         """Gradient of the time table from the rows of dtime, and of what it is made from."""
         plan, n, width = net.plan, len(t), net.plan.time_width
-        dtime, order = net.buffers["dtime"], net.buffers["order"]
+        dtime, order, spare = (net.buffers[name] for name in ("dtime", "order", "spare order"))
         dtable = net.dtable
         if dtable is None:
             dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
         self.runtime.launch("pointwise", "fill", *self.runtime.grid_1d(dtable.size), (dtable, dtable.size, 0))
-        self.runtime.launch("mlp", "mlp_order_times", -(-n // THREADS), THREADS, (t, order, n))
+        self.runtime.launch("mlp", "mlp_order_times", 1, THREADS, (t, order, spare, n, plan.T))
         self._launch("mlp_time_gradient", n * width, dtime, t, order, dtable, n, width)
         if net.features is not None:
             count = net.features.shape[1]

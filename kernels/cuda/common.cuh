@@ -47,6 +47,9 @@ typedef FD_REAL real;
 #define fd_shuffle(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define fd_shuffle_down(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
 #define fd_shuffle_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+// Bit l: whether it holds in lane l.
+#define fd_ballot(condition) __ballot_sync(0xffffffffu, condition)
+#define fd_count_bits(bits) __popc(bits)
 // Integers only: the sum of floats would depend on the order.
 #define fd_atomic_add(address, value) atomicAdd(address, value)
 

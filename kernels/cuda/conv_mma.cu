@@ -224,6 +224,7 @@ FD_DEVICE void mma_gather(const real *source, const real *packed, const real *bi
     };
     const auto end_box = [&](int n) {
         bf16 *const to_box = values + n % 2 * box_pixels * PITCH;
+        FD_ROLL
         for (int unit = thread, left; unit < units; unit += THREADS) {
             bf16 *const group = to_box + unit / GROUPS * PITCH + unit % GROUPS * GROUP;
             if (flags & COPY_SOURCE) {

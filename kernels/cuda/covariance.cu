@@ -332,6 +332,7 @@ FD_DEVICE void posterior_tiles(real *shared, const real *x_md, const real *data_
                 fd_store4(weights + row * WEIGHT_PITCH + 4 * lane, e);
                 const real factor = cov_exp(before - top);
                 const real total = sum * factor + warp_sum((e.x + e.y) + (e.z + e.w));
+                fd_syncwarp();  // behind all that read these
                 if (lane == 0) {
                     tops[row] = top;
                     totals[row] = total;
@@ -401,6 +402,7 @@ FD_KERNEL blend(real *__restrict__ out_md, real *__restrict__ state_m2, const re
             const real old = out_md[row * d + j];
             out_md[row * d + j] = old + share * (parts_md[row * d + j] - old);
         }
+        fd_syncwarp();  // behind all that read these
         if (lane == 0) {
             state_m2[2 * row] = top;
             state_m2[2 * row + 1] = total;

@@ -130,21 +130,73 @@ FD_KERNEL mlp_time_table_backward(const real *features, const real *dtable, real
     }
 }
 
-// order = the samples sorted by timestep, those of one timestep in the order of the batch: a sample's place is how many
-// come before it. Quadratic, but one launch without atomics; a batch of 4096 takes a few microseconds.
-FD_KERNEL mlp_order_times(const int64 *t, int *order, int64 n) {
-    FD_SHARED_ARRAY(int, tile, 256);
-    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-    const int mine = i < n ? (int)t[i] : 0;
-    int64 place = 0;
-    for (int64 begin = 0; begin < n; begin += blockDim.x) {
-        if (begin + threadIdx.x < n) tile[threadIdx.x] = (int)t[begin + threadIdx.x];
+enum { AT_ONCE = 8 };  // loads on their way
+enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS, ORDER_WARPS = DIGITS / FD_WARP };
+
+// The lanes of this warp whose digit is that of this lane, as bits; none where `is` does not hold.
+FD_DEVICE uint32 mlp_same_digit(int digit, bool is) {
+    uint32 same = fd_ballot(is);
+    FD_UNROLL
+    for (int bit = 0; bit < DIGIT_BITS; bit++) {
+        const uint32 set = fd_ballot(digit >> bit & 1);
+        same &= digit >> bit & 1 ? set : ~set;
+    }
+    return is ? same : 0;
+}
+
+// order = the samples sorted by timestep, those of one timestep in the order of the batch, of T timesteps. One block of
+// DIGITS threads, whose warps have pieces of the batch: a counting sort for each digit of the timesteps, the lowest
+// first, that keeps what is equal as it was. `spare` is as large as `order`.
+FD_KERNEL FD_BOUNDS(DIGITS, 1) mlp_order_times(const int64 *t, int *order, int *spare, int64 n, int64 T) {
+    FD_SHARED_ARRAY(int, places, ORDER_WARPS * DIGITS);  // of a warp's digits: how many, then where the next one goes
+    FD_SHARED_ARRAY(int, sums, ORDER_WARPS);
+    const int thread = threadIdx.x, lane = thread % FD_WARP, warp = thread / FD_WARP;
+    const uint32 before = (1u << lane) - 1;
+    const int64 piece = (n + DIGITS - 1) / DIGITS * FD_WARP, begin = warp * piece, end = min(begin + piece, n);
+    int passes = 1;
+    while ((T - 1) >> (passes * DIGIT_BITS)) passes++;
+    for (int pass = 0; pass < passes; pass++) {
+        const int *const from = (passes - pass) % 2 ? spare : order;
+        int *const to = (passes - pass) % 2 ? order : spare;
+        const auto sample = [&](int64 at) { return pass ? from[at] : (int)at; };
+        const auto digit_of = [&](int64 at) { return (int)(t[sample(at)] >> (pass * DIGIT_BITS)) & (DIGITS - 1); };
+        for (int w = 0; w < ORDER_WARPS; w++) places[w * DIGITS + thread] = 0;
         fd_syncthreads();
-        const int count = (int)min((int64)blockDim.x, n - begin);
-        for (int k = 0; k < count; k++) place += tile[k] < mine || (tile[k] == mine && begin + k < i);
+        for (int64 at = begin + lane; at - lane < end; at += FD_WARP) {
+            const int digit = at < end ? digit_of(at) : 0;
+            const uint32 same = mlp_same_digit(digit, at < end);
+            if (same && !(same & before)) places[warp * DIGITS + digit] += fd_count_bits(same);
+            fd_syncwarp();
+        }
+        fd_syncthreads();
+        // Smaller digits go first, and of one digit the pieces in their order.
+        int count = 0;
+        for (int w = 0; w < ORDER_WARPS; w++) count += places[w * DIGITS + thread];
+        int sum = count;  // of the digits up to this one, in the warp
+        for (int delta = 1; delta < FD_WARP; delta *= 2) {
+            const int other = fd_shuffle(sum, (lane + FD_WARP - delta) % FD_WARP);
+            if (lane >= delta) sum += other;
+        }
+        if (lane == FD_WARP - 1) sums[warp] = sum;
+        fd_syncthreads();
+        int place = sum - count;
+        for (int w = 0; w < warp; w++) place += sums[w];
+        for (int w = 0; w < ORDER_WARPS; w++) {
+            const int here = places[w * DIGITS + thread];
+            places[w * DIGITS + thread] = place;
+            place += here;
+        }
+        fd_syncthreads();
+        for (int64 at = begin + lane; at - lane < end; at += FD_WARP) {
+            const int digit = at < end ? digit_of(at) : 0;
+            const uint32 same = mlp_same_digit(digit, at < end);
+            if (same) to[places[warp * DIGITS + digit] + fd_count_bits(same & before)] = sample(at);
+            fd_syncwarp();
+            if (same && !(same & before)) places[warp * DIGITS + digit] += fd_count_bits(same);
+            fd_syncwarp();
+        }
         fd_syncthreads();
     }
-    if (i < n) order[place] = (int)i;
 }
 
 // dtable[s] = sum of dtime[i] over the samples with t[i] = s, in the order of the batch. One thread per column and
@@ -155,8 +207,24 @@ FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order,
         const int64 j = walk.item;
         const int64 step = t[order[place]];
         if (place > 0 && t[order[place - 1]] == step) continue;
+        // Where the timestep ends: before that many loads can be on their way at once.
+        int64 end = place + 1;
+        for (int64 beyond = n; end < beyond;) {
+            const int64 middle = (end + beyond) / 2;
+            if (t[order[middle]] == step)
+                end = middle + 1;
+            else
+                beyond = middle;
+        }
         real sum = 0;
-        for (; place < n && t[order[place]] == step; place++) sum = sum + dtime[order[place] * width + j];
+        for (; place + AT_ONCE <= end; place += AT_ONCE) {
+            real values[AT_ONCE];
+            FD_UNROLL
+            for (int k = 0; k < AT_ONCE; k++) values[k] = dtime[order[place + k] * width + j];
+            FD_UNROLL
+            for (int k = 0; k < AT_ONCE; k++) sum = sum + values[k];
+        }
+        for (; place < end; place++) sum = sum + dtime[order[place] * width + j];
         dtable[step * width + j] = sum;
     }
 }
@@ -258,6 +326,7 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
                 mlp_fma4(acc[r], x.w, w3);
             }
         }
+        FD_ROLL
         for (; k < inputs; k++, w += pitch) {
             const float4 w0 = fd_load4(w);
             FD_UNROLL

@@ -325,6 +325,10 @@ def _start(kernel: Any, blocks: int, queue: Any, threads: int, arguments: tuple[
         else:
             queue = cuda.external_stream(queue) if isinstance(queue, int) and queue else queue
             grid = min(blocks, BLOCKS_PER_MULTIPROCESSOR * cuda.get_current_device().MULTIPROCESSOR_COUNT)
+            # Numba would wait for the stream that each array names, but the launch is on that stream already.
+            arguments = tuple(
+                cuda.as_cuda_array(a, sync=False) if hasattr(a, "__cuda_array_interface__") else a for a in arguments
+            )
         kernel[grid, threads, queue](*arguments)
 
 

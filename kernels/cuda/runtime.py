@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import struct
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -298,7 +299,6 @@ def grid_1d(n: int, block: int, most: int) -> tuple[int, int]:
 
 CPU_INSTEAD = "backend='cpu' works without a GPU"
 INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
-STATIC_SHARED = 48 * 1024  # a block may have more only where the kernel has been told
 
 
 def _version(number: int) -> str:
@@ -339,11 +339,28 @@ def import_cupy() -> Any:
     return cupy
 
 
+# Of an ELF header: offsets of the tables of segments and sections, then sizes and counts of their entries.
+_ELF = struct.Struct("<32x QQ 6x HHHH 2x")
+_SEGMENT = struct.Struct("<8x Q 16x Q 16x")  # of an entry: where a segment lies in the file, and how long it is
+
+
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: FASTDIFF_CACHE_DIR, or the user's cache folder."""
     given = os.environ.get("FASTDIFF_CACHE_DIR")
     base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdiff"
     return base / "cuda"
+
+
+def cubin_size(code: bytes) -> int:
+    """Return how long machine code, an ELF file, is by its own headers: where their tables and what they name end."""
+    if len(code) < _ELF.size or code[:5] != b"\x7fELF\x02":
+        raise ValueError("it is no 64-bit ELF file")
+    segments, sections, segment_size, segment_count, section_size, section_count = _ELF.unpack_from(code)
+    end = max(segments + segment_size * segment_count, sections + section_size * section_count)
+    for at in range(segments, segments + segment_size * segment_count, max(1, segment_size)):
+        if at + _SEGMENT.size <= len(code):
+            end = max(end, sum(_SEGMENT.unpack_from(code, at)))
+    return end
 
 
 def compile_cubin(nvrtc: Any, name: str, arch: str) -> bytes:
@@ -360,36 +377,47 @@ def compile_cubin(nvrtc: Any, name: str, arch: str) -> bytes:
                 f"{name}.cu does not compile for sm_{arch} with NVRTC {'.'.join(map(str, nvrtc.getVersion()))}: "
                 f"{error}\n{nvrtc.getProgramLog(program)}"
             ) from error
-        return bytes(nvrtc.getCUBIN(program))
+        code = bytes(nvrtc.getCUBIN(program))
     finally:
         nvrtc.destroyProgram(program)
+    # CuPy takes the last byte for the end of a string. It is the highest of an alignment: zero.
+    if cubin_size(code) == len(code) + 1:
+        code += b"\0"
+    if cubin_size(code) > len(code):
+        raise BackendError(f"NVRTC gave {len(code)} bytes of {name}.cu for sm_{arch}, of {cubin_size(code)}")
+    return code
 
 
-def cached_cubin(nvrtc: Any, name: str, arch: str) -> Path:
-    """Return the path of the machine code of ``name.cu``, compiled now or found from an earlier time."""
+def _kept_cubin(path: Path) -> bytes | None:
+    """Return the machine code of a file; None where there is none, or a part of it only."""
+    try:
+        code = path.read_bytes()
+        return code if cubin_size(code) <= len(code) else None
+    except (OSError, ValueError):
+        return None
+
+
+def cached_cubin(nvrtc: Any, name: str, arch: str, anew: bool = False) -> bytes:
+    """Return the machine code of ``name.cu``, found from an earlier time, or compiled now; `anew`: compiled now."""
     try:
         version = nvrtc.getVersion()
     except Exception as error:
         raise BackendError(f"CuPy finds no NVRTC to compile with: pip install nvidia-cuda-nvrtc ({error})") from error
     key = repr((source_text(name), COMPILE_OPTIONS, arch, version)).encode()
-    file_name = f"{name}-sm_{arch}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
-    path = cache_folder() / file_name
-    if path.exists():
-        return path
+    path = cache_folder() / f"{name}-sm_{arch}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
+    if not anew and (code := _kept_cubin(path)) is not None:
+        return code
     log.info("compiling %s.cu for sm_%s", name, arch)
     code = compile_cubin(nvrtc, name, arch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        os.replace(temporary, path)  # whole or not at all, whoever else compiles it now
     except OSError as error:
         log.info("compiled kernels are not kept: %s (FASTDIFF_CACHE_DIR names a folder)", error)
-        path = Path(tempfile.mkdtemp(prefix="fastdiff-")) / file_name
-        path.write_bytes(code)
-        return path
-    with os.fdopen(handle, "wb") as file:
-        file.write(code)
-    os.replace(temporary, path)  # whole or not at all, whoever else compiles it now
-    return path
+    return code
 
 
 def _size(count: float) -> str:
@@ -489,12 +517,38 @@ class CupyRuntime:
         return grid_1d(n, block or self.block, self.multiprocessors * WAVES)
 
     def kernel(self, source: str, entry: str) -> Any:
-        """Return CuPy's kernel object of an entry."""
+        """Return CuPy's function object of an entry."""
         key = (source, entry)
         if key not in self._kernels:
-            module = self._cupy.RawModule(path=str(cached_cubin(self._cupy.cuda.nvrtc, source, self.arch)))
+            module = self._load(source)
             self._kernels.update({(source, name): module.get_function(name) for name in entries(source)})
         return self._kernels[key]
+
+    def attribute(self, source: str, entry: str, name: str) -> int:
+        """Return what the driver knows of an entry; `name` as in ``CU_FUNC_ATTRIBUTE_NUM_REGS``: "NUM_REGS"."""
+        driver = self._cupy.cuda.driver
+        number = getattr(driver, f"CU_FUNC_ATTRIBUTE_{name}")
+        return int(driver.funcGetAttribute(number, self.kernel(source, entry).ptr))
+
+    def _load(self, source: str) -> Any:
+        """Load machine code from memory; what the driver refuses is compiled anew, once."""
+        cuda, nvrtc = self._cupy.cuda, self._cupy.cuda.nvrtc
+        module = cuda.function.Module()
+        with cuda.Device(self.device_id):
+            try:
+                module.load(cached_cubin(nvrtc, source, self.arch))
+                return module
+            except cuda.driver.CUDADriverError as error:
+                log.info("%s.cu is compiled anew: the driver refuses what was kept (%s)", source, error)
+            try:
+                module.load(cached_cubin(nvrtc, source, self.arch, anew=True))
+            except cuda.driver.CUDADriverError as error:
+                raise BackendError(
+                    f"the driver, which knows CUDA {_version(cuda.runtime.driverGetVersion())}, does not load "
+                    f"{source}.cu as NVRTC {'.'.join(map(str, nvrtc.getVersion()))} compiles it for sm_{self.arch}: "
+                    f"{error}; a newer driver may"
+                ) from error
+        return module
 
     def launch(
         self, source: str, entry: str, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0
@@ -509,17 +563,20 @@ class CupyRuntime:
                         f"{entry}: {parameter.name} is on device {value.data.device_id}, wants device {self.device_id}"
                     )
         kernel = self.kernel(source, entry)
-        if shared_bytes > max(STATIC_SHARED, self._shared.get((source, entry), 0)):
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
+        if shared_bytes > self._shared.get((source, entry), 0):
+            # Above 48 KB a block must be told, and its static shared memory counts: any size is told.
+            driver = self._cupy.cuda.driver
+            attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(kernel.ptr, attribute, shared_bytes)
             self._shared[source, entry] = shared_bytes
         kernel((grid,), (block,), tuple(cast), shared_mem=shared_bytes)
 
     def capture(self, issue: Callable[[], None]) -> Callable[[], None]:
         # On a stream of its own, because the legacy default stream cannot be captured, and one that does not wait for
         # that stream nor it for this one. Nothing runs on it: the memory stays that of the caller's queue.
-        queue = self.queue()
+        queue, cuda = self.queue(), self._cupy.cuda
         try:
-            with self._cupy.cuda.Stream(non_blocking=True) as stream:
+            with cuda.Stream(non_blocking=True) as stream:
                 stream.begin_capture()
                 self._captured.queue = queue
                 try:
@@ -531,9 +588,8 @@ class CupyRuntime:
                 finally:
                     self._captured.queue = None
                 graph = stream.end_capture()
-        except CaptureError:
-            raise
-        except Exception as error:  # of CuPy, the driver, or a launch: the caller issues it again, and will see
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            # The caller issues it again, and will see. An error of its own is its own.
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         launch: Callable[[], None] = graph.launch
         return launch

@@ -1,7 +1,8 @@
 """Tests that need a CUDA device. ``make gpu`` sets FASTDIFF_GPU and runs them; elsewhere they are not collected.
 
 It also names a file in which every test leaves what became of it. A test that leaves the device dead ends the process:
-``make gpu`` starts another, which goes on behind it.
+``make gpu`` starts another, which goes on behind it. FASTDIFF_GPU_POOL=0: every array is memory of its own, whose end
+compute-sanitizer knows; of CuPy's pool it knows nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # what they share with the tests of the host run
+sys.path.append(str(HERE.parents[1] / "benchmarks"))
+import bare  # noqa: E402, F401 - so that the project is found
 
 collect_ignore_glob = [] if os.environ.get("FASTDIFF_GPU", "0") != "0" else ["*"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; make gpu runs these")
+    if os.environ.get("FASTDIFF_GPU_POOL", "1") == "0":
+        import cupy
+
+        cupy.cuda.set_allocator(None)
     if "FASTDIFF_GPU_EVENTS" in os.environ:
         config.pluginmanager.register(Events())
 
@@ -28,7 +35,6 @@ class Events:
     """Tells `benchmarks/gpu_run.py` what becomes of the tests."""
 
     def __init__(self):
-        sys.path.append(str(HERE.parents[1] / "benchmarks"))
         import gpu_events
 
         self.events, self.outcome = gpu_events, ""

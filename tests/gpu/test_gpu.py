@@ -40,7 +40,7 @@ def test_parity(be, name, size):
 
 @pytest.mark.parametrize("key", sorted(all_entries()), ids="-".join)
 def test_nothing_lies_in_local_memory(be, key):
-    assert be.runtime.kernel(*key).attributes["local_size_bytes"] == 0
+    assert be.runtime.attribute(*key, "LOCAL_SIZE_BYTES") == 0
 
 
 def convolved(be, given):

@@ -1,6 +1,7 @@
 """The CUDA sources of fastdiff on machines without a GPU: compiled by g++ against ``shim.hpp``, run on NumPy arrays.
 
-A library is built once per source text, shim and flags, and kept under ``build/host_cuda``.
+A library is built once per source text, shim and flags, and kept under ``build/host_cuda``: plain, under the address
+and undefined-behaviour sanitizers, or with the race checker ``races.cpp``.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 from fastdiff.kernels.cuda import runtime
 
 SHIM = Path(__file__).with_name("shim.hpp")
+RACES = Path(__file__).with_name("races.cpp")
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "g++")
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
@@ -32,6 +36,9 @@ FLAGS = (
 )  # fmt: skip
 # Undefined behaviour ends the process; address errors do so anyway.
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+# Every access is a call to races.cpp. No library of a sanitizer is linked.
+RACE_FLAGS = ("-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0", "-DFD_RACES")
 
 C_TYPES = {np.dtype(k): v for k, v in [
     (np.float32, "float"), (np.float64, "double"), (np.int32, "int"), (np.uint32, "unsigned int"),
@@ -80,10 +87,11 @@ def host_text(source: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def build(text: str, sanitize: bool = False) -> Path:
+def build(text: str, sanitize: bool = False, races: bool = False) -> Path:
     """Return the shared library of a text, compiled now or found from an earlier time."""
-    flags = [*FLAGS, *(SANITIZERS if sanitize else ())]
-    key = hashlib.sha256("\0".join([text, SHIM.read_text(), CXX, *flags]).encode()).hexdigest()[:24]
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ()), *(RACE_FLAGS if races else ())]
+    parts = [path.read_text() for path in (SHIM, RACES, RACES.with_suffix(".hpp"))]
+    key = hashlib.sha256("\0".join([text, *parts, CXX, *flags]).encode()).hexdigest()[:24]
     folder = ROOT / "build" / "host_cuda"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,25 +101,56 @@ def build(text: str, sanitize: bool = False) -> Path:
     library = folder / f"{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            source, made = Path(work, "source.cpp"), Path(work, "made.so")
+            source, made, object_file = (Path(work, name) for name in ("source.cpp", "made.so", "source.o"))
             source.write_text(text)
-            command = [CXX, *flags, "-DFD_HOST", f"-I{SHIM.parent}", str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise HostError(f"{' '.join(command)}\n{done.stderr}")
+            command = [CXX, *flags, "-DFD_HOST", f"-I{SHIM.parent}", str(source), "-o"]
+            if races:
+                _run([*command, str(object_file), "-c"])
+                _run([CXX, *FLAGS, "-DFD_RACES", str(object_file), str(RACES), "-ldl", "-o", str(made)])
+            else:
+                _run([*command, str(made)])
             made.replace(library)
     return library
 
 
-def build_all(sanitize: bool = False) -> None:
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HostError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def build_all(sanitize: bool = False, races: bool = False) -> None:
     """Build the libraries of all sources, as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: build(host_text(source), sanitize), runtime.source_names()))
+        list(pool.map(lambda source: build(host_text(source), sanitize, races), runtime.source_names()))
 
 
 @cache
-def _library(text: str, sanitize: bool) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(text, sanitize)))
+def _library(text: str, sanitize: bool, races: bool) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(text, sanitize, races)))
+
+
+def _with_lines(said: str, library: ctypes.CDLL) -> str:
+    """What was said, with the line of a source for each place in the library; not with that of the shim."""
+
+    def line(place: re.Match[str]) -> str:
+        command = ["addr2line", "-i", "-e", library._name, place[1]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        names = [Path(name.split(" ")[0]).name for name in done.stdout.splitlines()]
+        return next((name for name in names if not name.startswith(SHIM.name)), place[0])
+
+    return re.sub(r"\+(0x[0-9a-f]+)", line, said) if shutil.which("addr2line") else said
+
+
+def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges (begin, end), those that overlap as one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 class HostRuntime:
@@ -128,6 +167,8 @@ class HostRuntime:
         Of the shuffling.
     sanitize : bool
         Whether libraries are built under AddressSanitizer and UndefinedBehaviorSanitizer; libasan must be preloaded.
+    races : bool
+        Whether a launch fails that has a data race, a misaligned access or a read of shared memory never written.
     block : int
         Threads of a block where the kernel does not fix them. A prime: nothing divides by it.
     multiprocessors : int
@@ -146,14 +187,19 @@ class HostRuntime:
         sanitize: bool | None = None,
         block: int = 61,
         multiprocessors: int = 2,
+        races: bool = False,
     ) -> None:
         self.order, self.seed = order, seed
         self.sanitize = os.environ.get("FASTDIFF_HOST_SANITIZE", "0") != "0" if sanitize is None else sanitize
-        self.block, self.multiprocessors = block, multiprocessors
+        self.block, self.multiprocessors, self.races = block, multiprocessors, races
         self.launches: list[tuple[str, str]] = []
         """(source, entry) of every launch so far."""
         self.graphs: list[int] = []
         """How many launches each graph has that was captured so far."""
+        self.static_shared: dict[tuple[str, str], int] = {}
+        """Bytes of shared memory that each entry had besides the dynamic."""
+        self.accesses: dict[tuple[str, str], int] = {}
+        """How often the last launch of each entry touched memory, where races are looked for."""
         self._captured = None
 
     @cached_property
@@ -237,16 +283,18 @@ class HostRuntime:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
         cast = runtime.cast_arguments(source, entry, args)
         pointers = (ctypes.c_void_p * max(1, len(cast)))()
-        kept, used = [], []
+        kept, used, arrays, limit = [], [], [], HostRuntime.shared_limit  # that of the device, whatever is allowed here
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
                 memory = None if value is None else self._argument(entry, parameter, value)
                 pointers[i] = None if memory is None else memory.ctypes.data
                 used += [] if memory is None else [self._know(memory)]
+                arrays += [] if memory is None else [(memory.ctypes.data, memory.ctypes.data + memory.nbytes)]
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
-        function = _library(host_text(source), self.sanitize)[f"launch_{entry}"]
+        library = _library(host_text(source), self.sanitize, self.races)
+        function = library[f"launch_{entry}"]
         function.restype = ctypes.c_char_p
         function.argtypes = [
             ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
@@ -257,10 +305,18 @@ class HostRuntime:
                 raise HostError(f"{source}.cu, {entry}: memory of the graph has been given back")
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
+                for begin, end in _union(arrays) if self.races else ():
+                    library.fd_races_watch(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin))
                 error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
+                static = library.fd_static_shared()
+                if self.races:
+                    self.accesses[source, entry] = library.fd_races_accesses()
             self.launches.append((source, entry))
+            self.static_shared[source, entry] = max(static, self.static_shared.get((source, entry), 0))
             if error:
-                raise HostError(f"{source}.cu, {entry}: {error.decode()}")
+                raise HostError(f"{source}.cu, {entry}: {_with_lines(error.decode(), library)}")
+            if static + shared_bytes > limit:
+                raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory, besides {static} of its own")
 
         if self.capturing:
             self._captured.append(run)

@@ -1,7 +1,7 @@
 // CUDA C++ on the CPU: what common.cuh asks for, for g++. A block's threads are fibers that run until they wait or
 // end; blocks run one after another. It reports what a GPU would leave undefined: a barrier or a shuffle that not all
-// reach, threads at different barriers, shuffles of a broken warp. Data races it cannot see: run the threads in
-// several orders.
+// reach, threads at different barriers, shuffles of a broken warp. Data races races.cpp finds; the order of threads
+// changes what they do.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,6 +14,8 @@
 #include <numeric>
 #include <utility>
 #include <vector>
+
+#include "races.hpp"
 
 #if defined(__x86_64__) && !defined(FD_HOST_UCONTEXT)
 #define FD_HOST_SWITCH 1
@@ -39,11 +41,13 @@
     type *const name = reinterpret_cast<type *>(fd_host::static_shared(&name##_site, sizeof(type) * (count)))
 
 #define fd_syncthreads() fd_host::wait(fd_host::State::barrier, __FILE__, __LINE__)
-#define fd_syncwarp() fd_host::wait(fd_host::State::warp, __FILE__, __LINE__)
+#define fd_syncwarp() fd_host::sync_warp(__FILE__, __LINE__)
 #define fd_shuffle(value, lane) fd_host::exchange(value, lane, __FILE__, __LINE__)
 #define fd_shuffle_down(value, delta) \
     fd_host::exchange(value, fd_host::down(fd_host::lane(), delta), __FILE__, __LINE__)
 #define fd_shuffle_xor(value, mask) fd_host::exchange(value, fd_host::lane() ^ (mask), __FILE__, __LINE__)
+#define fd_ballot(condition) fd_host::ballot(condition, __FILE__, __LINE__)
+#define fd_count_bits(bits) __builtin_popcount(bits)
 #define fd_cp_async16(to, from, bytes) fd_host::begin_copy(to, from, bytes)
 #define fd_cp_async_commit() fd_host::commit_copies()
 #define fd_cp_async_wait(n) fd_host::wait_for_copies(n)
@@ -95,7 +99,8 @@ static inline uint32_t fd_bf16x2(float first, float second) {
     return halves[0] | halves[1] << 16;
 }
 template <class T>
-static inline T fd_atomic_add(T *address, T value) {
+FD_UNSEEN static inline T fd_atomic_add(T *address, T value) {
+    fd_races::atomic(address, sizeof(T));
     T old = *address;
     *address = old + value;
     return old;
@@ -124,6 +129,7 @@ struct Fiber {
     int line;
     int round;   // shuffles so far: which of the two slots is next
     int groups;  // of copies that were committed
+    bool fence;  // whether what the warp did before is there for all of it: not behind a shuffle
 #if FD_HOST_SWITCH
     void *context;
 #else
@@ -153,6 +159,7 @@ static std::vector<Fiber> fibers(max_threads);
 static std::vector<char *> free_stacks;
 static std::vector<Shared> shared;
 static unsigned char *dynamic_memory;
+static size_t static_size;  // of the last launch's shared arrays
 static Slot slots[2][max_threads];
 static std::vector<std::vector<Copy>> copies(max_threads);  // that have not arrived, thread by thread
 static unsigned current;  // thread that runs
@@ -227,6 +234,7 @@ static void resume(unsigned thread) {
     Fiber &fiber = fibers[thread];
     current = thread;
     threadIdx = {thread, 0, 0};
+    fd_races::resume(thread);
     if (fiber.state == State::fresh) {
         fiber.stack = take_stack();
         fiber.fake_stack = nullptr;
@@ -270,6 +278,12 @@ static inline void wait(State state, const char *file, int line) {
     leave(false);
 }
 
+static inline void sync_warp(const char *file, int line) {
+    fibers[current].fence = true;
+    wait(State::warp, file, line);
+    fibers[current].fence = false;
+}
+
 static inline unsigned lane() { return threadIdx.x % warp_size; }
 static inline unsigned down(unsigned lane, unsigned delta) { return lane + delta < warp_size ? lane + delta : lane; }
 
@@ -291,12 +305,20 @@ static inline T exchange(T value, unsigned from, const char *file, int line) {
     return value;
 }
 
+static inline unsigned ballot(bool condition, const char *file, int line) {
+    const Slot *const lanes = show(condition, file, line);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < warp_size; i++) bits |= unsigned(lanes[i].bytes[0]) << i;
+    return bits;
+}
+
 // A copy arrives as late as it may, when its thread waits for it; before that there is garbage. Through float4, so that
 // UndefinedBehaviorSanitizer sees a wrong alignment.
 static inline void begin_copy(void *to, const void *from, int bytes) {
     float4 garbage;
     memset(&garbage, poison, sizeof garbage);
     *static_cast<float4 *>(to) = garbage;
+    fd_races::forget(to, sizeof garbage);
     copies[current].push_back({to, from, bytes, fibers[current].groups});
 }
 
@@ -369,6 +391,7 @@ static inline unsigned char *static_shared(const void *site, size_t size) {
     for (const Shared &array : shared)
         if (array.site == site) return array.memory;
     shared.push_back({site, allocate(size), size});
+    fd_races::watch_shared(shared.back().memory, size);
     return shared.back().memory;
 }
 
@@ -412,6 +435,10 @@ static bool release(State state, unsigned first, unsigned last, const char *grou
                  other == last ? "does not exist" : fibers[other].state == State::done ? "ended" : "waits elsewhere");
         return false;
     }
+    if (state == State::barrier)
+        fd_races::barrier();
+    else if (where->fence)
+        fd_races::warp_barrier(first / warp_size);
     for (unsigned i = first; i < last; i++) fibers[i].state = State::ready;
     return true;
 }
@@ -419,8 +446,9 @@ static bool release(State state, unsigned first, unsigned last, const char *grou
 static bool run_block(std::vector<unsigned> &threads, int order) {
     const unsigned count = blockDim.x;
     for (const Shared &array : shared) memset(array.memory, poison, array.size);
+    fd_races::begin_block(blockIdx.x);
     for (unsigned i = 0; i < count; i++) {
-        fibers[i].state = State::fresh, fibers[i].round = fibers[i].groups = 0;
+        fibers[i].state = State::fresh, fibers[i].round = fibers[i].groups = 0, fibers[i].fence = false;
         copies[i].clear();
     }
     for (;;) {
@@ -465,6 +493,8 @@ static const char *launch(void (*kernel)(void **), void **args, unsigned grid, u
     shuffle_state = seed;
     error[0] = 0;
     dynamic_memory = allocate(shared_bytes);
+    fd_races::begin_launch();
+    fd_races::watch_shared(dynamic_memory, shared_bytes);
     std::vector<unsigned> blocks(grid), threads(block);
     arrange(blocks, order);
     bool good = true;
@@ -475,10 +505,18 @@ static const char *launch(void (*kernel)(void **), void **args, unsigned grid, u
     }
     for (Fiber &fiber : fibers)  // abandoned by an error
         if (fiber.stack) free_stacks.push_back(fiber.stack), fiber.stack = nullptr;
-    for (const Shared &array : shared) free(array.memory);
+    static_size = 0;
+    for (const Shared &array : shared) {
+        static_size += (array.size + 15) / 16 * 16;
+        free(array.memory);
+    }
     shared.clear();
     free(dynamic_memory);
+    const char *const race = fd_races::end_launch();
+    if (good && race) snprintf(error, sizeof error, "%s", race), good = false;
     return good ? nullptr : error;
 }
 
 }  // namespace fd_host
+
+extern "C" __attribute__((used)) size_t fd_static_shared() { return fd_host::static_size; }
