@@ -105,8 +105,8 @@ def main() -> None:
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
     tile = (
         0, False, nothing, nothing, nothing, draws.data, space.indices, t, space.tables, rows, layers, net.flat,
-        space.transposed, table, width, slots, dtime, partial, space.losses[0], 0, stream, keys, *scratch, arena,
-        target, d_in, d_out,
+        space.transposed, table, width, slots, space.linear, dtime, partial, space.losses[0], 0, stream, keys,
+        *scratch, arena, target, d_in, d_out,
     )  # fmt: skip
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
@@ -120,7 +120,7 @@ def main() -> None:
             forward - 2 * rows * case.products[0],
         ),
         "biases and activations": (
-            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t) - products,
+            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t, space.linear) - products,
             0,
         ),
         "biases and activations, backward": (

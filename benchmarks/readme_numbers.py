@@ -1,6 +1,7 @@
-"""Fill README.md from the results of the benchmarks: ``python benchmarks/readme_numbers.py [--check]``.
+"""Fill README.md and docs from the results of the benchmarks: ``python benchmarks/readme_numbers.py [--check]``.
 
-What stands between ``<!-- numbers:NAME -->`` and ``<!-- /numbers -->`` becomes the table of results/NAME.json.
+What stands between ``<!-- numbers:NAME -->`` and ``<!-- /numbers -->`` becomes the table of results/NAME.json, and of
+``<!-- numbers:NAME:short -->`` the rows of it that `SHORT` lists.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ from fastdiff.bench import cells, duration, speed
 
 BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- numbers:([\w-]+) -->\n).*?(<!-- /numbers -->)", re.DOTALL)
-MARKERS = re.compile(r"<!-- (?:numbers:[\w-]+|/numbers) -->")
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- numbers:([\w-]+)(:short)? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+MARKERS = re.compile(r"<!-- (?:numbers:[\w-]+(?::short)?|/numbers) -->")
+# The rows of a short form. Of a kind of work the peer's fastest form that was measured.
+SHORT = {
+    "peers-cpu": (
+        "forward-1000000x50",
+        "train-tutorial-1000-fused",
+        "chain-tutorial-1000",
+        "unet-train-ema-16-compiled",
+        "unet-ddim-16-compiled",
+    )
+}
 
 
 class NumbersError(Exception):
-    """Why a README cannot be filled."""
+    """Why a file cannot be filled."""
 
 
 def write(path: Path, text: str) -> None:
@@ -247,8 +258,20 @@ def quality_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shortened(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results with the rows of their short form only, and these without what is more than a line."""
+    if name not in SHORT:
+        raise NumbersError(f"{name} has no short form")
+    rows = {row["name"]: row for row in results["rows"]}
+    missing = [row for row in SHORT[name] if row not in rows]
+    if missing:
+        raise NumbersError(f"{name} has no row {', '.join(missing)}, which its short form wants")
+    kept = [{key: rows[row][key] for key in rows[row].keys() - {"shapes", "memory"}} for row in SHORT[name]]
+    return results | {"rows": kept}
+
+
 def filled(text: str, folder: Path) -> str:
-    """Return a README's text with its tables from the results in a folder."""
+    """Return the text of a file with its tables from the results in a folder."""
     if not BLOCK.search(text) or len(MARKERS.findall(text)) != 2 * len(BLOCK.findall(text)):
         raise NumbersError("wants pairs of <!-- numbers:NAME --> and <!-- /numbers -->, each on its own line")
 
@@ -256,31 +279,43 @@ def filled(text: str, folder: Path) -> str:
         path = folder / f"{match[2]}.json"
         if not path.exists():
             raise NumbersError(f"there is no {path.name} in {folder.name}/: run the benchmark first")
-        return match[1] + table(json.loads(path.read_text(encoding="utf-8"))) + match[3]
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return match[1] + table(shortened(match[2], results) if match[3] else results) + match[4]
 
     return BLOCK.sub(block, text)
 
 
+def files_with_numbers() -> list[Path]:
+    """Return README.md and what of docs has blocks."""
+    docs = sorted((ROOT / "docs").glob("*.md"))
+    return [ROOT / "README.md", *(path for path in docs if MARKERS.search(path.read_text(encoding="utf-8")))]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Fill the README, or check that it is filled; return the exit code."""
+    """Fill the files, or check that they are filled; return the exit code."""
     parser = argparse.ArgumentParser(prog="readme_numbers.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is not up to date")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("files", nargs="*", type=Path, help="default: README.md, and what of docs has blocks")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    return max(fill(path, args.results, check=args.check) for path in args.files or files_with_numbers())
+
+
+def fill(path: Path, results: Path, *, check: bool) -> int:
+    """Fill a file, or check that it is filled; return the exit code."""
     try:
-        text = args.readme.read_text(encoding="utf-8")
-        new = filled(text, args.results)
+        text = path.read_text(encoding="utf-8")
+        new = filled(text, results)
     except (NumbersError, OSError) as error:
-        print(f"{args.readme.name}: {error}", file=sys.stderr)
+        print(f"{path.name}: {error}", file=sys.stderr)
         return 1
-    if args.check:
+    if check:
         if text != new:
-            print(f"{args.readme.name} does not show the results: run make readme-numbers", file=sys.stderr)
+            print(f"{path.name} does not show the results: run make readme-numbers", file=sys.stderr)
         return int(text != new)
     if text != new:
-        write(args.readme, new)
-    print(f"{args.readme.name}: {'filled' if text != new else 'is up to date'}")
+        write(path, new)
+    print(f"{path.name}: {'filled' if text != new else 'is up to date'}")
     return 0
 
 

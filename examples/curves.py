@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fastdiff as fd
-from fastdiff import plots, samplers
+from fastdiff import plots
 from fastdiff.data import harmonic_curves
 
 
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # the tutorial's own network; it needs more steps.
     curve = harmonic_curves(1)
     model = fd.Diffusion(schedule=schedule).fit(curve, steps=args.steps)
-    drawn, path = model.sample(100, trajectory=True)  # path: (101, 100, 50), noise first
+    drawn, path = model.sample(100, trajectory=True)  # path: (rows + 1, 100, 50), noise first
     error = np.sqrt(np.mean((drawn - curve) ** 2))
     print(f"one curve: root mean square error {error:.3f} over {len(drawn)} generated curves")
-    how = samplers.ddpm(schedule).label  # what draws where nothing else is asked for: "ddpm, 100 steps"
+    how = model.named_sampler().label  # what draws where nothing else is asked for: "dpmpp_2m, 50 steps"
     plots.save(plots.reverse_chain(path[:, 0], curve[0], rate=50, sampler=how), args.output / "one_reverse.png")
 
     # A family: sums of five cosines of random frequency and phase. No two are alike; what the samples share

@@ -417,15 +417,18 @@ RESULT = {
     },
     "rows": [
         {
-            "title": "a step", "peer": "torch", "ratio": {"median": 3.14, "min": 3.0, "max": 3.5}, "target": 3.0,
+            "name": "step", "title": "a step", "peer": "torch",
+            "ratio": {"median": 3.14, "min": 3.0, "max": 3.5}, "target": 3.0,
             "met": True, "seconds": {"ours": 0.000123456, "peer": 0.02},
         },
         {
-            "title": "a chain", "peer": "torch", "ratio": {"median": 1.5, "min": 1.4, "max": 1.6}, "target": 2.0,
+            "name": "chain", "title": "a chain", "peer": "torch",
+            "ratio": {"median": 1.5, "min": 1.4, "max": 1.6}, "target": 2.0,
             "met": False, "seconds": {"ours": 1.0, "peer": 15.04}, "others": 0.07,
         },
         {
-            "title": "a draw", "peer": "torch", "ratio": {"median": 2.0, "min": 1.4, "max": 2.6}, "target": None,
+            "name": "draw", "title": "a draw", "peer": "torch",
+            "ratio": {"median": 2.0, "min": 1.4, "max": 2.6}, "target": None,
             "met": None, "seconds": {"ours": 1.5e-7, "peer": 3e-6}, "memory": {"ours": 2e6, "peer": 3.4e6},
         },
     ],
@@ -442,7 +445,7 @@ def readme(tmp_path):
 
 
 def fill(readme, *options):
-    return readme_numbers.main(["--readme", str(readme), "--results", str(readme.parent / "results"), *options])
+    return readme_numbers.main([str(readme), "--results", str(readme.parent / "results"), *options])
 
 
 def test_the_readme_is_filled_once_and_for_all(readme, capsys):
@@ -479,10 +482,45 @@ def test_new_results_make_the_readme_stale(readme, capsys):
         ("<!-- numbers:peers-cpu -->\nno end\n", "pairs"),
         ("<!-- numbers:peers-cpu -->\n<!-- numbers:peers-cpu -->\n<!-- /numbers -->\n", "pairs"),
         ("<!-- numbers:other -->\n<!-- /numbers -->\n", "no other.json"),
+        ("<!-- numbers:peers-cpu:long -->\n<!-- /numbers -->\n", "pairs"),
+        ("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n", "no row forward-1000000x50"),
+        ("<!-- numbers:short-of:short -->\n<!-- /numbers -->\n", "short-of has no short form"),
     ],
 )
 def test_a_readme_that_cannot_be_filled_stays_as_it_is(readme, text, message, capsys):
+    (readme.parent / "results" / "short-of.json").write_text(json.dumps(RESULT))
     readme.write_text(text)
     assert fill(readme) == 1
     assert readme.read_text() == text
     assert message in capsys.readouterr().err
+
+
+def test_a_short_form_has_a_few_of_the_rows(readme, monkeypatch):
+    monkeypatch.setitem(readme_numbers.SHORT, "peers-cpu", ("draw", "step"))
+    readme.write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")
+    assert fill(readme) == 0
+    lines = readme.read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0] for line in lines[5:-1]] == ["| a draw", "| a step"]
+    assert lines[0] == "<!-- numbers:peers-cpu:short -->"
+    assert fill(readme, "--check") == 0
+
+
+def test_short_forms_are_of_results_that_exist():
+    for name in readme_numbers.SHORT:
+        results = json.loads((readme_numbers.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert len(readme_numbers.shortened(name, results)["rows"]) == len(readme_numbers.SHORT[name])
+
+
+def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
+    names = [path.name for path in readme_numbers.files_with_numbers()]
+    assert names == ["README.md", "performance.md"]
+    assert readme_numbers.main(["--check"]) == 0
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")
+    (tmp_path / "docs" / "a.md").write_text("<!-- numbers:peers-cpu -->\n<!-- /numbers -->\n")
+    (tmp_path / "docs" / "b.md").write_text("no numbers\n")
+    monkeypatch.setattr(readme_numbers, "ROOT", tmp_path)
+    assert readme_numbers.main([]) == 0
+    assert capsys.readouterr().out == "README.md: filled\na.md: filled\n"
+    (tmp_path / "docs" / "a.md").write_text("<!-- numbers:peers-cpu -->\n<!-- /numbers -->\n")
+    assert readme_numbers.main(["--check"]) == 1

@@ -229,7 +229,7 @@ def test_effective_ranks():
 
 
 def test_noise_is_more_complex_than_a_signal():
-    """BACKGROUND, section 2: the spectrum of a curve's similarity is far more concentrated than that of noise."""
+    """docs/background.md: the spectrum of a curve's similarity is far more concentrated than that of noise."""
     curve = fd.data.harmonic_curves(1)[0]
     assert effective_rank(similarity(curve)) < 5
     assert effective_rank(scatter(normals(1000, 50))) > 45

@@ -40,7 +40,7 @@ X = np.random.default_rng(9).normal(size=(6, 4))
 
 
 def law(schedule, t, mean=MEAN, cov=COV):
-    """Mean and covariance of x_t: BACKGROUND, section 3, in full matrices."""
+    """Mean and covariance of x_t: docs/background.md, in full matrices."""
     abar = schedule.alphas_bar[t]
     return math.sqrt(abar) * mean, abar * cov + (1 - abar) * np.eye(len(mean))
 

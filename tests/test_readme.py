@@ -1,4 +1,5 @@
-"""The README's code runs as it stands: every Python block alone, and every command as far as its options."""
+"""The documents: their code runs as it stands, every Python block alone, and commands have their options; links lead
+somewhere."""
 
 import re
 from pathlib import Path
@@ -9,16 +10,22 @@ import pytest
 import fastdiff as fd
 from fastdiff import cli
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 STEPS, ROWS, PICTURE_T = 3, 200, 5  # of the short runs below
 
 
 def blocks(language):
-    """The blocks of a language, each by the line of the README that it starts on."""
-    text = README.read_text(encoding="utf-8")
-    found = [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in BLOCK.finditer(text) if m[1] == language]
-    return [pytest.param(line, code, id=f"line {line}") for line, code in found]
+    """The blocks of a language, each by its document and the line that it starts on."""
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(2)) + 1
+            if match[1] == language:
+                found.append(pytest.param(path, line, match[2], id=f"{path.name}, line {line}"))
+    return found
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def _short_runs(monkeypatch):
 
     monkeypatch.setattr(fd.Diffusion, "fit", short_fit)
     monkeypatch.setattr(fd.data, "harmonic_curves", few_curves)
-    monkeypatch.setattr("fastdiff.model.PICTURE_T", PICTURE_T)
+    monkeypatch.setattr("fastdiff.defaults.PICTURE_T", PICTURE_T)
 
 
 @pytest.fixture
@@ -47,18 +54,67 @@ def _what_a_reader_has(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_short_runs", "_what_a_reader_has")
-@pytest.mark.parametrize(("line", "code"), blocks("python"))
-def test_a_block_runs_as_it_stands(line, code):
-    exec(compile("\n" * (line - 1) + code, README, "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize(("path", "line", "code"), blocks("python"))
+def test_a_block_runs_as_it_stands(path, line, code):
+    exec(compile("\n" * (line - 1) + code, path, "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("line", "code"), blocks("sh"))
-def test_commands_have_the_options_that_they_are_given(line, code):
+@pytest.mark.parametrize(("path", "line", "code"), blocks("sh"))
+def test_commands_have_the_options_that_they_are_given(path, line, code):
     parser = cli._parser()
     for command in re.findall(r"^fastdiff (.*?)(?: +#.*)?$", code, re.M):
         parser.parse_args(command.split())
 
 
-def test_the_readme_has_blocks():
-    assert len(blocks("python")) >= 4
-    assert any("fastdiff train" in block.values[1] for block in blocks("sh"))
+def test_the_documents_have_blocks():
+    files = [block.values[0].name for block in blocks("python")]
+    assert files.count("README.md") >= 3
+    assert files.count("design.md") >= 2
+    assert any("fastdiff train" in block.values[2] for block in blocks("sh"))
+
+
+# ------------------------------------------------------------------------------------------- links
+
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+TARGET = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]:\s*(\S+)", re.M)  # [text](target), and [text]: target
+HEADING = re.compile(r"^#+ (.*)$", re.M)
+
+
+def links(text):
+    """The targets of links and pictures, but for those elsewhere on the web."""
+    found = [inline or named for inline, named in TARGET.findall(FENCED.sub("", text))]
+    return [target for target in found if not re.match(r"https?://|mailto:", target)]
+
+
+def anchors(path):
+    """The names of headings, as GitHub has them."""
+    headings = HEADING.findall(FENCED.sub("", path.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken(text, folder, own):
+    """Targets that are not there."""
+    bad = []
+    for target in links(text):
+        file, _, anchor = target.partition("#")
+        path = folder / file if file else own
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            bad.append(target)
+    return bad
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_lead_somewhere(path):
+    assert not broken(path.read_text(encoding="utf-8"), path.parent, path)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("# A heading, this\n", encoding="utf-8")
+    text = "[a](there.md) ![b](b.png) [c](there.md#a-heading-this) [d](there.md#no) [e](https://e.org)\n[f]: gone.md\n"
+    text += "```\nx[0](gone)\n```\n"
+    assert broken(text, tmp_path, tmp_path / "there.md") == ["b.png", "there.md#no", "gone.md"]
+
+
+def test_every_picture_of_docs_is_shown():
+    shown = {(path.parent / target).resolve() for path in DOCUMENTS for target in links(path.read_text("utf-8"))}
+    assert set((ROOT / "docs").glob("*.png")) <= shown

@@ -31,7 +31,7 @@ CONVOLUTIONS = ("own", "cudnn")
 
 
 class Row(NamedTuple):
-    """One row of a sampler table (DESIGN: the table law), in float64.
+    """One row of a sampler table (docs/design.md: the table law), in float64.
 
     x0 = clip(p x + q out); x' = a x + b x0 + c x0_previous + e out + s z. Every sum starts from +0 and adds its
     terms in that order, one rounding per operation; a term with a zero coefficient is not evaluated.
