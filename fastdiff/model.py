@@ -43,6 +43,7 @@ from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
 
+HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
 HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
 
 
@@ -280,7 +281,7 @@ class Diffusion:
             A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
             with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
             goes to `history` every 100 steps. By default the rows that the first call held out; in that one 5 % where
-            there are 100 rows or more, at most 1,024 (256 pictures): row k where word 0 of stream DATA, step 1, row k,
+            there are 100 rows or more, at most 1,024 (256 pictures): row k where word 0 of stream DATA, step 3, row k,
             is small enough. It depends on nothing but seed and row number.
         judge : bool, optional
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
@@ -559,7 +560,8 @@ class Diffusion:
         """
         if part == 0:
             return X, y, None, (rule, part)
-        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, 1))[:, 0, 0]
+        step = 1 if rule == "fraction" else HELD_OUT_STEP
+        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, step))[:, 0, 0]
         if rule == "fraction":
             held = np.zeros(len(X), bool)
             held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True

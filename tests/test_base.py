@@ -30,7 +30,9 @@ def test_before_its_first_step_a_model_is_the_gaussian(prediction, backend):
     made = untrained(prediction=prediction, backend=backend)
     inner = made.normaliser.apply(ROWS, np.float64)
     np.testing.assert_allclose(inner.mean(axis=0), 0, atol=1e-12)
-    exact = fd.denoisers.Gaussian(np.zeros(9), ledoit_wolf(inner).cov, made.schedule, prediction=prediction)
+    base = made._gaussian
+    cov = base.axes @ np.diag(base.variances) @ base.axes.T
+    exact = fd.denoisers.Gaussian(np.zeros(9), cov, made.schedule, prediction=prediction)
     x = RANDOM.normal(size=(7, 9)).astype(np.float32)
     for t in (0, 60, 199):
         want = exact.predict(x.astype(np.float64), t, backend="numpy")
@@ -47,6 +49,7 @@ def test_its_samples_have_the_moments_of_the_data(backend):
 
 
 def test_of_many_values_the_leading_axes_are_kept(monkeypatch):
+    monkeypatch.setattr("fastdiff.base.SHARES", (1.0,))
     monkeypatch.setattr("fastdiff.base.MOST_AXES", 4)
     made = untrained()
     base = made._gaussian
@@ -83,6 +86,16 @@ def test_a_batch_and_a_trajectory_change_no_bits():
     assert_same_bits(made.sample(200, batch=7), whole)
     assert_same_bits(made.sample(3, trajectory=True)[0], whole[:3])
     assert_same_bits(made.sample(3, trajectory=True)[1][-1], whole[:3])
+
+
+def test_smooth_rows_want_less_shrinkage_and_noisy_ones_all_of_it():
+    t, phase = np.arange(40), RANDOM.uniform(0, 6, size=(60, 3, 1))
+    smooth = np.sum(RANDOM.normal(size=(60, 3, 1)) * np.sin(0.1 * t + phase), axis=1)
+    whole = ledoit_wolf(smooth - smooth.mean(axis=0))
+    assert GaussianBase.of(smooth).rest < 0.1 * whole.shrinkage * whole.variance
+    noisy = RANDOM.normal(size=(60, 40))
+    whole = ledoit_wolf(noisy)
+    assert GaussianBase.of(noisy).rest == whole.shrinkage * whole.variance
 
 
 def test_who_gets_one():
