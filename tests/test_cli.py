@@ -760,6 +760,19 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
 
 
+def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch):
+    def stop(self, step, loss):
+        self.presses = step == 149
+        return self.presses
+
+    monkeypatch.setattr(cli._PatientInterrupt, "wanted", stop)
+    code, _, err = run(f"{TRAIN} -o m.safetensors")
+    assert code == 130
+    assert "are kept: \n" not in err
+    advice = re.search(r"^continue with: fastdiff (.*)$", err, re.M).group(1)
+    assert advice == "train curves.csv --resume m.safetensors --batch 16 --backend numpy"
+
+
 def test_ctrl_c_while_saving_does_not_cost_the_training(run, monkeypatch):
     save = fd.Diffusion.save
 
