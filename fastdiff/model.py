@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 import zlib
@@ -32,7 +33,7 @@ from fastdiff.errors import (
     is_on_device,
 )
 from fastdiff.nn import MLP, Network, Runner, UNet, network_of
-from fastdiff.nn.optim import TrainingPlan
+from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
@@ -285,7 +286,7 @@ class Diffusion:
         judge : bool, optional
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
-            after 1,000 steps or more.
+            after 1,000 steps or more, and where `steps` is not given.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
         accumulate : int, optional
@@ -350,6 +351,8 @@ class Diffusion:
                 QualityWarning,
                 stacklevel=2,
             )
+        elif by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
+            warnings.warn("all rows are the same, and so will all samples be", QualityWarning, stacklevel=2)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
@@ -375,11 +378,12 @@ class Diffusion:
         if watch is not None:
             if self.step == self.end_step:
                 watch.look(self.step, self._average)
-            self.end_step = self.step
+            if watch.stopped:
+                self.end_step = self.step
             step, self._average[...] = watch.best()
-            if step < self.step:
+            if step < self.step and watch.reason:
                 log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
-        if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
+        if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self
 
@@ -448,10 +452,13 @@ class Diffusion:
         elif _fingerprint(X) == self._data:
             learned, _, unseen, _ = self._hold_out(X, y, *(self._held_out or ("fraction", 0.0)))
             held_out = None if unseen is None else unseen[0]
+        elif len(X) < 4:
+            raise ArgumentError("X", f"{len(X)} rows, none of them learned from", "at least 4 rows, or `training`")
         else:
             learned, _, unseen, _ = self._hold_out(X, y, "fraction", 0.5)
             held_out = None if unseen is None else unseen[0]
-        return self._measured(learned, y, held_out, samples=samples or 4 * judgement.SAMPLES, seed=seed)
+        samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
+        return self._measured(learned, y, held_out, samples=samples, seed=seed)
 
     def _judge(self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, show: bool) -> None:
         """Draw samples, measure them, and say what was found."""
@@ -481,12 +488,16 @@ class Diffusion:
     def _remedy(self, report: judgement.Report) -> str:
         """What to try where samples are not good."""
         assert self.net is not None
+        if not math.isfinite(report.deviation):
+            return "train with a smaller lr"
         if report.nearer > judgement.COPIES[0] and report.nearest_ratio < judgement.COPIES[1]:
             return "take fewer steps, a smaller network, or more rows"
         if self.prediction == "noise":
             return "fit a Diffusion(prediction='v')"
-        if self.net.narrow:
+        if self._gaussian is None and self.net.narrow:
             return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
+        if self._gaussian is None and self.net.has_linear:
+            return "fit a Diffusion(base='gaussian'), or let it choose the network"
         return "train longer (fit again, or steps=), or bring more rows"
 
     def _checked(self, be: Backend, X: Any, y: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, int | None]:
@@ -881,8 +892,8 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
             raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
     model.class_names = names
-    model.step = check_int("step", header["step"], low=0)
-    model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
+    model.step = check_int("step", header["step"], low=0, high=MOST_STEPS)
+    model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS)
     model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
 
     def buffer(prefix: str) -> npt.NDArray[Any]:
