@@ -353,6 +353,10 @@ class Diffusion:
             )
         elif by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
             warnings.warn("all rows are the same, and so will all samples be", QualityWarning, stacklevel=2)
+        decayed = self._optimizer.plan.decay_steps
+        if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
+            words = "the rate has fallen to %g by step %d and stays there; leave steps (--steps) out for another decay"
+            log.info(words, self._optimizer.plan.rate(self.step), decayed)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
@@ -395,7 +399,7 @@ class Diffusion:
         return be.to_numpy(drawn)
 
     def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
-        """How many steps suit the data; the rate falls over them, from where it is."""
+        """How many steps suit the data; the rate falls until then, by a cosine from the first step of all."""
         assert self.net is not None
         assert self._optimizer is not None
         if rows.ndim == 2:

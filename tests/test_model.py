@@ -402,6 +402,14 @@ def test_training_in_another_thread():
     assert_same_model(made, fit(model(), 3))
 
 
+def test_steps_at_the_end_of_a_decay_say_so(caplog):
+    with caplog.at_level("INFO"):
+        made = fit(model(), 4, decay_steps=4)
+        assert "the rate has fallen" not in caplog.text
+        fit(made, 1)
+    assert "the rate has fallen to 1e-05 by step 4 and stays there" in caplog.text
+
+
 # --------------------------------------------------------------------------------------- what goes wrong
 
 
