@@ -65,7 +65,7 @@ class Normaliser:
         """Return the normaliser of rows (N, d).
 
         "auto" takes columns whose deviations differ by more than a factor of 10 for quantities of different units, and
-        scales each by itself, unless the noise has a shape; else the others are scaled together where some are constant.
+        scales each by itself, unless the noise has a shape; else, where some are constant, all others together.
         Where all rows are the same there is one scale; a deviation of all values under 1e-6 max|x| counts as 1.
         """
         X = cls(0.0, 1.0, noise_shape)._white(X)
@@ -81,7 +81,7 @@ class Normaliser:
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
-            equal = (X == X[0]).all(axis=0)
+            equal = (X[0] == X).all(axis=0)
             if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
                 log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
                 others = cls.of(X[:, ~equal])
