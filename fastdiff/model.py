@@ -44,6 +44,7 @@ from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
 
+LARGEST = 1e37  # value of the data: their samples have room above it
 HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
 
 
@@ -525,6 +526,8 @@ class Diffusion:
         if given.size == 0:
             what = "curve of at least one point" if len(shape) == 1 else "picture"
             raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
+        if getattr(self.net, "dtype", None) != np.float64 and (largest := float(np.max(np.abs(given)))) > LARGEST:
+            raise ArgumentError("X", f"values up to {largest:.3g}", f"at most {LARGEST:g}: samples are float32")
         classes = getattr(self.net, "classes", None)
         if self.net is None and len(shape) == 3 and y is not None:
             y = check_indices("y", _on_host(be, y), 1 << 20, len(given))

@@ -434,6 +434,7 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
         (CURVES[:, :8], {}, r"X: got shape \(40, 8\)"),
         (np.where(CURVES > 1, np.nan, CURVES), {}, "X: got nan"),
         (CURVES.astype(complex), {}, "X: got dtype complex"),
+        (CURVES.astype(float) * 1e38, {}, r"X: got values up to .*e\+38, wants at most 1e\+37"),
         ("curves.csv", {}, "X: got"),
         (CURVES, {"steps": -1}, "steps: got -1"),
         (CURVES, {"steps": 1.5}, "steps: got 1.5"),
