@@ -89,8 +89,9 @@ class GaussianBase:
         rest = check_float("base.rest", check_array("base.rest", tensors["base.rest"], shape=(1,))[0], low=0)
         if (variances < 0).any():
             raise ArgumentError("base.variances", str(variances.min()), "numbers of at least 0")
-        off = float(np.abs(axes.T @ axes - np.eye(rank)).max())
-        if off > ORTHONORMAL:
+        with np.errstate(over="ignore", invalid="ignore"):
+            off = float(np.abs(axes.T @ axes - np.eye(rank)).max())
+        if not off <= ORTHONORMAL:  # it may be NaN
             raise ArgumentError("base.axes", f"columns {off:.2g} off orthonormal ones", "orthonormal columns")
         return cls(axes, variances, rest)
 

@@ -179,7 +179,9 @@ def _train(args: argparse.Namespace) -> int:
     if failure:
         return _fail(str(failure))
     if stopped and done > 0 and model.step < model.end_step:
-        _note(f"continue with: {_continuation(args, output, model.end_step - model.step)}")
+        # Training that was looked after by the rule goes on by it: so many steps more would not be.
+        rest = None if steps is None and data.ndim == 2 else model.end_step - model.step
+        _note(f"continue with: {_continuation(args, output, rest)}")
     return INTERRUPTED if stopped else 0
 
 
@@ -354,8 +356,9 @@ def _named_schedule(name: str, T: int | None, start: float | None, end: float | 
     return made
 
 
-def _continuation(args: argparse.Namespace, output: str, steps: int) -> str:
-    words = ["fastdiff", "train", args.data, "--resume", output, "--steps", str(steps)]
+def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> str:
+    words = ["fastdiff", "train", args.data, "--resume", output]
+    words += [] if steps is None else ["--steps", str(steps)]
     for option, value, usual in (
         ("--batch", args.batch, None),
         ("--accumulate", args.accumulate, 1),
@@ -951,7 +954,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--judge",
         action=argparse.BooleanOptionalAction,
-        help="at the end measure samples against held-out rows (default: after 1000 steps or more)",
+        help="at the end measure samples against held-out rows (default: unless --steps is below 1000)",
     )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     _add_table_options(train)

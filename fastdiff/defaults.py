@@ -91,10 +91,13 @@ def curve_sampler(schedule: Schedule, *, base: bool) -> tuple[str, int | None]:
     return ("dpmpp_2m", min(BASE_STEPS, schedule.T - 1)) if base and schedule.T > 1 else ("ddpm", None)
 
 
-def curve_steps(rows: int, points: int, batch: int, parameters: int) -> int:
-    """Return how many training steps suit so many curves; each costs about 6 operations a row and parameter."""
+def curve_steps(rows: int, points: int, batch: int, parameters: int, rank: int = 0) -> int:
+    """Return how many training steps suit so many curves.
+
+    Each costs about 6 operations a row and parameter, and 4 a point and direction of a base.
+    """
     wanted = STEPS_PER_ROOT * math.sqrt(rows * points)
-    affordable = MOST_WORK / (6 * batch * parameters)
+    affordable = MOST_WORK / (batch * (6 * parameters + 4 * points * rank))
     return 100 * round(max(FEWEST_STEPS, min(wanted, affordable, MOST_STEPS)) / 100)
 
 

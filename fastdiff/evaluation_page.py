@@ -141,7 +141,9 @@ def page_of(
         ordered = d >= FEW_COLUMNS and (len(some) < 2 or bool(jumps.mean() <= JUMPS))
     value = "value"
     if not ordered and len(some) and some.max() > WIDE_APART * some.min():
-        mean, unit = real.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
+        whole = real if training is None else training  # few real rows have moments of their own
+        mean, unit = whole.mean(axis=0), whole.std(axis=0)
+        unit = np.where(unit > 0, unit, 1.0)
         real, made = (real - mean) / unit, (made - mean) / unit
         training = None if training is None else (training - mean) / unit
         value = "standard score"
@@ -307,7 +309,7 @@ def _in_pairs(panels: Sequence[Axes], page: Page) -> None:
     left.set_title("Correlation of each pair of columns", **SMALL)
     strength = np.where(np.isnan(real), -1.0, np.abs(real))
     first, second = (int(k[strength.argmax()]) for k in np.triu_indices(len(page.x), 1)) if len(real) else (0, 0)
-    for rows, color in page.pair:
+    for rows, color in reversed(page.pair):  # a few real rows lie over many generated ones
         right.plot(
             rows[:MOST_ROWS, first],
             rows[:MOST_ROWS, second],

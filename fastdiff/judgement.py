@@ -29,6 +29,8 @@ FEWEST_ROWS = 8  # that can be told from a Gaussian, or from copies, at all
 
 Rows = npt.NDArray[Any]
 
+EQUAL = 1e-9, 1e-3  # deviations that count as none: of the data; of samples of such data
+
 # Where a judgement turns into a warning. Deviations of 256 good samples of few rows stray by a tenth.
 DEVIATION = (0.75, 4 / 3)  # of the samples, over that of the data
 OUTSIDE = 0.02  # of all values, beyond the training rows' range by half of it
@@ -54,9 +56,10 @@ class Report(NamedTuple):
     stderr : float
         Of the `energy_distance`: a few held-out rows say little.
     excess, excess_stderr : float
-        `energy_distance` less `gaussian`, and its standard error.
+        Energy distance of the samples less that of the Gaussian, and its standard error, to training and held-out rows
+        together: a few held-out rows would not tell them apart.
     deviation : float
-        Root mean square deviation of the samples' columns over that of the training rows'.
+        Root mean square deviation of the samples' columns over that of the training rows'; 1 where neither has any.
     low, high : float
         The smallest and the largest value, in the data's own units.
     outside : float
@@ -99,14 +102,19 @@ class Report(NamedTuple):
         return (
             f"{self.samples} samples: energy distance {self.energy_distance:.3f} +- {self.stderr:.3f} to {rows} "
             f"({beside}), deviation {self.deviation:.2f} x the data's, {self.outside:.1%} of values out of range, "
-            f"{self.nearer:.0%} nearer to a training row than unseen rows are"
+            f"{self.nearer:.0%} nearer to a training row than {self._others} are"
         )
+
+    @property
+    def _others(self) -> str:
+        """With what rows the samples' distances to training rows are compared."""
+        return "unseen rows" if self.held_out else "the other ones"
 
     @property
     def complaints(self) -> list[str]:
         """What is off, each with what can be done; empty where nothing is."""
         if not math.isfinite(self.deviation):
-            return ["the samples are not finite: train with a smaller lr"]
+            return ["the samples are not finite"]
         found = []
         errors, units = WORSE
         if self.excess > errors * self.excess_stderr + units:
@@ -120,8 +128,8 @@ class Report(NamedTuple):
             found.append(f"{self.outside:.0%} of the samples' values are far out of the data's range")
         if self.nearer > COPIES[0] and self.nearest_ratio < COPIES[1]:
             found.append(
-                f"{self.nearer:.0%} of the samples lie nearer to a training row than unseen rows do: they are close to "
-                "copies"
+                f"{self.nearer:.0%} of the samples lie nearer to a training row than {self._others} do: they are close "
+                "to copies"
             )
         return found
 
@@ -176,14 +184,19 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     if not np.isfinite(x).all():
         nan = math.nan
         return Report(len(x), len(y), unseen is not None, *(nan,) * 7, low, high, *(nan,) * 3)
-    unit = float(np.sqrt(np.mean(learned.var(axis=0)))) or 1.0
-    of_samples, of_gaussian = _Cross.of(x, y), _Cross.of(_gaussian(learned, len(x), seed), y)
-    excess, error = of_samples.less(of_gaussian)
+    width, spread = (float(np.sqrt(np.mean(rows.var(axis=0)))) for rows in (learned, x))
+    varied = width > EQUAL[0]
+    unit = width if varied else 1.0
+    z = _gaussian(learned, len(x), seed)
+    every = learned if unseen is None else np.concatenate([learned, unseen])
+    of_samples, of_gaussian = _Cross.of(x, y), _Cross.of(z, y)
+    excess, error = _Cross.of(x, every).less(_Cross.of(z, every))
     if unseen is None:
         own = float(_means(learned, learned).mean())
-        distance, stderr = of_samples.mean - own, math.sqrt(of_samples.variance)
+        distance, stderr, gaussian = of_samples.mean - own, math.sqrt(of_samples.variance), of_gaussian.mean - own
     else:
-        distance, stderr = of_samples.less(_Cross.of(learned, y))
+        of_learned = _Cross.of(learned, y)
+        (distance, stderr), gaussian = of_samples.less(of_learned), of_gaussian.less(of_learned)[0]
     least, most = learned.min(axis=0), learned.max(axis=0)
     room = (most - least) / 2 + 1e-3  # rounding, of a constant column
     to_learned = nearest_distances(x, learned)
@@ -193,12 +206,12 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
         rows=len(y),
         held_out=unseen is not None,
         energy_distance=distance / unit,
-        gaussian=(distance - excess) / unit,
+        gaussian=gaussian / unit,
         real=energy_distance(learned[::2], learned[1::2], unbiased=True) / unit if len(learned) > 3 else math.nan,
         stderr=stderr / unit,
         excess=excess / unit,
         excess_stderr=error / unit,
-        deviation=float(np.sqrt(np.mean(x.var(axis=0)))) / unit,
+        deviation=spread / width if varied else max(1.0, spread / EQUAL[1]),
         low=low,
         high=high,
         outside=float(np.mean((x < least - room) | (x > most + room))),
@@ -222,6 +235,13 @@ class Watch:
         Takes weights and returns samples (n, d), in the network's range.
     first, last : int
         Steps between which the training goes.
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether a look has ended the training.
+    reason : str
+        Why others than the last weights looked at are kept; empty where they are not.
     """
 
     def __init__(self, rows: Rows, draw: Callable[[Rows], Rows], first: int, last: int) -> None:
@@ -232,7 +252,7 @@ class Watch:
         to_all[np.arange(len(picked)), picked] = np.inf
         self.usual = float(np.median(to_all.min(axis=1)))
         self.looks: list[tuple[int, Rows, _Cross]] = []
-        self.reason = ""
+        self.reason, self.stopped = "", False
 
     def look(self, step: int, weights: Rows) -> bool:
         """Draw with the weights of a step, if it is one to look at; true where samples have become copies."""
@@ -242,6 +262,7 @@ class Watch:
         nearest = float(np.median(_distances_to(drawn, self.rows).min(axis=1)))
         if self.looks and nearest < NEAREST * self.usual:
             self.reason = "after more, samples are nearer to training rows than these are to each other"
+            self.stopped = True
             return True
         if np.isfinite(drawn).all():
             self.looks.append((step, weights.copy(), _Cross.of(drawn, self.rows)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 import zlib
@@ -32,7 +33,7 @@ from fastdiff.errors import (
     is_on_device,
 )
 from fastdiff.nn import MLP, Network, Runner, UNet, network_of
-from fastdiff.nn.optim import TrainingPlan
+from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
@@ -44,6 +45,7 @@ from fastdiff.training import Trainer
 log = logging.getLogger("fastdiff")
 
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
+LARGEST = 1e37  # value of the data: their samples have room above it
 HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
 
 
@@ -286,7 +288,7 @@ class Diffusion:
         judge : bool, optional
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
-            after 1,000 steps or more.
+            after 1,000 steps or more, and where `steps` is not given.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
         accumulate : int, optional
@@ -351,6 +353,12 @@ class Diffusion:
                 QualityWarning,
                 stacklevel=2,
             )
+        elif by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
+            warnings.warn("all rows are the same, and so will all samples be", QualityWarning, stacklevel=2)
+        decayed = self._optimizer.plan.decay_steps
+        if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
+            words = "the rate has fallen to %g by step %d and stays there; leave steps (--steps) out for another decay"
+            log.info(words, self._optimizer.plan.rate(self.step), decayed)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
@@ -376,11 +384,12 @@ class Diffusion:
         if watch is not None:
             if self.step == self.end_step:
                 watch.look(self.step, self._average)
-            self.end_step = self.step
+            if watch.stopped:
+                self.end_step = self.step
             step, self._average[...] = watch.best()
-            if step < self.step:
+            if step < self.step and watch.reason:
                 log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
-        if judge or (judge is None and self.step - first >= defaults.JUDGED_STEPS):
+        if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self
 
@@ -392,11 +401,12 @@ class Diffusion:
         return be.to_numpy(drawn)
 
     def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
-        """How many steps suit the data; the rate falls over them, from where it is."""
+        """How many steps suit the data; the rate falls until then, by a cosine from the first step of all."""
         assert self.net is not None
         assert self._optimizer is not None
         if rows.ndim == 2:
-            steps = defaults.curve_steps(len(rows), rows.shape[1], batch, self.net.layout.count)
+            rank = 0 if self._gaussian is None else len(self._gaussian.variances)
+            steps = defaults.curve_steps(len(rows), rows.shape[1], batch, self.net.layout.count, rank)
         else:
             steps = defaults.PICTURE_STEPS
         plan = self._optimizer.plan
@@ -449,10 +459,13 @@ class Diffusion:
         elif _fingerprint(X) == self._data:
             learned, _, unseen, _ = self._hold_out(X, y, *(self._held_out or ("fraction", 0.0)))
             held_out = None if unseen is None else unseen[0]
+        elif len(X) < 4:
+            raise ArgumentError("X", f"{len(X)} rows, none of them learned from", "at least 4 rows, or `training`")
         else:
             learned, _, unseen, _ = self._hold_out(X, y, "fraction", 0.5)
             held_out = None if unseen is None else unseen[0]
-        return self._measured(learned, y, held_out, samples=samples or 4 * judgement.SAMPLES, seed=seed)
+        samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
+        return self._measured(learned, y, held_out, samples=samples, seed=seed)
 
     def _judge(self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, show: bool) -> None:
         """Draw samples, measure them, and say what was found."""
@@ -482,12 +495,16 @@ class Diffusion:
     def _remedy(self, report: judgement.Report) -> str:
         """What to try where samples are not good."""
         assert self.net is not None
+        if not math.isfinite(report.deviation):
+            return "train with a smaller lr"
         if report.nearer > judgement.COPIES[0] and report.nearest_ratio < judgement.COPIES[1]:
             return "take fewer steps, a smaller network, or more rows"
         if self.prediction == "noise":
             return "fit a Diffusion(prediction='v')"
-        if self.net.narrow:
+        if self._gaussian is None and self.net.narrow:
             return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
+        if self._gaussian is None and self.net.has_linear:
+            return "fit a Diffusion(base='gaussian'), or let it choose the network"
         return "train longer (fit again, or steps=), or bring more rows"
 
     def _checked(self, be: Backend, X: Any, y: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, int | None]:
@@ -511,6 +528,8 @@ class Diffusion:
         if given.size == 0:
             what = "curve of at least one point" if len(shape) == 1 else "picture"
             raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
+        if getattr(self.net, "dtype", None) != np.float64 and (largest := float(np.max(np.abs(given)))) > LARGEST:
+            raise ArgumentError("X", f"values up to {largest:.3g}", f"at most {LARGEST:g}: samples are float32")
         classes = getattr(self.net, "classes", None)
         if self.net is None and len(shape) == 3 and y is not None:
             y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
@@ -883,8 +902,8 @@ def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backe
         if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
             raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
     model.class_names = names
-    model.step = check_int("step", header["step"], low=0)
-    model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0)
+    model.step = check_int("step", header["step"], low=0, high=MOST_STEPS)
+    model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS)
     model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
 
     def buffer(prefix: str) -> npt.NDArray[Any]:

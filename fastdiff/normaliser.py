@@ -65,8 +65,8 @@ class Normaliser:
         """Return the normaliser of rows (N, d).
 
         "auto" takes columns whose deviations differ by more than a factor of 10 for quantities of different units, and
-        scales each by itself, unless the noise has a shape. Where all rows are the same there is one scale; a deviation
-        of all values under 1e-6 max|x| counts as 1.
+        scales each by itself, unless the noise has a shape; else, where some are constant, all others together.
+        Where all rows are the same there is one scale; a deviation of all values under 1e-6 max|x| counts as 1.
         """
         X = cls(0.0, 1.0, noise_shape)._white(X)
         largest = float(np.max(np.abs(X)))
@@ -81,6 +81,11 @@ class Normaliser:
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
+            equal = (X[0] == X).all(axis=0)
+            if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
+                log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
+                others = cls.of(X[:, ~equal])
+                return cls(np.where(equal, X[0], others.mean), np.where(equal, 0.0, others.std))
         scaled = X / largest  # squares of huge values would overflow
         centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
@@ -231,5 +236,5 @@ def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.N
     largest = np.max(np.abs(X), axis=0).astype(np.float64)
     scaled = X / np.where(largest == 0, 1.0, largest)
     mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
-    constant = std < CONSTANT
+    constant = std < np.finfo(np.float32).eps  # which samples could not show
     return np.where(constant, X[0], mean * largest), np.where(constant, 0.0, std * largest)

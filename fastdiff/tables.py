@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fastdiff.errors import ArgumentError, DataError, check_int
 from fastdiff.files import load_npy
 
 Column = int | str
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 
 _log = logging.getLogger(__name__)
 
@@ -164,6 +166,8 @@ class _Layout:
         shown = first if len(first) <= 30 else f"{first[:27]}..."
         texts = [_called(self.names, self.kept[k]) for k in bad if cells[k]]
         hint = f"; {doubts.remedy(*texts)}" if len(texts) < len(cells) else ""
+        if _DECIMAL_COMMA.fullmatch(first):
+            hint = "; of decimal commas make points (pandas: read_csv(decimal=','), to_csv)"
         if line == self.first:
             hint += "; --header if these are column names (header=True)"
         return DataError(f"{at}: {shown!r} is not a number{hint}")

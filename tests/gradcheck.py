@@ -35,10 +35,10 @@ def assert_gradient(function, array, gradient):
 
 
 def with_linear(net, rank=None):
-    """Give a network a fixed linear part, complete or with a rest."""
+    """Give a network a fixed linear part, complete or with a rest; as a base's, it makes nothing longer."""
     random, rank = np.random.default_rng(4), net.points if rank is None else rank
-    gains, rest = random.normal(size=(net.T, rank)), random.normal(size=net.T)
-    basis = random.normal(size=(net.points, rank)) / math.sqrt(net.points)
+    gains, rest = random.uniform(-1, 1, size=(net.T, rank)), random.uniform(-1, 1, size=net.T)
+    basis, _ = np.linalg.qr(random.normal(size=(net.points, rank)))
     net.set_linear(LinearPart(basis, gains, None if rank == net.points else rest))
     return net
 

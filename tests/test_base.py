@@ -128,6 +128,7 @@ def test_networks_of_pictures_have_none():
     ("name", "value", "message"),
     [
         ("base.axes", np.ones((9, 9)), "off orthonormal"),
+        ("base.axes", np.where(np.eye(9, dtype=bool), -1e200, 1e200), "off orthonormal"),
         ("base.axes", np.eye(9)[:, :0], "1 to 9 axes"),
         ("base.axes", np.eye(8), "base.axes: got shape"),
         ("base.variances", -np.ones(9), "at least 0"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
-from fastdiff import cli, demo
+from fastdiff import cli, defaults, demo
 from fastdiff.data import harmonic_curves, load_curves, save_curves
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -155,7 +155,9 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
 def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
         monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(defaults, "JUDGED_STEPS", 1)  # as its thousands of steps are
     code, out, err = run("demo -o deep/demo --quick --backend numpy --quiet")
+    assert "learned by heart" not in err  # one curve is to be
     assert code == 0
     assert re.search(r"root mean square error of 20 generated curves +\d", out)
     assert re.search(r"energy distance, 20 generated to 20 unseen +\d", out)
@@ -758,6 +760,19 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
     if step < 20_000:  # the whole run again, in this process
         assert run(f"{train} -o whole.safetensors --steps {step + 3}")[0] == 0
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
+
+
+def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch):
+    def stop(self, step, loss):
+        self.presses = step == 149
+        return self.presses
+
+    monkeypatch.setattr(cli._PatientInterrupt, "wanted", stop)
+    code, _, err = run(f"{TRAIN} -o m.safetensors")
+    assert code == 130
+    assert "are kept: \n" not in err
+    advice = re.search(r"^continue with: fastdiff (.*)$", err, re.M).group(1)
+    assert advice == "train curves.csv --resume m.safetensors --batch 16 --backend numpy"
 
 
 def test_ctrl_c_while_saving_does_not_cost_the_training(run, monkeypatch):

@@ -113,4 +113,4 @@ def test_shares_that_hold_out_nothing_or_all_are_refused(validation):
 
 def test_few_rows_are_warned_of():
     with pytest.warns(QualityWarning, match="7 rows can be learned by heart only"):
-        model().fit(CURVES[:7], progress=False)
+        model().fit(CURVES[:7], judge=False, progress=False)

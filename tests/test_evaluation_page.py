@@ -198,12 +198,14 @@ def test_without_training_rows_the_real_ones_are_searched():
 def test_columns_of_a_table_are_drawn_as_standard_scores():
     real, made = TABLE[20:], TABLE[:20]
     axes = PAGES["a table"]().axes
-    unit = np.where(real.std(axis=0) > 0, real.std(axis=0), 1)
-    (line,) = names_of(BLUE, axes[MEAN].lines)
-    np.testing.assert_allclose(line.get_ydata(), (made.mean(axis=0) - real.mean(axis=0)) / unit, atol=1e-12)
+    learned = TABLE.mean(axis=0), np.where(TABLE.std(axis=0) > 0, TABLE.std(axis=0), 1)
+    for rows, color in ((made, BLUE), (real, GREY)):
+        (line,) = names_of(color, axes[MEAN].lines)
+        np.testing.assert_allclose(line.get_ydata(), (rows.mean(axis=0) - learned[0]) / learned[1], atol=1e-12)
     assert axes[MEAN].get_ylabel() == axes[VALUES].get_xlabel() == "standard score"
     (points,) = names_of(BLUE, axes[LEFT].lines)
     np.testing.assert_allclose(points.get_xdata(), correlations(real), rtol=1e-9)
+    assert [line.get_color() for line in axes[RIGHT].lines] == [BLUE, GREY]  # the few lie over the many
     np.testing.assert_allclose(points.get_ydata(), correlations(made), rtol=1e-9)
     assert axes[RIGHT].get_xlabel() == "column b"
     assert axes[RIGHT].get_ylabel() == "column d"

@@ -74,11 +74,11 @@ def test_the_distances_are_energy_distances():
     assert report.energy_distance == pytest.approx(difference / unit)
     halves = energy_distance(learned[::2], learned[1::2], unbiased=True)
     assert report.real == pytest.approx(halves / unit)
-    assert report.gaussian == pytest.approx(report.energy_distance - report.excess)
 
 
 def test_the_standard_error_is_that_of_repetitions():
-    reports = [judgement.measure(bananas(128), TRAINING, bananas(30), Normaliser.of(TRAINING)) for _ in range(60)]
+    units = Normaliser.of(TRAINING)
+    reports = [judgement.measure(bananas(128), bananas(200), bananas(30), units) for _ in range(60)]
     found = np.std([report.excess for report in reports])
     assert found == pytest.approx(np.mean([report.excess_stderr for report in reports]), rel=0.4)
 
@@ -105,6 +105,22 @@ def test_without_held_out_rows_the_training_rows_serve():
 def test_odd_data_are_measured_too(training):
     report = judgement.measure(np.zeros((5, training.shape[1])), training, None, Normaliser.of(training))
     assert math.isfinite(report.energy_distance)
+
+
+def test_equal_samples_of_equal_rows_have_the_right_deviation():
+    training = np.full((9, 3), 0.1)
+    units = Normaliser.of(training)
+    equal = judgement.measure(training[:5] + 1e-7, training, None, units)
+    assert equal.deviation == 1
+    assert equal.complaints == []
+    assert judgement.measure(RANDOM.normal(size=(5, 3)), training, None, units).complaints
+
+
+def test_samples_are_compared_with_the_rows_that_there_are():
+    assert measured(bananas(50)).sentence.endswith("than unseen rows are")
+    alone = measured(TRAINING[:256] + 1e-3, held_out=None)
+    assert alone.sentence.endswith("than the other ones are")
+    assert "than the other ones do" in alone.complaints[0]
 
 
 # --------------------------------------------------------------------------------------- models
@@ -136,6 +152,24 @@ def test_a_bad_model_warns_with_a_remedy():
     narrow = fd.Diffusion(fd.MLP(4, hidden=(2,)))
     with pytest.warns(QualityWarning, match="wider than its curves"):
         narrow.fit(TRAINING, steps=2, judge=True, progress=False)
+
+
+def test_the_remedy_is_one_for_this_model():
+    plain = fd.Diffusion(fd.MLP(4, hidden=(8,)))
+    with pytest.warns(QualityWarning, match=r"base='gaussian'"):
+        plain.fit(TRAINING, steps=2, judge=True, progress=False)
+    report = measured(8 * bananas(64))
+    narrow = fd.Diffusion(fd.MLP(4, hidden=(2,)), base="gaussian").fit(TRAINING, steps=2, progress=False)
+    assert "wider" not in narrow._remedy(report)  # what is narrow corrects a base only
+    assert narrow._remedy(measured(np.full((9, 4), np.nan))) == "train with a smaller lr"
+
+
+def test_a_fit_by_the_rule_is_judged_however_short_and_says_what_is_equal():
+    with pytest.warns(QualityWarning, match="all rows are the same") as seen:
+        made = fd.Diffusion().fit(np.ones((9, 2)), progress=False)
+    assert made.step < 1000
+    assert made.report_["deviation"] == 1
+    assert [str(warning.message) for warning in seen] == ["all rows are the same, and so will all samples be"]
 
 
 def test_judging_changes_no_bits():
@@ -218,3 +252,11 @@ def test_a_training_by_the_rule_keeps_what_the_watch_says():
     assert nearest >= judgement.NEAREST * np.median(between.min(axis=1))
     again = fd.Diffusion(backend="cpu", seed=1).fit(few, progress=False)
     np.testing.assert_array_equal(again.sample(5), made.sample(5))
+
+
+def test_too_few_rows_to_evaluate_with_are_refused():
+    made = trained(2)
+    for rows, options in ((UNSEEN[:3], {}), (TRAINING, {"samples": 1})):
+        with pytest.raises(ArgumentError, match=r"samples|X: got 3 rows"):
+            made.evaluate(rows, **options)
+    assert made.evaluate(UNSEEN[:4], samples=2).report.samples == 2

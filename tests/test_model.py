@@ -402,6 +402,14 @@ def test_training_in_another_thread():
     assert_same_model(made, fit(model(), 3))
 
 
+def test_steps_at_the_end_of_a_decay_say_so(caplog):
+    with caplog.at_level("INFO"):
+        made = fit(model(), 4, decay_steps=4)
+        assert "the rate has fallen" not in caplog.text
+        fit(made, 1)
+    assert "the rate has fallen to 1e-05 by step 4 and stays there" in caplog.text
+
+
 # --------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -426,6 +434,7 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
         (CURVES[:, :8], {}, r"X: got shape \(40, 8\)"),
         (np.where(CURVES > 1, np.nan, CURVES), {}, "X: got nan"),
         (CURVES.astype(complex), {}, "X: got dtype complex"),
+        (CURVES.astype(float) * 1e38, {}, r"X: got values up to .*e\+38, wants at most 1e\+37"),
         ("curves.csv", {}, "X: got"),
         (CURVES, {"steps": -1}, "steps: got -1"),
         (CURVES, {"steps": 1.5}, "steps: got 1.5"),

@@ -22,7 +22,9 @@ QUIET = {"progress": False, "judge": False}
         (CURVES, "auto", "all"),
         (CURVES * UNITS, "auto", "column"),
         (CURVES * [1, 1, 1, 1, 5], "auto", "all"),
-        (CURVES * [1, 1, 1, 1, 0], "auto", "all"),  # a constant column is no other unit
+        (CURVES * [1, 1, 1, 1, 0], "auto", "column"),  # of equal scales, but for the constant one
+        (CURVES * [1, 1, 1, 1, 0], "all", "all"),
+        (CURVES + 1e6 * np.arange(5), "column", "column"),
         (CURVES * UNITS, "all", "all"),
         (CURVES, "column", "column"),
         (np.ones((9, 5)), "column", "all"),
@@ -46,6 +48,22 @@ def test_a_constant_column_comes_back_as_it_was(backend):
     X = np.column_stack([CURVES * UNITS, np.full(60, 0.1)]).astype(np.float32)
     made = fd.Diffusion(scale="column", backend=backend).fit(X, steps=2, **QUIET)
     assert (made.sample(7)[:, -1] == np.float32(0.1)).all()
+
+
+def test_constant_columns_come_back_and_the_others_keep_one_scale(backend, caplog):
+    X = np.insert(CURVES, 2, 0.1, axis=1).astype(np.float32)
+    with caplog.at_level("INFO"):
+        made = fd.Diffusion(backend=backend).fit(X, steps=2, **QUIET)
+    assert "1 columns are constant" in caplog.text
+    assert (made.sample(7)[:, 2] == np.float32(0.1)).all()
+    others = Normaliser.of(np.delete(X, 2, axis=1))
+    np.testing.assert_allclose(made.normaliser.std, np.insert(np.full(5, others.std), 2, 0))
+    np.testing.assert_allclose(made.normaliser.mean, np.insert(np.full(5, others.mean), 2, X[0, 2]))
+
+
+def test_a_column_far_from_zero_is_not_constant():
+    X = 1e6 + CURVES
+    np.testing.assert_allclose(Normaliser.of(X, scale="column").std, X.std(axis=0), rtol=1e-9)
 
 
 def test_the_log_determinant_is_that_of_the_map():

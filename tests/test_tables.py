@@ -361,3 +361,10 @@ def test_a_pattern_that_breaks_late_is_none(tmp_path):
     assert sentence.startswith("column 1 holds 10 whole numbers")
     rows[902, 0] = 0.5
     assert not said(written(tmp_path / "x.csv", rows))[1]
+
+
+def test_a_decimal_comma_is_called_so(tmp_path):
+    table = tmp_path / "x.csv"
+    table.write_text("0,25;-1,5\n2,0;3,0\n")
+    with pytest.raises(DataError, match=r"line 2, column 1: '2,0' is not a number; of decimal commas make points"):
+        load_curves(table)

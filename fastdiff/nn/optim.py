@@ -10,6 +10,7 @@ from typing import Any, Self
 from fastdiff.backends import AdamW
 from fastdiff.errors import ArgumentError, check_float, check_int
 
+MOST_STEPS = 1 << 53  # they become floats
 FLOOR = 0.01  # of the peak rate, where the decay ends
 
 
@@ -47,8 +48,9 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         check_float("lr", self.lr, low=0, low_open=True)
-        check_int("warmup", self.warmup, low=0)
-        if self.decay_steps is not None and check_int("decay_steps", self.decay_steps, low=1) <= self.warmup:
+        check_int("warmup", self.warmup, low=0, high=MOST_STEPS)
+        decays = self.decay_steps is not None
+        if decays and check_int("decay_steps", self.decay_steps, low=1, high=MOST_STEPS) <= self.warmup:
             raise ArgumentError("decay_steps", str(self.decay_steps), f"more than warmup, {self.warmup}")
         if self.clip_norm is not None:
             check_float("clip_norm", self.clip_norm, low=0, low_open=True)
