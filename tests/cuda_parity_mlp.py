@@ -22,8 +22,8 @@ NETS = {
     "tutorial": lambda: MLP.tutorial(50, T=100),
     "default": lambda: MLP(50, T=100),
     "odd": lambda: MLP(17, hidden=(33, 1, 19), T=11),
-    "linear part": lambda: with_linear(MLP(19, hidden=(33, 21), T=7)),
-    "part of rank": lambda: with_linear(MLP(19, hidden=(5,), T=7), 6),
+    "linear part": lambda: with_linear(MLP(19, hidden=(33, 21), T=11)),
+    "part of rank": lambda: with_linear(MLP(19, hidden=(5,), T=11), 6),
 }
 BATCH = {"small": 37, "full": 8195}
 CHAIN_STEPS = {"small": 3, "full": 100}
