@@ -776,6 +776,9 @@ class Diffusion:
             sampler = self.named_sampler(sampler, steps)
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
+        elif sampler.prediction != self.prediction:
+            wants = f"one made with prediction={self.prediction!r}, as this model predicts"
+            raise ArgumentError("sampler", f"a table for prediction {sampler.prediction!r}", wants)
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
         if normaliser.noise_shape is not None:

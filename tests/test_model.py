@@ -555,7 +555,7 @@ def test_samples_follow_the_training(backend):
         ({"sampler": fd.samplers.ddpm(fd.Schedule.linear(T, beta_end=0.8))}, "sampler: got"),
         (
             {"sampler": fd.samplers.ddpm(fd.Schedule.cosine(T), prediction="v")},
-            "denoiser: got prediction 'noise', wants 'v'",
+            "sampler: got a table for prediction 'v', wants one made with prediction='noise'",
         ),
     ],
 )
