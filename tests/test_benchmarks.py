@@ -19,8 +19,8 @@ from fastdiff.backends.layers import Conv
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-cases, peers, readme_numbers, unet_cases = map(
-    importlib.import_module, ("cases", "peers", "readme_numbers", "unet_cases")
+cases, peers, quality, readme_numbers, unet_cases = map(
+    importlib.import_module, ("cases", "peers", "quality", "readme_numbers", "unet_cases")
 )
 
 TINY = 1e-3
@@ -524,3 +524,47 @@ def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().out == "README.md: filled\na.md: filled\n"
     (tmp_path / "docs" / "a.md").write_text("<!-- numbers:peers-cpu -->\n<!-- /numbers -->\n")
     assert readme_numbers.main(["--check"]) == 1
+
+
+# --------------------------------------------------------------------------------------- quality
+
+
+HEADER = {
+    "cpu": "a CPU", "threads": 1, "cores": 1, "system": "Linux", "python": "3", "numpy": "2", "numba": "0",
+    "date": "today", "commit": "none",
+}  # fmt: skip
+
+
+def quality_runs(**changed):
+    run = {
+        "ours": 0.01, "gaussian": 0.1, "real": 0.0, "nearest": 1.0, "seconds": 3.0, "rows": 9, "d": 2, "network": "MLP",
+        "steps": 500, "scale": "all",
+    }  # fmt: skip
+    return [run | changed, run | changed | {"gaussian": 0.11}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "met"),
+    [
+        ({}, True),
+        ({"ours": 0.03}, False),
+        ({"ours": 0.2}, False),
+        ({"nearest": 0.5}, False),
+        ({"seconds": 61.0}, False),
+    ],
+)
+def test_quality_says_what_is_missed(changed, met):
+    row = quality.summary("digits", quality_runs(**changed))
+    assert row["met"] is met
+    assert row["excess"]["mean"] == pytest.approx(changed.get("ours", 0.01) - 0.105)
+    text = readme_numbers.table({"header": HEADER, "seeds": 2, "quality": [row], "curves": []})
+    assert ("**missed**" in text) is not met
+
+
+def test_quality_measures_a_data_set():
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    run = quality.one(X, 0)
+    assert run["rows"] == 20
+    assert abs(run["ours"]) < 1
+    seen, unseen = quality.halves(X, 0)
+    assert len({tuple(row) for row in np.concatenate([seen, unseen])}) == 40
