@@ -20,6 +20,7 @@ from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout
+from fastdiff.nn.runner import Laid, Recordings
 
 NUMPY = get_backend("numpy")
 TERMS = 200  # of a way through one of these networks
@@ -166,18 +167,19 @@ def test_what_is_recorded_follows_the_values(make):
     block, be, eager = BLOCKS["pictures"], make(), make()
     eager.graphs = False
     program, (layout, flat, x, target) = planned(block.record, 2, be, np.float32), case(block.record, 2, np.float32)
+    laid = Laid(program, Recordings())
     there = [be.asarray(np.zeros_like(a)) for a in (flat, x, target, flat)]
     for seed in range(4):
         values = case(block.record, 2, np.float32, seed)[1:]
         for place, value in zip(there, values, strict=False):
             place[...] = be.asarray(value)
         params, given, wanted, grads = there
-        loss = program.run(be, layout.views(params), {"x": given}, layout.views(grads), wanted)
+        loss = laid.run(be, layout.views(params), {"x": given}, layout.views(grads), wanted)
         fresh = planned(block.record, 2, eager, np.float32)
         want_loss, want = gradient(eager, fresh, layout, *values)
         assert float(be.to_numpy(loss)[0]) == want_loss
         assert_same_bits(be.to_numpy(grads), want)
-    assert len(program._kept) == 1
+    assert len(laid.passes) == 1
     if be.name == "cuda":
         assert len(be.runtime.graphs) == 1
         assert not eager.runtime.graphs
