@@ -513,7 +513,7 @@ def test_short_forms_are_of_results_that_exist():
 
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
-    assert names == ["README.md", "performance.md"]
+    assert names == ["README.md", "performance.md", "quality.md"]
     assert readme_numbers.main(["--check"]) == 0
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")

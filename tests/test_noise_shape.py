@@ -690,7 +690,7 @@ def test_bad_models_are_refused():
     assert "12" in refused("X", empty.fit, CURVES[:, :10], steps=1, progress=False)
     assert empty.normaliser is None
     model = fitted(shape)
-    clipped = samplers.ddpm(model.schedule, clip=1.0)
+    clipped = samplers.ddpm(model.schedule, clip=1.0, prediction="v")
     assert "clip None" in refused("sampler", model.sample, 2, sampler=clipped)
 
 
