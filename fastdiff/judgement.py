@@ -259,17 +259,18 @@ class Watch:
         if self.looks and (step == self.looks[-1][0] or (step % self.every and step != self.last)):
             return False
         drawn = np.asarray(self.draw(weights), np.float64)
-        nearest = float(np.median(_distances_to(drawn, self.rows).min(axis=1)))
+        if not np.isfinite(drawn).all():
+            return False
+        nearest = float(np.median(nearest_distances(drawn, self.rows)))
         if self.looks and nearest < NEAREST * self.usual:
             self.reason = "after more, samples are nearer to training rows than these are to each other"
             self.stopped = True
             return True
-        if np.isfinite(drawn).all():
-            self.looks.append((step, weights.copy(), _Cross.of(drawn, self.rows)))
+        self.looks.append((step, weights.copy(), _Cross.of(drawn, self.rows)))
         return False
 
     def best(self) -> tuple[int, Rows]:
-        """Return the step and the weights to keep."""
+        """Return the step and the weights to keep, if any look has seen samples that are finite."""
         smallest = min(self.looks, key=lambda look: look[2].mean)
         for step, weights, cross in self.looks:
             excess, error = cross.less(smallest[2])

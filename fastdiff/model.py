@@ -382,13 +382,14 @@ class Diffusion:
         looking = look if validate is not None or watch is not None else None
         trainer.run(self, steps, optimizer.plan.options, look=looking, progress=progress, callback=callback)
         if watch is not None:
-            if self.step == self.end_step:
+            if self.step == self.end_step and not watch.stopped:
                 watch.look(self.step, self._average)
             if watch.stopped:
                 self.end_step = self.step
-            step, self._average[...] = watch.best()
-            if step < self.step and watch.reason:
-                log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
+            if watch.looks:
+                step, self._average[...] = watch.best()
+                if step < self.step and watch.reason:
+                    log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
         return self

@@ -260,3 +260,12 @@ def test_too_few_rows_to_evaluate_with_are_refused():
         with pytest.raises(ArgumentError, match=r"samples|X: got 3 rows"):
             made.evaluate(rows, **options)
     assert made.evaluate(UNSEEN[:4], samples=2).report.samples == 2
+
+
+def test_a_watch_passes_over_samples_that_are_not_finite():
+    rows = RANDOM.normal(size=(60, 3))
+    watch = judgement.Watch(rows, lambda weights: weights * RANDOM.normal(size=rows.shape), 0, 2000)
+    assert not watch.look(0, np.array([np.nan]))
+    assert watch.looks == []
+    assert not watch.look(100, np.array([1.0]))
+    assert watch.best()[0] == 100
