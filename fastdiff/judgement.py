@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.covariance import ledoit_wolf
-from fastdiff.metrics import BLOCK_ROWS, energy_distance, nearest_distances
+from fastdiff.metrics import distances, energy_distance, nearest_distances
 from fastdiff.noise import Draw, Stream, fill_normal
 from fastdiff.normaliser import Normaliser
 
@@ -200,7 +200,7 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     least, most = learned.min(axis=0), learned.max(axis=0)
     room = (most - least) / 2 + 1e-3  # rounding, of a constant column
     to_learned = nearest_distances(x, learned)
-    others = nearest_distances(unseen, learned) if unseen is not None else _to_others(learned)
+    others = nearest_distances(unseen, learned) if unseen is not None else distances(learned, learned).least
     return Report(
         samples=len(x),
         rows=len(y),
@@ -245,10 +245,12 @@ class Watch:
     """
 
     def __init__(self, rows: Rows, draw: Callable[[Rows], Rows], first: int, last: int) -> None:
+        from scipy.spatial.distance import cdist
+
         self.rows, self.draw = np.asarray(rows, np.float64), draw
         self.every, self.last = max(1, round((last - first) / LOOKS / LOOK_EVERY)) * LOOK_EVERY, last
         picked = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
-        to_all = _distances_to(self.rows[picked], self.rows)
+        to_all = cdist(self.rows[picked], self.rows)
         to_all[np.arange(len(picked)), picked] = np.inf
         self.usual = float(np.median(to_all.min(axis=1)))
         self.looks: list[tuple[int, Rows, _Cross]] = []
@@ -281,13 +283,6 @@ class Watch:
         raise AssertionError("the smallest is as small as itself")
 
 
-def _distances_to(x: Rows, y: Rows) -> Rows:
-    from scipy.spatial.distance import cdist
-
-    between: Rows = cdist(x, y)
-    return between
-
-
 def _gaussian(rows: Rows, n: int, seed: int) -> Rows:
     """Draw from the Gaussian fitted to rows: normals of stream PROBE, sample by sample."""
     moments = ledoit_wolf(rows)
@@ -298,10 +293,7 @@ def _gaussian(rows: Rows, n: int, seed: int) -> Rows:
 
 def _means(a: Rows, b: Rows) -> Rows:
     """Mean distance of every row of a to the rows of b, or to the others where b is a."""
-    from scipy.spatial.distance import cdist
-
-    sums = [cdist(a[i : i + BLOCK_ROWS], b).sum(axis=1) for i in range(0, len(a), BLOCK_ROWS)]
-    means: Rows = np.concatenate(sums) / (len(b) - (a is b))
+    means: Rows = distances(a, b).sum / (len(b) - (a is b))
     return means
 
 
@@ -334,11 +326,3 @@ class _Cross(NamedTuple):
         of_y = self.of_y - other.of_y
         variance = np.var(self.of_x) / len(self.of_x) + np.var(other.of_x) / len(other.of_x) + np.var(of_y) / len(of_y)
         return self.mean - other.mean, math.sqrt(float(variance))
-
-
-def _to_others(rows: Rows) -> Rows:
-    """Distance of every row to the nearest of the others."""
-    between = _distances_to(rows, rows)
-    np.fill_diagonal(between, np.inf)
-    nearest: Rows = between.min(axis=1)
-    return nearest

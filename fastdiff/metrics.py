@@ -44,14 +44,14 @@ def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike, *, unbiased: bool = Fals
 
     def within(a: npt.NDArray[np.float64]) -> float:
         pairs = len(a) * (len(a) - 1) if unbiased else len(a) ** 2
-        return float(_distances(a, a).sum.sum()) / pairs
+        return float(distances(a, a).sum.sum()) / pairs
 
-    distance = 2 * float(_distances(x, y).sum.sum()) / (len(x) * len(y)) - within(x) - within(y)
+    distance = 2 * float(distances(x, y).sum.sum()) / (len(x) * len(y)) - within(x) - within(y)
     return distance if unbiased else max(0.0, distance)
 
 
 def nearest_distances(X: npt.ArrayLike, Y: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return the distance (N,) of every row of X (N, d) to the nearest row of Y (M, d).
+    """Return the distance (N,) of every row of X (N, d) to the nearest row of Y (M, d); where Y is X, to the others.
 
     Where samples lie much nearer to the training rows than unseen rows do, a model has learned those by heart.
     """
@@ -59,22 +59,25 @@ def nearest_distances(X: npt.ArrayLike, Y: npt.ArrayLike) -> npt.NDArray[np.floa
     y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
     if not len(y):
         raise ArgumentError("Y", "no rows", "at least one")
-    return _distances(x, y).least
+    return distances(x, y).least
 
 
 class Distances(NamedTuple):
-    """Of every row of one set to all rows of another: their sum and the smallest, (N,) each."""
+    """Of every row of one set to all rows of another, or to the others of its own: sum and smallest, (N,) each."""
 
     sum: npt.NDArray[np.float64]
     least: npt.NDArray[np.float64]
 
 
-def _distances(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Distances:
+def distances(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Distances:
     from scipy.spatial.distance import cdist
 
     result = Distances(np.empty(len(x)), np.empty(len(x)))
     for start in range(0, len(x), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         between = cdist(x[part], y)
-        result.sum[part], result.least[part] = between.sum(axis=1), between.min(axis=1)
+        result.sum[part] = between.sum(axis=1)
+        if x is y:
+            between[np.arange(len(between)), start + np.arange(len(between))] = np.inf
+        result.least[part] = between.min(axis=1)
     return result

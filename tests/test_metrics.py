@@ -34,6 +34,8 @@ def test_the_unbiased_one_is_0_on_average_for_equal_laws():
 def test_nearest_distances_are_those_of_a_loop():
     want = [min(np.linalg.norm(x - y) for y in X) for x in Y]
     np.testing.assert_allclose(nearest_distances(Y, X), want)
+    others = [min(np.linalg.norm(x - y) for j, y in enumerate(Y) if j != i) for i, x in enumerate(Y)]
+    np.testing.assert_allclose(nearest_distances(Y, Y), others)
 
 
 @pytest.mark.parametrize(
