@@ -9,7 +9,7 @@ from tolerances import assert_close, assert_same_bits
 import fastdiff as fd
 from fastdiff import process
 from fastdiff.backends import TrainingDraws
-from fastdiff.backends.numpy import draw_batch
+from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.noise import Draw, Stream, flips
 from fastdiff.normaliser import Normaliser

@@ -145,7 +145,47 @@ def test_rooms_depend_one_way():
                 assert rank.get(other, -1) <= rank[own], f"{path} imports {other}"
     for path in sources("kernels"):
         for module, _ in imports(path):
-            assert room(module) in (None, "kernels", "noise", "backends", "errors"), f"{path} imports {module}"
+            known = room(module) in (None, "kernels", "noise", "errors") or module == "fastdiff.backends.protocol"
+            assert known, f"{path} imports {module}"
+
+
+def test_backends_depend_one_way():
+    """cpu, cuda -> numpy -> layers -> protocol; the package, which chooses, imports the others when it is asked to."""
+    below = {"protocol": set(), "layers": {"protocol"}, "numpy": {"protocol", "layers"}, "__init__": {"protocol"}}
+    below["cpu"] = below["cuda"] = {"protocol", "layers", "numpy"}
+    seen = set()
+    for path in sources("fastdiff/backends"):
+        own = path.relative_to(ROOT / "fastdiff" / "backends").parts[0].removesuffix(".py")
+        seen.add(own)
+        for module in loaded_with(path):
+            if module.startswith("fastdiff.backends"):
+                other = [*module.split("."), "__init__"][2]
+                assert other == own or other in below[own], f"{path} imports {module}"
+    assert seen == set(below)
+
+
+def loaded_with(path):
+    """The modules that are imported when a file is, and not later, in a function, or for types alone."""
+    for node in ast.parse(path.read_text()).body:
+        for inner in [node, *(node.body if isinstance(node, ast.Try) else [])]:
+            if isinstance(inner, ast.Import):
+                yield from (alias.name for alias in inner.names)
+            elif isinstance(inner, ast.ImportFrom):
+                yield inner.module
+                yield from (f"{inner.module}.{alias.name}" for alias in inner.names)
+
+
+def test_no_file_waits_for_itself():
+    """There is no circle among the imports of all files."""
+    modules = {}
+    for path in sources("fastdiff", "kernels"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules[name if name.startswith("fastdiff") else f"fastdiff.{name}"] = path
+    needs = {name: {m for m in loaded_with(path) if m in modules and m != name} for name, path in modules.items()}
+    assert needs["fastdiff.backends.cpu.mlp"] >= {"fastdiff.backends.cpu.step", "fastdiff.kernels.cpu.mlp"}
+    while free := {name for name, of in needs.items() if not of & set(needs)}:
+        needs = {name: of for name, of in needs.items() if name not in free}
+    assert not needs
 
 
 # ------------------------------------------------------------------------------------------- skipped lanes

@@ -20,7 +20,7 @@ from tolerances import HANG_SECONDS
 
 from fastdiff.backends import TrainingDraws, TrainState, get_backend
 from fastdiff.backends.cpu import CpuBackend
-from fastdiff.backends.workers import Each, Script, Task, Workers
+from fastdiff.backends.cpu.workers import Each, Script, Task, Workers
 from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.kernels.cpu.jit import OPTIONS, kernel
 from fastdiff.nn import MLP
