@@ -14,6 +14,7 @@ from typing import Any
 from fastdiff.backends.protocol import (
     CONVOLUTIONS,
     LEAKY_SLOPE,
+    MAX_VISITS,
     PRECISIONS,
     Activation,
     AdamW,
@@ -34,6 +35,7 @@ from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int
 __all__ = [
     "CONVOLUTIONS",
     "LEAKY_SLOPE",
+    "MAX_VISITS",
     "PRECISIONS",
     "Activation",
     "AdamW",

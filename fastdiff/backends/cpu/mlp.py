@@ -152,9 +152,9 @@ class MLPOperations(StepOperations):
     ) -> None:
         flat = x.reshape(-1)
         steps = np.array([row.t for row in rows], np.int64)
-        coefficients = np.array([row[1:] for row in rows], np.float32)
+        coefficients = np.array([(row.p, row.q, row.a, row.b, row.c1, row.e, row.s) for row in rows], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
-        keep = any(row.c != 0 for row in rows)
+        keep = any(row.c1 != 0 for row in rows)
         first, _, stream, keys = law_of(draw)
         with self._workers.lock:
             net = self._network(plan)

@@ -85,16 +85,16 @@ class StepOperations(Scripted):
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         outs = flat if out is None else out.reshape(-1)
-        keep = previous is not None
-        kept = flat if previous is None else previous.reshape(-1)
-        coefficients = np.array(row[1:], np.float32)
+        keep = len(memory) > 0 and row.evaluates
+        kept = memory[0].reshape(-1) if memory else flat
+        coefficients = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
         law = law_of(draw)
 

@@ -111,13 +111,13 @@ class _Sampling:
         self.be, self.output, self.state = be, output, state
         self._graphs = {remembers: _Graph(be) for remembers in (False, True)}
 
-    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
-        if not be.graphs or be._twins or x.size == 0:
-            be.sampler_step(x, self.output(), previous, row, clip, draw)
+        if not be.graphs or be._twins or x.size == 0 or not row.evaluates:
+            be.sampler_step(x, self.output() if row.evaluates else None, memory, row, clip, draw)
             return
         with be._lock:
-            before = None
+            before, previous = None, memory[0] if memory else None
             if previous is not None:
                 before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
                 be.runtime.copy(before, previous)

@@ -31,7 +31,7 @@ def law_of(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
 def row_record(row: Row, clip: tuple[float, float] | None, *, wanted: bool) -> tuple[Any, ...]:
     """A "TableRow"; without `wanted` only the row's own terms take x0."""
     with np.errstate(over="ignore"):
-        p, q, a, b, c, e, s = np.array(row[1:], np.float32)
+        p, q, a, b, c, e, s = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
     if b == 0 and not wanted:
         p = q = np.float32(0)
     return p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf))
@@ -68,14 +68,17 @@ class StepOperations(Device):
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
         if self._twins:
-            self._twins.sampler_step(x, out, previous, row, clip, draw, queue=self.runtime.queue())
+            self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
+        previous = memory[0] if memory and (row.evaluates or row.c1 != 0) else None
+        if previous is not None and not row.evaluates:
+            previous = previous.copy()  # what the kernel writes there is not remembered
         record = row_record(row, clip, wanted=previous is not None)
         arrays = (x, out, previous)
         if record[6] != 0:

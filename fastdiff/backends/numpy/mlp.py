@@ -63,10 +63,10 @@ class MLPOperations(StepOperations):
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
+        memory = tuple(np.zeros((max(row.depth for row in rows), *x.shape), x.dtype))
         for row in rows:
-            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
-            self.sampler_step(x, out, previous, row, clip, draw.at(row.t))
+            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t)) if row.evaluates else None
+            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
