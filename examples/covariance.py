@@ -12,7 +12,7 @@ import numpy as np
 import fastdiff as fd
 from fastdiff import covariance, plots
 from fastdiff.data import harmonic_curves
-from fastdiff.exact import Gaussian, convergence
+from fastdiff.denoisers import Gaussian, convergence
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,8 +6,7 @@
 >>> new = model.sample(16)  # doctest: +SKIP
 """
 
-from fastdiff import covariance, data, errors, nn, noise, samplers
-from fastdiff import exact as denoisers
+from fastdiff import covariance, data, denoisers, errors, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.interop import load_diffusers
 from fastdiff.model import Diffusion, load
