@@ -114,10 +114,10 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
         x0_gain, x0_offset = row.p + row.q * gain, row.q * offset
         x_gain = row.a + row.b * x0_gain + row.e * gain
         x_offset = row.b * x0_offset + row.e * offset
-        mean, mean_x0 = x_gain * mean + row.c * mean_x0 + x_offset, x0_gain * mean + x0_offset
+        mean, mean_x0 = x_gain * mean + row.c1 * mean_x0 + x_offset, x0_gain * mean + x0_offset
         # x' = shared w1 + fresh w, with w independent of w1; x0 = spread w1.
-        shared = x_gain * f + row.c * g
-        fresh = np.hypot(row.c * h, row.s)
+        shared = x_gain * f + row.c1 * g
+        fresh = np.hypot(row.c1 * h, row.s)
         spread = x0_gain * f
         f = np.hypot(shared, fresh)
         along = np.divide(shared, f, out=np.zeros_like(f), where=f > 0)
