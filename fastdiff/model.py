@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
+from fastdiff import checkpoint, defaults, judgement, noise, process, samplers, sampling
 from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
 from fastdiff.backends.layers import Batch
 from fastdiff.base import GaussianBase
@@ -398,7 +398,7 @@ class Diffusion:
         """Samples of some weights of the network, in its own range."""
         net, _, _ = self._fitted()
         denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), self.prediction, be)
-        drawn = process.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
+        drawn = sampling.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
         return be.to_numpy(drawn)
 
     def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
@@ -783,9 +783,9 @@ class Diffusion:
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
         if normaliser.noise_shape is not None:
-            process.refuse_clip(sampler)
+            sampling.refuse_clip(sampler)
         be = get_backend(self.backend)
-        result = process.sample(
+        result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff import process
+from fastdiff import sampling
 from fastdiff.backends import TrainingDraws
 from fastdiff.backends.numpy import draw_batch
 from fastdiff.errors import ArgumentError, TrainingError
@@ -254,9 +254,9 @@ def test_labels_reach_any_denoiser_batch_by_batch():
         return x + labels[:, None]
 
     smp = fd.samplers.ddim(fd.Schedule.cosine(10), 2)
-    got = process.sample(denoiser, smp, n=5, shape=3, labels=[0, 9, 2, 7, 4], batch=3, backend="numpy")
+    got = sampling.sample(denoiser, smp, n=5, shape=3, labels=[0, 9, 2, 7, 4], batch=3, backend="numpy")
     assert [labels for _, labels in seen] == [[0, 9, 2]] * 2 + [[7, 4]] * 2
-    want = process.sample(
+    want = sampling.sample(
         lambda x, t: x + np.array([[0], [9], [2], [7], [4]], np.float32), smp, n=5, shape=3, backend="numpy"
     )
     assert_same_bits(got, want)

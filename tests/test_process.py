@@ -18,8 +18,9 @@ from fastdiff.errors import ArgumentError
 from fastdiff.exact import Gaussian
 from fastdiff.nn import MLP
 from fastdiff.noise import Stream, normal
-from fastdiff.process import forward_chain, forward_noise, posterior, sample
+from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler, ddim, ddpm, dpmpp_2m
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 SCHEDULE = Schedule.cosine(12)
@@ -239,7 +240,11 @@ TABLES = {
     "ddim": lambda: ddim(SCHEDULE, 5, eta=0.7, prediction="v"),
     "dpmpp_2m": lambda: dpmpp_2m(SCHEDULE, 6, clip=(-0.5, 2.0), prediction="x0"),
     "every term": lambda: Sampler(
-        [(9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5), (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0), (2, 0.1, 1, 0, 0.5, -0.6, 0.3, 0.2)],
+        [
+            (9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5),
+            (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0),
+            (2, 0.1, 1, 0, 0.5, -0.6, 0.3, 0.2),
+        ],
         SCHEDULE,
         clip=(-0.7, 0.6),
     ),
