@@ -65,7 +65,7 @@ def test_without_steps_and_with_them_are_the_same_training(monkeypatch, backend)
 
 
 def held_rows(made, X):
-    parts = split(X, None, None, None, None, made.seed, get_backend("numpy"))
+    parts = split(X, None, None, None, made._held_out, made.seed, get_backend("numpy"))
     return parts.rows, parts.unseen
 
 
