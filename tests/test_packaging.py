@@ -56,6 +56,13 @@ def test_the_public_names():
     assert all(hasattr(fastdiff, name) for name in names)
 
 
+def test_the_exact_denoisers_have_a_public_name():
+    from fastdiff import denoisers, exact
+
+    assert denoisers.__all__ == exact.__all__
+    assert all(getattr(denoisers, name) is getattr(exact, name) for name in exact.__all__)
+
+
 def test_what_the_code_imports_is_declared():
     """Every third-party module is a dependency, or belongs to an extra."""
     project = PYPROJECT["project"]
@@ -125,10 +132,11 @@ def test_kernels_are_imported_under_one_name():
 
 
 def test_rooms_depend_one_way():
-    """model -> process, nn -> backends -> kernels; nothing looks back."""
+    """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [
         "errors", "files", "noise", "pictures", "data",
-        "backends", "schedule", "samplers", "process", "nn", "checkpoint", "model", "cli",
+        "backends", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn", "defaults", "checkpoint",
+        "normaliser", "judgement", "split", "training", "model_file", "model", "cli",
     ]  # fmt: skip
     rank = {room: k for k, room in enumerate(order)}
 

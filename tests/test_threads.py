@@ -26,8 +26,9 @@ from fastdiff.kernels.cpu.jit import OPTIONS, kernel
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, normal
-from fastdiff.process import forward_noise, sample
+from fastdiff.process import forward_noise
 from fastdiff.samplers import ddpm
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 
