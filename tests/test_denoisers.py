@@ -21,8 +21,8 @@ from tolerances import EPS, assert_close, assert_estimate, assert_same_bits
 import fastdiff as fd
 from fastdiff import samplers
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.denoisers import Empirical, ExactChain, Gaussian, Mixture, Moments, convergence, exact_chain
 from fastdiff.errors import ArgumentError
+from fastdiff.exact import Empirical, ExactChain, Gaussian, Mixture, Moments, convergence, exact_chain
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
