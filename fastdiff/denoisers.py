@@ -22,8 +22,8 @@ from fastdiff.backends import Array, Backend, RowMap, backend_for
 from fastdiff.covariance import check_covariance
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, check_timesteps, is_on_device
-from fastdiff.samplers import PREDICTIONS, Sampler, named
-from fastdiff.schedule import Schedule
+from fastdiff.samplers import Sampler, named
+from fastdiff.schedule import PREDICTIONS, Schedule
 
 Float64 = npt.NDArray[np.float64]
 
@@ -158,7 +158,8 @@ class Exact(ABC):
 
     At timestep t the state is ``x = alpha x0 + sigma noise``, with alpha the signal and sigma the noise of the
     schedule, and the best predictions are conditional expectations given x: ``E[x0 | x]``, ``E[noise | x]``, which is
-    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``.
+    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``; the
+    velocity is noise - x0. alpha^2 + sigma^2 need not be 1.
 
     Attributes
     ----------
@@ -170,7 +171,7 @@ class Exact(ABC):
         The noise levels.
     T : int
         Number of timesteps of the schedule.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What `predict` returns.
     data : Moments
         Mean and covariance of the data.
@@ -360,7 +361,7 @@ class Gaussian(Exact):
         one of many dimensions and few directions.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -448,7 +449,7 @@ class Gaussian(Exact):
 
         Parameters
         ----------
-        prediction : {"noise", "x0", "v"}
+        prediction : {"noise", "x0", "v", "velocity"}
             Which one.
         t : int
             Timestep.
@@ -465,7 +466,9 @@ class Gaussian(Exact):
             return sigma / variance, -sigma * alpha / variance
         if prediction == "x0":
             return alpha * spectrum / variance, sigma**2 / variance
-        return alpha * sigma * (1 - spectrum) / variance, -sigma / variance
+        if prediction == "velocity":
+            return (sigma - alpha * spectrum) / variance, -sigma * (alpha + sigma) / variance
+        return alpha * sigma * (1 - spectrum) / variance, -sigma * self.schedule.power[t] / variance
 
     def _expect(self, space: _Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
         def make() -> RowMap:
@@ -498,7 +501,7 @@ class Gaussian(Exact):
         def make() -> RowMap:
             law, gain = self.moments(t), self.affine(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
-            centre = {"noise": 0.0, "x0": 1.0, "v": -float(self.schedule.noise[t])}[prediction] * self.data.mean
+            centre = float(self.schedule.target(prediction)[1][t]) * self.data.mean
             if law.basis.shape[1] < self.d:
                 return law.scaling(factors, centre)
             return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)
@@ -526,7 +529,7 @@ class Mixture(Exact):
         Their covariances, as of `Gaussian`.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -670,7 +673,7 @@ class Empirical(Exact):
         The data, N >= 1; float32 is kept as such.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -717,9 +720,15 @@ class Empirical(Exact):
         self._posterior(space, x, t, out, space("log_sum", (len(x),), x.dtype))
         if prediction == "x0":
             return
-        # noise = (x - alpha x0) / sigma and v = (alpha x - x0) / sigma, as alpha^2 + sigma^2 = 1.
+        # With n of the noise and d of x0 in the prediction, it is (n / sigma) (x - inner x0); v has n = alpha, and where
+        # that is 0 it stands for so little that x does not count.
         alpha, sigma = self._levels(t)
-        inner, outer = (alpha, 1 / sigma) if prediction == "noise" else (1 / alpha, alpha / sigma)
+        inner, outer = alpha, 1 / sigma
+        if prediction == "velocity":
+            inner = alpha + sigma
+        elif prediction == "v":
+            alpha = np.maximum(alpha, 1e-20)
+            inner, outer = self.schedule.power[t] / alpha, alpha / sigma
         if np.ndim(t):
             inner, outer = (space.be.asarray(column[:, None], x.dtype) for column in (inner, outer))
         else:

@@ -38,8 +38,8 @@ from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.progress import say
-from fastdiff.samplers import PREDICTIONS, Sampler
-from fastdiff.schedule import Schedule
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.training import Trainer
 
 log = logging.getLogger("fastdiff")
@@ -59,7 +59,7 @@ class NetworkDenoiser:
         The architecture.
     flat : array
         The weights in use.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What its output is.
     backend : Backend
         Where `predict` runs.
@@ -121,9 +121,10 @@ class Diffusion:
     schedule : Schedule, optional
         The noise levels; by default ``Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)`` for curves (100 without a
         base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
-    prediction : {"v", "noise", "x0"}, optional
-        What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), or what a
-        network that was read from a file predicts. An error of the noise counts 1 / signal times in the sample, 14
+    prediction : {"v", "noise", "x0", "velocity"}, optional
+        What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), the velocity
+        noise - x0 for a flow schedule, or what a network that was read from a file predicts. Of a schedule that ends in
+        noise alone (a flow, or zero terminal SNR) the noise cannot be learned. An error of the noise counts 1 / signal times in the sample, 14
         times at the end of the source text's schedule.
     scale : {"auto", "all", "column"}, optional
         What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
@@ -194,12 +195,15 @@ class Diffusion:
         if net is not None and net.outputs != net.image[2]:
             raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
         if prediction is None:
-            prediction = (None if net is None else net.prediction) or "v"
+            usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
+            prediction = (None if net is None else net.prediction) or usual
         if net is not None and net.prediction not in (None, prediction):
             raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
+        if schedule is not None:
+            schedule.x0_from(prediction, np.array([schedule.T - 1]))  # one that ends in noise alone refuses its prediction
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
         if net is not None and base == "gaussian" and not net.has_linear:
@@ -364,7 +368,7 @@ class Diffusion:
             self._use_this_arithmetic()
         net, optimizer = self.net, self._optimizer
         data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
-        tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
+        tables = self.schedule.signal, self.schedule.noise, *self.schedule.target(self.prediction)
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
         validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
         watch = None
@@ -656,21 +660,13 @@ class Diffusion:
             words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
             log.warning(words, before, self._arithmetic)
 
-    def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Factors of noise and data in the training target at every t."""
-        assert self.schedule is not None
-        zeros, ones = np.zeros(self.schedule.T), np.ones(self.schedule.T)
-        if self.prediction == "v":
-            return self.schedule.signal, -self.schedule.noise
-        return (ones, zeros) if self.prediction == "noise" else (zeros, ones)
-
     def _validation_set(self, be: Backend, rows: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> Batch:
         """x_t, t, target and labels of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
         assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
         x0 = self.normaliser.apply(rows, self.net.dtype)
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
-        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
+        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self.schedule.target(self.prediction))
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
         return Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
 
@@ -780,8 +776,8 @@ class Diffusion:
         elif sampler.prediction != self.prediction:
             wants = f"one made with prediction={self.prediction!r}, as this model predicts"
             raise ArgumentError("sampler", f"a table for prediction {sampler.prediction!r}", wants)
-        elif sampler.schedule != schedule:
-            raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
+        elif found := sampler.schedule.difference(schedule):
+            raise ArgumentError("sampler", f"a table for {sampler.schedule!r}: {found}", f"one for {schedule!r}")
         if normaliser.noise_shape is not None:
             process.refuse_clip(sampler)
         be = get_backend(self.backend)
@@ -835,9 +831,9 @@ class Diffusion:
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
             "arithmetic": self._arithmetic,
         }  # fmt: skip
-        checkpoint.write(
-            path, header, tensors, features=normaliser.features + ([] if self._gaussian is None else ["base"])
-        )
+        features = normaliser.features + schedule.features + ([] if self._gaussian is None else ["base"])
+        features += ["velocity"] if self.prediction == "velocity" else []
+        checkpoint.write(path, header, tensors, features=features)
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"

@@ -12,8 +12,8 @@ with the terms added in this order and a term with a zero coefficient not evalua
 write such tables; `Sampler` itself takes any other, so every sampler with one step of memory is a new table
 and no new code.
 
-Throughout, ``alpha`` is the signal, sqrt(abar), and ``sigma`` the noise, sqrt(1 - abar), at a row's timestep;
-``alpha'`` and ``sigma'`` are those of the next row, and 1 and 0 after the last.
+Throughout, ``alpha`` is the signal and ``sigma`` the noise of the schedule at a row's timestep; ``alpha'`` and
+``sigma'`` are those of the next row, and 1 and 0 after the last. alpha^2 + sigma^2 need not be 1.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from fastdiff.errors import (
     check_int,
     check_timesteps,
 )
-from fastdiff.schedule import END_LIMIT, Array, Schedule
+from fastdiff.schedule import END_LIMIT, PREDICTIONS, Array, Schedule
 
-PREDICTIONS = ("noise", "x0", "v")
 VARIANCE_FLOOR = 1e-20
 
 Clip = float | tuple[float, float] | None
@@ -56,8 +55,8 @@ class Sampler:
         by the timestep. The first row has c = 0: there is no previous x0 yet.
     schedule : Schedule
         The schedule that the timesteps index.
-    prediction : {"noise", "x0", "v"}, optional
-        What the network's output is. v = alpha noise - sigma x0 (Salimans & Ho 2022, appendix D).
+    prediction : {"noise", "x0", "v", "velocity"}, optional
+        What the network's output is: see `Schedule.target`.
     clip : float or (float, float), optional
         Bounds of x0; a number v means (-v, v). None (default) leaves x0 as it is.
     name : str, optional
@@ -160,7 +159,7 @@ def ddpm(
 ) -> Sampler:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draws from q(x' | x, x0) with the predicted x0.
 
-    With alpha_t = abar / abar' and beta_t = 1 - alpha_t across the gap to the next timestep::
+    With alpha_t = (alpha / alpha')^2 and beta_t = sigma^2 - alpha_t sigma'^2 across the gap to the next timestep::
 
         x' = sqrt(alpha_t) sigma'^2 / sigma^2  x  +  alpha' beta_t / sigma^2  x0  +  s z
 
@@ -177,7 +176,7 @@ def ddpm(
         of Ho et al. 2020, section 3.2, right for data of no spread and of unit variance.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What the network predicts.
     spacing : str, optional
         Which timesteps, see `Schedule.timesteps`.
@@ -199,10 +198,10 @@ def ddpm(
     _check_schedule(schedule)
     check_choice("variance", variance, ("small", "large"))
     grid = _grid(schedule, schedule.T if steps is None else steps, spacing)
-    beta = _gap_beta(grid)
+    beta = _gap_beta(schedule, grid)
     ratio = (grid.noise_next / grid.noise) ** 2
     spread = np.maximum(beta * ratio if variance == "small" else beta, VARIANCE_FLOOR)
-    p, q = _x0_from_output(grid, prediction)
+    p, q = schedule.x0_from(prediction, grid.t)
     columns = {
         "p": p,
         "q": q,
@@ -239,7 +238,7 @@ def ddim(
         Share of the ancestral noise, 0 to 1.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What the network predicts.
     spacing : str, optional
         Which timesteps, see `Schedule.timesteps`.
@@ -261,10 +260,10 @@ def ddim(
     _check_schedule(schedule)
     eta = check_float("eta", eta, low=0, high=1)
     grid = _grid(schedule, steps, spacing)
-    ancestral = _gap_beta(grid) * (grid.noise_next / grid.noise) ** 2
+    ancestral = _gap_beta(schedule, grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
-    p, q = _x0_from_output(grid, prediction)
-    along_x, along_out = _noise_from_output(grid, prediction)
+    p, q = schedule.x0_from(prediction, grid.t)
+    along_x, along_out = schedule.noise_from(prediction, grid.t)
     columns = {
         "p": p,
         "q": q,
@@ -301,7 +300,7 @@ def dpmpp_2m(
         Number of rows.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What the network predicts.
     spacing : str, optional
         Which timesteps, see `Schedule.timesteps`.
@@ -341,7 +340,7 @@ def dpmpp_2m(
     if final == "zero":
         r[-1] = 0.0
     pull = grid.signal_next * -np.expm1(-growth)
-    p, q = _x0_from_output(grid, prediction)
+    p, q = schedule.x0_from(prediction, grid.t)
     columns = {"p": p, "q": q, "a": grid.noise_next / grid.noise, "b": pull * (1 + r), "c": -pull * r}
     return _sampler("dpmpp_2m", grid, columns, schedule, prediction, clip, 2)
 
@@ -359,7 +358,7 @@ def named(
         The schedule of the network.
     steps : int, optional
         Number of rows. None: all T for "ddpm", 50 for "ddim", 20 for "dpmpp_2m", or as many as T allows.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What the network predicts.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
@@ -399,10 +398,11 @@ class _Grid(NamedTuple):
 
 def _grid(schedule: Schedule, steps: int, spacing: str) -> _Grid:
     t = schedule.timesteps(steps, spacing=spacing)
-    start = schedule.alphas_bar[t[0]]
+    start = max(schedule.alphas_bar[t[0]], 1 - schedule.noise[t[0]] ** 2)
     if start > END_LIMIT >= schedule.alphas_bar[-1]:
+        short = "abar is" if schedule.kind != "flow" else "the noise lacks a variance of"
         warnings.warn(
-            f"{spacing!r} spacing begins at t = {t[0]}, where abar is {start:.3g}: sampling starts there "
+            f"{spacing!r} spacing begins at t = {t[0]}, where {short} {start:.3g}: sampling starts there "
             "from pure noise and misses. Take spacing='trailing', or pass an initial state of that noise.",
             ScheduleWarning,
             stacklevel=3,
@@ -411,28 +411,11 @@ def _grid(schedule: Schedule, steps: int, spacing: str) -> _Grid:
     return _Grid(t, signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0))
 
 
-def _gap_beta(grid: _Grid) -> Array:
-    """1 - abar / abar', as (sigma^2 - sigma'^2) / alpha'^2, which loses nothing where abar is close to 1."""
-    return (grid.noise**2 - grid.noise_next**2) / grid.signal_next**2
-
-
-def _x0_from_output(grid: _Grid, prediction: str) -> tuple[Array, Array]:
-    """(p, q) with x0 = p x + q out, from x = alpha x0 + sigma noise and v = alpha noise - sigma x0."""
-    check_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "noise":
-        return 1 / grid.signal, -grid.noise / grid.signal
-    if prediction == "x0":
-        return np.zeros_like(grid.signal), np.ones_like(grid.signal)
-    return grid.signal, -grid.noise
-
-
-def _noise_from_output(grid: _Grid, prediction: str) -> tuple[Array, Array]:
-    """(f, g) with noise = f x + g out."""
-    if prediction == "noise":
-        return np.zeros_like(grid.signal), np.ones_like(grid.signal)
-    if prediction == "x0":
-        return 1 / grid.noise, -grid.signal / grid.noise
-    return grid.noise, grid.signal
+def _gap_beta(schedule: Schedule, grid: _Grid) -> Array:
+    """beta_t of `ddpm`; where variance is preserved (sigma^2 - sigma'^2) / alpha'^2, which loses nothing near abar 1."""
+    power = schedule.power[grid.t]
+    power_next = np.append(power[1:], 1.0)
+    return (power_next * grid.noise**2 - power * grid.noise_next**2) / grid.signal_next**2
 
 
 def _sampler(
