@@ -23,7 +23,7 @@ from fastdiff.covariance import check_covariance
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, check_timesteps, is_on_device
 from fastdiff.samplers import Sampler, named
-from fastdiff.schedule import PREDICTIONS, Schedule
+from fastdiff.schedule import PREDICTIONS, Schedule, target
 
 Float64 = npt.NDArray[np.float64]
 
@@ -501,7 +501,7 @@ class Gaussian(Exact):
         def make() -> RowMap:
             law, gain = self.moments(t), self.affine(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
-            centre = float(self.schedule.target(prediction)[1][t]) * self.data.mean
+            centre = float(target(prediction, *self._levels(t))[1]) * self.data.mean
             if law.basis.shape[1] < self.d:
                 return law.scaling(factors, centre)
             return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)
@@ -720,8 +720,8 @@ class Empirical(Exact):
         self._posterior(space, x, t, out, space("log_sum", (len(x),), x.dtype))
         if prediction == "x0":
             return
-        # With n of the noise and d of x0 in the prediction, it is (n / sigma) (x - inner x0); v has n = alpha, and where
-        # that is 0 it stands for so little that x does not count.
+        # noise = (x - alpha x0) / sigma, and what is made of it is outer (x - inner x0). Of v outer is alpha / sigma: where
+        # alpha is 0, so small a number takes its place that x does not count.
         alpha, sigma = self._levels(t)
         inner, outer = alpha, 1 / sigma
         if prediction == "velocity":
@@ -848,10 +848,10 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
         x0_gain, x0_offset = row.p + row.q * gain, row.q * offset
         x_gain = row.a + row.b * x0_gain + row.e * gain
         x_offset = row.b * x0_offset + row.e * offset
-        mean, mean_x0 = x_gain * mean + row.c * mean_x0 + x_offset, x0_gain * mean + x0_offset
+        mean, mean_x0 = x_gain * mean + row.c1 * mean_x0 + x_offset, x0_gain * mean + x0_offset
         # x' = shared w1 + fresh w, with w independent of w1; x0 = spread w1.
-        shared = x_gain * f + row.c * g
-        fresh = np.hypot(row.c * h, row.s)
+        shared = x_gain * f + row.c1 * g
+        fresh = np.hypot(row.c1 * h, row.s)
         spread = x0_gain * f
         f = np.hypot(shared, fresh)
         along = np.divide(shared, f, out=np.zeros_like(f), where=f > 0)

@@ -123,9 +123,9 @@ class Diffusion:
         base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
     prediction : {"v", "noise", "x0", "velocity"}, optional
         What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), the velocity
-        noise - x0 for a flow schedule, or what a network that was read from a file predicts. Of a schedule that ends in
-        noise alone (a flow, or zero terminal SNR) the noise cannot be learned. An error of the noise counts 1 / signal times in the sample, 14
-        times at the end of the source text's schedule.
+        noise - x0 for a flow, or what a network that was read from a file predicts. An error of the noise counts
+        1 / signal times in the sample, 14 times at the end of the source text's schedule; a schedule that ends in noise
+        alone (a flow, or zero terminal SNR) refuses that prediction.
     scale : {"auto", "all", "column"}, optional
         What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
         scales each column where their deviations differ by more than a factor of 10. Pictures have a `data_range`.
@@ -203,7 +203,7 @@ class Diffusion:
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
         if schedule is not None:
-            schedule.x0_from(prediction, np.array([schedule.T - 1]))  # one that ends in noise alone refuses its prediction
+            schedule.target(prediction)  # one that ends in noise alone refuses its prediction
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
         if net is not None and base == "gaussian" and not net.has_linear:
@@ -666,7 +666,8 @@ class Diffusion:
         x0 = self.normaliser.apply(rows, self.net.dtype)
         t = np.arange(len(x0)) * self.schedule.T // len(x0)
         x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
-        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self.schedule.target(self.prediction))
+        tables = self.schedule.target(self.prediction)
+        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
         return Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory
+from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory_of
 from fastdiff.errors import (
     ArgumentError,
     check_array,
@@ -157,8 +157,8 @@ def forward_chain(
     chain[0] = clean
     for t, (alpha, beta) in enumerate(zip(schedule.alphas, schedule.betas, strict=True)):
         chain[t + 1] = chain[t]
-        row = Row(t, p=0, q=0, a=math.sqrt(alpha), b=0, c=0, e=0, s=math.sqrt(beta))
-        step(chain[t + 1], None, None, row, None, draw)
+        row = Row(t, p=0, q=0, a=math.sqrt(alpha), b=0, s=math.sqrt(beta))
+        step(chain[t + 1], None, (), row, None, draw)
     return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
 
@@ -343,10 +343,10 @@ def sample(
     done = len(rows)
     with progress_bar(show=progress, total=len(rows) * len(groups), desc="sampling", leave=False) as bar:
         for group in groups:
-            previous = [memory(be, x[part], rows) for part, _, _ in group]
+            memories = [memory_of(be, x[part], rows) for part, _, _ in group]
             for done, row in enumerate(rows, start=1):
-                for (part, drawn, chosen), kept in zip(group, previous, strict=True):
-                    step(x[part], kept, row, clip, drawn, chosen)
+                for (part, drawn, chosen), memory in zip(group, memories, strict=True):
+                    step(x[part], memory, row, clip, drawn, chosen)
                     if path is not None:
                         path[done, part] = x[part]
                 bar.update()
@@ -379,7 +379,7 @@ def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
 
 
 def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[..., None]:
-    """`Backend.sampler_step` for states no longer than `like`: (x, out, previous, row, clip, draw).
+    """`Backend.sampler_step` for states no longer than `like`: (x, out, memory, row, clip, draw).
 
     Shaped noise is drawn by itself and added as the e term of a second row, which rounds like the s term of the first.
     """
@@ -388,17 +388,17 @@ def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[.
     def step(
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        draw = draw.at(row.t)
-        be.sampler_step(x, out, previous, row if shaped is None else row._replace(s=0.0), clip, draw)
+        draw = draw.at(row.step)
+        be.sampler_step(x, out, memory, row if shaped is None else row._replace(s=0.0), clip, draw)
         if shaped is not None and row.s != 0:
             z = noise[: len(x)]
             shaped.fill(be, z, draw)
-            be.sampler_step(x, z, None, Row(row.t, p=0, q=0, a=1, b=0, c=0, e=row.s, s=0), None, draw)
+            be.sampler_step(x, z, (), Row(row.t, p=0, q=0, a=1, b=0, e=row.s), None, draw)
 
     return step
 
@@ -407,9 +407,9 @@ def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Call
     """`Evaluator.step` with shaped noise, for states no longer than `like`."""
     take = _stepper(evaluator.be, like, shaped)
 
-    def step(x: Array, previous: Array | None, row: Row, clip: Any, draw: Draw, labels: Array = None) -> None:
-        out = evaluator.evaluate(x, row.t, labels) if row.q != 0 or row.e != 0 else None
-        take(x, out, previous, row, clip, draw)
+    def step(x: Array, memory: tuple[Array, ...], row: Row, clip: Any, draw: Draw, labels: Array = None) -> None:
+        out = evaluator.evaluate(x, row.t, labels) if row.evaluates else None
+        take(x, out, memory, row, clip, draw)
 
     return step
 

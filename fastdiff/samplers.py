@@ -1,16 +1,17 @@
 """Samplers as tables.
 
-A sampler is a float64 table with one row per evaluation of the network and the columns
-(t, p, q, a, b, c, e, s). Whoever runs it starts from x ~ N(0, I) and, row by row, calls the network and takes
-one fused step::
+A sampler is a float64 table with the columns (t, p, q, a, b, c1, c2, c3, e, s, r). Whoever runs it starts from
+x ~ N(0, I) and, row by row, calls the network and takes one fused step::
 
     out = network(x, t)
-    x0  = clip(p x + q out)
-    x'  = a x + b x0 + c x0_previous + e out + s z,      z ~ N(0, I)
+    m   = clip(p x + q out)
+    x'  = a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s exp(r v) z,      z ~ N(0, I)
 
-with the terms added in this order and a term with a zero coefficient not evaluated. The constructors here
-write such tables; `Sampler` itself takes any other, so every sampler with one step of memory is a new table
-and no new code.
+with the terms added in this order and a term with a zero coefficient not evaluated. m is what p and q make it: x0, or
+the noise. m1, m2 and m3 are the m of the last three rows that called the network; a row with q = e = 0 calls no network
+and is not remembered. v is the second output of a network that has learned its variance. The constructors here write
+such tables; `Sampler` itself takes any other, so every sampler with three steps of memory is a new table and no new
+code.
 
 Throughout, ``alpha`` is the signal and ``sigma`` the noise of the schedule at a row's timestep; ``alpha'`` and
 ``sigma'`` are those of the next row, and 1 and 0 after the last. alpha^2 + sigma^2 need not be 1.
@@ -19,6 +20,7 @@ Throughout, ``alpha`` is the signal and ``sigma`` the noise of the schedule at a
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Row
+from fastdiff.backends import MAX_VISITS, Row
 from fastdiff.errors import (
     ArgumentError,
     ScheduleWarning,
@@ -36,27 +38,29 @@ from fastdiff.errors import (
     check_int,
     check_timesteps,
 )
-from fastdiff.schedule import END_LIMIT, PREDICTIONS, Array, Schedule
+from fastdiff.schedule import END_LIMIT, PREDICTIONS, Array, Schedule, power, target
 
 VARIANCE_FLOOR = 1e-20
+WIDTHS = (8, 10, 11, 12)  # of tables that are accepted
 
 Clip = float | tuple[float, float] | None
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
 class Sampler:
-    """A sampler: a table of rows (t, p, q, a, b, c, e, s), and what it was made for.
+    """A sampler: a table of rows (t, p, q, a, b, c1, c2, c3, e, s, r), and what it was made for.
 
     Parameters
     ----------
-    rows : sequence of R rows, or (R, 8) array_like
-        Numbers in the order (t, p, q, a, b, c, e, s), one row per network evaluation. Timesteps never rise.
-        Two rows may share a timestep (a method of two stages), though not both with noise, for noise is keyed
-        by the timestep. The first row has c = 0: there is no previous x0 yet.
+    rows : sequence of R rows, or (R, 8), (R, 10), (R, 11) or (R, 12) array_like
+        Numbers in the order (t, p, q, a, b, c1, c2, c3, e, s, r, visit); without visit, which is always counted
+        anew; without r, which is then 0; or in the order (t, p, q, a, b, c1, e, s). A row calls the network unless
+        q = e = 0. Timesteps fall or stay; only a row that does not call the network may raise them. A row remembers
+        no more rows that called it than came before.
     schedule : Schedule
         The schedule that the timesteps index.
     prediction : {"noise", "x0", "v", "velocity"}, optional
-        What the network's output is: see `Schedule.target`.
+        What the network's output is: see `fastdiff.schedule.target`.
     clip : float or (float, float), optional
         Bounds of x0; a number v means (-v, v). None (default) leaves x0 as it is.
     name : str, optional
@@ -67,8 +71,9 @@ class Sampler:
     Attributes
     ----------
     rows : tuple of R Row
-        Named tuples of an int and seven floats: ``rows[0].t``, ``rows[0].a``. ``np.array(rows)`` is the whole
-        table, (R, 8) float64.
+        Named tuples: ``rows[0].t``, ``rows[0].a``. ``rows[0].visit`` says how many rows before it draw noise at its
+        timestep: that noise has step t + 2^20 visit by the noise law. ``np.array(rows)`` is the whole table, (R, 12)
+        float64.
     timesteps : (R,) int64, read-only
         The column t.
     clip : (float, float) or None
@@ -104,13 +109,17 @@ class Sampler:
         if not isinstance(name, str) or not name:
             raise ArgumentError("name", repr(name), "a text")
         table = _checked_rows(rows, schedule)
+        clip = _checked_clip(clip)
+        check_choice("prediction", prediction, PREDICTIONS)
+        if clip is not None:
+            _check_clipped(table, schedule, prediction)
         timesteps = np.array([row.t for row in table], np.int64)
         timesteps.setflags(write=False)
         values = {
             "rows": table,
             "schedule": schedule,
-            "prediction": check_choice("prediction", prediction, PREDICTIONS),
-            "clip": _checked_clip(clip),
+            "prediction": prediction,
+            "clip": clip,
             "name": name,
             "order": None if order is None else check_int("order", order, low=1),
             "timesteps": timesteps,
@@ -119,8 +128,18 @@ class Sampler:
             object.__setattr__(self, key, value)
 
     def __len__(self) -> int:
-        """Number of rows, which is the number of network evaluations."""
+        """Number of rows."""
         return len(self.rows)
+
+    @property
+    def evaluations(self) -> int:
+        """Number of rows that call the network."""
+        return sum(row.evaluates for row in self.rows)
+
+    @property
+    def depth(self) -> int:
+        """How many evaluations back the table reaches for m, 0 to 3."""
+        return max(row.depth for row in self.rows)
 
     @property
     def label(self) -> str:
@@ -198,10 +217,10 @@ def ddpm(
     _check_schedule(schedule)
     check_choice("variance", variance, ("small", "large"))
     grid = _grid(schedule, schedule.T if steps is None else steps, spacing)
-    beta = _gap_beta(schedule, grid)
+    beta = _gap_beta(grid)
     ratio = (grid.noise_next / grid.noise) ** 2
     spread = np.maximum(beta * ratio if variance == "small" else beta, VARIANCE_FLOOR)
-    p, q = schedule.x0_from(prediction, grid.t)
+    p, q = _x0_from_output(grid.signal, grid.noise, prediction)
     columns = {
         "p": p,
         "q": q,
@@ -260,10 +279,10 @@ def ddim(
     _check_schedule(schedule)
     eta = check_float("eta", eta, low=0, high=1)
     grid = _grid(schedule, steps, spacing)
-    ancestral = _gap_beta(schedule, grid) * (grid.noise_next / grid.noise) ** 2
+    ancestral = _gap_beta(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
-    p, q = schedule.x0_from(prediction, grid.t)
-    along_x, along_out = schedule.noise_from(prediction, grid.t)
+    p, q = _x0_from_output(grid.signal, grid.noise, prediction)
+    along_x, along_out = _noise_from_output(grid.signal, grid.noise, prediction)
     columns = {
         "p": p,
         "q": q,
@@ -340,8 +359,8 @@ def dpmpp_2m(
     if final == "zero":
         r[-1] = 0.0
     pull = grid.signal_next * -np.expm1(-growth)
-    p, q = schedule.x0_from(prediction, grid.t)
-    columns = {"p": p, "q": q, "a": grid.noise_next / grid.noise, "b": pull * (1 + r), "c": -pull * r}
+    p, q = _x0_from_output(grid.signal, grid.noise, prediction)
+    columns = {"p": p, "q": q, "a": grid.noise_next / grid.noise, "b": pull * (1 + r), "c1": -pull * r}
     return _sampler("dpmpp_2m", grid, columns, schedule, prediction, clip, 2)
 
 
@@ -411,11 +430,34 @@ def _grid(schedule: Schedule, steps: int, spacing: str) -> _Grid:
     return _Grid(t, signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0))
 
 
-def _gap_beta(schedule: Schedule, grid: _Grid) -> Array:
-    """beta_t of `ddpm`; where variance is preserved (sigma^2 - sigma'^2) / alpha'^2, which loses nothing near abar 1."""
-    power = schedule.power[grid.t]
-    power_next = np.append(power[1:], 1.0)
-    return (power_next * grid.noise**2 - power * grid.noise_next**2) / grid.signal_next**2
+def _gap_beta(grid: _Grid) -> Array:
+    """beta_t of `ddpm`: where variance is preserved (sigma^2 - sigma'^2) / alpha'^2, good near abar = 1 too."""
+    here, there = power(grid.signal, grid.noise), power(grid.signal_next, grid.noise_next)
+    return (there * grid.noise**2 - here * grid.noise_next**2) / grid.signal_next**2
+
+
+def _x0_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
+    """(p, q) with x0 = p x + q out, where x = signal x0 + noise z."""
+    of_noise, _, determinant = _solved(signal, noise, prediction)
+    return of_noise / determinant, -noise / determinant
+
+
+def _noise_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
+    """(f, g) with z = f x + g out, where x = signal x0 + noise z."""
+    _, of_data, determinant = _solved(signal, noise, prediction)
+    return -of_data / determinant, signal / determinant
+
+
+def _solved(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array, Array]:
+    """Factors of z and x0 in the output, and the determinant ``signal of_noise - noise of_data`` of the two equations.
+
+    It is the signal for the noise, the power for v, and signal + noise for the velocity.
+    """
+    of_noise, of_data = target(prediction, signal, noise)
+    if prediction == "noise" and (signal == 0).any():
+        wants = "'v', 'velocity' or 'x0': x is noise alone there, and says nothing of x0"
+        raise ArgumentError("prediction", "'noise' at a timestep where the signal is 0", wants)
+    return of_noise, of_data, power(signal, noise) if prediction == "v" else signal * of_noise - noise * of_data
 
 
 def _sampler(
@@ -427,7 +469,7 @@ def _sampler(
     clip: Clip,
     order: int | None,
 ) -> Sampler:
-    rows = np.zeros((len(grid.t), len(Row._fields)))
+    rows = np.zeros((len(grid.t), 11))
     rows[:, 0] = grid.t
     for column, values in columns.items():
         rows[:, Row._fields.index(column)] = values
@@ -456,21 +498,45 @@ def _checked_clip(clip: Any) -> tuple[float, float] | None:
 def _checked_rows(rows: npt.ArrayLike | Sequence[Row], schedule: Schedule) -> tuple[Row, ...]:
     """The rows as named tuples of plain numbers, if they keep the rules of the table."""
     table = check_array("rows", rows, dtype=np.float64) + 0.0  # no negative zeros
-    if table.ndim != 2 or table.shape[1] != len(Row._fields) or not len(table):
-        raise ArgumentError("rows", f"shape {table.shape}", "rows of 8 numbers (t, p, q, a, b, c, e, s)")
-    t, c, s = table[:, 0], table[:, 5], table[:, 7]
+    if table.ndim != 2 or table.shape[1] not in WIDTHS or not len(table):
+        raise ArgumentError("rows", f"shape {table.shape}", "rows of numbers (t, p, q, a, b, c1, c2, c3, e, s)")
+    if table.shape[1] == 8:
+        table = np.insert(table, (6, 6), 0.0, axis=1)
+    t, s = table[:, 0], table[:, 9]
     if (t != np.rint(t)).any():
         raise ArgumentError("rows (t)", str(t[t != np.rint(t)][0]), "whole timesteps")
     check_timesteps(t.astype(np.int64), schedule.T, len(t))
-    if (np.diff(t) > 0).any():
-        raise ArgumentError("rows (t)", "timesteps that rise", "timesteps that fall or stay")
-    if c[0] != 0:
-        raise ArgumentError("rows (c)", f"{c[0]:g} in the first row", "0 there: no x0 came before")
     if (s < 0).any():
         raise ArgumentError("rows (s)", f"{s.min():g}", "standard deviations of at least 0")
-    if len(np.unique(t[s > 0])) < np.count_nonzero(s):
-        raise ArgumentError("rows (s)", "noise in two rows of one timestep", "noise in at most one of them")
-    return tuple(Row(int(row[0]), *map(float, row[1:])) for row in table)
+    made: list[Row] = []
+    evaluated, drawn = 0, Counter[int]()
+    for i, numbers in enumerate(table):
+        row = Row(int(numbers[0]), *numbers[1:11].tolist())
+        if row.evaluates and made and row.t > made[-1].t:
+            raise ArgumentError(
+                "rows (t)", f"{row.t} after {made[-1].t} in row {i}, which evaluates", "timesteps that fall or stay"
+            )
+        if row.depth > evaluated:
+            came = f"c{row.depth} = {row[4 + row.depth]:g} in row {i}, before which {evaluated} evaluate"
+            raise ArgumentError(f"rows (c{row.depth})", came, "0 there: nothing so far back is remembered")
+        if row.r != 0 and not row.evaluates:
+            raise ArgumentError("rows (r)", f"{row.r:g} in row {i}, which does not evaluate", "0 there")
+        if drawn[row.t] == MAX_VISITS:
+            raise ArgumentError("rows (s)", f"more than {MAX_VISITS} rows with noise at t = {row.t}", "fewer")
+        made.append(row._replace(visit=drawn[row.t]))
+        evaluated += row.evaluates
+        drawn[row.t] += row.s > 0
+    return tuple(made)
+
+
+def _check_clipped(rows: tuple[Row, ...], schedule: Schedule, prediction: str) -> None:
+    """A table that remembers the noise must not clip it: the bounds are those of data."""
+    if not any(row.depth for row in rows):
+        return
+    t = np.array([row.t for row in rows])
+    forms = zip(*_noise_from_output(schedule.signal[t], schedule.noise[t], prediction), strict=True)
+    if any(row.evaluates and np.allclose((row.p, row.q), form, 1e-6, 0) for row, form in zip(rows, forms, strict=True)):
+        raise ArgumentError("clip", "bounds, for a table that remembers the noise", "None: there is no x0 to clip")
 
 
 def _restored(

@@ -5,8 +5,7 @@ multiplication, addition, division and square roots alone, which IEEE arithmetic
 stored is the same on every machine (`log_snr`, which no sampler of one step reads, goes through the logarithm of the
 platform). Nothing that uses a schedule may take signal^2 + noise^2 for 1: that is its `power`.
 
-What a network predicts is a mixture of noise and data, `Schedule.target`; the way back from x_t and the prediction to
-the data and the noise follows from it, `x0_from` and `noise_from`.
+What a network predicts is a mixture of noise and data: `target`.
 """
 
 from __future__ import annotations
@@ -117,6 +116,7 @@ class Schedule:
             tables = _flowing(_checked_row("signal", signal), _checked_row("noise", noise))
         kind, T = KINDS[signal is not None], len(tables["betas"])
         variance = tables.pop("variance")
+        tables["power"] = power(tables["signal"], tables["noise"])
         tables["posterior_variance"] = np.append(0.0, variance[:-1]) / variance * tables["betas"]
         with np.errstate(divide="ignore"):
             tables["log_snr"] = np.log(tables["alphas_bar"]) - np.log(variance)
@@ -337,61 +337,26 @@ class Schedule:
     # -- what it answers -----------------------------------------------------------------------------------
 
     def target(self, prediction: str) -> tuple[Array, Array]:
-        """What a network of a prediction says: ``of_noise[t] noise + of_data[t] x0``.
+        """What a network of a prediction learns to say: ``of_noise[t] noise + of_data[t] x0``.
 
         Parameters
         ----------
         prediction : {"noise", "x0", "v", "velocity"}
-            v = signal noise - noise_t x0 (Salimans & Ho 2022, appendix D); velocity = noise - x0 (Liu et al. 2023).
+            See `fastdiff.schedule.target`.
 
         Returns
         -------
         of_noise, of_data : (T,) float64
-        """
-        zeros, ones = np.zeros(self.T), np.ones(self.T)
-        return {
-            "noise": (ones, zeros), "x0": (zeros, ones), "v": (self.signal, -self.noise), "velocity": (ones, -ones),
-        }[check_choice("prediction", prediction, PREDICTIONS)]  # fmt: skip
-
-    def x0_from(self, prediction: str, t: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-        """How x0 follows from x_t and a prediction: ``x0 = p x_t + q out``.
-
-        From the two equations x_t = signal x0 + noise_t noise and `target`, of determinant
-        ``signal of_noise - noise_t of_data``: signal for the noise, the power for v, signal + noise_t for the velocity.
-
-        Parameters
-        ----------
-        prediction : {"noise", "x0", "v", "velocity"}
-        t : (n,) integers
-            Timesteps.
-
-        Returns
-        -------
-        p, q : (n,) float64
 
         Raises
         ------
         ArgumentError
-            A prediction of noise where the signal is 0.
+            The noise, where the schedule ends in noise alone: of such a state it says nothing of x0.
         """
-        of_noise, determinant = self._solved(prediction, t)[::2]
-        return of_noise / determinant, -self.noise[t] / determinant
-
-    def noise_from(self, prediction: str, t: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-        """How the noise follows from x_t and a prediction: ``noise = f x_t + g out``; arguments as of `x0_from`."""
-        of_data, determinant = self._solved(prediction, t)[1:]
-        return -of_data / determinant, self.signal[t] / determinant
-
-    def _solved(self, prediction: str, t: npt.NDArray[np.int64]) -> tuple[Array, Array, Array]:
-        of_noise, of_data = (table[t] for table in self.target(prediction))
-        signal, noise = self.signal[t], self.noise[t]
-        if prediction == "v":
-            return of_noise, of_data, self.power[t]
-        determinant = signal * of_noise - noise * of_data
-        if (determinant == 0).any():
-            got = f"'noise' at t = {int(np.asarray(t)[determinant == 0][0])}, where the signal is 0"
-            raise ArgumentError("prediction", got, "'v', 'velocity' or 'x0': x_t is noise alone, and says nothing of x0")
-        return of_noise, of_data, determinant
+        if prediction == "noise" and self.signal[-1] == 0:
+            wants = f"'v', 'velocity' or 'x0': at t = {self.T - 1} the signal is 0, and the noise says nothing of x0"
+            raise ArgumentError("prediction", "'noise'", wants)
+        return target(prediction, self.signal, self.noise)
 
     def difference(self, other: Schedule) -> str | None:
         """Where two schedules differ by more than float32 shows, in words; None where they agree.
@@ -475,8 +440,7 @@ class Schedule:
             )
         if end == 0:
             found.append(
-                "the last step is noise alone: a prediction of noise is refused there. "
-                "Predict 'v', 'velocity' or 'x0'."
+                "the last step is noise alone: a prediction of noise is refused there. Predict 'v', 'velocity' or 'x0'."
             )
         elif end < 1e-12:
             found.append(
@@ -568,6 +532,23 @@ class Schedule:
         return Schedule, (self.betas, self.name)
 
 
+def target(prediction: str, signal: Array, noise: Array) -> tuple[Array, Array]:
+    """Factors of the noise and of x0 in what a prediction says, at levels of signal and noise.
+
+    noise and x0 are themselves, v = signal noise - noise_t x0 (Salimans & Ho 2022, appendix D), and
+    velocity = noise - x0, the slope of a flow (Liu et al. 2023).
+    """
+    zeros, ones = np.zeros_like(signal), np.ones_like(signal)
+    of = {"noise": (ones, zeros), "x0": (zeros, ones), "v": (signal, -noise), "velocity": (ones, -ones)}
+    return of[check_choice("prediction", prediction, PREDICTIONS)]
+
+
+def power(signal: Array, noise: Array) -> Array:
+    """signal^2 + noise^2, and 1 to the bit where it is 1 but for rounding."""
+    squares = signal**2 + noise**2
+    return np.where(np.abs(squares - 1) < 1e-9, 1.0, squares)
+
+
 def _checked_row(argument: str, values: Any) -> Array:
     row = check_array(argument, values, shape=(None,), dtype=np.float64).copy()
     if not 1 <= row.size <= MAX_T:
@@ -591,8 +572,7 @@ def _preserving(betas: Array) -> dict[str, Array]:
         variance[t] = previous = alphas[t] * previous + betas[t]
     return {
         "betas": betas, "alphas": alphas, "alphas_bar": alphas_bar, "variance": variance,
-        "signal": np.sqrt(alphas_bar), "noise": np.sqrt(variance), "power": np.ones_like(betas),
-    }  # fmt: skip
+        "signal": np.sqrt(alphas_bar), "noise": np.sqrt(variance),     }  # fmt: skip
 
 
 def _flowing(signal: Array, noise: Array) -> dict[str, Array]:
@@ -607,7 +587,7 @@ def _flowing(signal: Array, noise: Array) -> dict[str, Array]:
     ratio = signal / before
     return {
         "betas": (noise - ratio * quieter) * (noise + ratio * quieter), "alphas": ratio**2, "alphas_bar": signal**2,
-        "signal": signal, "noise": noise, "variance": noise**2, "power": signal**2 + noise**2,
+        "signal": signal, "noise": noise, "variance": noise**2,
     }  # fmt: skip
 
 

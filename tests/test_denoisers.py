@@ -193,15 +193,16 @@ def test_denoisers_and_chains_survive_copying():
 
 def run(table, model, x, noise):
     """Execute a table, one term at a time; every state, the start first. `noise` maps a row number to z."""
-    states, previous = [x], None
-    for i, (t, p, q, a, b, c, e, s) in enumerate(table.rows):
-        out = model(x, t)
-        x0 = p * x + q * out
+    states, memory = [x], (None, None, None)
+    for i, (t, p, q, a, b, c1, c2, c3, e, s, _, _) in enumerate(table.rows):
+        out = model(x, t) if q != 0 or e != 0 else 0
+        m = p * x + q * out
         following = np.zeros_like(x)
-        for factor, term in ((a, x), (b, x0), (c, previous), (e, out)):
+        for factor, term in ((a, x), (b, m), *zip((c1, c2, c3), memory, strict=True), (e, out)):
             if factor != 0:
                 following = following + factor * term
-        x, previous = following + s * noise(i), x0
+        x = following + s * noise(i)
+        memory = (m, *memory[:2]) if q != 0 or e != 0 else memory
         states.append(x)
     return np.array(states)
 

@@ -24,19 +24,19 @@ LINEAR = Schedule.linear()
 
 def run(table, model, x, noise=None):
     """Every state of the chain, the start first; noise maps a timestep to z."""
-    states, previous = [x], None
-    for t, p, q, a, b, c, e, s in table.rows:
-        out = model(x, t)
-        x0 = p * x + q * out
+    states, memory = [x], (None, None, None)
+    for t, p, q, a, b, c1, c2, c3, e, s, _, _ in table.rows:
+        out = model(x, t) if q != 0 or e != 0 else 0
+        m = p * x + q * out
         if table.clip is not None:
-            x0 = np.clip(x0, *table.clip)
+            m = np.clip(m, *table.clip)
         following = np.zeros_like(x)
-        for factor, term in ((a, x), (b, x0), (c, previous), (e, out)):
+        for factor, term in ((a, x), (b, m), *zip((c1, c2, c3), memory, strict=True), (e, out)):
             if factor != 0:
                 following = following + factor * term
         if s != 0:
             following = following + s * noise(t)
-        x, previous = following, x0
+        x, memory = following, (m, *memory[:2]) if q != 0 or e != 0 else memory
         states.append(x)
     return np.array(states)
 
@@ -177,7 +177,7 @@ def test_dpmpp_2m_is_algorithm_2(final):
         previous = x0
         expected.append(x)
     np.testing.assert_allclose(run(table, smooth_x0, START), expected, rtol=0, atol=1e-11)
-    assert (table.rows[-1].c == 0) is (final == "zero")
+    assert (table.rows[-1].c1 == 0) is (final == "zero")
 
 
 # -- relations between the tables --------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing
     assert all((value > 0) is stochastic for value in s[:-1])
     assert table.timesteps.tolist() == LINEAR.timesteps(30, spacing=spacing).tolist()
     if maker != "dpmpp_2m sigma_min":  # what comes out is x0 itself
-        assert table.rows[-1][3:] == (0, 1, 0, 0, 0)
+        assert table.rows[-1][3:] == (0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_zero_coefficients_are_plain_zeros():
@@ -238,7 +238,7 @@ def test_zero_coefficients_are_plain_zeros():
         for prediction in samplers.PREDICTIONS:
             table = np.array(make(LINEAR, prediction=prediction).rows)
             assert not np.signbit(table[table == 0]).any(), (maker, prediction)
-    assert all(row.a == 0 and row.c == 0 for row in MAKERS["ddim"](LINEAR).rows)
+    assert all(row.a == 0 and row.c1 == 0 for row in MAKERS["ddim"](LINEAR).rows)
     assert all(row.e == 0 for row in MAKERS["ddpm"](LINEAR).rows)
     assert all(row.p == 0 and row.q == 1 for row in MAKERS["ddpm"](LINEAR, prediction="x0").rows)
 
@@ -289,10 +289,11 @@ SHORT = Schedule.cosine(4)
 def test_a_custom_table():
     table = Sampler(GOOD, SHORT, prediction="v", clip=2, name="mine", order=3)
     assert len(table) == 3
-    assert table.rows == tuple(GOOD)
+    assert [(*row[:6], row.e, row.s) for row in table.rows] == GOOD
+    assert all(row.c2 == row.c3 == row.r == row.visit == 0 for row in table.rows)
     assert table.rows[0].t == 3
     assert isinstance(table.rows[0].t, int)
-    assert table.rows[1].c == 0.2
+    assert table.rows[1].c1 == 0.2
     assert table.timesteps.tolist() == [3, 1, 1]
     assert table.timesteps.dtype == np.int64
     assert not table.timesteps.flags.writeable
@@ -346,15 +347,41 @@ def changed(row, column, value):
         (changed(1, "t", 1.5), r"rows \(t\): got 1.5"),
         (changed(0, "t", 4), "t: got 4"),
         (changed(2, "t", -1), "t: got -1"),
-        (changed(2, "t", 2), r"rows \(t\): got timesteps that rise"),
-        (changed(0, "c", 0.1), r"rows \(c\): got 0.1 in the first row"),
+        (changed(2, "t", 2), r"rows \(t\): got 2 after 1 in row 2, which evaluates"),
+        (changed(0, "c", 0.1), r"rows \(c1\): got c1 = 0.1 in row 0, before which 0 evaluate"),
+        ([(3, 0, 1, 1, 1, 0, 0, 0, 0, 0), (2, 0, 1, 1, 1, 0, 0.5, 0, 0, 0)], r"rows \(c2\): got c2 = 0.5 in row 1"),
+        (
+            [(3, 0, 1, 1, 1, 0, 0, 0, 0, 0), (3, 0, 0, 1, 0, 0, 0, 0, 0, 0), (2, 0, 1, 1, 1, 0, 0.5, 0, 0, 0)],
+            r"rows \(c2\): got c2 = 0.5 in row 2, before which 1 evaluate",
+        ),
+        ([(3, 0, 0, 1, 0, 0, 0, 0, 0, 0.1, 0.5)], r"rows \(r\): got 0.5 in row 0, which does not evaluate"),
         (changed(1, "s", -0.1), r"rows \(s\): got -0.1"),
-        ([(1, 0, 1, 1, 1, 0, 0, 0.1), (1, 0, 1, 1, 1, 0, 0, 0.1)], r"rows \(s\): got noise in two rows"),
+        ([(1, 0, 1, 1, 1, 0, 0, 0.1)] * 4097, r"rows \(s\): got more than 4096 rows with noise at t = 1"),
     ],
 )
 def test_bad_rows(rows, message):
     with pytest.raises(ArgumentError, match=message):
         Sampler(rows, SHORT)
+
+
+def test_a_table_that_goes_back_up():
+    """Resampling: noise is added again, and the same timestep is visited twice, with other noise."""
+    down, up = (2, 0, 1, 0.5, 0.5, 0, 0, 0, 0, 0.3), (3, 0, 0, 0.9, 0, 0, 0, 0, 0, 0.4)
+    table = Sampler([(3, *down[1:]), down, up, (3, *down[1:]), down, (1, 0, 1, 0, 1, 0, 0, 0, 0, 0)], SHORT)
+    assert [row.visit for row in table.rows] == [0, 0, 1, 2, 1, 0]
+    assert [row.step for row in table.rows[:4]] == [3, 2, 3 + 2**20, 3 + 2**21]
+    assert (len(table), table.evaluations, table.depth) == (6, 5, 0)
+    assert pickle.loads(pickle.dumps(table)) == table
+
+
+def test_a_remembered_noise_is_not_clipped():
+    alpha, sigma = SHORT.signal[3], SHORT.noise[3]
+    for prediction, p, q in (("noise", 0, 1), ("x0", 1 / sigma, -alpha / sigma), ("v", sigma, alpha)):
+        rows = [(3, p, q, 1, -1, 0, 0, 0, 0, 0), (1, 1, 1, 1, -1, 0.5, 0, 0, 0, 0)]
+        assert Sampler(rows, SHORT, prediction=prediction).depth == 1
+        with pytest.raises(ArgumentError, match="clip: got bounds, for a table that remembers the noise"):
+            Sampler(rows, SHORT, prediction=prediction, clip=1)
+        Sampler([(*row[:5], 0, *row[6:]) for row in rows], SHORT, prediction=prediction, clip=1)  # nothing remembered
 
 
 BAD_CLIPS = [0, -1, math.nan, math.inf, "1", True, (1,), (1, 2, 3), (1, 1), (2, -2), (0, math.inf), (None, 1)]

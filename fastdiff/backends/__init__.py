@@ -28,13 +28,18 @@ TimeMode = Literal["none", "shift", "scale_shift"]
 LEAKY_SLOPE = 0.01
 PRECISIONS = ("float32", "bf16")
 CONVOLUTIONS = ("own", "cudnn")
+VISIT = 1 << 20  # the step of a noise is that many for every earlier draw at its timestep; above any T
+MAX_VISITS = 4096  # steps are below 2^32
+DEPTH = 3  # of a table's memory, at most
 
 
 class Row(NamedTuple):
     """One row of a sampler table (docs/design.md: the table law), in float64.
 
-    x0 = clip(p x + q out); x' = a x + b x0 + c x0_previous + e out + s z. Every sum starts from +0 and adds its
-    terms in that order, one rounding per operation; a term with a zero coefficient is not evaluated.
+    m = clip(p x + q out); x' = a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s exp(r v) z. Every sum starts from +0 and
+    adds its terms in that order, one rounding per operation; a term with a zero coefficient is not evaluated. m1, m2
+    and m3 are the m of earlier rows that evaluated the denoiser, the latest first. v is the second output of a denoiser
+    that learned its variance.
     """
 
     t: int
@@ -42,9 +47,29 @@ class Row(NamedTuple):
     q: float
     a: float
     b: float
-    c: float
-    e: float
-    s: float
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    e: float = 0.0
+    s: float = 0.0
+    r: float = 0.0
+    visit: int = 0
+    """How many rows before this one drew noise at its timestep."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the row needs the denoiser's output; one that does not leaves the memory as it is."""
+        return self.q != 0 or self.e != 0
+
+    @property
+    def depth(self) -> int:
+        """How many of m1, m2 and m3 the row reaches back to."""
+        return 3 if self.c3 != 0 else 2 if self.c2 != 0 else 1 if self.c1 != 0 else 0
+
+    @property
+    def step(self) -> int:
+        """The step of its noise, by the noise law."""
+        return self.t + VISIT * self.visit
 
 
 @dataclass(frozen=True)
@@ -267,14 +292,16 @@ class Backend(Protocol):
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
+        """Change `x` (n, D) by one row of a table, and the `memory` of the rows before, if the row evaluates.
 
-        `out` (n, D) is the denoiser's output; None where no term needs it.
+        `memory` is (m1, ..., mK), each (n, D), of a table that reaches back K rows: m1 becomes this row's m, m2 what m1
+        was, and so on. `out` (n, D) is the denoiser's output, None where no term needs it; (2, n, D), which holds the
+        output and v, where r is not 0.
         """
 
     def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:

@@ -259,16 +259,16 @@ class CpuBackend(CpuLayers):
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
         flat = x.reshape(-1)
         outs = flat if out is None else out.reshape(-1)
-        keep = previous is not None
-        kept = flat if previous is None else previous.reshape(-1)
-        coefficients = np.array(row[1:], np.float32)
+        keep = len(memory) > 0 and row.evaluates
+        kept = memory[0].reshape(-1) if memory else flat
+        coefficients = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
         law = _law(draw)
 
@@ -332,9 +332,9 @@ class CpuBackend(CpuLayers):
     ) -> None:
         flat = x.reshape(-1)
         steps = np.array([row.t for row in rows], np.int64)
-        coefficients = np.array([row[1:] for row in rows], np.float32)
+        coefficients = np.array([(row.p, row.q, row.a, row.b, row.c1, row.e, row.s) for row in rows], np.float32)
         low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
-        keep = any(row.c != 0 for row in rows)
+        keep = any(row.c1 != 0 for row in rows)
         first, _, stream, keys = _law(draw)
         with self._workers.lock:
             net = self._network(plan)

@@ -64,7 +64,7 @@ def _law(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
 def _row_record(row: Row, clip: tuple[float, float] | None, *, wanted: bool) -> tuple[Any, ...]:
     """A "TableRow"; without `wanted` only the row's own terms take x0."""
     with np.errstate(over="ignore"):
-        p, q, a, b, c, e, s = np.array(row[1:], np.float32)
+        p, q, a, b, c, e, s = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
     if b == 0 and not wanted:
         p = q = np.float32(0)
     return p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf))
@@ -173,14 +173,15 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
         if self._twins:
-            self._twins.sampler_step(x, out, previous, row, clip, draw, queue=self.runtime.queue())
+            self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
+        previous = memory[0] if memory and row.evaluates else None
         record = _row_record(row, clip, wanted=previous is not None)
         arrays = (x, out, previous)
         if record[6] != 0:
@@ -362,13 +363,13 @@ class _Sampling:
         self.be, self.output, self.state = be, output, state
         self._graphs = {remembers: _Graph(be) for remembers in (False, True)}
 
-    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
         if not be.graphs or be._twins or x.size == 0:
-            be.sampler_step(x, self.output(), previous, row, clip, draw)
+            be.sampler_step(x, self.output(), memory, row, clip, draw)
             return
         with be._lock:
-            before = None
+            before, previous = None, memory[0] if memory else None
             if previous is not None:
                 before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
                 be.runtime.copy(before, previous)

@@ -262,18 +262,18 @@ class MLPOperations:
     ) -> None:
         if len(x) == 0 or not rows:
             return
-        memory = any(row.c != 0 for row in rows)
+        remembers = any(row.c1 != 0 for row in rows)
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
                 self._tiles(net, params, x, (None, None), rows, clip, draw)
                 return
-        previous = self.runtime.zeros(x.shape) if memory else None
+        memory = (self.runtime.zeros(x.shape),) if remembers else ()
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
         for row in rows:
             t.fill(row.t)
             self.mlp_forward(plan, params, x, t, out)
-            cast(Backend, self).sampler_step(x, out, previous, row, clip, draw.at(row.t))
+            cast(Backend, self).sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -347,7 +347,7 @@ class MLPOperations:
         draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
         """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
-        plan, n, memory, table = net.plan, len(x), any(row.c != 0 for row in rows), self._time_table(net, params)
+        plan, n, memory, table = net.plan, len(x), any(row.c1 != 0 for row in rows), self._time_table(net, params)
         assert net.tile is not None
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
         sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
@@ -356,7 +356,10 @@ class MLPOperations:
         if rows:
             bounds = clip or (-np.inf, np.inf)
             with np.errstate(over="ignore"):
-                records = np.array([(*row[1:], *bounds) for row in rows], STRUCTURES["TableRow"])
+                records = np.array(
+                    [(row.p, row.q, row.a, row.b, row.c1, row.e, row.s, *bounds) for row in rows],
+                    STRUCTURES["TableRow"],
+                )
             table_rows = self.runtime.asarray(records.view(np.uint8))
             steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
         grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)

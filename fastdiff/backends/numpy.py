@@ -6,7 +6,7 @@ with respect to ``y``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ class NumpyBackend(NumpyLayers):
         self,
         x: Array,
         out: Array | None,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
@@ -90,18 +90,27 @@ class NumpyBackend(NumpyLayers):
                     value += real(coefficient) * array
             return value
 
-        x0 = z = None
-        if row.b != 0 or previous is not None:
-            x0 = total((row.p, x), (row.q, out))
+        v = None
+        if row.r != 0:
+            out, v = cast(Array, out)
+        keeps = len(memory) > 0 and row.evaluates
+        m = z = None
+        if row.b != 0 or keeps:
+            m = total((row.p, x), (row.q, out))
             if clip is not None:
                 low, high = real(clip[0]), real(clip[1])
-                x0 = np.where(x0 < low, low, np.where(x0 > high, high, x0))
+                m = np.where(m < low, low, np.where(m > high, high, m))
         if row.s != 0:
             z = np.empty_like(x)
             self.normal(z, draw)
-        x[...] = total((row.a, x), (row.b, x0), (row.c, previous), (row.e, out), (row.s, z))
-        if previous is not None:
-            previous[...] = x0
+            if row.r != 0:
+                z *= np.exp(real(row.r) * v)
+        remembered = zip((row.c1, row.c2, row.c3), memory, strict=False)
+        x[...] = total((row.a, x), (row.b, m), *remembered, (row.e, out), (row.s, z))
+        if keeps:
+            for later, earlier in zip(memory[:0:-1], memory[-2::-1], strict=True):
+                later[...] = earlier
+            memory[0][...] = m
 
     def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
         y = _mlp_forward(plan, params, x, t)[0]
@@ -134,10 +143,10 @@ class NumpyBackend(NumpyLayers):
         clip: tuple[float, float] | None,
         draw: Draw,
     ) -> None:
-        previous = np.zeros_like(x) if any(row.c != 0 for row in rows) else None
+        memory = tuple(np.zeros((max(row.depth for row in rows), *x.shape), x.dtype))
         for row in rows:
-            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t))
-            self.sampler_step(x, out, previous, row, clip, draw.at(row.t))
+            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t)) if row.evaluates else None
+            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def similarity(self, v: Array, out: Array) -> None:
         with np.errstate(over="ignore"):  # exp(-inf) is the right 0

@@ -394,8 +394,8 @@ class PlainSampling(NamedTuple):
     be: LayerBackend
     output: Callable[[], Array]
 
-    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
-        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), previous, row, clip, draw)
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), memory, row, clip, draw)
 
 
 def _padded(geometry: Conv, x: Array) -> Array:
