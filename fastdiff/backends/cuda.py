@@ -181,7 +181,9 @@ class CudaBackend(ConvOperations, CovarianceOperations, LayerOperations, MLPOper
         if self._twins:
             self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
-        previous = memory[0] if memory and row.evaluates else None
+        previous = memory[0] if memory and (row.evaluates or row.c1 != 0) else None
+        if previous is not None and not row.evaluates:
+            previous = previous.copy()  # what the kernel writes there is not remembered
         record = _row_record(row, clip, wanted=previous is not None)
         arrays = (x, out, previous)
         if record[6] != 0:
@@ -365,8 +367,8 @@ class _Sampling:
 
     def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
-        if not be.graphs or be._twins or x.size == 0:
-            be.sampler_step(x, self.output(), memory, row, clip, draw)
+        if not be.graphs or be._twins or x.size == 0 or not row.evaluates:
+            be.sampler_step(x, self.output() if row.evaluates else None, memory, row, clip, draw)
             return
         with be._lock:
             before, previous = None, memory[0] if memory else None
