@@ -675,7 +675,7 @@ class Diffusion:
         assert self.net is not None
         if self.history["validation_step"][-1:] == [self.step]:
             return  # an earlier fit ended here
-        x, t, target, labels = checks
+        x, t, target, labels, _ = checks
         out = be.to_numpy(self.net.predict(x, t, labels, backend=be, flat=average))
         self.history["validation_step"].append(self.step)
         self.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
