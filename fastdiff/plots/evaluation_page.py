@@ -1,4 +1,4 @@
-"""The page that `fastdiff.plots.evaluation` draws of generated rows beside real ones: its numbers and its panels."""
+"""The page of generated rows beside real ones: `evaluation`, its numbers and its panels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.plots import BLUE, GREY, RED, _blank, _heading, _horizontal, _whole_numbers
+from fastdiff.errors import ArgumentError, check_array, check_int
+from fastdiff.plots.layout import blank, heading, horizontal, whole_numbers
+from fastdiff.plots.style import BLUE, GREY, RED, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,68 @@ BAND = (5, 50, 95)  # percentiles
 LETTERS = 112  # of a measured line, its name included
 WIDTH = 9.6  # inches
 BINS = 40
+
+
+def evaluation(
+    real: npt.ArrayLike,
+    generated: npt.ArrayLike,
+    training: npt.ArrayLike | None = None,
+    *,
+    names: tuple[str, str] = ("real", "generated"),
+    measures: Mapping[str, str] | None = None,
+    title: str = "Generated beside real",
+    count: int = 12,
+    rate: float | None = None,
+    columns: Sequence[str] | None = None,
+    ordered: bool | None = None,
+) -> Figure:
+    """Draw on one page how generated rows compare with real ones.
+
+    From above: what was measured; a dozen rows of each; percentiles, mean and standard deviation of every column;
+    autocorrelation and power spectrum within rows, or, of a table of different things, its correlations; all values;
+    the distances to the nearest training rows, and three generated rows over their nearest one.
+
+    Parameters
+    ----------
+    real : array_like
+        (N, d), N at least 1: rows that were not learned from, if there are any.
+    generated : array_like
+        (M, d), M at least 1.
+    training : array_like, optional
+        (K, d), the rows learned from. Without them nearest rows are looked for among the real ones.
+    names : pair of str, optional
+        What the legend calls real and generated rows; the second one may name the sampler: `Sampler.label`.
+    measures : mapping of str to str, optional
+        Lines for the head of the page: what was measured, and the result.
+    title : str, optional
+        The heading.
+    count : int, optional
+        Rows of each kind that are drawn one by one, evenly spaced.
+    rate : float, optional
+        Points a second: horizontal axes are in seconds and hertz. Otherwise they count points.
+    columns : sequence of str, optional
+        (d,) names, for tables.
+    ordered : bool, optional
+        Whether the columns follow one another, as those of curves do. By default they do if there are at least eight,
+        and the real rows' deviation seldom jumps from one to the next: at most a fifth by more than three times. If
+        they do not, and some deviations are ten times others, columns are drawn, and distances taken, as standard
+        scores of the real rows.
+    """
+    rows = {"real": real, "generated": generated, "training": training}
+    given = {name: check_array(name, value, shape=(None, None)) for name, value in rows.items() if value is not None}
+    shape = (None, given["real"].shape[1])
+    for name, value in given.items():
+        given[name] = check_array(name, value, shape=shape, dtype=np.float64)
+        if not value.size:
+            raise ArgumentError(name, f"shape {value.shape}", "at least one row of at least one value")
+    if columns is not None and len(columns) != shape[1]:
+        raise ArgumentError("columns", f"{len(columns)} names", f"one for each of {shape[1]} columns")
+    with styled():
+        page = page_of(
+            given["real"], given["generated"], given.get("training"), ordered=ordered, rate=rate, columns=columns
+        )
+        return draw(page, names=names, measures=measures or {}, title=title, count=check_int("count", count, low=1))
+
 
 # --------------------------------------------------------------------------------------- numbers
 
@@ -148,7 +212,7 @@ def page_of(
         training = None if training is None else (training - mean) / unit
         value = "standard score"
     if ordered:
-        x, along = _horizontal(d, rate)
+        x, along = horizontal(d, rate)
     else:
         x, along = np.arange(1.0, d + 1), "column"
     words = [] if ordered or d > NAMED_COLUMNS else list(columns or map(str, range(1, d + 1)))
@@ -162,7 +226,7 @@ def draw(page: Page, *, names: tuple[str, str], measures: Mapping[str, str], tit
 
     lines = _lines(measures)
     heights = [0.215 * len(lines) - 0.25] * bool(lines) + [1.7, 1.9, 1.5, 1.7, 1.7, 1.3]
-    figure = _blank(WIDTH, sum(heights) + 0.6 * len(heights) + 0.2)
+    figure = blank(WIDTH, sum(heights) + 0.6 * len(heights) + 0.2)
     grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
     figure.get_layout_engine().set(h_pad=0.07, w_pad=0.06)  # type: ignore[union-attr,call-arg]
     if lines:
@@ -189,7 +253,7 @@ def draw(page: Page, *, names: tuple[str, str], measures: Mapping[str, str], tit
     _neighbours(panels(3, shared=True), page, chosen)
 
     handles = [Line2D([], [], color=color) for color in (GREY, BLUE, RED)]
-    _heading(figure, title, handles, [*names, f"nearest {of_train} row"])
+    heading(figure, title, handles, [*names, f"nearest {of_train} row"])
     return figure
 
 
@@ -222,7 +286,7 @@ def _columns(axes: Axes, page: Page, *, named: bool = False) -> None:
         return
     axes.set_xlim(0.4, len(page.x) + 0.6)
     if len(page.x) > 15:
-        _whole_numbers(axes)
+        whole_numbers(axes)
     else:
         axes.set_xticks(page.x, [f"{x:.0f}" for x in page.x])
     if named and page.words:

@@ -7,6 +7,8 @@ import io
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastdiff.plots.style import write
+
 
 class NotebookFigure(Figure):
     """A figure that a notebook shows where it is the last value of a cell.
@@ -19,8 +21,6 @@ class NotebookFigure(Figure):
         FigureCanvasAgg(self)
 
     def _repr_png_(self) -> bytes:
-        from fastdiff import plots
-
         out = io.BytesIO()
-        plots.write(self, out, "png")
+        write(self, out, "png")
         return out.getvalue()
