@@ -720,7 +720,7 @@ class Empirical(Exact):
         self._posterior(space, x, t, out, space("log_sum", (len(x),), x.dtype))
         if prediction == "x0":
             return
-        # noise = (x - alpha x0) / sigma, and what is made of it is outer (x - inner x0). Of v outer is alpha / sigma, and
+        # noise = (x - alpha x0) / sigma, and what is made of it is outer (x - inner x0). For v outer is alpha / sigma;
         # where alpha is 0, so small a number takes its place that x does not count.
         alpha, sigma = self._levels(t)
         inner, outer = alpha, 1 / sigma

@@ -265,10 +265,10 @@ class LayerBackend(Backend, Protocol):
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
         """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2.
 
-        `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead, with
-        d = y - target. One column, w, weights it: w d^2. With six, (w, g, h, V, K, A), y and `dy` have twice the target's
-        channels, y = [mean, v], d = mean - target, and the loss is ``w d^2 + g (h v + (V + K d^2) exp(-h v) + A)``: the
-        bound of a learned variance, in whose gradient d is a constant (Nichol and Dhariwal 2021, equation 16).
+        `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead. One column,
+        w, makes it w d^2 with d = y - target. With six, (w, g, h, V, K, A), y and `dy` have twice the channels of the
+        target, y = [mean, v], and the loss is ``w d^2 + g (h v + (V + K d^2) exp(-h v) + A)`` with d = mean - target:
+        the bound of a learned variance, in whose gradient d is a constant (Nichol and Dhariwal 2021, equation 16).
         """
 
     def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
