@@ -17,9 +17,10 @@ from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import checkpoint, samplers
-from fastdiff.denoisers import Empirical, Gaussian, Mixture, exact_chain
 from fastdiff.errors import ArgumentError, CheckpointError, ScheduleWarning
+from fastdiff.exact import Empirical, Gaussian, Mixture, exact_chain
 from fastdiff.samplers import Sampler
+from fastdiff.samplers.table import noise_from_output, x0_from_output
 from fastdiff.schedule import PREDICTIONS, Schedule, target
 
 SCHEDULES = {
@@ -141,9 +142,9 @@ def test_predictions_are_solved_for_data_and_noise(schedule):
         levels, x, out = (signal[at], noise[at]), (signal * x0 + noise * eps)[at], (0 * signal + out)[at]
         of_noise, of_data = target(prediction, *levels)
         np.testing.assert_allclose(of_noise * eps + of_data * x0, out, rtol=1e-12, atol=1e-14)
-        p, q = samplers._x0_from_output(*levels, prediction)
+        p, q = x0_from_output(*levels, prediction)
         np.testing.assert_allclose(p * x + q * out, x0, rtol=1e-9)
-        f, g = samplers._noise_from_output(*levels, prediction)
+        f, g = noise_from_output(*levels, prediction)
         np.testing.assert_allclose(f * x + g * out, eps, rtol=1e-9)
 
 
@@ -230,7 +231,7 @@ def test_a_table_of_another_machine_is_accepted():
 
 
 def test_noise_says_nothing_where_there_is_no_signal(schedule):
-    said = "prediction: got 'noise' at a timestep where the signal is 0, wants 'v'"
+    said = "prediction: got 'noise' for timesteps without signal, wants 'v'"
     for make in (samplers.ddpm, samplers.ddim, samplers.dpmpp_2m):
         with pytest.raises(ArgumentError, match=said):
             make(schedule, 5, prediction="noise")
