@@ -290,7 +290,7 @@ def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     draw = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t)
 
     def ours() -> None:
-        be.sampler_step(x, out, None, row, clip, draw._replace(seed=next(seeds)))
+        be.sampler_step(x, out, (), row, clip, draw._replace(seed=next(seeds)))
 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if twins:
@@ -301,7 +301,7 @@ def _step(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
         z = be.empty(host_x.shape)
         be.normal(z, draw)
         theirs, wanted = peers.step(host_x, host_out, row, clip, be.to_numpy(z))
-        be.sampler_step(x, out, None, row, clip, draw)
+        be.sampler_step(x, out, (), row, clip, draw)
         agree(case.name, be.to_numpy(x), wanted)
         runs |= theirs
     return _ready(runs)
@@ -492,7 +492,7 @@ def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepare
 
 def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     import fastdiff as fd
-    from fastdiff.model import NetworkDenoiser
+    from fastdiff.nn import NetworkDenoiser
 
     del twins
     net, all_sides = cases.network(fd, case), sides(be)

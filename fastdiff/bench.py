@@ -347,7 +347,7 @@ def _step(fd: Any, case: Case, be: Any) -> Work:
     draw, seeds = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t), itertools.count()  # the same noise would add up
 
     def run() -> Any:
-        be.sampler_step(x, out, None, row, clip, draw._replace(seed=next(seeds)))
+        be.sampler_step(x, out, (), row, clip, draw._replace(seed=next(seeds)))
         return x
 
     return Work(run, finite(x.shape, 0.5, 2))
