@@ -126,6 +126,18 @@ def gradients(be, size):
         compare_gradients(net, be.to_numpy(grads), want, BATCH[size])
 
 
+@covers("mlp", *GRADIENT[:2], *GRADIENT[3:])
+def products(be, size):
+    n = BATCH[size]
+    for net, wide in networks():
+        x, t, vector = batch_of(net, n)
+        for method in (be.mlp_vjp, be.mlp_jvp):
+            want, got = np.empty((n, net.points)), be.empty((n, net.points))
+            getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
+            method(net.plan, *(be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)), got)
+            assert_close(be.to_numpy(got), want, terms=terms(net))
+
+
 @covers("mlp", "mlp_draw_batch", *GRADIENT, *TIME_GRADIENT)
 def training_gradients(be, size):
     n = BATCH[size]

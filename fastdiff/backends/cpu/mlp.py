@@ -191,6 +191,34 @@ class MLPOperations(StepOperations):
             )
         return loss, dx
 
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        self._products(plan, params, x, t, dy, dx, backward=True)
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        self._products(plan, params, x, t, dx, dy, backward=False)
+
+    def _products(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+    ) -> None:
+        """`mlp_vjp` or `mlp_jvp`, a tile at a time."""
+        k, arrays = mlp_kernels, (x.reshape(-1), t, given.reshape(-1), out.reshape(-1))
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, t)
+            weights: tuple[Array, ...] = (params,)
+            if backward:
+                k.transpose_weights(net.layers, params, net.transposed)
+                weights = params, net.transposed
+            kernel = k.vjp_range if backward else k.jvp_range
+
+            def body(worker: int, start: int, stop: int) -> None:
+                kernel(
+                    start, stop, *arrays, net.layers, *weights, table, plan.time_width, net.slots, net.linear,
+                    _packed_part(None), net.arenas[worker], *net.deltas[worker][:2],
+                )  # fmt: skip
+
+            self._workers.run(body, -(-len(x) // k.TILE), 1)
+
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:

@@ -288,6 +288,62 @@ class MLPOperations(LayerOperations, RecordingOperations):
             self._gradient(net, params, x, t, target, grads, dx)
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        self._products(plan, params, x, t, dy, dx, backward=True)
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        self._products(plan, params, x, t, dx, dy, backward=False)
+
+    def _products(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+    ) -> None:
+        """`mlp_vjp` or `mlp_jvp`, layer by layer; the forward pass runs once for all vectors."""
+        if given.size == 0:
+            return
+        n, layers = len(x), range(len(plan.layers))
+        with self._lock:
+            net = self._network(plan)
+            net.grow(n)
+            table = self._time_table(net, params)
+            inputs = self._kept(net, params, table, x, t)
+            pairs = zip(*(array.reshape(-1, n, array.shape[-1]) for array in (given, out)), strict=True)
+            for vector, result in pairs:
+                here = vector
+                for turn, k in enumerate(reversed(layers) if backward else layers):
+                    layer, last = plan.layers[k], turn == layers[-1]
+                    width = layer.inputs if backward else layer.outputs
+                    to = result if last else net.buffers[f"d{turn % 2}"][: n * width].reshape(n, width)
+                    if not backward:
+                        self._dense(here, _weight(layer, params), to)
+                        self._slope(net, k, to, inputs[k + 1], table, t)
+                    else:
+                        if turn == 0:  # it is the caller's
+                            here = net.buffers["d1"][: vector.size].reshape(vector.shape)
+                            self.runtime.copy(here, vector)
+                        self._slope(net, k, here, inputs[k + 1], table, t)
+                        self._dense_backward(here, inputs[k], _weight(layer, params), to, None, None)
+                    here = to
+                self._add_part(net, vector, result, t, net.room)
+
+    def _kept(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array) -> list[Array]:
+        """Run the layers, and keep what a backward pass needs: return x and the output of every layer."""
+        plan, buffers = net.plan, net.buffers
+        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
+        for k, layer in enumerate(plan.layers):
+            self._layer(layer, params, table, plan.time_width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        return inputs
+
+    def _slope(
+        self, net: _Network, k: int, d: Array, y: Array, table: Array | None, t: Array, dtime: Array | None = None
+    ) -> None:
+        """Multiply d by dy / du of layer k, and where that is given fill the layer's columns of dtime."""
+        layer, width = net.plan.layers[k], net.plan.time_width
+        self._launch(
+            "mlp_layer_backward", d.size,
+            d, net.buffers[f"u{k}"], y, table, t, dtime, *d.shape, width, layer.time_column,
+            MODES[layer.time], ACTIVATIONS[layer.activation],
+        )  # fmt: skip
+
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
@@ -437,9 +493,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         """Fill `grads`, net.loss and, where given, dx."""
         plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
         table = self._time_table(net, params)
-        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
-        for k, layer in enumerate(plan.layers):
-            self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        inputs = self._kept(net, params, table, x, t)
         self._add_part(net, x, inputs[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
@@ -451,11 +505,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
-            self._launch(
-                "mlp_layer_backward", du.size,
-                du, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], n, layer.outputs, width,
-                layer.time_column, MODES[layer.time], ACTIVATIONS[layer.activation],
-            )  # fmt: skip
+            self._slope(net, k, du, inputs[k + 1], table, t, buffers["dtime"])
             to = dx
             if k > 0:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)
