@@ -359,6 +359,8 @@ def _spacings(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
 
 def _betas(schedule: Schedule) -> dict[str, Any]:
     """The keys of a schedule, its betas themselves where no name gives them."""
+    if schedule.kind == "flow":
+        raise ArgumentError("sampler", f"a table of {schedule!r}", "one of a schedule that is made of betas")
     T, ends = schedule.T, {"beta_start": float(schedule.betas[0]), "beta_end": float(schedule.betas[-1])}
     with warnings.catch_warnings(action="ignore"):
         for ours, theirs in (("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")):

@@ -50,7 +50,7 @@ WARNED = {  # what diffusers does otherwise
 @pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
 @pytest.mark.parametrize("name", TABLES)
 def test_what_is_written_is_read(name, prediction, tmp_path):
-    for schedule in (LINEAR, BENT):
+    for schedule in (LINEAR, BENT, LINEAR.zero_terminal_snr())[: 3 if prediction == "v" else 2]:
         table = TABLES[name](schedule, prediction=prediction)
         save_scheduler(table, tmp_path)
         assert load_scheduler(tmp_path, len(table.rows) if name != "heun" else 25) == table
@@ -175,6 +175,7 @@ def test_other_errors(tmp_path, caplog):
         samplers.ddim(LINEAR, 10, clip=(-1, 2)),
         samplers.Sampler(samplers.ddim(LINEAR, 10).rows, LINEAR),
         samplers.ddim(LINEAR, 10, prediction="velocity"),
+        samplers.euler(Schedule.flow(100), 10, prediction="v"),
     ):
         with pytest.raises(ArgumentError, match=r"(sampler|prediction): got"):
             save_scheduler(table, tmp_path / "not made")
