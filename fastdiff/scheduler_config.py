@@ -361,6 +361,9 @@ def _betas(schedule: Schedule) -> dict[str, Any]:
     """The keys of a schedule, its betas themselves where no name gives them."""
     if schedule.kind == "flow":
         raise ArgumentError("sampler", f"a table of {schedule!r}", "one of a schedule that is made of betas")
+    if schedule.signal[-1] == 0:  # theirs take no beta of 1 but for this flag, which changes nothing here
+        betas = schedule.betas.tolist()
+        return {"num_train_timesteps": schedule.T, "trained_betas": betas, "rescale_betas_zero_snr": True}
     T, ends = schedule.T, {"beta_start": float(schedule.betas[0]), "beta_end": float(schedule.betas[-1])}
     with warnings.catch_warnings(action="ignore"):
         for ours, theirs in (("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")):
