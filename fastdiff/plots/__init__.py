@@ -12,6 +12,7 @@ from fastdiff.plots.covariance import covariances, reshaped, spectra
 from fastdiff.plots.curves import around_target, forward_diffusion, generated, reverse_chain, reverse_lines
 from fastdiff.plots.evaluation_page import evaluation
 from fastdiff.plots.pictures import animation, image_grid, image_trace
+from fastdiff.plots.samplers import tradeoff
 from fastdiff.plots.speed import scaling, shares
 from fastdiff.plots.style import BLUE, ENDINGS, GREY, ORANGE, RED, STYLE, check_available, save, write
 from fastdiff.plots.training import convergence, loss, schedule_factors
@@ -42,5 +43,6 @@ __all__ = [
     "schedule_factors",
     "shares",
     "spectra",
+    "tradeoff",
     "write",
 ]
