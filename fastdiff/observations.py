@@ -169,6 +169,8 @@ class Observations:
     linear : tuple of (A, y, noise)
         Of each `Linear`: (m, d), (1 or N, m) and (m,) float64.
     weights : tuple of Weight
+    dtype : dtype
+        That holds all known values as they were given.
     """
 
     d: int
@@ -176,6 +178,7 @@ class Observations:
     known: tuple[tuple[Float64, Float64], ...]
     linear: tuple[tuple[Float64, Float64, Float64], ...]
     weights: tuple[Weight, ...]
+    dtype: npt.DTypeLike = np.float32
 
     @property
     def nothing(self) -> bool:
@@ -267,7 +270,8 @@ def observations(given: Given, shape: tuple[int, ...]) -> Observations:
     for name, count in counts:
         if count != counts[0][1]:
             raise ArgumentError(name, f"{count} observations", f"{counts[0][1]}, as {counts[0][0]} has, or one for all")
-    return Observations(d, counts[0][1] if counts else None, tuple(known), tuple(linear), tuple(weights))
+    dtype = np.result_type(np.float32, *(item.values.dtype for item in items if isinstance(item, Known)))
+    return Observations(d, counts[0][1] if counts else None, tuple(known), tuple(linear), tuple(weights), dtype)
 
 
 def _on_host(argument: str, value: Any) -> npt.NDArray[Any]:
