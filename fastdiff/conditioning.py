@@ -12,9 +12,9 @@ with J the Jacobian of the mean of x0 by x_t, and R what is taken for the covari
 - ``pigdm`` (Song et al. 2023): r^2 A A^T + s^2 I with r^2 = noise^2 / (signal^2 + noise^2), as if x0 were N(0, I).
 - ``dps`` (Chung et al. 2023): no R; every row ends with x += 2 J^T A^T (y - A x0) / |y - A x0|.
 
-``replace`` overwrites what is known after every row by a noised copy of it, which is biased however many rows there are;
-``repaint`` (Lugmayr et al. 2022) does it in a table that goes back up and down at every row. ``smc`` (Wu et al. 2023)
-weighs and resamples particles, which is right in the limit of many.
+``replace`` overwrites what is known after every row by a noised copy of it, which is biased however many rows there
+are; ``repaint`` (Lugmayr et al. 2022) does it in a table that goes back up and down at every row. ``smc`` (Wu et al.
+2023) weighs and resamples particles, which is right in the limit of many.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ def levels_after(sampler: Sampler) -> tuple[Float64, Float64]:
 
 
 def resampled(sampler: Sampler, repeats: int = REPEATS) -> Sampler:
-    """Return RePaint's table: every row done so many times, with the noise it took away added again in between.
+    """Return RePaint's table: every row but the last done so many times, the noise it took away added again in between.
 
     Going up from signal a', noise s' to a, s is x = (a / a') x' + sqrt(s^2 - (a s' / a')^2) z (Lugmayr et al. 2022,
     algorithm 1, with the root and the index that belong there).
@@ -510,7 +510,8 @@ def resampled(sampler: Sampler, repeats: int = REPEATS) -> Sampler:
         factor = schedule.signal[row.t] / signal[i]
         spread = math.sqrt(max(schedule.noise[row.t] ** 2 - (factor * noise[i]) ** 2, 0.0))
         up = (row.t, 0, 0, factor, 0, 0, 0, 0, 0, spread, 0)
-        rows += [*[(*row[:11],), up] * (repeats - 1), (*row[:11],)]
+        again = repeats - 1 if i + 1 < len(sampler) else 0
+        rows += [*[tuple(row[:11]), up] * again, tuple(row[:11])]
     name = f"{sampler.name}, repaint"
     return Sampler(np.array(rows), schedule, prediction=sampler.prediction, clip=sampler.clip, name=name)
 
