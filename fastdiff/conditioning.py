@@ -23,8 +23,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from fastdiff.backends import Backend, Row, backend_for
 from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
-from fastdiff.observations import Given, Observations, observations
+from fastdiff.observations import Given, Observations, Weight, observations
 from fastdiff.process import _stepper as stepper
 from fastdiff.samplers import Sampler
 from fastdiff.samplers.table import x0_from_output
@@ -50,31 +50,89 @@ MOST_DENSE = 64  # observations of a sample up to which R is a matrix: one vecto
 DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
 REPEATS = 10  # of a row of a table, by RePaint
 TINY = 1e-300
+LEAST = (
+    0.01  # of an eigenvalue of the covariance of what is seen, relative to that of N(0, I) given x_t: a network errs
+)
 FLOOR = 1e-10  # of R, relative to its largest entry: exact values that the prior knows already
 
 
-class Rows(NamedTuple):
-    """What all observations say of a sample, as rows of one matrix, those of a sample that has fewer being zero.
+class Rows:
+    """What all observations say of a sample, as rows of one matrix A: y = A x0 + s z.
+
+    Samples of which less is known have rows of zeros, y of 0 and a variance of 1, which say nothing.
 
     Attributes
     ----------
-    A : (N, m, D) float64
-    y : (N, m) float64
-    variance : (N, m) float64
-        s^2; 1 in rows that say nothing.
+    m : int
+        Number of rows.
+    y, variance : (N, m) float64
+        What was seen, and s^2.
     """
 
-    A: Float64
-    y: Float64
-    variance: Float64
+    def __init__(self, known: Observations) -> None:
+        groups, n = list(known.groups()), 1 if known.count is None else known.count
+        self.m, self.d = max(len(group.A) for group in groups), known.d
+        self.y, self.variance = np.zeros((n, self.m)), np.ones((n, self.m))
+        # Single values are told by where they are: a matrix of them may be large.
+        self._at = None if known.linear else np.full((n, self.m), known.d)
+        self._A = np.zeros((n, self.m, known.d)) if known.linear else None
+        for group in groups:
+            rows = len(group.A)
+            self.y[group.indices, :rows], self.variance[group.indices, :rows] = group.y, group.noise**2
+            if self._A is not None:
+                self._A[group.indices, :rows] = group.A
+            elif self._at is not None and rows:
+                self._at[group.indices, :rows] = group.A.argmax(axis=1)
+            _check_consistent(group.A[group.noise == 0], group.y[:, group.noise == 0])
+
+    def matrix(self, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A (n, m, D) of samples."""
+        if self._A is not None:
+            return self._A[which]
+        assert self._at is not None
+        return np.eye(self.d + 1)[self._at[which], : self.d]
+
+    def times(self, x: Float64, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A x (n, m) of samples x (n, D)."""
+        if self._at is None:
+            return np.einsum("nmd,nd->nm", self.matrix(which), x)
+        return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), self._at[which], axis=1)
+
+    def transposed(self, y: Float64, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A^T y (n, D) of vectors y (n, m)."""
+        if self._at is None:
+            return np.einsum("nmd,nm->nd", self.matrix(which), y)
+        out = np.zeros((len(y), self.d + 1))
+        np.add.at(out, (np.arange(len(y))[:, None], self._at[which]), y)
+        return out[:, : self.d]
+
+    def told(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many rows of samples say something (n,)."""
+        if self._at is None:
+            return np.count_nonzero(self.matrix(which).any(axis=2), axis=1)
+        return np.count_nonzero(self._at[which] < self.d, axis=1)
 
 
-class Draws(NamedTuple):
-    """Which rows of a batch are draws for which observation, and whose noise they have; in order of observations."""
+@dataclass(frozen=True)
+class Draws:
+    """Which states are draws for which observation, and whose noise they have: the n draws of one after the other's.
+
+    Attributes
+    ----------
+    count : int
+        Number of observations.
+    n : int
+        Draws of each.
+    first : int
+        Which draw comes first.
+    numbers : tuple of int, optional
+        Which observations they are; by default 0, 1, ...
+    """
 
     count: int
     n: int
     first: int = 0
+    numbers: tuple[int, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -93,21 +151,9 @@ class Draws(NamedTuple):
         while done < len(out):
             i, k = divmod(draw.first_row + done, self.n)
             count = min(self.n - k, len(out) - done)
-            be.normal(out[done : done + count], draw._replace(first_row=i * DRAWS + self.first + k))
+            number = i if self.numbers is None else self.numbers[i]
+            be.normal(out[done : done + count], draw._replace(first_row=number * DRAWS + self.first + k))
             done += count
-
-
-def as_rows(known: Observations) -> Rows:
-    """Return the linear observations of all samples as the rows of one matrix a sample."""
-    groups = list(known.groups())
-    m, n = max(len(group.A) for group in groups), 1 if known.count is None else known.count
-    A, y, variance = np.zeros((n, m, known.d)), np.zeros((n, m)), np.ones((n, m))
-    for group in groups:
-        rows = len(group.A)
-        A[group.indices, :rows], y[group.indices, :rows] = group.A, group.y
-        variance[group.indices, :rows] = group.noise**2
-        _check_consistent(group.A[group.noise == 0], group.y[:, group.noise == 0])
-    return Rows(A, y, variance)
 
 
 def _check_consistent(A: Float64, y: Float64) -> None:
@@ -127,39 +173,28 @@ class Guided(Evaluator):
     Parameters
     ----------
     inner : Evaluator
-    schedule, prediction
-        Of the inner denoiser.
-    known : Observations
-    method : {"tmpd", "pigdm", "dps"}
-    draws : Draws
-        Which row is of which observation.
+    to : Conditioned
+        What it is given.
     shape : tuple of int
         Of one sample, for the weights.
     """
 
-    def __init__(
-        self,
-        inner: Evaluator,
-        schedule: Schedule,
-        prediction: str,
-        known: Observations,
-        method: str,
-        draws: Draws,
-        shape: tuple[int, ...],
-    ) -> None:
-        self.be, self.inner, self.known, self.method, self.draws, self.shape = (
-            inner.be, inner, known, method, draws, shape,
-        )  # fmt: skip
-        signal, noise = schedule.signal, schedule.noise
+    def __init__(self, inner: Evaluator, to: Conditioned, shape: tuple[int, ...]) -> None:
+        self.be, self.inner, self.shape = inner.be, inner, shape
+        self.known, self.method, self.draws = to.known, to.method, to.draws
+        signal, noise = to.schedule.signal, to.schedule.noise
         with np.errstate(divide="ignore", invalid="ignore"):
-            self.p, self.q = x0_from_output(signal, noise, prediction)
+            self.p, self.q = x0_from_output(signal, noise, to.prediction)
             self.gain = np.where(signal > 0, noise**2 / signal, 0.0)
         self.power = noise**2 / (signal**2 + noise**2)
-        self.rows = as_rows(known)
+        self.rows = Rows(to.known)
+        self.dense = self.rows.m <= MOST_DENSE
+        self._noise: Array = None  # room for it, and the step that draws it there
         self._take: Any = None
-        self.dense = self.rows.A.shape[1] <= MOST_DENSE
-        if method == "tmpd" and not self.dense:
-            log.info("tmpd: %d observations of a sample: the covariance is taken by its row sums", self.rows.A.shape[1])
+        if self.method == "tmpd" and not self.dense:
+            log.info("tmpd: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
+        if self.method == "smc" and not self.dense:
+            raise ArgumentError("given", f"{self.rows.m} values", f"at most {MOST_DENSE} values for 'smc'")
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
@@ -208,7 +243,7 @@ class Guided(Evaluator):
         twist = np.zeros(len(x))
         slope = np.zeros_like(mean)
         if rest.shape[1]:
-            back, R = self._second_moment(x, t, labels, self.rows.A[which])
+            back, R = self._second_moment(x, t, labels, which)
             R = R + self._diagonal(which)
             solved = np.linalg.solve(R, rest[..., None])[..., 0]
             slope = np.einsum("jnd,nj->nd", back, solved)
@@ -221,7 +256,7 @@ class Guided(Evaluator):
     def log_likelihood(self, x0: Float64, which: npt.NDArray[np.int64]) -> Float64:
         """Return the logarithm (n,) of the observations' density, and weights, at samples x0 (n, D)."""
         variance = self.rows.variance[which]
-        rest = self.rows.y[which] - _times(self.rows.A[which], x0)
+        rest = self.rows.y[which] - self.rows.times(x0, which)
         total = self._log_normal(rest, rest / variance, np.log(variance).sum(axis=1), which)
         for weight in self.known.weights:
             total = total + weight.log_weights(x0.reshape(-1, *self.shape))
@@ -237,7 +272,7 @@ class Guided(Evaluator):
     def _rest(self, x: Array, t: int, out: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
         """The mean of x0 (n, D), and y - A of it (n, m)."""
         mean = self.p[t] * _host(self.be, x) + self.q[t] * _host(self.be, out)
-        return mean, self.rows.y[which] - _times(self.rows.A[which], mean)
+        return mean, self.rows.y[which] - self.rows.times(mean, which)
 
     def _of_weights(self, x: Array, t: int, labels: Array, mean: Float64) -> Float64:
         slope = np.zeros_like(mean)
@@ -252,39 +287,47 @@ class Guided(Evaluator):
         product = _host(self.be, self.inner.vjp(x, t, given, labels))
         return self.p[t] * cotangent + self.q[t] * product
 
-    def _second_moment(self, x: Array, t: int, labels: Array, A: Float64) -> tuple[Float64, Float64]:
+    def _second_moment(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
         """J^T A^T (m, n, D), and (noise^2 / signal) A J A^T (n, m, m), made symmetric and without negative eigenvalues.
 
         For an exact denoiser it is both already; the Jacobian of a network need not be.
         """
+        A = self.rows.matrix(which)
         back = self._back(x, t, labels, A.transpose(1, 0, 2))
         R = self.gain[t] * np.einsum("nid,jnd->nij", A, back)
         values, vectors = np.linalg.eigh((R + R.transpose(0, 2, 1)) / 2)
-        return back, (vectors * np.maximum(values, 0.0)[:, None]) @ vectors.transpose(0, 2, 1)
+        values = np.maximum(values, LEAST * self.power[t])
+        return back, (vectors * values[:, None]) @ vectors.transpose(0, 2, 1)
 
     def _slope(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], rest: Float64) -> Float64:
         """J^T A^T R^-1 (y - A x0), R being 1 for dps."""
-        A, variance = self.rows.A[which], self.rows.variance[which]
+        rows, variance = self.rows, self.rows.variance[which]
         if self.method == "tmpd" and self.dense:
-            back, R = self._second_moment(x, t, labels, A)
+            back, R = self._second_moment(x, t, labels, which)
             return np.einsum("jnd,nj->nd", back, _solved(R, variance, rest))
         if self.method == "tmpd":
-            sums = self.gain[t] * _times(A, self._back(x, t, labels, _transposed(A, np.ones_like(rest))))
+            ones = self._back(x, t, labels, rows.transposed(np.ones_like(rest), which))
+            sums = self.gain[t] * rows.times(ones, which)
             rest = rest / (np.maximum(sums, FLOOR * self.gain[t]) + variance)
-        elif self.method == "pigdm":
+        elif self.method == "pigdm" and self.dense:
             unique, place = np.unique(which, return_inverse=True)
-            some = self.rows.A[unique]
-            R = self.power[t] * np.einsum("nid,njd->nij", some, some)
+            A = rows.matrix(unique)
+            R = self.power[t] * np.einsum("nid,njd->nij", A, A)
             rest = _solved(R[place.reshape(-1)], variance, rest)
-        return self._back(x, t, labels, _transposed(A, rest))
+        elif self.method == "pigdm":
+            squares = rows.times(rows.transposed(np.ones_like(rest), which), which)  # row sums of A A^T
+            rest = rest / (self.power[t] * squares + variance)
+        return self._back(x, t, labels, rows.transposed(rest, which))
 
     def _diagonal(self, which: npt.NDArray[np.int64]) -> Float64:
         variance = self.rows.variance[which]
         return np.eye(variance.shape[1]) * variance[:, None]
 
-    def _log_normal(self, rest: Float64, solved: Float64, log_det: Float64, which: npt.NDArray[np.int64]) -> Float64:
+    def _log_normal(
+        self, rest: Float64, solved: npt.NDArray[Any], log_det: npt.NDArray[Any], which: npt.NDArray[np.int64]
+    ) -> Float64:
         """Log density (n,) of normals; rows that say nothing have a part of 0."""
-        told = (self.rows.A[which] != 0).any(axis=2).sum(axis=1)
+        told = self.rows.told(which)
         return -((rest * solved).sum(axis=1) + log_det + told * math.log(2 * math.pi)) / 2
 
 
@@ -321,16 +364,16 @@ class Conditioned:
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> Guided:
         """Return it on a backend."""
-        inner = self.inner.on(be, shape)
-        return Guided(inner, self.schedule, self.prediction, self.known, self.method, self.draws, shape)
+        return Guided(self.inner.on(be, shape), self, shape)
 
     def predict(self, x: Any, t: int, labels: Any = None, *, backend: str | Backend = "auto") -> Array:
         """Return the output (n, ...) for x (n, ...), all at the timestep t."""
         be = backend_for(backend, x=x)
-        given = check_array("x", x, shape=(len(x), *self.shape))
+        shape = self.shape or tuple(x.shape[1:])
+        given = check_array("x", x, shape=(len(x), *shape))
         t = int(check_timesteps(t, self.T, 1)[0])
         flat = be.asarray(given).reshape(len(given), -1)
-        return be.to_numpy(self.on(be, self.shape).evaluate(flat, t, labels)).reshape(given.shape)
+        return be.to_numpy(self.on(be, shape).evaluate(flat, t, labels)).reshape(given.shape)
 
 
 def condition(
@@ -432,15 +475,53 @@ class Plan:
 
     def finished(self, x: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given."""
-        count, n = self.draws.count, self.draws.n
-        x = x.reshape(count, n, -1)
-        for values, noise in self.known.known:
-            exact = ~np.isnan(values) & (noise == 0)
-            if exact.any():
-                dtype = np.result_type(x, self.known.dtype)
-                x = np.where(exact[:, None], values[:, None].astype(dtype), x.astype(dtype, copy=False))
-        x = x.reshape(count, n, *shape).swapaxes(0, 1)
-        return np.ascontiguousarray(x if self.known.count is not None else x[:, 0])
+        return put_exact(np.ascontiguousarray(self.shaped(x, shape)), self.known)
+
+
+def put_exact(x: npt.NDArray[Any], known: Observations) -> npt.NDArray[Any]:
+    """Return samples (n, ...), or (n, N, ...), with the values that are known exactly in place of theirs."""
+    count, flat = 1 if known.count is None else known.count, x.reshape(len(x), -1, known.d)
+    for values, noise in known.known:
+        exact = np.broadcast_to(~np.isnan(values) & (noise == 0), (count, known.d))
+        if exact.any():
+            dtype = np.result_type(x, known.dtype)
+            flat = np.where(exact, values.astype(dtype), flat.astype(dtype, copy=False))
+    return flat.reshape(x.shape)
+
+
+def log_units(known: Observations, factor: Any) -> Any:
+    """Return what the log density of observations of ``factor x`` is less than that of x: (N,), or a number for one."""
+    logs = np.log(np.broadcast_to(np.ravel(np.where(np.equal(factor, 0), 1.0, factor)), (known.d,)))
+    total = np.zeros(1 if known.count is None else known.count)
+    for values, _ in known.known:
+        total = total + np.where(np.isnan(values), 0.0, logs).sum(axis=1)
+    return total if known.count is not None else float(total[0])
+
+
+def inside(known: Observations, factor: Any, offset: Any) -> Observations:
+    """Return observations of ``factor x + offset`` as observations of x; factor and offset are numbers, or a sample's.
+
+    Values whose factor is 0 are constants, of which nothing can be learnt.
+    """
+    factor, offset = (np.broadcast_to(np.ravel(array), (known.d,)) for array in (factor, offset))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = [
+            (np.where(factor == 0, np.nan, (seen - offset) / factor), np.where(factor == 0, 0.0, noise / factor))
+            for seen, noise in known.known
+        ]
+    linear = [(A * factor, y - A @ offset, noise) for A, y, noise in known.linear]
+
+    def of_data(weight: Weight) -> Weight:
+        def function(x: Any) -> tuple[Any, Any]:
+            at = factor.reshape(x.shape[1:])
+            data = x * at + offset.reshape(x.shape[1:])
+            return weight.log_weights(data), weight.gradients(data) * at
+
+        return Weight(function)
+
+    return replace(
+        known, known=tuple(values), linear=tuple(linear), weights=tuple(of_data(weight) for weight in known.weights)
+    )
 
 
 def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n: int, first_sample: int) -> Plan:
@@ -455,7 +536,7 @@ def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n
     count = 1 if known.count is None else known.count
     if known.count is not None:
         check_int("first_sample", first_sample, low=0, high=DRAWS - n)
-    draws = Draws(count, n, first_sample)
+    draws = Draws(count, n, first_sample, known.numbers)
     if known.nothing:
         return Plan(known, "none", draws, sampler, source)
     method = "tmpd" if method == "auto" else method
@@ -465,8 +546,7 @@ def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n
     if sampler.clip is not None:
         wants = f"clip None with {method!r}: bounds of x0 are not those of the conditional mean; or 'replace'"
         raise ArgumentError("sampler", f"clip {sampler.clip}", wants)
-    shape = source.shape
-    guided = Conditioned(source, sampler.schedule, known, method, draws, sampler.prediction, shape)
+    guided = Conditioned(source, sampler.schedule, known, method, draws, sampler.prediction, source.shape)
     return Plan(known, method, draws, sampler, guided)
 
 
@@ -626,7 +706,8 @@ class Particles:
         for values in logs[1:]:
             values[...] = values[index]
         logs[0][...] = 0.0
-        return top[:, 0] + np.log(total / n)
+        mean: Float64 = np.asarray(top[:, 0] + np.log(total / n), np.float64)
+        return mean
 
 
 # ------------------------------------------------------------------------------------------- small things
@@ -634,15 +715,6 @@ class Particles:
 
 def _host(be: Backend, array: Array) -> Float64:
     return np.asarray(be.to_numpy(array), np.float64)
-
-
-def _times(A: Float64, x: Float64) -> Float64:
-    """A x of every row."""
-    return np.einsum("nmd,nd->nm", A, x)
-
-
-def _transposed(A: Float64, y: Float64) -> Float64:
-    return np.einsum("nmd,nm->nd", A, y)
 
 
 def _solved(R: Float64, variance: Float64, rest: Float64) -> Float64:

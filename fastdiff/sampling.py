@@ -14,7 +14,7 @@ from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, mem
 from fastdiff.errors import ArgumentError, check_array, check_indices, check_int, check_seed, is_on_device
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.observations import Given, observations
-from fastdiff.process import BATCH_VALUES, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
+from fastdiff.process import BATCH_VALUES, NoiseSource, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler
 
@@ -158,7 +158,7 @@ def sample(
         done = planned.finished(be.to_numpy(states), shape)
         return be.asarray(done, done.dtype) if on_device else done
 
-    if particles:
+    if planned is not None and particles:
         evidence = planned.run_particles(evaluator, x, parts)
         x = finished(x)
         return (x, evidence if planned.known.count is not None else float(evidence[0])) if return_evidence else x
@@ -169,7 +169,7 @@ def sample(
             evaluator.run_table(x[part], table, clip, drawn, chosen)
         return finished(x)
 
-    step = evaluator.step if own_noise else _shaped_step(evaluator, x[:batch], filler)
+    step = evaluator.step if filler is None or own_noise else _shaped_step(evaluator, x[:batch], filler)
     path = be.empty((len(table) + 1, rows, width), x.dtype) if trajectory else None
     if path is not None:
         path[0] = x
@@ -205,7 +205,7 @@ def refuse_clip(sampler: Sampler) -> None:
         raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None with a noise_shape: it would bound L^-1 x0")
 
 
-def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Callable[..., None]:
+def _shaped_step(evaluator: Evaluator, like: Array, shaped: NoiseSource) -> Callable[..., None]:
     """`Evaluator.step` with shaped noise, for states no longer than `like`."""
     take = _stepper(evaluator.be, like, shaped)
 
