@@ -668,8 +668,7 @@ class Particles:
             plain = be.asarray(guided.inner.evaluate(x, row.t, labels), x.dtype).copy()
             twist, moved = guided.twisted(x, row.t, labels, which, plain)
             weights += twist - before
-            if i:
-                evidence += self._resample(x, (plain, moved), (weights, twist), start, i, draw)
+            evidence += self._resample(x, (plain, moved), (weights, twist), start, i, draw)
             before = twist
             if row.s == 0:  # the last row: nothing is drawn, so nothing may be moved
                 be.sampler_step(x, plain, (), row, None, draw)
@@ -722,4 +721,5 @@ def _solved(R: Float64, variance: Float64, rest: Float64) -> Float64:
     m = rest.shape[1]
     scale = np.maximum(np.abs(R).max(axis=(1, 2)), variance.max(axis=1))
     R = R + np.eye(m) * (variance + FLOOR * scale[:, None])[:, None]
-    return np.linalg.solve(R, rest[..., None])[..., 0]
+    solved: Float64 = np.linalg.solve(R, rest[..., None])[..., 0].astype(np.float64)
+    return solved
