@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from tolerances import assert_close, assert_same_bits
+from tolerances import SIGMAS, assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff.backends import get_backend
@@ -225,6 +225,77 @@ def test_spread_when_every_other_value_is_seen():
     assert math.sqrt(np.trace(made.cov)) == pytest.approx(0.96167, abs=5e-6)
     few, many = (exact_chain(made, fd.samplers.ddim(SCHEDULE, n)).w2() for n in (5, 20))
     assert many < few / 2
+
+
+# --------------------------------------------------------------------------------------- affine denoisers
+
+
+class Plain:
+    """A Gaussian that shows its affine maps only, or others."""
+
+    def __init__(self, gaussian, change=None):
+        self.gaussian, self.change = gaussian, change
+        self.shape, self.schedule, self.prediction = gaussian.shape, gaussian.schedule, gaussian.prediction
+
+    def affine(self, prediction, t):
+        gain, offset = self.gaussian.affine(prediction, t)
+        return (gain, offset) if self.change is None else (self.change @ gain, self.change @ offset)
+
+
+SAMPLERS = {
+    "ddpm": lambda p: fd.samplers.ddpm(SCHEDULE, prediction=p),
+    "ddim": lambda p: fd.samplers.ddim(SCHEDULE, 7, eta=0.5, prediction=p),
+    "dpmpp_2m": lambda p: fd.samplers.dpmpp_2m(SCHEDULE, 8, prediction=p),
+}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chain_of_an_affine_denoiser(name, prediction):
+    """Dense matrices find what the eigenvectors of a Gaussian do."""
+    sampler = SAMPLERS[name](prediction)
+    for gaussian in gaussians(prediction).values():
+        want, got = exact_chain(gaussian, sampler), exact_chain(Plain(gaussian), sampler)
+        for one, other in zip(got.trace, want.trace, strict=True):
+            np.testing.assert_allclose(one.mean, other.mean, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(one.cov, other.cov, rtol=0, atol=1e-10)
+        assert got.w2(gaussian) == pytest.approx(want.w2(), abs=1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chain_is_what_samples_do(name):
+    """Of maps that are not symmetric."""
+    sampler, gaussian = SAMPLERS[name]("noise"), gaussians()["dense"]
+    twisted = Plain(gaussian, np.eye(D) + 0.1 * ROOT)
+    chain = exact_chain(twisted, sampler)
+
+    def predict(x, t):
+        gain, offset = twisted.affine("noise", t)
+        return x @ gain.T + offset
+
+    many = fd.sample(predict, sampler, shape=(D,), backend="numpy", initial=RANDOM.normal(size=(40000, D)))
+    variances = np.diag(chain.cov)
+    assert (np.abs(many.mean(axis=0) - chain.mean) < SIGMAS * np.sqrt(variances / len(many))).all()
+    errors = np.sqrt((np.outer(variances, variances) + chain.cov**2) / len(many))
+    assert (np.abs(np.cov(many.T) - chain.cov) < SIGMAS * errors).all()
+
+
+def test_affine_is_what_predict_does():
+    x = RANDOM.normal(size=(3, D))
+    for prediction in PREDICTIONS:
+        for name, gaussian in gaussians().items():
+            gain, offset = gaussian.affine(prediction, 4)
+            want = gaussians(prediction)[name].predict(x, 4)
+            np.testing.assert_allclose(x @ gain.T + offset, want, rtol=0, atol=1e-10)
+
+
+def test_what_no_chain_follows():
+    sampler = SAMPLERS["ddim"]("noise")
+    with pytest.raises(ArgumentError, match=r"gaussian: got Mixture.*\.affine"):
+        exact_chain(mixture(), sampler)
+    chain = exact_chain(Plain(gaussians()["dense"]), sampler)
+    with pytest.raises(ArgumentError, match="gaussian: got Plain"):
+        chain.w2()
 
 
 # --------------------------------------------------------------------------------------- mixtures
