@@ -22,15 +22,15 @@ Y = np.array([0.4, -1.2, 0.3])
 ROOT = RANDOM.normal(size=(D, D))
 MEAN = RANDOM.normal(size=D)
 FACTOR = RANDOM.normal(size=(D, 2))
-PREDICTIONS = ("noise", "x0", "v")
+PREDICTIONS = ("noise", "x0", "v", "velocity")
 
 
-def gaussians(prediction="noise"):
+def gaussians(prediction="noise", schedule=SCHEDULE):
     return {
-        "dense": Gaussian(MEAN, ROOT @ ROOT.T, SCHEDULE, prediction=prediction),
-        "low rank": Gaussian.low_rank(MEAN, FACTOR, 0.3, SCHEDULE, prediction=prediction),
-        "low rank alone": Gaussian.low_rank(MEAN, FACTOR, 0.0, SCHEDULE, prediction=prediction),
-        "singular": Gaussian(MEAN, FACTOR @ FACTOR.T, SCHEDULE, prediction=prediction),
+        "dense": Gaussian(MEAN, ROOT @ ROOT.T, schedule, prediction=prediction),
+        "low rank": Gaussian.low_rank(MEAN, FACTOR, 0.3, schedule, prediction=prediction),
+        "low rank alone": Gaussian.low_rank(MEAN, FACTOR, 0.0, schedule, prediction=prediction),
+        "singular": Gaussian(MEAN, FACTOR @ FACTOR.T, schedule, prediction=prediction),
     }
 
 
@@ -301,9 +301,9 @@ def test_what_no_chain_follows():
 # --------------------------------------------------------------------------------------- mixtures
 
 
-def mixture(prediction="noise"):
-    laws = gaussians(prediction)
-    other = Gaussian(MEAN[::-1], np.eye(D) / 4, SCHEDULE, prediction=prediction)
+def mixture(prediction="noise", schedule=SCHEDULE):
+    laws = gaussians(prediction, schedule)
+    other = Gaussian(MEAN[::-1], np.eye(D) / 4, schedule, prediction=prediction)
     return Mixture.of([0.5, 0.2, 0.3], [laws["dense"], laws["low rank"], other])
 
 
@@ -472,19 +472,20 @@ def test_weights_of_a_function_that_are_no_numbers():
 # --------------------------------------------------------------------------------------- products
 
 
-def models(prediction):
-    made = {**gaussians(prediction), "mixture": mixture(prediction)}
-    made["rows"] = Empirical(ROWS, SCHEDULE, prediction=prediction)
-    made["weighted rows"] = Empirical(ROWS, SCHEDULE, prediction=prediction, weights=WEIGHTS)
+def models(prediction, schedule=SCHEDULE):
+    made = {**gaussians(prediction, schedule), "mixture": mixture(prediction, schedule)}
+    made["rows"] = Empirical(ROWS, schedule, prediction=prediction)
+    made["weighted rows"] = Empirical(ROWS, schedule, prediction=prediction, weights=WEIGHTS)
     made["posterior"] = made["mixture"].given(fd.Linear(A[:2], Y[:2], 0))
     return made
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_products_are_those_of_the_jacobian(prediction):
+@pytest.mark.parametrize("schedule", [SCHEDULE, fd.Schedule.flow(20)], ids=["cosine", "flow"])
+def test_products_are_those_of_the_jacobian(prediction, schedule):
     """Every entry, by central differences."""
     step = 1e-5
-    for name, model in models(prediction).items():
+    for name, model in models(prediction, schedule).items():
         for t in (1, 8, 18):
             x = model.schedule.signal[t] * ROWS[:3] + model.schedule.noise[t] * RANDOM.normal(size=(3, D))
             shifts = step * np.eye(D)[:, None]

@@ -15,7 +15,7 @@ from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen, probabilities
 from fastdiff.exact.posterior import DISAGREE, impossible
 from fastdiff.observations import Given, observations
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import Schedule, target
 
 LEAST_SIGNAL = 1e-30  # with which weights are divided by the signal
 LEAST_WEIGHT = 1e-300  # that is not 0
@@ -34,7 +34,7 @@ class Empirical(Exact):
         The data, N >= 1; float32 is kept as such.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
     weights : (N,) array_like, optional
         Probabilities of the rows: not negative, of sum 1. By default all are the same.
@@ -147,9 +147,15 @@ class Empirical(Exact):
         self._posterior(space, x, t, out, space("log_sum", (len(x),), x.dtype))
         if prediction == "x0":
             return
-        # noise = (x - alpha x0) / sigma and v = (alpha x - x0) / sigma, as alpha^2 + sigma^2 = 1.
+        # noise = (x - alpha x0) / sigma, and what is made of it is outer (x - inner x0). For v outer is alpha / sigma;
+        # where alpha is 0, so small a number takes its place that x does not count.
         alpha, sigma = self._levels(t)
-        inner, outer = (alpha, 1 / sigma) if prediction == "noise" else (1 / alpha, alpha / sigma)
+        inner, outer = alpha, 1 / sigma
+        if prediction == "velocity":
+            inner = alpha + sigma
+        elif prediction == "v":
+            alpha = np.maximum(alpha, 1e-20)
+            inner, outer = self.schedule.power[t] / alpha, alpha / sigma
         if np.ndim(t):
             inner, outer = (space.be.asarray(column[:, None], x.dtype) for column in (inner, outer))
         else:
@@ -161,7 +167,8 @@ class Empirical(Exact):
     def _product(self, space: Workspace, prediction: str, x: Array, t: int, vectors: Array, out: Array) -> None:
         """In float64: signal / noise^2 of the rows' covariance, its weights times deviations from the mean."""
         be = space.be
-        alpha, sigma = (float(level) for level in self._levels(t))
+        levels = self._levels(t)
+        alpha, sigma, of_noise, of_data = (float(level) for level in (*levels, *target(prediction, *levels)))
         mean: Any = self.data.mean
         rows = self._kept((be, "centred"), self._rows.size, lambda: be.asarray(self._rows - mean, np.float64))
         centre = be.asarray(alpha * mean, np.float64)
@@ -177,8 +184,7 @@ class Empirical(Exact):
                 slopes = shares * (u @ rows.T - (u * centred).sum(axis=1)[:, None])
                 product = alpha / sigma**2 * (slopes @ rows - slopes.sum(axis=1)[:, None] * centred)
                 if prediction != "x0":
-                    of_noise = (u - alpha * product) / sigma
-                    product = of_noise if prediction == "noise" else alpha * of_noise - sigma * product
+                    product = of_noise / sigma * (u - alpha * product) + of_data * product
                 result[...] = product
 
     def _log_density(self, space: Workspace, x: Array, t: Any, out: Array) -> None:

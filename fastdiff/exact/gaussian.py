@@ -16,7 +16,7 @@ from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen
 from fastdiff.exact.posterior import condition, impossible, linear_observations
 from fastdiff.observations import Given
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import Schedule, target
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -42,7 +42,7 @@ class Gaussian(Exact):
         one of many dimensions and few directions.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -178,7 +178,7 @@ class Gaussian(Exact):
 
         Parameters
         ----------
-        prediction : {"noise", "x0", "v"}
+        prediction : {"noise", "x0", "v", "velocity"}
             Which one.
         t : int
             Timestep.
@@ -195,7 +195,9 @@ class Gaussian(Exact):
             return sigma / variance, -sigma * alpha / variance
         if prediction == "x0":
             return alpha * spectrum / variance, sigma**2 / variance
-        return alpha * sigma * (1 - spectrum) / variance, -sigma / variance
+        if prediction == "velocity":
+            return (sigma - alpha * spectrum) / variance, -sigma * (alpha + sigma) / variance
+        return alpha * sigma * (1 - spectrum) / variance, -sigma * self.schedule.power[t] / variance
 
     def _expect(self, space: Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
         def make() -> RowMap:
@@ -239,7 +241,7 @@ class Gaussian(Exact):
         def make() -> RowMap:
             law, gain = self.moments(t), self.gains(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
-            centre = {"noise": 0.0, "x0": 1.0, "v": -float(self.schedule.noise[t])}[prediction] * self.data.mean
+            centre = float(target(prediction, *self._levels(t))[1]) * self.data.mean
             if law.basis.shape[1] < self.d:
                 return law.scaling(factors, centre)
             return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)
