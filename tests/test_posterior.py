@@ -9,7 +9,6 @@ import pytest
 from tolerances import SIGMAS, assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff.backends import get_backend
 from fastdiff.denoisers import Empirical, Gaussian, Mixture, exact_chain
 from fastdiff.errors import ArgumentError
 
@@ -246,6 +245,7 @@ SAMPLERS = {
     "ddpm": lambda p: fd.samplers.ddpm(SCHEDULE, prediction=p),
     "ddim": lambda p: fd.samplers.ddim(SCHEDULE, 7, eta=0.5, prediction=p),
     "dpmpp_2m": lambda p: fd.samplers.dpmpp_2m(SCHEDULE, 8, prediction=p),
+    "dpmpp_2m with noise": lambda p: fd.samplers.dpmpp_2m(SCHEDULE, 8, eta=1.0, prediction=p),
 }
 
 
@@ -395,14 +395,14 @@ def by_loops(rows, weights, x, t):
 
 
 @pytest.mark.parametrize("t", [0, 4, 19])
-def test_weighted_rows(t, backend):
+def test_weighted_rows(t, any_backend):
     law = Empirical(ROWS, SCHEDULE, weights=WEIGHTS)
-    x = RANDOM.normal(size=(6, D)).astype(np.float64 if backend == "numpy" else np.float32)
+    x = RANDOM.normal(size=(6, D)).astype(np.float64 if any_backend.name == "numpy" else np.float32)
     mean, density = by_loops(ROWS, WEIGHTS, x, t)
-    rtol = 1e-10 if backend == "numpy" else 2e-4
-    np.testing.assert_allclose(law.mean_x0(x, t, backend=backend), mean, rtol=0, atol=rtol)
-    np.testing.assert_allclose(law.log_density(x, t, backend=backend), density, rtol=rtol, atol=rtol)
-    mixed = law.mean_x0(x, [t, 3, t, 5, t, t], backend=backend)
+    rtol = 1e-10 if any_backend.name == "numpy" else 2e-4
+    np.testing.assert_allclose(law.mean_x0(x, t, backend=any_backend), mean, rtol=0, atol=rtol)
+    np.testing.assert_allclose(law.log_density(x, t, backend=any_backend), density, rtol=rtol, atol=rtol)
+    mixed = law.mean_x0(x, [t, 3, t, 5, t, t], backend=any_backend)
     np.testing.assert_allclose(mixed[[0, 2, 4, 5]], mean[[0, 2, 4, 5]], rtol=0, atol=rtol)
     np.testing.assert_allclose(mixed[1], by_loops(ROWS, WEIGHTS, x[1:2], 3)[0][0], rtol=0, atol=rtol)
 
@@ -520,8 +520,8 @@ def test_products_in_batches_and_at_several_timesteps():
         assert model.vjp(x[:0], 3, u[:, :0]).shape == (2, 0, D)
 
 
-def test_products_on_a_backend(backend):
-    be = get_backend(backend)
+def test_products_on_a_backend(any_backend):
+    be = any_backend
     kind = be.asarray(np.zeros(1)).dtype
     x, u = RANDOM.normal(size=(4, D)).astype(kind), RANDOM.normal(size=(2, 4, D)).astype(kind)
     for model in models("noise").values():

@@ -182,7 +182,7 @@ class Empirical(Exact):
             for vector, result in zip(vectors[:, part], out[:, part], strict=True):
                 u = vector.astype(np.float64)
                 slopes = shares * (u @ rows.T - (u * centred).sum(axis=1)[:, None])
-                product = alpha / sigma**2 * (slopes @ rows - slopes.sum(axis=1)[:, None] * centred)
+                product = alpha / sigma**2 * (slopes @ rows)  # the slopes sum to 0
                 if prediction != "x0":
                     product = of_noise / sigma * (u - alpha * product) + of_data * product
                 result[...] = product
