@@ -216,6 +216,15 @@ def test_evidence_of_two_noisy_values_of_four():
     assert law.given(fd.Known([1, -0.5, NAN, NAN], 0.3)).log_evidence == pytest.approx(-3.5099523, abs=1e-7)
 
 
+def test_evidence_of_what_a_table_samples():
+    """Its samples' law is the prior that particles run by it see."""
+    schedule = fd.Schedule.linear(1000)
+    law = Gaussian(np.zeros(4), correlated(4, 0.8), schedule)
+    chain = exact_chain(law, fd.samplers.ddpm(schedule, 50))
+    made = Gaussian(chain.mean, chain.cov, schedule).given(fd.Known([1, -0.5, NAN, NAN], 0.3))
+    assert made.log_evidence == pytest.approx(-3.7204792, abs=1e-7)
+
+
 def test_spread_when_every_other_value_is_seen():
     values = np.full(16, NAN)
     values[::2] = (1, -1, 0.5, 2, 0, -0.5, 1, 0.3)
