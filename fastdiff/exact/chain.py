@@ -157,37 +157,6 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     return ExactChain(gaussian, tuple(trace))
 
 
-def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
-    """The law of the state before and after each row, of a denoiser whose maps share no eigenvectors.
-
-    Mean and a factor F of the covariance F F^T of the state (x, m1, .., mK) are carried.
-    """
-    d, one = math.prod(denoiser.shape), np.eye(math.prod(denoiser.shape))
-    depth = sampler.depth
-    mean, factor = np.zeros((depth + 1, d)), np.zeros((depth + 1, d, d))
-    factor[0] = one
-    trace = [Moments(np.zeros(d), np.ones(d), one)]
-    for row in sampler.rows:
-        gain, offset = denoiser.affine(denoiser.prediction, row.t) if row.evaluates else (0 * one, np.zeros(d))
-        m_gain, m_offset = row.p * one + row.q * gain, row.q * offset
-        x_gain, x_offset = row.a * one + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
-        back = np.array([row.c1, row.c2, row.c3])[:depth]
-        x = x_gain @ mean[0] + back @ mean[1:] + x_offset
-        spread = x_gain @ factor[0] + np.tensordot(back, factor[1:], 1)
-        if row.evaluates and depth:
-            mean[2:], mean[1] = mean[1:-1].copy(), m_gain @ mean[0] + m_offset
-            factor[2:], factor[1] = factor[1:-1].copy(), m_gain @ factor[0]
-        mean[0], factor[0] = x, spread
-        if row.s:
-            fresh = np.zeros((depth + 1, d, d))
-            fresh[0] = row.s * one
-            wide = np.concatenate([factor, fresh], axis=2).reshape((depth + 1) * d, -1)
-            factor = np.linalg.qr(wide.T)[1].T.reshape(depth + 1, d, -1)
-        basis, deviations, _ = np.linalg.svd(factor[0], full_matrices=False)
-        trace.append(Moments(mean[0].copy(), deviations, basis))
-    return tuple(trace)
-
-
 def convergence(
     gaussian: Gaussian, sampler: str | Callable[[int], Sampler], steps: Sequence[int] | npt.NDArray[Any]
 ) -> Float64:
@@ -226,3 +195,34 @@ def convergence(
         return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
     return np.array([exact_chain(gaussian, table(int(n))).w2() for n in steps])
+
+
+def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
+    """The law of the state before and after each row, of a denoiser whose maps share no eigenvectors.
+
+    Mean and a factor F of the covariance F F^T of the state (x, m1, .., mK) are carried.
+    """
+    d, one = math.prod(denoiser.shape), np.eye(math.prod(denoiser.shape))
+    depth = sampler.depth
+    mean, factor = np.zeros((depth + 1, d)), np.zeros((depth + 1, d, d))
+    factor[0] = one
+    trace = [Moments(np.zeros(d), np.ones(d), one)]
+    for row in sampler.rows:
+        gain, offset = denoiser.affine(denoiser.prediction, row.t) if row.evaluates else (0 * one, np.zeros(d))
+        m_gain, m_offset = row.p * one + row.q * gain, row.q * offset
+        x_gain, x_offset = row.a * one + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
+        back = np.array([row.c1, row.c2, row.c3])[:depth]
+        x = x_gain @ mean[0] + back @ mean[1:] + x_offset
+        spread = x_gain @ factor[0] + np.tensordot(back, factor[1:], 1)
+        if row.evaluates and depth:
+            mean[2:], mean[1] = mean[1:-1].copy(), m_gain @ mean[0] + m_offset
+            factor[2:], factor[1] = factor[1:-1].copy(), m_gain @ factor[0]
+        mean[0], factor[0] = x, spread
+        if row.s:
+            fresh = np.zeros((depth + 1, d, d))
+            fresh[0] = row.s * one
+            wide = np.concatenate([factor, fresh], axis=2).reshape((depth + 1) * d, -1)
+            factor = np.linalg.qr(wide.T)[1].T.reshape(depth + 1, d, -1)
+        basis, deviations, _ = np.linalg.svd(factor[0], full_matrices=False)
+        trace.append(Moments(mean[0].copy(), deviations, basis))
+    return tuple(trace)
