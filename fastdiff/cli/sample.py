@@ -71,9 +71,9 @@ def add(commands: Any) -> None:
     sample.add_argument(
         "--known",
         metavar="FILE",
-        help="draw given this: a .csv or .npy file of one curve with values missing, or a picture with transparent pixels",
+        help="draw given this: a table of one curve with values missing, or a picture with transparent parts",
     )
-    sample.add_argument("--mask", metavar="FILE", help="a picture that is white where the one of --known is unknown")
+    sample.add_argument("--mask", metavar="FILE", help="a picture that is white where that of --known is unknown")
     add_method(sample)
     add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
     sample.set_defaults(run=run)
