@@ -357,8 +357,8 @@ def chained(be, net, smp, x, first):
 def stepped(be, net, smp, x, first):
     state, memory = x.copy(), tuple(np.zeros((max(row.depth for row in smp.rows), *x.shape), x.dtype))
     for row in smp.rows:
-        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        be.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
+        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t)) if row.evaluates else None
+        be.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.step, first))
     return state
 
 
@@ -385,18 +385,21 @@ def test_chains_agree(net, be, name):
 
 
 def test_every_term_of_a_table(be):
-    """Rows with all terms, the memory already in the first, where it is zero; clips on one side."""
+    """Rows with all terms, the memory already in the first, where it is zero; clips on one side; rows reach back 1 to 3."""
     net = scatter(NETS["odd"]())
-    numbers = np.insert(np.random.default_rng(8).normal(size=(3, 7)) / 2, (5, 5), 0, axis=1)
-    rows = tuple(Row(t, *row) for t, row in zip((10, 3, 3), numbers.tolist(), strict=True))
-    smp = SimpleNamespace(rows=(*rows, rows[1]._replace(s=0.0)), clip=(-0.25, 2.0))
     x, _, _ = batch_of(net, 70)
-    got = chained(be, net, smp, x, 2**56 - 70)
-    assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
-    want = x.astype(np.float64)
-    draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
-    assert_close(got, want, terms=4 * terms(net.plan))
+    for back in (1, 2, 3):
+        numbers = np.random.default_rng(7 + back).normal(size=(3, 9)) / 2
+        numbers[:, 4 + back : 7] = 0
+        rows = [Row(t, *row) for t, row in zip((10, 3, 3), numbers.tolist(), strict=True)]
+        rows = (*rows, rows[2]._replace(q=0.0, e=0.0, visit=1), rows[1]._replace(s=0.0))
+        smp = SimpleNamespace(rows=rows, clip=(-0.25, 2.0))
+        got = chained(be, net, smp, x, 2**56 - 70)
+        assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
+        want = x.astype(np.float64)
+        draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
+        NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
+        assert_close(got, want, terms=5 * terms(net.plan))
 
 
 def test_an_empty_chain_changes_nothing(be):

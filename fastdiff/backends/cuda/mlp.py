@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
+from fastdiff.backends.cuda.step import row_record
 from fastdiff.backends.protocol import (
     AdamW,
     DenseLayer,
@@ -80,7 +81,7 @@ def packed_size(plan: MLPPlan) -> int:
 
 
 def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
-    """Return the shared memory of a block of `mlp_chain`; `memory`: the table needs the previous x0."""
+    """Return the shared memory of a block of `mlp_chain`; `memory`: the table remembers a row, or several."""
     even, odd = _widths(plan)
     row = (2 if memory else 1) * _pitch(plan.layers[0].inputs) + _pitch(even) + _pitch(odd) + 1  # 1: the timestep
     return VALUE * (tile.rows * row + (packed_size(plan) if tile.staged else 0))
@@ -261,18 +262,19 @@ class MLPOperations(LayerOperations, RecordingOperations):
     ) -> None:
         if len(x) == 0 or not rows:
             return
-        remembers = any(row.c1 != 0 for row in rows)
+        depth = max(row.depth for row in rows)
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
                 self._tiles(net, params, x, (None, None), rows, clip, draw)
                 return
-        memory = (self.runtime.zeros(x.shape),) if remembers else ()
+        memory = tuple(self.runtime.zeros(x.shape) for _ in range(depth))
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
         for row in rows:
-            t.fill(row.t)
-            self.mlp_forward(plan, params, x, t, out)
-            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
+            if row.evaluates:
+                t.fill(row.t)
+                self.mlp_forward(plan, params, x, t, out)
+            self.sampler_step(x, out if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -346,29 +348,26 @@ class MLPOperations(LayerOperations, RecordingOperations):
         draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
         """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
-        plan, n, memory, table = net.plan, len(x), any(row.c1 != 0 for row in rows), self._time_table(net, params)
+        plan, n, table = net.plan, len(x), self._time_table(net, params)
+        depth = max((row.depth for row in rows), default=0)
         assert net.tile is not None
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
         sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
         tile = net.tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
+        deep = self._scratch("chain", 2 * x.size) if depth > 1 else None
         table_rows = steps = None
         if rows:
-            bounds = clip or (-np.inf, np.inf)
-            with np.errstate(over="ignore"):
-                records = np.array(
-                    [(row.p, row.q, row.a, row.b, row.c1, row.e, row.s, *bounds) for row in rows],
-                    STRUCTURES["TableRow"],
-                )
+            records = np.array([row_record(row, clip) for row in rows], STRUCTURES["TableRow"])
             table_rows = self.runtime.asarray(records.view(np.uint8))
-            steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
+            steps = self.runtime.asarray(np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64).T)
         grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
         self.runtime.launch(
             "mlp", "mlp_chain" if net.part is None else "mlp_chain_part", grid, THREADS,
-            (x, *forward, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed,
+            (x, *forward, table_rows, steps, len(rows), depth, deep, net.layers, len(plan.layers), net.packed,
              net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged,
              draw.first_row,
              round_keys(draw.seed)),
-            shared_bytes(plan, tile, memory=memory),
+            shared_bytes(plan, tile, memory=depth > 0),
         )  # fmt: skip
 
     def _layer(
