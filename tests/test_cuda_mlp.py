@@ -26,7 +26,7 @@ from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
 from fastdiff.noise import Draw, Stream
-from fastdiff.samplers import ddim, ddpm, dpmpp_2m
+from fastdiff.samplers import ddim, ddpm, dpmpp_2m, lms
 from fastdiff.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -345,6 +345,7 @@ def table(net, name):
         "ddpm": lambda: ddpm(schedule, min(schedule.T, 4), clip=1.0),
         "ddim": lambda: ddim(schedule, min(schedule.T, 4), eta=0.5),
         "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 4), prediction="v"),
+        "lms": lambda: lms(schedule, min(schedule.T - 1, 5)),  # reaches back three rows
     }[name]()
 
 
@@ -362,7 +363,7 @@ def stepped(be, net, smp, x, first):
     return state
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "lms"])
 def test_a_chain_is_its_steps_in_any_batch(net, be, name):
     smp, first = table(net, name), 2**32 - 30
     x, _, _ = batch_of(net, 70)
@@ -375,7 +376,7 @@ def test_a_chain_is_its_steps_in_any_batch(net, be, name):
             assert_same_bits(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "lms"])
 def test_chains_agree(net, be, name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 9)
@@ -385,7 +386,7 @@ def test_chains_agree(net, be, name):
 
 
 def test_every_term_of_a_table(be):
-    """Rows with all terms, the memory already in the first, where it is zero; clips on one side; rows reach back 1 to 3."""
+    """Rows with all terms, the memory already in the first, where it is zero; clips on one side; 1 to 3 rows back."""
     net = scatter(NETS["odd"]())
     x, _, _ = batch_of(net, 70)
     for back in (1, 2, 3):

@@ -118,7 +118,8 @@ class _Sampling:
             return
         with be._lock:
             # The graph finds the memory at places of its own.
-            room = be._scratch("memory", len(memory) * x.size)[: len(memory) * x.size].reshape(-1, *x.shape)
+            space = be._scratch("memory", len(memory) * x.size)
+            room = [space[k * x.size : (k + 1) * x.size].reshape(x.shape) for k in range(len(memory))]
             for own, array in zip(room, memory, strict=True):
                 be.runtime.copy(own, array)
             plan = step_plan(row, clip, len(memory))
