@@ -287,7 +287,7 @@ def ptx():
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
     matrix, vector, number, word = types.float32[:, ::1], types.float32[::1], types.float32, types.uint64
     forward = (matrix, types.int64[::1], vector, vector, matrix, matrix, *[word] * 4)
-    step = (*[matrix] * 3, types.UniTuple(number, 7), number, number, types.boolean, *[word] * 5)
+    step = (*[matrix] * 6, types.UniTuple(number, 10), number, number, types.int64, *[word] * 5)
     maps = (*[matrix] * 5, types.boolean, types.boolean)
     kernels = ((twins.forward_noise_kernel, forward), (twins.step_kernel, step), (twins.map_kernel, maps))
     for kernel, signature in kernels:

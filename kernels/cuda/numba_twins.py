@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numba import config, cuda, float32
 
+from fastdiff.kernels.cpu import elementary
 from fastdiff.kernels.cpu import noise as cpu_noise
 from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W
 
@@ -133,8 +134,22 @@ def advanced(x, m, m1, m2, m3, out, z, a, b, c1, c2, c3, e, s):
 
 @rounded
 def scaled(z, v, r):
-    """One value of exp(r v) z."""
-    return float32(math.exp(r * v)) * z
+    """One value of exp(r v) z, the power between -87 and 88: `elementary.exp` without fused operations."""
+    power = r * v
+    if power != power:
+        return power
+    power = min(max(power, elementary.EXP_LOW), elementary.EXP_HIGH)
+    turns = power * elementary.LOG2_E + elementary.HALF
+    whole = np.int32(turns)
+    if float32(whole) > turns:
+        whole = np.int32(whole - 1)
+    rest = power - float32(whole) * elementary.LN2_HIGH - float32(whole) * elementary.LN2_LOW
+    y = elementary.E4 * rest + elementary.E3
+    y = y * rest + elementary.E2
+    y = y * rest + elementary.E1
+    y = y * rest + elementary.E0
+    y = y * rest * rest + rest + elementary.ONE
+    return y * bits_float(np.int32((whole + elementary.EXPONENT_BIAS) << elementary.MANTISSA_BITS)) * z
 
 
 @rounded
