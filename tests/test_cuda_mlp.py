@@ -22,6 +22,7 @@ from fastdiff.backends.cuda import mlp as operations
 from fastdiff.backends.cuda.mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.backends.numpy import mlp as perceptron
+from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
@@ -401,6 +402,17 @@ def test_every_term_of_a_table(be):
         draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
         NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
         assert_close(got, want, terms=5 * terms(net.plan))
+
+
+def test_a_table_for_a_learned_variance_is_refused(be):
+    net, x = scatter(MLP(3, hidden=(5,), T=7)), normals(4, 3)
+    row = Row(2, 1.0, 0.5, 0.3, 0.4, s=0.5, r=0.25)
+    for run in (
+        lambda: be.mlp_chain(net.plan, net.flat, x, (row,), None, Draw(0, Stream.STEP)),
+        lambda: be.sampler_step(x, x.copy(), (), row, None, Draw(0, Stream.STEP)),
+    ):
+        with pytest.raises(ArgumentError, match=r"rows \(r\): got 0.25 at t = 2"):
+            run()
 
 
 def test_an_empty_chain_changes_nothing(be):

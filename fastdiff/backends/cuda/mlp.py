@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
-from fastdiff.backends.cuda.step import row_record
+from fastdiff.backends.cuda.step import row_record, split_output
 from fastdiff.backends.protocol import (
     AdamW,
     DenseLayer,
@@ -264,6 +264,8 @@ class MLPOperations(LayerOperations, RecordingOperations):
         if len(x) == 0 or not rows:
             return
         depth = max(row.depth for row in rows)
+        for row in rows:
+            split_output(None, row)  # refuses one that wants two outputs
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:

@@ -109,7 +109,7 @@ class _Sampling:
 
     def __init__(self, be: RecordingOperations, output: Callable[[], Array], state: Array) -> None:
         self.be, self.output, self.state = be, output, state
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
 
     def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
@@ -130,7 +130,7 @@ class _Sampling:
             be.runtime.launch("step", "set_row", 1, 1, (record, there))
 
             def issue() -> None:
-                out, v = split_output(self.output())
+                out, v = split_output(self.output(), row)
                 if plan.deep:
                     m1, m2, m3 = (*room, None, None, None)[:DEPTH]
                     grid, block = be.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
@@ -140,7 +140,7 @@ class _Sampling:
                     arrays = state, out, room[0] if memory else None
                     be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
 
-            self._graphs.setdefault((len(memory), plan.deep), _Graph(be)).run(issue)
+            self._graphs.setdefault((len(memory), plan.deep, row.r != 0), _Graph(be)).run(issue)
             be.runtime.copy(x, state)
             for own, array in zip(room, memory, strict=True):
                 be.runtime.copy(array, own)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fastdiff.backends.cuda.device import Device
 from fastdiff.backends.protocol import DEPTH, Row
+from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cuda import runtime as runtimes
 from fastdiff.noise import Draw, round_keys
 
@@ -34,9 +35,13 @@ def row_record(row: Row, clip: tuple[float, float] | None) -> tuple[Any, ...]:
         return *np.array(row[1:11], np.float32), *(clip or (-np.inf, np.inf))
 
 
-def split_output(out: Array | None) -> tuple[Array | None, Array | None]:
-    """The output of a denoiser, and the second one of those that learned their variance."""
-    return (out[0], out[1]) if out is not None and out.ndim == 3 else (out, None)
+def split_output(out: Array | None, row: Row) -> tuple[Array | None, Array | None]:
+    """The output of a denoiser, and the second one of those that learned their variance, which the row may want."""
+    if out is not None and out.ndim == 3:
+        return out[0], out[1]
+    if row.r != 0:
+        raise ArgumentError("rows (r)", f"{row.r:g} at t = {row.t}", "0: the denoiser has learned no variance")
+    return out, None
 
 
 class StepPlan(NamedTuple):
@@ -104,7 +109,7 @@ class StepOperations(Device):
         if self._twins:
             self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
-        (out, v), plan = split_output(out), step_plan(row, clip, len(memory))
+        (out, v), plan = split_output(out, row), step_plan(row, clip, len(memory))
         if plan.deep:
             m1, m2, m3 = (*memory, None, None, None)[:DEPTH]
             grid, block = self.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
