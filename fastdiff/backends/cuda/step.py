@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,10 +30,16 @@ def law_of(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
     return draw.first_row, draw.step, int(draw.stream), _keys(draw.seed)
 
 
-def row_record(row: Row, clip: tuple[float, float] | None) -> tuple[Any, ...]:
-    """A "TableRow"."""
+def row_records(rows: Sequence[Row], clip: tuple[float, float] | None) -> npt.NDArray[Any]:
+    """Return rows as "TableRow"s."""
+    bounds = clip or (-np.inf, np.inf)
     with np.errstate(over="ignore"):
-        return *np.array(row[1:11], np.float32), *(clip or (-np.inf, np.inf))
+        return np.array([(*row[1:11], *bounds) for row in rows], runtimes.STRUCTURES["TableRow"])
+
+
+def no_variance(row: Row) -> ArgumentError:
+    """Return the error of a row that scales its noise by what the denoiser does not say."""
+    return ArgumentError("rows (r)", f"{row.r:g} at t = {row.t}", "0: the denoiser has learned no variance")
 
 
 def split_output(out: Array | None, row: Row) -> tuple[Array | None, Array | None]:
@@ -40,7 +47,7 @@ def split_output(out: Array | None, row: Row) -> tuple[Array | None, Array | Non
     if out is not None and out.ndim == 3:
         return out[0], out[1]
     if row.r != 0:
-        raise ArgumentError("rows (r)", f"{row.r:g} at t = {row.t}", "0: the denoiser has learned no variance")
+        raise no_variance(row)
     return out, None
 
 
@@ -53,13 +60,13 @@ class StepPlan(NamedTuple):
         Whether it takes the kernels for all rows; else those for rows that remember one other at most.
     keep : int
         How many arrays of the memory take its m and each other's.
-    record : tuple
+    record : (1,) array
         A "TableRow".
     """
 
     deep: bool
     keep: int
-    record: tuple[Any, ...]
+    record: npt.NDArray[Any]
 
 
 def step_plan(row: Row, clip: tuple[float, float] | None, depth: int) -> StepPlan:
@@ -67,7 +74,7 @@ def step_plan(row: Row, clip: tuple[float, float] | None, depth: int) -> StepPla
     keep = depth if row.evaluates else 0
     if row.b == 0 and keep == 0:  # nothing takes m, nor the output that may be absent
         row = row._replace(p=0.0, q=0.0)
-    return StepPlan(keep > 1 or row.depth > keep or row.r != 0, keep, row_record(row, clip))
+    return StepPlan(keep > 1 or row.depth > keep or row.r != 0, keep, row_records((row,), clip))
 
 
 class StepOperations(Device):
