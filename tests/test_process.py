@@ -10,6 +10,7 @@ import pytest
 from gradcheck import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import three_back
 from tolerances import WORKSPACE, assert_close, assert_estimate, assert_same_bits
 
 from fastdiff import samplers
@@ -239,10 +240,15 @@ TABLES = {
     "ddim": lambda: ddim(SCHEDULE, 5, eta=0.7, prediction="v"),
     "dpmpp_2m": lambda: dpmpp_2m(SCHEDULE, 6, clip=(-0.5, 2.0), prediction="x0"),
     "every term": lambda: Sampler(
-        [(9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5), (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0), (2, 0.1, 1, 0, 0.5, -0.6, 0.3, 0.2)],
+        [
+            (9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5),
+            (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0),
+            (2, 0.1, 1, 0, 0.5, -0.6, 0.3, 0.2),
+        ],
         SCHEDULE,
         clip=(-0.7, 0.6),
     ),
+    "three back": lambda: three_back(SCHEDULE, clip=(-0.7, 0.6)),
 }
 tables = pytest.mark.parametrize("name", TABLES)
 
@@ -323,7 +329,7 @@ def test_the_timestep_is_an_int_and_the_state_is_the_denoisers_own(backend):
 
 
 @pytest.mark.parametrize("net", [MLP(7, hidden=(9, 5), T=12), MLP.tutorial(7, T=12)], ids=["default", "tutorial"])
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "three back"])
 def test_a_network_gives_the_same_bits_fused_and_stepwise(net, name):
     smp, at = TABLES[name](), {"n": 141, "seed": 5, "backend": "cpu"}
     fused = sample(scatter(net), smp, **at)
@@ -338,9 +344,10 @@ def test_a_network_gives_the_same_bits_fused_and_stepwise(net, name):
     assert_same_bits(path[0], normal((141, 7), seed=5, stream="init"))
 
 
-def test_backends_agree_on_a_network():
+@pytest.mark.parametrize("name", ["ddpm", "three back"])
+def test_backends_agree_on_a_network(name):
     net = scatter(MLP(7, hidden=(9, 5), T=12))
-    smp = ddpm(SCHEDULE, clip=1.0)
+    smp = TABLES[name]()
     assert_close(sample(net, smp, n=9, backend="cpu"), sample(net, smp, n=9, backend="numpy"), terms=12 * 32)
 
 
