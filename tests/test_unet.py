@@ -24,7 +24,7 @@ from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import UNet
 from fastdiff.nn.layers import NO_DRAW, Program
 from fastdiff.noise import Draw, Stream, fill_uniform
-from fastdiff.process import sample
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 NUMPY = get_backend("numpy")
