@@ -121,6 +121,11 @@ def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.gep(make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
 
 
+# A loop over several arrays asks first whether they overlap, and runs without vectors where two do, be it one array
+# that is given in place of another that the loop leaves alone. `load` and `store` say that it need not ask.
+APART = 8  # arrays that can be told apart
+
+
 def _known_apart(builder: Any, access: Any, number: int) -> Any:
     """Tell LLVM that an access to memory is to array `number`, which shares none with arrays of other numbers."""
     module = builder.module
@@ -131,14 +136,9 @@ def _known_apart(builder: Any, access: Any, number: int) -> Any:
     return access
 
 
-APART = 8  # numbers there are
-# A loop over many arrays would otherwise ask first whether any overlap, and run without vectors where some do, be it
-# that one array is given twice since the loop leaves it alone.
-
-
 @intrinsic(prefer_literal=True)  # type: ignore[misc]
 def load(typingctx, array, index, number):  # type: ignore[no-untyped-def]
-    """array[index], of an array that shares no memory with those that a kernel gives another number, 0 to 7."""
+    """array[index], of an array that shares no memory in use with those that a kernel gives another number below 8."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         access = builder.load(_element(context, builder, signature, args), align=array.dtype.bitwidth // 8)
