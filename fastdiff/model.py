@@ -33,7 +33,7 @@ from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, train
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
 
@@ -184,6 +184,8 @@ class Diffusion:
         decay_steps: int | None = None,
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
+        weighting: str = "uniform",
+        snr_gamma: float = 5.0,
         validation: Any = None,
         judge: bool | None = None,
         flip: bool = False,
@@ -208,7 +210,7 @@ class Diffusion:
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
-        lr, warmup, decay_steps, clip_norm, ema
+        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
             See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
             `steps`. Warm-up and decay are absolute steps.
         validation : float or array, optional
@@ -249,14 +251,14 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
+        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema, weighting=weighting, snr_gamma=snr_gamma)
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema",
+                "lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma",
                 str(plan),
                 f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
             )
@@ -293,11 +295,12 @@ class Diffusion:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
+        terms = loss_terms(schedule, self.prediction, optimizer.plan)
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
         validation = watch = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, self.prediction, self.seed)
+            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
