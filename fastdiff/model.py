@@ -120,8 +120,13 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
-        if net is not None and net.outputs != net.image[2]:
-            raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if net is not None and net.outputs != net.image[2] and not net.learned_variance:
+            wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
+            raise ArgumentError("net", f"{net.outputs} outputs", wants)
+        if net is not None and net.learned_variance and noise_shape is not None:
+            raise ArgumentError(
+                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+            )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
@@ -295,7 +300,7 @@ class Diffusion:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        terms = loss_terms(schedule, self.prediction, optimizer.plan)
+        terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
         validation = watch = None
         if parts.held_out is not None:
@@ -447,11 +452,13 @@ class Diffusion:
 
     def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
         """Return the table that `sample` runs for the name of a sampler: see there."""
-        _, schedule, normaliser = self._fitted()
+        net, schedule, normaliser = self._fitted()
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
         clip = None if normaliser.data_range is None else 1.0
+        if name == "ddpm" and net.learned_variance:
+            return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
         return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
 
     def sample(
