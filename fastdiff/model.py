@@ -452,14 +452,14 @@ class Diffusion:
             self._frozen = now, self.denoiser()
         return self._frozen[1]
 
-    def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
-        """Return the table that `sample` runs for the name of a sampler: see there."""
+    def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
+        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
         net, schedule, normaliser = self._fitted()
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
         clip = None if normaliser.data_range is None else 1.0
-        if name == "ddpm" and net.learned_variance:
+        if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
             return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
         return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
 
@@ -538,7 +538,7 @@ class Diffusion:
         if not isinstance(sampler, Sampler):
             if known is not None and method in ("repaint", "smc") and sampler == "auto":
                 sampler = "ddpm"
-            sampler = self.named_sampler(sampler, steps)
+            sampler = self.named_sampler(sampler, steps, given=known is not None)
             if known is not None and method not in ("replace", "repaint"):
                 sampler = sampler.unclipped()
         elif steps is not None:

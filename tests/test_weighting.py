@@ -254,6 +254,27 @@ def test_a_model_learns_its_variance(any_backend, tmp_path):
         assert_close(any_backend.to_numpy(drawn), on_host, terms=400)
 
 
+def test_derivatives_are_those_of_the_prediction(any_backend):
+    """And observations move the prediction alone."""
+    net, random, be = learner(), np.random.default_rng(0), any_backend
+    x, vectors = random.normal(size=(3, 24)).astype(np.float32), random.normal(size=(2, 3, 24)).astype(np.float32)
+    on = net.runner(be, be.asarray(net.flat))
+    images = x.reshape(3, 4, 3, 2)
+    back, forth = (be.to_numpy(getattr(on, name)(be.asarray(x), 4, be.asarray(vectors))) for name in ("vjp", "jvp"))
+    for k in range(2):
+        vector = vectors[k].reshape(images.shape)
+        want = net.vjp(images, 4, np.concatenate([vector, 0 * vector], axis=-1), backend="numpy")
+        assert_close(back[k], want.reshape(3, -1), terms=400)
+        want = net.jvp(images, 4, vector, backend="numpy")[..., :2]
+        assert_close(forth[k], want.reshape(3, -1), terms=400)
+    assert back.shape == forth.shape == vectors.shape
+    schedule, values = Schedule.cosine(10), np.full((4, 3, 2), np.nan)
+    values[0] = 0.3
+    table = samplers.ddpm(schedule, 5, prediction="v")
+    drawn = fd.sample(net, table, n=2, given=fd.Known(values), method="tmpd", backend=any_backend)
+    assert_close(be.to_numpy(drawn)[:, 0], np.full((2, 3, 2), 0.3), terms=1000)
+
+
 def test_other_numbers_of_outputs_are_refused():
     with pytest.raises(ArgumentError, match=r"net: got 3 outputs, wants 2, .* or twice as many for a learned variance"):
         fd.Diffusion(fd.UNet((4, 3, 2), channels=(4,), groups=2, blocks=1, T=10, outputs=3))

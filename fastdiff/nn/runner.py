@@ -72,14 +72,24 @@ class Runner(Evaluator):
         return self._product("jvp", self.fill_jvp, x, t, tangent, labels)
 
     def _product(self, kind: str, fill: Callable[..., None], x: Array, t: int, vector: Array, labels: Array) -> Array:
-        """A product in an array that the next one of its kind and size fills anew."""
+        """A product in an array that the next one of its kind and size fills anew; of the prediction alone."""
         net, be = self.net, self.be
+        shape, (*sides, channels) = vector.shape, net.image
+        if net.learned_variance and kind == "vjp":
+            whole = be.empty((*shape[:-1], *sides, net.outputs), net.dtype)
+            whole.fill(0)
+            whole[..., :channels] = be.asarray(vector, net.dtype).reshape(*shape[:-1], *net.image)
+            vector = whole
+        elif net.learned_variance:
+            shape = *shape[:-1], *sides, net.outputs
         kept = self._products.get(kind)
-        if kept is None or kept[0].shape != vector.shape:
-            kept = self._products[kind] = be.empty(vector.shape, net.dtype), be.empty((len(x),), np.int64)
+        if kept is None or kept[0].shape != shape:
+            kept = self._products[kind] = be.empty(shape, net.dtype), be.empty((len(x),), np.int64)
         out, steps = kept
         steps.fill(t)
         fill(out, be.asarray(x, net.dtype), steps, be.asarray(vector, net.dtype), labels)
+        if net.learned_variance and kind == "jvp":
+            out = be.asarray(out[..., :channels].reshape(*shape[:-3], -1))
         return be.asarray(out, x.dtype)
 
     @abstractmethod
