@@ -35,7 +35,7 @@ from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, train
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
 
@@ -122,8 +122,13 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
-        if net is not None and net.outputs != net.image[2]:
-            raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if net is not None and net.outputs != net.image[2] and not net.learned_variance:
+            wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
+            raise ArgumentError("net", f"{net.outputs} outputs", wants)
+        if net is not None and net.learned_variance and noise_shape is not None:
+            raise ArgumentError(
+                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+            )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
@@ -186,6 +191,8 @@ class Diffusion:
         decay_steps: int | None = None,
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
+        weighting: str = "uniform",
+        snr_gamma: float = 5.0,
         validation: Any = None,
         judge: bool | None = None,
         flip: bool = False,
@@ -210,7 +217,7 @@ class Diffusion:
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
-        lr, warmup, decay_steps, clip_norm, ema
+        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
             See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
             `steps`. Warm-up and decay are absolute steps.
         validation : float or array, optional
@@ -251,14 +258,14 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
+        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema, weighting=weighting, snr_gamma=snr_gamma)
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema",
+                "lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma",
                 str(plan),
                 f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
             )
@@ -295,11 +302,12 @@ class Diffusion:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
+        terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
         validation = watch = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, self.prediction, self.seed)
+            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
@@ -444,13 +452,15 @@ class Diffusion:
             self._frozen = now, self.denoiser()
         return self._frozen[1]
 
-    def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
-        """Return the table that `sample` runs for the name of a sampler: see there."""
-        _, schedule, normaliser = self._fitted()
+    def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
+        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        net, schedule, normaliser = self._fitted()
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
         clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
+        if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
+            return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
         options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
         return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
 
@@ -531,7 +541,7 @@ class Diffusion:
         if not isinstance(sampler, Sampler):
             if known is not None and method in ("repaint", "smc") and sampler == "auto":
                 sampler = "ddpm"
-            sampler = self.named_sampler(sampler, steps)
+            sampler = self.named_sampler(sampler, steps, given=known is not None)
             if known is not None and method not in ("replace", "repaint"):
                 sampler = sampler.unclipped()
         elif steps is not None:

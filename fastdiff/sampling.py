@@ -111,6 +111,8 @@ def sample(
     shaped = _shaped(noise_shape, width)
     if shaped is not None:
         refuse_clip(sampler)
+        if any(row.r != 0 for row in sampler.rows):
+            raise ArgumentError("sampler", "a table for a learned variance", "another, with a noise_shape")
     on_device = is_on_device(initial) if states is not None else backend != "auto"
     n = check_int("n", (16 if states is None else len(states)) if n is None else n, low=0)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
@@ -222,6 +224,9 @@ def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if denoiser.prediction not in (None, sampler.prediction):
         what = f"prediction {denoiser.prediction!r}"
         raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
+    if any(row.r != 0 for row in sampler.rows) and not getattr(denoiser, "learned_variance", False):
+        wants = "one that has: the table says how far a step's noise follows it"
+        raise ArgumentError("denoiser", "one without a learned variance", wants)
 
 
 def _labels(known: int | None, labels: Any, n: int) -> Any:

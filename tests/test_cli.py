@@ -120,6 +120,16 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+def test_losses_are_weighted(run):
+    assert run(f"{TRAIN} -o m.safetensors --steps 2 --weighting min_snr --snr-gamma 3")[0] == 0
+    plan = fd.load("m.safetensors")._optimizer.plan
+    assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
+    assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
+    assert code == 2
+    assert "--weighting cannot change with --resume" in err
+
+
 @pytest.mark.parametrize(
     ("options", "schedule", "prediction"),
     [

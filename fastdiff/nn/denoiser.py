@@ -42,6 +42,10 @@ class NetworkDenoiser:
         return self.net.classes
 
     @property
+    def learned_variance(self) -> bool:
+        return self.net.learned_variance
+
+    @property
     def T(self) -> int:
         return self.net.T
 
