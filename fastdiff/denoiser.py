@@ -97,7 +97,7 @@ class Denoiser(Protocol):
     ----------
     T : int or None
         Number of timesteps; None: not known, as for the other two.
-    prediction : {"noise", "x0", "v"} or None
+    prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is.
     shape : tuple of int or None
         Shape of one sample.

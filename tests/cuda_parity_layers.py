@@ -355,6 +355,24 @@ def squared_errors(be, size):
             assert_same_bits(be.to_numpy(dy), want)
 
 
+WEIGHTED = {"small": [(3, 5, 1, 3), (2, 33, 65, 1), (1, 2)], "full": [(64, 32, 32, 3), (5000, 50)]}
+
+
+@covers("pointwise", "weighted_error", "mean_of_chunks")
+def weighted_errors(be, size):
+    for shape in WEIGHTED[size]:
+        for columns in (1, 6):
+            outputs = (*shape[:-1], shape[-1] * (2 if columns > 1 else 1))
+            given = normals(1, *outputs), normals(2, *shape), normals(3, shape[0], columns)
+            want, want_loss = wide(unfilled(*outputs)), np.empty(1)
+            NUMPY.squared_error(*map(wide, given[:2]), want, want_loss, wide(given[2]))
+            for y, target, terms, dy in both_ways(be, *given, unfilled(*outputs)):
+                loss = be.empty((1,), np.float64)
+                be.squared_error(y, target, dy, loss, terms)
+                assert_close(be.to_numpy(loss), want_loss, dtype=F, terms=20)
+                assert_close(be.to_numpy(dy), want, terms=20)
+
+
 STEPS, BAD, ROWS = 7, 4, 3
 
 

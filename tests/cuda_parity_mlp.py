@@ -155,6 +155,25 @@ def training_gradients(be, size):
         compare_gradients(net, be.to_numpy(grads), want, n)
 
 
+@covers("pointwise", "take", "weighted_error")
+def weighted_gradients(be, size):
+    """A loss whose rows weigh by their timesteps."""
+    n = BATCH[size]
+    for net, wide in networks():
+        schedule = Schedule.cosine(net.T)
+        data = np.random.default_rng(3).normal(size=(103, net.points))
+        weights = np.random.default_rng(4).uniform(0.1, 2, size=(net.T, 1))
+        tables = schedule.signal, schedule.noise, np.ones(net.T), np.zeros(net.T)
+        draws = TrainingDraws(data, *tables, seed=2**63 + 5, terms=weights)
+        want = np.zeros_like(wide)
+        want_loss = NUMPY.mlp_train_gradient(net.plan, wide, draws, 12, n, want)
+        draws = draws._replace(data=data.astype(np.float32))
+        grads = be.asarray(np.zeros_like(net.flat))
+        loss = be.mlp_train_gradient(net.plan, be.asarray(net.flat), draws, 12, n, grads)
+        assert_close(np.float32(loss), want_loss, terms=terms(net))
+        compare_gradients(net, be.to_numpy(grads), want, n)
+
+
 @covers("optim", "square_sums", "finish_norm", "adamw")
 def training_steps(be, size):
     """Gradient and optimiser in one: loss and norm come back together, and what is not finite changes nothing."""

@@ -314,6 +314,21 @@ def test_the_small_layers_agree_with_the_reference(shape):
     assert_same_bits(dy, wanted)
 
 
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("shape", [(3, 7, 5, 3), (1, 1, 1, 1), (65, 2, 3, 2), (2, 33, 65, 1)])
+def test_a_loss_by_its_terms(shape, columns):
+    random = np.random.default_rng(0)
+    y = random.normal(size=(*shape[:-1], shape[-1] * (2 if columns > 1 else 1))).astype(F32)
+    target, terms = random.normal(size=shape).astype(F32), random.normal(size=(shape[0], columns)).astype(F32)
+    (dy, loss), (want, want_loss) = ((np.full(y.shape, np.nan, dtype), np.empty(1)) for dtype in (F32, np.float64))
+    CPU.squared_error(y, target, dy, loss, terms)
+    wide = (array.astype(np.float64) for array in (y, target, terms))
+    y, target, terms = wide
+    REFERENCE.squared_error(y, target, want, want_loss, terms)
+    assert_close(loss, want_loss, dtype=F32, terms=20)
+    assert_close(dy, want, terms=20)
+
+
 def test_gelu_far_from_zero():
     """Where x^2 is beyond float32, and at infinity: 0 or x, and a slope of 0 or 1."""
     x, out, dx = np.array([-np.inf, -3e38, -1e20, -11, 11, 1e20, 3e38, np.inf, np.nan], F32), unfilled(9), unfilled(9)
@@ -430,6 +445,12 @@ def layers(be, rows, whole=False):
         be.offset_backward(x, out[0])
         keep(out[0])
         be.squared_error(x, y, out, loss)
+        keep(out, loss)
+        doubled, terms = images(7, 40, 40, 32), images(8, 6)
+        slopes = unfilled(*doubled.shape)
+        be.squared_error(doubled, x, slopes, loss, terms)
+        keep(slopes, loss)
+        be.squared_error(y, x, out, loss, terms[:, :1].copy())
         keep(out, loss)
     return results
 

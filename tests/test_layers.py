@@ -5,7 +5,7 @@ import math
 import naive
 import numpy as np
 import pytest
-from gradcheck import assert_gradient
+from gradcheck import assert_gradient, differences
 from tolerances import assert_close
 
 from fastdiff.backends import get_backend
@@ -406,3 +406,37 @@ def test_squared_error():
         return loss[0]
 
     assert_gradient(value, y, dy)
+
+
+def loss_of(y, target, terms):
+    """The loss by its terms, value by value."""
+    y, target = y.reshape(len(y), -1, y.shape[-1]), target.reshape(len(y), -1, target.shape[-1])
+    channels, values = target.shape[-1], []
+    for row, pixel, channel in np.ndindex(target.shape):
+        w, *variance = terms[row]
+        d = y[row, pixel, channel] - target[row, pixel, channel]
+        values.append(w * d**2)
+        if variance:
+            (g, h, V, K, A), v = variance, y[row, pixel, channels + channel]
+            values[-1] += g * (h * v + (V + K * d**2) * math.exp(-h * v) + A)
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+def test_a_loss_by_its_terms(columns):
+    y, target, terms = arrays((3, 2, 2, 4 if columns > 1 else 2), (3, 2, 2, 2), (3, columns))
+    (dy,) = unset(y)
+    loss = np.empty(1)
+    NUMPY.squared_error(y, target, dy, loss, terms)
+    assert_close(loss, [loss_of(y, target, terms)])
+
+    def value(terms):
+        NUMPY.squared_error(y, target, np.empty_like(y), loss, terms)
+        return loss[0]
+
+    # The mean has the gradient of the squares alone: in the bound it is a constant.
+    squares = terms.copy()
+    squares[:, 1:2] = 0
+    want = differences(lambda: value(squares), y)
+    want[..., 2:] = differences(lambda: value(terms), y)[..., 2:]
+    np.testing.assert_allclose(dy, want, rtol=1e-6, atol=1e-9)

@@ -56,12 +56,15 @@ class Batch(NamedTuple):
     x, target : (n, ...) array
     t : (n,) int64 array
     labels : (n,) int64 array or None
+    terms : (n, columns) array or None
+        As of `LayerBackend.squared_error`; they are not drawn.
     """
 
     x: Array
     t: Array
     target: Array
     labels: Array | None = None
+    terms: Array | None = None
 
 
 class Recording(Protocol):
@@ -287,8 +290,14 @@ class LayerBackend(Backend, Protocol):
         ``first_block + j // 4`` of row i of the draw is below rate 2^32.
         """
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2."""
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2.
+
+        `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead. One column,
+        w, makes it w d^2 with d = y - target. With six, (w, g, h, V, K, A), y and `dy` have twice the channels of the
+        target, y = [mean, v], and the loss is ``w d^2 + g (h v + (V + K d^2) exp(-h v) + A)`` with d = mean - target:
+        the bound of a learned variance, in whose gradient d is a constant (Nichol and Dhariwal 2021, equation 16).
+        """
 
     def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
         """Do `adamw` with a loss that is given as an array of one value; `results` is as in `mlp_training`."""

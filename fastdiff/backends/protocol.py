@@ -187,6 +187,9 @@ class TrainingDraws(NamedTuple):
 
     Image networks also have the class of every data row, `labels` (N,), or None; with `flip` a picture is mirrored left
     to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
+
+    `terms` (T, columns) says what a row's loss is made of at its timestep: see `LayerBackend.squared_error`. None: its
+    squared error.
     """
 
     data: Array
@@ -197,6 +200,7 @@ class TrainingDraws(NamedTuple):
     seed: int
     labels: Array | None = None
     flip: bool = False
+    terms: npt.NDArray[np.float64] | None = None
 
 
 class TrainState(NamedTuple):

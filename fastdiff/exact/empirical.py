@@ -28,7 +28,7 @@ class Empirical(Exact):
         The data, N >= 1; float32 is kept as such.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -75,9 +75,15 @@ class Empirical(Exact):
         self._posterior(space, x, t, out, space("log_sum", (len(x),), x.dtype))
         if prediction == "x0":
             return
-        # noise = (x - alpha x0) / sigma and v = (alpha x - x0) / sigma, as alpha^2 + sigma^2 = 1.
+        # noise = (x - alpha x0) / sigma, and what is made of it is outer (x - inner x0). For v outer is alpha / sigma;
+        # where alpha is 0, so small a number takes its place that x does not count.
         alpha, sigma = self._levels(t)
-        inner, outer = (alpha, 1 / sigma) if prediction == "noise" else (1 / alpha, alpha / sigma)
+        inner, outer = alpha, 1 / sigma
+        if prediction == "velocity":
+            inner = alpha + sigma
+        elif prediction == "v":
+            alpha = np.maximum(alpha, 1e-20)
+            inner, outer = self.schedule.power[t] / alpha, alpha / sigma
         if np.ndim(t):
             inner, outer = (space.be.asarray(column[:, None], x.dtype) for column in (inner, outer))
         else:

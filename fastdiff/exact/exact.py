@@ -14,8 +14,7 @@ from fastdiff.backends import Array, Backend, backend_for
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_timesteps, is_on_device
 from fastdiff.exact.moments import Moments
-from fastdiff.samplers import PREDICTIONS
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import PREDICTIONS, Schedule
 
 PLAN_VALUES = 1 << 22  # of maps of rows that a denoiser keeps for their next use
 
@@ -39,7 +38,8 @@ class Exact(ABC):
 
     At timestep t the state is ``x = alpha x0 + sigma noise``, with alpha the signal and sigma the noise of the
     schedule, and the best predictions are conditional expectations given x: ``E[x0 | x]``, ``E[noise | x]``, which is
-    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``.
+    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``; the
+    velocity is noise - x0. alpha^2 + sigma^2 need not be 1.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Exact(ABC):
         The noise levels.
     T : int
         Number of timesteps of the schedule.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What `predict` returns.
     data : Moments
         Mean and covariance of the data.

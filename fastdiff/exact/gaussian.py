@@ -14,7 +14,7 @@ from fastdiff.covariance import check_covariance
 from fastdiff.errors import ArgumentError, check_array, check_float
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import Schedule, target
 
 
 class Gaussian(Exact):
@@ -38,7 +38,7 @@ class Gaussian(Exact):
         one of many dimensions and few directions.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -126,7 +126,7 @@ class Gaussian(Exact):
 
         Parameters
         ----------
-        prediction : {"noise", "x0", "v"}
+        prediction : {"noise", "x0", "v", "velocity"}
             Which one.
         t : int
             Timestep.
@@ -143,7 +143,9 @@ class Gaussian(Exact):
             return sigma / variance, -sigma * alpha / variance
         if prediction == "x0":
             return alpha * spectrum / variance, sigma**2 / variance
-        return alpha * sigma * (1 - spectrum) / variance, -sigma / variance
+        if prediction == "velocity":
+            return (sigma - alpha * spectrum) / variance, -sigma * (alpha + sigma) / variance
+        return alpha * sigma * (1 - spectrum) / variance, -sigma * self.schedule.power[t] / variance
 
     def _expect(self, space: Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
         def make() -> RowMap:
@@ -176,7 +178,7 @@ class Gaussian(Exact):
         def make() -> RowMap:
             law, gain = self.moments(t), self.affine(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
-            centre = {"noise": 0.0, "x0": 1.0, "v": -float(self.schedule.noise[t])}[prediction] * self.data.mean
+            centre = float(target(prediction, *self._levels(t))[1]) * self.data.mean
             if law.basis.shape[1] < self.d:
                 return law.scaling(factors, centre)
             return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)

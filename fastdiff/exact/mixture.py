@@ -39,7 +39,7 @@ class Mixture(Exact):
         Their covariances, as of `Gaussian`.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes

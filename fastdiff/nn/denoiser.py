@@ -22,7 +22,7 @@ class NetworkDenoiser:
         The architecture.
     flat : array
         The weights in use.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What its output is.
     backend : Backend
         Where `predict` runs.

@@ -135,13 +135,14 @@ class Program:
         self._tensors: dict[str, Value] = {}
         self._given: dict[str, Value] = {}
         self._fixed: set[str] = set()
-        self._own: dict[str, Array] = {}  # copies of what a run is given
+        self._own: dict[tuple[str, tuple[int, ...]], Array] = {}  # copies of what a run is given
         self._constants: dict[tuple[tuple[int, ...], float], Value] = {}
         self._convs: list[tuple[Conv, Value, Value, str]] = []
         self._prepared: Prepared | None = None
         self._forms: list[list[Array]] | None = None  # of the weights, where a run is given them
         self._target: Array = None
         self._loss: Array = None
+        self._terms: Array = None
         self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._resizes = False
         self._blocks: list[_Block] = []
@@ -431,9 +432,9 @@ class Program:
 
     def own(self, be: LayerBackend, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Return the program's own array of a name, always in the same place: where a run finds it, it copies none."""
-        if name not in self._own:
-            self._own[name] = be.empty(shape, dtype)
-        return self._own[name]
+        if (name, shape) not in self._own:
+            self._own[name, shape] = be.empty(shape, dtype)
+        return self._own[name, shape]
 
     def _copy(self, be: LayerBackend, name: str, array: Array) -> Array:
         own = self.own(be, name, array.shape, array.dtype)
@@ -528,6 +529,7 @@ class Program:
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
         target: Array | None = None,
+        terms: Array | None = None,
         *,
         vector: Array | None = None,
         forms: list[list[Array]] | None = None,
@@ -540,8 +542,9 @@ class Program:
         ----------
         be : LayerBackend
         params, given : mapping of str to array
-        grads, target : optional
-            Fill the former with the gradients of the mean squared error, and return that, as an array of one value.
+        grads, target, terms : optional
+            Fill the first with the gradients of the mean squared error, or of what the terms make of it
+            (`LayerBackend.squared_error`), and return that, as an array of one value.
         vector : array, optional
             The cotangent, like the output, of a program for "vjp", or the tangent, like "x", of one for "jvp".
         forms : list of list of array, optional
@@ -559,6 +562,7 @@ class Program:
             value.data, value.grad = params[name], None if grads is None else grads[name]
         if target is not None:
             self._target, self._loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
+        self._terms = None if terms is None else self._copy(be, "terms", terms)
         for (shape, number), value in self._constants.items():
             if value.data is None:
                 value.data = value.grad = be.empty(shape, next(iter(params.values())).dtype)
@@ -571,7 +575,8 @@ class Program:
         body = partial(self._work, be, grads is not None)
         if record is not None and self._repeats and (be.repeats_resize or not self._resizes):
             tensor = next(iter(self._tensors.values()))  # the others lie as far from it as ever
-            record([tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))], body).run()
+            places = [tensor.data, tensor.grad, self._terms, *(given[name] for name in sorted(self._fixed))]
+            record(places, body).run()
         else:
             body()
         for value in self._given.values():
@@ -598,7 +603,7 @@ class Program:
             if self.purpose == "jvp" and operation.tangent is not None and operation.makes[0].varies:
                 operation.tangent(be)
         if backward:
-            be.squared_error(self.output.data, self._target, self.output.grad, self._loss)
+            be.squared_error(self.output.data, self._target, self.output.grad, self._loss, self._terms)
         elif self.purpose != "vjp":
             return
         for operation in reversed(self._operations):

@@ -92,7 +92,7 @@ class Network(ABC):
         Names, shapes and places of the tensors in `flat`.
     flat : (layout.size,) array
         All parameters in one buffer.
-    prediction : {"noise", "x0", "v"} or None
+    prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where that is known.
     """
 

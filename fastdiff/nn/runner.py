@@ -310,7 +310,7 @@ class ProgramRunner(Runner):
 
     # ------------------------------------------------------------------------------------------- training
 
-    def batch(self, n: int, *, labels: bool) -> Batch:
+    def batch(self, n: int, *, labels: bool, columns: int = 0) -> Batch:
         """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
 
         Parameters
@@ -319,6 +319,8 @@ class ProgramRunner(Runner):
             Number of samples.
         labels : bool
             Whether there are labels.
+        columns : int, optional
+            Of the terms; 0: there are none.
 
         Returns
         -------
@@ -331,12 +333,17 @@ class ProgramRunner(Runner):
             return Batch(
                 program.own(be, "x", (n, *net.image), net.dtype),
                 program.own(be, "t", (n,), np.int64),
-                program.own(be, "target", (n, *net.image[:2], net.outputs), net.dtype),
+                program.own(be, "target", self._target_shape(n, columns), net.dtype),
                 program.own(be, "labels", (n,), np.int64) if labels else None,
+                program.own(be, "terms", (n, columns), net.dtype) if columns else None,
             )
 
+    def _target_shape(self, n: int, columns: int) -> tuple[int, ...]:
+        """Of a loss with more than one column half of the outputs have a target."""
+        return n, *self.net.image[:2], self.net.outputs // (2 if columns > 1 else 1)
+
     def gradient(self, batch: Batch, grads: Array, draw: Draw = NO_DRAW) -> Array:
-        """Fill `grads` with the gradient of the mean squared error, and return that as an array of one value.
+        """Fill `grads` with the gradient of the loss, and return that as an array of one value.
 
         The padding between the tensors of `grads` must be zero, and stays so. Memory is reused from step to step.
 
@@ -354,20 +361,26 @@ class ProgramRunner(Runner):
         """
         n, image = len(batch.x), self.net.image
         given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t, "labels": batch.labels}
-        target = _shaped(batch.target, (n, *image[:2], self.net.outputs))
+        terms = batch.terms
+        target = _shaped(batch.target, self._target_shape(n, 0 if terms is None else terms.shape[1]))
         with self.memory.lock:
             views = self.net.layout.views(grads)
-            return self._laid(n, "training").run(self.be, self.params, self._given(given), views, target, draw=draw)
+            laid = self._laid(n, "training")
+            return laid.run(self.be, self.params, self._given(given), views, target, terms, draw=draw)
 
     def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
         """Do `gradient` for n positions of a training batch, from `first` on."""
-        batch = self.batch(n, labels=draws.labels is not None)
+        columns = 0 if draws.terms is None else draws.terms.shape[1]
+        batch = self.batch(n, labels=draws.labels is not None, columns=columns)
         self.be.draw_batch(draws, batch, step, first)
+        if columns:
+            self.be.take(draws.terms, batch.t, batch.terms)
         return self.gradient(batch, grads, Draw(draws.seed, Stream.DROPOUT, step, first))
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
-        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels)
+        terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
+        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels, terms=terms)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)
         return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)

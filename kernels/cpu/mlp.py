@@ -501,7 +501,7 @@ def gradient_tile(
 
     With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
     `partial` becomes the gradient of W and bias, loss[0] the sum of squared errors, `dtime` the gradients of the
-    tile's rows of the time table.
+    tile's rows of the time table. A fifth table, where there is one, weights a row's squared errors by its timestep.
     """
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
@@ -525,6 +525,11 @@ def gradient_tile(
         difference = y[i] - target[i]
         dy[i] = difference * scale
         squares[i] = difference * difference
+    for i in range(rows if len(tables) > 4 else 0):
+        weight, slopes, errors = tables[4, times[i]], dy[i * e : (i + 1) * e], squares[i * e : (i + 1) * e]
+        for j in range(e):
+            slopes[j] *= weight
+            errors[j] *= weight
     if given and len(linear[0]) > 0:
         _linear_part(rows, d, dy, 0, dx, begin * d, False, arena, len(slots), times, linear)
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)

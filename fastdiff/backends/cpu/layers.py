@@ -257,8 +257,19 @@ class LayerOperations(ConvOperations):
             )  # fmt: skip
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        k, size = pointwise_kernels, y.size
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        k, size = pointwise_kernels, target.size
+        if terms is not None:
+            n, values = len(target), size // max(1, len(target))
+            with self._workers.lock:
+                sums = self._scratch("errors", 2 * n).view(np.float64)
+                scale = np.array([2 / max(size, 1)], np.float32)
+                flat = y.reshape(-1), target.reshape(-1), dy.reshape(-1), terms
+                self._do(
+                    [(k.weighted_error_range, (*flat, values, target.shape[-1], scale, sums), n, _work(True, values))],
+                    [(k.mean_of_blocks, (sums, size, loss), 1, 0.0)],
+                )
+            return
         blocks = -(-size // k.BLOCK)
         with self._workers.lock:
             sums = self._scratch("errors", 2 * blocks).view(np.float64)

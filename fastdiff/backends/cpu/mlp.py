@@ -227,7 +227,9 @@ class MLPOperations(StepOperations):
             net = self._network(plan)
             net.grow(batch)
             if net.draws is not draws:
-                net.draws, net.tables, net.keys = draws, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+                terms = [] if draws.terms is None else [draws.terms[:, 0]]
+                net.draws, net.keys = draws, round_keys(draws.seed)
+                net.tables = np.array([*draws[1:5], *terms], np.float32)
             keys = net.keys
             mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
             mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)

@@ -334,7 +334,7 @@ class LayerOperations(ConvOperations):
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
-            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch, n, size, width, channels,
+            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4], n, size, width, channels,
             len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
@@ -349,11 +349,14 @@ class LayerOperations(ConvOperations):
 
     repeats_resize = True
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        size = y.size
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        size = target.size
         chunks = -(-size // ERROR_CHUNK)
         with self._lock:
             sums = self._scratch("errors", chunks, np.float64)
-            args = (y, target, dy, size, np.float32(2 / max(1, size)), sums)
-            self._launch_layer("pointwise", "squared_error", chunks * THREADS, args, THREADS)
+            scale = np.float32(2 / max(1, size))
+            entry, args = "squared_error", (y, target, *(() if terms is None else (terms,)), dy, size)
+            if terms is not None:
+                entry, args = "weighted_error", (*args, size // max(1, len(target)), target.shape[-1], terms.shape[1])
+            self._launch_layer("pointwise", entry, chunks * THREADS, (*args, scale, sums), THREADS)
             self.runtime.launch("pointwise", "mean_of_chunks", 1, THREADS, (sums, chunks, size, loss))

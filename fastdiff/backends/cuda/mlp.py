@@ -178,7 +178,7 @@ class _Network:
         self.buffers: dict[str, Array] = {}
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
-        self.data = self.tables = None
+        self.data = self.tables = self.terms = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
     def use(self, draws: TrainingDraws) -> None:
@@ -187,6 +187,7 @@ class _Network:
             self.draws, self.keys, self.moves = draws, round_keys(draws.seed), self.moves + 1
             self.data = self.runtime.asarray(draws.data, np.float32)
             self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
+            self.terms = None if draws.terms is None else self.runtime.asarray(draws.terms, np.float32)
 
     def grow(self, n: int) -> None:
         """Have buffers for a gradient of n samples."""
@@ -196,7 +197,7 @@ class _Network:
         widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
         self.buffers = {
             "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
-            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)),
+            "t": empty((n,), np.int64), "terms": empty((n, 1)), "dtime": empty((n, plan.time_width)),
             "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
             "d0": empty((n * widest,)), "d1": empty((n * widest,)),
         }  # fmt: skip
@@ -363,7 +364,12 @@ class MLPOperations(LayerOperations, RecordingOperations):
 
     def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
         """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
-        self._gradient(net, params, *self._draw(net, step), grads, None)
+        x, t, target = self._draw(net, step)
+        terms = None
+        if net.terms is not None:
+            terms = net.buffers["terms"]
+            self.take(net.terms, t, terms)
+        self._gradient(net, params, x, t, target, grads, None, terms)
         return net.loss
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
@@ -474,7 +480,15 @@ class MLPOperations(LayerOperations, RecordingOperations):
         self._launch("mlp_add_part", x.size, y, product, x, part.values[part.rest :] if part.rest else None, t, n, d)
 
     def _gradient(
-        self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
+        self,
+        net: _Network,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        dx: Array | None,
+        terms: Array | None = None,
     ) -> None:
         """Fill `grads`, net.loss and, where given, dx."""
         plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
@@ -483,7 +497,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         self._add_part(net, x, inputs[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
-        self.squared_error(inputs[-1], target, dy, net.loss)
+        self.squared_error(inputs[-1], target, dy, net.loss, terms)
         of_output = None
         if dx is not None and net.part is not None:
             of_output = self.runtime.empty(x.shape)

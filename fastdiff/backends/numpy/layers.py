@@ -215,8 +215,8 @@ class LayerOperations(ConvOperations):
         kept = words.reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
         out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        loss[0], dy[...] = squared_error(y, target)
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        loss[0], dy[...] = squared_error(y, target, terms)
 
 
 def _grouped(x: Array, groups: int) -> Array:

@@ -42,9 +42,14 @@ class MLPOperations(StepOperations):
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
+        return self._gradient(plan, params, x, t, target, grads, None)
+
+    def _gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array, terms: Array | None
+    ) -> tuple[float, Array]:
         with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
             y, saved = _mlp_forward(plan, params, x, t)
-            loss, dy = squared_error(y, target)
+            loss, dy = squared_error(y, target, terms)
             dx = _mlp_backward(plan, params, dy, t, saved, grads)
             return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
 
@@ -69,7 +74,8 @@ class MLPOperations(StepOperations):
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
         x, t, target = draw_batch(draws, plan.T, step, batch)
-        return self.mlp_gradient(plan, params, x, t, target, grads)[0]
+        terms = None if draws.terms is None else draws.terms[t]
+        return self._gradient(plan, params, x, t, target, grads, terms)[0]
 
     def mlp_chain(
         self,
