@@ -89,7 +89,7 @@ def sample(
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = backend_for(backend, initial=initial)
     source = denoiser_of(denoiser)
-    _check_agreement(source, sampler)
+    check_agreement(source, sampler)
     states = None if initial is None else _states("initial", initial, be)
     shape = _sample_shape(source.shape, shape, states)
     width = _width((0, *shape))
@@ -103,7 +103,7 @@ def sample(
     else:
         n = check_int("n", 16 if n is None else n, low=0)
         x = be.empty((n, width))
-    given = _labels(source.classes, labels, n)
+    given = checked_labels(source.classes, labels, n)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
     draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample), source.on(be, shape)
     batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
@@ -165,7 +165,7 @@ def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Call
     return step
 
 
-def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
+def check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if denoiser.T not in (None, sampler.schedule.T):
         raise ArgumentError("denoiser", f"T = {denoiser.T}", f"T = {sampler.schedule.T}, the sampler's schedule")
     if denoiser.prediction not in (None, sampler.prediction):
@@ -173,7 +173,7 @@ def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
         raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
 
 
-def _labels(known: int | None, labels: Any, n: int) -> Any:
+def checked_labels(known: int | None, labels: Any, n: int) -> Any:
     """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
     if labels is None:
         if known not in (None, ANY_CLASSES):
