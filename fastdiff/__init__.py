@@ -6,7 +6,7 @@
 >>> new = model.sample(16)  # doctest: +SKIP
 """
 
-from fastdiff import covariance, data, denoisers, errors, nn, noise, samplers
+from fastdiff import covariance, data, denoisers, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.interop import load_diffusers
 from fastdiff.model import Diffusion, load
@@ -40,6 +40,7 @@ __all__ = [
     "forward_chain",
     "forward_noise",
     "get_backend",
+    "likelihood",
     "load",
     "load_diffusers",
     "nn",

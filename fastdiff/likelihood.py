@@ -41,6 +41,7 @@ MOST_DRAWS = 1 << 12  # so that t + 2^20 draw has 32 bits
 BATCH_VALUES = 1 << 21  # of states, or of Jacobians, that are worked on at once
 ROUNDINGS = 64.0  # units in the last place within which an inverted row is exact
 MOST_TURNS, MOST_HALVINGS = 30, 10  # of Newton's method, and of one of its steps
+STALLED = 0.9  # a step that leaves so much of what was missing is the last one
 KRYLOV = 24  # dimension of the spaces that stand for M^T M where it is not built
 BYTE = 2 / 255  # distance of two bytes in -1 .. 1
 
@@ -91,7 +92,8 @@ class LogDensity:
         of that. Beyond some 1e-10 in float64, or 1e-5 in float32, Newton's method has not found an inverse.
     negative : (N,) int64 or None
         Of "table": how many rows of the table turn the orientation around, det M < 0. Where there are some, several
-        states may lead to this one, and the value is the density of one branch; None: determinants had no sign.
+        states lead to this one, and the value is the density of one branch. 0 does not prove that there is but one:
+        long steps of a crooked network fold without it. None: the determinants had no sign.
     """
 
     values: Float64
@@ -355,13 +357,11 @@ def _errors(
     with progress_bar(show=progress, total=s.T * len(parts), desc="scoring", leave=False) as bar:
         for part, some in parts:
             be, x0 = some.be, some.x0
-            x, eps, steps = be.empty(x0.shape, x0.dtype), be.empty(x0.shape, x0.dtype), be.empty((len(x0),), np.int64)
-            real = x0.dtype.type
+            x, eps, real = be.empty(x0.shape, x0.dtype), be.empty(x0.shape, x0.dtype), x0.dtype.type
             for t in range(s.T):
-                steps.fill(t)
                 for draw in range(draws):
-                    where = Draw(seed, Stream.PROBE, t + VISIT * draw, some.first)
-                    be.forward_noise(x0, steps, s.signal, s.noise, x, eps, where)
+                    be.normal(eps, Draw(seed, Stream.PROBE, t + VISIT * draw, some.first))
+                    x[...] = real(s.signal[t]) * x0 + real(s.noise[t]) * eps
                     out = some.evaluator.evaluate(x, t, some.labels)
                     if kept is not None and t == 0:
                         kept[draw, part] = be.to_numpy(x) * p[0] + be.to_numpy(out) * q[0]
@@ -590,10 +590,11 @@ def _inverted(rows: _Rows, how: _Exact | _Krylov, row: Row, y: Float64) -> tuple
     x = y / a if b == 0 else y.copy()
     rest, missed = missing(x)
     M = how.at(x, t, (a, b))
+    going = missed > tolerance
     for _ in range(MOST_TURNS):
-        going = missed > tolerance
         if not going.any():
             break
+        before = missed.copy()
         step = how.solve(M, rest)
         better, factor = np.zeros(len(x), bool), np.ones(len(x))
         for _ in range(MOST_HALVINGS):
@@ -605,7 +606,7 @@ def _inverted(rows: _Rows, how: _Exact | _Krylov, row: Row, y: Float64) -> tuple
             if (better | ~going).all():
                 break
             factor[going & ~better] /= 2
-        if not better.any():
-            break
-        M = how.at(x, t, (a, b))
+        going &= (missed > tolerance) & (missed < STALLED * before)
+        if better.any():
+            M = how.at(x, t, (a, b))
     return x, M, missed
