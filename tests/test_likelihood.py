@@ -346,3 +346,87 @@ def test_bad_denoisers():
     without.vjp = None
     with pytest.raises(ArgumentError, match=r"^denoiser: got a function, wants one with derivatives"):
         log_density(without, ROW)
+
+
+# ------------------------------------------------------------------------------------------- models
+
+ROWS = (np.random.default_rng(2).normal(size=(80, 9)) @ np.diag(np.linspace(3, 0.3, 9)) + 4).astype(np.float32)
+UNITS = {
+    "all": {"scale": "all"},
+    "column": {"scale": "column"},
+    "shaped": {"noise_shape": fd.NoiseShape.diagonal(np.linspace(0.5, 4, 9))},
+}
+
+
+def gaussian_model(rows=ROWS, dtype="float64", **options):
+    """A model that is the Gaussian of its rows: a base that nothing has been added to."""
+    net = fd.MLP(9, hidden=(4,), T=60, dtype=dtype)
+    made = fd.Diffusion(net, fd.Schedule.cosine(60), base="gaussian", backend="numpy", **options)
+    return made.fit(rows.astype(np.float64), steps=0, progress=False, judge=False)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_a_model_scores_in_the_units_of_the_data(units):
+    model = gaussian_model(**UNITS[units])
+    base, normaliser = model._gaussian, model.normaliser
+    cov = base.axes @ np.diag(base.variances) @ base.axes.T
+    smp = fd.samplers.ddim(model.schedule, 60, prediction=model.prediction)
+    exact = fd.denoisers.Gaussian(np.zeros(9), cov, model.schedule, prediction=model.prediction)
+    law = fd.denoisers.exact_chain(exact, smp)
+    # The law in the data's units, by its mean and covariance there.
+    mean = normaliser.invert(law.mean[None].copy(), fd.get_backend("numpy"))[0]
+    moved = [normaliser.invert(row[None].copy(), fd.get_backend("numpy"))[0] - mean for row in law.mean + np.eye(9)]
+    A = np.array(moved).T
+    want = gaussian(ROWS[:5] - mean, A @ law.cov @ A.T)
+    np.testing.assert_allclose(model.score_samples(ROWS[:5]), want, atol=DENSITY)
+    np.testing.assert_allclose(model.score(ROWS[:5]), want.mean(), atol=DENSITY)
+    # Other units: a density per thousandth.
+    larger = gaussian_model(1000 * ROWS, **(UNITS[units] if units != "shaped" else {"scale": "all"}))
+    if units != "shaped":
+        np.testing.assert_allclose(larger.score_samples(1000 * ROWS[:5]), want - 9 * math.log(1000), atol=1e-4)
+
+
+def test_a_model_bounds_itself():
+    model = gaussian_model()
+    found = model.bound(ROWS, draws=4)
+    inside = bound(
+        model.denoiser(), model.normaliser.apply(ROWS, np.float64), draws=4, seed=model.seed, backend="numpy"
+    )
+    np.testing.assert_allclose(found.per_row - inside.per_row, -model.normaliser.log_det(9))
+    np.testing.assert_allclose(found.total - inside.total, -model.normaliser.log_det(9))
+    assert found.total > -model.score(ROWS)
+    assert found.total_stderr > 0
+
+
+def test_a_model_in_float32():
+    wide, narrow = gaussian_model(), gaussian_model(dtype="float32")
+    found = narrow.log_density(ROWS[:4])
+    np.testing.assert_allclose(found.values, wide.score_samples(ROWS[:4]), atol=DENSITY_FLOAT32)
+    assert found.residual.max() < 1e-5
+    # A float32 network beside rows in float64: Newton's method stops where it gets no nearer.
+    inside = wide.normaliser.apply(ROWS[:4], np.float64)
+    again = log_density(narrow.denoiser(), inside, backend="numpy", seed=1)
+    assert again.residual.max() < 1e-5
+    denoised = narrow.log_density(ROWS[:4], method="denoising", probes=8)
+    assert (np.abs(denoised.values - found.values) < SIGMAS * denoised.stderr + 0.5).all()
+
+
+def test_a_model_of_pictures_with_classes():
+    net = fd.UNet((4, 4, 1), channels=(4,), blocks=1, T=8, classes=2, attention=(True,))
+    rows = np.random.default_rng(0).integers(0, 256, size=(12, 4, 4, 1)).astype(np.uint8)
+    labels = np.arange(12) % 2
+    model = fd.Diffusion(net, fd.Schedule.cosine(8), backend="cpu").fit(rows, labels, steps=3, batch=4, progress=False)
+    by_table = model.log_density(rows[:3], labels[:3])
+    assert by_table.residual.max() < 1e-4
+    traced = model.log_density(rows[:3], labels[:3], trace="hutchinson", probes=12)
+    assert (np.abs(traced.values - by_table.values) < SIGMAS * traced.stderr).all()
+    others = model.score_samples(rows[:3], 1 - labels[:3])
+    assert (others != by_table.values).all()
+    coded = model.bound(rows, labels, decoder="bytes")
+    assert coded.terms[0] > 0
+    with pytest.raises(ArgumentError, match=r"^y: "):
+        model.score_samples(rows)
+    with pytest.raises(ArgumentError, match=r"^X: got dtype float64, wants bytes"):
+        model.score_samples(rows / 1.0, labels)
+    with pytest.raises(fd.errors.TrainingError):
+        fd.Diffusion().score(ROWS)

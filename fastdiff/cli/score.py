@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "familiar row has a low number, a strange one a high one.",
         "examples:\n"
         "  fastdiff score m.safetensors curves.csv -o nll.csv\n"
-        "  fastdiff score m.safetensors curves.csv -o nll.csv --bits --plot bound.png\n",
+        "  fastdiff score m.safetensors curves.csv -o nll.csv --bits --plot terms.png\n",
     )
     score.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     score.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")

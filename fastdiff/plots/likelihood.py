@@ -21,8 +21,8 @@ def bound(terms: npt.ArrayLike, stderr: npt.ArrayLike) -> Figure:
     Parameters
     ----------
     terms, stderr : (T + 1,) array_like
-        As of `fastdiff.likelihood.Bound`. Those of the decoder and of the prior are numbers in the title: the first is
-        of another kind, and the last one small.
+        As of `fastdiff.likelihood.Bound`. Those of the decoder and of the prior are numbers below: the first is of
+        another kind, and the last one small.
     """
     terms = check_array("terms", terms, shape=(None,), dtype=np.float64)
     stderr = check_array("stderr", stderr, shape=terms.shape, finite=False, dtype=np.float64)
@@ -37,11 +37,8 @@ def bound(terms: npt.ArrayLike, stderr: npt.ArrayLike) -> Figure:
         axes.axhline(0, color=GREY, linewidth=0.6)
         # The steps next to the data cost many times what the others do.
         axes.set_yscale("symlog", linthresh=max(float(np.median(np.abs(steps))), 1e-12))
-        axes.set(
-            title=f"Bound {terms.sum():.4g} nats: decoder {terms[0]:.4g}, steps {steps.sum():.4g}, prior {terms[-1]:.2g}",
-            xlabel="timestep t",
-            ylabel="nats",
-        )
+        others = f"and decoder {terms[0]:.4g}, prior {terms[-1]:.2g} nats"
+        axes.set(title=f"Bound: {terms.sum():.4g} nats", xlabel=f"timestep t; {others}", ylabel="nats")
         whole_numbers(axes)
         legend(axes)
     return figure
