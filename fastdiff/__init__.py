@@ -6,7 +6,7 @@
 >>> new = model.sample(16)  # doctest: +SKIP
 """
 
-from fastdiff import covariance, data, denoisers, errors, nn, noise, samplers
+from fastdiff import covariance, data, denoisers, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.conditioning import condition
 from fastdiff.interop import load_diffusers
@@ -42,6 +42,7 @@ __all__ = [
     "forward_chain",
     "forward_noise",
     "get_backend",
+    "likelihood",
     "load",
     "load_diffusers",
     "nn",

@@ -487,10 +487,41 @@ def test_a_schedule_is_warned_of_once_where_a_figure_is_drawn(run):
     assert warned == alone
 
 
+# --------------------------------------------------------------------------------------- score
+
+
+def test_score(run, model):
+    code, out, _ = run("score m.safetensors curves.csv -o nll.csv --plot bound.png --quiet --backend numpy")
+    assert code == 0
+    assert re.search(r"^nll\.csv: -log p of 64 rows$", out, re.M)
+    assert re.search(r"^  nats a row +-?[\d.]+$", out, re.M)
+    assert Path("bound.png").read_bytes().startswith(b"\x89PNG")
+    nats = np.loadtxt("nll.csv", delimiter=",", skiprows=1)
+    assert Path("nll.csv").read_text().splitlines()[0] == "nats,stderr"
+    loaded = fd.load("m.safetensors", backend="numpy")
+    np.testing.assert_allclose(nats[:, 0], -loaded.score_samples(load_curves("curves.csv")), rtol=1e-6)
+    run("score m.safetensors curves.csv -o bits.csv --bits --quiet --backend numpy")
+    bits = np.loadtxt("bits.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(bits[:, 0], nats[:, 0] / (12 * np.log(2)), rtol=1e-6)
+    run("score m.safetensors curves.csv -o d.csv --method denoising --probes 2 --quiet --backend numpy")
+    assert (np.loadtxt("d.csv", delimiter=",", skiprows=1)[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("-o nll.txt", r"\.csv"), ("-o nll.csv --probes 0", "--probes"), ("-o nll.csv --plot b.doc", r"b\.doc")],
+)
+def test_bad_scores(run, model, options, said):
+    code, _, err = run(f"score m.safetensors curves.csv --quiet {options}")
+    assert code == 2
+    assert re.match(rf"fastdiff: error: .*{said}", err)
+    assert files() == ["curves.csv", "m.safetensors"]
+
+
 # --------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "score", "info"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command.split(), "--help"])
@@ -505,7 +536,7 @@ def test_help_teaches(command, capsys):
 
 def test_examples_in_the_help_are_options_that_exist(capsys):
     parser = cli.build_parser()
-    for command in ("", "demo", "train", "sample", "info"):
+    for command in ("", "demo", "train", "sample", "score", "info"):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
         for line in re.findall(r"^  fastdiff (.*?)(?:   .*)?$", capsys.readouterr().out, re.M):

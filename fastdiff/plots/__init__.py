@@ -18,6 +18,7 @@ from fastdiff.plots.curves import (
     reverse_lines,
 )
 from fastdiff.plots.evaluation_page import evaluation
+from fastdiff.plots.likelihood import bound
 from fastdiff.plots.pictures import animation, image_grid, image_trace
 from fastdiff.plots.speed import scaling, shares
 from fastdiff.plots.style import BLUE, ENDINGS, GREY, ORANGE, RED, STYLE, check_available, save, write
@@ -32,6 +33,7 @@ __all__ = [
     "STYLE",
     "animation",
     "around_target",
+    "bound",
     "check_available",
     "convergence",
     "covariances",
