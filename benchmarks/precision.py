@@ -17,7 +17,6 @@ Without --steps and --quick the results go to ``results/precision-cpu.json`` and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from machine import header
-from readme_numbers import RESULTS, table, write
+from report import RESULTS, Precision, PrecisionReport, finish
 
 from fastdiff.backends.cpu import Array, CpuBackend
 from fastdiff.backends.numpy import NumpyBackend
@@ -90,7 +89,7 @@ def learnt(be: CpuBackend, steps: int, batch: int, drawn: int) -> tuple[Array, d
     }
 
 
-def compared(steps: int, batch: int, drawn: int, threads: int) -> list[dict[str, Any]]:
+def compared(steps: int, batch: int, drawn: int, threads: int) -> list[Precision]:
     """Learn with both precisions; return the rows of the table."""
     losses, found = [], []
     for name, backend in (("float32", CpuBackend), ("bf16", RoundedBackend)):
@@ -99,12 +98,10 @@ def compared(steps: int, batch: int, drawn: int, threads: int) -> list[dict[str,
         losses.append(last)
         found.append(figures)
         print(f"{name}: {steps} steps and {drawn} digits in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    rows: list[dict[str, Any]] = [
-        {"what": what, "float32": ours, "bf16": found[1][what]} for what, ours in found[0].items()
-    ]
+    rows = [Precision(what=what, float32=ours, bf16=found[1][what]) for what, ours in found[0].items()]
     for row in rows[:2]:
-        row["ratio"], row["wanted"] = row["bf16"] / row["float32"], BOUND
-    rows[0]["error"] = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
+        row.ratio, row.wanted = row.bf16 / row.float32, BOUND
+    rows[0].error = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
     return rows
 
 
@@ -117,15 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
     args = parser.parse_args(argv)
     sizes = (4, 8, 8) if args.quick else (args.steps, BATCH, DRAWN)
-    results: dict[str, Any] = {"header": header(args.threads), "steps": sizes[0], "batch": sizes[1]}
-    results["precision"] = rows = compared(*sizes, args.threads)
-    print(table(results), end="")
-    output = args.output or (RESULTS if sizes == (STEPS, BATCH, DRAWN) else None)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "precision-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "precision-cpu.md", table(results))
-    return int(any(not row["ratio"] <= row["wanted"] for row in rows if "wanted" in row))
+    report = PrecisionReport(header(args.threads), *sizes[:2], compared(*sizes, args.threads))
+    print(report.table(), end="")
+    finish(report, "precision-cpu", args.output or (RESULTS if sizes == (STEPS, BATCH, DRAWN) else None), [])
+    return int(any(row.ratio is not None and not row.ratio <= row.wanted for row in report.precision))
 
 
 if __name__ == "__main__":
