@@ -256,7 +256,7 @@ def image_sampling(folder: Any, start: Any, few: Any, rows: Any, clip: tuple[flo
         def step(x: Any, t: Any, row: Any) -> Any:
             out = net(x, t.expand(len(x)))
             x0 = (row[0] * x + row[1] * out).clamp(*clip)
-            return row[2] * x + row[3] * x0 + row[5] * out  # DDIM remembers no x0 and draws no noise
+            return row[2] * x + row[3] * x0 + row[7] * out  # DDIM remembers no x0 and draws no noise
 
         return step
 

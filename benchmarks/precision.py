@@ -26,7 +26,8 @@ import numpy as np
 from machine import header
 from report import RESULTS, Precision, PrecisionReport, finish
 
-from fastdiff.backends.cpu import Array, CpuBackend
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu.workers import Array
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.data import energy_distance
 

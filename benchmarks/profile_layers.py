@@ -29,8 +29,8 @@ from report import RESULTS, Cost, LayerCost, Pass, ProfileReport, finish
 import fastdiff as fd
 from fastdiff import bench
 from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu.workers import Script
 from fastdiff.backends.layers import Conv, LayerBackend
-from fastdiff.backends.workers import Script
 from fastdiff.bench.networks import CHANNELS, PicturesForward, training_only, untrained
 
 PASSES = 9

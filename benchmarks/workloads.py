@@ -136,7 +136,7 @@ class ConvInputGradient(Conv):
     peer_name = "torch convolution_backward (oneDNN), channels-last"
 
     def filling(self, be: Any) -> Run:
-        from fastdiff.backends import cpu_conv
+        from fastdiff.backends.cpu import conv as cpu_conv
 
         (geometry, _, w, _, dy), dx = self.arrays(be), self.empty(be)
         nothing, product = cpu_conv.NOTHING, cpu_conv._product(geometry, dx.shape, dy.shape[3], True)

@@ -25,37 +25,36 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
-        """Return the output (n, D) for x (n, D); valid until the next call."""
+        """Return the output (n, D) for x (n, D), or (2, n, D) with a learned variance; valid until the next call."""
 
     def step(
         self,
         x: Array,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
         labels: Array = None,
     ) -> None:
-        """Change x, and `previous` where it is given, by one row of a table: see `Backend.sampler_step`."""
-        out = self.evaluate(x, row.t, labels) if row.q != 0 or row.e != 0 else None
-        self.be.sampler_step(x, out, previous, row, clip, draw.at(row.t))
+        """Change x, and the memory of the rows before, by one row of a table: see `Backend.sampler_step`."""
+        out = self.evaluate(x, row.t, labels) if row.evaluates else None
+        self.be.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:
         """Change x by all rows of a table, one after the other."""
-        previous = memory(self.be, x, rows)
+        memory = memory_of(self.be, x, rows)
         for row in rows:
-            self.step(x, previous, row, clip, draw, labels)
+            self.step(x, memory, row, clip, draw, labels)
 
 
-def memory(be: Backend, x: Array, rows: tuple[Row, ...]) -> Array | None:
-    """Room for the x0 of the row before, zero at first, for a table that remembers it."""
-    if not any(row.c != 0 for row in rows):
-        return None
-    previous = be.empty(x.shape, x.dtype)
-    previous.fill(0)
-    return previous
+def memory_of(be: Backend, x: Array, rows: tuple[Row, ...]) -> tuple[Array, ...]:
+    """Return room for m of the rows before: as many arrays like x as the table is deep, zero at first."""
+    memory = tuple(be.empty(x.shape, x.dtype) for _ in range(max((row.depth for row in rows), default=0)))
+    for array in memory:
+        array.fill(0)
+    return memory
 
 
 @runtime_checkable

@@ -155,24 +155,25 @@ def posterior(x_t, x0, t, betas):
     return weighted / precision, 1 / precision
 
 
-def sampler_step(x, out, previous, z, row, clip, real=F):
-    """(x', x0) of single numbers; row is (p, q, a, b, c, e, s)."""
-    p, q, a, b, c, e, s = (real(number) for number in row)
-    x0 = real(0)
+def sampler_step(x, out, memory, z, row, clip, real=F):
+    """x' and what is remembered next, of single numbers; row is (p, q, a, b, c1, c2, c3, e, s), memory (m1, m2, m3)."""
+    p, q, a, b, c1, c2, c3, e, s = (real(number) for number in row)
+    m = real(0)
     for coefficient, value in ((p, x), (q, out)):
         if coefficient != 0:
-            x0 = x0 + coefficient * value
+            m = m + coefficient * value
     if clip is not None:
         low, high = real(clip[0]), real(clip[1])
-        if x0 < low:
-            x0 = low
-        elif x0 > high:
-            x0 = high
+        if m < low:
+            m = low
+        elif m > high:
+            m = high
     following = real(0)
-    for coefficient, value in ((a, x), (b, x0), (c, previous), (e, out), (s, z)):
+    for coefficient, value in ((a, x), (b, m), *zip((c1, c2, c3), memory, strict=True), (e, out), (s, z)):
         if coefficient != 0:
             following = following + coefficient * value
-    return following, x0
+    evaluates = row[1] != 0 or row[7] != 0
+    return following, (m, *memory[:2]) if evaluates else memory
 
 
 # ------------------------------------------------------------------------------------------- covariance

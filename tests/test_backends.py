@@ -26,7 +26,8 @@ from fastdiff import backends
 from fastdiff.backends import Backend, Row, TrainingDraws, TrainState, available_backends, get_backend
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import LayerBackend
-from fastdiff.backends.numpy import NumpyBackend, draw_batch
+from fastdiff.backends.numpy import NumpyBackend
+from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
@@ -175,11 +176,11 @@ def test_forward_noise_beyond_the_chunks(shape):
 # ------------------------------------------------------------------------------------------- the sampler step
 
 
-def stepped(be, x, out, previous, row, clip, draw):
-    x, previous = x.copy(), None if previous is None else previous.copy()
+def stepped(be, x, out, memory, row, clip, draw):
+    x, memory = x.copy(), tuple(array.copy() for array in memory)
     with np.errstate(all="ignore"):
-        be.sampler_step(x, out, previous, row, clip, draw.at(row.t))
-    return x, previous
+        be.sampler_step(x, out, memory, row, clip, draw.at(row.t))
+    return x, memory
 
 
 DRAW = Draw(9, Stream.STEP, first_row=2**32 - 1)
@@ -187,65 +188,67 @@ CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
 
 
 def test_every_combination_of_terms():
-    """All 2^7 sets of coefficients that are zero, all clips, with and without a previous x0; hostile values in all."""
-    x, out, previous = np.random.default_rng(4).normal(size=(3, 9, 5)).astype(np.float32)
-    for shift, array in enumerate((x, out, previous)):
+    """All 2^9 sets of coefficients that are zero, a clip each, memories of all depths; hostile values in all."""
+    x, out, *memory = np.random.default_rng(4).normal(size=(5, 9, 5)).astype(np.float32)
+    for shift, array in enumerate((x, out, *memory)):
         array[:5] = np.roll(np.resize(SPECIAL, 25), 4 * shift).reshape(5, 5)
     z = naive.normal(9, 5, seed=9, stream=Stream.STEP, step=6, first_sample=2**32 - 1)
-    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.2, 0.4)
-    for used in itertools.product((0, 1), repeat=7):
-        row = Row(6, *(number * use for number, use in zip(numbers, used, strict=True)))
-        for clip, memory in itertools.product(CLIPS, (previous, None)):
-            if memory is None and row.c != 0:
+    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.15, -0.2, 0.2, 0.4)
+    clips = itertools.cycle(CLIPS)
+    for used in itertools.product((0, 1), repeat=9):
+        row, clip = Row(6, *(number * use for number, use in zip(numbers, used, strict=True))), next(clips)
+        with np.errstate(all="ignore"):
+            results = [
+                naive.sampler_step(x[at], out[at], tuple(m[at] for m in memory), z[at], row[1:10], clip)
+                for at in np.ndindex(x.shape)
+            ]
+        want = np.array([value for value, _ in results], np.float32).reshape(x.shape)
+        want_memory = np.array([after for _, after in results], np.float32).T.reshape(3, *x.shape)
+        for be, depth in itertools.product((NUMPY, CPU), range(row.depth, 4)):
+            if be is CPU and depth > 1:  # reaches back one row
                 continue
-            with np.errstate(all="ignore"):
-                pairs = [
-                    naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], clip) for at in np.ndindex(x.shape)
-                ]
-            want, want_x0 = np.array(pairs, np.float32).reshape(*x.shape, 2).transpose(2, 0, 1)
-            for be in (NUMPY, CPU):
-                for given_out in (out, None) if row.q == 0 and row.e == 0 else (out,):
-                    got, kept = stepped(be, x, given_out, memory, row, clip, DRAW)
-                    assert_same_bits(got, want)
-                    if memory is not None:
-                        assert_same_bits(kept, want_x0)
+            got, kept = stepped(be, x, out if row.evaluates else None, memory[:depth], row, clip, DRAW)
+            assert_same_bits(got, want)
+            for array, wanted in zip(kept, want_memory, strict=False):
+                assert_same_bits(array, wanted)
 
 
 COEFFICIENT = st.one_of(st.just(0.0), st.floats(-2, 2), st.sampled_from([1e-60, 1e-45, -1e-40, 1e30]))
 
 
-@given(data=st.data(), shape=SHAPES, row=st.tuples(*[COEFFICIENT] * 7), clip=st.sampled_from(CLIPS), seed=SEEDS)
+@given(data=st.data(), shape=SHAPES, row=st.tuples(*[COEFFICIENT] * 9), clip=st.sampled_from(CLIPS), seed=SEEDS)
 @settings(max_examples=150)
 def test_sampler_step_has_the_same_bits_everywhere(data, shape, row, clip, seed):
     x, out, previous = (data.draw(hnp.arrays(np.float32, shape, elements=ANY_FLOAT)) for _ in range(3))
-    row = Row(data.draw(st.sampled_from([0, 999, 2**32 - 1])), *row)
+    row = Row(data.draw(st.sampled_from([0, 999, 2**32 - 1])), *row)._replace(c2=0.0, c3=0.0)
     stream, first = data.draw(st.sampled_from(Stream)), data.draw(st.integers(0, 2**56 - 4))
     draw = Draw(seed, stream, first_row=first)
-    want, want_x0 = stepped(NUMPY, x, out, previous, row, clip, draw)
-    got, got_x0 = stepped(CPU, x, out, previous, row, clip, draw)
+    want, want_memory = stepped(NUMPY, x, out, (previous,), row, clip, draw)
+    got, got_memory = stepped(CPU, x, out, (previous,), row, clip, draw)
     assert_same_bits(got, want)
-    assert_same_bits(got_x0, want_x0)
+    assert_same_bits(got_memory[0], want_memory[0])
 
 
 @pytest.mark.parametrize("shape", [(3000, 67), (9, 9001)])
 @pytest.mark.parametrize("s", [0.0, 0.5])
 def test_sampler_step_beyond_the_chunks(shape, s):
     x, out, previous = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
-    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, s)
-    want, want_x0 = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), DRAW)
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s)
+    want, want_memory = stepped(NUMPY, x, out, (previous,), row, (-1.0, 1.0), DRAW)
     for be in THREADED:
-        got, got_x0 = stepped(be, x, out, previous, row, (-1.0, 1.0), DRAW)
+        got, got_memory = stepped(be, x, out, (previous,), row, (-1.0, 1.0), DRAW)
         assert_same_bits(got, want)
-        assert_same_bits(got_x0, want_x0)
+        assert_same_bits(got_memory[0], want_memory[0])
 
 
 def test_numpy_steps_in_float64():
-    x, out, previous = np.random.default_rng(2).normal(size=(3, 4, 7))
-    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.1, 0.5)
+    x, out, *memory = np.random.default_rng(2).normal(size=(5, 4, 7))
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0.3, -0.6, 0.1, 0.5)
     z = naive.normal(4, 7, seed=9, stream=Stream.STEP, step=3, first_sample=2**32 - 1).astype(np.float64)
-    got, _ = stepped(NUMPY, x, out, previous, row, (-1.0, 1.0), DRAW)
+    got, _ = stepped(NUMPY, x, out, memory, row, (-1.0, 1.0), DRAW)
     for at in np.ndindex(x.shape):
-        want, _ = naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], (-1.0, 1.0), np.float64)
+        remembered = tuple(m[at] for m in memory)
+        want, _ = naive.sampler_step(x[at], out[at], remembered, z[at], row[1:10], (-1.0, 1.0), np.float64)
         assert got[at] == want
 
 
@@ -421,10 +424,10 @@ def test_a_chain_is_its_steps_in_any_batch(net, name):
     x, _, _ = batch_of(net, 300)
     whole = chained(CPU, net, smp, x, first)
     assert np.isfinite(whole).all()
-    state, previous = x.copy(), np.zeros_like(x)
+    state, memory = x.copy(), (np.zeros_like(x),)
     for row in smp.rows:
         out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, previous, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
+        CPU.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
     assert_same_bits(state, whole)
     for be in THREADED:
         for edges in ([0, 300], [0, 1, 8, 24, 128, 257, 300]):
@@ -439,7 +442,7 @@ def test_curves_longer_than_a_chunk_of_noise():
     state = x.copy()
     for row in smp.rows:
         out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, None, row, smp.clip, Draw(4, Stream.STEP, row.t, 7))
+        CPU.sampler_step(state, out, (), row, smp.clip, Draw(4, Stream.STEP, row.t, 7))
     assert_same_bits(chained(CPU, net, smp, x, 7), state)
     assert_same_bits(chained(CPU, net, smp, x[67:], 74), state[67:])
     draws = draws_for(net)

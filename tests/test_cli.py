@@ -14,6 +14,8 @@ import pytest
 
 import fastdiff as fd
 from fastdiff import cli, defaults, demo
+from fastdiff.cli.messages import PatientInterrupt
+from fastdiff.cli.parser import SYNONYMS
 from fastdiff.data import harmonic_curves, load_curves, save_curves
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -123,7 +125,7 @@ def test_sample_is_independent_of_how_many_and_of_chunks(run, model, monkeypatch
     everything = load_curves("all.npy")
     assert run("sample m.safetensors -n 4 -o last.npy --seed 4 --first-sample 5")[0] == 0
     np.testing.assert_allclose(load_curves("last.npy"), everything[5:], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(cli, "SAMPLES_AT_ONCE", 4)
+    monkeypatch.setattr(cli.sample, "SAMPLES_AT_ONCE", 4)
     assert run("sample m.safetensors -n 9 -o chunks.npy --seed 4")[0] == 0
     np.testing.assert_allclose(load_curves("chunks.npy"), everything, rtol=1e-4, atol=1e-4)
     assert run("sample m.safetensors -n 9 -o other.npy --seed 5")[0] == 0
@@ -246,7 +248,7 @@ def test_options_of_tables_are_part_of_the_advice_and_for_tables_only(run, years
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli._PatientInterrupt, "wanted", stop)
+        patch.setattr(PatientInterrupt, "wanted", stop)
         train = TRAIN.replace("curves.csv", "table.csv")
         err = run(f"{train} -o m.safetensors --steps 9 --index name --drop YEAR,3 --header")[2]
         advice = re.search(r"continue with: fastdiff (.*)", err)[1]
@@ -475,7 +477,7 @@ def test_help_teaches(command, capsys):
 
 
 def test_examples_in_the_help_are_options_that_exist(capsys):
-    parser = cli._parser()
+    parser = cli.build_parser()
     for command in ("", "demo", "train", "sample", "info"):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
@@ -648,10 +650,10 @@ def test_mistyped_words_are_answered_by_their_command(command, message, capsys):
 
 
 def test_synonyms_are_of_words_that_exist():
-    actions = cli._parser()._actions
+    actions = cli.build_parser()._actions
     commands = next(action.choices for action in actions if action.choices)
     known = {name for command in commands.values() for action in command._actions for name in action.option_strings}
-    assert set(cli.SYNONYMS) <= known | set(commands)
+    assert set(SYNONYMS) <= known | set(commands)
 
 
 def test_without_arguments_there_is_help(run):
@@ -767,7 +769,7 @@ def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch
         self.presses = step == 149
         return self.presses
 
-    monkeypatch.setattr(cli._PatientInterrupt, "wanted", stop)
+    monkeypatch.setattr(PatientInterrupt, "wanted", stop)
     code, _, err = run(f"{TRAIN} -o m.safetensors")
     assert code == 130
     assert "are kept: \n" not in err
@@ -797,7 +799,7 @@ def _ctrl_c_works():
 
 @pytest.mark.usefixtures("_ctrl_c_works")
 def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatch):
-    presses, patient = 0, cli._PatientInterrupt
+    presses, patient = 0, PatientInterrupt
 
     def press(step, loss):
         for _ in range(presses):
@@ -807,7 +809,7 @@ def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatc
     for presses, saved in ((1, True), (2, False)):
         stop = patient()
         wanted, stop.wanted = stop.wanted, press
-        monkeypatch.setattr(cli, "_PatientInterrupt", lambda stop=stop: stop)
+        monkeypatch.setattr(cli.train, "PatientInterrupt", lambda stop=stop: stop)
         code, out, err = run(f"{TRAIN} -o m{presses}.safetensors --steps 50")
         assert code == 130
         assert out == ""

@@ -298,7 +298,7 @@ def test_a_gradient_of_no_samples(be):
 def test_the_command_line(named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fd.data.save_curves("curves.csv", CURVES)
-    monkeypatch.setattr(cli, "SAMPLES_AT_ONCE", 3)
+    monkeypatch.setattr(cli.sample, "SAMPLES_AT_ONCE", 3)
 
     def run(command):
         assert cli.main([*command.split(), "--backend", "cuda"]) == 0

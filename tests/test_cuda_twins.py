@@ -21,19 +21,19 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import Row, RowMap, get_backend
-from fastdiff.backends.cuda_covariance import _TwinMap
+from fastdiff.backends.cuda.covariance import _TwinMap
 from fastdiff.noise import Draw, Stream
 
 SHAPES = [(1, 1), (3, 2), (2, 4), (5, 3), (3, 7), (2, 13), (1, 31)]
 WHERE = [(0, 0), (2**64 - 1, 2**56 - 40), (0x299F31D0A4093822, 2**32 - 2)]  # (seed, first sample)
 THREADS = 7
-# Coefficients (p, q, a, b, c, e, s): every one absent somewhere, and all of them together.
+# Coefficients (p, q, a, b, c1, e, s): every one absent somewhere, and all of them together.
 ROWS = [
-    Row(3, 1.25, -0.75, 0.5, 0.25, -0.5, 0.125, 0.75),
-    Row(0, 1.25, -0.75, 0.5, 0.25, 0, 0, 0),
-    Row(99, 0, 0, 0.9, 0, 0, -0.3, 1.5),
-    Row(2**32 - 1, 0, 1, 0, 1, 0.5, 0, 0.1),
-    Row(7, 1, 0, 0, 1.5, -0.5, 0, 0),
+    Row(3, 1.25, -0.75, 0.5, 0.25, -0.5, e=0.125, s=0.75),
+    Row(0, 1.25, -0.75, 0.5, 0.25),
+    Row(99, 0, 0, 0.9, 0, e=-0.3, s=1.5),
+    Row(2**32 - 1, 0, 1, 0, 1, 0.5, s=0.1),
+    Row(7, 1, 0, 0, 1.5, -0.5),
 ]
 CLIPS = [None, (-0.5, 0.75)]
 TINY = np.float32(1e-41)  # a denormal
@@ -74,15 +74,15 @@ def step_cases(twins, to_device=np.asarray, shapes=SHAPES, **options):
     for shape, row, clip in itertools.product(shapes, ROWS, CLIPS):
         seed, first = WHERE[count % len(WHERE)]
         draw = Draw(seed, Stream.STEP if count % 2 else Stream.CHAIN, row.t, first)
-        for keep in {row.c != 0, True}:
-            x, out, previous = data(3, shape), data(4, shape), data(5, shape) if keep else None
-            outs = out if row.q or row.e else None
-            arrays = [None if a is None else to_device(a.copy()) for a in (x, outs, previous)]
-            reference.sampler_step(x, outs, previous, row, clip, draw)
-            twins.sampler_step(*arrays, row, clip, draw, **options)
-            assert_same_bits(to_host(arrays[0]), x)
-            if keep:
-                assert_same_bits(to_host(arrays[2]), previous)
+        for depth in {row.depth, 1}:
+            x, outs = data(3, shape), data(4, shape) if row.evaluates else None
+            memory = tuple(data(5 + k, shape) for k in range(depth))
+            state, given = (None if a is None else to_device(a.copy()) for a in (x, outs))
+            remembered = tuple(to_device(m.copy()) for m in memory)
+            reference.sampler_step(x, outs, memory, row, clip, draw)
+            twins.sampler_step(state, given, remembered, row, clip, draw, **options)
+            for got, want in zip((state, *remembered), (x, *memory), strict=True):
+                assert_same_bits(to_host(got), want)
             count += 1
     return count
 
@@ -192,8 +192,8 @@ def devices():
 
     cuda.gpus = [Device(0), Device(1)]
     draw = Draw(0, 1, ROWS[2].t)
-    twins.sampler_step(data(3, (3, 7)).view(Array), data(4, (3, 7)), None, ROWS[2], None, draw, threads=THREADS)
-    twins.sampler_step(data(3, (3, 7)), data(4, (3, 7)), None, ROWS[2], None, draw, threads=THREADS)
+    twins.sampler_step(data(3, (3, 7)).view(Array), data(4, (3, 7)), (), ROWS[2], None, draw, threads=THREADS)
+    twins.sampler_step(data(3, (3, 7)), data(4, (3, 7)), (), ROWS[2], None, draw, threads=THREADS)
 
 
 # ------------------------------------------------------------------------------------------- compiled
@@ -240,7 +240,7 @@ def waits():
     cuda.get_current_device = lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=2)
     twins.step_kernel = Kernel()
     x, output = (data(seed, (3, 7)).view(OnDevice) for seed in (3, 4))
-    twins.sampler_step(x, output, None, ROWS[2], None, Draw(0, 1, ROWS[2].t), threads=THREADS)
+    twins.sampler_step(x, output, (), ROWS[2], None, Draw(0, 1, ROWS[2].t), threads=THREADS)
     print(len(waited))  # noqa: T201
 
 

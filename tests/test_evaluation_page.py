@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from fastdiff import evaluation_page, plots
+from fastdiff import plots
 from fastdiff.data import harmonic_curves
 from fastdiff.errors import ArgumentError
-from fastdiff.evaluation_page import autocorrelation, correlations, nearest, spectrum
+from fastdiff.plots import evaluation_page
+from fastdiff.plots.evaluation_page import autocorrelation, correlations, nearest, spectrum
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -11,6 +11,7 @@ import pytest
 from fastdiff import covariance, plots
 from fastdiff.data import harmonic_curves
 from fastdiff.errors import ArgumentError, BackendError, DataError
+from fastdiff.plots.pictures import GAP
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -293,13 +294,13 @@ def drawn_pixels(figure, tmp_path):
 @pytest.mark.parametrize("images", [COLOUR, GRAY, COLOUR[:1], GRAY[:4]], ids=["colour", "gray", "one", "one row"])
 def test_image_grid_draws_every_pixel(tmp_path, images):
     drawn = drawn_pixels(plots.image_grid(images), tmp_path)
-    np.testing.assert_array_equal(drawn, laid_out(images, min(4, len(images)), 160 // 5, plots.GAP))
+    np.testing.assert_array_equal(drawn, laid_out(images, min(4, len(images)), 160 // 5, GAP))
 
 
 def test_image_grid_fits_the_usual_width_and_does_not_shrink(tmp_path):
     wide = RNG.integers(0, 256, (20, 16, 30, 3), np.uint8)
     drawn = drawn_pixels(plots.image_grid(wide, columns=10), tmp_path)
-    np.testing.assert_array_equal(drawn, laid_out(wide, 10, 3, plots.GAP))  # 10 x 30 x 3 <= 960
+    np.testing.assert_array_equal(drawn, laid_out(wide, 10, 3, GAP))  # 10 x 30 x 3 <= 960
     large = RNG.integers(0, 256, (1, 200, 170, 1), np.uint8)
     np.testing.assert_array_equal(drawn_pixels(plots.image_grid(large), tmp_path), large[0].repeat(3, axis=2))
 
@@ -331,7 +332,7 @@ def test_the_words_of_pictures_stand_above_them(title):
     high, wide = 160 // 5 * 5, 160 // 5 * 4
     for k, text in enumerate(axes.texts):
         box = inside(figure, text)
-        left = axes.bbox.x0 + k % 3 * (wide + plots.GAP)
+        left = axes.bbox.x0 + k % 3 * (wide + GAP)
         lower = axes.bbox.y1 - k // 3 * (axes.bbox.height - high)  # the upper edge of its picture
         assert lower < box.y0 < box.y1 < lower + 32
         assert (box.x0 + box.x1) / 2 == pytest.approx(left + wide / 2, abs=1.5)
@@ -343,7 +344,7 @@ def test_words_above_columns_stand_there_once(tmp_path):
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1", "2"]
     for text in figure.axes[0].texts:
         assert inside(figure, text).y0 > figure.axes[0].bbox.y1
-    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(COLOUR, 3, 160 // 5, plots.GAP))
+    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(COLOUR, 3, 160 // 5, GAP))
 
 
 @pytest.mark.parametrize("kind", ["colour", "gray"])
@@ -355,9 +356,9 @@ def test_image_trace_draws_eleven_even_frames_of_each_chain(tmp_path, kind):
     inside(figure, figure.axes[0].xaxis.label)
     chains = np.concatenate([path[::4, 0], path[::4, 1]])
     want = np.rint(chains).clip(0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(want, 11, 960 // 44, plots.GAP))
+    np.testing.assert_array_equal(drawn_pixels(figure, tmp_path), laid_out(want, 11, 960 // 44, GAP))
     one = plots.image_trace(path[:, 1], frames=3)
-    np.testing.assert_array_equal(drawn_pixels(one, tmp_path), laid_out(want[[11, 16, 21]], 3, 32, plots.GAP))
+    np.testing.assert_array_equal(drawn_pixels(one, tmp_path), laid_out(want[[11, 16, 21]], 3, 32, GAP))
     few = plots.image_trace(path[-2:])
     assert [text.get_text() for text in few.axes[0].texts] == ["0", "1"]
 
@@ -375,7 +376,7 @@ def test_an_animation_shows_the_states_in_order_and_holds_the_last(tmp_path, kin
             film.seek(k)
             assert film.info["duration"] == (1600 if k == 20 else 100)
             shown = np.asarray(film.convert("RGB"))
-            want = laid_out(np.rint(path[2 * k]).clip(0, 255).astype(np.uint8), 2, 96 // 5, plots.GAP)
+            want = laid_out(np.rint(path[2 * k]).clip(0, 255).astype(np.uint8), 2, 96 // 5, GAP)
             np.testing.assert_array_equal(shown, want)  # 40 colours a frame: none has to give way
 
 
@@ -388,7 +389,7 @@ def test_many_colours_of_an_animation_give_way_to_near_ones(tmp_path):
     with Image.open(tmp_path / "x.gif") as film:
         film.seek(1)
         shown = np.asarray(film.convert("RGB")).astype(int)
-    off = shown - laid_out(smooth[0].astype(np.uint8), 1, 3, plots.GAP)
+    off = shown - laid_out(smooth[0].astype(np.uint8), 1, 3, GAP)
     assert np.sqrt(np.mean(off**2)) < 8
 
 

@@ -14,12 +14,13 @@ from tolerances import WORKSPACE, assert_close, assert_estimate, assert_same_bit
 
 from fastdiff import samplers
 from fastdiff.backends import get_backend
-from fastdiff.denoisers import Gaussian
 from fastdiff.errors import ArgumentError
+from fastdiff.exact import Gaussian
 from fastdiff.nn import MLP
 from fastdiff.noise import Stream, normal
-from fastdiff.process import forward_chain, forward_noise, posterior, sample
+from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler, ddim, ddpm, dpmpp_2m
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 SCHEDULE = Schedule.cosine(12)
@@ -239,7 +240,11 @@ TABLES = {
     "ddim": lambda: ddim(SCHEDULE, 5, eta=0.7, prediction="v"),
     "dpmpp_2m": lambda: dpmpp_2m(SCHEDULE, 6, clip=(-0.5, 2.0), prediction="x0"),
     "every term": lambda: Sampler(
-        [(9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5), (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0), (2, 0, 1, 0, 0.5, -0.6, 0.3, 0.2)],
+        [
+            (9, 1.1, -0.4, 0.3, 0.7, 0, 0.1, 0.5),
+            (9, 0.9, 0.2, 0.8, -0.1, 0.3, 0, 0),
+            (2, 0.1, 1, 0, 0.5, -0.6, 0.3, 0.2),
+        ],
         SCHEDULE,
         clip=(-0.7, 0.6),
     ),
@@ -262,12 +267,12 @@ class Predictor:
 def loop(smp, n, width, *, seed, first=0, initial=None):
     """The states of `smp` over `wave`, one number at a time."""
     x = naive.normal(n, width, seed=seed, stream=Stream.INIT, first_sample=first) if initial is None else initial.copy()
-    previous, states = np.zeros_like(x), [x.copy()]
+    memory, states = np.zeros((*x.shape, 3), x.dtype), [x.copy()]
     for row in smp.rows:
-        z = naive.normal(n, width, seed=seed, stream=Stream.STEP, step=row.t, first_sample=first)
+        z = naive.normal(n, width, seed=seed, stream=Stream.STEP, step=row.step, first_sample=first)
         out = wave(x, row.t)
         for at in np.ndindex(x.shape):
-            x[at], previous[at] = naive.sampler_step(x[at], out[at], previous[at], z[at], row[1:], smp.clip)
+            x[at], memory[at] = naive.sampler_step(x[at], out[at], tuple(memory[at]), z[at], row[1:10], smp.clip)
         states.append(x.copy())
     return np.array(states)
 

@@ -61,7 +61,7 @@ def test_a_block_runs_as_it_stands(path, line, code):
 
 @pytest.mark.parametrize(("path", "line", "code"), blocks("sh"))
 def test_commands_have_the_options_that_they_are_given(path, line, code):
-    parser = cli._parser()
+    parser = cli.build_parser()
     for command in re.findall(r"^fastdiff (.*?)(?: +#.*)?$", code, re.M):
         parser.parse_args(command.split())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.protocol import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw
 
 
@@ -74,7 +74,7 @@ class Recording(Protocol):
 class Sampling(Protocol):
     """A sampler's steps with a network's output: see `LayerBackend.record_sampling`."""
 
-    def run(self, x: Array, previous: Array | None, row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         """Do `Backend.sampler_step` with the output for x."""
 
 

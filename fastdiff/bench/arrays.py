@@ -187,7 +187,7 @@ class SamplerStep(Workload):
         draw, seeds = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t), itertools.count()  # the same noise would add up
 
         def run() -> Any:
-            step(x, out, None, row, clip, draw._replace(seed=next(seeds)), **options)
+            step(x, out, (), row, clip, draw._replace(seed=next(seeds)), **options)
             return x
 
         return run

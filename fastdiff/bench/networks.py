@@ -476,7 +476,7 @@ class PicturesSampling(Pictures):
         return Work(lambda: fd.sample(net, sampler, n=self.n, seed=0, backend=be), check)
 
     def operation(self, be: Any) -> Run:
-        from fastdiff.model import NetworkDenoiser
+        from fastdiff.nn import NetworkDenoiser
 
         net, sampler = self.network(), self.sampler()
         denoiser = NetworkDenoiser(net, be.asarray(net.flat), sampler.prediction, be)  # weights there, as PyTorch's

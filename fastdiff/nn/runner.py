@@ -213,25 +213,26 @@ class ProgramRunner(Runner):
     def step(
         self,
         x: Array,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         row: Row,
         clip: tuple[float, float] | None,
         draw: Draw,
         labels: Array = None,
     ) -> None:
-        if row.q == 0 and row.e == 0:
-            super().step(x, previous, row, clip, draw)
+        if not row.evaluates:
+            super().step(x, memory, row, clip, draw)
             return
         for start in range(0, len(x), self.net.chunk):
             end = start + self.net.chunk
-            some, before, chosen = (None if array is None else array[start:end] for array in (x, previous, labels))
+            some, chosen = x[start:end], None if labels is None else labels[start:end]
+            remembered = tuple(array[start:end] for array in memory)
             with self.memory.lock:
-                self._step(some, before, chosen, row, clip, draw.after(start))
+                self._step(some, remembered, chosen, row, clip, draw.after(start))
 
     def _step(
         self,
         x: Array,
-        previous: Array | None,
+        memory: tuple[Array, ...],
         labels: Array,
         row: Row,
         clip: tuple[float, float] | None,
@@ -256,7 +257,7 @@ class ProgramRunner(Runner):
             output = _Output(self.memory, self.net, be, self.params, self._given(given), self._forms[queue])
             recorded = be.record_sampling(output, own.reshape(n, -1))
             self._steps[queue, n] = weakref.ref(program), recorded
-        recorded.run(x, previous, row, clip, draw.at(row.t))
+        recorded.run(x, memory, row, clip, draw.at(row.step))
 
     # ------------------------------------------------------------------------------------------- training
 

@@ -225,7 +225,7 @@ def forward_noise(
 def sampler_step(
     x: Any,
     out: Any,
-    previous: Any,
+    memory: tuple[Any, ...],
     row: Any,
     clip: tuple[float, float] | None,
     draw: Any,
@@ -233,12 +233,14 @@ def sampler_step(
     queue: Any = 0,
     threads: int = THREADS,
 ) -> None:
-    """Change `x` (n, D) by one row of a table, and `previous`, where given, into this row's x0.
+    """Change `x` (n, D) by one row of a table, and the memory of the rows before, if the row evaluates.
 
     Parameters
     ----------
     x : (n, D) float32 device array
-    out, previous : like x, or None
+    out : like x, or None
+    memory : tuple of arrays like x
+        m of the rows before.
     row : Row
         Of the sampler's table.
     clip : (low, high) or None
@@ -247,12 +249,12 @@ def sampler_step(
     queue, threads
         As for `forward_noise`.
     """
-    keep = previous is not None
+    keep = len(memory) > 0 and row.evaluates
     low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
     with np.errstate(over="ignore"):
-        coefficients = tuple(np.array(row[1:], np.float32))
+        coefficients = tuple(np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32))
     # What is not needed is not touched: any array of the shape will do.
-    arguments = (x, x if out is None else out, previous if keep else x, coefficients, low, high, keep)
+    arguments = (x, x if out is None else out, memory[0] if memory else x, coefficients, low, high, keep)
     counter = (np.uint64(draw.first_row), np.uint64(draw.step), _tag(draw.stream))
     _launch(step_kernel, queue, threads, *arguments, *counter, *_key(draw.seed))
 

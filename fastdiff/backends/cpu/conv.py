@@ -1,0 +1,338 @@
+"""Convolutions on the CPU: how their work is cut, and which of two forms does it.
+
+A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's form
+(`kernels.cpu.winograd`) takes 3x3 convolutions with stride 1 between enough channels. Both give a sample's values in
+an order of additions that its layer alone decides.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
+from fastdiff.backends.layers import Conv
+from fastdiff.kernels.cpu import conv as kernels
+from fastdiff.kernels.cpu import winograd
+from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
+
+BLOCK = 256  # pixels of an image that are convolved together: they stay in cache for all channels
+MAX_GROUPS = 16  # of images, whose weight gradients are summed apart
+GROUP_BYTES = 1 << 20  # of all groups' sums together
+LEAST_CHANNELS = 16  # on both sides, for Winograd
+MOST_TILES, CACHED = 64, 8192  # of a Winograd transform: tiles, and tiles times channels
+FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a thread's cache
+GROUP_TILES, MOST_GROUPS = 64, 8  # tiles summed together, at least; sums over groups of tiles, at most
+CACHED_BOTH = 4096  # tiles times channels of input and output that are summed at once
+SUM_TILES = 256  # tiles whose weight gradient is summed at once
+# Floating-point operations of a convolution that last as long, for each value: of a light pass, of a transform.
+LIGHT_WORK, TAPS_WORK = 30, 300
+SAVED = 3  # of the time of a convolution, by Winograd
+NOTHING = np.empty(0, np.float32)
+
+
+class _Phase(NamedTuple):
+    """Output positions first, first + step, ... along one axis, which see the input through the same taps.
+
+    Position first + m step sees input m stride + offset + i through the i-th of `taps`, each the sum of these taps of
+    the kernel.
+    """
+
+    first: int
+    step: int
+    stride: int
+    offset: int
+    taps: tuple[tuple[int, ...], ...]
+
+    def segments(self, low: int, high: int, size: int) -> list[tuple[int, int, int, int]]:
+        """Output positions low ... high - 1 by the taps that lie in an input of `size`: (m, count, first tap, taps)."""
+        found: list[tuple[int, int, int, int]] = []
+        for m in range(-(-(low - self.first) // self.step), -(-(high - self.first) // self.step)):
+            at = m * self.stride + self.offset
+            begin, end = max(0, -at), min(len(self.taps), size - at)
+            if begin >= end:
+                continue
+            last = found[-1] if found else None
+            if last is not None and last[2:] == (begin, end - begin) and last[0] + last[1] == m:
+                found[-1] = (last[0], last[1] + 1, begin, end - begin)
+            else:
+                found.append((m, 1, begin, end - begin))
+        return found
+
+
+def _phase(first: int, step: int, stride: int, pairs: list[tuple[int, int]]) -> _Phase:
+    """A phase of pairs (offset, tap)."""
+    offsets = [offset for offset, _ in pairs] or [0]
+    span = range(min(offsets), max(offsets) + 1) if pairs else range(0)
+    taps = tuple(tuple(tap for offset, tap in pairs if offset == at) for at in span)
+    return _Phase(first, step, stride, min(offsets), taps)
+
+
+def _phases(kernel: int, stride: int, pad: int, up: int) -> list[_Phase]:
+    """Output o sees input (o stride + s - pad) // up through tap s: taps that meet one input value are one tap."""
+    period = up // math.gcd(stride, up)
+    return [
+        _phase(p, period, period * stride // up, [((p * stride + s - pad) // up, s) for s in range(kernel)])
+        for p in range(period)
+    ]
+
+
+def _adjoint_phases(kernel: int, stride: int, pad: int, up: int) -> list[_Phase]:
+    """Input q gets the gradient of output o through tap s where o stride + s - pad = q up + d for some d < up."""
+    period = stride // math.gcd(stride, up)
+    return [
+        _phase(
+            p,
+            period,
+            period * up // stride,
+            [
+                (place // stride, s)
+                for s in range(kernel)
+                for d in range(up)
+                if (place := p * up + d + pad - s) % stride == 0
+            ],
+        )
+        for p in range(period)
+    ]
+
+
+class _Product:
+    """How one convolution, or its input gradient (a convolution of dy, `adjoint`), is cut into pieces.
+
+    Parameters
+    ----------
+    geometry : Conv
+    shape : (int, int, int, int)
+        Of x.
+    k : int
+        Output channels.
+    adjoint : bool
+    """
+
+    def __init__(self, geometry: Conv, shape: tuple[int, int, int, int], k: int, adjoint: bool) -> None:
+        images, in_height, in_width, c = shape
+        height, width = geometry.size(in_height, in_width)
+        if adjoint:
+            in_height, in_width, c, height, width, k = height, width, k, in_height, in_width, c
+        make, kernel_columns = _adjoint_phases if adjoint else _phases, geometry.kernel[1]
+        phases = [
+            make(geometry.kernel[axis], geometry.stride[axis], geometry.pad[2 * axis], geometry.up[axis])
+            for axis in range(2)
+        ]
+        # Whether Winograd does it: a rule of the layer alone.
+        self.by_winograd = geometry == Conv((3, 3), pad=(1, 1, 1, 1)) and min(c, k) >= LEAST_CHANNELS
+        block_rows = min(height, max(1, BLOCK // max(width, 1)))
+        pairs: list[tuple[_Phase, _Phase, int]] = []
+        taps: list[tuple[int, int, int]] = []
+        blocks = 0  # (c, k) of weights, those of a pair of phases after another's
+        for down in phases[0]:
+            for across in phases[1]:
+                pairs.append((down, across, blocks))
+                for of_rows in down.taps:
+                    for of_columns in across.taps:
+                        sources = [r * kernel_columns + s for r in of_rows for s in of_columns] or [-1]
+                        taps += [(blocks, source, number > 0) for number, source in enumerate(sources)]
+                        blocks += 1
+        parts: list[list[int]] = []
+        firsts = [0]
+        for low in range(0, height, block_rows):
+            for down, across, kernel in pairs:
+                for m, rows, tap, tap_rows in down.segments(low, min(height, low + block_rows), in_height):
+                    for n, columns, column, tap_columns in across.segments(0, width, in_width):
+                        in_row, in_column = down.stride * in_width * c, across.stride * c
+                        out_row, out_column = down.step * width * k, across.step * k
+                        y, x = m * down.stride + down.offset + tap, n * across.stride + across.offset + column
+                        out = (down.first + m * down.step) * width + across.first + n * across.step
+                        joined = in_row == columns * in_column and out_row == columns * out_column
+                        sides = [1, rows * columns] if joined else [rows, columns]
+                        wide = len(across.taps)
+                        parts.append([
+                            *sides, out * k, out_row, out_column, (y * in_width + x) * c, in_row, in_column,
+                            in_width * c, tap_rows, tap_columns * c, (kernel + tap * wide + column) * c * k,
+                            wide * c * k, tap,
+                        ])  # fmt: skip
+            firsts.append(len(parts))
+        self.parts = np.array(parts, np.int64).reshape(-1, kernels.PART_COLUMNS)
+        self.firsts, self.blocks = np.array(firsts, np.int64), len(firsts) - 1
+        self.taps = np.array(taps, np.int64).reshape(-1, 3)
+        self.across, self.tile_rows = -(-width // winograd.TILE), images * -(-height // winograd.TILE)
+        self.plain_sizes = np.array([images, height, width, c, k], np.int64)
+        self.adjoint = adjoint
+        # Whether the weights can be used as they are.
+        self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
+        self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
+        self.images, self.channels, self.pixels, self.weights = images, (c, k), height * width, blocks * c * k
+        self.sizes = np.array([images, in_height * in_width, c, height, width, k, block_rows], np.int64)
+        # Floating-point operations for an image.
+        self.work = 2.0 * k * float(np.prod(self.parts[:, [ROWS, COLUMNS, TAPS, LENGTH]], axis=1).sum())
+        # Of the weights' gradient: many groups where the weights are few, so that the images are read once.
+        groups = max(1, min(images, MAX_GROUPS, GROUP_BYTES // max(4 * self.weights, 1)))
+        self.group = max(1, -(-images // groups))
+        self.groups = -(-images // self.group)
+        self.slots = 1 if self.groups > MAX_GROUPS // 2 else max(len(down.taps) for down in phases[0])
+        self.weight_items = self.groups * kernels.panels_of(k) * self.slots
+
+
+_product = lru_cache(maxsize=1024)(_Product)
+
+
+class ConvOperations(Scripted):
+    """Convolutions of `LayerBackend`."""
+
+    def conv(
+        self,
+        geometry: Conv,
+        x: Array,
+        w: Array,
+        b: Array,
+        out: Array,
+        *,
+        shift: Array | None = None,
+        residual: Array | None = None,
+    ) -> None:
+        product = _product(geometry, x.shape, out.shape[3], False)
+        extra = (NOTHING if array is None else array.reshape(-1) for array in (shift, residual))
+        with self._workers.lock:
+            self._do(*self._convolve(product, x.reshape(-1), w.reshape(-1), out.reshape(-1), (True, b, *extra)))
+
+    def conv_backward(
+        self,
+        geometry: Conv,
+        dy: Array,
+        x: Array,
+        w: Array,
+        dx: Array | None,
+        dw: Array,
+        db: Array,
+        *,
+        dshift: Array | None = None,
+        add: bool = False,
+    ) -> None:
+        k = dy.shape[3]
+        product = _product(geometry, x.shape, k, False)
+        flat_x, flat_dy = x.reshape(-1), dy.reshape(-1)
+        with self._workers.lock:
+            shifts = self._scratch("shifts", product.images * k) if dshift is None else dshift.reshape(-1)
+            pixels = flat_dy, product.pixels, k, shifts, self._each("pattern", kernels.PATTERN + k)
+            sums: Phases = [
+                [(kernels.pixel_sums_range, pixels, product.images, float(LIGHT_WORK * product.pixels * k))],
+                [(kernels.row_sums, (shifts, k, db), k, float(product.images))],
+            ]
+            weights = self._weights_by_winograd if product.by_winograd else self._weights_by_product
+            several = [weights(product, flat_x, flat_dy, dw.reshape(-1)), sums]
+            if dx is not None:
+                adjoint = _product(geometry, x.shape, k, True)
+                begin = (not add, NOTHING, NOTHING, NOTHING)
+                several.append(self._convolve(adjoint, flat_dy, w.reshape(-1), dx.reshape(-1), begin))
+            self._do(*map(list, map(chain.from_iterable, zip_longest(*several, fillvalue=()))))
+
+    def _convolve(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        """The phases of a convolution, or of an input gradient: one of dy.
+
+        Arrays are flat; `begin` says what y starts as: whether anew, bias, shift, residual.
+        """
+        c, k = product.channels
+        phases: Phases = []
+        if not product.direct:
+            taps, (rows, columns) = product.taps, (k, c) if product.adjoint else (c, k)
+            spread = self._scratch("weights", product.weights)
+            arguments = taps, w, spread, rows, columns, product.adjoint
+            phases.append([
+                (kernels.spread_weights, arguments, product.weights // max(c * k, 1), float(LIGHT_WORK * c * k))
+            ])  # fmt: skip
+            w = spread
+        return phases + (self._by_winograd if product.by_winograd else self._by_product)(product, x, w, y, begin)
+
+    def _by_product(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        images, k, group = product.images, product.channels[1], 1
+        if product.blocks == 1:
+            # The bits do not depend on it.
+            group = max(1, min(BLOCK // max(product.pixels, 1), -(-images // (2 * self.threads))))
+        arguments = (
+            group, product.sizes, product.parts, product.firsts, x, w, y, *begin,
+            self._each("pattern", kernels.PATTERN + k),
+        )  # fmt: skip
+        work = (product.work + LIGHT_WORK * product.pixels * k) * group / max(product.blocks, 1)
+        return [[(kernels.conv_range, arguments, -(-images // group) * product.blocks, work)]]
+
+    def _by_winograd(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        c, k = product.channels
+        across, height, panels = product.across, product.tile_rows, kernels.panels_of(k)
+        # More items than threads, each with few enough tiles for the cache; where there are too few rows, the panels
+        # of channels are shared out. The bits do not depend on it.
+        rows = max(1, min(MOST_TILES // across, CACHED // (c * across), -(-height // (PIECES * self.threads))))
+        items = -(-height // rows)
+        shares = max(1, min(panels, self.threads // max(items, 1)))
+        taps = self._scratch("taps", winograd.panel_start(panels, k, c))
+        arguments = (
+            rows, shares, product.plain_sizes, x, taps, y, *begin,
+            self._each("strip", winograd.SEEN * winograd.seen(across) * c),
+            self._each("inputs", winograd.planes(rows * across, c)),
+            self._each("outputs", winograd.planes(rows * across, winograd.WIDE)),
+            self._each("base", winograd.WIDE), self._each("tile", winograd.WIDE * winograd.TILE**2),
+        )  # fmt: skip
+        work = product.work * product.images / (SAVED * max(items * shares, 1))
+        return [
+            [(winograd.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k))],
+            [(winograd.conv_range, arguments, items * shares, work)],
+        ]
+
+    def _weights_by_product(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
+        c, k = product.channels
+        whole = product.direct and product.groups == 1
+        sums = dw if whole else self._scratch("sums", product.groups * product.weights)
+        arguments = (
+            product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums, product.weights,
+        )  # fmt: skip
+        work = product.work * product.images / max(product.weight_items, 1)
+        phases: Phases = [
+            [(kernels.clear, (sums,), sums.size, 1.0)],
+            [(kernels.conv_weights_range, arguments, product.weight_items, work)],
+        ]
+        if not whole:
+            collect = product.collected, sums, product.groups, dw, c * k
+            work = float(LIGHT_WORK * c * k * product.groups)
+            phases.append([(kernels.collect_weights, collect, dw.size // max(c * k, 1), work)])
+        return phases
+
+    def _weights_by_winograd(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
+        if not product.images:
+            return [[(kernels.clear, (dw,), dw.size, 1.0)]]
+        (c, k), across, height = product.channels, product.across, product.tile_rows
+        panels = kernels.panels_of(k)
+        size = winograd.panel_start(panels, k, c)
+        strip = self._each("strip", winograd.SEEN * winograd.seen(across) * max(c, k))
+        phases: Phases = []
+        if c * k <= FEW_SUMS:
+            # Each thread has groups of tiles, and their sums, to itself and in its own cache.
+            group = max(1, -(-max(GROUP_TILES, -(-height * across // MOST_GROUPS)) // across))
+            rows, groups = max(1, min(group, CACHED_BOTH // ((c + k) * across))), -(-height // group)
+            sums = self._scratch("sums", groups * size)
+            arguments: tuple[Any, ...] = (
+                group, rows, product.plain_sizes, x, dy, strip, self._each("inputs", winograd.planes(rows * across, c)),
+                self._each("outputs", winograd.planes(rows * across, k)), sums, size,
+            )  # fmt: skip
+            work = 2.0 * group * across * (winograd.PLACES * c * k + TAPS_WORK * (c + k))
+            phases.append([(winograd.gradient_range, arguments, groups, work)])
+        else:
+            # All threads transform tiles, and then share out the places; the order of a sum is that of the tiles.
+            groups, places, step = 1, winograd.PLACES * panels, max(1, min(height, SUM_TILES // across))
+            sums = self._scratch("sums", size)
+            inputs = self._scratch("inputs", winograd.planes(step * across, c))
+            outputs = self._scratch("outputs", winograd.planes(step * across, k))
+            for first in range(0, height, step):
+                rows = min(step, height - first)
+                tiles = rows * across
+                arguments = first, tiles, product.plain_sizes, x, dy, strip, inputs, outputs
+                work = 2.0 * tiles * c * k * winograd.PLACES / places
+                phases += [
+                    [(winograd.gradient_tiles_range, arguments, rows, float(TAPS_WORK * across * (c + k)))],
+                    [(winograd.gradient_sums_range, (tiles, c, k, inputs, outputs, sums, first > 0), places, work)],
+                ]
+        zeros = np.zeros(winograd.LANES, np.float32)
+        taps = sums, groups, size, c, k, zeros, dw
+        return [*phases, [(winograd.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups))]]

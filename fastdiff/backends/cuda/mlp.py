@@ -1,0 +1,499 @@
+"""The network operations of the CUDA backend: which kernels of ``mlp.cu`` run, in which order, on which buffers.
+
+A network whose activations fit into shared memory, 32 samples at a time, runs in one launch: its forward pass, and a
+whole sampling chain. Both are the same kernel, so a chain has the bits of its steps, and a sample's bits do not depend
+on its batch. Wider networks, and training, go layer by layer, with products by the kernels of convolutions. The choice
+is made by `chain_tile` from the sizes of the layers, never from the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends.cuda.device import SHARED_LIMITS
+from fastdiff.backends.cuda.layers import LayerOperations
+from fastdiff.backends.cuda.recording import RecordingOperations
+from fastdiff.backends.protocol import (
+    AdamW,
+    DenseLayer,
+    LinearPart,
+    MLPPlan,
+    Row,
+    Training,
+    TrainingDraws,
+    TrainState,
+)
+from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+from fastdiff.noise import Draw, Stream, round_keys
+
+Array = Any
+
+ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
+MODES = {"none": 0, "shift": 1, "scale_shift": 2}
+
+SHARED_LIMIT = SHARED_LIMITS["9.0"]
+TILES = (64, 32)  # samples that a block of `mlp_chain` holds
+FEW = 8  # where larger tiles would leave multiprocessors idle
+THREADS = 256  # of `mlp_chain` and `mlp_order_times`, which are written for it
+VALUE = 4  # bytes
+
+
+class Tile(NamedTuple):
+    """How `mlp_chain` runs a network.
+
+    Attributes
+    ----------
+    rows : int
+        Samples of a tile.
+    staged : bool
+        Whether the parameters lie in shared memory too, or are read through the caches.
+    """
+
+    rows: int
+    staged: bool
+
+
+def _round4(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+def _pitch(n: int) -> int:
+    return (n + 3) // 8 * 8 + 4  # mlp_pitch in mlp.cu
+
+
+def _widths(plan: MLPPlan) -> tuple[int, int]:
+    """Widest output of the layers 0, 2, ... and 1, 3, ..., or what a linear part needs there."""
+    outputs, rank = [layer.outputs for layer in plan.layers], 0 if plan.linear is None else plan.linear.rank
+    ranks = (0, rank) if len(outputs) % 2 else (rank, 0)  # the product with its basis lies where the output does not
+    return max(*outputs[::2], ranks[0]), max(*outputs[1::2], 0, ranks[1])
+
+
+def packed_size(plan: MLPPlan) -> int:
+    """Return the length of the padded parameters: every row of W and every bias a multiple of four values."""
+    return sum((layer.inputs + 1) * _round4(layer.outputs) for layer in plan.layers)
+
+
+def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
+    """Return the shared memory of a block of `mlp_chain`; `memory`: the table needs the previous x0."""
+    even, odd = _widths(plan)
+    row = (2 if memory else 1) * _pitch(plan.layers[0].inputs) + _pitch(even) + _pitch(odd) + 1  # 1: the timestep
+    return VALUE * (tile.rows * row + (packed_size(plan) if tile.staged else 0))
+
+
+def chain_tile(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> Tile | None:
+    """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first."""
+    for rows in TILES:
+        for staged in (True, False):
+            if shared_bytes(plan, Tile(rows, staged)) <= shared_limit:
+                return Tile(rows, staged)
+    return None
+
+
+def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
+    """Return in words how the network's sampling chain runs where a block may have so much shared memory, and why."""
+
+    def size(count: int) -> str:
+        return f"{count / 1024:.0f} KB"
+
+    tile = chain_tile(plan, shared_limit)
+    if tile is None:
+        least = size(shared_bytes(plan, Tile(TILES[-1], staged=False)))
+        return f"layer by layer: {TILES[-1]} samples need {least} of shared memory, a block has {size(shared_limit)}"
+    how = f"one launch: {tile.rows} samples in {size(shared_bytes(plan, tile))} of shared memory, weights in "
+    weights = size(VALUE * packed_size(plan))
+    return how + ("it" if tile.staged else f"the caches: their {weights} do not fit beside")
+
+
+class _Part:
+    """The linear part of a network on the device.
+
+    Attributes
+    ----------
+    flat : array
+        The basis, zeros for a bias, its transpose, and zeros again.
+    rows : list of tuple
+        Its two products as layers of `mlp_chain`.
+    values : array
+        What `mlp_chain` takes: room for their packed parameters, `size` values, then the gains, at `gains`, and the
+        rest, at `rest` or, where there is none, at 0.
+    """
+
+    def __init__(self, part: LinearPart, runtime: Runtime) -> None:
+        d, rank = part.basis.shape
+        arrays = (part.basis, np.zeros(rank), part.basis.T, np.zeros(d))
+        self.rank, self.flat = rank, runtime.asarray(_joined(*arrays))
+        self.basis = self.flat[: d * rank].reshape(d, rank)
+        self.transposed = self.flat[(d + 1) * rank : (2 * d + 1) * rank].reshape(rank, d)
+        second, end = (d + 1) * _round4(rank), (d + 1) * rank
+        self.rows = [
+            (d, rank, 0, d * _round4(rank), 0, d * rank, 0, 0, 0),
+            (rank, d, second, second + rank * _round4(d), end, end + rank * d, 0, 0, 0),
+        ]
+        self.size = self.gains = second + (rank + 1) * _round4(d)
+        self.rest = 0 if part.rest is None else self.gains + part.gains.size
+        rest = np.empty(0) if part.rest is None else part.rest
+        self.values = runtime.asarray(_joined(np.zeros(self.size), part.gains, rest))
+        self.packed = False
+
+
+def _joined(*arrays: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
+
+
+class _Network:
+    """What the kernels need of one network, made once, and the buffers of its training, grown with the batch."""
+
+    def __init__(self, plan: MLPPlan, runtime: Runtime) -> None:
+        self.plan: MLPPlan = weakref.proxy(plan)  # the plan is a weak key of the dictionary that holds this
+        self.runtime = runtime
+        self.tile = chain_tile(plan, runtime.shared_limit)
+        self.widths = _widths(plan)
+        self.packed = runtime.empty((packed_size(plan) if self.tile else 0,))
+        rows, at = [], 0
+        for layer in plan.layers:
+            bias = at + layer.inputs * _round4(layer.outputs)
+            rows.append(
+                (layer.inputs, layer.outputs, at, bias, layer.weight, layer.bias, ACTIVATIONS[layer.activation],
+                 MODES[layer.time], layer.time_column)
+            )  # fmt: skip
+            at = bias + _round4(layer.outputs)
+        self.part = None if plan.linear is None else _Part(plan.linear, runtime)
+        rows += [] if self.part is None else self.part.rows
+        # The kernel's offsets have 32 bits; a network that is too wide for shared memory does without the table.
+        self.layers = runtime.asarray(np.array(rows, np.int32)) if self.tile else None
+        self.features = self.table = self.dtable = None
+        if plan.features is not None:
+            self.features = runtime.asarray(plan.features.astype(np.float32))
+            self.table = runtime.empty((plan.T, plan.time_width))
+            self.dtable = runtime.empty((plan.T, plan.time_width))
+        self.loss = runtime.empty((1,), np.float64)
+        self.room: tuple[Array, Array] | None = None  # of the linear part's products in a gradient
+        self.batch = 0
+        self.buffers: dict[str, Array] = {}
+        self.moves = 0  # how often draws or buffers that a recording may use have changed
+        self.draws: TrainingDraws | None = None
+        self.data = self.tables = None
+        self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
+
+    def use(self, draws: TrainingDraws) -> None:
+        """Have the data and the tables of a training on the device."""
+        if self.draws is not draws:
+            self.draws, self.keys, self.moves = draws, round_keys(draws.seed), self.moves + 1
+            self.data = self.runtime.asarray(draws.data, np.float32)
+            self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
+
+    def grow(self, n: int) -> None:
+        """Have buffers for a gradient of n samples."""
+        if n == self.batch:
+            return
+        plan, empty = self.plan, self.runtime.empty
+        widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
+        self.buffers = {
+            "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
+            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)),
+            "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
+            "d0": empty((n * widest,)), "d1": empty((n * widest,)),
+        }  # fmt: skip
+        for k, layer in enumerate(plan.layers):
+            self.buffers[f"u{k}"] = empty((n, layer.outputs))
+            # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
+            keep = layer.activation == "silu" or layer.time == "scale_shift"
+            self.buffers[f"y{k}"] = empty((n, layer.outputs)) if keep else self.buffers[f"u{k}"]
+        if self.part is not None:
+            self.room = empty((n, self.part.rank)), empty((n, len(self.part.basis)))
+        self.batch, self.moves = n, self.moves + 1
+
+
+def _weight(layer: DenseLayer, flat: Array) -> Array:
+    size = layer.inputs * layer.outputs
+    return flat[layer.weight : layer.weight + size].reshape(layer.inputs, layer.outputs)
+
+
+def _bias(layer: DenseLayer, flat: Array) -> Array:
+    return flat[layer.bias : layer.bias + layer.outputs]
+
+
+class MLPOperations(LayerOperations, RecordingOperations):
+    """Perceptrons: forward, gradient, training, and a sampling chain."""
+
+    @cached_property
+    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
+        return weakref.WeakKeyDictionary()
+
+    def _network(self, plan: MLPPlan) -> _Network:
+        """The network's buffers for the current queue: work on another one may still use those of that one."""
+        queues = self._mlp_networks.setdefault(plan, {})
+        queue = self.runtime.queue()
+        if queue not in queues:
+            queues[queue] = _Network(plan, self.runtime)
+        return queues[queue]
+
+    def _launch(self, entry: str, items: int, *args: Any) -> None:
+        """Launch a kernel that loops over `items`."""
+        self.runtime.launch("mlp", entry, *self.runtime.grid_1d(items), args)
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        y = self.runtime.empty((len(x), plan.layers[-1].outputs)) if out is None else out
+        if len(x) == 0:
+            return y
+        with self._lock:
+            net = self._network(plan)
+            if net.tile is not None:
+                self._tiles(net, params, x, (y, t))
+            else:
+                self._forward(net, params, self._time_table(net, params), x, t, y)
+        return y
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        if len(x) == 0 or not rows:
+            return
+        remembers = any(row.c1 != 0 for row in rows)
+        with self._lock:
+            net = self._network(plan)
+            if net.tile is not None:
+                self._tiles(net, params, x, (None, None), rows, clip, draw)
+                return
+        memory = (self.runtime.zeros(x.shape),) if remembers else ()
+        out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
+        for row in rows:
+            t.fill(row.t)
+            self.mlp_forward(plan, params, x, t, out)
+            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        dx = self.runtime.empty(x.shape)
+        if len(x) == 0:
+            grads.fill(0)
+            return math.nan, dx
+        with self._lock:
+            net = self._network(plan)
+            net.grow(len(x))
+            self._gradient(net, params, x, t, target, grads, dx)
+            return float(self.runtime.to_numpy(net.loss)[0]), dx
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        with self._lock:
+            loss = self._train_gradient(self._trained(plan, draws, batch), params, step, grads)
+            return float(self.runtime.to_numpy(loss)[0])
+
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        return _Steps(self, plan, draws, batch, state, results)
+
+    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int) -> _Network:
+        net = self._network(plan)
+        net.grow(batch)
+        net.use(draws)
+        return net
+
+    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
+        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
+        self._gradient(net, params, *self._draw(net, step), grads, None)
+        return net.loss
+
+    def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
+        """x_t, t and target of a training step, in the network's buffers."""
+        assert net.data is not None
+        n, d = net.buffers["x"].shape
+        x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        self._launch(
+            "mlp_draw_batch", n * (-(-d // 4)),
+            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, self._step_at(), net.keys,
+        )  # fmt: skip
+        return x, t, target
+
+    def _time_table(self, net: _Network, params: Array) -> Array | None:
+        """The time table (T, time_width), flat where it is a parameter; None for a network without time."""
+        plan = net.plan
+        if plan.time_width == 0:
+            return None
+        if net.features is None:
+            return params[plan.time_weight : plan.time_weight + plan.T * plan.time_width]
+        self._launch(
+            "mlp_time_table", plan.T * plan.time_width,
+            net.features, params[plan.time_weight :], params[plan.time_bias :], net.table,
+            plan.T, net.features.shape[1], plan.time_width,
+        )  # fmt: skip
+        return net.table
+
+    def _tiles(
+        self,
+        net: _Network,
+        params: Array,
+        x: Array,
+        forward: tuple[Array | None, Array | None],
+        rows: tuple[Row, ...] = (),
+        clip: tuple[float, float] | None = None,
+        draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
+    ) -> None:
+        """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
+        plan, n, memory, table = net.plan, len(x), any(row.c1 != 0 for row in rows), self._time_table(net, params)
+        assert net.tile is not None
+        self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
+        sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
+        tile = net.tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
+        table_rows = steps = None
+        if rows:
+            bounds = clip or (-np.inf, np.inf)
+            with np.errstate(over="ignore"):
+                records = np.array(
+                    [(row.p, row.q, row.a, row.b, row.c1, row.e, row.s, *bounds) for row in rows],
+                    STRUCTURES["TableRow"],
+                )
+            table_rows = self.runtime.asarray(records.view(np.uint8))
+            steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
+        grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
+        self.runtime.launch(
+            "mlp", "mlp_chain" if net.part is None else "mlp_chain_part", grid, THREADS,
+            (x, *forward, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed,
+             net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged,
+             draw.first_row,
+             round_keys(draw.seed)),
+            shared_bytes(plan, tile, memory=memory),
+        )  # fmt: skip
+
+    def _layer(
+        self, layer: DenseLayer, params: Array, table: Array | None, width: int, x: Array, t: Array, u: Array, y: Array
+    ) -> None:
+        """u = x W + bias, y = act((1 + gain) u + shift)."""
+        n, m = u.shape
+        self._dense(x, _weight(layer, params), u)
+        self._launch(
+            "mlp_bias_activate", n * m,
+            u, y, _bias(layer, params), table, t, n, m, width, layer.time_column,
+            MODES[layer.time], ACTIVATIONS[layer.activation],
+        )  # fmt: skip
+
+    def _forward(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array, y: Array) -> None:
+        """Layer by layer, keeping nothing."""
+        h = x
+        for layer in net.plan.layers[:-1]:
+            u = self.runtime.empty((len(x), layer.outputs))
+            self._layer(layer, params, table, net.plan.time_width, h, t, u, u)
+            h = u
+        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, t, y, y)
+        self._add_part(net, x, y, t)
+
+    def _part(self, net: _Network) -> tuple[Any, ...]:
+        """The network's linear part as `mlp_chain` takes it."""
+        part = net.part
+        if part is None:
+            return ()
+        if not part.packed:
+            assert net.layers is not None
+            layers = net.layers[len(net.plan.layers) :]
+            self._launch("mlp_pack", part.size, part.flat, part.values, layers, len(layers), part.size)
+            part.packed = True
+        return part.values, part.rank, part.gains, part.rest
+
+    def _add_part(self, net: _Network, x: Array, y: Array, t: Array, room: tuple[Array, Array] | None = None) -> None:
+        """Add the linear part of the output for x to y, or, as it is symmetric, of the gradient of y to that of x."""
+        part = net.part
+        if part is None:
+            return
+        n, d = x.shape
+        h, product = room or (self.runtime.empty((n, part.rank)), self.runtime.empty((n, d)))
+        self._dense(x, part.basis, h)
+        self._launch("mlp_scale", h.size, h, part.values[part.gains :], t, n, part.rank)
+        self._dense(h, part.transposed, product)
+        self._launch("mlp_add_part", x.size, y, product, x, part.values[part.rest :] if part.rest else None, t, n, d)
+
+    def _gradient(
+        self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
+    ) -> None:
+        """Fill `grads`, net.loss and, where given, dx."""
+        plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
+        table = self._time_table(net, params)
+        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
+        for k, layer in enumerate(plan.layers):
+            self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        self._add_part(net, x, inputs[-1], t, net.room)
+
+        dy, free = buffers["d0"], buffers["d1"]
+        self.squared_error(inputs[-1], target, dy, net.loss)
+        of_output = None
+        if dx is not None and net.part is not None:
+            of_output = self.runtime.empty(x.shape)
+            of_output[...] = dy[: x.size].reshape(x.shape)
+        for k in reversed(range(len(plan.layers))):
+            layer = plan.layers[k]
+            du = dy[: n * layer.outputs].reshape(n, layer.outputs)
+            self._launch(
+                "mlp_layer_backward", du.size,
+                du, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], n, layer.outputs, width,
+                layer.time_column, MODES[layer.time], ACTIVATIONS[layer.activation],
+            )  # fmt: skip
+            to = dx
+            if k > 0:
+                to = free[: n * layer.inputs].reshape(n, layer.inputs)
+            self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
+            dy, free = free, dy
+        if of_output is not None:
+            self._add_part(net, of_output, dx, t, net.room)
+        if width:
+            self._time_gradient(net, t, grads)
+
+    def _time_gradient(self, net: _Network, t: Array, grads: Array) -> None:
+        """Gradient of the time table from the rows of dtime, and of what it is made from."""
+        plan, n, width = net.plan, len(t), net.plan.time_width
+        dtime, order, spare = (net.buffers[name] for name in ("dtime", "order", "spare order"))
+        dtable = net.dtable
+        if dtable is None:
+            dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
+        self.runtime.launch("pointwise", "fill", *self.runtime.grid_1d(dtable.size), (dtable, dtable.size, 0))
+        self.runtime.launch("mlp", "mlp_order_times", 1, THREADS, (t, order, spare, n, plan.T))
+        self._launch("mlp_time_gradient", n * width, dtime, t, order, dtable, n, width)
+        if net.features is not None:
+            count = net.features.shape[1]
+            self._launch(
+                "mlp_time_table_backward", (count + 1) * width,
+                net.features, dtable, grads[plan.time_weight :], grads[plan.time_bias :], plan.T, count, width,
+            )  # fmt: skip
+
+
+class _Steps:
+    """Training steps of a perceptron."""
+
+    def __init__(
+        self,
+        be: MLPOperations,
+        plan: MLPPlan,
+        draws: TrainingDraws,
+        batch: int,
+        state: TrainState,
+        results: Array,
+    ) -> None:
+        self.be, self.plan, self.draws, self.batch, self.state, self.results = be, plan, draws, batch, state, results
+        self._of: tuple[_Network, int] | None = None
+        self._recorded: Training | None = None
+
+    def run(self, step: int, options: AdamW) -> None:
+        be, state = self.be, self.state
+        with be._lock:
+            net = be._trained(self.plan, self.draws, self.batch)
+            if self._recorded is None or self._of != (net, net.moves):
+
+                def gradient(step: int) -> Array:
+                    return be._train_gradient(net, state.params, step, state.grads)
+
+                self._of, self._recorded = (net, net.moves), be.record_training(gradient, state, self.results)
+            self._recorded.run(step, options)

@@ -1,0 +1,89 @@
+"""The data that a command is given, curves or pictures, and the options that say how to read it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.errors import FastdiffError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fastdiff.model import Diffusion
+
+SIZE = 32  # pixels on a side of the pictures
+
+
+def add_table_options(command: argparse.ArgumentParser) -> None:
+    """What `_curves` asks for."""
+    table = command.add_argument_group("a table of curves")
+    table.add_argument(
+        "--index", metavar="NAME", help="leave out this column of names or times; a number counts from 1"
+    )
+    table.add_argument(
+        "--drop", type=_words, action="extend", default=[], metavar="NAME,...", help="leave these columns out as well"
+    )
+    table.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, help="the first line has column names (default: looks)"
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def training_data(
+    args: argparse.Namespace, model: Diffusion | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None, list[str] | None]:
+    """Curves or pictures, and for those the class of each and the classes' names."""
+    from fastdiff.data import load_images
+
+    shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
+    learned = shape is not None and len(shape) == 3
+    if not (learned or os.path.isdir(args.data) or args.size is not None):
+        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout"):
+            if getattr(args, name):
+                raise FastdiffError(f"--{name} is for pictures: a folder, or with --size an .npy file")
+        return _curves(args), None, None
+    if table_options(args):
+        raise FastdiffError(f"{table_options(args)[0]} is for files of curves")
+    if shape is None:
+        size, mode = args.size or SIZE, "gray" if args.gray else "auto"
+    elif len(shape) == 3:
+        size, mode = shape[:2], "gray" if shape[2] == 1 else "rgb"
+    else:
+        raise FastdiffError(f"{args.resume} is a model of curves, {args.data} a folder")
+    if args.labels:
+        return load_images(args.data, size, mode=mode, labels=True)
+    if model is not None and model.class_names is not None:
+        raise FastdiffError(f"--labels is wanted: {args.resume} has the classes {', '.join(model.class_names)}")
+    return load_images(args.data, size, mode=mode), None, None
+
+
+def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
+    from fastdiff.data import load_curves
+
+    return load_curves(args.data, header=args.header, index=args.index, drop=args.drop)
+
+
+def table_options(args: argparse.Namespace) -> list[str]:
+    """What was said about the file of curves, as it was said."""
+    header = [] if args.header is None else ["--header" if args.header else "--no-header"]
+    index = [] if args.index is None else ["--index", args.index]
+    return [*header, *index, *(["--drop", ",".join(args.drop)] if args.drop else [])]
+
+
+def describe_pictures(images: npt.NDArray[Any]) -> str:
+    height, width, channels = images.shape[1:]
+    return f"{'gray' if channels == 1 else 'colour'} pictures of {height} x {width} pixels"
+
+
+def check_picture(path: str) -> None:
+    from fastdiff import plots
+    from fastdiff.files import check_writable
+
+    plots.check_available()
+    check_writable(path, plots.ENDINGS)

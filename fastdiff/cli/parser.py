@@ -1,0 +1,120 @@
+"""The parser, which knows what options of other programs are called here, and the options that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+BACKENDS = ("auto", "numpy", "cpu", "cuda")
+
+# What options and commands of other programs are called here.
+SYNONYMS = {
+    "--steps": "epochs epoch iterations iters num-steps n-steps max-steps",
+    "--sample-steps": "steps num-steps n-steps inference-steps num-inference-steps",
+    "--lr": "learning-rate rate alpha",
+    "--batch": "batch-size batchsize bs",
+    "--validation": "val test-size validation-split validation-fraction holdout",
+    "--warmup": "warmup-steps",
+    "--resume": "load checkpoint continue init-from",
+    "--index": "index-col id time",
+    "--drop": "exclude ignore columns",
+    "--seed": "random-state random-seed",
+    "--backend": "device gpu cuda",
+    "--quiet": "silent no-progress",
+    "--size": "resolution image-size",
+    "--labels": "class classes label",
+    "--timesteps": "diffusion-steps num-timesteps",
+    "--prediction": "parameterization prediction-type objective",
+    "--sampler": "method solver scheduler",
+    "--first-sample": "offset start skip",
+    "--overwrite": "force",
+    "--plot": "figure png",
+    "--threads": "workers num-workers jobs n-jobs num-threads",
+    "-n": "num-samples samples n-samples count number num",
+    "--output": "out outfile out-file output-file file save save-to to",
+    "train": "fit learn",
+    "sample": "generate draw predict",
+    "info": "show inspect describe",
+    "bench": "benchmark time",
+    "evaluate": "eval test score judge",
+    "demo": "example tutorial",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what it does not know with its own usage, those of commands included, and with the nearest it knows."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = args
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            super().error("; ".join(self._unknown(options)) or f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the usage and the message, and with what an unknown option or command may mean."""
+        commands = [name for action in self._actions if not action.option_strings for name in action.choices or ()]
+        if not commands:
+            super().error("; ".join([message, *self._unknown([word for word in self.given if word[:2] == "--"])]))
+        word = next((word for word in self.given if not word.startswith("-")), "")
+        near = _nearest(word, commands)
+        super().error(f"{message}; did you mean {near}?" if near not in (None, word) else message)
+
+    def _unknown(self, words: Sequence[str]) -> list[str]:
+        options = [name for action in self._actions for name in action.option_strings]
+        said = []
+        for name in (word.split("=")[0] for word in words):
+            if any(option.startswith(name) for option in options):  # argparse takes what begins like one
+                continue
+            near = _nearest(name, options)
+            said.append(f"unrecognized option {name}" + (f": did you mean {near}?" if near else ""))
+        return said
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    """Which of the options or commands may be meant."""
+    bare = word.strip("-").replace("_", "-").lower()
+    for name in known:
+        if bare in SYNONYMS.get(name, "").split():
+            return name
+    names = {name.strip("-"): name for name in known}
+    near = difflib.get_close_matches(bare, names, 1, 0.65)
+    return names[near[0]] if near else None
+
+
+class Version(argparse.Action):
+    """Looks the version up only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"fastdiff {installed_version()}")
+        parser.exit()
+
+
+def installed_version() -> str:
+    from importlib.metadata import version
+
+    return version("fastdiff-engine")
+
+
+def add_command(commands: Any, name: str, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=brief,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return made
+
+
+def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:
+    command.add_argument("--seed", type=int, metavar="S", default=usual_seed, help=f"seed {seed}")
+    command.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="where to compute (default: the fastest there is)"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bars")

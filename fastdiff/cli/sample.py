@@ -1,0 +1,235 @@
+"""``fastdiff sample``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.cli.inputs import check_picture, describe_pictures
+from fastdiff.cli.parser import add_command, add_common
+from fastdiff.errors import FastdiffError, ScheduleWarning, check_int, check_seed
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fastdiff.model import Diffusion
+
+SAMPLERS = ("auto", "ddpm", "ddim", "dpmpp_2m")
+SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
+PICTURES_AT_ONCE = 64
+SHOWN, TRACED = 16, 4  # samples in a grid or a GIF, and in a trace
+
+
+def add(commands: Any) -> None:
+    sample = add_command(
+        commands,
+        "sample",
+        "draw new curves or pictures from a model",
+        "Draws from a trained model: curves into a .csv file (one curve a line) or an\n"
+        ".npy file, pictures into a folder, side by side into one .png file, or into an\n"
+        ".npy file.",
+        "examples:\n"
+        "  fastdiff sample m.safetensors -n 100 -o new.csv --plot new.png\n"
+        "  fastdiff sample m.safetensors -o new.npy --sampler dpmpp_2m --sample-steps 20\n"
+        "  fastdiff sample m.safetensors -n 16 -o new/ --trace trace.png --gif chain.gif\n"
+        "  fastdiff sample m.safetensors -n 30 -o new.png --labels 0,1,2\n"
+        "\n"
+        "Sample k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
+        "repeats the last ten of -n 100.\n",
+    )
+    sample.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
+    sample.add_argument("-n", type=int, default=16, metavar="N", help="how many (default 16)")
+    sample.add_argument(
+        "-o", "--output", metavar="PATH", required=True, help="a .csv or .npy file; of pictures a folder, .png or .npy"
+    )
+    sample.add_argument("--plot", metavar="FILE", help="draw the first 16 into this .png file")
+    sample.add_argument("--trace", metavar="FILE", help="draw the way from noise into this .png file")
+    sample.add_argument("--gif", metavar="FILE", help="show the way of the first 16 pictures in this .gif file")
+    sample.add_argument("--labels", metavar="L,L,...", help="classes, by number or name, taken in turn (default: all)")
+    sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
+    sample.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="auto",
+        help="default auto: dpmpp_2m for a model with a Gaussian base, else ddpm; ddim and dpmpp_2m need fewer steps",
+    )
+    sample.add_argument(
+        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 50, 20)"
+    )
+    sample.add_argument("--first-sample", type=int, metavar="K", default=0, help="index of the first sample")
+    sample.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the running mean of the weights (default), or the last weights",
+    )
+    add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
+    sample.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import fastdiff as fd
+
+    check_int("-n", args.n, low=1)
+    check_int("--first-sample", args.first_sample, low=0)
+    seed = None if args.seed is None else check_seed(args.seed, "--seed")
+    for path in (args.plot, args.trace):
+        if path:
+            check_picture(path)
+    model = fd.load(args.model, backend=args.backend)
+    options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
+    assert model.net is not None
+    return (_sample_curves if len(model.net.shape) == 1 else _sample_pictures)(args, model, options)
+
+
+def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
+    import numpy as np
+
+    from fastdiff import plots, progress
+    from fastdiff.data import ENDINGS, save_curves
+    from fastdiff.files import check_writable
+
+    n = args.n
+    check_writable(args.output, ENDINGS)
+    if args.gif:
+        raise FastdiffError("--gif is for pictures, and this is a model of curves")
+    labels = in_turn(model, args.labels, n, args.first_sample)
+    parts = []
+    with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
+        for start in range(0, n, SAMPLES_AT_ONCE):
+            size = min(SAMPLES_AT_ONCE, n - start)
+            of_part = None if labels is None else labels[start : start + size]
+            first = args.first_sample + start
+            parts.append(_as_numpy(args, model.sample(size, labels=of_part, first_sample=first, **options)))
+            bar.update(size)
+    curves, how = np.concatenate(parts), drawn_by(model, args.sampler, args.sample_steps)
+    save_curves(args.output, curves)
+    print(f"{args.output}: {n} curves of {curves.shape[1]} points")
+    if args.plot:
+        plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
+        print(f"{args.plot}: the first {min(SHOWN, n)} of them")
+    if args.trace:
+        of_first = None if labels is None else labels[:1]
+        _, path = model.sample(1, labels=of_first, first_sample=args.first_sample, trajectory=True, **options)
+        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0], sampler=how), args.trace)
+        print(f"{args.trace}: the first one's way from noise")
+    return 0
+
+
+def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
+    import numpy as np
+
+    from fastdiff import plots
+    from fastdiff.data import picture_files, save_images
+    from fastdiff.files import check_writable, writing
+
+    n, first, output = args.n, args.first_sample, args.output
+    labels = in_turn(model, args.labels, n, first)
+    ending = "" if output.endswith(("/", os.sep)) or os.path.isdir(output) else Path(output).suffix.lower()
+    if ending == ".png":
+        check_picture(output)
+    elif ending == ".npy":
+        check_writable(output)
+    elif ending:
+        raise FastdiffError(f"-o {output}: pictures go to a folder, to one .png file or to an .npy file")
+    else:
+        picture_files(output, n, first=first, overwrite=args.overwrite)
+    if args.gif:
+        check_writable(args.gif, (".gif",))
+    # The chains that are shown are drawn first, with all their states; where a sample is cut changes no bits.
+    traced = min(n, SHOWN) if args.trace or args.gif else 0
+    parts = []
+    for low, high in ((0, traced), (traced, n)):
+        if low == high:
+            continue
+        drawn = model.sample(
+            high - low,
+            labels=None if labels is None else labels[low:high],
+            first_sample=first + low,
+            batch=PICTURES_AT_ONCE,
+            trajectory=high == traced,
+            progress=not args.quiet,
+            **options,
+        )
+        if high == traced:
+            drawn, path = drawn
+            path = _as_numpy(args, path)
+        parts.append(_as_numpy(args, drawn))
+    images = np.concatenate(parts)
+    assert model.normaliser is not None and model.normaliser.data_range is not None  # noqa: PT018
+    shades: dict[str, Any] = {"data_range": model.normaliser.data_range}
+    words, how = class_names(model, labels), drawn_by(model, args.sampler, args.sample_steps)
+
+    def grid(path: str, count: int) -> None:
+        columns = max(1, round(count**0.5))
+        some, title = words and words[:count], f"Generated pictures: {how}"
+        figure = plots.image_grid(images[:count], columns=columns, labels=some, title=title, **shades)
+        plots.save(figure, path)
+
+    if ending == ".png":
+        grid(output, n)
+    elif ending == ".npy":
+        with writing(output) as file:
+            np.lib.format.write_array(file, images, allow_pickle=False)
+    else:
+        save_images(images, output, first=first, overwrite=args.overwrite, **shades)
+    of = "" if words is None else f", of {', '.join(sorted(set(words)))}"
+    print(f"{output}: {n} {describe_pictures(images)}{of}")
+    if args.plot:
+        grid(args.plot, min(n, SHOWN))
+        print(f"{args.plot}: the first {min(n, SHOWN)} of them")
+    if args.trace:
+        plots.save(plots.image_trace(path[:, :TRACED], sampler=how, **shades), args.trace)
+        print(f"{args.trace}: the first {min(n, TRACED)} on their way from noise")
+    if args.gif:
+        plots.animation(path, args.gif, **shades)
+        print(f"{args.gif}: the first {traced} on their way from noise, moving")
+    return 0
+
+
+def in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.NDArray[np.int64] | None:
+    """The labels of samples first ... first + n - 1: those of a list like ``0,2`` or ``cat,dog``, or all, in turn."""
+    import numpy as np
+
+    classes = getattr(model.net, "classes", None)
+    if classes is None:
+        if text is not None:
+            raise FastdiffError("--labels: this model has no classes")
+        return None
+    names = [_class_name(model, k) for k in range(classes)]
+    numbers = []
+    for word in [] if text is None else text.split(","):
+        if word.strip() in names:
+            numbers.append(names.index(word.strip()))
+        elif word.strip().isdecimal() and int(word) < classes:
+            numbers.append(int(word))
+        else:
+            told = "" if model.class_names is None else f", or {', '.join(names)}"
+            raise FastdiffError(f"--labels: {word.strip()!r}, where a class from 0 to {classes - 1} is wanted{told}")
+    chosen = np.array(numbers or range(classes), np.int64)
+    return chosen[(first + np.arange(n)) % len(chosen)]
+
+
+def _class_name(model: Diffusion, label: int) -> str:
+    return str(label) if model.class_names is None else model.class_names[label]
+
+
+def class_names(model: Diffusion, labels: npt.NDArray[np.int64] | None) -> list[str] | None:
+    return None if labels is None else [_class_name(model, label) for label in labels]
+
+
+def drawn_by(model: Diffusion, sampler: str, steps: int | None) -> str:
+    """What draws, for the legend of a figure."""
+    with warnings.catch_warnings(action="ignore", category=ScheduleWarning):  # drawing itself warns
+        return model.named_sampler(sampler, steps).label
+
+
+def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
+    from fastdiff.backends import get_backend
+
+    return get_backend(args.backend).to_numpy(array)

@@ -1,0 +1,341 @@
+"""``fastdiff train``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.cli.inputs import SIZE, add_table_options, check_picture, describe_pictures, table_options, training_data
+from fastdiff.cli.messages import INTERRUPTED, PatientInterrupt, fail, note, uninterrupted
+from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
+from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
+
+if TYPE_CHECKING:
+    from fastdiff.model import Diffusion
+    from fastdiff.schedule import Schedule
+
+# Constructor: T, beta_start, beta_end. The first is the tutorial's, the others the values of the papers.
+SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
+    "sigmoid": (100, 1e-5, 0.1),
+    "linear": (1000, 1e-4, 0.02),
+    "scaled_linear": (1000, 1e-4, 0.02),
+    "cosine": (1000, None, None),
+}
+LEARNING_RATE = 1e-3
+FEWEST_ROWS = 8  # as fastdiff.judgement has it
+
+
+def add(commands: Any) -> None:
+    train = add_command(
+        commands,
+        "train",
+        "learn the curves of a file, or the pictures of a folder",
+        "Learns the curves of a .csv file (one curve a line, all of one length) or an\n"
+        ".npy file (one array, curves x points), or the pictures of a folder, which it\n"
+        "brings to one small size (or, with --size, those of an .npy file of bytes).\n"
+        "Ctrl-C saves what was learned so far and says how to continue.",
+        "examples:\n"
+        "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
+        "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
+        "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
+        "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
+        "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
+        "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
+        "\n"
+        "Pictures take time, at 32 x 32 about half a second a step: start small (--size\n"
+        "16 --gray), and look at the snapshots. On one backend the same data, options and\n"
+        "seed give the same model, bit for bit, and so does a run in two parts.\n",
+    )
+    train.add_argument("data", metavar="DATA", help="a .csv or .npy file of curves, or a folder of pictures")
+    train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (default: as many as suit the data)")
+    train.add_argument("--batch", type=int, metavar="N", help="curves (default 256) or pictures (64) a step")
+    train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
+    train.add_argument("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
+    train.add_argument(
+        "--decay-steps",
+        type=int,
+        metavar="N",
+        help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
+    )
+    train.add_argument(
+        "--validation",
+        type=float,
+        metavar="FRACTION",
+        help="hold out this part of the data, and report its loss (default: 0.05 of 100 rows or more; 0: none)",
+    )
+    train.add_argument(
+        "--resume",
+        metavar="MODEL",
+        help="continue this model for --steps more; -o may be left out, then it is updated",
+    )
+    train.add_argument(
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        help="at the end measure samples against held-out rows (default: unless --steps is below 1000)",
+    )
+    train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
+    add_table_options(train)
+    add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
+    pictures = train.add_argument_group("pictures")
+    pictures.add_argument(
+        "--size", type=_size, metavar="S", help=f"pixels on a side, or HEIGHTxWIDTH (default {SIZE}); crops to fit"
+    )
+    pictures.add_argument("--gray", action="store_true", help="without colour (default: as the files are)")
+    pictures.add_argument(
+        "--labels", action="store_true", help="the folder holds one folder for each class; learn to draw by class"
+    )
+    pictures.add_argument("--flip", action="store_true", help="also learn the mirror images")
+    pictures.add_argument(
+        "--snapshots", type=int, metavar="N", help="every N steps draw 16 pictures into MODEL-STEP.png"
+    )
+    pictures.add_argument(
+        "--accumulate", type=int, metavar="K", default=1, help="take a batch in K parts: a Kth of the memory"
+    )
+    pictures.add_argument(
+        "--channels", type=_widths, metavar="C,C,...", help="widths of the U-Net's levels (default: by the size)"
+    )
+    pictures.add_argument("--dropout", type=float, metavar="SHARE", help="against learning by heart (default 0)")
+    model = train.add_argument_group("the model")
+    model.add_argument(
+        "--network",
+        choices=("default", "tutorial"),
+        help="for curves, default: three hidden layers that the timestep scales and shifts; tutorial: the tutorial's",
+    )
+    model.add_argument("--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default v)")
+    model.add_argument(
+        "--scale",
+        choices=("auto", "all", "column"),
+        help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
+    )
+    model.add_argument("--schedule", choices=tuple(SCHEDULES), help="default: chosen for the data")
+    model.add_argument("--timesteps", type=int, metavar="T", help="steps of noise; needs --schedule")
+    model.add_argument("--beta-start", type=float, metavar="BETA", help="noise of the first step")
+    model.add_argument("--beta-end", type=float, metavar="BETA", help="noise of the last step")
+    train.set_defaults(run=run)
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """``32`` or, height first, ``32x48``."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split(","))
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdiff.files import check_writable
+
+    output: str | None = args.output or args.resume
+    if output is None:
+        raise FastdiffError("say where the model goes: -o MODEL.safetensors")
+    steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
+    batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
+    # All that could fail is tried before the minutes of training.
+    check_writable(output, (".safetensors",))
+    if args.loss_plot:
+        check_picture(args.loss_plot)
+    if args.snapshots is not None:
+        check_int("--snapshots", args.snapshots, low=1)
+        check_picture(_snapshot(output, 0))
+    model = _resumed(args) if args.resume else None
+    data, labels, names = training_data(args, model)
+    if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+        raise FastdiffError(
+            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
+            f"{FEWEST_ROWS}"
+        )
+    if model is None:
+        model = _new_model(args, data.shape[1:], None if names is None else len(names))
+        model.class_names = names
+    elif names != model.class_names:
+        raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
+    what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data)
+    note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
+
+    start, first = time.perf_counter(), model.step
+    stop = PatientInterrupt()
+    failure: TrainingError | None = None
+    try:
+        with stop:
+            model.fit(
+                data,
+                labels,
+                steps=steps,
+                batch=batch,
+                # A resumed model keeps its own plan: fit takes its defaults for "not given".
+                lr=LEARNING_RATE if args.lr is None else args.lr,
+                warmup=0 if args.warmup is None else args.warmup,
+                decay_steps=args.decay_steps,
+                validation=args.validation,
+                judge=args.judge,
+                flip=args.flip,
+                accumulate=args.accumulate,
+                progress=not args.quiet,
+                callback=stop.wanted if args.snapshots is None else _snapshots(model, output, args.snapshots, stop),
+            )
+        stopped = stop.presses > 0
+    except KeyboardInterrupt:
+        if stop.gave_up:
+            raise
+        stopped = True
+    except TrainingError as error:
+        failure, stopped = error, True
+    done = model.step - first
+    if done:
+        with uninterrupted():
+            model.save(output)
+    if failure and not done:
+        return fail(str(failure))
+    if stopped:
+        state = f"after step {model.step}, saved to {output}" if done else "before the first step: nothing to save"
+        note(f"fastdiff: stopped {state}")
+    else:
+        seconds = time.perf_counter() - start
+        print(f"{output}: {done} steps in {seconds:.1f} s, now at step {model.step}; {_last_losses(model)}")
+    if args.loss_plot and done:
+        from fastdiff import plots
+
+        plots.save(plots.loss(model.history), args.loss_plot)
+        (note if stopped else print)(f"{args.loss_plot}: the loss of every step")
+    if failure:
+        return fail(str(failure))
+    if stopped and done > 0 and model.step < model.end_step:
+        # Training that was looked after by the rule goes on by it: so many steps more would not be.
+        rest = None if steps is None and data.ndim == 2 else model.end_step - model.step
+        note(f"continue with: {_continuation(args, output, rest)}")
+    return INTERRUPTED if stopped else 0
+
+
+def _snapshot(output: str, step: int) -> str:
+    return f"{output.removesuffix('.safetensors')}-{step:06}.png"
+
+
+def _snapshots(model: Diffusion, output: str, every: int, stop: PatientInterrupt) -> Callable[[int, float], bool]:
+    """What `fit` calls after each step: now and then it draws pictures, and says whether to stop."""
+    from fastdiff import plots
+
+    def after(step: int, loss: float) -> bool:
+        if (step + 1) % every == 0:
+            assert model.normaliser is not None
+            try:
+                labels = in_turn(model, None, SHOWN)
+                figure = plots.image_grid(
+                    model.sample(SHOWN, labels=labels, sampler="ddim"),
+                    labels=class_names(model, labels),
+                    title=f"After {step + 1} steps: {drawn_by(model, 'ddim', None)}",
+                    data_range=model.normaliser.data_range or (0, 255),
+                )
+                plots.save(figure, _snapshot(output, step + 1))
+            except (FastdiffError, OSError) as error:  # worth less than the training
+                note(f"\nfastdiff: warning: no snapshot after step {step + 1}: {error}")
+        return stop.wanted(step, loss)
+
+    return after
+
+
+def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | None) -> Diffusion:
+    import fastdiff as fd
+    from fastdiff.defaults import PICTURE_T, picture_net
+
+    schedule = _schedule(args)
+    seed = 0 if args.seed is None else check_seed(args.seed, "--seed")
+    net: fd.MLP | fd.UNet | None = None
+    if len(shape) == 3:
+        if args.network == "tutorial":
+            raise FastdiffError("--network tutorial is for curves")
+        T = PICTURE_T if schedule is None else schedule.T
+        net = picture_net(shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0)
+    elif args.network == "tutorial":
+        schedule = schedule or _named_schedule("sigmoid", None, None, None)
+        net = fd.MLP.tutorial(shape[0], T=schedule.T)
+    scale = args.scale or "auto"
+    return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
+
+
+def _resumed(args: argparse.Namespace) -> Diffusion:
+    import fastdiff as fd
+
+    settled = (
+        "size",
+        "channels",
+        "dropout",
+        "lr",
+        "warmup",
+        "decay_steps",
+        "seed",
+        "network",
+        "schedule",
+        "timesteps",
+        "beta_start",
+        "beta_end",
+        "prediction",
+        "scale",
+    )
+    for name in settled:
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
+    if args.gray:
+        raise FastdiffError("--gray cannot change with --resume: the saved model has its own")
+    return fd.load(args.resume, backend=args.backend)
+
+
+def _schedule(args: argparse.Namespace) -> Schedule | None:
+    given = [name for name in ("timesteps", "beta_start", "beta_end") if getattr(args, name) is not None]
+    if args.schedule is None:
+        if given:
+            raise FastdiffError(f"--{given[0].replace('_', '-')} needs --schedule: {', '.join(SCHEDULES)}")
+        return None
+    return _named_schedule(args.schedule, args.timesteps, args.beta_start, args.beta_end)
+
+
+def _named_schedule(name: str, T: int | None, start: float | None, end: float | None) -> Schedule:
+    from fastdiff.schedule import Schedule
+
+    usual_T, usual_start, usual_end = SCHEDULES[name]
+    build = getattr(Schedule, name)
+    T = check_int("--timesteps", usual_T if T is None else T, low=1)
+    made: Schedule
+    if usual_start is None or usual_end is None:
+        if start is not None or end is not None:
+            raise FastdiffError(f"--beta-start and --beta-end mean nothing to the {name} schedule")
+        made = build(T)
+    else:
+        start = check_float("--beta-start", usual_start if start is None else start, low=0, high=1)
+        end = check_float("--beta-end", usual_end if end is None else end, low=0, high=1)
+        made = build(T, beta_start=start, beta_end=end)
+    return made
+
+
+def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> str:
+    words = ["fastdiff", "train", args.data, "--resume", output]
+    words += [] if steps is None else ["--steps", str(steps)]
+    for option, value, usual in (
+        ("--batch", args.batch, None),
+        ("--accumulate", args.accumulate, 1),
+        ("--validation", args.validation, None),
+        ("--snapshots", args.snapshots, None),
+        ("--backend", args.backend, "auto"),
+        ("--loss-plot", args.loss_plot, None),
+    ):
+        if value != usual:
+            words += [option, str(value)]
+    words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
+    words += table_options(args)
+    return shlex.join(words)
+
+
+def _last_losses(model: Diffusion) -> str:
+    recent = model.history["loss"][-100:]
+    text = f"loss {sum(recent) / len(recent):.4g} (mean of the last {len(recent)})"
+    held = model.history["validation_loss"]
+    return f"{text}, {held[-1]:.4g} on held-out data" if held else text

@@ -1,0 +1,120 @@
+"""Figures of covariances and of what reshaping does to noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import covariance
+from fastdiff.errors import ArgumentError, check_array
+from fastdiff.plots.layout import blank, blues, horizontal, legend, one_axes, whole_numbers
+from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def covariances(matrices: Mapping[str, npt.ArrayLike]) -> Figure:
+    """Draw matrices as heat maps, each over its spectrum: how much of it lies in how few directions.
+
+    Parameters
+    ----------
+    matrices : mapping of str to (n, n) array_like
+        Titles and symmetric matrices, of any sizes. The effective rank (entropy form) stands with the spectrum.
+    """
+    given = {title: check_array("matrices", matrix, shape=(None, None)) for title, matrix in matrices.items()}
+    if not given:
+        raise ArgumentError("matrices", "none", "at least one")
+    with styled():
+        figure = blank(2.9 * len(given) + 0.2, 4.6)
+        top, bottom = figure.subplots(2, len(given), squeeze=False, height_ratios=(3, 2))
+        floor = 1e-6  # of the largest eigenvalue: below it there is rounding, or nothing
+        for axes, title in zip(top, given, strict=True):
+            image = axes.imshow(given[title], cmap="viridis", interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set(title=title, xticks=[], yticks=[])
+            bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+            bar.outline.set_visible(False)
+            bar.ax.tick_params(labelsize=7.5)
+        for axes, matrix in zip(bottom, given.values(), strict=True):
+            values = covariance.spectrum(matrix)
+            shown = values[values > floor * values[0]]
+            axes.semilogy(np.arange(1, len(shown) + 1), shown, color=BLUE)
+            rank = f"effective rank {covariance.effective_rank(matrix):.1f} of {len(values)}"
+            axes.set_title(rank, fontsize=9, fontweight="normal", pad=4)
+            margin = 0.015 * len(values)
+            axes.set(
+                xlabel="eigenvalue", ylim=(floor * values[0], 3 * values[0]), xlim=(1 - margin, len(values) + margin)
+            )
+            whole_numbers(axes)
+        bottom[0].set_ylabel("size")
+    return figure
+
+
+def spectra(source: npt.ArrayLike, target: npt.ArrayLike) -> Figure:
+    """Draw the spectra of two covariances and, on the same axes, the gain that turns one into the other.
+
+    Parameters
+    ----------
+    source, target : (n, n) array_like
+        Of `covariance.reshaping`; the gain of a direction is the root of the ratio of its eigenvalues.
+    """
+    here, there = covariance.spectrum(source), covariance.spectrum(target)
+    if len(here) != len(there):
+        raise ArgumentError("target", f"size {len(there)}", f"size {len(here)}, as the source has")
+    at, shown = np.arange(1, len(here) + 1), there > 1e-10 * there[0]
+    with one_axes(6.4, 3.6) as (figure, axes):
+        axes.semilogy(at, here, color=GREY, label="source")
+        axes.semilogy(at[shown], there[shown], color=BLUE, label="target")
+        gain = np.sqrt(there[shown] / here[shown])
+        axes.semilogy(at[shown], gain, color=ORANGE, linestyle="--", label="gain")
+        axes.set(title="What reshaping does to each direction", xlabel="eigenvalue", ylabel="size")
+        whole_numbers(axes)
+        legend(axes)
+    return figure
+
+
+def reshaped(
+    before: npt.ArrayLike, after: npt.ArrayLike, signal: npt.ArrayLike, *, rate: float | None = None
+) -> Figure:
+    """Draw curves before and after a reshaping, coloured by how far from a signal each ends.
+
+    Parameters
+    ----------
+    before, after : (m, n) array_like
+        The same curves in the same order.
+    signal : (n,) array_like
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds.
+    """
+    first = check_array("before", before, shape=(None, None))
+    last = check_array("after", after, shape=first.shape)
+    wanted = check_array("signal", signal, shape=first.shape[1:])
+    if not first.size:
+        raise ArgumentError("before", f"shape {first.shape}", "at least one curve")
+    with styled():
+        from matplotlib.collections import LineCollection
+
+        figure = blank(7.4, 3.4)
+        panels = figure.subplots(1, 2, sharey=True)
+        x, label = horizontal(first.shape[1], rate)
+        distance = np.sqrt(np.mean((last - wanted) ** 2, axis=1))
+        order = np.argsort(-distance)  # the nearest on top
+        for axes, curves, title in zip(panels, (first, last), ("Noise", "Reshaped noise"), strict=True):
+            lines = LineCollection(
+                [np.column_stack([x, curve]) for curve in curves[order]],
+                cmap=blues().reversed(), linewidths=0.8, array=distance[order],
+            )  # fmt: skip
+            axes.add_collection(lines)
+            axes.plot(x, wanted, color=RED, linewidth=1.6, label="signal")
+            axes.autoscale_view()
+            axes.set(title=title, xlabel=label)
+        panels[0].set_ylabel("value")
+        legend(panels[1])
+        bar = figure.colorbar(lines, ax=panels, pad=0.02, fraction=0.04, aspect=30)
+        bar.set_label("distance to the signal in the end")
+        bar.outline.set_visible(False)
+    return figure

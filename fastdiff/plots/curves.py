@@ -1,0 +1,264 @@
+"""Figures of curves: on their way into noise and back, generated ones beside real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import ArgumentError, check_array, check_int
+from fastdiff.plots.layout import blank, blues, heading, horizontal, legend, named_by, one_axes, whole_numbers
+from fastdiff.plots.style import BLUE, GREY, RED, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def forward_diffusion(
+    chain: npt.ArrayLike, timesteps: Sequence[int] | None = None, *, rate: float | None = None
+) -> Figure:
+    """Draw one curve on its way into noise, in panels, over the curve itself.
+
+    Parameters
+    ----------
+    chain : array_like
+        (T + 1, points), the curve first: one curve of what `forward_chain` returns, ``chain[:, k]``.
+    timesteps : sequence of int, optional
+        Rows of `chain` to draw, 0 to T: how many steps of noise each has seen. By default six, evenly spaced.
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds. Otherwise it counts points.
+    """
+    states = check_array("chain", chain, shape=(None, None))
+    steps = len(states) - 1
+    if timesteps is None:
+        timesteps = np.unique(np.linspace(0, steps, 6).round().astype(int)).tolist()
+    shown = [check_int("timesteps", t, low=0, high=steps) for t in timesteps]
+    if not shown:
+        raise ArgumentError("timesteps", "none", "at least one")
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    with styled():
+        figure = blank(max(2.7 * columns + 0.4, 4.8), 1.75 * rows + 0.75)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        x, label = horizontal(states.shape[1], rate)
+        for axes, t in zip(grid.flat, shown, strict=False):
+            axes.plot(x, states[0], color=RED, linewidth=1.2, label="the curve")
+            if t:
+                axes.plot(x, states[t], color=BLUE, linewidth=1.2, label="with noise")
+            title = "the curve" if t == 0 else f"after {t} step{'s' if t > 1 else ''}"
+            axes.set_title(title, fontsize=9, fontweight="normal", pad=4)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        figure.supxlabel(label, fontsize=9)
+        figure.supylabel("value", fontsize=9)
+        handles, labels = grid.flat[len(shown) - 1].get_legend_handles_labels()
+        heading(figure, "A curve dissolves into noise", handles, labels)
+    return figure
+
+
+def reverse_chain(
+    path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None, sampler: str | None = None
+) -> Figure:
+    """Draw all steps of one reverse chain over each other, from light (noise) to dark (the result).
+
+    Parameters
+    ----------
+    path : array_like
+        (steps + 1, points), noise first: one curve of a trajectory, ``path[:, k]``.
+    target : array_like, optional
+        (points,), the curve that was to be reached: a broad red line under the result.
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds.
+    sampler : str, optional
+        What drew it, for the colour bar: `Sampler.label`.
+    """
+    states = check_array("path", path, shape=(None, None))
+    if len(states) < 2:
+        raise ArgumentError("path", f"shape {states.shape}", "(steps + 1, points) with at least one step")
+    with one_axes(6.4, 3.9) as (figure, axes):
+        from matplotlib.collections import LineCollection
+        from matplotlib.colors import Normalize
+
+        x, label = horizontal(states.shape[1], rate)
+        lines = LineCollection(
+            [np.column_stack([x, curve]) for curve in states[:-1]],
+            cmap=blues(),
+            norm=Normalize(0, len(states) - 1),
+            linewidths=0.7,
+            array=np.arange(len(states) - 1),
+        )
+        axes.add_collection(lines)
+        if target is not None:
+            wanted = check_array("target", target, shape=(states.shape[1],))
+            axes.plot(x, wanted, color=RED, linewidth=4, alpha=0.85, label="target", zorder=3)
+        axes.plot(x, states[-1], color=blues()(1.0), linewidth=1.4, label="result", zorder=4)
+        axes.autoscale_view()
+        axes.set(title="From noise to a curve", xlabel=label, ylabel="value")
+        bar = figure.colorbar(lines, ax=axes, pad=0.02, fraction=0.05, aspect=30)
+        bar.set_label(named_by("sampling steps done", sampler))
+        bar.outline.set_visible(False)
+        legend(axes)
+    return figure
+
+
+def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -> Figure:
+    """Draw one reverse chain as one line per dimension against the step.
+
+    Parameters
+    ----------
+    path : array_like
+        (steps + 1, points), noise first: one curve of a trajectory, ``path[:, k]``.
+    timesteps : array_like, optional
+        (steps,) int, descending: ``sampler.timesteps``. The horizontal axis then counts the steps of noise
+        that are left, ``t + 1``, down to 0. Otherwise it counts the sampling steps done.
+    """
+    states = check_array("path", path, shape=(None, None))
+    steps = len(states) - 1
+    if steps < 1:
+        raise ArgumentError("path", f"shape {states.shape}", "(steps + 1, points) with at least one step")
+    with one_axes(6.4, 3.6) as (figure, axes):
+        from matplotlib.collections import LineCollection
+
+        if timesteps is None:
+            x, label = np.arange(steps + 1), "sampling steps done"
+        else:
+            left = check_array("timesteps", timesteps, shape=(steps,))
+            x, label = np.append(left + 1, 0), "steps of noise left, t + 1"
+        lines = LineCollection(
+            [np.column_stack([x, values]) for values in states.T],
+            cmap="viridis",
+            linewidths=0.9,
+            array=np.arange(states.shape[1]),
+        )
+        axes.add_collection(lines)
+        axes.autoscale_view()
+        if timesteps is not None:
+            axes.invert_xaxis()
+        axes.set(title="Each point of the curve finds its value", xlabel=label, ylabel="value")
+        whole_numbers(axes)
+        bar = figure.colorbar(lines, ax=axes, pad=0.02, fraction=0.05, aspect=30)
+        bar.set_label("point of the curve")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def generated(
+    curves: npt.ArrayLike,
+    reference: npt.ArrayLike | None = None,
+    *,
+    count: int = 12,
+    rate: float | None = None,
+    names: tuple[str, str] = ("Generated", "Real"),
+) -> Figure:
+    """Draw generated curves beside real ones, one small panel each, all on the same axes.
+
+    Parameters
+    ----------
+    curves : array_like
+        (N, points); the first `count` are drawn.
+    reference : array_like, optional
+        (M, points), the real curves; the first `count` are drawn. None: generated curves only.
+    count : int, optional
+        Curves of each kind.
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds.
+    names : pair of str, optional
+        Headings of the two halves; the first one may say how they were drawn: `Sampler.label`.
+    """
+    sets = [check_array("curves", curves, shape=(None, None))]
+    if reference is not None:
+        sets.append(check_array("reference", reference, shape=(None, sets[0].shape[1])))
+    count = check_int("count", count, low=1)
+    if not all(len(rows) for rows in sets):
+        raise ArgumentError("curves" if not len(sets[0]) else "reference", "no curves", "at least one")
+    with styled():
+        most = min(count, max(map(len, sets)))
+        columns = min(most, 3 if len(sets) == 2 else 4)
+        rows = -(-most // columns)
+        figure = blank(max(3.2, 1.45 * columns * len(sets) + 0.9), 0.95 * rows + 1.0)
+        halves = figure.subfigures(1, len(sets), wspace=0.03, squeeze=False)[0]
+        x, label = horizontal(sets[0].shape[1], rate)
+        drawn = np.concatenate([half[:most] for half in sets])
+        low, high = float(drawn.min()), float(drawn.max())
+        margin = 0.06 * (high - low) or 1.0
+        for half, values, color, name in zip(halves, sets, (BLUE, GREY), names, strict=False):
+            grid = half.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+            for axes, curve in zip(grid.flat, values[:most], strict=False):
+                axes.plot(x, curve, color=color, linewidth=1.3)
+                axes.set_ylim(low - margin, high + margin)
+            drawn_here = min(most, len(values))
+            for axes in grid.flat[drawn_here:]:
+                axes.set_visible(False)
+            for axes in grid.flat[max(0, drawn_here - columns) : drawn_here]:
+                axes.tick_params(labelbottom=True)  # the lowest of its column, in an unfilled last row too
+            half.suptitle(name, fontsize=10.5, fontweight="bold")
+            half.supxlabel(label, fontsize=9)
+        halves[0].supylabel("value", fontsize=9)
+    return figure
+
+
+def around_target(
+    curves: npt.ArrayLike,
+    target: npt.ArrayLike,
+    *,
+    count: int = 200,
+    rate: float | None = None,
+    sampler: str | None = None,
+) -> Figure:
+    """Draw generated curves over each other, with the one curve they should all be, and what is left over.
+
+    Parameters
+    ----------
+    curves : array_like
+        (N, points); the first `count` are drawn, all of them enter the error.
+    target : array_like
+        (points,).
+    count : int, optional
+        Curves to draw.
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds.
+    sampler : str, optional
+        What drew them, for the legend: `Sampler.label`.
+    """
+    made = check_array("curves", curves, shape=(None, None))
+    wanted = check_array("target", target, shape=(made.shape[1],))
+    count = check_int("count", count, low=1)
+    if not len(made):
+        raise ArgumentError("curves", "none", "at least one")
+    with styled():
+        from matplotlib.collections import LineCollection
+
+        figure = blank(6.4, 4.6)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        x, label = horizontal(len(wanted), rate)
+        left = made - wanted
+        shown = min(count, len(made))
+        alpha = min(1.0, 0.15 + 2 / shown)
+        for axes, values in ((top, made), (bottom, left)):
+            axes.add_collection(
+                LineCollection(
+                    [np.column_stack([x, curve]) for curve in values[:shown]],
+                    colors=BLUE,
+                    linewidths=0.6,
+                    alpha=alpha,
+                )
+            )
+        top.plot([], [], color=BLUE, linewidth=1, label=named_by(f"{shown} generated", sampler))
+        top.plot(x, wanted, color=RED, linewidth=1.4, label="target")
+        bottom.axhline(0, color=RED, linewidth=1.4)
+        bottom.plot(x, np.sqrt((left**2).mean(0)), color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+        for axes in (top, bottom):
+            axes.autoscale_view()
+        error = float(np.sqrt((left**2).mean()))
+        top.set(title="Generated curves", ylabel="value")
+        bottom.set(xlabel=label, ylabel="generated − target")
+        bottom.set_title(
+            f"root mean square error {error:.3g} (dashed: at each point)",
+            fontsize=9,
+            fontweight="normal",
+            pad=4,
+        )
+        legend(top)
+    return figure
