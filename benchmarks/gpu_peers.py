@@ -66,7 +66,7 @@ def release() -> None:
 
 def device(array: Any) -> Any:
     """A NumPy array on the GPU."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+    return nets.tensor(array).to(DEVICE)
 
 
 def on_gpu(net: Any) -> Any:

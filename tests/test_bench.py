@@ -193,7 +193,7 @@ def test_backends_stand_side_by_side(tmp_path, capsys):
     assert "mean nothing" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| GroupNorm")]
     assert row.count("GB/s") == 2
-    assert row.count("of memory") == 1
+    assert row.count("% of ") == 1
     assert text in capsys.readouterr().out
 
 
