@@ -100,9 +100,9 @@ def compared(steps: int, batch: int, drawn: int, threads: int) -> list[Precision
         found.append(figures)
         print(f"{name}: {steps} steps and {drawn} digits in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     rows = [Precision(what=what, float32=ours, bf16=found[1][what]) for what, ours in found[0].items()]
-    for row in rows[:2]:
-        row.ratio, row.wanted = row.bf16 / row.float32, BOUND
-    rows[0].error = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
+    deviation = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
+    for i, error in enumerate((deviation, None)):
+        rows[i] = rows[i]._replace(ratio=rows[i].bf16 / rows[i].float32, wanted=BOUND, error=error)
     return rows
 
 

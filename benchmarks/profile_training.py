@@ -28,22 +28,8 @@ REPEATS, CALLS = 300, 10
 def forward_products(layers, arena, params, rows):
     for k in range(len(layers)):
         n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
-        gemm(
-            arena,
-            layers[k, mlp.U],
-            m,
-            arena,
-            layers[k, mlp.X],
-            n,
-            1,
-            params,
-            layers[k, mlp.WEIGHT],
-            m,
-            rows,
-            m,
-            n,
-            False,
-        )
+        u, x, weight = layers[k, mlp.U], layers[k, mlp.X], layers[k, mlp.WEIGHT]
+        gemm(arena, u, m, arena, x, n, 1, params, weight, m, rows, m, n, False)
 
 
 @numba.njit(**jit.OPTIONS)
@@ -89,12 +75,8 @@ def main() -> None:
     grads, rows = net.layout.zeros(np.float32), mlp.TILE
     be.mlp_train_gradient(net.plan, net.flat, draws, 0, rows, grads)  # makes the workspace, and leaves a tile in it
     space, scratch = be._network(net.plan), be._spaces[0].noise
-    layers, arena, table, width = (
-        space.layers,
-        space.arenas[0],
-        space.time_table(net.flat, space.t)[0],
-        net.plan.time_width,
-    )
+    layers, arena, width = space.layers, space.arenas[0], net.plan.time_width
+    table = space.time_table(net.flat, space.t)[0]
     partial, dtime, dtable = space.partials[0], space.dtime[0], grads[space.summed :]
     target, d_in, d_out = space.deltas[0]
     slots, t = space.slots, space.t

@@ -41,7 +41,7 @@ def shortened(name: str, report: PeersReport) -> PeersReport:
     missing = [row for row in SHORT[name] if row not in rows]
     if missing:
         raise NumbersError(f"{name} has no row {', '.join(missing)}, which its short form needs")
-    return replace(report, rows=[replace(rows[row], shapes=[], memory=None) for row in SHORT[name]])
+    return replace(report, rows=[rows[row]._replace(shapes=(), memory=None) for row in SHORT[name]])
 
 
 def filled(text: str, folder: Path) -> str:

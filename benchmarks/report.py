@@ -8,7 +8,7 @@ import types
 import typing
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from fastdiff.bench import Result, Roofs, duration, speed
 
@@ -135,8 +135,7 @@ def markdown(head: list[str], rows: list[list[Any]], left: int = 1) -> list[str]
 # -- peers.py --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ratio:
+class Ratio(NamedTuple):
     """The peer's time through ours, of the rounds or of the shapes."""
 
     median: float
@@ -167,8 +166,7 @@ class Memory(Sides):
         return f"{words}: {self.ours / self.peer:.2f} of it, wanted at most {self.wanted:g}{missed}"
 
 
-@dataclass
-class Shape:
+class Shape(NamedTuple):
     """One shape of a row of many."""
 
     title: str
@@ -177,26 +175,25 @@ class Shape:
     operations: int = 0
 
 
-@dataclass(kw_only=True)
-class Compared:
+class Compared(NamedTuple):
     """A workload beside a peer."""
 
     name: str
     title: str
     peer: str
-    bytes: int = 0
-    operations: int = 0
-    normals: int = 0
     ratio: Ratio
     seconds: Sides
     target: float | None
-    rounds: list[Sides] = field(default_factory=list)
-    others: float = 0.0  # share of the machine that other programs used
-    prepared: Sides | None = None
-    parity: dict[str, dict[str, float]] = field(default_factory=dict)
-    shapes: list[Shape] = field(default_factory=list)
-    memory: Memory | None = None
     met: bool | None
+    rounds: tuple[Sides, ...] = ()
+    prepared: Sides | None = None
+    parity: dict[str, dict[str, float]] | None = None
+    bytes: int = 0
+    operations: int = 0
+    normals: int = 0
+    others: float = 0.0  # share of the machine that other programs used
+    shapes: tuple[Shape, ...] = ()
+    memory: Memory | None = None
 
 
 @dataclass
@@ -229,19 +226,11 @@ class PeersReport(Report):
         if not of_shapes:
             return []
         head = ["shape", *(cell for row in of_shapes for cell in (f"{row.title}: ours", "theirs", "ratio"))]
-        rows = [
-            [
-                shapes[0].title,
-                *(
-                    cell
-                    for one in shapes
-                    for cell in (
-                        duration(one.seconds.ours), duration(one.seconds.peer), f"**{one.ratio.median:.2f}**",
-                    )
-                ),
-            ]
-            for shapes in zip(*(row.shapes for row in of_shapes), strict=True)
-        ]  # fmt: skip
+        rows = []
+        for shapes in zip(*(row.shapes for row in of_shapes), strict=True):
+            rows.append([shapes[0].title])
+            for one in shapes:
+                rows[-1] += [duration(one.seconds.ours), duration(one.seconds.peer), f"**{one.ratio.median:.2f}**"]
         return ["", *markdown(head, rows)]
 
     def _memory(self) -> list[str]:
@@ -289,8 +278,7 @@ class BenchReport(Report):
 # -- footprint.py, compile_time.py -----------------------------------------------------------------------------
 
 
-@dataclass
-class Process:
+class Process(NamedTuple):
     """A new process: its time, peak memory, and the size of what is installed."""
 
     seconds: float
@@ -435,8 +423,7 @@ class ProfileReport(Report):
 # -- precision.py, quality.py ----------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class Precision:
+class Precision(NamedTuple):
     """A figure in both precisions."""
 
     what: str
@@ -473,8 +460,7 @@ class PrecisionReport(Report):
         ]
 
 
-@dataclass
-class Estimate:
+class Estimate(NamedTuple):
     """A mean over seeds, and its standard error."""
 
     mean: float
@@ -484,8 +470,7 @@ class Estimate:
         return f"{self.mean:.3f} ± {self.error:.3f}"
 
 
-@dataclass(kw_only=True)
-class Quality:
+class Quality(NamedTuple):
     """A data set, and how far samples are from unseen rows."""
 
     name: str
@@ -512,8 +497,7 @@ class Quality:
         return [f"{self.name} ({self.rows} x {self.d})", *means, f"**{self.ours}**", f"{self.excess}", wanted, *others]
 
 
-@dataclass
-class CurveFigure:
+class CurveFigure(NamedTuple):
     """A figure of the source text's task."""
 
     what: str
@@ -553,8 +537,7 @@ class QualityReport(Report):
 # -- scaling.py ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Lines:
+class Lines(NamedTuple):
     """The axes of a figure: of every side, sizes and seconds."""
 
     title: str

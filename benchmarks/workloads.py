@@ -33,7 +33,7 @@ from fastdiff.bench.networks import (
     weights_of,
 )
 from fastdiff.bench.table import CURVE, PICTURE
-from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload
+from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, fills
 
 HERE = Path(__file__).parent
 
@@ -49,13 +49,8 @@ class ColdImport(Workload):
 
     rate_unit, example_values, needs = "", 0, "cpu"
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values
-
-    @property
-    def operations(self) -> int:
-        return 0
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values, 0
 
     def ours(self, be: Any) -> Work:
         def check(printed: str) -> None:
@@ -142,11 +137,8 @@ class ConvInputGradient(Conv):
         nothing, product = cpu_conv.NOTHING, cpu_conv._product(geometry, dx.shape, dy.shape[3], True)
         flat = dy.reshape(-1), w.reshape(-1), dx.reshape(-1)
 
-        def fill() -> Any:  # the part of conv_backward that fills dx
-            be._do(*be._convolve(product, *flat, (True, nothing, nothing, nothing)))
-            return dx
-
-        return fill
+        # The part of conv_backward that fills dx.
+        return fills(dx, lambda: be._do(*be._convolve(product, *flat, (True, nothing, nothing, nothing))))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         def gradient(*tensors: Any) -> Any:
@@ -161,12 +153,7 @@ class ConvWeightGradient(ConvInputGradient):
     def filling(self, be: Any) -> Run:
         geometry, x, w, b, dy = self.arrays(be)
         dw, db = be.empty(w.shape), be.empty(b.shape)
-
-        def fill() -> Any:
-            be.conv_backward(geometry, dy, x, w, None, dw, db)
-            return dw
-
-        return fill
+        return fills(dw, lambda: be.conv_backward(geometry, dy, x, w, None, dw, db))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         def gradient(*tensors: Any) -> Any:
@@ -209,13 +196,8 @@ class ConvSweep(Workload):
     def values(self) -> int:
         return sum(part.values for part in self.parts)
 
-    @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
-
-    @property
-    def operations(self) -> int:
-        return sum(part.operations for part in self.parts)
+    def counts(self) -> tuple[int, int]:
+        return sum(part.bytes for part in self.parts), sum(part.operations for part in self.parts)
 
     def compare(self, be: Any, folder: Path) -> tuple[Arrays, Arrays]:
         return {}, {f"conv/{part.title}": part.operation(be)() for part in self.parts}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import fastdiff as fd
-from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, finite, on_host
+from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, fills, finite, on_host
 
 T = 100  # timesteps of the tutorial's sigmoid schedule
 IMAGE_T, IMAGE_STEP = 1000, 500  # schedule of pictures, and timestep of the step alone
@@ -42,13 +42,8 @@ class Normals(Workload):
     tolerance, draws, memory_bound = 0.0, 1, True
     peer_name, peer_samples, parity = "torch.randn", 1_000_000, {"moments": 7.0}
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values
-
-    @property
-    def operations(self) -> int:
-        return 0
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values, 0
 
     @property
     def peer_example(self) -> Normals:
@@ -60,12 +55,7 @@ class Normals(Workload):
 
     def operation(self, be: Any) -> Run:
         out, draw = be.empty((self.n, *self.shape)), fd.noise.Draw(0, fd.noise.Stream.INIT)
-
-        def run() -> Any:
-            be.normal(out, draw)
-            return out
-
-        return run
+        return fills(out, lambda: be.normal(out, draw))
 
     def compare(self, be: Any, folder: Any) -> tuple[Arrays, Arrays]:
         return {}, {"moments": moments(self.setup(be).run())}
@@ -95,13 +85,8 @@ class ForwardNoising(Workload):
     tolerance = 0.0
     peer_name, parity = "torch: randn_like, gather, two multiplies, add", {"x_t": 1e-6}
 
-    @property
-    def bytes(self) -> int:
-        return 12 * self.values + 8 * self.n  # x0 in, x_t and the noise out; t
-
-    @property
-    def operations(self) -> int:
-        return 3 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 12 * self.values + 8 * self.n, 3 * self.values  # x0 in, x_t and the noise out; t
 
     def inputs(self) -> Arrays:
         rng = np.random.default_rng(0)
@@ -130,12 +115,7 @@ class ForwardNoising(Workload):
     def operation(self, be: Any) -> Run:
         x0, t, out, eps, draw = self._on_device(be)
         s = image_schedule()
-
-        def run() -> Any:
-            be.forward_noise(x0, t, s.signal, s.noise, out, eps, draw)
-            return out, eps
-
-        return run
+        return fills((out, eps), lambda: be.forward_noise(x0, t, s.signal, s.noise, out, eps, draw))
 
     def twin(self, be: Any, twins: Any) -> Run:
         (x0, t, *rest), s = self._on_device(be), image_schedule()
@@ -163,13 +143,8 @@ class SamplerStep(Workload):
     tolerance = 0.0
     peer_name, peer_samples, parity = "diffusers DDPMScheduler.step", 1, {"x": 1e-5}
 
-    @property
-    def bytes(self) -> int:
-        return 12 * self.values  # x and the network's output in, x out
-
-    @property
-    def operations(self) -> int:
-        return 8 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 12 * self.values, 8 * self.values  # x and the network's output in, x out
 
     def inputs(self) -> Arrays:
         rng = np.random.default_rng(0)
@@ -181,16 +156,12 @@ class SamplerStep(Workload):
         sampler = fd.samplers.ddpm(image_schedule(), clip=1.0)
         return sampler.rows[list(sampler.timesteps).index(IMAGE_STEP)], sampler.clip
 
-    def _run(self, be: Any, step: Any, **options: Any) -> Run:
+    def _run(self, be: Any, step: Any) -> Run:
         x, out = (be.asarray(value) for value in self.inputs().values())
         row, clip = self._row()
         draw, seeds = fd.noise.Draw(0, fd.noise.Stream.STEP, row.t), itertools.count()  # the same noise would add up
 
-        def run() -> Any:
-            step(x, out, (), row, clip, draw._replace(seed=next(seeds)), **options)
-            return x
-
-        return run
+        return fills(x, lambda: step(x, out, (), row, clip, draw._replace(seed=next(seeds))))
 
     def ours(self, be: Any) -> Work:
         return Work(self._run(be, be.sampler_step), finite((self.n, math.prod(self.shape)), 0.5, 2))
@@ -232,13 +203,8 @@ class Similarity(Workload):
     example_values, memory_bound = 8192, True
     peer_name, peer_samples, parity = "torch broadcasting", 64, {"similarity": 1e-6}
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values * (1 + self.shape[0])
-
-    @property
-    def operations(self) -> int:
-        return 3 * self.values * self.shape[0]  # and as many exponentials
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values * (1 + self.shape[0]), 3 * self.values * self.shape[0]  # and as many exponentials
 
     def inputs(self) -> Arrays:
         return {"v": white(self.n, self.shape)}
@@ -257,12 +223,7 @@ class Similarity(Workload):
 
     def operation(self, be: Any) -> Run:
         v, out = be.asarray(self.inputs()["v"]), be.empty((self.n, *self.shape, *self.shape))
-
-        def run() -> Any:
-            be.similarity(v, out)
-            return out
-
-        return run
+        return fills(out, lambda: be.similarity(v, out))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         return PeerWork(lambda v: torch.exp(-((v[:, :, None] - v[:, None, :]) ** 2)), (given["v"],))
@@ -276,13 +237,8 @@ class Reshape(Workload):
     peer_name, parity = "torch.matmul", {"reshaped": 1e-6}
     standardise: ClassVar[bool] = False
 
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values + 4 * self.shape[0] ** 2
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.values * self.shape[0]
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values + 4 * self.shape[0] ** 2, 2 * self.values * self.shape[0]
 
     def reshaping(self) -> Any:
         """Return the matrix, as the library has it."""
@@ -312,12 +268,7 @@ class Reshape(Workload):
 
         x, out = be.asarray(white(self.n, self.shape)), be.empty((self.n, *self.shape))
         plan = RowMap(left=self.reshaping().matrix, standardise=self.standardise)
-
-        def run() -> Any:
-            be.map_rows(x, out, plan)
-            return out
-
-        return run
+        return fills(out, lambda: be.map_rows(x, out, plan))
 
     def twin(self, be: Any, twins: Any) -> Run | None:
         from fastdiff.backends.cuda import CudaBackend
@@ -336,9 +287,9 @@ class Standardise(Reshape):
     parity: ClassVar[dict[str, float]] = {"standardised": 1e-5}  # rows of small deviation are divided by it
     standardise = True
 
-    @property
-    def operations(self) -> int:
-        return super().operations + 5 * self.values
+    def counts(self) -> tuple[int, int]:
+        moved, work = super().counts()
+        return moved, work + 5 * self.values
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         def reshape(x: Any, matrix: Any) -> Any:
@@ -356,9 +307,8 @@ class ShapedNoise(Reshape):
     peer_name = "torch: randn, matmul"
     parity: ClassVar[dict[str, float]] = {"shaped": 1e-6}
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values + 4 * self.shape[0] ** 2
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values + 4 * self.shape[0] ** 2, super().counts()[1]
 
     def inputs(self) -> Arrays:
         return {"matrix": self.reshaping().matrix.astype(np.float32)}
@@ -403,13 +353,9 @@ class PosteriorMean(Workload):
     peer_name, peer_samples = "torch: addmm, softmax, matmul", 100
     parity: ClassVar[dict[str, float]] = {"posterior": 1e-4}  # the peer's squares cancel
 
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values + 4 * DATA_ROWS * self.shape[0]
-
-    @property
-    def operations(self) -> int:
-        return 6 * self.values * DATA_ROWS  # and as many exponentials as states and rows
+    def counts(self) -> tuple[int, int]:
+        # and as many exponentials as states and rows
+        return 8 * self.values + 4 * DATA_ROWS * self.shape[0], 6 * self.values * DATA_ROWS
 
     def inputs(self) -> Arrays:
         s, rng = curve_schedule(), np.random.default_rng(0)
@@ -436,12 +382,7 @@ class PosteriorMean(Workload):
         x, data, levels = self.inputs().values()
         given, out, log_sum = (be.asarray(x), be.asarray(data)), be.empty(x.shape), be.empty((self.n,))
         signal, noise = (np.full(self.n, level) for level in levels)
-
-        def run() -> Any:
-            be.posterior_mean(*given, signal, noise, out, log_sum)
-            return out
-
-        return run
+        return fills(out, lambda: be.posterior_mean(*given, signal, noise, out, log_sum))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         signal, noise = given["levels"].tolist()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastdiff.bench.arrays import white
-from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, finite, first
+from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, fills, finite, first
 
 HEAD, GROUPS = 32, 8  # width of an attention head, groups of a norm
 
@@ -20,10 +20,6 @@ class Layer(Workload):
     example_values = 70_000
     image = True
     deviation: ClassVar[tuple[float, float]] = (0.8, 1.2)
-
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values
 
     def empty(self, be: Any) -> Any:
         """Room for a result like the samples."""
@@ -66,13 +62,9 @@ class Conv(Layer):
     peer_name, peer_samples = "torch conv2d (oneDNN), channels-last", 2
     parity: ClassVar[dict[str, float]] = {"conv": 1e-5}
 
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values + 36 * self.shape[-1] ** 2
-
-    @property
-    def operations(self) -> int:
-        return 18 * self.values * self.shape[-1]  # of the direct sum; an algorithm may need fewer
+    def counts(self) -> tuple[int, int]:
+        # of the direct sum; an algorithm may need fewer
+        return 8 * self.values + 36 * self.shape[-1] ** 2, 18 * self.values * self.shape[-1]
 
     def inputs(self) -> Arrays:
         x, c = white(self.n, self.shape), self.shape[-1]
@@ -87,12 +79,7 @@ class Conv(Layer):
 
     def filling(self, be: Any) -> Run:
         (geometry, x, w, b, _), out = self.arrays(be), self.empty(be)
-
-        def fill() -> Any:
-            be.conv(geometry, x, w, b, out)
-            return out
-
-        return fill
+        return fills(out, lambda: be.conv(geometry, x, w, b, out))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         def conv(x: Any, w: Any, b: Any) -> Any:
@@ -104,23 +91,13 @@ class Conv(Layer):
 class ConvBackward(Conv):
     """Its gradients, of input, weights and bias."""
 
-    @property
-    def bytes(self) -> int:
-        return 12 * self.values + 72 * self.shape[-1] ** 2
-
-    @property
-    def operations(self) -> int:
-        return 2 * super().operations
+    def counts(self) -> tuple[int, int]:
+        return 12 * self.values + 72 * self.shape[-1] ** 2, 36 * self.values * self.shape[-1]
 
     def filling(self, be: Any) -> Run:
         (geometry, x, w, b, dy), dx = self.arrays(be), self.empty(be)
         dw, db = be.empty(w.shape), be.empty(b.shape)
-
-        def fill() -> Any:
-            be.conv_backward(geometry, dy, x, w, dx, dw, db)
-            return dx, dw, db
-
-        return fill
+        return fills((dx, dw, db), lambda: be.conv_backward(geometry, dy, x, w, dx, dw, db))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         def gradients(x: Any, w: Any, b: Any, dy: Any) -> Any:
@@ -149,9 +126,8 @@ class GroupNorm(Layer):
     deviation = (0.5, 0.8)
     memory_bound = True
 
-    @property
-    def operations(self) -> int:
-        return 9 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values, 9 * self.values
 
     def inputs(self) -> Arrays:
         return {"x": white(self.n, self.shape)}
@@ -159,12 +135,7 @@ class GroupNorm(Layer):
     def filling(self, be: Any) -> Run:
         x, (gamma, beta), out = be.asarray(self.inputs()["x"]), scale_and_shift(be, self.shape[-1]), self.empty(be)
         stats = be.empty((self.n, GROUPS, 2))
-
-        def fill() -> Any:
-            be.norm(x, gamma, beta, out, stats, groups=GROUPS, eps=1e-5, silu=True)
-            return out
-
-        return fill
+        return fills(out, lambda: be.norm(x, gamma, beta, out, stats, groups=GROUPS, eps=1e-5, silu=True))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         F, groups = torch.nn.functional, GROUPS
@@ -183,9 +154,8 @@ def scale_and_shift(be: Any, channels: int) -> tuple[Any, Any]:
 class LayerNorm(Layer):
     """LayerNorm over the channels."""
 
-    @property
-    def operations(self) -> int:
-        return 8 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values, 8 * self.values
 
     def arrays(self, be: Any) -> tuple[Any, ...]:
         """Return x, gamma, beta, room for the result and the statistics."""
@@ -194,12 +164,7 @@ class LayerNorm(Layer):
 
     def filling(self, be: Any) -> Run:
         arrays = self.arrays(be)
-
-        def fill() -> Any:
-            be.layer_norm(*arrays, eps=1e-5)
-            return arrays[3]
-
-        return fill
+        return fills(arrays[3], lambda: be.layer_norm(*arrays, eps=1e-5))
 
 
 class LayerNormBackward(LayerNorm):
@@ -207,25 +172,15 @@ class LayerNormBackward(LayerNorm):
 
     tolerance = 5e-6
 
-    @property
-    def bytes(self) -> int:
-        return 12 * self.values
-
-    @property
-    def operations(self) -> int:
-        return 13 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 12 * self.values, 13 * self.values
 
     def filling(self, be: Any) -> Run:
         x, gamma, beta, dx, stats = self.arrays(be)
         dy = be.asarray(white(self.n, self.shape)[..., ::-1])
         dgamma, dbeta = be.empty(gamma.shape), be.empty(beta.shape)
         be.layer_norm(x, gamma, beta, dx, stats, eps=1e-5)
-
-        def fill() -> Any:
-            be.layer_norm_backward(dy, x, gamma, stats, dx, dgamma, dbeta)
-            return dx, dgamma, dbeta
-
-        return fill
+        return fills((dx, dgamma, dbeta), lambda: be.layer_norm_backward(dy, x, gamma, stats, dx, dgamma, dbeta))
 
 
 class Gelu(Layer):
@@ -233,18 +188,12 @@ class Gelu(Layer):
 
     deviation = (0.5, 0.8)
 
-    @property
-    def operations(self) -> int:
-        return 5 * self.values
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values, 5 * self.values
 
     def filling(self, be: Any) -> Run:
         x, out = be.asarray(white(self.n, self.shape)), self.empty(be)
-
-        def fill() -> Any:
-            be.gelu(x, out)
-            return out
-
-        return fill
+        return fills(out, lambda: be.gelu(x, out))
 
 
 class Attention(Layer):
@@ -258,13 +207,8 @@ class Attention(Layer):
         """How many."""
         return self.shape[1] // HEAD
 
-    @property
-    def bytes(self) -> int:
-        return 16 * self.values
-
-    @property
-    def operations(self) -> int:
-        return 4 * self.values * self.shape[0]
+    def counts(self) -> tuple[int, int]:
+        return 16 * self.values, 4 * self.values * self.shape[0]
 
     def inputs(self) -> Arrays:
         length, channels = self.shape
@@ -273,12 +217,7 @@ class Attention(Layer):
     def filling(self, be: Any) -> Run:
         qkv, out = be.asarray(self.inputs()["qkv"]), self.empty(be)
         log_sums, heads = be.empty((self.n, self.heads, self.shape[0])), self.heads
-
-        def fill() -> Any:
-            be.attention(qkv, out, log_sums, heads=heads)
-            return out
-
-        return fill
+        return fills(out, lambda: be.attention(qkv, out, log_sums, heads=heads))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         length, channels = self.shape
@@ -295,13 +234,9 @@ class OptimizerStep(Workload):
 
     example_values = 100_000
 
-    @property
-    def bytes(self) -> int:
-        return 36 * self.values  # parameters, gradient, two moments and the average in, all but the gradient out
-
-    @property
-    def operations(self) -> int:
-        return 20 * self.values
+    def counts(self) -> tuple[int, int]:
+        # parameters, gradient, two moments and the average in, all but the gradient out
+        return 36 * self.values, 20 * self.values
 
     def ours(self, be: Any) -> Work:
         from fastdiff.backends import AdamW, TrainState
@@ -311,8 +246,6 @@ class OptimizerStep(Workload):
         v, average = be.asarray(np.ones(size, np.float32)), be.asarray(np.zeros(size, np.float32))
         options = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.5, 0.5, 1.0, 0.999)
 
-        def run() -> Any:
-            be.adamw(TrainState(params, grads, m, v, average), options)
-            return params
-
+        state = TrainState(params, grads, m, v, average)
+        run = fills(params, lambda: be.adamw(state, options))
         return Work(run, lambda p: finite((1, size), 0.5, 2)(p[None]))

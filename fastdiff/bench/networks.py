@@ -15,7 +15,7 @@ import numpy as np
 
 import fastdiff as fd
 from fastdiff.bench.arrays import IMAGE_T, T, curve_schedule, drawn, image_schedule, white
-from fastdiff.bench.workload import Arrays, RateUnit, Run, Work, Workload, agree, finite, vector
+from fastdiff.bench.workload import Arrays, RateUnit, Run, Work, Workload, agree, fills, finite, vector
 
 CURVES, PICTURES = 10_000, 256  # that training draws from
 HIDDEN = (128, 128, 128)  # of the default MLP
@@ -95,15 +95,10 @@ class Network(Workload):
         """Those of its first layer, whose input needs no gradient."""
         return 0
 
-    @property
-    def training_operations(self) -> int:
-        """Operations of a training step."""
-        return self.n * (3 * self.forward_operations - self.input_operations) + 3 * self.values
-
-    @property
-    def training_bytes(self) -> int:
-        """Bytes of a training step: parameters and two moments, in and out."""
-        return 4 * self.values + 24 * self.parameters
+    def training_counts(self) -> tuple[int, int]:
+        """Return the counts of a training step, for which parameters and two moments are read and written."""
+        passes = self.n * (3 * self.forward_operations - self.input_operations)
+        return 4 * self.values + 24 * self.parameters, passes + 3 * self.values
 
     def network(self) -> Any:
         """Return the network."""
@@ -201,13 +196,8 @@ class PerceptronForward(Perceptron):
 
     rate_unit = "GF/s"
 
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values + 4 * self.parameters
-
-    @property
-    def operations(self) -> int:
-        return self.n * self.forward_operations
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values + 4 * self.parameters, self.n * self.forward_operations
 
     def ours(self, be: Any) -> Work:
         net, x, t = self.network(), be.asarray(white(self.n, self.shape)), be.asarray(np.arange(self.n) % T, np.int64)
@@ -222,30 +212,28 @@ class Chain(Perceptron):
     peer_name, peer_samples = "torch, no_grad", 64
     parity: ClassVar[dict[str, float]] = {"output": 1e-5, "samples": 1e-4}
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values + 4 * self.parameters
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values + 4 * self.parameters, T * (self.n * self.forward_operations + 8 * self.values)
 
-    @property
-    def operations(self) -> int:
-        return T * (self.n * self.forward_operations + 8 * self.values)
+    def sampler(self) -> Any:
+        """Return the table."""
+        return fd.samplers.ddpm(self.schedule())
 
     def ours(self, be: Any) -> Work:
-        net, sampler = self.network(), fd.samplers.ddpm(self.schedule())
+        net, sampler = self.network(), self.sampler()
         check = finite((self.n, *self.shape), 0.01, 1e4)
         return Work(lambda: fd.sample(net, sampler, n=self.n, seed=0, backend=be), check)
 
     def operation(self, be: Any) -> Run:
-        net, sampler = self.network(), fd.samplers.ddpm(self.schedule())
+        net, sampler = self.network(), self.sampler()
         params, x = be.asarray(net.flat), be.empty((self.n, *self.shape))
         start, draw = (fd.noise.Draw(0, stream) for stream in (fd.noise.Stream.INIT, fd.noise.Stream.STEP))
 
-        def run() -> Any:
+        def chain() -> None:
             be.normal(x, start)
             be.mlp_chain(net.plan, params, x, sampler.rows, sampler.clip, draw)
-            return x
 
-        return run
+        return fills(x, chain)
 
     def compare(self, be: Any, folder: Path) -> tuple[Arrays, Arrays]:
         net, noise = self.network(), chain_noise(be, (self.n, *self.shape))
@@ -268,6 +256,20 @@ class Chain(Perceptron):
         return peers.chain(theirs, self.schedule().betas, self.n, self.shape[0])
 
 
+class MemoryChain(Chain):
+    """As many evaluations through a table whose rows remember three earlier ones: LMS, which draws no noise."""
+
+    draws = 1
+    peer_name = ""
+
+    def sampler(self) -> Any:
+        return fd.samplers.lms(self.schedule(), T)
+
+    def counts(self) -> tuple[int, int]:
+        moved, work = super().counts()
+        return moved, work + 6 * T * self.values  # three more products and sums at every row
+
+
 class Training(Perceptron):
     """A training step."""
 
@@ -276,13 +278,8 @@ class Training(Perceptron):
     peer_name, peer_samples = "torch, AdamW, clipping", 8192
     parity: ClassVar[dict[str, float]] = {"losses": 1e-5, "weights": 1e-3}
 
-    @property
-    def bytes(self) -> int:
-        return self.training_bytes
-
-    @property
-    def operations(self) -> int:
-        return self.training_operations
+    def counts(self) -> tuple[int, int]:
+        return self.training_counts()
 
     def ours(self, be: Any) -> Work:
         return self.fitting(be, self.curves())
@@ -354,13 +351,8 @@ class PicturesForward(Pictures):
     peer_name = "diffusers UNet2DModel, no_grad"
     parity: ClassVar[dict[str, float]] = {"output": 5e-5}
 
-    @property
-    def bytes(self) -> int:
-        return 8 * self.values + 4 * self.parameters
-
-    @property
-    def operations(self) -> int:
-        return self.n * self.forward
+    def counts(self) -> tuple[int, int]:
+        return 8 * self.values + 4 * self.parameters, self.n * self.forward
 
     def inputs(self) -> Arrays:
         return {"x": self.pictures(self.n), "t": np.arange(self.n) % IMAGE_T}
@@ -396,13 +388,8 @@ class PicturesTraining(Pictures):
     def peer_name(self) -> str:  # type: ignore[override]
         return f"diffusers UNet2DModel, AdamW, clipping{', EMA' if self.ema else ''}"
 
-    @property
-    def bytes(self) -> int:
-        return self.training_bytes
-
-    @property
-    def operations(self) -> int:
-        return self.training_operations
+    def counts(self) -> tuple[int, int]:
+        return self.training_counts()
 
     def ours(self, be: Any) -> Work:
         return self.fitting(be, self.pictures(), EMA if self.ema else None, data_range=(-1.0, 1.0))
@@ -458,13 +445,8 @@ class PicturesSampling(Pictures):
     peer_name, peer_samples = "diffusers UNet2DModel, DDIMScheduler", 2
     parity: ClassVar[dict[str, float]] = {"pictures": 1e-4}
 
-    @property
-    def bytes(self) -> int:
-        return 4 * self.values + 4 * self.parameters
-
-    @property
-    def operations(self) -> int:
-        return self.steps * (self.n * self.forward + 8 * self.values)
+    def counts(self) -> tuple[int, int]:
+        return 4 * self.values + 4 * self.parameters, self.steps * (self.n * self.forward + 8 * self.values)
 
     def sampler(self) -> Any:
         """Return the table."""
@@ -508,13 +490,8 @@ class Save(Pictures):
     rate_unit: ClassVar[RateUnit] = "GB/s"
     example_values, tolerance = 1, 1e-4
 
-    @property
-    def bytes(self) -> int:
-        return 16 * self.parameters  # parameters, their average and two moments
-
-    @property
-    def operations(self) -> int:
-        return 0
+    def counts(self) -> tuple[int, int]:
+        return 16 * self.parameters, 0  # parameters, their average and two moments
 
     def saved(self, be: Any) -> tuple[Any, Path]:
         """Return a model of one training step, with its moments, and where it is saved."""
@@ -529,14 +506,10 @@ class Save(Pictures):
     def ours(self, be: Any) -> Work:
         model, path = self.saved(be)
 
-        def run() -> Any:
-            model.save(path)
-            return model
-
         def check(saved: Any) -> None:
             np.testing.assert_array_equal(vector(fd.load(path)), vector(saved))
 
-        return Work(run, check)
+        return Work(fills(model, lambda: model.save(path)), check)
 
 
 class Load(Save):

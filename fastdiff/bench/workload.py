@@ -53,7 +53,7 @@ class PeerWork(NamedTuple):
 class Workload:
     """A kind of work at one size. Every kind is a subclass, every row of the table an instance.
 
-    A subclass gives `ours`, `bytes` and `operations`; `operation` where its form on arrays that are there differs from
+    A subclass gives `ours` and `counts`; `operation` where its form on arrays that are there differs from
     the public call; and, to be compared with PyTorch, `inputs` and `peer`.
 
     Attributes
@@ -141,10 +141,14 @@ class Workload:
         """Normals drawn for one unit of the work."""
         return self.draws * self.values
 
+    def counts(self) -> tuple[int, int]:
+        """Return `bytes` and `operations`."""
+        raise NotImplementedError
+
     @property
     def bytes(self) -> int:
         """Bytes of one unit that cross memory at least once: arguments, results, parameters and moments."""
-        raise NotImplementedError
+        return self.counts()[0]
 
     @property
     def operations(self) -> int:
@@ -152,7 +156,7 @@ class Workload:
 
         Draws, activations, exponentials and the time table are not counted.
         """
-        raise NotImplementedError
+        return self.counts()[1]
 
     def rate(self, seconds: float) -> float | None:
         """Speed in `rate_unit`, where a unit of the work takes so long; None where only the time means something."""
@@ -310,6 +314,16 @@ class Workload:
         """Return the same with the Numba kernels of `twins` on a GPU, where there is one."""
         del be, twins
         return None
+
+
+def fills(result: Any, work: Callable[[], None]) -> Run:
+    """Return what does work that fills arrays, and returns these."""
+
+    def run() -> Any:
+        work()
+        return result
+
+    return run
 
 
 def on_host(be: Any, result: Any) -> Any:
