@@ -54,7 +54,7 @@ mark("its first two steps of DDIM, 16 pictures")
 END = """
 print(json.dumps([(what, at - before) for (_, before), (what, at) in zip(marks, marks[1:])]))
 """
-WANTED = CacheTimes(cold=60.0, warm=3.0)  # seconds, at most, for all that a U-Net needs
+TARGET = CacheTimes(cold=60.0, warm=3.0)  # seconds, at most, for all that a U-Net needs
 
 
 def run(work: str, cache: Path) -> dict[str, float]:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stages, kernels = measure(CURVES, args.rounds)
     of_unet, more = measure(UNET, args.rounds)
-    of_unet[-1] = replace(of_unet[-1], what=f"all of it, {more} functions", wanted=WANTED)
+    of_unet[-1] = replace(of_unet[-1], what=f"all of it, {more} functions", target=TARGET)
     stages += [replace(stage, what=f"U-Net: {stage.what}") for stage in of_unet]
     report = CompileReport(header(cores()), kernels, stages)
     report.save(args.output, "compile-cpu")

@@ -67,19 +67,15 @@ def sized(name: str, n: int, **changed: Any) -> Workload:
 
 
 WORKLOADS: tuple[Workload, ...] = (
-    bench.BY_NAME["normals-48x1000000"],
-    bench.BY_NAME["forward-1000000x50"],
-    bench.BY_NAME["step-64x256x256x3"],
-    bench.BY_NAME["chain-tutorial-1000"],
+    *(
+        bench.BY_NAME[name]
+        for name in (
+            "normals-48x1000000", "forward-1000000x50", "step-64x256x256x3", "chain-tutorial-1000",
+            "chain-default-100000", "train-tutorial-1000", "train-tutorial-8192", "train-default-1000",
+            "similarity-4096x128", "reshape-1000000x128", "standardise-1000000x128", "shaped-1000000x128",
+        )
+    ),
     sized("chain-tutorial-100000", 1_000_000),
-    bench.BY_NAME["chain-default-100000"],
-    bench.BY_NAME["train-tutorial-1000"],
-    bench.BY_NAME["train-tutorial-8192"],
-    bench.BY_NAME["train-default-1000"],
-    bench.BY_NAME["similarity-4096x128"],
-    bench.BY_NAME["reshape-1000000x128"],
-    bench.BY_NAME["standardise-1000000x128"],
-    bench.BY_NAME["shaped-1000000x128"],
     sized("posterior-1000x10000x64", 16_384),
     sized("unet-train-16", 16, units=TRAINING_UNITS),
     sized("unet-train-16", 256, units=TRAINING_UNITS),
@@ -190,7 +186,7 @@ def image_ways(be: Any, workload: Workload, peers: Any) -> dict[str, Callable[[]
 
     def our(name: str) -> Run:
         if theirs:
-            check(name, workload.compared(ours[name]))
+            check(name, workload.gpu_result(ours[name]))
         return workload.operation(ours[name])
 
     def their(name: str) -> Run:
@@ -295,7 +291,7 @@ def measure(runs: dict[str, Run], units: dict[str, int], wait: Run, seconds: flo
 
 @dataclass(kw_only=True)
 class Row:
-    """What was measured of a workload. Ways and what is wanted of them are named as in `WAYS` and `TARGETS`."""
+    """What was measured of a workload. Ways and their targets are named as in `WAYS` and `TARGETS`."""
 
     name: str
     title: str

@@ -32,7 +32,7 @@ from fastdiff.metrics import energy_distance, nearest_distances
 
 SEEDS, SAMPLES = 5, 500
 # What the distance is to be at most; None: not above the Gaussian's by more than noise.
-WANTED: dict[str, float | None] = {
+TARGETS: dict[str, float | None] = {
     "ItalyPowerDemand": 0.01, "GunPoint": 0.08, "OSULeaf": 0.03, "BasicMotions": None, "digits": 0.02, "wine": 0.015,
     "breast cancer": 0.012, "random walks": None, "elnino": None, "macrodata": None, "co2": None,
     "Seattle weather": None, "harmonic curves": None, "ArrowHead": None, "JapaneseVowels": None,
@@ -88,18 +88,18 @@ def summary(name: str, runs: list[dict[str, Any]]) -> Quality:
     columns = {key: np.array([run[key] for run in runs]) for key in ("ours", "gaussian", "real", "nearest", "seconds")}
     means = {key: estimate(values) for key, values in columns.items()}
     excess = estimate(columns["ours"] - columns["gaussian"])
-    wanted, (errors, units) = WANTED[name], NOISE
+    target, (errors, units) = TARGETS[name], NOISE
     good = excess.mean <= errors * excess.error + units and means["nearest"].mean >= NEAREST
-    good = good and (wanted is None or means["ours"].mean <= wanted)
+    good = good and (target is None or means["ours"].mean <= target)
     shared = {key: runs[0][key] for key in ("rows", "d", "network", "steps", "scale")}
     met = bool(good and columns["seconds"].max() <= SECONDS)
-    return Quality(name=name, **shared, **means, excess=excess, wanted=wanted, met=met)
+    return Quality(name=name, **shared, **means, excess=excess, target=target, met=met)
 
 
 def real_rows(folder: Path, seeds: int, only: list[str]) -> list[Quality]:
     """The rows of the table of real data."""
     rows = []
-    for name in WANTED:
+    for name in TARGETS:
         if only and not any(name.startswith(start) for start in only):
             continue
         if name == "harmonic curves":

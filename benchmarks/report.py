@@ -155,15 +155,15 @@ class Sides:
 class Memory(Sides):
     """Peaks of both sides, and what share of the peer's ours may be."""
 
-    wanted: float | None = None
+    target: float | None = None
 
     def line(self) -> str:
-        """Return both, and whether ours is as small as wanted."""
+        """Return both, and whether ours is small enough."""
         words = f"{self.ours / 1e6:.0f} MB, theirs {self.peer / 1e6:.0f} MB"
-        if self.wanted is None:
+        if self.target is None:
             return words
-        missed = "" if self.ours <= self.wanted * self.peer else MISSED
-        return f"{words}: {self.ours / self.peer:.2f} of it, wanted at most {self.wanted:g}{missed}"
+        missed = "" if self.ours <= self.target * self.peer else MISSED
+        return f"{words}: {self.ours / self.peer:.2f} of it, target at most {self.target:g}{missed}"
 
 
 class Shape(NamedTuple):
@@ -206,16 +206,16 @@ class PeersReport(Report):
         head = f"{self.header.tiny('ratios')}{self.header.line()}"
         rows = []
         for row in self.rows:
-            wanted = "" if row.target is None else f"{row.target:g}{'' if row.met else MISSED}"
+            target = "" if row.target is None else f"{row.target:g}{'' if row.met else MISSED}"
             if row.others > BUSY:
-                wanted += f" (other programs used {row.others:.0%} of the machine)"
+                target += f" (other programs used {row.others:.0%} of the machine)"
             ratio = f"**{row.ratio.median:.1f}** ({row.ratio.min:.1f} .. {row.ratio.max:.1f})"
             times = duration(row.seconds.ours), duration(row.seconds.peer)
-            rows.append([row.title, row.peer, *times, ratio, wanted])
+            rows.append([row.title, row.peer, *times, ratio, target])
         return [
             f"{head} Ratio: their time through ours, median of the rounds (smallest .. largest).",
             "",
-            *markdown(["work", "against", "ours", "theirs", "ratio", "wanted"], rows, left=2),
+            *markdown(["work", "against", "ours", "theirs", "ratio", "target"], rows, left=2),
             *self._shapes(),
             *self._memory(),
         ]
@@ -318,14 +318,14 @@ class Stage(CacheTimes):
     """What a new process does, and how long it may take where that is set."""
 
     what: str
-    wanted: CacheTimes | None = None
+    target: CacheTimes | None = None
 
     def cells(self) -> list[str]:
         """Return what was done, and both times."""
-        if self.wanted is None:
+        if self.target is None:
             return [self.what, duration(self.cold), duration(self.warm)]
-        both = ((self.cold, self.wanted.cold), (self.warm, self.wanted.warm))
-        return [self.what, *(f"{duration(s)} (wanted {most:g} s{'' if s <= most else MISSED})" for s, most in both)]
+        both = ((self.cold, self.target.cold), (self.warm, self.target.warm))
+        return [self.what, *(f"{duration(s)} (target {most:g} s{'' if s <= most else MISSED})" for s, most in both)]
 
 
 @dataclass
@@ -430,16 +430,16 @@ class Precision(NamedTuple):
     float32: float
     bf16: float
     ratio: float | None = None
-    wanted: float | None = None
+    target: float | None = None
     error: float | None = None
 
     def cells(self) -> list[str]:
         """Return the row of a table."""
-        ratio = wanted = ""
+        ratio = target = ""
         if self.ratio is not None:
             ratio = f"**{self.ratio:.4f}**" + ("" if self.error is None else f" ± {self.error:.4f}")
-            wanted = f"{self.wanted:g}{'' if self.ratio <= self.wanted else MISSED}"
-        return [self.what, f"{self.float32:.4f}", f"{self.bf16:.4f}", ratio, wanted]
+            target = f"{self.target:g}{'' if self.ratio <= self.target else MISSED}"
+        return [self.what, f"{self.float32:.4f}", f"{self.bf16:.4f}", ratio, target]
 
 
 @dataclass
@@ -451,7 +451,7 @@ class PrecisionReport(Report):
     precision: list[Precision]
 
     def lines(self) -> list[str]:
-        head = ["digits of `examples/images.py`", "float32", "bf16 convolutions", "ratio", "wanted"]
+        head = ["digits of `examples/images.py`", "float32", "bf16 convolutions", "ratio", "target"]
         return [
             f"{self.header.line()} {self.steps} steps of batch {self.batch}; the error of a ratio is the standard "
             "error of the mean difference of a step.",
@@ -485,16 +485,16 @@ class Quality(NamedTuple):
     nearest: Estimate
     seconds: Estimate
     excess: Estimate
-    wanted: float | None
+    target: float | None
     met: bool
 
     def cells(self) -> list[str]:
         """Return the row of a table."""
-        wanted = "at most the Gaussian's" if self.wanted is None else f"{self.wanted:g}"
+        target = "at most the Gaussian's" if self.target is None else f"{self.target:g}"
         means = f"{self.real.mean:.3f}", f"{self.gaussian.mean:.3f}"
         others = f"{self.nearest.mean:.2f}", f"{self.seconds.mean:.0f} s"
-        wanted += "" if self.met else MISSED
-        return [f"{self.name} ({self.rows} x {self.d})", *means, f"**{self.ours}**", f"{self.excess}", wanted, *others]
+        target += "" if self.met else MISSED
+        return [f"{self.name} ({self.rows} x {self.d})", *means, f"**{self.ours}**", f"{self.excess}", target, *others]
 
 
 class CurveFigure(NamedTuple):
@@ -502,13 +502,13 @@ class CurveFigure(NamedTuple):
 
     what: str
     value: float
-    wanted: float | None = None
+    target: float | None = None
     met: bool = True
 
     def cells(self) -> list[str]:
         """Return the row of a table."""
-        wanted = "" if self.wanted is None else f"{self.wanted:g}{'' if self.met else MISSED}"
-        return [self.what, f"{self.value:.4f}", wanted]
+        target = "" if self.target is None else f"{self.target:g}{'' if self.met else MISSED}"
+        return [self.what, f"{self.value:.4f}", target]
 
 
 @dataclass
@@ -521,7 +521,7 @@ class QualityReport(Report):
 
     def lines(self) -> list[str]:
         head = [
-            "data (rows trained on x values)", "real rows", "Gaussian", "fastdiff", "less the Gaussian's", "wanted",
+            "data (rows trained on x values)", "real rows", "Gaussian", "fastdiff", "less the Gaussian's", "target",
             "nearest", "training",
         ]  # fmt: skip
         lines = [
@@ -531,7 +531,7 @@ class QualityReport(Report):
             *markdown(head, [row.cells() for row in self.quality]),
         ]
         rows = [row.cells() for row in self.curves]
-        return [*lines, "", *markdown(["curves of the source text", "value", "wanted"], rows)] if rows else lines
+        return [*lines, "", *markdown(["curves of the source text", "value", "target"], rows)] if rows else lines
 
 
 # -- scaling.py ------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ class PicturesTraining(Pictures):
         x0, t = X[:: max(1, len(X) // self.n)][: self.n], rng.integers(0, IMAGE_T, min(self.n, len(X)))
         return x0, t, rng.standard_normal(x0.shape, np.float32)
 
-    def compared(self, be: Any) -> Any:
+    def gpu_result(self, be: Any) -> Any:
         """Return the gradient of `example_batch`, as diffusers has the parameters, in the order of their names."""
         from fastdiff.backends.layers import Batch
         from fastdiff.interop import diffusers_views
@@ -461,7 +461,7 @@ class PicturesSampling(Pictures):
         pictures = nets.nhwc(few(nets.nchw(inputs["x"])))
         return {"pictures": pictures}, [lambda: ddim(nets.torch.randn(*channels_first))]
 
-    def compared(self, be: Any) -> Any:
+    def gpu_result(self, be: Any) -> Any:
         return vector(be.to_numpy(replace(self, steps=GPU_DDIM).operation(be)()))
 
     def gpu_forms(self, peers: Any, folder: Any) -> Any:

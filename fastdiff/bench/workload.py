@@ -306,7 +306,7 @@ class Workload:
         """
         raise NotImplementedError
 
-    def compared(self, be: Any) -> Any:
+    def gpu_result(self, be: Any) -> Any:
         """Return what ours makes of these inputs, as one vector."""
         return vector(on_host(be, self.operation(be)()))
 
