@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from report import Report, markdown
 
 from fastdiff import bench
 from fastdiff.bench import Workload, duration
-from fastdiff.bench.networks import PicturesSampling
+from fastdiff.bench.networks import Pictures, PicturesSampling
 from fastdiff.bench.table import PICTURE
 from fastdiff.bench.workload import Run
 
@@ -172,8 +171,12 @@ def prepare(be: Any, workload: Workload, peers: Any, twins: Any) -> Ways:
 def image_ways(be: Any, workload: Workload, peers: Any) -> dict[str, Callable[[], Run]]:
     """Return makers of the ways of an image network; where there is PyTorch, each compares with it as it stands."""
     ours = sides(be) if workload.convolves else {"ours": be}
-    with network_folder(workload, peers) as folder:
-        theirs = workload.gpu_forms(peers, folder) if folder else {}
+    theirs, network = {}, isinstance(workload, Pictures)
+    if peers and not (network and importlib.util.find_spec("diffusers") is None):
+        with tempfile.TemporaryDirectory() as folder:
+            if network:  # as diffusers reads it
+                workload.network().save_diffusers(Path(folder) / "unet")
+            theirs = workload.gpu_forms(peers, Path(folder))
 
     def check(name: str, found: Any) -> None:
         found, reference = (np.reshape(result, -1) for result in (found, theirs["eager"]()[1]))
@@ -195,19 +198,6 @@ def image_ways(be: Any, workload: Workload, peers: Any) -> dict[str, Callable[[]
         return run
 
     return {name: partial(our, name) for name in ours} | {name: partial(their, name) for name in theirs}
-
-
-@contextmanager
-def network_folder(workload: Workload, peers: Any) -> Iterator[Path | None]:
-    """A folder with the network as diffusers reads it, where there is one; None without PyTorch or diffusers."""
-    network = getattr(workload, "network", None)
-    if peers is None or (network and importlib.util.find_spec("diffusers") is None):
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if network:
-            network().save_diffusers(Path(folder) / "unet")
-        yield Path(folder)
 
 
 # -- timing --------------------------------------------------------------------------------------------------------

@@ -12,35 +12,18 @@ from fastdiff.bench.workload import Workload
 
 
 class Result(NamedTuple):
-    """What was measured of a workload on a backend.
-
-    Attributes
-    ----------
-    name, title, backend : str
-    n : int
-        Samples.
-    seconds : float
-        Of a unit of the work.
-    rate : float or None
-        Its speed in `unit`; both are None, as are `share` and `roof`, where only the time means something.
-    share : float or None
-        The time that its bytes, or its operations, must take at least, through the time that it took.
-    roof : {"memory", "arithmetic"} or None
-        Which of the two takes longer.
-    difference : float
-        From the reference, in the example that both computed.
-    """
+    """What was measured of a workload on a backend; no rate and no share where only the time means something."""
 
     name: str
     title: str
     backend: str
-    n: int
-    seconds: float
+    n: int  # samples
+    seconds: float  # of a unit of the work
     rate: float | None
-    unit: str | None
-    share: float | None
-    roof: str | None
-    difference: float
+    unit: str | None  # of the rate
+    share: float | None  # the least time that its bytes and its operations take, through the time that it took
+    roof: str | None  # "memory" or "arithmetic": which of the two takes longer
+    difference: float  # from the reference, in the example that both computed
 
     def cells(self) -> list[str]:
         """Return what a table shows: the time of a unit, the rate, the share of the roof and which roof it is."""
