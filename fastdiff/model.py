@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fastdiff import checkpoint, defaults, judgement, samplers, sampling, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
+from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
     QualityWarning,
@@ -29,6 +30,7 @@ from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, settled
+from fastdiff.observations import Given, Known, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
@@ -465,6 +467,9 @@ class Diffusion:
         round: bool = False,  # noqa: A002 - what it is called everywhere
         batch: int | None = None,
         progress: bool = False,
+        given: Given | None = None,
+        method: str = "auto",
+        return_evidence: bool = False,
     ) -> Any:
         """Draw new curves or pictures.
 
@@ -495,11 +500,19 @@ class Diffusion:
             At most this many at once.
         progress : bool, optional
             Show a progress bar.
+        given : Known, Linear or Weight, or a list of them, optional
+            What is known of the samples, in the units of the data: n draws are made for each observation. What lies
+            far outside of the data is drawn far from what the network has learnt.
+        method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
+            How, see `fastdiff.conditioning`. The first three do not clip; "repaint" and "smc" take "ddpm" by default.
+        return_evidence : bool, optional
+            With "smc": also return the log density of each observation, in nats and the units of the data.
 
         Returns
         -------
         x : (n, points) or (n, height, width, channels) float32
-            In the range of the data; uint8, rounded, for a model of bytes.
+            In the range of the data; uint8, rounded, for a model of bytes. (n, N, ...) for N observations; what is
+            known without noise is to the bit what was given, in a dtype that holds it.
         path : (steps + 1, n, ...) float32, if `trajectory`
             Noise first, through the same map, and not rounded: noise is wider than any range of pictures.
 
@@ -511,8 +524,13 @@ class Diffusion:
             The model has not been trained.
         """
         _, schedule, normaliser = self._fitted()
+        known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
+            if known is not None and method in ("repaint", "smc") and sampler == "auto":
+                sampler = "ddpm"
             sampler = self.named_sampler(sampler, steps)
+            if known is not None and method not in ("replace", "repaint"):
+                sampler = sampler.unclipped()
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.prediction != self.prediction:
@@ -526,10 +544,85 @@ class Diffusion:
         result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
+            given=None if known is None else inside(known, *normaliser.affine()), method=method,
+            return_evidence=return_evidence,
         )  # fmt: skip
-        drawn = normaliser.restore(result[0] if trajectory else result, be)
+        x, other = result if trajectory or return_evidence else (result, None)
+        drawn = normaliser.restore(x, be)
         drawn = drawn.round() if round else drawn
-        return (drawn, normaliser.invert(result[1], be)) if trajectory else drawn
+        if known is not None:
+            drawn = put_exact(drawn, known)
+        if trajectory:
+            return drawn, normaliser.invert(other, be)
+        if known is None or not return_evidence:
+            return drawn
+        return drawn, other - log_units(known, normaliser.affine()[0])
+
+    def impute(
+        self,
+        X: Any,
+        draws: int = 100,
+        *,
+        method: str = "auto",
+        sampler: str | Sampler = "auto",
+        steps: int | None = None,
+        labels: Any = None,
+        seed: int | None = None,
+        first_draw: int = 0,
+        ema: bool = True,
+        progress: bool = False,
+    ) -> Any:
+        """Draw what is missing, many times: samples of the law of the missing values given the others.
+
+        Parameters
+        ----------
+        X : (N, ...) array
+            With NaN where nothing is known; what is known is taken as exact.
+        draws : int, optional
+            How many of each row.
+        method, sampler, steps, seed, ema, progress
+            As for `sample`.
+        labels : int or (N,) int array, optional
+            The class of each row, for a network that has classes.
+        first_draw : int, optional
+            Draw k of a call is draw ``first_draw + k``: 50 draws are the first 50 of 100.
+
+        Returns
+        -------
+        (draws, N, ...) array
+            In a dtype that holds what was given, to the bit. Rows where nothing is missing are repeated.
+
+        Raises
+        ------
+        ArgumentError
+            Rows of another shape, infinite values, or as for `sample`.
+        TrainingError
+            The model has not been trained.
+        """
+        net, _, _ = self._fitted()
+        known = observations(Known(X), net.shape)
+        draws = check_int("draws", draws, low=1)
+        if known.count is None:
+            raise ArgumentError("X", f"shape {np.shape(X)}", f"rows of shape {net.shape}: (N, ...)")
+        values = known.known[0][0]
+        missing = np.flatnonzero(np.isnan(values).any(axis=1))
+        dtype = np.result_type(np.float32, known.dtype)
+        out = np.empty((draws, known.count, *net.shape), dtype)
+        out[...] = values.astype(dtype).reshape(known.count, *net.shape)
+        if len(missing):
+            out[:, missing] = self.sample(
+                draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],
+                sampler=sampler, steps=steps, seed=seed, first_sample=first_draw, ema=ema, progress=progress,
+                given=known.some(missing), method=method,
+            )  # fmt: skip
+        return out
+
+    def _observations(self, given: Given) -> Observations:
+        """What is known of samples, in the units of the data."""
+        net, _, normaliser = self._fitted()
+        if normaliser.noise_shape is not None:
+            raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
+        return observations(given, net.shape)
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.

@@ -39,6 +39,7 @@ SYNONYMS = {
     "info": "show inspect describe",
     "bench": "benchmark time",
     "evaluate": "eval test score judge",
+    "impute": "fill inpaint complete interpolate",
     "demo": "example tutorial",
 }
 
@@ -110,6 +111,16 @@ def add_command(commands: Any, name: str, brief: str, text: str, epilog: str) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return made
+
+
+def add_method(command: argparse.ArgumentParser) -> None:
+    """How samples are drawn given observations."""
+    command.add_argument(
+        "--method",
+        choices=("auto", "tmpd", "pigdm", "dps", "replace", "repaint"),
+        default="auto",
+        help="how what is known is used (default auto: tmpd, which uses what the network knows of the covariance)",
+    )
 
 
 def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:
