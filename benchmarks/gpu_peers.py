@@ -97,7 +97,7 @@ def chain(net: Any, betas: Any, n: int, width: int) -> dict[str, Run]:
 
 def training(net: Any, X: Any, betas: Any, batch: int) -> dict[str, Run]:
     """Return ways to take one training step: draws, noising, loss, gradient, clipping, AdamW. No loss is read."""
-    X, parameters, loss = device(X), list(net.parameters()), _loss(betas)
+    X, parameters, loss = device(X), list(net.parameters()), _loss(betas, X.ndim)
 
     def loss_of(x0: Any, t: Any, eps: Any) -> Any:
         return loss(net, x0, t, eps)
@@ -107,15 +107,12 @@ def training(net: Any, X: Any, betas: Any, batch: int) -> dict[str, Run]:
     return three_ways(eager, fast)
 
 
-def _loss(betas: Any) -> Callable[..., Any]:
-    """The loss of a network on samples, timesteps and noise."""
-    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    signal, noise = abar.sqrt().float().to(DEVICE), (1 - abar).sqrt().float().to(DEVICE)
+def _loss(betas: Any, ndim: int) -> Callable[..., Any]:
+    """The loss of a network on samples in so many dimensions, timesteps and noise."""
+    signal, noise = (level.to(DEVICE) for level in nets.levels(betas, ndim))
 
     def loss(net: Any, x0: Any, t: Any, eps: Any) -> Any:
-        each = (-1, *(1,) * (x0.ndim - 1))
-        x_t = signal.reshape(each)[t] * x0 + noise.reshape(each)[t] * eps
-        return F.mse_loss(net(x_t, t), eps)
+        return F.mse_loss(net(signal[t] * x0 + noise[t] * eps, t), eps)
 
     return loss
 
@@ -155,11 +152,11 @@ def exactly() -> Iterator[None]:
 
 def _nchw(array: Any) -> Any:
     """Our images on the GPU, in the memory that they have: channels-last."""
-    return device(array).permute(0, 3, 1, 2)
+    return nets.nchw(array).to(DEVICE)
 
 
 def _nhwc(tensor: Any) -> Any:
-    return tensor.detach().float().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return nets.nhwc(tensor.detach().float().cpu())
 
 
 Form = tuple[Callable[..., Any], dict[str, Any]]  # a function, and the parameters of its network
@@ -222,7 +219,7 @@ def image_training(folder: Any, X: Any, betas: Any, batch: int, example: tuple[A
 
     A gradient is one vector, the parameters in the order of their names.
     """
-    loss, X = _loss(betas), _nchw(X)
+    loss, X = _loss(betas, X.ndim), _nchw(X)
     given = _nchw(example[0]), device(example[1]), _nchw(example[2])
 
     def work(net: Any) -> Callable[..., Any]:

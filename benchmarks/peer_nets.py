@@ -212,6 +212,13 @@ def ddim(net: Any, betas: Any, steps: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def levels(betas: Any, ndim: int) -> tuple[Tensor, Tensor]:
+    """Return signal and noise of every timestep, as factors of samples in so many dimensions."""
+    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    each = (-1, *(1,) * (ndim - 1))
+    return abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
+
+
 class Trainer:
     """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1.
 
@@ -222,9 +229,7 @@ class Trainer:
         self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False, ema: float | None = None
     ) -> None:
         self.net, self.X, self.batch, self.ema = net, X, batch, ema
-        abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-        each = (-1, *(1,) * (X.ndim - 1))
-        self.signal, self.noise = abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
+        self.signal, self.noise = levels(betas, X.ndim)
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)
         self.average = [] if ema is None else [p.detach().clone() for p in self.parameters]
