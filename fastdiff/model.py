@@ -450,8 +450,9 @@ class Diffusion:
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
-        clip = None if normaliser.data_range is None else 1.0
-        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
+        clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
+        options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
+        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
 
     def sample(
         self,
@@ -479,8 +480,10 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        sampler : {"auto", "ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+        sampler : str or Sampler, optional
+            "auto", a name of `fastdiff.samplers.names` with its defaults, or a table of `fastdiff.samplers` for this
+            model's schedule and prediction. Of pictures x0 is clipped to their range, but for "deis" and "lms", which
+            have no x0, and "ddim" takes the noise from the clipped x0 (``reclip``).
             "auto" is "dpmpp_2m" in 50 steps where the model has a Gaussian base, which that samples best, and "ddpm"
             elsewhere. A named one clips the x0 of pictures to their range; a table does what it says, and
             must not clip where the model has a noise shape.

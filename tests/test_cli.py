@@ -620,7 +620,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, model, command, message):
         ("train curves.csv -o n.safetensors --schedule square", "sigmoid"),
         ("train curves.csv -o n.safetensors --network big", "tutorial"),
         ("train curves.csv -o n.safetensors --steps many", "--steps"),
-        ("sample m.safetensors -o x.csv --sampler euler", "dpmpp_2m"),
+        ("sample m.safetensors -o x.csv --sampler plms", "dpmpp_2m"),
         ("sample m.safetensors", "--output"),
         ("paint", "train"),
         ("--quiet", "COMMAND"),
