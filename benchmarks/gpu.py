@@ -492,7 +492,7 @@ def _unet_training(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepare
 
 def _unet_ddim(be: Any, case: cases.Case, peers: Any, twins: Any) -> Prepared:
     import fastdiff as fd
-    from fastdiff.model import NetworkDenoiser
+    from fastdiff.nn import NetworkDenoiser
 
     del twins
     net, all_sides = cases.network(fd, case), sides(be)

@@ -27,7 +27,8 @@ import numpy as np
 from machine import header
 from readme_numbers import RESULTS, table, write
 
-from fastdiff.backends.cpu import Array, CpuBackend
+from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu.workers import Array
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.data import energy_distance
 

@@ -32,8 +32,8 @@ from unet_cases import UNetCase, network
 import fastdiff as fd
 from fastdiff import bench
 from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu.workers import Script
 from fastdiff.backends.layers import Conv, LayerBackend
-from fastdiff.backends.workers import Script
 
 PASSES = 9
 OTHER = "outside of the layers"

@@ -106,7 +106,7 @@ class Layer(NamedTuple):
 
 def input_gradient(be: Any, geometry: Any, dy: Any, w: Any, dx: Any) -> None:
     """The part of `conv_backward` that fills dx."""
-    from fastdiff.backends import cpu_conv
+    from fastdiff.backends.cpu import conv as cpu_conv
 
     product = cpu_conv._product(geometry, dx.shape, dy.shape[3], True)
     nothing = cpu_conv.NOTHING

@@ -13,8 +13,9 @@ from fastdiff.model import Diffusion, load
 from fastdiff.nn import MLP, UNet
 from fastdiff.noise import normal
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.process import forward_chain, forward_noise, posterior, sample
+from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 __version__ = "0.1.0"

@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from fastdiff.nn.mlp import MLP
+from fastdiff.nn.network import Network
 from fastdiff.nn.unet import UNet
 from fastdiff.schedule import Schedule
 
@@ -44,6 +46,25 @@ def curve_net(rows: int, points: int, *, T: int, seed: int, base: bool) -> MLP:
     net = MLP(points, hidden=(width,) * 3, T=T, seed=seed)
     log.info("chosen for curves of %d points: %r, %d parameters", points, net, net.layout.count)
     return net
+
+
+def network_kind(ndim: int) -> type[Network]:
+    """Return which kind of network suits data of so many dimensions, that of the rows included."""
+    return MLP if ndim == 2 else UNet
+
+
+def network_and_schedule(
+    net: Network | None, levels: Schedule | None, data: tuple[int, ...], classes: int | None, *, base: bool, seed: int
+) -> tuple[Network, Schedule]:
+    """Return what was given, and for what was not what suits data of a shape (N, ...)."""
+    if levels is None:
+        levels = schedule(PICTURE_T) if len(data) > 2 else curve_schedule(base=base)
+        if len(data) > 2:
+            log.info("chosen for the pictures: %r", levels)
+    if net is None:
+        at: dict[str, Any] = {"T": levels.T, "seed": seed}
+        net = curve_net(*data, base=base, **at) if len(data) == 2 else picture_net(data[1:], classes=classes, **at)
+    return net, levels
 
 
 def picture_net(

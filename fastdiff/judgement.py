@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastdiff.covariance import ledoit_wolf
 from fastdiff.metrics import distances, energy_distance, nearest_distances
+from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream, fill_normal
 from fastdiff.normaliser import Normaliser
 
@@ -218,6 +219,30 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
         nearer=float(np.mean(to_learned[:, None] < others)),
         nearest_ratio=float(np.median(to_learned) / (np.median(others) or 1.0)),
     )
+
+
+def remedy(report: Report, net: Network, prediction: str, *, base: bool) -> str:
+    """Return what to try where the samples of a network, with or without a base, are not good."""
+    if not math.isfinite(report.deviation):
+        return "train with a smaller lr"
+    if report.nearer > COPIES[0] and report.nearest_ratio < COPIES[1]:
+        return "take fewer steps, a smaller network, or more rows"
+    if prediction == "noise":
+        return "fit a Diffusion(prediction='v')"
+    if not base and net.narrow:
+        return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
+    if not base and net.has_linear:
+        return "fit a Diffusion(base='gaussian'), or let it choose the network"
+    return "train longer (fit again, or steps=), or bring more rows"
+
+
+def doubt(rows: Rows, *, by_rule: bool, judged: bool) -> str | None:
+    """Return why so few rows, or rows so alike, cannot teach what a judgement would ask for; None: nothing is said."""
+    if len(rows) < FEWEST_ROWS and judged:
+        return f"{len(rows)} rows can be learned by heart only: new samples of their kind want at least {FEWEST_ROWS}"
+    if by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
+        return "all rows are the same, and so will all samples be"
+    return None
 
 
 class Watch:

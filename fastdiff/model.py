@@ -3,111 +3,39 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, noise, process, samplers
-from fastdiff.backends import Backend, TrainingDraws, TrainState, backend_for, get_backend
-from fastdiff.backends.layers import Batch
+from fastdiff import checkpoint, defaults, judgement, samplers, sampling, split
+from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.errors import (
     ArgumentError,
-    CheckpointError,
     QualityWarning,
     TrainingError,
     check_array,
     check_choice,
-    check_float,
-    check_indices,
     check_int,
     check_seed,
-    is_on_device,
 )
-from fastdiff.nn import MLP, Network, Runner, UNet, network_of
-from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
-from fastdiff.noise import Draw, Stream
+from fastdiff.model_file import Saved, naming_faults
+from fastdiff.nn import Network, NetworkDenoiser
+from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.normaliser import SCALES, Normaliser
+from fastdiff.normaliser import SCALES, Normaliser, settled
 from fastdiff.progress import say
 from fastdiff.samplers import PREDICTIONS, Sampler
 from fastdiff.schedule import Schedule
-from fastdiff.training import Trainer
+from fastdiff.split import Split
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, target_tables, train
 
 log = logging.getLogger("fastdiff")
-
-HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
-LARGEST = 1e37  # value of the data: their samples have room above it
-HeldOut = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]  # rows and their labels
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkDenoiser:
-    """A network with frozen weights, as `fastdiff.sample` takes it; it works in the network's own range.
-
-    Attributes
-    ----------
-    net : Network
-        The architecture.
-    flat : array
-        The weights in use.
-    prediction : {"noise", "x0", "v"}
-        What its output is.
-    backend : Backend
-        Where `predict` runs.
-    """
-
-    net: Network
-    flat: npt.NDArray[Any]
-    prediction: str
-    backend: Backend
-    _runners: dict[Backend, Runner] = field(default_factory=dict, init=False, repr=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.net, self.flat, self.prediction, self.backend)
-
-    @property
-    def classes(self) -> int | None:
-        return self.net.classes
-
-    @property
-    def T(self) -> int:
-        return self.net.T
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.net.shape
-
-    def predict(self, x: Any, t: Any, labels: Any = None) -> Any:
-        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
-        return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
-
-    def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Runner:
-        """Return the network with these weights on a backend, always the same one."""
-        if be not in self._runners:
-            flat = self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
-            self._runners[be] = self.net.runner(be, flat)
-        return self._runners[be]
-
-
-class _Optimizer(NamedTuple):
-    """The moving parts of training, besides the weights; all in the layout of the flat buffer."""
-
-    plan: TrainingPlan
-    m: npt.NDArray[Any]
-    v: npt.NDArray[Any]
-
-
-def _empty_history() -> dict[str, list[Any]]:
-    return {"step": [], "loss": [], "validation_step": [], "validation_loss": []}
 
 
 class Diffusion:
@@ -215,8 +143,8 @@ class Diffusion:
     def _forget(self) -> None:
         self.normaliser: Normaliser | None = None
         self.step = self.end_step = self.ema_updates = 0
-        self.history = _empty_history()
-        self._optimizer: _Optimizer | None = None
+        self.history = empty_history()
+        self._optimizer: Optimizer | None = None
         self._average: npt.NDArray[Any] | None = None
         self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
         self.class_names: list[str] | None = None
@@ -330,93 +258,58 @@ class Diffusion:
             )
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        X, y, classes = self._checked(be, X, y)
-        rows, labels, held_out, rule = self._split(X, y, validation, classes)
-        kind = (MLP if X.ndim == 2 else UNet) if self.net is None else type(self.net)
+        X, y, classes = split.checked(X, y, self.net, self.noise_shape, be)
+        parts = split.split(X, y, validation, classes, self._held_out, self.seed, be)
+        rows, labels = parts.rows, parts.labels
+        kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
         accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
         if flip and X.ndim == 2:
             raise ArgumentError("flip", repr(flip), "False for curves")
 
+        self._prepare(parts, classes, plan, data_range)
+        net, schedule, normaliser = self._fitted()
+        assert self._optimizer is not None and self._average is not None  # noqa: PT018
         by_rule = steps is None
-        self._prepare(rows, None if held_out is None else held_out[0], classes, plan, data_range, rule)
-        assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
-        assert self._optimizer is not None
-        assert self._average is not None
         if steps is None:
-            steps = self._plan_by_rule(rows, batch)
-        self._data = self._data or _fingerprint(X)
-        if len(rows) < judgement.FEWEST_ROWS and (by_rule or judge or steps >= defaults.JUDGED_STEPS):
-            warnings.warn(
-                f"{len(rows)} rows can be learned by heart only: new samples of their kind want at least "
-                f"{judgement.FEWEST_ROWS}",
-                QualityWarning,
-                stacklevel=2,
-            )
-        elif by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
-            warnings.warn("all rows are the same, and so will all samples be", QualityWarning, stacklevel=2)
-        decayed = self._optimizer.plan.decay_steps
+            rank = 0 if self._gaussian is None else len(self._gaussian.variances)
+            steps, plan = plan_by_rule(rows.shape, batch, self._optimizer.plan, self.step, net.layout.count, rank)
+            self._optimizer = self._optimizer._replace(plan=plan)
+        optimizer = self._optimizer
+        self._data = self._data or split.fingerprint(X)
+        judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
+        if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
+            warnings.warn(doubt, QualityWarning, stacklevel=2)
+        decayed = optimizer.plan.decay_steps
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
             words = "the rate has fallen to %g by step %d and stays there; leave steps (--steps) out for another decay"
-            log.info(words, self._optimizer.plan.rate(self.step), decayed)
+            log.info(words, optimizer.plan.rate(self.step), decayed)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
-        net, optimizer = self.net, self._optimizer
-        data = be.asarray(self.normaliser.apply(rows, net.dtype), net.dtype)
-        tables = self.schedule.signal, self.schedule.noise, *self._target_tables()
+        data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
+        tables = schedule.signal, schedule.noise, *target_tables(schedule, self.prediction)
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
-        validate = None if held_out is None else partial(self._validate, be, self._validation_set(be, *held_out))
-        watch = None
+        validation = watch = None
+        if parts.held_out is not None:
+            x0 = normaliser.apply(parts.held_out[0], net.dtype)
+            validation = Validation(be, net, x0, parts.held_out[1], schedule, self.prediction, self.seed)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
-            watch.look(self.step, self._average)
-
-        def look(average: Any) -> bool:
-            if validate is not None:
-                validate(average)
-            return watch is not None and watch.look(self.step, be.to_numpy(average))
-
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
-        looking = look if validate is not None or watch is not None else None
-        trainer.run(self, steps, optimizer.plan.options, look=looking, progress=progress, callback=callback)
-        if watch is not None:
-            if self.step == self.end_step and not watch.stopped:
-                watch.look(self.step, self._average)
-            if watch.stopped:
-                self.end_step = self.step
-            if watch.looks:
-                step, self._average[...] = watch.best()
-                if step < self.step and watch.reason:
-                    log.info("of %d steps the averaged weights after %d are kept: %s", self.step, step, watch.reason)
+        options: dict[str, Any] = {"validation": validation, "watch": watch, "progress": progress, "callback": callback}
+        train(trainer, self, optimizer.plan, **options)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
-            self._judge(rows, labels, None if held_out is None else held_out[0], show=progress)
+            self._judge(rows, labels, parts.unseen, show=progress)
         return self
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Samples of some weights of the network, in its own range."""
         net, _, _ = self._fitted()
         denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), self.prediction, be)
-        drawn = process.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
+        drawn = sampling.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
         return be.to_numpy(drawn)
-
-    def _plan_by_rule(self, rows: npt.NDArray[Any], batch: int) -> int:
-        """How many steps suit the data; the rate falls until then, by a cosine from the first step of all."""
-        assert self.net is not None
-        assert self._optimizer is not None
-        if rows.ndim == 2:
-            rank = 0 if self._gaussian is None else len(self._gaussian.variances)
-            steps = defaults.curve_steps(len(rows), rows.shape[1], batch, self.net.layout.count, rank)
-        else:
-            steps = defaults.PICTURE_STEPS
-        plan = self._optimizer.plan
-        if self.step or plan.decay_steps is None:
-            end = max(self.step + steps, plan.warmup + 1)
-            self._optimizer = self._optimizer._replace(plan=replace(plan, decay_steps=end))
-        what = "x".join(map(str, rows.shape[1:]))
-        log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", len(rows), what, steps, batch)
-        return steps
 
     def evaluate(
         self, X: Any, y: Any = None, *, training: Any = None, samples: int | None = None, seed: int | None = None
@@ -450,21 +343,21 @@ class Diffusion:
             The model has not been trained.
         """
         self._fitted()
-        X, y, _ = self._checked(get_backend(self.backend), X, y)
+        X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
         if len(X) < 2:
             raise ArgumentError("X", "1 row", "at least 2 rows")
         if training is not None:
             learned, held_out = check_array("training", training, shape=(None, *X.shape[1:])), X
             if len(learned) < 2:
                 raise ArgumentError("training", f"{len(learned)} rows", "at least 2")
-        elif _fingerprint(X) == self._data:
-            learned, _, unseen, _ = self._hold_out(X, y, *(self._held_out or ("fraction", 0.0)))
-            held_out = None if unseen is None else unseen[0]
+        elif split.fingerprint(X) == self._data:
+            parts = split.hold_out(X, y, *(self._held_out or ("fraction", 0.0)), self.seed)
+            learned, held_out = parts.rows, parts.unseen
         elif len(X) < 4:
             raise ArgumentError("X", f"{len(X)} rows, none of them learned from", "at least 4 rows, or `training`")
         else:
-            learned, _, unseen, _ = self._hold_out(X, y, "fraction", 0.5)
-            held_out = None if unseen is None else unseen[0]
+            parts = split.hold_out(X, y, "fraction", 0.5, self.seed)
+            learned, held_out = parts.rows, parts.unseen
         samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
         return self._measured(learned, y, held_out, samples=samples, seed=seed)
 
@@ -490,151 +383,19 @@ class Diffusion:
         drawn = get_backend(self.backend).to_numpy(drawn)
         report = judgement.measure(drawn, rows, held_out, self.normaliser, seed=self.seed)
         found = report.complaints
-        complaint = f"{'; '.join(found)}: {self._remedy(report)}" if found else None
+        remedy = judgement.remedy(report, self.net, self.prediction, base=self._gaussian is not None)
+        complaint = f"{'; '.join(found)}: {remedy}" if found else None
         return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
 
-    def _remedy(self, report: judgement.Report) -> str:
-        """What to try where samples are not good."""
-        assert self.net is not None
-        if not math.isfinite(report.deviation):
-            return "train with a smaller lr"
-        if report.nearer > judgement.COPIES[0] and report.nearest_ratio < judgement.COPIES[1]:
-            return "take fewer steps, a smaller network, or more rows"
-        if self.prediction == "noise":
-            return "fit a Diffusion(prediction='v')"
-        if self._gaussian is None and self.net.narrow:
-            return "fit a network whose hidden layers are wider than its curves, or let Diffusion choose it"
-        if self._gaussian is None and self.net.has_linear:
-            return "fit a Diffusion(base='gaussian'), or let it choose the network"
-        return "train longer (fit again, or steps=), or bring more rows"
-
-    def _checked(self, be: Backend, X: Any, y: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, int | None]:
-        """Data and labels on the host, and how many classes the network has or is to have."""
-        given = check_array("X", _on_host(be, X), finite=False)
-        if self.net is not None:
-            shape: tuple[int | None, ...] = self.net.shape
-        elif given.ndim == 4 and self.noise_shape is None:
-            shape = given.shape[1:]
-        else:
-            shape = (getattr(self.noise_shape, "d", None),)
-            if given.ndim != 2:
-                pictures = ", or pictures (N, height, width, channels)" if self.noise_shape is None else ""
-                hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
-                hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
-                raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
-        if given.ndim == 3 and len(shape) == 1:
-            wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
-            raise ArgumentError("X", f"shape {given.shape}", wants)
-        given = check_array("X", given, shape=(None, *shape))
-        if given.size == 0:
-            what = "curve of at least one point" if len(shape) == 1 else "picture"
-            raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
-        if getattr(self.net, "dtype", None) != np.float64 and (largest := float(np.max(np.abs(given)))) > LARGEST:
-            raise ArgumentError("X", f"values up to {largest:.3g}", f"at most {LARGEST:g}: samples are float32")
-        classes = getattr(self.net, "classes", None)
-        if self.net is None and len(shape) == 3 and y is not None:
-            y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
-            classes = int(y.max()) + 1
-        if classes is None and y is not None:
-            count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
-            wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
-            raise ArgumentError("y", "labels", wants)
-        return given, _labels("y", y, classes, len(given), be), classes
-
-    def _split(
-        self, X: npt.NDArray[Any], y: npt.NDArray[Any] | None, validation: Any, classes: int | None
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, HeldOut | None, tuple[str, float]]:
-        """Training rows and their labels, those that are held out, and by which rule, for later calls."""
-        if validation is None:
-            most = defaults.MOST_HELD_OUT if X.ndim == 2 else defaults.MOST_HELD_OUT_PICTURES
-            rule = self._held_out or ("share", defaults.held_out_share(len(X), most))
-            return self._hold_out(X, y, *rule)
-        if classes is not None and isinstance(validation, (tuple, list)):
-            if len(validation) != 2:
-                raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
-            rows, labels = validation
-        elif np.ndim(validation) > 0:
-            rows, labels = validation, None
-        else:
-            fraction = check_float("validation", validation, low=0, high=1, high_open=True)
-            if fraction and not 1 <= round(fraction * len(X)) < len(X):
-                raise ArgumentError(
-                    "validation",
-                    f"{validation}",
-                    f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows, or 0: none",
-                )
-            return self._hold_out(X, y, "fraction", fraction)
-        rows = check_array("validation", rows, shape=(None, *X.shape[1:]))
-        if len(rows) == 0:
-            raise ArgumentError("validation", f"no {'curves' if X.ndim == 2 else 'pictures'}", "at least one")
-        labels = _labels("the labels of validation", labels, classes, len(rows), get_backend(self.backend))
-        return X, y, (rows, labels), ("fraction", 0.0)
-
-    def _hold_out(
-        self, X: npt.NDArray[Any], y: npt.NDArray[Any] | None, rule: str, part: float
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, HeldOut | None, tuple[str, float]]:
-        """Split rows by a word that only seed and row number decide.
-
-        A "fraction" takes the rows of the smallest words, exactly so many; a "share" those below a bound, so a row
-        stays where it is when others are added.
-        """
-        if part == 0:
-            return X, y, None, (rule, part)
-        step = 1 if rule == "fraction" else HELD_OUT_STEP
-        words = noise.philox_words(len(X), 1, Draw(self.seed, Stream.DATA, step))[:, 0, 0]
-        if rule == "fraction":
-            held = np.zeros(len(X), bool)
-            held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True
-        else:
-            held = words < part * 2.0**32
-        if held.all() or not held.any():
-            return X, y, None, (rule, part)
-        unseen = X[held], None if y is None else y[held]
-        return X[~held], None if y is None else y[~held], unseen, (rule, part)
-
-    def _prepare(
-        self,
-        X: npt.NDArray[Any],
-        held_out: npt.NDArray[Any] | None,
-        classes: int | None,
-        plan: TrainingPlan,
-        data_range: Any,
-        held_out_by: tuple[str, float],
-    ) -> None:
+    def _prepare(self, parts: Split, classes: int | None, plan: TrainingPlan, data_range: Any) -> None:
         """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
-        if X.ndim == 2 and data_range is not None:
-            raise ArgumentError(
-                "data_range", repr(data_range), "None for curves: they have mean 0 and deviation 1 inside"
-            )
-        normaliser = self.normaliser
-        if normaliser is None or data_range is not None:
-            if X.ndim > 2 and self.scale not in ("auto", "all"):
-                raise ArgumentError("scale", repr(self.scale), "'auto' for pictures: they have a data_range")
-            of_curves = X.ndim == 2
-            normaliser = (
-                Normaliser.of(X, self.noise_shape, self.scale) if of_curves else Normaliser.of_pictures(X, data_range)
-            )
-        if self.normaliser is not None and normaliser.data_range != self.normaliser.data_range:
-            wants = f"{self.normaliser.data_range}, that of the first fit; reset() starts anew"
-            raise ArgumentError("data_range", repr(data_range), wants)
-        normaliser.check("X", X)
-        if held_out is not None:
-            normaliser.check("validation", held_out)
+        X = parts.rows
+        normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
         if self.normaliser is not None:
             return
-        schedule, net = self.schedule, self.net
-        if schedule is None:
-            pictures = X.ndim > 2
-            base = self.base is not None
-            schedule = defaults.schedule(defaults.PICTURE_T) if pictures else defaults.curve_schedule(base=base)
-            if X.ndim > 2:
-                log.info("chosen for the pictures: %r", schedule)
-        if net is None:
-            at: dict[str, Any] = {"T": schedule.T, "seed": self.seed}
-            if X.ndim == 2:
-                net = defaults.curve_net(*X.shape, base=self.base is not None, **at)
-            else:
-                net = defaults.picture_net(X.shape[1:], classes=classes, **at)
+        net, schedule = defaults.network_and_schedule(
+            self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
+        )
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
         self._gaussian = None
@@ -644,10 +405,10 @@ class Diffusion:
             net.set_linear(self._gaussian.linear(schedule, self.prediction))
         self.schedule, self.net = schedule, net
         zeros = net.layout.zeros
-        self._optimizer = _Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
+        self._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
         self._average = net.flat.copy()
         self.normaliser = normaliser
-        self._held_out = held_out_by
+        self._held_out = parts.rule
 
     def _use_this_arithmetic(self) -> None:
         """Say once that a file was trained with other bits than those that follow."""
@@ -655,33 +416,6 @@ class Diffusion:
         if before != self._arithmetic:
             words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
             log.warning(words, before, self._arithmetic)
-
-    def _target_tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Factors of noise and data in the training target at every t."""
-        assert self.schedule is not None
-        zeros, ones = np.zeros(self.schedule.T), np.ones(self.schedule.T)
-        if self.prediction == "v":
-            return self.schedule.signal, -self.schedule.noise
-        return (ones, zeros) if self.prediction == "noise" else (zeros, ones)
-
-    def _validation_set(self, be: Backend, rows: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> Batch:
-        """x_t, t, target and labels of the held-out rows: noise of stream FORWARD, timesteps spread evenly."""
-        assert self.net is not None and self.schedule is not None and self.normaliser is not None  # noqa: PT018
-        x0 = self.normaliser.apply(rows, self.net.dtype)
-        t = np.arange(len(x0)) * self.schedule.T // len(x0)
-        x, eps = process.forward_noise(x0, t, self.schedule, seed=self.seed, backend=be)
-        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in self._target_tables())
-        target = (of_noise * eps + of_data * x0).astype(x.dtype)
-        return Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
-
-    def _validate(self, be: Backend, checks: Batch, average: Any) -> None:
-        assert self.net is not None
-        if self.history["validation_step"][-1:] == [self.step]:
-            return  # an earlier fit ended here
-        x, t, target, labels = checks
-        out = be.to_numpy(self.net.predict(x, t, labels, backend=be, flat=average))
-        self.history["validation_step"].append(self.step)
-        self.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]:
         if self.net is None or self.schedule is None or self.normaliser is None:
@@ -783,9 +517,9 @@ class Diffusion:
         elif sampler.schedule != schedule:
             raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
         if normaliser.noise_shape is not None:
-            process.refuse_clip(sampler)
+            sampling.refuse_clip(sampler)
         be = get_backend(self.backend)
-        result = process.sample(
+        result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
         )  # fmt: skip
@@ -812,32 +546,13 @@ class Diffusion:
             The model has not been trained.
         """
         net, schedule, normaliser = self._fitted()
-        buffers = {"net": net.flat, "ema": self._average}
-        plan = None
-        if training and self._optimizer is not None:
-            buffers |= {"adam.m": self._optimizer.m, "adam.v": self._optimizer.v}
-            plan = self._optimizer.plan.to_dict()
-        tensors = {
-            f"{prefix}.{name}": view
-            for prefix, flat in buffers.items()
-            for name, view in net.layout.views(flat).items()
-        }
-        for name, values in self.history.items():
-            tensors[f"history.{name}"] = np.array(values, np.int64 if name.endswith("step") else np.float64)
-        noise_shape = normaliser.noise_shape
-        if noise_shape is not None:
-            tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
-        tensors |= normaliser.arrays | ({} if self._gaussian is None else self._gaussian.arrays)
-        header = {
-            "network": net.to_dict(), "schedule": schedule.to_dict(), "prediction": self.prediction,
-            "normaliser": normaliser.to_dict(), "held_out": self._held_out, "data": self._data, "report": self.report_,
-            "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
-            "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "arithmetic": self._arithmetic,
-        }  # fmt: skip
-        checkpoint.write(
-            path, header, tensors, features=normaliser.features + ([] if self._gaussian is None else ["base"])
-        )
+        assert self._average is not None
+        Saved(
+            net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
+            base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
+            history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
+            data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
+        ).write(path)  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
@@ -863,122 +578,16 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
         The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
         not here.
     """
-    header, tensors = checkpoint.read(path)
-    try:
-        return _restore(header, tensors, backend)
-    except (ArgumentError, KeyError, TypeError, MemoryError) as error:  # the last: a network of any size can be claimed
-        reason = f"the header lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path}: {reason}") from error
-
-
-def _restore(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]], backend: str | Backend) -> Diffusion:
-    schedule = Schedule.from_dict(header["schedule"])
-    net = network_of(header["network"], draw=False)
-
-    def stored(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
-        return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
-
-    # Shapes first: a header that claims a huge network must not make us allocate one.
-    for name, shape in net.layout.shapes.items():
-        stored(f"net.{name}", shape)
-    for name in tensors:
-        if name.startswith("net.") and name[4:] not in net.layout.shapes:
-            raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
-    kind = "white" if header["format"] == 1 else header["noise_shape"]
-    prefix = "noise_shape."
-    arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
-    model = Diffusion(
-        net, schedule, prediction=header["prediction"], backend=backend, seed=header["seed"], noise_shape=noise_shape
-    )
-    model.normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
-    model.scale, model.base = model.normaliser.scale, None
-    if "base" in header.get("features", ()):
-        model.base, model._gaussian = "gaussian", GaussianBase.from_arrays(tensors, net.shape[0])
-        net.set_linear(model._gaussian.linear(schedule, model.prediction))
-    model._held_out, model._data, model.report_ = _restore_habits(header)
-    names = header.get("class_names")
-    if names is not None:
-        count = getattr(net, "classes", None)
-        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-            raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
-    model.class_names = names
-    model.step = check_int("step", header["step"], low=0, high=MOST_STEPS)
-    model.ema_updates = check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS)
-    model._arithmetic = check_int("arithmetic", header.get("arithmetic", 1), low=1)
-
-    def buffer(prefix: str) -> npt.NDArray[Any]:
-        flat = net.layout.zeros(net.dtype)
-        views = net.layout.views(flat)
-        for name, shape in net.layout.shapes.items():
-            tensor = stored(f"{prefix}.{name}", shape)
-            if tensor.dtype != net.dtype:
-                raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
-            views[name][...] = tensor
-        try:
-            check_array(prefix, flat)  # all at once: there may be hundreds
-        except ArgumentError:
-            for name, view in views.items():  # which of them it is
-                check_array(f"{prefix}.{name}", view)
-            raise
-        return flat
-
-    net.flat = buffer("net")
-    model._average = buffer("ema")
-    if header["training"] is not None:
-        model._optimizer = _Optimizer(TrainingPlan.from_dict(header["training"]), buffer("adam.m"), buffer("adam.v"))
-    for name in model.history:
-        model.history[name] = check_array(
-            f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False
-        ).tolist()
-    for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
-        if len(model.history[steps]) != len(model.history[losses]):
-            got, wants = (f"{len(model.history[name])} values" for name in (losses, steps))
-            raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
+    with naming_faults(path):
+        saved = Saved.read(path)
+        model = Diffusion(
+            saved.net, saved.schedule, prediction=saved.prediction, backend=backend, seed=saved.seed,
+            noise_shape=saved.normaliser.noise_shape,
+        )  # fmt: skip
+    model.normaliser, model._gaussian = saved.normaliser, saved.base
+    model.scale, model.base = saved.normaliser.scale, None if saved.base is None else "gaussian"
+    model._average, model._optimizer, model.history = saved.average, saved.optimizer, saved.history
+    model.step, model.ema_updates, model._arithmetic = saved.step, saved.ema_updates, saved.arithmetic
+    model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
+    model.class_names = saved.class_names
     return model
-
-
-def _restore_habits(header: dict[str, Any]) -> tuple[tuple[str, float], list[int] | None, dict[str, Any] | None]:
-    """What a file says of rows held out, of the data, and of the samples; files of 0.1.0 say nothing."""
-    held_out = header.get("held_out") or ["fraction", 0.0]
-    if not isinstance(held_out, list) or len(held_out) != 2:
-        raise ArgumentError("held_out", repr(held_out), "a rule and a share")
-    rule = check_choice("held_out", held_out[0], ["fraction", "share"])
-    part = check_float("held_out", held_out[1], low=0, high=1, high_open=True)
-    data, report = header.get("data"), header.get("report")
-    if data is not None:
-        if not isinstance(data, list) or len(data) != 2:
-            raise ArgumentError("data", repr(data), "a number of rows and a checksum, or null")
-        data = [check_int("data", value, low=0) for value in data]
-    if report is not None and not isinstance(report, dict):
-        raise ArgumentError("report", repr(report), "names and numbers, or null")
-    return (rule, part), data, report
-
-
-def _fingerprint(X: npt.NDArray[Any]) -> list[int]:
-    """Number of rows, and a checksum: tells whether a data set is the one that was learned from."""
-    single = X.astype(np.float32) if X.dtype == np.float64 else X  # as files have it
-    return [len(X), zlib.crc32(np.ascontiguousarray(single).data)]
-
-
-def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> npt.NDArray[Any] | None:
-    """Labels (n,) on the host, for a network with so many classes."""
-    if classes is None:
-        if y is not None:
-            raise ArgumentError(argument, type(y).__name__, "None: this network has no classes")
-        return None
-    if y is None:
-        raise ArgumentError(argument, "None", f"a class from 0 to {classes - 1} for each row: this network has classes")
-    checked: npt.NDArray[Any] = check_indices(argument, _on_host(be, y), classes, n)
-    return checked
-
-
-def _on_host(be: Backend, X: Any) -> Any:
-    """Training data as NumPy: it is normalised on the host, once."""
-    if not is_on_device(X):
-        return X
-    be, array = backend_for(be, X=X), check_array("X", X)
-    return be.to_numpy(be.asarray(array, array.dtype))

@@ -17,6 +17,8 @@ from fastdiff.noise_shape import NoiseShape
 
 log = logging.getLogger("fastdiff")
 
+Rows = npt.NDArray[Any]
+
 SCALES = ("auto", "all", "column", "channel")
 UNLIKE = 10.0  # columns whose deviations differ by more than this factor are taken for different quantities
 CONSTANT = 1e-6  # a deviation below this share of the greatest |x| is rounding
@@ -238,3 +240,28 @@ def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.N
     mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
     constant = std < np.finfo(np.float32).eps  # which samples could not show
     return np.where(constant, X[0], mean * largest), np.where(constant, 0.0, std * largest)
+
+
+def settled(
+    known: Normaliser | None,
+    X: Rows,
+    held_out: Rows | None,
+    data_range: Any,
+    scale: str,
+    noise_shape: NoiseShape | None,
+) -> Normaliser:
+    """Return the normaliser of a fit, the known one or else that of its rows, to which both kinds of rows are held."""
+    if X.ndim == 2 and data_range is not None:
+        raise ArgumentError("data_range", repr(data_range), "None for curves: they have mean 0 and deviation 1 inside")
+    found = known
+    if found is None or data_range is not None:
+        if X.ndim > 2 and scale not in ("auto", "all"):
+            raise ArgumentError("scale", repr(scale), "'auto' for pictures: they have a data_range")
+        found = Normaliser.of(X, noise_shape, scale) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
+    if known is not None and found.data_range != known.data_range:
+        wants = f"{known.data_range}, that of the first fit; reset() starts anew"
+        raise ArgumentError("data_range", repr(data_range), wants)
+    found.check("X", X)
+    if held_out is not None:
+        found.check("validation", held_out)
+    return found if known is None else known

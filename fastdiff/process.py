@@ -1,29 +1,23 @@
-"""The forward process, its posterior, and running a sampler over a denoiser."""
+"""The forward process and its posterior."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory_of
 from fastdiff.errors import (
     ArgumentError,
     check_array,
-    check_indices,
-    check_int,
     check_seed,
     check_timesteps,
     is_on_device,
 )
 from fastdiff.noise import Draw, Stream, check_rows
-from fastdiff.progress import bar as progress_bar
-from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 Array = Any
@@ -229,141 +223,6 @@ def posterior(
     return returned(be, mean, on_device), returned(be, variance, on_device)
 
 
-def sample(
-    denoiser: Any,
-    sampler: Sampler,
-    *,
-    n: int | None = None,
-    shape: tuple[int, ...] | int | None = None,
-    seed: int = 0,
-    first_sample: int = 0,
-    batch: int | None = None,
-    backend: str | Backend = "auto",
-    initial: Any = None,
-    labels: Any = None,
-    trajectory: bool = False,
-    callback: Callable[[int, int, Array], Any] | None = None,
-    progress: bool = False,
-    noise_shape: ShapedNoise | None = None,
-) -> Any:
-    """Draw samples by running a sampler's table over a denoiser.
-
-    Parameters
-    ----------
-    denoiser : callable, object with ``predict``, or `Denoiser`
-        Called as ``denoiser(x, t)``, or ``denoiser(x, t, labels)``, with x (n, ...) and an int t, it returns an array
-        like x in the table's prediction. Where it has attributes ``T``, ``prediction`` or ``shape``, they must agree
-        with the table.
-    sampler : Sampler
-        From `fastdiff.samplers`.
-    n : int, optional
-        Number of samples; 16, or as many as `initial` holds.
-    shape : tuple of int, optional
-        Shape of one sample; by default the denoiser's.
-    seed, first_sample : int, optional
-        Sample k has the noise of row ``first_sample + k``, whatever n and `batch` are.
-    batch : int, optional
-        At most this many samples go to the denoiser at once; by default as many as have four million values. Bounds
-        memory, changes no bits of our networks.
-    backend : str or Backend, optional
-    initial : (n, ...) array, optional
-        Start from this state at the table's first timestep, instead of from noise.
-    labels : int or (n,) int array, optional
-        The class of every sample, for a denoiser that has classes; it gets them as (n,) int64.
-    trajectory : bool, optional
-        Also return the states of all rows.
-    callback : callable, optional
-        ``callback(i, t, x)`` after row i; x (n, ...) is a read-only view of the state, to be copied if it is kept. A
-        true result stops, and the samples are returned as they are.
-    progress : bool, optional
-        Show a progress bar.
-    noise_shape : NoiseShape, optional
-        Covariance S of the noise that the denoiser takes away; by default white. The samples are L times those of the
-        white sampler with the denoiser u -> L^-1 denoiser(L u). Denoiser, `initial`, callback and results are in the
-        data's space. The table must not clip.
-
-    Returns
-    -------
-    x : (n, ...) float32
-        float64 on the numpy backend where `initial` is float64.
-    path : (rows + 1, n, ...), if `trajectory`
-        The states, noise first.
-
-    Raises
-    ------
-    ArgumentError
-        An argument's shape, dtype or value; a denoiser that disagrees with the table, or whose output has another
-        shape than x; a table that clips, with a noise shape.
-    """
-    if not isinstance(sampler, Sampler):
-        raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
-    be = backend_for(backend, initial=initial)
-    source = denoiser_of(denoiser)
-    _check_agreement(source, sampler)
-    states = None if initial is None else _states("initial", initial, be)
-    shape = _sample_shape(source.shape, shape, states)
-    width = _width((0, *shape))
-    shaped = _shaped(noise_shape, width)
-    if shaped is not None:
-        refuse_clip(sampler)
-    on_device = is_on_device(initial) if states is not None else backend != "auto"
-    if states is not None:
-        n = check_int("n", len(states) if n is None else n, low=0)
-        x = _copy(be, check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width))
-    else:
-        n = check_int("n", 16 if n is None else n, low=0)
-        x = be.empty((n, width))
-    given = _labels(source.classes, labels, n)
-    seed, first_sample = check_seed(seed), check_rows(first_sample, n)
-    draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample), source.on(be, shape)
-    batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
-    if initial is None:
-        fill = be.normal if shaped is None else partial(shaped.fill, be)
-        fill(x, draw.of(Stream.INIT))
-
-    rows, clip = sampler.rows, sampler.clip
-    batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    classes = [None if given is None else be.asarray(given[part], np.int64) for part in batches]
-    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, classes, strict=True)]
-    if not (trajectory or callback or progress or shaped is not None):
-        for part, drawn, chosen in parts:
-            evaluator.run_table(x[part], rows, clip, drawn, chosen)
-        return returned(be, x.reshape(n, *shape), on_device)
-
-    step = evaluator.step if shaped is None else _shaped_step(evaluator, x[:batch], shaped)
-    path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
-    if path is not None:
-        path[0] = x
-    # A callback sees all samples after each row; without one a batch runs to its end before the next one starts.
-    groups = [parts] if callback is not None else [[part] for part in parts]
-    done = len(rows)
-    with progress_bar(show=progress, total=len(rows) * len(groups), desc="sampling", leave=False) as bar:
-        for group in groups:
-            memories = [memory_of(be, x[part], rows) for part, _, _ in group]
-            for done, row in enumerate(rows, start=1):
-                for (part, drawn, chosen), memory in zip(group, memories, strict=True):
-                    step(x[part], memory, row, clip, drawn, chosen)
-                    if path is not None:
-                        path[done, part] = x[part]
-                bar.update()
-                if callback is not None:
-                    shown = x.reshape(n, *shape)
-                    if isinstance(shown, np.ndarray):  # others cannot be protected
-                        shown.flags.writeable = False
-                    if callback(done - 1, row.t, shown):
-                        break
-    x = returned(be, x.reshape(n, *shape), on_device)
-    if path is None:
-        return x
-    return x, returned(be, path[: done + 1].reshape(done + 1, n, *shape), on_device)
-
-
-def refuse_clip(sampler: Sampler) -> None:
-    """Shaped noise is white noise on L^-1 x, and bounds of that x0 would not be bounds of the data."""
-    if sampler.clip is not None:
-        raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None with a noise_shape: it would bound L^-1 x0")
-
-
 def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
     if noise_shape is None:
         return None
@@ -395,17 +254,6 @@ def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[.
             z = noise[: len(x)]
             shaped.fill(be, z, draw)
             be.sampler_step(x, z, (), Row(row.t, p=0, q=0, a=1, b=0, e=row.s), None, draw)
-
-    return step
-
-
-def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Callable[..., None]:
-    """`Evaluator.step` with shaped noise, for states no longer than `like`."""
-    take = _stepper(evaluator.be, like, shaped)
-
-    def step(x: Array, memory: tuple[Array, ...], row: Row, clip: Any, draw: Draw, labels: Array = None) -> None:
-        out = evaluator.evaluate(x, row.t, labels) if row.evaluates else None
-        take(x, out, memory, row, clip, draw)
 
     return step
 
@@ -442,37 +290,3 @@ def _states(argument: str, value: Any, be: Backend) -> Array:
 
 def _width(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:])
-
-
-def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
-    if denoiser.T not in (None, sampler.schedule.T):
-        raise ArgumentError("denoiser", f"T = {denoiser.T}", f"T = {sampler.schedule.T}, the sampler's schedule")
-    if denoiser.prediction not in (None, sampler.prediction):
-        what = f"prediction {denoiser.prediction!r}"
-        raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
-
-
-def _labels(known: int | None, labels: Any, n: int) -> Any:
-    """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
-    if labels is None:
-        if known not in (None, ANY_CLASSES):
-            wants = f"a class from 0 to {known - 1} for each sample: this one has classes"
-            raise ArgumentError("labels", "None", wants)
-        return None
-    if known is None:
-        raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-    return check_indices("labels", labels, known, n)
-
-
-def _sample_shape(known: tuple[int, ...] | None, shape: Any, initial: Any) -> tuple[int, ...]:
-    if shape is None:
-        if known is not None:
-            return known
-        if initial is not None:
-            return tuple(initial.shape[1:])
-        raise ArgumentError("shape", "None", "the shape of one sample: this denoiser does not tell it")
-    sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
-    wanted = tuple(check_int("shape", size, low=1) for size in sizes)
-    if known is not None and known != wanted:
-        raise ArgumentError("shape", str(wanted), f"{known}, the shape that the denoiser works on")
-    return wanted

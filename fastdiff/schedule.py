@@ -7,6 +7,7 @@ alone, which IEEE arithmetic fixes to the bit, so a schedule stored by its betas
 
 from __future__ import annotations
 
+import logging
 import math
 import reprlib
 import warnings
@@ -19,11 +20,14 @@ import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int
 
+log = logging.getLogger("fastdiff")
+
 Array = npt.NDArray[np.float64]
 
 MAX_T = 1_000_000  # far above any use; a mistyped T must not ask for terabytes
 END_LIMIT = 0.01  # abar[-1] above this: the chain does not end near noise
-SPACINGS = ("trailing", "leading", "linspace", "linspace_open")
+SPACINGS = ("trailing", "leading", "linspace", "linspace_open", "karras", "exponential", "lambda", "beta")
+KARRAS_RHO, BETA_SHAPE = 7.0, 0.6  # Karras et al. 2022, table 1; Lee et al. 2024
 _NAMES = ("linear", "scaled_linear", "cosine", "sigmoid", "custom")
 
 
@@ -236,18 +240,29 @@ class Schedule:
             - "linspace": round(linspace(0, T - 1, n)), both ends included (one step: T - 1).
             - "linspace_open": round(linspace(0, T - 1, n + 1)) without the 0, as DPM-Solver++ wants it.
 
+            The others place n levels, at least 2, each of which becomes the nearest timestep. Levels that fall on one
+            timestep are visited once, so that fewer than n may be left, which is logged. With rho = noise / signal:
+
+            - "karras": rho^(1/7) in equal steps, from that of T - 1 to that of 0 (Karras et al. 2022, equation 5).
+            - "exponential": log(rho) in equal steps, both ends included.
+            - "lambda": n equal steps of lambda = -log(rho), their end at t = 0 left out, as DPM-Solver has it.
+            - "beta": quantiles of a Beta(0.6, 0.6) law in t, both ends included (Lee et al. 2024): dense at both.
+
         Returns
         -------
         (n,) int64
+            Fewer for the last four, where levels fall together.
 
         Raises
         ------
         ArgumentError
-            If `steps` or `spacing` is none of these.
+            If `steps` or `spacing` is none of these, or if fewer than two timesteps are left.
         """
         check_choice("spacing", spacing, SPACINGS)
         if spacing == "linspace_open" and self.T == 1:
             raise ArgumentError("spacing", "'linspace_open' for T = 1", "another spacing, or T of at least 2")
+        if spacing in SPACINGS[4:]:
+            return _placed(self, check_int("steps", steps, low=2, high=self.T), spacing)
         n = check_int("steps", steps, low=1, high=self.T - 1 if spacing == "linspace_open" else self.T)
         if spacing == "trailing":
             ascending = np.rint(self.T * np.arange(1, n + 1) / n) - 1
@@ -352,6 +367,40 @@ class Schedule:
 
     def __reduce__(self) -> tuple[Callable[..., Schedule], tuple[Array, str]]:
         return Schedule, (self.betas, self.name)
+
+
+def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
+    """The timesteps nearest to n levels, descending, each once: see `Schedule.timesteps`."""
+    log_ratio = -schedule.log_snr[np.isfinite(schedule.log_snr)] / 2
+    pure = schedule.T - len(log_ratio)  # a last step without signal is always visited
+    top, low, ramp = log_ratio[-1], log_ratio[0], np.linspace(0, 1, n - pure)
+    if spacing == "beta":
+        from scipy.special import betaincinv
+
+        placed = betaincinv(BETA_SHAPE, BETA_SHAPE, 1 - ramp) * (len(log_ratio) - 1)
+    else:
+        if spacing == "karras":
+            first, last = np.exp(top / KARRAS_RHO), np.exp(low / KARRAS_RHO)
+            levels = KARRAS_RHO * np.log(first + ramp * (last - first))
+        elif spacing == "exponential":
+            levels = top + ramp * (low - top)
+        else:
+            levels = np.linspace(top, low, n - pure + 1)[:-1]
+        placed = np.interp(levels, log_ratio, np.arange(len(log_ratio)))
+    t = np.unique(np.append(np.rint(placed), schedule.T - 1).astype(np.int64))[::-1]
+    if spacing == "lambda":
+        t = t[t > 0]
+    if len(t) < 2:
+        raise ArgumentError("spacing", f"{spacing!r}, which leaves {len(t)} timestep of {n}", "another, or more steps")
+    if len(t) < n:
+        log.info(
+            "%r spacing: %d of %d levels fall on timesteps that others have, %d are left",
+            spacing,
+            n - len(t),
+            n,
+            len(t),
+        )
+    return np.asarray(t, np.int64)
 
 
 def _checked_ramp(T: int, beta_start: float, beta_end: float) -> tuple[int, float, float]:

@@ -1,30 +1,54 @@
-"""The training loop: steps are issued ahead, and their losses read late."""
+"""The training loop: steps are issued ahead, and their losses read late. What it aims at, and how far it goes."""
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from fastdiff import defaults
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
+from fastdiff.backends.layers import Batch
 from fastdiff.errors import TrainingError
-from fastdiff.judgement import LOOK_EVERY
+from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
+from fastdiff.nn.optim import TrainingPlan
+from fastdiff.process import forward_noise
 from fastdiff.progress import bar as progress_bar
+from fastdiff.schedule import Schedule
+
+log = logging.getLogger("fastdiff")
 
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
+
+
+def empty_history() -> dict[str, list[Any]]:
+    """Return the history of a model that has taken no step."""
+    return {"step": [], "loss": [], "validation_step": [], "validation_loss": []}
+
+
+class Optimizer(NamedTuple):
+    """The moving parts of training, besides the weights; all in the layout of the flat buffer."""
+
+    plan: TrainingPlan
+    m: npt.NDArray[Any]
+    v: npt.NDArray[Any]
 
 
 class Counted(Protocol):
     """What a trainer counts in: a `Diffusion` is one."""
 
     step: int
+    end_step: int
     ema_updates: int
     history: dict[str, list[Any]]
 
@@ -135,6 +159,102 @@ class Trainer:
                         break
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
+
+
+def target_tables(schedule: Schedule, prediction: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the factors of noise and data in the training target at every t."""
+    zeros, ones = np.zeros(schedule.T), np.ones(schedule.T)
+    if prediction == "v":
+        return schedule.signal, -schedule.noise
+    return (ones, zeros) if prediction == "noise" else (zeros, ones)
+
+
+def plan_by_rule(
+    shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int
+) -> tuple[int, TrainingPlan]:
+    """Return how many steps suit data of a shape (N, ...), and the plan: its rate falls from the first step of all.
+
+    `parameters` are those of the network, `rank` is that of its base.
+    """
+    if len(shape) == 2:
+        steps = defaults.curve_steps(*shape, batch, parameters, rank)
+    else:
+        steps = defaults.PICTURE_STEPS
+    if step or plan.decay_steps is None:
+        plan = replace(plan, decay_steps=max(step + steps, plan.warmup + 1))
+    what = "x".join(map(str, shape[1:]))
+    log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", shape[0], what, steps, batch)
+    return steps, plan
+
+
+class Validation:
+    """The loss on rows that are held out: noise of stream FORWARD, timesteps spread evenly.
+
+    Parameters
+    ----------
+    be : Backend
+    net : Network
+    x0, labels : array
+        The rows in the network's range, and their classes or None.
+    schedule, prediction, seed
+        Of the model.
+    """
+
+    def __init__(
+        self, be: Backend, net: Network, x0: Array, labels: Array | None, schedule: Schedule, prediction: str, seed: int
+    ) -> None:
+        self.be, self.net = be, net
+        t = np.arange(len(x0)) * schedule.T // len(x0)
+        x, eps = forward_noise(x0, t, schedule, seed=seed, backend=be)
+        of_noise, of_data = (
+            table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in target_tables(schedule, prediction)
+        )
+        target = (of_noise * eps + of_data * x0).astype(x.dtype)
+        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
+
+    def look(self, model: Counted, average: Array) -> None:
+        """Write the loss of these weights into the history."""
+        if model.history["validation_step"][-1:] == [model.step]:
+            return  # an earlier fit ended here
+        x, t, target, labels = self.batch
+        out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
+        model.history["validation_step"].append(model.step)
+        model.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
+
+
+def train(
+    trainer: Trainer,
+    model: Counted,
+    plan: TrainingPlan,
+    *,
+    validation: Validation | None = None,
+    watch: Watch | None = None,
+    progress: bool = True,
+    callback: Callable[[int, float], Any] | None = None,
+) -> None:
+    """Train a model up to its `end_step`, looking at held-out rows and at samples; of watched weights the best stay."""
+    be, average = trainer.be, trainer.host.average
+    if watch is not None:
+        watch.look(model.step, average)
+
+    def look(average: Any) -> bool:
+        if validation is not None:
+            validation.look(model, average)
+        return watch is not None and watch.look(model.step, be.to_numpy(average))
+
+    looking = look if validation is not None or watch is not None else None
+    steps = model.end_step - model.step
+    trainer.run(model, steps, plan.options, look=looking, progress=progress, callback=callback)
+    if watch is None:
+        return
+    if model.step == model.end_step and not watch.stopped:
+        watch.look(model.step, average)
+    if watch.stopped:
+        model.end_step = model.step
+    if watch.looks:
+        step, average[...] = watch.best()
+        if step < model.step and watch.reason:
+            log.info("of %d steps the averaged weights after %d are kept: %s", model.step, step, watch.reason)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from cuda_parity import NUMPY, both_ways, covers
 from cuda_parity_layers import normals, unfilled
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import cuda_conv
+from fastdiff.backends.cuda import conv as cuda_conv
 from fastdiff.backends.layers import Conv
 
 SAME, CURVE = Conv((3, 3), pad=(1, 1, 1, 1)), Conv((1, 3), pad=(0, 0, 1, 1))

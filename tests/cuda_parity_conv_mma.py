@@ -15,10 +15,10 @@ import numpy as np
 from cuda_parity import NUMPY, both_ways, covers
 from tolerances import assert_close, assert_close_in_bf16, assert_same_bits
 
-from fastdiff.backends import cuda_conv_mma
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_conv import product
-from fastdiff.backends.cuda_conv_mma import TILES
+from fastdiff.backends.cuda import conv_mma as cuda_conv_mma
+from fastdiff.backends.cuda.conv import product
+from fastdiff.backends.cuda.conv_mma import TILES
 from fastdiff.backends.layers import Conv, ConvShapes
 
 F = np.float32

@@ -9,7 +9,8 @@ import numpy as np
 from cuda_parity import NUMPY, both_ways, covers
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import TrainingDraws, TrainState, cuda_layers
+from fastdiff.backends import TrainingDraws, TrainState
+from fastdiff.backends.cuda import layers as cuda_layers
 from fastdiff.backends.layers import Batch
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, Stream

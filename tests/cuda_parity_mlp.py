@@ -11,7 +11,7 @@ from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.numpy import draw_batch
+from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, Stream

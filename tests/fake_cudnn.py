@@ -1,6 +1,6 @@
 """A stand-in for the module cudnn of nvidia-cudnn-frontend, which executes graphs with NumPy.
 
-It has the calls that `fastdiff.backends.cuda_cudnn` makes, which take what is given there and nothing else, and insists
+It has the calls that `fastdiff.backends.cuda.cudnn` makes, which take what is given there and nothing else, and insists
 on what the real ones need: the order of the stages, a workspace, aligned addresses of everything that a graph names.
 It computes in TF32 where kernels on tensor cores have not been refused, and has no plan where cuDNN 9.28 has none for
 an H100.

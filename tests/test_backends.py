@@ -26,7 +26,8 @@ from fastdiff import backends
 from fastdiff.backends import Backend, Row, TrainingDraws, TrainState, available_backends, get_backend
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import LayerBackend
-from fastdiff.backends.numpy import NumpyBackend, draw_batch
+from fastdiff.backends.numpy import NumpyBackend
+from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan

@@ -22,7 +22,7 @@ from tolerances import CPU_STEPS, assert_same_bits
 import fastdiff as fd
 from fastdiff import checkpoint
 from fastdiff.errors import CheckpointError, DataError, TrainingError
-from fastdiff.model import Normaliser
+from fastdiff.normaliser import Normaliser
 
 DATA = Path(__file__).parent / "data" / "0.1.0"
 

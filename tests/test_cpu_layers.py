@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from test_kernels import ARM, SMALL, X86, peak_of
 from tolerances import WINOGRAD_ERROR, assert_close, assert_same_bits
 
-from fastdiff.backends import cpu_conv, workers
-from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu import CpuBackend, workers
+from fastdiff.backends.cpu import conv as cpu_conv
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, layer_norm, norm, pointwise, winograd

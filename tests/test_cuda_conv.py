@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import cuda_conv as operations
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import conv as operations
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cuda import runtime
 

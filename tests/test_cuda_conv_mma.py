@@ -14,11 +14,11 @@ from cuda_parity_conv_mma import CASES, MANY, Case, arrays_of, pairs
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_same_bits
 
-from fastdiff.backends import cuda_conv_mma
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_conv import product
-from fastdiff.backends.cuda_conv_mma import TILES, gather_shape, most_taps, weight_plan
-from fastdiff.backends.cuda_mlp import SHARED_LIMITS
+from fastdiff.backends.cuda import conv_mma as cuda_conv_mma
+from fastdiff.backends.cuda.conv import product
+from fastdiff.backends.cuda.conv_mma import TILES, gather_shape, most_taps, weight_plan
+from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.layers import Conv
 from fastdiff.errors import BackendError
 from fastdiff.kernels.cuda import runtime

@@ -19,9 +19,9 @@ from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import HANG_SECONDS, assert_close, assert_same_bits
 
 from fastdiff.backends import RowMap, get_backend
-from fastdiff.backends import cuda_covariance as operations
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_covariance import PRODUCTS, MapTile, map_tile, packed
+from fastdiff.backends.cuda import covariance as operations
+from fastdiff.backends.cuda.covariance import PRODUCTS, MapTile, map_tile, packed
 from fastdiff.noise import Draw, Stream
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")

@@ -22,7 +22,7 @@ from tolerances import CUDA_STEPS, assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_cudnn import Cudnn, Work
+from fastdiff.backends.cuda.cudnn import Cudnn, Work
 from fastdiff.backends.layers import Conv
 from fastdiff.errors import ArgumentError, BackendError
 

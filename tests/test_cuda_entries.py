@@ -14,8 +14,8 @@ import pytest
 from cuda_parity import CHECKS, all_entries
 from host_cuda import HostRuntime, has_compiler
 
-from fastdiff.backends import cuda_mlp
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import mlp as cuda_mlp
 from fastdiff.kernels.cuda import runtime
 
 ENTRIES = sorted(all_entries())

@@ -10,7 +10,7 @@ import cuda_gate
 import numpy as np
 import pytest
 
-from fastdiff.backends.cuda_mlp import THREADS
+from fastdiff.backends.cuda.mlp import THREADS
 from fastdiff.kernels.cuda import runtime
 
 GATE = Path(cuda_gate.__file__)

@@ -18,8 +18,8 @@ from test_image_models import net
 from tolerances import assert_same_bits
 
 import fastdiff as fd
-from fastdiff.backends import cuda
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda.device import TABLES
 from fastdiff.backends.layers import Batch
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.kernels.cuda.runtime import CaptureError
@@ -173,7 +173,7 @@ def test_what_happens_between_two_steps(be, eager):
                 t = each.asarray(np.zeros(24), np.int64)
                 other.runner(each).gradient(Batch(x, t, each.asarray(x)), other_grads)
             elif step == 9:
-                for k in range(2 * cuda.TABLES):
+                for k in range(2 * TABLES):
                     each._table(np.array([float(k)]))
 
         results.append(ours.fit(PICTURES, steps=13, callback=between, **QUIET))

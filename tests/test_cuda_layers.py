@@ -10,9 +10,10 @@ from cuda_parity_layers import EPS, in_chunks, normals, unfilled
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import cuda_layers, get_backend
+from fastdiff.backends import get_backend
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_layers import WHOLE, NormPlan, norm_plan
+from fastdiff.backends.cuda import layers as cuda_layers
+from fastdiff.backends.cuda.layers import WHOLE, NormPlan, norm_plan
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
 

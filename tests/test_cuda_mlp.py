@@ -17,10 +17,11 @@ from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, TrainState, get_backend
-from fastdiff.backends import cuda_mlp as operations
-from fastdiff.backends import numpy as reference
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.cuda_mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.backends.cuda import mlp as operations
+from fastdiff.backends.cuda.mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.backends.numpy import functions as reference
+from fastdiff.backends.numpy import mlp as perceptron
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
@@ -68,7 +69,7 @@ def modulation(mode, m, T, before=2, after=1):
 
 
 def gain_and_shift(mode, table, t, column, m):
-    return reference._gain_and_shift(mode, table[t][:, column:].astype(np.float64), m)
+    return perceptron._gain_and_shift(mode, table[t][:, column:].astype(np.float64), m)
 
 
 @pytest.mark.parametrize(("activation", "mode"), KINDS)
@@ -155,7 +156,7 @@ def test_training_draws_have_the_bits_of_the_reference(runtime, n, d, T, step):
     buffers.grow(n)
     buffers.use(draws)
     got = be._draw(buffers, step)
-    for array, want in zip(got, reference.draw_batch(draws, T, step, n), strict=True):
+    for array, want in zip(got, perceptron.draw_batch(draws, T, step, n), strict=True):
         assert_same_bits(array, want)
 
 
@@ -295,7 +296,7 @@ def test_a_training_gradient_is_the_gradient_of_the_drawn_batch(net, batch):
     draws = draws_for(net)
     grads, want = unset(len(net.flat), net.plan)[0], unset(len(net.flat), net.plan)[0]
     loss = ONE_LAUNCH.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
-    drawn = reference.draw_batch(draws, net.T, 3, batch)
+    drawn = perceptron.draw_batch(draws, net.T, 3, batch)
     assert ONE_LAUNCH.mlp_gradient(net.plan, net.flat, *drawn, want)[0] == loss
     assert_same_bits(grads, want)
 

@@ -21,7 +21,7 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import Row, RowMap, get_backend
-from fastdiff.backends.cuda_covariance import _TwinMap
+from fastdiff.backends.cuda.covariance import _TwinMap
 from fastdiff.noise import Draw, Stream
 
 SHAPES = [(1, 1), (3, 2), (2, 4), (5, 3), (3, 7), (2, 13), (1, 31)]

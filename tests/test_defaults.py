@@ -8,7 +8,9 @@ from tolerances import assert_same_bits
 
 import fastdiff as fd
 from fastdiff import defaults
+from fastdiff.backends import get_backend
 from fastdiff.errors import ArgumentError, QualityWarning
+from fastdiff.split import split
 
 RANDOM = np.random.default_rng(0)
 CURVES = RANDOM.normal(size=(120, 6)).astype(np.float32)
@@ -63,8 +65,8 @@ def test_without_steps_and_with_them_are_the_same_training(monkeypatch, backend)
 
 
 def held_rows(made, X):
-    kept, _, held, _ = made._split(X, None, None, None)
-    return kept, None if held is None else held[0]
+    parts = split(X, None, None, None, made._held_out, made.seed, get_backend("numpy"))
+    return parts.rows, parts.unseen
 
 
 def test_a_twentieth_of_many_rows_is_held_out():

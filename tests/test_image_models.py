@@ -7,12 +7,13 @@ import pytest
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff import process
-from fastdiff.backends import TrainingDraws
-from fastdiff.backends.numpy import draw_batch
+from fastdiff import sampling
+from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.noise import Draw, Stream, flips
 from fastdiff.normaliser import Normaliser
+from fastdiff.split import split
 
 T = 20
 RANDOM = np.random.default_rng(0)
@@ -153,8 +154,7 @@ def test_classes_are_learned(backend):
 
 def test_labels_are_held_out_with_their_pictures():
     X = np.broadcast_to(LABELS[:, None, None, None] / 2, (12, 6, 5, 1)).astype(np.float32)
-    made = model(classes=3)
-    rows, labels, (held, of_held), _ = made._split(X, LABELS, 0.25, 3)
+    rows, labels, (held, of_held), _ = split(X, LABELS, 0.25, 3, None, 4, get_backend("numpy"))
     np.testing.assert_array_equal(rows[:, 0, 0, 0] * 2, labels)
     np.testing.assert_array_equal(held[:, 0, 0, 0] * 2, of_held)
     assert (len(rows), len(held)) == (9, 3)
@@ -254,9 +254,9 @@ def test_labels_reach_any_denoiser_batch_by_batch():
         return x + labels[:, None]
 
     smp = fd.samplers.ddim(fd.Schedule.cosine(10), 2)
-    got = process.sample(denoiser, smp, n=5, shape=3, labels=[0, 9, 2, 7, 4], batch=3, backend="numpy")
+    got = sampling.sample(denoiser, smp, n=5, shape=3, labels=[0, 9, 2, 7, 4], batch=3, backend="numpy")
     assert [labels for _, labels in seen] == [[0, 9, 2]] * 2 + [[7, 4]] * 2
-    want = process.sample(
+    want = sampling.sample(
         lambda x, t: x + np.array([[0], [9], [2], [7], [4]], np.float32), smp, n=5, shape=3, backend="numpy"
     )
     assert_same_bits(got, want)

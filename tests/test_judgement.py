@@ -160,8 +160,9 @@ def test_the_remedy_is_one_for_this_model():
         plain.fit(TRAINING, steps=2, judge=True, progress=False)
     report = measured(8 * bananas(64))
     narrow = fd.Diffusion(fd.MLP(4, hidden=(2,)), base="gaussian").fit(TRAINING, steps=2, progress=False)
-    assert "wider" not in narrow._remedy(report)  # what is narrow corrects a base only
-    assert narrow._remedy(measured(np.full((9, 4), np.nan))) == "train with a smaller lr"
+    model = narrow.net, narrow.prediction
+    assert "wider" not in judgement.remedy(report, *model, base=True)  # what is narrow corrects a base only
+    assert judgement.remedy(measured(np.full((9, 4), np.nan)), *model, base=True) == "train with a smaller lr"
 
 
 def test_a_fit_by_the_rule_is_judged_however_short_and_says_what_is_equal():

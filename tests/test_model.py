@@ -12,9 +12,11 @@ from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import defaults
+from fastdiff.backends import get_backend
 from fastdiff.errors import ArgumentError, BackendError, TrainingError
-from fastdiff.model import Normaliser
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.normaliser import Normaliser
+from fastdiff.split import split
 
 T = 12
 CURVES = fd.data.harmonic_curves(40, points=9, seed=3)
@@ -277,15 +279,14 @@ def test_validation_is_the_loss_of_the_average_on_fixed_noise(backend, kind, pre
 
 
 def test_a_fraction_holds_out_the_same_rows_and_they_are_not_trained_on():
-    made = model()
-    rows, labels, (held, of_held), _ = made._split(CURVES, None, 0.3, None)
+    rows, labels, (held, of_held), _ = split(CURVES, None, 0.3, None, None, 4, get_backend("numpy"))
     assert labels is None
     assert of_held is None
     assert (len(rows), len(held)) == (28, 12)
     assert_same_bits(np.sort(np.concatenate([rows, held]), axis=0), np.sort(CURVES, axis=0))
-    again = made._split(CURVES, None, 0.3, None)
+    again = split(CURVES, None, 0.3, None, None, 4, get_backend("numpy"))
     assert_same_bits(again[0], rows)
-    assert not np.array_equal(model(seed=5)._split(CURVES, None, 0.3, None)[0], rows)
+    assert not np.array_equal(split(CURVES, None, 0.3, None, None, 5, get_backend("numpy"))[0], rows)
     by_fraction = fit(model(), 3, validation=0.3)
     by_rows = fit(model(), 3, X=rows, validation=held)
     assert_same_model(by_fraction, by_rows)

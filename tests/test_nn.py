@@ -13,7 +13,7 @@ from scipy import stats
 from tolerances import P_VALUE, assert_close, assert_same_bits
 
 from fastdiff.backends import TrainState, get_backend
-from fastdiff.backends import numpy as reference
+from fastdiff.backends.numpy import functions as reference
 from fastdiff.errors import ArgumentError
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features

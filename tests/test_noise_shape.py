@@ -22,8 +22,8 @@ from fastdiff.backends import RowMap
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.cli import main
-from fastdiff.denoisers import Gaussian, exact_chain
 from fastdiff.errors import ArgumentError, CheckpointError
+from fastdiff.exact import Gaussian, exact_chain
 from fastdiff.noise import Draw, Stream
 from fastdiff.schedule import Schedule
 

@@ -56,6 +56,13 @@ def test_the_public_names():
     assert all(hasattr(fastdiff, name) for name in names)
 
 
+def test_the_exact_denoisers_have_a_public_name():
+    from fastdiff import denoisers, exact
+
+    assert denoisers.__all__ == exact.__all__
+    assert all(getattr(denoisers, name) is getattr(exact, name) for name in exact.__all__)
+
+
 def test_what_the_code_imports_is_declared():
     """Every third-party module is a dependency, or belongs to an extra."""
     project = PYPROJECT["project"]
@@ -125,10 +132,11 @@ def test_kernels_are_imported_under_one_name():
 
 
 def test_rooms_depend_one_way():
-    """model -> process, nn -> backends -> kernels; nothing looks back."""
+    """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [
         "errors", "files", "noise", "pictures", "data",
-        "backends", "schedule", "samplers", "process", "nn", "checkpoint", "model", "cli",
+        "backends", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn", "defaults", "checkpoint",
+        "normaliser", "judgement", "split", "training", "model_file", "model", "cli",
     ]  # fmt: skip
     rank = {room: k for k, room in enumerate(order)}
 
@@ -145,7 +153,49 @@ def test_rooms_depend_one_way():
                 assert rank.get(other, -1) <= rank[own], f"{path} imports {other}"
     for path in sources("kernels"):
         for module, _ in imports(path):
-            assert room(module) in (None, "kernels", "noise", "backends", "errors"), f"{path} imports {module}"
+            known = room(module) in (None, "kernels", "noise", "errors") or module == "fastdiff.backends.protocol"
+            assert known, f"{path} imports {module}"
+
+
+def test_backends_depend_one_way():
+    """cpu, cuda -> numpy -> layers -> protocol; the package, which chooses, imports the others when it is asked to."""
+    below = {"protocol": set(), "layers": {"protocol"}, "numpy": {"protocol", "layers"}, "__init__": {"protocol"}}
+    below["cpu"] = below["cuda"] = {"protocol", "layers", "numpy"}
+    seen = set()
+    for path in sources("fastdiff/backends"):
+        own = path.relative_to(ROOT / "fastdiff" / "backends").parts[0].removesuffix(".py")
+        seen.add(own)
+        for module, _ in loaded_with(path):
+            if module.startswith("fastdiff.backends"):
+                other = [*module.split("."), "__init__"][2]
+                assert other == own or other in below[own], f"{path} imports {module}"
+    assert seen == set(below)
+
+
+def loaded_with(path):
+    """(module, name or None) of what is imported when a file is, and not later, in a function, or for types alone."""
+    for node in ast.parse(path.read_text()).body:
+        for inner in [node, *(node.body if isinstance(node, ast.Try) else [])]:
+            if isinstance(inner, ast.Import):
+                yield from ((alias.name, None) for alias in inner.names)
+            elif isinstance(inner, ast.ImportFrom):
+                yield from ((inner.module, alias.name) for alias in inner.names)
+
+
+def test_no_file_waits_for_itself():
+    """There is no circle among the imports of all files."""
+    modules = {}
+    for path in sources("fastdiff", "kernels"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules[name if name.startswith("fastdiff") else f"fastdiff.{name}"] = path
+    needs = {}
+    for name, path in modules.items():
+        found = {f"{module}.{part}" if f"{module}.{part}" in modules else module for module, part in loaded_with(path)}
+        needs[name] = found & set(modules)
+    assert needs["fastdiff.backends.cpu.mlp"] >= {"fastdiff.backends.cpu.step", "fastdiff.kernels.cpu.mlp"}
+    while free := {name for name, of in needs.items() if not of & set(needs)}:
+        needs = {name: of for name, of in needs.items() if name not in free}
+    assert not needs
 
 
 # ------------------------------------------------------------------------------------------- skipped lanes

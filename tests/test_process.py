@@ -14,12 +14,13 @@ from tolerances import WORKSPACE, assert_close, assert_estimate, assert_same_bit
 
 from fastdiff import samplers
 from fastdiff.backends import get_backend
-from fastdiff.denoisers import Gaussian
 from fastdiff.errors import ArgumentError
+from fastdiff.exact import Gaussian
 from fastdiff.nn import MLP
 from fastdiff.noise import Stream, normal
-from fastdiff.process import forward_chain, forward_noise, posterior, sample
+from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler, ddim, ddpm, dpmpp_2m
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 SCHEDULE = Schedule.cosine(12)

@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +130,7 @@ def test_spacings_by_hand(spacing, expected):
     assert steps.tolist() == expected
 
 
-@given(T=st.integers(1, 3000), share=st.floats(0, 1), spacing=st.sampled_from(SPACINGS))
+@given(T=st.integers(1, 3000), share=st.floats(0, 1), spacing=st.sampled_from(SPACINGS[:4]))
 @settings(max_examples=150, deadline=None)
 def test_spacings_for_any_pair(T, share, spacing):
     most = T - 1 if spacing == "linspace_open" else T
@@ -150,6 +151,50 @@ def test_spacings_for_any_pair(T, share, spacing):
     assert steps[-1] >= (1 if spacing == "linspace_open" else 0)
 
 
+PLACED = SPACINGS[4:]
+
+
+@given(T=st.integers(2, 3000), share=st.floats(0, 1), spacing=st.sampled_from(PLACED))
+@settings(max_examples=100, deadline=None)
+def test_levels_become_the_nearest_timesteps(T, share, spacing):
+    """By the definition, level by level; log(rho) is linear between timesteps, as the levels are few."""
+    schedule = Schedule.cosine(T)
+    n = 2 + round(share * (T - 2))
+    ratio = schedule.noise / schedule.signal
+    ends, i = np.array([ratio[-1], ratio[0]]), np.arange(n)
+    fractions = i / (n - 1)
+    if spacing == "beta":
+        ideal = scipy.stats.beta.ppf(1 - fractions, 0.6, 0.6) * (T - 1)
+    else:
+        roots = ends ** (1 / 7)
+        levels = {
+            "karras": (roots[0] + fractions * (roots[1] - roots[0])) ** 7,
+            "exponential": ends[0] * (ends[1] / ends[0]) ** fractions,
+            "lambda": ends[0] * (ends[1] / ends[0]) ** (i / n),
+        }[spacing]
+        ideal = np.interp(np.log(levels), np.log(ratio), np.arange(T))
+    near = np.rint(ideal)
+    clear = np.abs(np.abs(ideal - near) - 0.5) > 1e-6  # not halfway between two
+    if len(np.unique(near[near > 0] if spacing == "lambda" else near)) < 2:
+        with pytest.raises(ArgumentError, match="spacing: got"):
+            schedule.timesteps(n, spacing=spacing)
+        return
+    steps = schedule.timesteps(n, spacing=spacing)
+    assert steps.dtype == np.int64
+    assert (np.diff(steps) < 0).all()
+    wanted = near[clear & (near > 0)] if spacing == "lambda" else near[clear]
+    assert set(wanted.astype(int)) <= set(steps.tolist())
+    assert steps[0] == T - 1
+    assert bool(steps[-1] == 0) is (spacing != "lambda")
+
+
+def test_levels_that_fall_together_are_logged(caplog):
+    with caplog.at_level("INFO", "fastdiff"):
+        steps = Schedule.linear().timesteps(400, spacing="karras")
+    assert 200 < len(steps) < 400
+    assert f"'karras' spacing: {400 - len(steps)} of 400 levels fall on timesteps that others have" in caplog.text
+
+
 def test_one_step_starts_at_the_noise_end():
     for spacing in ("trailing", "linspace", "linspace_open"):
         assert Schedule.cosine(20).timesteps(1, spacing=spacing).tolist() == [19]
@@ -165,8 +210,14 @@ def test_timesteps_bad_input():
                 s.timesteps(steps, spacing=spacing)
     with pytest.raises(ArgumentError, match="integer from 1 to 9"):
         s.timesteps(10, spacing="linspace_open")
-    with pytest.raises(ArgumentError, match=r"spacing.*'trailing', 'leading', 'linspace', 'linspace_open'"):
-        s.timesteps(3, spacing="karras")
+    with pytest.raises(ArgumentError, match=r"spacing.*'trailing', 'leading', 'linspace', 'linspace_open', 'karras'"):
+        s.timesteps(3, spacing="even")
+    for spacing in PLACED:
+        with pytest.raises(ArgumentError, match="steps: got 1, wants an integer from 2 to 10"):
+            s.timesteps(1, spacing=spacing)
+    steep = Schedule(np.array([1e-6, 0.999]))  # the levels between its ends have no timestep
+    with pytest.raises(ArgumentError, match="spacing: got 'lambda', which leaves 1 timestep of 2"):
+        steep.timesteps(2, spacing="lambda")
     with pytest.raises(ArgumentError, match=r"spacing.*T of at least 2"):
         Schedule.cosine(1).timesteps(1, spacing="linspace_open")
 

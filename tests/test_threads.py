@@ -20,14 +20,15 @@ from tolerances import HANG_SECONDS
 
 from fastdiff.backends import TrainingDraws, TrainState, get_backend
 from fastdiff.backends.cpu import CpuBackend
-from fastdiff.backends.workers import Each, Script, Task, Workers
+from fastdiff.backends.cpu.workers import Each, Script, Task, Workers
 from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.kernels.cpu.jit import OPTIONS, kernel
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, normal
-from fastdiff.process import forward_noise, sample
+from fastdiff.process import forward_noise
 from fastdiff.samplers import ddpm
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 

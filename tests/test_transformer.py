@@ -15,8 +15,8 @@ from host_cuda import ORDERS, HostRuntime, has_compiler
 from test_unet import apart
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import get_backend, workers
-from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends import get_backend
+from fastdiff.backends.cpu import CpuBackend, workers
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.protocol import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw
 
 

@@ -59,7 +59,8 @@ def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:
     """The GPU here, or why none can be used; and how a perceptron's sampling chain runs on it and on others."""
     from fastdiff.backends import get_backend
-    from fastdiff.backends.cuda_mlp import SHARED_LIMITS, chain_plan
+    from fastdiff.backends.cuda.device import SHARED_LIMITS
+    from fastdiff.backends.cuda.mlp import chain_plan
     from fastdiff.errors import BackendError
     from fastdiff.nn.mlp import KINDS, MLP
 

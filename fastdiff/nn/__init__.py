@@ -1,6 +1,7 @@
 """Networks with hand-written backward passes, and what makes one: see `fastdiff.nn.network`."""
 
 from fastdiff.backends.layers import Conv
+from fastdiff.nn.denoiser import NetworkDenoiser
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MLP, sinusoidal_features
 from fastdiff.nn.network import Network, ProgramNetwork, network_of, register
@@ -11,6 +12,7 @@ __all__ = [
     "MLP",
     "Conv",
     "Network",
+    "NetworkDenoiser",
     "Program",
     "ProgramNetwork",
     "Runner",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdiff.backends import LEAKY_SLOPE
+from fastdiff.backends.protocol import LEAKY_SLOPE
 from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import TILES, gemm, gemm_bias, host_width
 from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part

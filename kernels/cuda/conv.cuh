@@ -10,7 +10,7 @@
 // zero. Strides make phases of the gradient, upsampling makes phases of the output: nothing is multiplied by a zero
 // that is not padding, and a value that is repeated is read once.
 //
-//   ConvSizes          all sizes, by value, from cuda_conv.py; [0] is along rows, [1] along columns
+//   ConvSizes          all sizes, by value, from the backend's conv.py; [0] is along rows, [1] along columns
 //   conv_phase<A>      one phase of an axis; conv_phases<A> says how many it has
 //   conv_pixel         target pixel m of a phase as (image, index along rows, index along columns); row-major
 //   conv_advance       the same, further by a fixed number of pixels, without a division

@@ -1,4 +1,4 @@
-// What cuDNN wants otherwise than the rest of us, and what it leaves to us; see cuda_cudnn.py.
+// What cuDNN wants otherwise than the rest of us, and what it leaves to us; see the backend's cudnn.py.
 
 // out (columns, rows) = x (rows, columns); with `halves` in bf16, two to a float.
 FD_KERNEL cudnn_turn(const real *x, real *out, int rows, int columns, int halves) {

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends import LEAKY_SLOPE
+from fastdiff.backends.protocol import LEAKY_SLOPE
 from fastdiff.errors import BackendError
 
 log = logging.getLogger("fastdiff")

@@ -8,7 +8,7 @@ from tolerances import assert_close
 from torch.nn import functional
 
 from fastdiff.backends import TrainState, get_backend
-from fastdiff.backends import numpy as reference
+from fastdiff.backends.numpy import functions as reference
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 

@@ -14,7 +14,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -29,6 +28,9 @@ Array = npt.NDArray[Any]
 Job = tuple[Any, tuple[Any, ...], int, float]  # kernel, arguments after its range, items, work of an item
 Phases = list[list[Job]]
 
+# Values in a piece of work: less is not worth waking a thread, which takes some 20 us.
+MIN_PIECE = 1 << 16
+MIN_LIGHT_PIECE = 1 << 18  # where little is done with each
 MIN_WORK = 5e5  # floating-point operations of a piece of work: less is not worth sharing
 PIECES = 4  # for each thread, so that all end at about the same time
 ALIGNMENT = 64  # bytes: a cache line
@@ -250,17 +252,12 @@ class _Scratch:
 class Scripted:
     """What operations written as phases of jobs need of a backend: scratch, workers, and a way to write them down."""
 
-    threads: int
-    _workers: Workers
-
-    @cached_property
-    def _scratch(self) -> _Scratch:
-        return _Scratch()
-
-    @cached_property
-    def _recorded(self) -> list[list[list[Task]]]:
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._workers = Workers(threads)
+        self._scratch = _Scratch()
+        self._recorded: list[list[list[Task]]] = []
         """Phases that are being written down instead of run, innermost last."""
-        return []
 
     def _each(self, name: str, size: int, shape: tuple[int, ...] = (-1,), dtype: npt.DTypeLike = np.float32) -> Each:
         """Scratch of `size` float32 for every worker."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
 from fastdiff.backends.layers import Conv
-from fastdiff.backends.workers import PIECES, Array, Phases, Scripted
 from fastdiff.kernels.cpu import conv as kernels
 from fastdiff.kernels.cpu import winograd
 from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
@@ -180,7 +180,7 @@ class _Product:
 _product = lru_cache(maxsize=1024)(_Product)
 
 
-class Convolutions(Scripted):
+class ConvOperations(Scripted):
     """Convolutions of `LayerBackend`."""
 
     def conv(

@@ -10,19 +10,19 @@ grows to the largest layer and is kept, nothing is read back, and all work goes 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cuda_conv_mma import PackedWeights, TensorCores
-from fastdiff.backends.cuda_cudnn import Cudnn
+from fastdiff.backends.cuda.conv_mma import PackedWeights, TensorCores
+from fastdiff.backends.cuda.cudnn import Cudnn
+from fastdiff.backends.cuda.device import Device
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
-from fastdiff.backends.numpy_layers import AsTheyAre
-from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+from fastdiff.backends.numpy.host import AsTheyAre
+from fastdiff.kernels.cuda.runtime import STRUCTURES
 
 Array = Any
 
@@ -131,17 +131,13 @@ def _pixels(rows: Array) -> Array:
     return rows.reshape(1, len(rows), 1, -1)
 
 
-class ConvOperations:
-    """The convolutions of a backend whose arrays and launches are those of `runtime`."""
+class ConvOperations(Device):
+    """The convolutions of `LayerBackend`."""
 
-    runtime: Runtime
     precision = "float32"
     """Or "bf16": products on tensor cores (`TensorCores`)."""
     _cudnn: Cudnn | None = None
     """Takes what it can, where there is one."""
-
-    _lock: threading.RLock
-    _scratch: Callable[..., Array]
 
     @cached_property
     def _tensor_cores(self) -> TensorCores:

@@ -8,17 +8,14 @@ allocates nothing.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from fastdiff.backends import TrainingDraws
+from fastdiff.backends.cuda.conv import ConvOperations
 from fastdiff.backends.layers import Batch
-from fastdiff.kernels.cuda.runtime import Runtime
+from fastdiff.backends.protocol import TrainingDraws
 from fastdiff.noise import Draw, round_keys
 
 Array = Any
@@ -82,15 +79,8 @@ def norm_plan(pixels: int, channels: int, groups: int) -> NormPlan:
     return NormPlan(bundle, vector == 4, whole(FORWARD_THREADS), whole(THREADS), max(1, CHUNK_VALUES // bundle))
 
 
-class LayerOperations:
-    """`LayerBackend`, but for convolutions, of a backend whose arrays and launches are those of `runtime`."""
-
-    runtime: Runtime
-
-    _lock: threading.RLock
-    _table: Callable[[npt.NDArray[np.float64]], Array]
-    _scratch: Callable[..., Array]
-    _step_at: Callable[[], Array | None]
+class LayerOperations(ConvOperations):
+    """`LayerBackend`, with its convolutions."""
 
     def _by_fours(self, *arrays: Array | None, multiples: tuple[int, ...] = ()) -> bool:
         """Whether all arrays are aligned, and the sizes multiples of four."""

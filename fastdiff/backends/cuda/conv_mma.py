@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.backends.cuda_mlp import SHARED_LIMITS
+from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.errors import BackendError
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 
 if TYPE_CHECKING:
-    from fastdiff.backends.cuda_conv import Product
+    from fastdiff.backends.cuda.conv import Product
 
 Array = Any
 

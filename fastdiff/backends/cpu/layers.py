@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.backends.cpu_conv import LIGHT_WORK, NOTHING, Convolutions
-from fastdiff.backends.workers import Array, Each, Job
+from fastdiff.backends.cpu.conv import LIGHT_WORK, NOTHING, ConvOperations
+from fastdiff.backends.cpu.workers import Array, Each, Job
 from fastdiff.kernels.cpu import attention as attention_kernels
 from fastdiff.kernels.cpu import conv as conv_kernels
 from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
@@ -26,7 +26,7 @@ SILU_WORK = 120  # floating-point operations of a convolution that last as long,
 LEAST_ROWS, MOST_ROWS, CHUNK_VALUES = 16, 128, 1 << 14
 
 
-class CpuLayers(Convolutions):
+class LayerOperations(ConvOperations):
     """`LayerBackend` for `CpuBackend`, on its workers."""
 
     def norm(

@@ -6,7 +6,6 @@ depend neither on its batch nor on the device, and `mapped_normal` has those of 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import RowMap
+from fastdiff.backends.cuda.step import StepOperations
+from fastdiff.backends.protocol import RowMap
 from fastdiff.kernels.cuda.runtime import Runtime
 from fastdiff.noise import Draw, round_keys
 
@@ -109,13 +109,8 @@ class _TwinMap:
 _Form = TypeVar("_Form", _DeviceMap, _TwinMap)
 
 
-class CovarianceOperations:
-    """The covariance operations of a backend whose arrays and launches are those of `runtime`."""
-
-    runtime: Runtime
-
-    _lock: threading.RLock
-    _twins: Any
+class CovarianceOperations(StepOperations):
+    """Similarity, maps of rows, and averages over data."""
 
     @cached_property
     def _maps(self) -> weakref.WeakKeyDictionary[RowMap, dict[tuple[int, type], Any]]:

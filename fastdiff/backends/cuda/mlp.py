@@ -9,16 +9,26 @@ is made by `chain_tile` from the sizes of the layers, never from the batch.
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Backend, DenseLayer, LinearPart, MLPPlan, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.cuda.device import SHARED_LIMITS
+from fastdiff.backends.cuda.layers import LayerOperations
+from fastdiff.backends.cuda.recording import RecordingOperations
+from fastdiff.backends.protocol import (
+    AdamW,
+    DenseLayer,
+    LinearPart,
+    MLPPlan,
+    Row,
+    Training,
+    TrainingDraws,
+    TrainState,
+)
 from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
 from fastdiff.noise import Draw, Stream, round_keys
 
@@ -27,8 +37,6 @@ Array = Any
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
 MODES = {"none": 0, "shift": 1, "scale_shift": 2}
 
-# Shared memory that a block may have, by compute capability (CUDA C++ programming guide, "Compute Capabilities").
-SHARED_LIMITS = {"8.0": 163 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
 SHARED_LIMIT = SHARED_LIMITS["9.0"]
 TILES = (64, 32)  # samples that a block of `mlp_chain` holds
 FEW = 8  # where larger tiles would leave multiprocessors idle
@@ -211,17 +219,8 @@ def _bias(layer: DenseLayer, flat: Array) -> Array:
     return flat[layer.bias : layer.bias + layer.outputs]
 
 
-class MLPOperations:
-    """The ``mlp_`` operations of a backend whose arrays and launches are those of `runtime`."""
-
-    runtime: Runtime
-
-    _lock: threading.RLock
-    _dense: Callable[[Array, Array, Array], None]
-    _dense_backward: Callable[[Array, Array, Array, Array | None, Array, Array], None]
-    _step_at: Callable[[], Array | None]
-    squared_error: Callable[[Array, Array, Array, Array], None]
-    record_training: Callable[..., Training]
+class MLPOperations(LayerOperations, RecordingOperations):
+    """Perceptrons: forward, gradient, training, and a sampling chain."""
 
     @cached_property
     def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
@@ -273,7 +272,7 @@ class MLPOperations:
         for row in rows:
             t.fill(row.t)
             self.mlp_forward(plan, params, x, t, out)
-            cast(Backend, self).sampler_step(x, out, memory, row, clip, draw.at(row.step))
+            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array

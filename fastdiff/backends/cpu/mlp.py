@@ -1,0 +1,256 @@
+"""Perceptrons on the CPU: scratch of a network, and which of its kernels run."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends.cpu.step import StepOperations, law_of
+from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, TrainingDraws
+from fastdiff.kernels.cpu import mlp as mlp_kernels
+from fastdiff.noise import Draw, Stream, round_keys
+
+Array = npt.NDArray[Any]
+
+FEW = 7  # samples: a chain of so few runs sample by sample
+
+
+def _packed_part(part: LinearPart | None) -> tuple[Array, int]:
+    """A network's linear part as the kernels take it, and its rank."""
+    if part is None:
+        return np.empty(0, np.float32), 0
+    arrays = [part.basis, part.basis.T, part.gains, *([] if part.rest is None else [part.rest])]
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32), part.rank
+
+
+class _MLPSpace:
+    """What the kernels need of one network, and their buffers, made once and grown where a batch needs more."""
+
+    def __init__(self, plan: MLPPlan, threads: int) -> None:
+        k = mlp_kernels
+        self.plan: MLPPlan = weakref.proxy(plan)  # or the plan, a weak key of `_networks`, would never go
+        self.layers = np.zeros((len(plan.layers), k.LAYER_COLUMNS), np.int64)
+        at = k.TILE * plan.layers[0].inputs
+        x = 0
+        for row, layer in zip(self.layers, plan.layers, strict=True):
+            keep = layer.activation == "silu" or layer.time == "scale_shift"  # u is needed again by the backward pass
+            u, y = at, at + k.TILE * layer.outputs if keep else at
+            row[:] = (
+                layer.inputs, layer.outputs, layer.weight, layer.bias,
+                k.ACTIVATIONS[layer.activation], k.MODES[layer.time], layer.time_column, x, u, y,
+            )  # fmt: skip
+            at, x = y + k.TILE * layer.outputs, y
+        widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
+        at += 0 if plan.linear is None else k.TILE * plan.linear.rank
+        self.arenas = [np.empty(at, np.float32) for _ in range(threads)]
+        self.deltas = [np.empty((3, k.TILE * widest), np.float32) for _ in range(threads)]
+        self.times = [np.empty(k.TILE, np.int64) for _ in range(threads)]
+        self.previous = [np.empty(k.TILE * plan.layers[0].inputs, np.float32) for _ in range(threads)]
+        self.slots = np.arange(plan.T)
+        self.used = np.empty(plan.T, np.int64)
+        self.linear = _packed_part(plan.linear)
+        self.features = None if plan.features is None else plan.features.astype(np.float32)
+        self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
+        self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
+        # The time table's parameters come last in the flat buffer; sums over tiles concern what is before them.
+        self.summed = plan.time_weight if plan.time_width else plan.size
+        self.transposed = np.empty(self.summed, np.float32)
+        self.dtable = np.zeros(self.table.size, np.float32)
+        self.t = np.empty(0, np.int64)
+        self.indices = np.empty(0, np.int64)
+        # Of the tile that a worker is at, made at the first training step.
+        self.partials: list[Array] = []
+        self.dtime: list[Array] = []
+        self.losses: list[Array] = []
+        self.draws: TrainingDraws | None = None
+        self.tables: Array = np.empty(0)
+        self.keys: Array = np.empty(0)
+        self.nothing = np.empty((1, 1), np.float32)
+
+    def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
+        """The table with the rows that t needs, found through `slots`, and how many they are."""
+        plan = self.plan
+        if self.features is None:
+            return params[plan.time_weight : plan.time_weight + max(1, plan.T * plan.time_width)], plan.T
+        count = mlp_kernels.number_slots(t, self.slots, self.used)
+        mlp_kernels.time_table(
+            count,
+            self.used,
+            self.features,
+            self.rows,
+            params,
+            plan.time_weight,
+            plan.time_bias,
+            plan.time_width,
+            self.table,
+        )
+        return self.table, count
+
+    def grow(self, batch: int) -> None:
+        """Have buffers for training steps of this batch."""
+        if not self.dtime:
+            rows = mlp_kernels.TILE
+            for _ in self.arenas:
+                self.partials.append(np.zeros(self.summed, np.float32))
+                self.dtime.append(np.empty(rows * max(1, self.plan.time_width), np.float32))
+                self.losses.append(np.zeros(1))
+        if batch != len(self.t):
+            self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
+
+
+class MLPOperations(StepOperations):
+    """Perceptrons: forward, gradient, and a sampling chain."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._networks: weakref.WeakKeyDictionary[MLPPlan, _MLPSpace] = weakref.WeakKeyDictionary()
+
+    def _network(self, plan: MLPPlan) -> _MLPSpace:
+        space = self._networks.get(plan)
+        if space is None:
+            space = self._networks[plan] = _MLPSpace(plan, self.threads)
+        return space
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        y = np.empty((len(x), plan.layers[-1].outputs), np.float32) if out is None else out
+        flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, t)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.forward_range(
+                    start,
+                    stop,
+                    flat_x,
+                    flat_y,
+                    t,
+                    net.layers,
+                    params,
+                    table,
+                    plan.time_width,
+                    net.slots,
+                    net.linear,
+                    net.arenas[worker],
+                )
+
+            self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
+        return y
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        flat = x.reshape(-1)
+        steps = np.array([row.t for row in rows], np.int64)
+        coefficients = np.array([(row.p, row.q, row.a, row.b, row.c1, row.e, row.s) for row in rows], np.float32)
+        low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+        keep = any(row.c1 != 0 for row in rows)
+        first, _, stream, keys = law_of(draw)
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, steps)
+
+            # The same bits either way; vectors of few samples would be mostly empty.
+            if len(x) <= FEW:
+                mlp_kernels.chain_few(
+                    flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width, net.slots,
+                    net.linear, first, stream, keys, *self._spaces[0].noise, net.arenas[0], net.previous[0],
+                    net.times[0],
+                )  # fmt: skip
+                return
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.chain_range(
+                    start, stop, flat, steps, coefficients, low, high, keep, net.layers, params, table, plan.time_width,
+                    net.slots, net.linear, first, stream, keys, *self._spaces[worker].noise[:2],
+                    net.arenas[worker], net.previous[worker],
+                )  # fmt: skip
+
+            self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        dx = np.empty_like(x)
+        with self._workers.lock:
+            net = self._network(plan)
+            net.grow(len(x))
+            net.t[:] = t
+            loss = self._gradient(
+                net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x)
+            )
+        return loss, dx
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        words = self._spaces[0].words
+        with self._workers.lock:
+            net = self._network(plan)
+            net.grow(batch)
+            if net.draws is not draws:
+                net.draws, net.tables, net.keys = draws, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+            keys = net.keys
+            mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
+            mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
+            nothing = net.nothing.reshape(-1)
+            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch)
+
+    def _gradient(
+        self,
+        net: _MLPSpace,
+        params: Array,
+        grads: Array,
+        given: tuple[Array, Array, Array],
+        draws: TrainingDraws | None,
+        step: int,
+        batch: int,
+    ) -> float:
+        """Gradient of the batch that is `given` or drawn, at the timesteps net.t."""
+        plan, width = net.plan, net.plan.time_width
+        table, count = net.time_table(params, net.t)
+        dtable = net.dtable
+        if width and net.features is None:
+            dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
+        dtable[: count * width] = 0
+        mlp_kernels.transpose_weights(net.layers if draws is None else net.layers[1:], params, net.transposed)
+        if draws is None:
+            data, tables, keys = net.nothing, net.nothing, round_keys(0)
+        else:
+            data, tables, keys = draws.data, net.tables, net.keys
+        turns, total = np.zeros(2, np.int64), np.zeros(1)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            del start, stop
+            held = -1
+            try:
+                while True:
+                    held = mlp_kernels.gradient_tiles(
+                        held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
+                        params, net.transposed, table, width, net.slots, net.linear, net.dtime[worker], grads,
+                        net.summed, net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE),
+                        keys, *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
+                    )  # fmt: skip
+                    if held < 0:
+                        return
+                    time.sleep(0)
+            except BaseException:
+                turns[1] = -1  # the others would wait for this thread's tile
+                raise
+
+        self._workers.run(body, min(self.threads, -(-batch // mlp_kernels.TILE)), 1)
+        if net.features is not None and width:
+            mlp_kernels.time_table_backward(
+                count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
+            )
+        return float(total[0] / (batch * plan.layers[-1].outputs))

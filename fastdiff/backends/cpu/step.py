@@ -1,0 +1,116 @@
+"""Noise, forward noising and a sampler's step on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends.cpu.workers import MIN_LIGHT_PIECE, MIN_PIECE, Array, Body, Scripted
+from fastdiff.backends.protocol import Row
+from fastdiff.kernels.cpu import noise as noise_kernels
+from fastdiff.kernels.cpu import step as step_kernels
+from fastdiff.noise import Draw, round_keys
+
+
+def law_of(draw: Draw) -> tuple[Any, int, int, Array]:
+    """First row, step, stream and keys, as the kernels take them."""
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
+
+
+class _Workspace:
+    """Scratch arrays of one worker, made once."""
+
+    def __init__(self) -> None:
+        self.words = np.empty((4, noise_kernels.CHUNK), np.uint32)
+        self.z = np.empty(noise_kernels.WORKSPACE, np.float32)
+        self.segments = np.empty((4, 3), np.int64)
+
+    @property
+    def noise(self) -> tuple[Array, Array, Array]:
+        return self.words, self.z, self.segments
+
+
+class StepOperations(Scripted):
+    """Noise, and what it goes into."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._spaces = [_Workspace() for _ in range(threads)]
+
+    def normal(self, out: Array, draw: Draw) -> None:
+        flat, law = out.reshape(-1), law_of(draw)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            noise_kernels.normal_range(start, stop, flat, *out.shape, *law, *self._spaces[worker].noise)
+
+        self._chunks(body, out.shape)
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        draw: Draw,
+    ) -> None:
+        arrays = (
+            x0.reshape(-1),
+            t,
+            signal.astype(np.float32),
+            noise.astype(np.float32),
+            out.reshape(-1),
+            eps.reshape(-1),
+        )
+        first, _, stream, keys = law_of(draw)
+
+        def body(worker: int, start: int, stop: int) -> None:
+            step_kernels.forward_noise_range(
+                start, stop, *arrays, *x0.shape, first, stream, keys, *self._spaces[worker].noise
+            )
+
+        self._chunks(body, x0.shape)
+
+    def _chunks(self, body: Body, shape: tuple[int, ...]) -> None:
+        if 0 in shape:
+            return
+        chunks = noise_kernels.chunks_of(*shape)
+        with self._workers.lock:
+            self._workers.run(body, chunks, max(1, MIN_PIECE // (4 * noise_kernels.CHUNK)))
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        memory: tuple[Array, ...],
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        flat = x.reshape(-1)
+        outs = flat if out is None else out.reshape(-1)
+        keep = len(memory) > 0 and row.evaluates
+        kept = memory[0].reshape(-1) if memory else flat
+        coefficients = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
+        low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+        law = law_of(draw)
+
+        def noisy(worker: int, start: int, stop: int) -> None:
+            step_kernels.step_range(
+                start, stop, flat, outs, kept, coefficients, low, high, keep, *x.shape,
+                *law, *self._spaces[worker].noise,
+            )  # fmt: skip
+
+        def quiet(worker: int, start: int, stop: int) -> None:
+            del worker
+            part = slice(start, stop)
+            step_kernels.apply_row(flat[part], outs[part], kept[part], flat[part], coefficients, low, high, keep)
+
+        if row.s != 0:
+            self._chunks(noisy, x.shape)
+        else:
+            with self._workers.lock:
+                self._workers.run(quiet, flat.size, MIN_LIGHT_PIECE)

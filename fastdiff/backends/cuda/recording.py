@@ -1,0 +1,137 @@
+"""Recordings on CUDA.
+
+What is issued again and again, a network's passes, a whole training step and a whole sampling step, becomes a CUDA
+graph when it comes for the second time: one launch instead of hundreds, on the same memory. Numbers that differ from
+step to step are then read from device memory. Losses stay there too, until many steps have been issued.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdiff.backends.cuda.optim import OptimOperations
+from fastdiff.backends.cuda.step import StepOperations, law_of, row_record
+from fastdiff.backends.layers import Recording, Sampling
+from fastdiff.backends.protocol import AdamW, Row, Training, TrainState
+from fastdiff.kernels.cuda import runtime as runtimes
+from fastdiff.noise import Draw
+
+log = logging.getLogger("fastdiff")
+
+Array = Any
+
+
+class RecordingOperations(OptimOperations, StepOperations):
+    """Operations that are done again, as graphs."""
+
+    graphs = True
+
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
+        return _Call(_Graph(self), body)
+
+    def record_training(self, gradient: Callable[[int], Array], state: TrainState, results: Array) -> Training:
+        return _Training(self, gradient, state, results)
+
+    def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
+        return _Sampling(self, output, state)
+
+
+class _Graph:
+    """Launches that come again: issued one by one the first time, when kernels are loaded and scratch grows, and from
+    the second time on as a CUDA graph, made anew where the queue or memory of the backend's own has changed.
+    """
+
+    def __init__(self, be: RecordingOperations) -> None:
+        self.be = be
+        self._issued: tuple[int, int] | None = None  # on which queue, and after how many moves of memory
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, issue: Callable[[], Any]) -> None:
+        """Do issue(), which has done the same whenever it was given before."""
+        be = self.be
+        if not be.graphs or be.runtime.capturing:
+            issue()
+            return
+        with be._lock:
+            if self._issued != (be.runtime.queue(), be._moves):
+                self._replay = None
+                issue()
+                self._issued = be.runtime.queue(), be._moves
+                return
+            if self._replay is None:
+                try:
+                    self._replay = be.runtime.capture(issue)
+                except runtimes.CaptureError as error:
+                    log.warning("no CUDA graphs from here on, every kernel is launched by itself: %s", error)
+                    be.graphs = False
+                    issue()
+                    return
+            self._replay()
+
+
+class _Call(NamedTuple):
+    """A recorded body."""
+
+    graph: _Graph
+    body: Callable[[], None]
+
+    def run(self) -> None:
+        self.graph.run(self.body)
+
+
+class _Training:
+    """A training step as one graph, which reads its number and the optimiser's scalars from device memory."""
+
+    def __init__(
+        self, be: RecordingOperations, gradient: Callable[[int], Array], state: TrainState, results: Array
+    ) -> None:
+        self.be, self.gradient, self.state, self.results = be, gradient, state, results
+        self._graph, self._clip_norm = _Graph(be), math.nan
+
+    def run(self, step: int, options: AdamW) -> None:
+        be = self.be
+        with be._lock:
+            if options.clip_norm != self._clip_norm:  # a number in the graph
+                self._graph, self._clip_norm = _Graph(be), options.clip_norm
+            if be.graphs:
+                record = step, be._scalars(options), be._scratch("step", 1, np.uint32), be._scalars_at()
+                be.runtime.launch("optim", "set_step", 1, 1, record)
+            self._graph.run(lambda: be._issue_adamw(self.state, options, (self.gradient(step), self.results, step)))
+
+
+class _Sampling:
+    """A network and a sampler's step as one graph, which reads row and noise law from device memory."""
+
+    def __init__(self, be: RecordingOperations, output: Callable[[], Array], state: Array) -> None:
+        self.be, self.output, self.state = be, output, state
+        self._graphs = {remembers: _Graph(be) for remembers in (False, True)}
+
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        be, state = self.be, self.state
+        if not be.graphs or be._twins or x.size == 0 or not row.evaluates:
+            be.sampler_step(x, self.output() if row.evaluates else None, memory, row, clip, draw)
+            return
+        with be._lock:
+            before, previous = None, memory[0] if memory else None
+            if previous is not None:
+                before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
+                be.runtime.copy(before, previous)
+            record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
+            record["first_row"], record["step"], record["stream"], record["keys"] = law_of(draw)
+            record["row"] = row_record(row, clip, wanted=previous is not None)
+            there = be._scratch("row", record.nbytes, np.uint8)
+            be.runtime.launch("step", "set_row", 1, 1, (record, there))
+
+            def issue() -> None:
+                arrays = state, self.output(), before
+                be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
+
+            self._graphs[previous is not None].run(issue)
+            be.runtime.copy(x, state)
+            if previous is not None:
+                be.runtime.copy(previous, before)

@@ -1,0 +1,126 @@
+"""What backends of the host share, as they compute on NumPy arrays: recordings that are calls, and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import noise as law
+from fastdiff.backends.layers import Batch, ConvShapes, LayerBackend, Prepared, Recording, Sampling
+from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
+from fastdiff.noise import Draw, Stream
+
+Array = npt.NDArray[Any]
+
+
+class HostBackend:
+    """The operations of a backend for which nothing is faster than NumPy, or a plain call."""
+
+    steps_ahead = 1
+    repeats_resize = True
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        return array
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return np.empty(shape, dtype)
+
+    def queue(self) -> int:
+        return 0
+
+    def address(self, array: Array) -> int:
+        return array.ctypes.data
+
+    def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
+        return AsTheyAre()
+
+    def resize(self, x: Array, out: Array) -> None:
+        height, width = map(min, x.shape[1:3], out.shape[1:3])
+        out[...] = 0
+        out[:, :height, :width] = x[:, :height, :width]
+
+    def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
+        x, t, target, chosen = batch
+        n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
+        rows = law.scaled_words(n, len(draws.data), of_rows)
+        t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
+        x0, eps = draws.data[rows], np.empty_like(x)
+        if draws.flip:
+            mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
+            x0[mirrored] = x0[mirrored][:, :, ::-1]
+        cast(Backend, self).normal(eps.reshape(n, -1), of_rows.of(Stream.TRAIN_NOISE))
+        signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
+        x[...] = signal * x0 + level * eps
+        target[...] = of_noise * eps + of_data * x0
+        if chosen is not None and draws.labels is not None:
+            chosen[...] = draws.labels[rows]
+
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        be = cast(Backend, self)
+
+        def gradient(step: int) -> Array:
+            return np.array([be.mlp_train_gradient(plan, state.params, draws, step, batch, state.grads)])
+
+        return self.record_training(gradient, state, results)
+
+    def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
+        rows, norm = len(results), math.nan
+        if math.isfinite(loss[0]) and math.isfinite(results[(step - 1) % rows, 1]):
+            norm = cast(Backend, self).adamw(state, options)
+        results[step % rows, 0], results[step % rows, 1] = loss[0], norm
+
+    def record(self, body: Callable[[], None], places: Sequence[Array | None] = ()) -> Recording:
+        return PlainCall(body)
+
+    def record_training(self, gradient: Callable[[int], Array], state: TrainState, results: Array) -> Training:
+        return PlainTraining(cast(LayerBackend, self), gradient, state, results)
+
+    def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
+        return PlainSampling(cast(LayerBackend, self), output)
+
+
+class AsTheyAre:
+    """Weights that a backend reads as they are."""
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        return [[w, w] for w in weights]
+
+
+class PlainCall(NamedTuple):
+    """A recording of nothing: the operations are called again."""
+
+    body: Callable[[], None]
+
+    def run(self) -> None:
+        self.body()
+
+
+class PlainTraining(NamedTuple):
+    """A gradient and an optimiser step, one after the other."""
+
+    be: LayerBackend
+    gradient: Callable[[int], Array]
+    state: TrainState
+    results: Array
+
+    def run(self, step: int, options: AdamW) -> None:
+        self.be.finish_step(self.gradient(step), step, self.state, options, self.results)
+
+
+class PlainSampling(NamedTuple):
+    """An output and a sampler's step, one after the other."""
+
+    be: LayerBackend
+    output: Callable[[], Array]
+
+    def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
+        self.be.sampler_step(x, self.be.asarray(self.output(), x.dtype), memory, row, clip, draw)

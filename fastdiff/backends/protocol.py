@@ -1,0 +1,369 @@
+"""The backend protocol: the operations that every backend provides, and the plans that it is given.
+
+Arguments are checked where the user calls, not here: a backend may assume C-contiguous arrays of its own kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.noise import Draw
+
+Array = Any  # the backend's own kind: numpy.ndarray, later cupy.ndarray
+
+Activation = Literal["none", "leaky_relu", "silu"]
+TimeMode = Literal["none", "shift", "scale_shift"]
+
+LEAKY_SLOPE = 0.01
+PRECISIONS = ("float32", "bf16")
+CONVOLUTIONS = ("own", "cudnn")
+VISIT = 1 << 20  # the step of a noise is that many for every earlier draw at its timestep; above any T
+MAX_VISITS = 4096  # steps are below 2^32
+DEPTH = 3  # of a table's memory, at most
+
+
+class Row(NamedTuple):
+    """One row of a sampler table (docs/design.md: the table law), in float64.
+
+    m = clip(p x + q out); x' = a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s exp(r v) z. Every sum starts from +0 and
+    adds its terms in that order, one rounding per operation; a term with a zero coefficient is not evaluated. m1, m2
+    and m3 are the m of earlier rows that evaluated the denoiser, the latest first. v is the second output of a denoiser
+    that learned its variance.
+    """
+
+    t: int
+    p: float
+    q: float
+    a: float
+    b: float
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    e: float = 0.0
+    s: float = 0.0
+    r: float = 0.0
+    visit: int = 0
+    """How many rows before this one drew noise at its timestep."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the row needs the denoiser's output; one that does not leaves the memory as it is."""
+        return self.q != 0 or self.e != 0
+
+    @property
+    def depth(self) -> int:
+        """How many of m1, m2 and m3 the row reaches back to."""
+        return 3 if self.c3 != 0 else 2 if self.c2 != 0 else 1 if self.c1 != 0 else 0
+
+    @property
+    def step(self) -> int:
+        """The step of its noise, by the noise law."""
+        return self.t + VISIT * self.visit
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """y = act((1 + gain) (x W + bias) + shift), gain and shift being columns of the time table.
+
+    Attributes
+    ----------
+    inputs, outputs : int
+        Widths.
+    weight, bias : int
+        Offsets of W (inputs, outputs) and of the bias (outputs,) in the flat parameter buffer.
+    activation : {"none", "leaky_relu", "silu"}
+    time : {"none", "shift", "scale_shift"}
+        Which of gain and shift the layer has; with both, the gain's columns come first.
+    time_column : int
+        First column of this layer in the time table.
+    """
+
+    inputs: int
+    outputs: int
+    weight: int
+    bias: int
+    activation: Activation
+    time: TimeMode = "none"
+    time_column: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPart:
+    """A fixed, symmetric linear part of a network's output: B_t x = basis diag(gains[t]) basis^T x + rest[t] x.
+
+    Attributes
+    ----------
+    basis : (d, r) float64
+    gains : (T, r) float64
+    rest : (T,) float64 or None
+        For the directions that are not in the basis; None: zero.
+    """
+
+    basis: npt.NDArray[np.float64]
+    gains: npt.NDArray[np.float64]
+    rest: npt.NDArray[np.float64] | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class MLPPlan:
+    """What a backend needs to know of an MLP; the numbers are in the flat parameter buffer.
+
+    The time table has one row per timestep and `time_width` columns. It is a parameter itself (an embedding) where
+    `features` is None, else features @ W + bias with W (F, time_width) at `time_weight`.
+
+    Attributes
+    ----------
+    layers : tuple of DenseLayer
+    T : int
+        Number of timesteps.
+    size : int
+        Length of the flat parameter buffer.
+    time_width : int
+        Columns of the time table, 0 for a network without time.
+    time_weight, time_bias : int
+        Offsets; `time_bias` is unused for an embedding.
+    features : (T, F) float64 or None
+        Sinusoidal features of every timestep.
+    linear : LinearPart or None
+        Added to the output of the layers, and not trained.
+    """
+
+    layers: tuple[DenseLayer, ...]
+    T: int
+    size: int
+    time_width: int
+    time_weight: int
+    time_bias: int
+    features: npt.NDArray[np.float64] | None
+    linear: LinearPart | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """A linear map of rows, x (m, n) to y (m, k): y = x scale + (x left) right + offset, in that order of terms.
+
+    Where `right` is None, x left is the product itself. The map of rows by a covariance or its factor, dense or of
+    low rank; a plan, which a backend may keep in its own form for as long as the object lives.
+
+    Attributes
+    ----------
+    scale : (n,) float64 or None
+        Needs k = n.
+    left : (n, r) float64 or None
+    right : (r, k) float64 or None
+    offset : (k,) float64 or None
+    standardise : bool
+        Afterwards subtract each row's mean from it and divide it by its standard deviation; a constant row becomes 0.
+    """
+
+    scale: npt.NDArray[np.float64] | None = None
+    left: npt.NDArray[np.float64] | None = None
+    right: npt.NDArray[np.float64] | None = None
+    offset: npt.NDArray[np.float64] | None = None
+    standardise: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        first, last = (m for m in (self.scale, self.left, self.right) if m is not None), self.right
+        n = next(first).shape[0]
+        return n, n if self.left is None else (self.left if last is None else last).shape[1]
+
+
+class TrainingDraws(NamedTuple):
+    """What a training step draws its batch from: the noise law's TRAIN streams over a data set.
+
+    Position i of the batch at a step takes data row (w0 N) >> 32 of stream BATCH, timestep (w0 T) >> 32 of
+    TRAIN_TIME and its noise from TRAIN_NOISE. `signal` and `noise` are the schedule's tables (T,), and the target
+    is ``target_noise[t] * eps + target_data[t] * x0``: which prediction the network learns is a table too.
+
+    Image networks also have the class of every data row, `labels` (N,), or None; with `flip` a picture is mirrored left
+    to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
+    """
+
+    data: Array
+    signal: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+    target_noise: npt.NDArray[np.float64]
+    target_data: npt.NDArray[np.float64]
+    seed: int
+    labels: Array | None = None
+    flip: bool = False
+
+
+class TrainState(NamedTuple):
+    """The arrays of a training run, in the layout of the flat parameter buffer.
+
+    Attributes
+    ----------
+    params, grads : (size,) array
+    m, v : (size,) array
+        Moments of the optimiser.
+    average : (size,) array
+        Moving average of the parameters.
+    """
+
+    params: Array
+    grads: Array
+    m: Array
+    v: Array
+    average: Array
+
+
+class AdamW(NamedTuple):
+    """Scalars of one optimiser step (Loshchilov and Hutter 2019), already corrected for the step number.
+
+    The gradient is scaled by min(1, clip_norm / (norm + 1e-6)) (no clipping where `clip_norm` is infinite); then
+    m += (1 - beta1) (g - m); v += (1 - beta2) (g g - v);
+    p = (1 - rate decay) p - rate / correction1 * m / (sqrt(v) / sqrt(correction2) + eps);
+    average += (1 - ema) (p - average). A gradient whose norm is not finite changes nothing.
+    """
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    correction1: float
+    correction2: float
+    clip_norm: float
+    ema: float
+
+
+class Training(Protocol):
+    """Training steps on arrays that stay where they are; it is the caller's, and what is kept for it goes with it."""
+
+    def run(self, step: int, options: AdamW) -> None:
+        """Take a step."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The operations of a backend. Arrays are changed in place where the text says *fill* or *change*."""
+
+    name: str
+    threads: int
+    steps_ahead: int
+    """Training steps that are best issued before the results of the first one are read."""
+
+    def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return `value` as a C-contiguous array of this backend, in `dtype` or its working float type."""
+
+    def owns(self, value: Any) -> bool:
+        """Whether `value` is an array of this backend's kind."""
+
+    def to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        """Return a backend array as NumPy."""
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Return an uninitialised array."""
+
+    def normal(self, out: Array, draw: Draw) -> None:
+        """Fill `out` (n, D) with normals by the noise law."""
+
+    def forward_noise(
+        self,
+        x0: Array,
+        t: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        eps: Array,
+        draw: Draw,
+    ) -> None:
+        """Fill `eps` (n, D) with noise and `out` with signal[t] x0 + noise[t] eps; t is (n,) int64."""
+
+    def sampler_step(
+        self,
+        x: Array,
+        out: Array | None,
+        memory: tuple[Array, ...],
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        """Change `x` (n, D) by one row of a table, and the `memory` of the rows before, if the row evaluates.
+
+        `memory` is (m1, ..., mK), each (n, D), of a table that reaches back K rows: m1 becomes this row's m, m2 what m1
+        was, and so on. `out` (n, D) is the denoiser's output, None where no term needs it; (2, n, D), which holds the
+        output and v, where r is not 0.
+        """
+
+    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given."""
+
+    def mlp_gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+    ) -> tuple[float, Array]:
+        """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x.
+
+        The padding between the tensors of `grads` must be zero, and stays so.
+        """
+
+    def mlp_train_gradient(
+        self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
+    ) -> float:
+        """Draw the batch of a training step, fill `grads`, return the loss."""
+
+    def mlp_chain(
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+    ) -> None:
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t."""
+
+    def similarity(self, v: Array, out: Array) -> None:
+        """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""
+
+    def map_rows(self, x: Array, out: Array, plan: RowMap) -> None:
+        """Fill `out` (m, k) with the map of the rows of x (m, n)."""
+
+    def mapped_normal(self, out: Array, plan: RowMap, draw: Draw) -> None:
+        """Fill `out` (m, k) with the map of normals (m, n) by the noise law, which are not stored."""
+
+    def posterior_mean(
+        self,
+        x: Array,
+        data: Array,
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+        out: Array,
+        log_sum: Array,
+    ) -> None:
+        """Fill `out` (m, d) with E[x0 | x] where x0 is a row of `data` (N, d), each as likely as the others.
+
+        Row i of x (m, d) is signal[i] x0 + noise[i] z. The weight of data row k is exp(-|x - signal y_k|^2 /
+        (2 noise^2)), and `log_sum` (m,) takes the logarithm of the sum of the weights; no weight underflows.
+        """
+
+    def blend(self, out: Array, state: Array, parts: Array, residuals: Array, constant: float) -> None:
+        """Add one component to a running average weighted by exp(constant - |residuals|^2 / 2), row by row.
+
+        `out` (m, d) is the average so far of `parts` (m, d); `state` (m, 2) holds the greatest exponent so far and
+        the sum of the weights relative to it: (-inf, 0) before the first component. `residuals` is (m, r).
+        """
+
+    def adamw(self, state: TrainState, options: AdamW) -> float:
+        """Change parameters, moments and their moving average by one step; return the gradient's norm."""
+
+    def mlp_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
+    ) -> Training:
+        """Return what does `mlp_train_gradient`, then `adamw`; row ``step % rows`` of `results` takes loss and norm.
+
+        `results` (rows, 2) is float64, the caller's, and zero at first. Where loss or norm is not finite nothing but
+        the gradient is changed, and the norm is not finite. The same is true of a step whose row before has no finite
+        norm: after one that went wrong the steps that follow do nothing.
+        """

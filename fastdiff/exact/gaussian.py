@@ -1,0 +1,210 @@
+"""The exact denoiser of a Gaussian, dense or of low rank."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import Array, RowMap
+from fastdiff.covariance import check_covariance
+from fastdiff.errors import ArgumentError, check_array, check_float
+from fastdiff.exact.exact import Exact, Workspace
+from fastdiff.exact.moments import Float64, Moments, frozen
+from fastdiff.schedule import Schedule
+
+
+class Gaussian(Exact):
+    """The exact denoiser of data drawn from N(mean, cov).
+
+    The state at timestep t has the law N(alpha mean, V) with ``V = alpha^2 cov + sigma^2 I``, and the best predictions
+    are the conditional expectations given x::
+
+        E[noise | x] = sigma V^-1 (x - alpha mean)
+        E[x0 | x]    = mean + alpha cov V^-1 (x - alpha mean)
+        E[v | x]     = alpha E[noise | x] - sigma E[x0 | x]
+
+    evaluated in the eigenbasis of `cov`, where V is diagonal.
+
+    Parameters
+    ----------
+    mean : array_like
+        Mean of the data, of the shape of one sample; d is its size.
+    cov : (d, d) array_like
+        Covariance of the flattened sample: symmetric, positive semi-definite, possibly singular. See `low_rank` for
+        one of many dimensions and few directions.
+    schedule : Schedule
+        The noise levels.
+    prediction : {"noise", "x0", "v"}, optional
+        What `predict` returns.
+
+    Attributes
+    ----------
+    mean : float64 of shape `shape`, read-only
+    cov : (d, d) float64, read-only
+        Made when it is asked for, if the denoiser is of low rank.
+    data : Moments
+        The law of the data, with the eigenbasis.
+    shape, d, schedule, T, prediction
+        As of `Exact`.
+
+    Raises
+    ------
+    ArgumentError
+        If shapes disagree, values are not finite, or `cov` is not symmetric and positive semi-definite to
+        within rounding of the dtype it came in.
+    """
+
+    def __init__(
+        self, mean: npt.ArrayLike, cov: npt.ArrayLike, schedule: Schedule, *, prediction: str = "noise"
+    ) -> None:
+        self._begin(mean, schedule, prediction)
+        law = check_covariance("cov", cov, self.d)
+        self.cov = frozen(law.cov)
+        self._data = Moments(self.mean.reshape(-1), np.sqrt(law.spectrum), law.basis)
+
+    @classmethod
+    def low_rank(
+        cls,
+        mean: npt.ArrayLike,
+        factor: npt.ArrayLike,
+        variance: float,
+        schedule: Schedule,
+        *,
+        prediction: str = "noise",
+    ) -> Self:
+        """The denoiser of N(mean, ``factor factor^T + variance I``), at a cost of O(d r) a sample.
+
+        Parameters
+        ----------
+        mean : array_like
+            Mean of the data, of the shape of one sample; d is its size.
+        factor : (d, r) array_like
+            Directions in which the data vary, times their standard deviations. They need not be orthogonal.
+        variance : float
+            What is added in every direction, at least 0.
+        schedule, prediction
+            As of `Gaussian`.
+
+        Returns
+        -------
+        Gaussian
+            It makes no (d, d) array, unless for its `cov`.
+
+        Raises
+        ------
+        ArgumentError
+            If shapes disagree, values are not finite, or `variance` is negative.
+        """
+        self = cls.__new__(cls)
+        self._begin(mean, schedule, prediction)
+        columns = check_array("factor", factor, shape=(self.d, None), dtype=np.float64)
+        rest = math.sqrt(check_float("variance", variance, low=0))
+        basis, deviations, _ = np.linalg.svd(columns, full_matrices=False)
+        self._data = Moments(self.mean.reshape(-1), np.hypot(deviations, rest), basis, rest)
+        return self
+
+    def _begin(self, mean: npt.ArrayLike, schedule: Schedule, prediction: str) -> None:
+        self.mean = frozen(check_array("mean", mean, min_ndim=1, dtype=np.float64).copy())
+        if self.mean.size == 0:
+            raise ArgumentError("mean", f"shape {self.mean.shape}", "at least one value")
+        super().__init__(self.mean.shape, schedule, prediction)
+
+    @property
+    def data(self) -> Moments:
+        return self._data
+
+    @cached_property
+    def cov(self) -> Float64:
+        return frozen(self.data.cov)
+
+    def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
+        """The prediction at timestep t as an affine map, ``gain x + drift mean`` along each eigenvector.
+
+        Parameters
+        ----------
+        prediction : {"noise", "x0", "v"}
+            Which one.
+        t : int
+            Timestep.
+
+        Returns
+        -------
+        gain, drift : (r + 1,) float64
+            Along the r columns of ``data.basis``, and along everything orthogonal to them.
+        """
+        alpha, sigma = self._levels(t)
+        spectrum = self.data.spectrum
+        variance = alpha**2 * spectrum + sigma**2
+        if prediction == "noise":
+            return sigma / variance, -sigma * alpha / variance
+        if prediction == "x0":
+            return alpha * spectrum / variance, sigma**2 / variance
+        return alpha * sigma * (1 - spectrum) / variance, -sigma / variance
+
+    def _expect(self, space: Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
+        def make() -> RowMap:
+            gain, drift = self.affine(prediction, t)
+            return self.data.scaling(gain, self.data.scaled(drift, self.data.mean))
+
+        space.be.map_rows(x, out, self._kept((prediction, t), self.data.basis.size, make))
+
+    def _log_density(self, space: Workspace, x: Array, t: int, out: Array) -> None:
+        average(space, [(1.0, self)], None, x, t, space("x0", x.shape, x.dtype), out)
+
+    def _whitening(self, t: int) -> tuple[RowMap, float]:
+        """The map of x to residuals of law N(0, I), and the logarithm of the density where they are 0."""
+
+        def make() -> tuple[RowMap, float]:
+            law = self.moments(t)
+            factors = 1 / np.sqrt(law.spectrum)
+            top = -law.log_volume() - self.d / 2 * math.log(2 * math.pi)
+            if law.basis.shape[1] < self.d:
+                return law.scaling(factors, -law.scaled(factors, law.mean)), top
+            left = law.basis * factors[:-1]
+            return RowMap(left=left, offset=-(law.mean @ left)), top
+
+        whitening: tuple[RowMap, float] = self._kept(("whitening", t), self.data.basis.size, make)
+        return whitening
+
+    def _colouring(self, prediction: str, t: int) -> RowMap:
+        """The map of those residuals to a prediction."""
+
+        def make() -> RowMap:
+            law, gain = self.moments(t), self.affine(prediction, t)[0]
+            factors = gain * np.sqrt(law.spectrum)
+            centre = {"noise": 0.0, "x0": 1.0, "v": -float(self.schedule.noise[t])}[prediction] * self.data.mean
+            if law.basis.shape[1] < self.d:
+                return law.scaling(factors, centre)
+            return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)
+
+        colouring: RowMap = self._kept(("colouring", prediction, t), self.data.basis.size, make)
+        return colouring
+
+
+def average(
+    space: Workspace,
+    components: list[tuple[float, Gaussian]],
+    prediction: str | None,
+    x: Array,
+    t: int,
+    out: Array,
+    log_density: Array | None,
+) -> None:
+    """Fill `out` (n, d) with a mixture's prediction, where one is named, and `log_density` (n,) where it is given."""
+    be = space.be
+    state = space("state", (len(x), 2), x.dtype)
+    state[:, 0], state[:, 1], out[...] = -np.inf, 0, 0
+    residuals = parts = space("residuals", x.shape, x.dtype)
+    for probability, component in components:
+        whitening, top = component._whitening(t)
+        be.map_rows(x, residuals, whitening)
+        if prediction is not None:
+            parts = space("parts", x.shape, x.dtype)
+            be.map_rows(residuals, parts, component._colouring(prediction, t))
+        be.blend(out, state, parts, residuals, math.log(probability) + top)
+    if log_density is not None:
+        log_density[...] = state[:, 0] + np.log(state[:, 1])

@@ -1,0 +1,195 @@
+"""What a file holds of a model, and how it comes back; `fastdiff.checkpoint` is the format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import checkpoint
+from fastdiff.base import GaussianBase
+from fastdiff.errors import ArgumentError, CheckpointError, check_array, check_choice, check_float, check_int
+from fastdiff.nn import Network, network_of
+from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
+from fastdiff.noise_shape import NoiseShape
+from fastdiff.normaliser import Normaliser
+from fastdiff.samplers import PREDICTIONS
+from fastdiff.schedule import Schedule
+from fastdiff.training import Optimizer, empty_history
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@contextmanager
+def naming_faults(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what is wrong with a file's content into a `CheckpointError` that names the file."""
+    try:
+        yield
+    except (ArgumentError, KeyError, TypeError, MemoryError) as error:  # the last: a network of any size can be claimed
+        reason = f"the header lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a file holds: the attributes of a `Diffusion`, with its averaged weights and what training needs.
+
+    `optimizer` is None in files for sampling only.
+    """
+
+    net: Network
+    schedule: Schedule
+    prediction: str
+    seed: int
+    normaliser: Normaliser
+    base: GaussianBase | None
+    average: npt.NDArray[Any]
+    optimizer: Optimizer | None
+    history: dict[str, list[Any]]
+    step: int
+    ema_updates: int
+    held_out: tuple[str, float] | None
+    data: list[int] | None
+    report: dict[str, Any] | None
+    class_names: list[str] | None
+    arithmetic: int
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint; the file appears whole or not at all."""
+        net, normaliser = self.net, self.normaliser
+        buffers = {"net": net.flat, "ema": self.average}
+        plan = None
+        if self.optimizer is not None:
+            buffers |= {"adam.m": self.optimizer.m, "adam.v": self.optimizer.v}
+            plan = self.optimizer.plan.to_dict()
+        tensors = {
+            f"{prefix}.{name}": view
+            for prefix, flat in buffers.items()
+            for name, view in net.layout.views(flat).items()
+        }
+        for name, values in self.history.items():
+            tensors[f"history.{name}"] = np.array(values, np.int64 if name.endswith("step") else np.float64)
+        noise_shape = normaliser.noise_shape
+        if noise_shape is not None:
+            tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
+        tensors |= normaliser.arrays | ({} if self.base is None else self.base.arrays)
+        header = {
+            "network": net.to_dict(), "schedule": self.schedule.to_dict(), "prediction": self.prediction,
+            "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
+            "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
+            "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
+            "arithmetic": self.arithmetic,
+        }  # fmt: skip
+        features = normaliser.features + ([] if self.base is None else ["base"])
+        checkpoint.write(path, header, tensors, features=features)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a checkpoint. What its `Diffusion` checks, `prediction` and `seed`, is as the file has it."""
+        header, tensors = checkpoint.read(path)
+        schedule = Schedule.from_dict(header["schedule"])
+        net = network_of(header["network"], draw=False)
+        # Shapes first: a header that claims a huge network must not make us allocate one.
+        for name, shape in net.layout.shapes.items():
+            _stored(tensors, f"net.{name}", shape)
+        for name in tensors:
+            if name.startswith("net.") and name[4:] not in net.layout.shapes:
+                raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
+        kind = "white" if header["format"] == 1 else header["noise_shape"]
+        prefix = "noise_shape."
+        arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
+        base = None
+        if "base" in header.get("features", ()):
+            base = GaussianBase.from_arrays(tensors, net.shape[0])
+            prediction = check_choice("prediction", header["prediction"], PREDICTIONS)
+            net.set_linear(base.linear(schedule, prediction))  # before the weights: of zeros it changes some
+        held_out, data, report = _habits(header)
+        net.flat = _buffer(net, tensors, "net")
+        average, plan = _buffer(net, tensors, "ema"), header["training"]
+        moments = () if plan is None else (_buffer(net, tensors, name) for name in ("adam.m", "adam.v"))
+        return cls(
+            net=net,
+            schedule=schedule,
+            prediction=header["prediction"],
+            seed=header["seed"],
+            normaliser=Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape),
+            base=base,
+            average=average,
+            optimizer=None if plan is None else Optimizer(TrainingPlan.from_dict(plan), *moments),
+            history=_history(tensors),
+            step=check_int("step", header["step"], low=0, high=MOST_STEPS),
+            ema_updates=check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS),
+            held_out=held_out,
+            data=data,
+            report=report,
+            class_names=_class_names(header, net.classes),
+            arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
+        )
+
+
+def _stored(tensors: Tensors, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ArgumentError(name, "no such tensor", f"shape {shape}, by the configuration")
+    return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
+
+
+def _buffer(net: Network, tensors: Tensors, prefix: str) -> npt.NDArray[Any]:
+    """The flat buffer of a network out of the tensors of a prefix."""
+    flat = net.layout.zeros(net.dtype)
+    views = net.layout.views(flat)
+    for name, shape in net.layout.shapes.items():
+        tensor = _stored(tensors, f"{prefix}.{name}", shape)
+        if tensor.dtype != net.dtype:
+            raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
+        views[name][...] = tensor
+    try:
+        check_array(prefix, flat)  # all at once: there may be hundreds
+    except ArgumentError:
+        for name, view in views.items():  # which of them it is
+            check_array(f"{prefix}.{name}", view)
+        raise
+    return flat
+
+
+def _history(tensors: Tensors) -> dict[str, list[Any]]:
+    history = empty_history()
+    for name in history:
+        history[name] = check_array(f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False).tolist()
+    for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
+        if len(history[steps]) != len(history[losses]):
+            got, wants = (f"{len(history[name])} values" for name in (losses, steps))
+            raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
+    return history
+
+
+def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:
+    names = header.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
+    return names
+
+
+def _habits(header: dict[str, Any]) -> tuple[tuple[str, float], list[int] | None, dict[str, Any] | None]:
+    """What a file says of rows held out, of the data, and of the samples; files of 0.1.0 say nothing."""
+    held_out = header.get("held_out") or ["fraction", 0.0]
+    if not isinstance(held_out, list) or len(held_out) != 2:
+        raise ArgumentError("held_out", repr(held_out), "a rule and a share")
+    rule = check_choice("held_out", held_out[0], ["fraction", "share"])
+    part = check_float("held_out", held_out[1], low=0, high=1, high_open=True)
+    data, report = header.get("data"), header.get("report")
+    if data is not None:
+        if not isinstance(data, list) or len(data) != 2:
+            raise ArgumentError("data", repr(data), "a number of rows and a checksum, or null")
+        data = [check_int("data", value, low=0) for value in data]
+    if report is not None and not isinstance(report, dict):
+        raise ArgumentError("report", repr(report), "names and numbers, or null")
+    return (rule, part), data, report

@@ -1,0 +1,61 @@
+"""A network with frozen weights, as what can be sampled from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from fastdiff.backends import Backend
+from fastdiff.nn.network import Network
+from fastdiff.nn.runner import Runner
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkDenoiser:
+    """A network with frozen weights, as `fastdiff.sample` takes it; it works in the network's own range.
+
+    Attributes
+    ----------
+    net : Network
+        The architecture.
+    flat : array
+        The weights in use.
+    prediction : {"noise", "x0", "v"}
+        What its output is.
+    backend : Backend
+        Where `predict` runs.
+    """
+
+    net: Network
+    flat: npt.NDArray[Any]
+    prediction: str
+    backend: Backend
+    _runners: dict[Backend, Runner] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.net, self.flat, self.prediction, self.backend)
+
+    @property
+    def classes(self) -> int | None:
+        return self.net.classes
+
+    @property
+    def T(self) -> int:
+        return self.net.T
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.net.shape
+
+    def predict(self, x: Any, t: Any, labels: Any = None) -> Any:
+        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
+        return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
+
+    def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Runner:
+        """Return the network with these weights on a backend, always the same one."""
+        if be not in self._runners:
+            flat = self.flat if be.owns(self.flat) else self.backend.to_numpy(self.flat)
+            self._runners[be] = self.net.runner(be, flat)
+        return self._runners[be]

@@ -1,0 +1,126 @@
+"""Samplers as tables.
+
+A sampler is a float64 table with the columns (t, p, q, a, b, c1, c2, c3, e, s, r). Whoever runs it starts from
+x ~ N(0, I) and, row by row, calls the network and takes one fused step::
+
+    out = network(x, t)
+    m   = clip(p x + q out)
+    x'  = a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s exp(r v) z,      z ~ N(0, I)
+
+with the terms added in this order and a term with a zero coefficient not evaluated. m is what p and q make it: x0, or
+the noise. m1, m2 and m3 are the m of the last three rows that called the network; a row with q = e = 0 calls no network
+and is not remembered. v is the second output of a network that has learned its variance. The constructors here write
+such tables; `Sampler` itself takes any other, so every sampler with three steps of memory is a new table and no new
+code.
+
+Throughout, ``alpha`` is the signal and ``sigma`` the noise of the schedule at a row's timestep; ``alpha'`` and
+``sigma'`` are those of the next row, and 1 and 0 after the last. Nothing takes alpha^2 + sigma^2 for 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastdiff.errors import check_choice
+from fastdiff.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, unipc
+from fastdiff.samplers.singlestep import ddim, ddpm, dpm2, dpmpp_2s, euler, euler_ancestral, heun
+from fastdiff.samplers.table import PREDICTIONS, Clip, Sampler, check_schedule
+from fastdiff.schedule import Schedule
+
+__all__ = [
+    "PREDICTIONS",
+    "Clip",
+    "Sampler",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm2",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "lms",
+    "named",
+    "names",
+    "unipc",
+]
+
+
+class _Named(NamedTuple):
+    make: Callable[..., Sampler]
+    steps: int | None
+    about: str
+
+
+_SAMPLERS = {
+    "ddpm": _Named(ddpm, None, "ancestral, all timesteps: the reference, for 100 evaluations and more"),
+    "ddim": _Named(ddim, 50, "deterministic, first order: the same start always gives the same sample"),
+    "dpmpp_2m": _Named(dpmpp_2m, 20, "second order, deterministic: the usual choice for 15 to 50 evaluations"),
+    "dpmpp_3m": _Named(dpmpp_3m, 20, "third order: from 20 evaluations on"),
+    "dpmpp_2s": _Named(dpmpp_2s, 10, "second order, remembers nothing: two evaluations a step"),
+    "unipc": _Named(unipc, 10, "predictor and corrector of order 2 and 3: the choice for 5 to 15 evaluations"),
+    "deis": _Named(deis, 10, "extrapolates the noise in log(noise / signal): few evaluations; does not clip"),
+    "lms": _Named(lms, 20, "extrapolates the noise in noise / signal, order 4; does not clip"),
+    "heun": _Named(heun, 18, "EDM's: two evaluations a step, most of them at low noise; for churn"),
+    "dpm2": _Named(dpm2, 20, "midpoint rule: two evaluations a step"),
+    "euler": _Named(euler, 50, "another name for ddim; on a flow schedule Euler's method along straight paths"),
+    "euler_ancestral": _Named(euler_ancestral, 50, "ddim with all of the ancestral noise: errors are forgotten"),
+}
+
+_OPEN = (dpmpp_2m, dpmpp_3m, dpmpp_2s, unipc, deis)  # by default they leave out t = 0
+
+
+def names() -> list[str]:
+    """Names of the samplers, as `named`, ``model.sample(sampler=)`` and ``fastdiff sample --sampler`` take them."""
+    return list(_SAMPLERS)
+
+
+def about(name: str) -> str:
+    """One line on the sampler of this name: what it is, and when to take it."""
+    return _SAMPLERS[check_choice("sampler", name, _SAMPLERS)].about
+
+
+def named(
+    name: str,
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "noise",
+    clip: Clip = None,
+    **options: Any,
+) -> Sampler:
+    """The sampler of this name with its defaults.
+
+    Parameters
+    ----------
+    name : str
+        One of `names`.
+    schedule : Schedule
+        The schedule of the network.
+    steps : int, optional
+        Number of timesteps, which is the number of rows but for methods of two stages. None: all T for "ddpm", and
+        otherwise as many as the method is usually run with (10 to 50), or as T allows.
+    prediction : str, optional
+        What the network predicts, one of `PREDICTIONS`.
+    clip : float or (float, float), optional
+        Bounds of x0, see `Sampler`.
+    **options
+        Of the function of that name.
+
+    Returns
+    -------
+    Sampler
+
+    Raises
+    ------
+    ArgumentError
+        If the name is unknown (the message lists those known), or another argument is wrong.
+    """
+    check_schedule(schedule)
+    make, usual, _ = _SAMPLERS[check_choice("sampler", name, _SAMPLERS)]
+    if steps is None and usual is not None:
+        steps = max(1, min(usual, schedule.T - 1 if make in _OPEN else schedule.T))
+    return make(schedule, steps, prediction=prediction, clip=clip, **options)

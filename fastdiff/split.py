@@ -1,0 +1,154 @@
+"""The rows that a model learns from, and those that are held out."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import defaults, noise
+from fastdiff.backends import Backend, backend_for
+from fastdiff.errors import ArgumentError, check_array, check_float, check_indices, is_on_device
+from fastdiff.nn import Network
+from fastdiff.noise import Draw, Stream
+from fastdiff.noise_shape import NoiseShape
+
+HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
+LARGEST = 1e37  # value of the data: their samples have room above it
+
+Rows = npt.NDArray[Any]
+
+
+class Split(NamedTuple):
+    """Training rows and their labels, those that are held out, and by which rule, for later calls."""
+
+    rows: Rows
+    labels: Rows | None
+    held_out: tuple[Rows, Rows | None] | None
+    rule: tuple[str, float]
+
+    @property
+    def unseen(self) -> Rows | None:
+        """The rows that are held out, without their labels."""
+        return None if self.held_out is None else self.held_out[0]
+
+
+def checked(
+    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend
+) -> tuple[Rows, Rows | None, int | None]:
+    """Return data and labels on the host, and how many classes the network has or is to have."""
+    given = check_array("X", _on_host(be, X), finite=False)
+    if net is not None:
+        shape: tuple[int | None, ...] = net.shape
+    elif given.ndim == 4 and noise_shape is None:
+        shape = given.shape[1:]
+    else:
+        shape = (getattr(noise_shape, "d", None),)
+        if given.ndim != 2:
+            pictures = ", or pictures (N, height, width, channels)" if noise_shape is None else ""
+            hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
+            hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
+            raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
+    if given.ndim == 3 and len(shape) == 1:
+        wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
+        raise ArgumentError("X", f"shape {given.shape}", wants)
+    given = check_array("X", given, shape=(None, *shape))
+    if given.size == 0:
+        what = "curve of at least one point" if len(shape) == 1 else "picture"
+        raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
+    if getattr(net, "dtype", None) != np.float64 and (largest := float(np.max(np.abs(given)))) > LARGEST:
+        raise ArgumentError("X", f"values up to {largest:.3g}", f"at most {LARGEST:g}: samples are float32")
+    classes = getattr(net, "classes", None)
+    if net is None and len(shape) == 3 and y is not None:
+        y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
+        classes = int(y.max()) + 1
+    if classes is None and y is not None:
+        count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
+        wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+        raise ArgumentError("y", "labels", wants)
+    return given, _labels("y", y, classes, len(given), be), classes
+
+
+def split(
+    X: Rows,
+    y: Rows | None,
+    validation: Any,
+    classes: int | None,
+    known: tuple[str, float] | None,
+    seed: int,
+    be: Backend,
+) -> Split:
+    """Split rows as `Diffusion.fit` says of `validation`; `known` is the rule of the first fit, if there was one."""
+    if validation is None:
+        most = defaults.MOST_HELD_OUT if X.ndim == 2 else defaults.MOST_HELD_OUT_PICTURES
+        rule = known or ("share", defaults.held_out_share(len(X), most))
+        return hold_out(X, y, *rule, seed)
+    if classes is not None and isinstance(validation, (tuple, list)):
+        if len(validation) != 2:
+            raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
+        rows, labels = validation
+    elif np.ndim(validation) > 0:
+        rows, labels = validation, None
+    else:
+        fraction = check_float("validation", validation, low=0, high=1, high_open=True)
+        if fraction and not 1 <= round(fraction * len(X)) < len(X):
+            raise ArgumentError(
+                "validation",
+                f"{validation}",
+                f"a fraction that holds out 1 to {len(X) - 1} of the {len(X)} rows, or 0: none",
+            )
+        return hold_out(X, y, "fraction", fraction, seed)
+    rows = check_array("validation", rows, shape=(None, *X.shape[1:]))
+    if len(rows) == 0:
+        raise ArgumentError("validation", f"no {'curves' if X.ndim == 2 else 'pictures'}", "at least one")
+    labels = _labels("the labels of validation", labels, classes, len(rows), be)
+    return Split(X, y, (rows, labels), ("fraction", 0.0))
+
+
+def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Split:
+    """Split rows by a word that only seed and row number decide.
+
+    A "fraction" takes the rows of the smallest words, exactly so many; a "share" those below a bound, so a row
+    stays where it is when others are added.
+    """
+    if part == 0:
+        return Split(X, y, None, (rule, part))
+    step = 1 if rule == "fraction" else HELD_OUT_STEP
+    words = noise.philox_words(len(X), 1, Draw(seed, Stream.DATA, step))[:, 0, 0]
+    if rule == "fraction":
+        held = np.zeros(len(X), bool)
+        held[np.argsort(words, kind="stable")[: round(part * len(X))]] = True
+    else:
+        held = words < part * 2.0**32
+    if held.all() or not held.any():
+        return Split(X, y, None, (rule, part))
+    unseen = X[held], None if y is None else y[held]
+    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part))
+
+
+def fingerprint(X: Rows) -> list[int]:
+    """Number of rows, and a checksum: tells whether a data set is the one that was learned from."""
+    single = X.astype(np.float32) if X.dtype == np.float64 else X  # as files have it
+    return [len(X), zlib.crc32(np.ascontiguousarray(single).data)]
+
+
+def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> Rows | None:
+    """Labels (n,) on the host, for a network with so many classes."""
+    if classes is None:
+        if y is not None:
+            raise ArgumentError(argument, type(y).__name__, "None: this network has no classes")
+        return None
+    if y is None:
+        raise ArgumentError(argument, "None", f"a class from 0 to {classes - 1} for each row: this network has classes")
+    found: Rows = check_indices(argument, _on_host(be, y), classes, n)
+    return found
+
+
+def _on_host(be: Backend, X: Any) -> Any:
+    """Training data as NumPy: it is normalised on the host, once."""
+    if not is_on_device(X):
+        return X
+    be, array = backend_for(be, X=X), check_array("X", X)
+    return be.to_numpy(be.asarray(array, array.dtype))
