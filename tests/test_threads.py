@@ -322,6 +322,11 @@ def test_a_pickled_backend_keeps_its_threads():
     assert other.threads == 3
 
 
+def test_where_there_is_no_fork_there_are_threads(monkeypatch, expected):
+    monkeypatch.delattr(os, "register_at_fork", raising=False)  # as on Windows
+    assert work(CpuBackend(threads=2)) == expected
+
+
 def test_a_dropped_backend_ends_its_threads():
     before = set(threading.enumerate())
     be = CpuBackend(threads=3)
