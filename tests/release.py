@@ -50,7 +50,7 @@ def check(dist):
         missing = sorted(wanted - held)
         assert not missing, f"{archive.name} has no {', '.join(missing)}"
         say(f"{archive.name}: {len(held)} files, {archive.stat().st_size / 1e6:.2f} MB, nothing is missing")
-    section = re.search(r"^## (\S+) ?(.*)\n(.*?)(?=^## )", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S)
+    section = re.search(r"^## (\S+) ?([^\n]*)\n(.*?)(?=^## )", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S)
     version, state, text = section.groups()
     assert "hanged defaults" in text, 'CHANGELOG.md: no word on changed defaults ("Changed defaults: none" is one)'
     if version != PROJECT["version"] or "unreleased" in state:

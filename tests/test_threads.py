@@ -152,6 +152,7 @@ def test_a_spawned_process_takes_a_pickled_backend(expected):
     assert answer(multiprocessing.get_context("spawn"), get_backend("cpu", threads=2)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_numbas_threading_layer_changes_nothing(layer, expected):
     """Nor does the number of Numba's threads: the backend has its own."""
