@@ -13,6 +13,7 @@ from fastdiff.model import Diffusion, load
 from fastdiff.nn import MLP, UNet
 from fastdiff.noise import normal
 from fastdiff.noise_shape import NoiseShape
+from fastdiff.observations import Known, Linear, Weight
 from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
@@ -24,10 +25,13 @@ __all__ = [
     "MLP",
     "Backend",
     "Diffusion",
+    "Known",
+    "Linear",
     "NoiseShape",
     "Sampler",
     "Schedule",
     "UNet",
+    "Weight",
     "available_backends",
     "covariance",
     "data",

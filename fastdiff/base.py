@@ -117,6 +117,8 @@ def _gains(variances: Array, schedule: Schedule, prediction: str) -> Array:
         return np.asarray(signal * variances / power)
     if prediction == "noise":
         return np.asarray(noise / power)
+    if prediction == "velocity":
+        return np.asarray((noise - signal * variances) / power)
     return np.asarray(signal * noise * (1 - variances) / power)  # v = signal noise - noise x0
 
 

@@ -378,7 +378,7 @@ def reshaping(
 
 
 def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
-    """Return the covariance abar_t S_0 + (1 - abar_t) I of x_t, in closed form.
+    """Return the covariance signal_t^2 S_0 + noise_t^2 I of x_t, in closed form.
 
     Parameters
     ----------
@@ -404,7 +404,7 @@ def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
 
 
 def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Array]:
-    """Follow the covariance step by step: S_t = (1 - beta_t) S_{t-1} + beta_t I.
+    """Follow the covariance step by step: S_t = alpha_t S_{t-1} + beta_t I.
 
     An iterator, since T + 1 matrices may be large: ``np.stack(list(...))`` keeps them, ``zip(range(...), ...)`` the
     first of them.

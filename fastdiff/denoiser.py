@@ -27,6 +27,33 @@ class Evaluator(ABC):
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         """Return the output (n, D) for x (n, D), or (2, n, D) with a learned variance; valid until the next call."""
 
+    def vjp(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> Array:
+        """Return J^T times a cotangent, J being the Jacobian of the output by x.
+
+        Parameters
+        ----------
+        x : (n, D) array
+        t : int
+        cotangent : (n, D) or (k, n, D) array
+            One vector for each state, or k of them.
+        labels : (n,) int64 array, optional
+
+        Returns
+        -------
+        array like the cotangent
+            The gradient of <output, cotangent> by x; valid until the next call.
+
+        Raises
+        ------
+        ArgumentError
+            Nothing is known of the denoiser's derivatives.
+        """
+        raise _no_derivatives("vjp")
+
+    def jvp(self, x: Array, t: int, tangent: Array, labels: Array = None) -> Array:
+        """Return J times a tangent, the derivative of the output along it; see `vjp`."""
+        raise _no_derivatives("jvp")
+
     def step(
         self,
         x: Array,
@@ -49,6 +76,11 @@ class Evaluator(ABC):
             self.step(x, memory, row, clip, draw, labels)
 
 
+def _no_derivatives(name: str) -> ArgumentError:
+    wants = f"one with derivatives: a network, an exact denoiser, or an object with .{name}(x, t, vector)"
+    return ArgumentError("denoiser", "a function", wants)
+
+
 def memory_of(be: Backend, x: Array, rows: tuple[Row, ...]) -> tuple[Array, ...]:
     """Return room for m of the rows before: as many arrays like x as the table is deep, zero at first."""
     memory = tuple(be.empty(x.shape, x.dtype) for _ in range(max((row.depth for row in rows), default=0)))
@@ -65,7 +97,7 @@ class Denoiser(Protocol):
     ----------
     T : int or None
         Number of timesteps; None: not known, as for the other two.
-    prediction : {"noise", "x0", "v"} or None
+    prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is.
     shape : tuple of int or None
         Shape of one sample.
@@ -114,6 +146,7 @@ def denoiser_of(value: Any) -> Denoiser:
         told["prediction"] if isinstance(told["prediction"], str) else None,
         told["shape"] if isinstance(told["shape"], tuple) else None,
         getattr(value, "classes", ANY_CLASSES),
+        {name: product for name in ("vjp", "jvp") if callable(product := getattr(value, name, None))},
     )
 
 
@@ -126,22 +159,52 @@ class _Given:
     prediction: str | None
     shape: tuple[int, ...] | None
     classes: int | None
+    products: dict[str, Callable[..., Any]]
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
-        return _Calls(be, self.function, shape)
+        return _Calls(be, self.function, shape, self.products)
 
 
 class _Calls(Evaluator):
     """A caller's function, which gets a copy of the states and returns arrays of any kind."""
 
-    def __init__(self, be: Backend, function: Callable[..., Any], shape: tuple[int, ...]) -> None:
-        self.be, self.function, self.shape = be, function, shape
+    def __init__(
+        self,
+        be: Backend,
+        function: Callable[..., Any],
+        shape: tuple[int, ...],
+        products: dict[str, Callable[..., Any]],
+    ) -> None:
+        self.be, self.function, self.shape, self.products = be, function, shape, products
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
-        state = self.be.empty((len(x), *self.shape), x.dtype)
-        state[...] = x.reshape(state.shape)
-        given = self.function(state, t) if labels is None else self.function(state, t, labels)
-        out = check_array("denoiser output", given, finite=False, dtype=x.dtype)  # host arrays are sent
+        return self._call(self.function, "output", x, t, labels)
+
+    def vjp(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> Array:
+        return self._product("vjp", x, t, cotangent, labels)
+
+    def jvp(self, x: Array, t: int, tangent: Array, labels: Array = None) -> Array:
+        return self._product("jvp", x, t, tangent, labels)
+
+    def _product(self, name: str, x: Array, t: int, vector: Array, labels: Array) -> Array:
+        if name not in self.products:
+            raise _no_derivatives(name)
+        if vector.ndim == x.ndim:
+            return self._call(self.products[name], name, x, t, labels, vector)
+        out = self.be.empty(vector.shape, x.dtype)
+        for i in range(len(vector)):
+            out[i] = self._call(self.products[name], name, x, t, labels, vector[i])
+        return out
+
+    def _call(self, function: Callable[..., Any], name: str, x: Array, t: int, labels: Array, *vectors: Array) -> Array:
+        state, *others = (self._copy(array) for array in (x, *vectors))
+        given = function(state, t, *others) if labels is None else function(state, t, *others, labels)
+        out = check_array(f"denoiser {name}", given, finite=False, dtype=x.dtype)  # host arrays are sent
         if out.shape != state.shape:
-            raise ArgumentError("denoiser output", f"shape {out.shape}", f"shape {state.shape}, like x")
+            raise ArgumentError(f"denoiser {name}", f"shape {out.shape}", f"shape {state.shape}, like x")
         return self.be.asarray(out, x.dtype).reshape(x.shape)
+
+    def _copy(self, x: Array) -> Array:
+        copy = self.be.empty((len(x), *self.shape), x.dtype)
+        copy[...] = x.reshape(copy.shape)
+        return copy

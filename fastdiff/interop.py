@@ -204,17 +204,16 @@ def _schedule(path: Path) -> tuple[Schedule, str]:
         "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False, **_read_json(path),
     }  # fmt: skip
     try:
-        if c["rescale_betas_zero_snr"]:
-            raise ArgumentError("rescale_betas_zero_snr", "true", "false: fastdiff has no schedule that ends at noise")
         prediction = PREDICTIONS[check_choice("prediction_type", c["prediction_type"], PREDICTIONS)]
-        if c["trained_betas"] is not None:
-            return Schedule.from_betas(c["trained_betas"]), prediction
         kinds = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
         kind, T = check_choice("beta_schedule", c["beta_schedule"], kinds), c["num_train_timesteps"]
-        if kind == "squaredcos_cap_v2":
-            return Schedule.cosine(T), prediction
-        ends = {"beta_start": c["beta_start"], "beta_end": c["beta_end"]}
-        return getattr(Schedule, kind)(T, **ends), prediction
+        if c["trained_betas"] is not None:
+            schedule = Schedule.from_betas(c["trained_betas"])
+        elif kind == "squaredcos_cap_v2":
+            schedule = Schedule.cosine(T)
+        else:
+            schedule = getattr(Schedule, kind)(T, beta_start=c["beta_start"], beta_end=c["beta_end"])
+        return schedule.zero_terminal_snr() if c["rescale_betas_zero_snr"] else schedule, prediction
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -30,10 +30,10 @@ from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, settled
 from fastdiff.progress import say
-from fastdiff.samplers import PREDICTIONS, Sampler
-from fastdiff.schedule import Schedule
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, target_tables, train
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
 
@@ -49,10 +49,11 @@ class Diffusion:
     schedule : Schedule, optional
         The noise levels; by default ``Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)`` for curves (100 without a
         base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
-    prediction : {"v", "noise", "x0"}, optional
-        What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), or what a
-        network that was read from a file predicts. An error of the noise counts 1 / signal times in the sample, 14
-        times at the end of the source text's schedule.
+    prediction : {"v", "noise", "x0", "velocity"}, optional
+        What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), the velocity
+        noise - x0 for a flow, or what a network that was read from a file predicts. An error of the noise counts
+        1 / signal times in the sample, 14 times at the end of the source text's schedule; a schedule that ends in noise
+        alone (a flow, or zero terminal SNR) refuses that prediction.
     scale : {"auto", "all", "column"}, optional
         What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
         scales each column where their deviations differ by more than a factor of 10. Pictures have a `data_range`.
@@ -122,12 +123,15 @@ class Diffusion:
         if net is not None and net.outputs != net.image[2]:
             raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
         if prediction is None:
-            prediction = (None if net is None else net.prediction) or "v"
+            usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
+            prediction = (None if net is None else net.prediction) or usual
         if net is not None and net.prediction not in (None, prediction):
             raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
+        if schedule is not None:
+            schedule.target(prediction)  # one that ends in noise alone refuses its prediction
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
         if net is not None and base == "gaussian" and not net.has_linear:
@@ -288,7 +292,7 @@ class Diffusion:
         if steps > 0:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
-        tables = schedule.signal, schedule.noise, *target_tables(schedule, self.prediction)
+        tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
         validation = watch = None
         if parts.held_out is not None:
@@ -514,8 +518,8 @@ class Diffusion:
         elif sampler.prediction != self.prediction:
             wants = f"one made with prediction={self.prediction!r}, as this model predicts"
             raise ArgumentError("sampler", f"a table for prediction {sampler.prediction!r}", wants)
-        elif sampler.schedule != schedule:
-            raise ArgumentError("sampler", repr(sampler), f"a table for {schedule!r}")
+        elif found := sampler.schedule.difference(schedule):
+            raise ArgumentError("sampler", f"a table for {sampler.schedule!r}: {found}", f"one for {schedule!r}")
         if normaliser.noise_shape is not None:
             sampling.refuse_clip(sampler)
         be = get_backend(self.backend)

@@ -18,8 +18,7 @@ from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser
-from fastdiff.samplers import PREDICTIONS
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.training import Optimizer, empty_history
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -85,7 +84,8 @@ class Saved:
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
             "arithmetic": self.arithmetic,
         }  # fmt: skip
-        features = normaliser.features + ([] if self.base is None else ["base"])
+        features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
+        features += ["velocity"] if self.prediction == "velocity" else []
         checkpoint.write(path, header, tensors, features=features)
 
     @classmethod

@@ -53,7 +53,7 @@ def forward_noise(
     backend: str | Backend = "auto",
     noise_shape: ShapedNoise | None = None,
 ) -> tuple[Array, Array]:
-    """Draw x_t from q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+    """Draw x_t from q(x_t | x_0): x_t = signal_t x_0 + noise_t eps (Ho et al. 2020, eq. 4).
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def forward_chain(
     backend: str | Backend = "auto",
     noise_shape: ShapedNoise | None = None,
 ) -> Array:
-    """Run the Markov chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z (Ho et al. 2020, eq. 2), step by step.
+    """Run the Markov chain x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z (Ho et al. 2020, eq. 2), step by step.
 
     Parameters
     ----------
@@ -149,9 +149,9 @@ def forward_chain(
     step = _stepper(be, clean, shaped)
     chain = be.empty((schedule.T + 1, *clean.shape), clean.dtype)
     chain[0] = clean
-    for t, beta in enumerate(schedule.betas):
+    for t, (alpha, beta) in enumerate(zip(schedule.alphas, schedule.betas, strict=True)):
         chain[t + 1] = chain[t]
-        row = Row(t, p=0, q=0, a=math.sqrt(1 - beta), b=0, s=math.sqrt(beta))
+        row = Row(t, p=0, q=0, a=math.sqrt(alpha), b=0, s=math.sqrt(beta))
         step(chain[t + 1], None, (), row, None, draw)
     return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
@@ -168,9 +168,9 @@ def posterior(
 ) -> tuple[Array, Array]:
     """Return mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7 and 11).
 
-    From x_0: mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t.
-    From the noise: mean = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t).
-    Variance = (1 - abar_{t-1}) / (1 - abar_t) beta_t, which is 0 at t = 0.
+    From x_0: mean = signal_{t-1} beta_t / noise_t^2 x_0 + sqrt(alpha_t) noise_{t-1}^2 / noise_t^2 x_t.
+    From the noise: mean = (x_t - beta_t / noise_t eps) / sqrt(alpha_t).
+    Variance = noise_{t-1}^2 / noise_t^2 beta_t, which is 0 at t = 0.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def posterior(
     Raises
     ------
     ArgumentError
-        None or both of x0 and noise, or shape, dtype or value of an argument.
+        None or both of x0 and noise, or shape, dtype or value of an argument; the noise, where the signal is 0.
     """
     schedule = _schedule(schedule)
     if (x0 is None) == (noise is None):
@@ -211,16 +211,20 @@ def posterior(
     def at_steps(table: npt.NDArray[np.float64]) -> Array:
         return be.asarray(table, np.float64)[steps].reshape(-1, *(1,) * (given.ndim - 1))
 
-    beta, alpha, rest = schedule.betas, schedule.alphas, 1 - schedule.alphas_bar
+    beta, alpha, variance = schedule.betas, schedule.alphas, schedule.noise**2
     if noise is None:
-        before = np.concatenate([[1.0], schedule.alphas_bar[:-1]])
-        of_state, of_other = np.sqrt(alpha) * (1 - before) / rest, np.sqrt(before) * beta / rest
+        signal, quieter = np.append(1.0, schedule.signal[:-1]), np.append(0.0, variance[:-1])
+        of_state, of_other = np.sqrt(alpha) * quieter / variance, signal * beta / variance
     else:
-        of_state, of_other = 1 / np.sqrt(alpha), -beta / np.sqrt(rest * alpha)
+        if schedule.signal[-1] == 0 and bool((steps == schedule.T - 1).any()):
+            wants = "x0 there: the signal is 0, and the noise says nothing of it"
+            raise ArgumentError("noise", f"the noise at t = {schedule.T - 1}", wants)
+        root = np.sqrt(np.append(alpha[:-1], alpha[-1] or 1.0))
+        of_state, of_other = 1 / root, -beta / (schedule.noise * root)
     state, other = (be.asarray(array, array.dtype) for array in (given, other))
     mean = (at_steps(of_state) * state + at_steps(of_other) * other).astype(dtype)
-    variance, on_device = at_steps(schedule.posterior_variance), is_on_device(x_t)
-    return returned(be, mean, on_device), returned(be, variance, on_device)
+    spread, on_device = at_steps(schedule.posterior_variance), is_on_device(x_t)
+    return returned(be, mean, on_device), returned(be, spread, on_device)
 
 
 def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:

@@ -1,8 +1,11 @@
 """Noise schedules: float64 tables built once, the timesteps a sampler visits, and the doctor.
 
-A schedule is its betas; every other table follows from them by multiplication, addition and square roots
-alone, which IEEE arithmetic fixes to the bit, so a schedule stored by its betas is the same on every machine
-(`log_snr`, which no sampler of one step reads, goes through the logarithm of the platform).
+A schedule that preserves variance is its betas, a flow its signal and noise; every other table follows from them by
+multiplication, addition, division and square roots alone, which IEEE arithmetic fixes to the bit, so a schedule that is
+stored is the same on every machine (`log_snr`, which no sampler of one step reads, goes through the logarithm of the
+platform). Nothing that uses a schedule may take signal^2 + noise^2 for 1: that is its `power`.
+
+What a network predicts is a mixture of noise and data: `target`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import math
 import reprlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,90 +32,101 @@ MAX_T = 1_000_000  # far above any use; a mistyped T must not ask for terabytes
 END_LIMIT = 0.01  # abar[-1] above this: the chain does not end near noise
 SPACINGS = ("trailing", "leading", "linspace", "linspace_open", "karras", "exponential", "lambda", "beta")
 KARRAS_RHO, BETA_SHAPE = 7.0, 0.6  # Karras et al. 2022, table 1; Lee et al. 2024
-_NAMES = ("linear", "scaled_linear", "cosine", "sigmoid", "custom")
+PREDICTIONS = ("noise", "x0", "v", "velocity")
+KINDS = ("variance preserving", "flow")
+_NAMES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "flow", "custom")
+EXP_DIGITS = 25  # of exponentials: rounded to float64 they are the same on every machine
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Schedule:
     """The noise levels of a diffusion of T steps, t = 0 .. T - 1, as read-only float64 tables.
 
-    One step of the forward chain is ``x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z`` (Ho et al. 2020,
-    equation 2) and a jump from the data is ``x_t = signal_t x_0 + noise_t z`` (equation 4), where abar before
-    t = 0 counts as 1.
+    A jump from the data is ``x_t = signal_t x_0 + noise_t z`` (Ho et al. 2020, equation 4), with signal 1 and noise 0
+    before t = 0, and one step of the forward chain is ``x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z`` (equation 2).
+    A schedule is of one of two kinds:
+
+    - "variance preserving": signal^2 + noise^2 = 1 and alpha_t = 1 - beta_t. It is given by its betas, of which the
+      last may be 1: zero terminal SNR (Lin et al. 2024).
+    - "flow": signal + noise = 1, the straight way from data to noise of flow matching (Lipman et al. 2023; Liu et al.
+      2023). It is given by the two factors, and the Markov chain with the same jumps has
+      ``alpha_t = (signal_t / signal_{t-1})^2`` and ``beta_t = noise_t^2 - alpha_t noise_{t-1}^2``.
 
     Use the classmethods: they name the schedule and let the doctor speak. The constructor itself is silent,
     for tables that are being restored.
 
     Parameters
     ----------
-    betas : (T,) array_like
-        Variance added by each step, each above 0 and below 1.
+    betas : (T,) array_like, optional
+        Variance added by each step, each above 0 and below 1; the last may be 1.
     name : str, optional
-        Which constructor made it: "linear", "scaled_linear", "cosine", "sigmoid" or "custom".
+        Which constructor made it: "linear", "scaled_linear", "cosine", "sigmoid", "laplace", "flow" or "custom".
+    signal, noise : (T,) array_like, optional
+        In the place of the betas: the two factors of a flow.
 
     Attributes
     ----------
+    kind : {"variance preserving", "flow"}
     T : int
         Number of steps.
     betas, alphas, alphas_bar : (T,) float64
-        beta_t, 1 - beta_t, and the running product of the alphas.
+        beta_t, alpha_t, and the running product of the alphas, which is signal^2.
     signal, noise : (T,) float64
-        sqrt(alphas_bar) and sqrt(1 - alphas_bar). The latter comes from the forward variance
-        ``v_t = alpha_t v_{t-1} + beta_t``, a sum of positive terms, and so stays exact to rounding where
-        alphas_bar is close to 1.
+        The two factors; signal is 0 at most at the last step. The noise of a schedule that is given by betas comes
+        from the forward variance ``v_t = alpha_t v_{t-1} + beta_t``, a sum of positive terms, and so stays exact to
+        rounding where alphas_bar is close to 1.
+    power : (T,) float64
+        signal^2 + noise^2, the variance of x_t for data of unit variance: 1 to the bit where variance is preserved.
     posterior_variance : (T,) float64
-        Variance of q(x_{t-1} | x_t, x_0), beta_t (1 - abar_{t-1}) / (1 - abar_t) (Ho et al. 2020,
-        equation 7); 0 at t = 0.
+        Variance of q(x_{t-1} | x_t, x_0), beta_t noise_{t-1}^2 / noise_t^2 (Ho et al. 2020, equation 7); 0 at t = 0.
     log_snr : (T,) float64
-        log(abar / (1 - abar)), falling.
+        log(signal^2 / noise^2), falling; minus infinity where the signal is 0.
 
     Raises
     ------
     ArgumentError
         If the betas are not a non-empty row of at most a million finite numbers inside (0, 1), if abar
-        falls below what float64 can hold, or if the name is unknown.
+        falls below what float64 can hold, if the factors of a flow do not run from data to noise, or if the name is
+        unknown.
     """
 
     betas: Array
-    name: str = "custom"
-    T: int = field(init=False)
-    alphas: Array = field(init=False)
-    alphas_bar: Array = field(init=False)
-    signal: Array = field(init=False)
-    noise: Array = field(init=False)
-    posterior_variance: Array = field(init=False)
-    log_snr: Array = field(init=False)
+    name: str
+    kind: str
+    T: int
+    alphas: Array
+    alphas_bar: Array
+    signal: Array
+    noise: Array
+    power: Array
+    posterior_variance: Array
+    log_snr: Array
 
-    def __post_init__(self) -> None:
-        check_choice("name", self.name, _NAMES)
-        betas = check_array("betas", self.betas, shape=(None,), dtype=np.float64).copy()
-        if not 1 <= betas.size <= MAX_T:
-            raise ArgumentError("betas", f"{betas.size} values", f"between 1 and {MAX_T} values")
-        outside = np.flatnonzero((betas <= 0) | (betas >= 1))
-        if outside.size:
-            raise ArgumentError("betas", f"{betas[outside[0]]} at index {outside[0]}", "numbers above 0 and below 1")
-        alphas = 1 - betas
-        alphas_bar = np.cumprod(alphas)
-        if alphas_bar[-1] < np.finfo(np.float64).tiny:
-            raise ArgumentError("betas", "a product of (1 - beta) that vanishes in float64", "fewer or smaller betas")
-        variance = np.empty_like(betas)
-        previous = 0.0
-        for t in range(betas.size):
-            variance[t] = previous = alphas[t] * previous + betas[t]
-        posterior_variance = np.append(0.0, variance[:-1]) / variance * betas
-        tables = {
-            "betas": betas,
-            "alphas": alphas,
-            "alphas_bar": alphas_bar,
-            "signal": np.sqrt(alphas_bar),
-            "noise": np.sqrt(variance),
-            "posterior_variance": posterior_variance,
-            "log_snr": np.log(alphas_bar) - np.log(variance),
-        }
-        object.__setattr__(self, "T", betas.size)
-        for name, table in tables.items():
+    def __init__(
+        self,
+        betas: npt.ArrayLike | None = None,
+        name: str = "custom",
+        *,
+        signal: npt.ArrayLike | None = None,
+        noise: npt.ArrayLike | None = None,
+    ) -> None:
+        check_choice("name", name, _NAMES)
+        if (signal is None) != (noise is None) or (betas is not None and signal is not None):
+            raise ArgumentError("betas, signal, noise", "another choice of them", "the betas, or signal and noise")
+        if signal is None:
+            tables = _preserving(_checked_row("betas", betas))
+        else:
+            tables = _flowing(_checked_row("signal", signal), _checked_row("noise", noise))
+        kind, T = KINDS[signal is not None], len(tables["betas"])
+        variance = tables.pop("variance")
+        tables["power"] = power(tables["signal"], tables["noise"])
+        tables["posterior_variance"] = np.append(0.0, variance[:-1]) / variance * tables["betas"]
+        with np.errstate(divide="ignore"):
+            tables["log_snr"] = np.log(tables["alphas_bar"]) - np.log(variance)
+        for table in tables.values():
             table.setflags(write=False)
-            object.__setattr__(self, name, table)
+        for key, value in {"name": name, "kind": kind, "T": T, **tables}.items():
+            object.__setattr__(self, key, value)
 
     # -- constructors --------------------------------------------------------------------------------------
 
@@ -194,8 +209,77 @@ class Schedule:
         Returns, errors and warnings as for `linear`.
         """
         T, first, last = _checked_ramp(T, beta_start, beta_end)
-        rise = 1 / (1 + np.exp(-np.linspace(-6, 6, T)))
+        rise = 1 / (1 + _exp(-np.linspace(-6, 6, T)))
         return _advised(cls(rise * (last - first) + first, "sigmoid"))
+
+    @classmethod
+    def laplace(cls, T: int = 1000, *, mean: float = 0.0, scale: float = 0.5) -> Schedule:
+        """A schedule whose log SNR is spread by a Laplace law (Hang et al. 2024, arXiv 2407.03297, table 1).
+
+        ``log SNR(u) = mean - scale sign(1/2 - u) log(1 - 2 |u - 1/2|)`` at u = (t + 1) / T: uniform timesteps train
+        the middle noise levels most. Betas are capped at 0.999, as of `cosine`. With the defaults the first step
+        already has an SNR of sqrt(T / 2): fine detail wants a larger scale.
+
+        Parameters
+        ----------
+        T : int, optional
+            Number of steps, 2 to 1000000.
+        mean, scale : float, optional
+            Of the Laplace law; the scale is above 0.
+
+        Returns
+        -------
+        Schedule
+
+        Raises
+        ------
+        ArgumentError
+            If an argument is out of range.
+
+        Warns
+        -----
+        ScheduleWarning
+            If the schedule does not end near noise; see `diagnose`.
+        """
+        T = check_int("T", T, low=2, high=MAX_T)
+        mean, scale = check_float("mean", mean), check_float("scale", scale, low=0, low_open=True)
+        u = np.arange(1, T) / T
+        log_snr = mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5))
+        abar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr)), [0.0]])
+        return _advised(cls(np.minimum(1 - abar[1:] / abar[:-1], 0.999), "laplace"))
+
+    @classmethod
+    def flow(cls, T: int = 1000, *, shift: float = 1.0) -> Schedule:
+        """The straight way from data to noise, x = (1 - u) x0 + u z (flow matching, rectified flow).
+
+        Timestep t stands for the time ``u = shift v / (1 + (shift - 1) v)`` at v = (t + 1) / T: the last one is noise
+        alone, and u = 0, the data, comes before t = 0. The n timesteps of "trailing" spacing are those at the times
+        linspace(1, 0, n + 1)[:-1], shifted, where n divides T. `fastdiff.samplers.ddim` with eta = 0 is Euler's method
+        for ``dx / du = noise - x0``, which is what the prediction "velocity" says.
+
+        Parameters
+        ----------
+        T : int, optional
+            Number of steps, 2 to 1000000.
+        shift : float, optional
+            Above 1 spends more timesteps where there is much noise (Esser et al. 2024, equation 23), 0.01 to 100.
+
+        Returns
+        -------
+        Schedule
+            Of the kind "flow".
+
+        Raises
+        ------
+        ArgumentError
+            If an argument is out of range.
+        """
+        T, shift = check_int("T", T, low=2, high=MAX_T), check_float("shift", shift, low=0.01, high=100)
+        steps = np.arange(1, T + 1, dtype=np.float64)
+        length = T + (shift - 1) * steps
+        noise = shift * steps / length
+        noise[-1] = 1.0
+        return cls(name="flow", signal=(T - steps) / length, noise=noise)
 
     @classmethod
     def from_betas(cls, betas: npt.ArrayLike) -> Schedule:
@@ -204,7 +288,7 @@ class Schedule:
         Parameters
         ----------
         betas : (T,) array_like
-            Real numbers above 0 and below 1.
+            Real numbers above 0 and below 1; the last may be 1.
 
         Returns
         -------
@@ -222,7 +306,76 @@ class Schedule:
         """
         return _advised(cls(check_array("betas", betas)))
 
+    def zero_terminal_snr(self) -> Schedule:
+        """The same schedule, ending in noise alone: signal shifted and rescaled (Lin et al. 2024, algorithm 1).
+
+        ``signal'_t = (signal_t - signal_{T-1}) signal_0 / (signal_0 - signal_{T-1})``. At the last timestep a
+        prediction of the noise says nothing of the data, and is refused: predict "v", "velocity" or "x0".
+
+        Returns
+        -------
+        Schedule
+            Of the same name; itself, where the last signal is 0 already.
+
+        Raises
+        ------
+        ArgumentError
+            If the schedule has only one step.
+        """
+        last = self.signal[-1]
+        if last == 0:
+            return self
+        if self.T == 1:
+            raise ArgumentError("schedule", "T = 1", "at least 2 steps: the first one keeps its signal")
+        signal = (self.signal - last) * (self.signal[0] / (self.signal[0] - last))
+        # By how much the signal falls, from the betas: as a difference it would lose what small betas say.
+        fall = (self.signal[:-1] * self.betas[1:] / (1 + np.sqrt(self.alphas[1:]))) * (
+            self.signal[0] / (self.signal[0] - last)
+        )
+        betas = self.betas.copy()
+        betas[1:] = fall * (signal[:-1] + signal[1:]) / signal[:-1] ** 2
+        betas[-1] = 1.0
+        return type(self)(betas, self.name)
+
     # -- what it answers -----------------------------------------------------------------------------------
+
+    def target(self, prediction: str) -> tuple[Array, Array]:
+        """What a network of a prediction learns to say: ``of_noise[t] noise + of_data[t] x0``.
+
+        Parameters
+        ----------
+        prediction : {"noise", "x0", "v", "velocity"}
+            See `fastdiff.schedule.target`.
+
+        Returns
+        -------
+        of_noise, of_data : (T,) float64
+
+        Raises
+        ------
+        ArgumentError
+            The noise, where the schedule ends in noise alone: of such a state it says nothing of x0.
+        """
+        if prediction == "noise" and self.signal[-1] == 0:
+            wants = f"'v', 'velocity' or 'x0': at t = {self.T - 1} the signal is 0, and the noise says nothing of x0"
+            raise ArgumentError("prediction", "'noise'", wants)
+        return target(prediction, self.signal, self.noise)
+
+    def difference(self, other: Schedule) -> str | None:
+        """Where two schedules differ by more than float32 shows, in words; None where they agree.
+
+        Tables of equal formulas may differ in the last bit of float64 from one machine to another; networks and
+        samples are float32.
+        """
+        if self.T != other.T:
+            return f"T = {self.T} against {other.T}"
+        for name in ("signal", "noise"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            far = np.flatnonzero(np.abs(ours - theirs) > np.finfo(np.float32).eps * np.abs(ours))
+            if far.size:
+                t = far[0]
+                return f"{name} {ours[t]:.7g} against {theirs[t]:.7g} at t = {t}"
+        return None
 
     def timesteps(self, steps: int, *, spacing: str = "trailing") -> npt.NDArray[np.int64]:
         """The timesteps that a sampler of `steps` steps visits, strictly descending.
@@ -299,7 +452,11 @@ class Schedule:
                 f"should be at most {END_LIMIT:g}, so sampling from pure noise starts off the mark. "
                 f"Take {', or '.join(ways)}."
             )
-        if end < 1e-12:
+        if end == 0:
+            found.append(
+                "the last step is noise alone: a prediction of noise is refused there. Predict 'v', 'velocity' or 'x0'."
+            )
+        elif end < 1e-12:
             found.append(
                 f"abar falls to {end:.3g}: there x0 is read from a noise prediction through a factor of "
                 f"{1 / self.signal[-1]:.1e}, beyond float32. "
@@ -317,12 +474,21 @@ class Schedule:
 
     # -- identity and storage ------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
-        """The schedule as a dictionary that JSON can hold: its name and its betas.
+    @property
+    def features(self) -> list[str]:
+        """What a file that has this schedule asks of its reader: names out of `fastdiff.checkpoint.FEATURES`."""
+        named = [f"{self.name} schedule"] if self.name in ("laplace", "flow") else []
+        return named + (["zero terminal snr"] if self.kind != "flow" and self.betas[-1] == 1 else [])
 
-        The betas are stored even where the name would give them: exp and cos may differ in the last bit from
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as a dictionary that JSON can hold: its name and its betas; or name, kind, signal and noise.
+
+        The tables are stored even where the name would give them: exp and cos may differ in the last bit from
         one machine to the next, and JSON keeps every float64 exactly.
         """
+        if self.kind == "flow":
+            levels = {"signal": self.signal.tolist(), "noise": self.noise.tolist()}
+            return {"name": self.name, "kind": self.kind, **levels}
         return {"name": self.name, "betas": self.betas.tolist()}
 
     @classmethod
@@ -332,7 +498,7 @@ class Schedule:
         Parameters
         ----------
         stored : dict
-            With the keys "name" and "betas" and no others.
+            With the keys "name" and "betas", or "name", "kind", "signal" and "noise", and no others.
 
         Returns
         -------
@@ -343,30 +509,109 @@ class Schedule:
         ArgumentError
             If it is anything else.
         """
-        wants = "a dictionary with the keys 'name' and 'betas'"
+        wants = "a dictionary with the keys 'name' and 'betas', or 'name', 'kind', 'signal' and 'noise'"
         if not isinstance(stored, dict):
             raise ArgumentError("schedule", type(stored).__name__, wants)
-        if set(stored) != {"name", "betas"}:
+        if set(stored) == {"name", "betas"}:
+            return cls(check_array("betas", stored["betas"]), stored["name"])
+        if set(stored) != {"name", "kind", "signal", "noise"}:
             raise ArgumentError("schedule", f"the keys {reprlib.repr(sorted(map(str, stored)))}", wants)
-        return cls(check_array("betas", stored["betas"]), stored["name"])
+        check_choice("kind", stored["kind"], ["flow"])
+        return cls(name=stored["name"], signal=stored["signal"], noise=stored["noise"])
+
+    def _defined_by(self) -> tuple[Array, ...]:
+        return (self.signal, self.noise) if self.kind == "flow" else (self.betas,)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same betas to the bit, and so the same tables; names do not count."""
+        """Whether both are of one kind and have the same tables to the bit; names do not count."""
         if not isinstance(other, Schedule):
             return NotImplemented
-        return np.array_equal(self.betas, other.betas)
+        return self.kind == other.kind and all(map(np.array_equal, self._defined_by(), other._defined_by()))
 
     def __hash__(self) -> int:
-        return hash(self.betas.tobytes())
+        return hash(tuple(table.tobytes() for table in self._defined_by()))
 
     def __repr__(self) -> str:
+        if self.kind == "flow":
+            ends = f"signal {self.signal[0]:.3g} .. {self.signal[-1]:.3g}, noise {self.noise[0]:.3g} .. "
+            return f"<Schedule {self.name}: T={self.T}, {ends}{self.noise[-1]:.3g}>"
         return (
             f"<Schedule {self.name}: T={self.T}, betas {self.betas[0]:.3g} .. {self.betas[-1]:.3g}, "
             f"abar ends at {self.alphas_bar[-1]:.3g}>"
         )
 
-    def __reduce__(self) -> tuple[Callable[..., Schedule], tuple[Array, str]]:
+    def __reduce__(self) -> tuple[Callable[..., Schedule], tuple[Any, ...]]:
+        if self.kind == "flow":
+            return partial(Schedule, signal=self.signal, noise=self.noise), (None, self.name)
         return Schedule, (self.betas, self.name)
+
+
+def target(prediction: str, signal: Array, noise: Array) -> tuple[Array, Array]:
+    """Factors of the noise and of x0 in what a prediction says, at levels of signal and noise.
+
+    noise and x0 are themselves, v = signal noise - noise_t x0 (Salimans & Ho 2022, appendix D), and
+    velocity = noise - x0, the slope of a flow (Liu et al. 2023).
+    """
+    zeros, ones = np.zeros_like(signal), np.ones_like(signal)
+    of = {"noise": (ones, zeros), "x0": (zeros, ones), "v": (signal, -noise), "velocity": (ones, -ones)}
+    return of[check_choice("prediction", prediction, PREDICTIONS)]
+
+
+def power(signal: Array, noise: Array) -> Array:
+    """signal^2 + noise^2, and 1 to the bit where it is 1 but for rounding."""
+    squares = signal**2 + noise**2
+    return np.where(np.abs(squares - 1) < 1e-9, 1.0, squares)
+
+
+def _checked_row(argument: str, values: Any) -> Array:
+    row = check_array(argument, values, shape=(None,), dtype=np.float64).copy()
+    if not 1 <= row.size <= MAX_T:
+        raise ArgumentError(argument, f"{row.size} values", f"between 1 and {MAX_T} values")
+    return row
+
+
+def _preserving(betas: Array) -> dict[str, Array]:
+    """The tables of a schedule that preserves variance, and the square of the noise."""
+    most = np.append(np.full(betas.size - 1, np.nextafter(1, 0)), 1.0 if betas.size > 1 else np.nextafter(1, 0))
+    outside = np.flatnonzero((betas <= 0) | (betas > most))
+    if outside.size:
+        raise ArgumentError("betas", f"{betas[outside[0]]} at index {outside[0]}", "numbers above 0 and below 1")
+    alphas = 1 - betas
+    alphas_bar = np.cumprod(alphas)
+    if (alphas_bar < np.finfo(np.float64).tiny)[: betas.size - int(betas[-1] == 1)].any():
+        raise ArgumentError("betas", "a product of (1 - beta) that vanishes in float64", "fewer or smaller betas")
+    variance = np.empty_like(betas)
+    previous = 0.0
+    for t in range(betas.size):
+        variance[t] = previous = alphas[t] * previous + betas[t]
+    return {
+        "betas": betas, "alphas": alphas, "alphas_bar": alphas_bar, "variance": variance,
+        "signal": np.sqrt(alphas_bar), "noise": np.sqrt(variance),
+    }  # fmt: skip
+
+
+def _flowing(signal: Array, noise: Array) -> dict[str, Array]:
+    """The tables of a schedule that is given by both factors, and the square of the noise."""
+    if signal.shape != noise.shape:
+        raise ArgumentError("noise", f"{noise.size} values", f"{signal.size}, as there are of the signal")
+    before, quieter = np.append(1.0, signal[:-1]), np.append(0.0, noise[:-1])
+    falls = (signal < before).all() and signal[-1] >= 0
+    if not falls or not (noise > quieter).all() or np.abs(signal + noise - 1).max() > 1e-12:
+        wants = "a signal that falls from below 1 to at least 0, and noise = 1 - signal"
+        raise ArgumentError("signal, noise", "factors that are no flow", wants)
+    ratio = signal / before
+    return {
+        "betas": (noise - ratio * quieter) * (noise + ratio * quieter), "alphas": ratio**2, "alphas_bar": signal**2,
+        "signal": signal, "noise": noise, "variance": noise**2,
+    }  # fmt: skip
+
+
+def _exp(values: Array) -> Array:
+    """exp, rounded correctly: NumPy's own differs in last bits between CPUs."""
+    from decimal import Context, Decimal  # takes 2 ms
+
+    exp = Context(prec=EXP_DIGITS).exp
+    return np.array([float(exp(Decimal(value))) for value in values.tolist()])
 
 
 def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:

@@ -161,14 +161,6 @@ class Trainer:
                 look(self.state.average)
 
 
-def target_tables(schedule: Schedule, prediction: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the factors of noise and data in the training target at every t."""
-    zeros, ones = np.zeros(schedule.T), np.ones(schedule.T)
-    if prediction == "v":
-        return schedule.signal, -schedule.noise
-    return (ones, zeros) if prediction == "noise" else (zeros, ones)
-
-
 def plan_by_rule(
     shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int
 ) -> tuple[int, TrainingPlan]:
@@ -206,9 +198,7 @@ class Validation:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
         x, eps = forward_noise(x0, t, schedule, seed=seed, backend=be)
-        of_noise, of_data = (
-            table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in target_tables(schedule, prediction)
-        )
+        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in schedule.target(prediction))
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
         self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
 
@@ -216,7 +206,7 @@ class Validation:
         """Write the loss of these weights into the history."""
         if model.history["validation_step"][-1:] == [model.step]:
             return  # an earlier fit ended here
-        x, t, target, labels = self.batch
+        x, t, target, labels, _ = self.batch
         out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
         model.history["validation_step"].append(model.step)
         model.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))

@@ -88,3 +88,18 @@ def backend(request):
     if request.param not in available_backends():
         pytest.skip(f"backend {request.param} does not work on this machine")
     return request.param
+
+
+@pytest.fixture(params=["numpy", "cpu", "cuda"])
+def any_backend(request):
+    """Every backend; cuda runs on the host."""
+    import host_cuda
+
+    from fastdiff.backends import get_backend
+    from fastdiff.backends.cuda import CudaBackend
+
+    if request.param != "cuda":
+        return get_backend(request.param)
+    if not host_cuda.has_compiler():
+        pytest.skip("the host run of the CUDA kernels needs g++")
+    return CudaBackend(host_cuda.HostRuntime())

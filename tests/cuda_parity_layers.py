@@ -127,6 +127,23 @@ def norms_in_chunks(be, size):
             norm_agrees(be, shape, groups, number)
 
 
+@covers("norm", "norm_tangent")
+def norm_tangents(be, size):
+    for number, (shape, groups) in enumerate(NORMS[size]):
+        n, c, silu = shape[0], shape[-1], number % 2 == 0
+        x, dh, gamma, beta = normals(1, *shape), normals(2, *shape), normals(3, c), normals(4, c)
+        stats, modulation, other = normals(5, n, groups, 2), normals(6, n, 2 * c), normals(7, n, 2 * c)
+        for options in ({}, {"modulation": modulation}, {"modulation": modulation, "modulation_tangent": other}):
+            arrays = [dh, x, gamma, beta, stats, 0]
+            (got,), (want,) = agree(be, "norm_tangent", arrays, [unfilled(*shape)], silu=silu, **options)
+            assert_close(got, want, terms=9)
+            (same,), _ = agree(be, "norm_tangent", [0, *arrays[1:]], [dh], silu=silu, **options)
+            assert_same_bits(same, got)
+        there = [None if a is None else be.asarray(a) for a in (dh, x, gamma, beta, None, unfilled(*shape))]
+        be.norm_tangent(*there, silu=False)
+        assert_same_bits(be.to_numpy(there[-1]), gamma * dh)
+
+
 # Rows that are less than a team, a team, a warp's and more than those; chunks that end early; one wider than a block.
 LAYER_NORMS = {
     "small": [(1, 1, 1, 1), (3, 11, 1, 7), (2, 3, 3, 16), (1, 33, 1, 33), (2, 1, 3, 132), (2, 1, 2, 1100)],
@@ -165,7 +182,7 @@ ATTENTIONS = {
 }
 
 
-@covers("attention", "attention", "attention_deltas", "attention_backward")
+@covers("attention", "attention", "attention_deltas", "attention_backward", "attention_tangent")
 def attentions(be, size):
     for n, length, channels, heads in ATTENTIONS[size]:
         qkv = 2 * normals(1, n, length, 3 * channels)
@@ -178,6 +195,9 @@ def attentions(be, size):
         arrays = [dy, qkv, out, log_sums, 0]
         (dqkv,), (want,) = agree(be, "attention_backward", arrays, [unfilled(*qkv.shape)], heads=heads)
         assert_close(dqkv, want, terms=2 * terms)
+        arrays = [normals(3, *qkv.shape), qkv, out, log_sums, 0]
+        (tangent,), (want,) = agree(be, "attention_tangent", arrays, [unfilled(*out.shape)], heads=heads)
+        assert_close(tangent, want, terms=2 * terms, scale=3 * np.abs(qkv).max())  # dS and v have this size
 
 
 VALUES = {"small": [(1,), (3, 5), (2, 4, 4, 8)], "full": [(1_000_003,), (64, 32, 32, 128)]}
@@ -333,6 +353,24 @@ def squared_errors(be, size):
             be.squared_error(there, wanted, dy, loss)
             assert_close(be.to_numpy(loss), want_loss, dtype=np.float64, terms=y.size)
             assert_same_bits(be.to_numpy(dy), want)
+
+
+WEIGHTED = {"small": [(3, 5, 1, 3), (2, 33, 65, 1), (1, 2)], "full": [(64, 32, 32, 3), (5000, 50)]}
+
+
+@covers("pointwise", "weighted_error", "mean_of_chunks")
+def weighted_errors(be, size):
+    for shape in WEIGHTED[size]:
+        for columns in (1, 6):
+            outputs = (*shape[:-1], shape[-1] * (2 if columns > 1 else 1))
+            given = normals(1, *outputs), normals(2, *shape), normals(3, shape[0], columns)
+            want, want_loss = wide(unfilled(*outputs)), np.empty(1)
+            NUMPY.squared_error(*map(wide, given[:2]), want, want_loss, wide(given[2]))
+            for y, target, terms, dy in both_ways(be, *given, unfilled(*outputs)):
+                loss = be.empty((1,), np.float64)
+                be.squared_error(y, target, dy, loss, terms)
+                assert_close(be.to_numpy(loss), want_loss, dtype=F, terms=20)
+                assert_close(be.to_numpy(dy), want, terms=20)
 
 
 STEPS, BAD, ROWS = 7, 4, 3

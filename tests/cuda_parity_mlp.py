@@ -126,6 +126,18 @@ def gradients(be, size):
         compare_gradients(net, be.to_numpy(grads), want, BATCH[size])
 
 
+@covers("mlp", *GRADIENT[:2], *GRADIENT[3:])
+def products(be, size):
+    n = BATCH[size]
+    for net, wide in networks():
+        x, t, vector = batch_of(net, n)
+        for method in (be.mlp_vjp, be.mlp_jvp):
+            want, got = np.empty((n, net.points)), be.empty((n, net.points))
+            getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
+            method(net.plan, *(be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)), got)
+            assert_close(be.to_numpy(got), want, terms=terms(net))
+
+
 @covers("mlp", "mlp_draw_batch", *GRADIENT, *TIME_GRADIENT)
 def training_gradients(be, size):
     n = BATCH[size]
@@ -139,6 +151,25 @@ def training_gradients(be, size):
         want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want)
         grads, params = be.asarray(np.zeros_like(net.flat)), be.asarray(net.flat)
         loss = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
+        assert_close(np.float32(loss), want_loss, terms=terms(net))
+        compare_gradients(net, be.to_numpy(grads), want, n)
+
+
+@covers("pointwise", "take", "weighted_error")
+def weighted_gradients(be, size):
+    """A loss whose rows weigh by their timesteps."""
+    n = BATCH[size]
+    for net, wide in networks():
+        schedule = Schedule.cosine(net.T)
+        data = np.random.default_rng(3).normal(size=(103, net.points))
+        weights = np.random.default_rng(4).uniform(0.1, 2, size=(net.T, 1))
+        tables = schedule.signal, schedule.noise, np.ones(net.T), np.zeros(net.T)
+        draws = TrainingDraws(data, *tables, seed=2**63 + 5, terms=weights)
+        want = np.zeros_like(wide)
+        want_loss = NUMPY.mlp_train_gradient(net.plan, wide, draws, 12, n, want)
+        draws = draws._replace(data=data.astype(np.float32))
+        grads = be.asarray(np.zeros_like(net.flat))
+        loss = be.mlp_train_gradient(net.plan, be.asarray(net.flat), draws, 12, n, grads)
         assert_close(np.float32(loss), want_loss, terms=terms(net))
         compare_gradients(net, be.to_numpy(grads), want, n)
 

@@ -384,6 +384,27 @@ def test_a_training_gradient_is_the_gradient_of_the_drawn_batch(net, batch):
         assert_same_bits(grads, want)
 
 
+@pytest.mark.parametrize("batch", [1, 129, 1000])
+def test_a_training_gradient_may_weigh_its_rows(net, batch):
+    weights = np.random.default_rng(4).uniform(0.1, 2, size=(net.T, 1))
+    draws = draws_for(net)._replace(terms=weights)
+    wide, exact = net.flat.astype(np.float64), draws._replace(data=draws.data.astype(np.float64))
+    want = unset(net, np.float64)
+    want_loss = NUMPY.mlp_train_gradient(net.plan, wide, exact, 3, batch, want)
+    x, t, target = draw_batch(exact, net.T, 3, batch)
+    y = NUMPY.mlp_forward(net.plan, wide, x, t)
+    assert want_loss == pytest.approx(np.mean(weights[t] * (y - target) ** 2), rel=1e-12)
+    grads, even = unset(net, np.float32), unset(net, np.float32)
+    loss = CPU.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
+    assert_close(np.float32(loss), want_loss, terms=terms(net))
+    for name, view in net.layout.views(grads).items():
+        assert_close(view, net.layout.views(want)[name], terms=terms(net) + batch)
+    uniform = draws._replace(terms=np.ones((net.T, 1)))
+    same = CPU.mlp_train_gradient(net.plan, net.flat, uniform, 3, batch, even)
+    assert same == CPU.mlp_train_gradient(net.plan, net.flat, draws_for(net), 3, batch, grads)
+    assert_same_bits(even, grads)
+
+
 # ------------------------------------------------------------------------------------------- the batch law
 
 

@@ -25,7 +25,7 @@ def untrained(rows=ROWS, **options):
     return fd.Diffusion(base="gaussian", **options).fit(rows, steps=0, **QUIET)
 
 
-@pytest.mark.parametrize("prediction", ["v", "noise", "x0"])
+@pytest.mark.parametrize("prediction", ["v", "noise", "x0", "velocity"])
 def test_before_its_first_step_a_model_is_the_gaussian(prediction, backend):
     made = untrained(prediction=prediction, backend=backend)
     inner = made.normaliser.apply(ROWS, np.float64)

@@ -120,6 +120,23 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "schedule", "prediction"),
+    [
+        ("--schedule flow --timesteps 20 --shift 3", lambda: fd.Schedule.flow(20, shift=3), "velocity"),
+        ("--schedule flow --prediction v", lambda: fd.Schedule.flow(1000), "v"),
+        ("--schedule laplace --timesteps 20", lambda: fd.Schedule.laplace(20), "v"),
+        ("--schedule cosine --timesteps 9 --zero-snr", lambda: fd.Schedule.cosine(9).zero_terminal_snr(), "v"),
+    ],
+)
+def test_schedules_that_end_in_noise(run, options, schedule, prediction):
+    assert run(f"{TRAIN} -o m.safetensors --steps 2 {options}")[0] == 0
+    made = fd.load("m.safetensors", backend="numpy")
+    assert made.schedule == schedule()
+    assert made.prediction == prediction
+    assert np.isfinite(made.sample(3)).all()
+
+
 def test_sample_is_independent_of_how_many_and_of_chunks(run, model, monkeypatch):
     assert run("sample m.safetensors -n 9 -o all.npy --seed 4")[0] == 0
     everything = load_curves("all.npy")
@@ -540,6 +557,9 @@ def test_version(capsys):
         ("train curves.csv -o n.safetensors --validation 1.5", r"validation: got 1\.5"),
         ("train curves.csv -o n.safetensors --timesteps 9", r"--timesteps needs --schedule"),
         ("train curves.csv -o n.safetensors --schedule cosine --beta-end 0.1", r"mean nothing to the cosine"),
+        ("train curves.csv -o n.safetensors --schedule cosine --shift 2", r"--shift means nothing to the cosine"),
+        ("train curves.csv -o n.safetensors --zero-snr", r"--zero-snr needs --schedule"),
+        ("train curves.csv -o n.safetensors --schedule flow --prediction noise", r"prediction: got 'noise', wants 'v'"),
         ("train curves.csv -o n.safetensors --schedule linear --timesteps 0", r"--timesteps: got 0"),
         ("train curves.csv -o n.safetensors --schedule linear --beta-end 2", r"--beta-end: got 2"),
         ("train curves.csv -o n.safetensors --loss-plot none/x.png", r"none/x\.png: cannot be written"),

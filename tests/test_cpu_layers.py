@@ -199,6 +199,21 @@ def test_norm_agrees_with_the_reference(shape, groups, silu, modulated):
             assert_close(a, b, terms=9 + n * height * width)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 2, 5, 6), (2, 33, 31, 12), (5, 1, 700, 4), (2, 2, 2, 1030)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_norm_tangent_agrees_with_the_reference(shape, silu):
+    n, c = shape[0], shape[-1]
+    x, dh, gamma, beta = normals(1, *shape), normals(2, *shape), normals(3, c), normals(4, c)
+    stats, modulation, other = normals(5, n, 2, 2), normals(6, n, 2 * c), normals(7, n, 2 * c)
+    for options in ({}, {"modulation": modulation}, {"modulation": modulation, "modulation_tangent": other}):
+        for moments in (stats, None) if not silu and len(options) < 2 else (stats,):
+            arrays = [dh, x, gamma, beta, moments, 0]
+            (got,), (want,) = both("norm_tangent", arrays, [unfilled(*shape)], silu=silu, **options)
+            assert_close(got, want, terms=9)
+            (same,), _ = both("norm_tangent", [0, *arrays[1:]], [dh], silu=silu, **options)
+            assert_same_bits(same, got)
+
+
 def test_the_variance_of_a_group_far_from_zero():
     """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
     x = normals(1, 2, 64, 64, 8) + np.float32(1000)
@@ -250,6 +265,9 @@ def test_attention_agrees_with_the_reference(n, length, channels, heads):
     dy = normals(2, n, length, channels)
     (dqkv,), (want,) = both("attention_backward", [dy, qkv, out, log_sums, 0], [unfilled(*qkv.shape)], heads=heads)
     assert_close(dqkv, want, terms=2 * terms)
+    arrays = [normals(3, *qkv.shape), qkv, out, log_sums, 0]
+    (tangent,), (want,) = both("attention_tangent", arrays, [unfilled(*out.shape)], heads=heads)
+    assert_close(tangent, want, terms=2 * terms, scale=3 * np.abs(qkv).max())  # dS and v have this size
 
 
 def test_attention_of_scores_beyond_the_range_of_exp():
@@ -294,6 +312,21 @@ def test_the_small_layers_agree_with_the_reference(shape):
     REFERENCE.squared_error(x, y, wanted, wanted_loss)
     assert_close(loss, wanted_loss, dtype=F32)
     assert_same_bits(dy, wanted)
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("shape", [(3, 7, 5, 3), (1, 1, 1, 1), (65, 2, 3, 2), (2, 33, 65, 1)])
+def test_a_loss_by_its_terms(shape, columns):
+    random = np.random.default_rng(0)
+    y = random.normal(size=(*shape[:-1], shape[-1] * (2 if columns > 1 else 1))).astype(F32)
+    target, terms = random.normal(size=shape).astype(F32), random.normal(size=(shape[0], columns)).astype(F32)
+    (dy, loss), (want, want_loss) = ((np.full(y.shape, np.nan, dtype), np.empty(1)) for dtype in (F32, np.float64))
+    CPU.squared_error(y, target, dy, loss, terms)
+    wide = (array.astype(np.float64) for array in (y, target, terms))
+    y, target, terms = wide
+    REFERENCE.squared_error(y, target, want, want_loss, terms)
+    assert_close(loss, want_loss, dtype=F32, terms=20)
+    assert_close(dy, want, terms=20)
 
 
 def test_gelu_far_from_zero():
@@ -389,7 +422,9 @@ def layers(be, rows, whole=False):
         out, log_sums, dqkv = unfilled(*dy.shape), unfilled(len(dy), 2, length), unfilled(*qkv.shape)
         be.attention(qkv, out, log_sums, heads=2)
         be.attention_backward(dy, qkv, out, log_sums, dqkv, heads=2)
-        keep(out, log_sums, dqkv)
+        tangent = unfilled(*dy.shape)
+        be.attention_tangent(images(3, length, 3 * channels), qkv, out, log_sums, tangent, heads=2)
+        keep(out, log_sums, dqkv, tangent)
     x, y, z = images(1, 40, 40, 16), images(2, 40, 40, 16), images(3, 40, 40, 5)
     out, joined = unfilled(*x.shape), unfilled(*x.shape[:-1], 21)
     for method in (be.silu, be.gelu):
@@ -410,6 +445,12 @@ def layers(be, rows, whole=False):
         be.offset_backward(x, out[0])
         keep(out[0])
         be.squared_error(x, y, out, loss)
+        keep(out, loss)
+        doubled, terms = images(7, 40, 40, 32), images(8, 6)
+        slopes = unfilled(*doubled.shape)
+        be.squared_error(doubled, x, slopes, loss, terms)
+        keep(slopes, loss)
+        be.squared_error(y, x, out, loss, terms[:, :1].copy())
         keep(out, loss)
     return results
 

@@ -7,7 +7,6 @@ import math
 import pickle
 from functools import partial
 
-import host_cuda
 import naive
 import numpy as np
 import pytest
@@ -20,14 +19,13 @@ from tolerances import EPS, assert_close, assert_estimate, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import samplers
-from fastdiff.backends.cuda import CudaBackend
 from fastdiff.errors import ArgumentError
 from fastdiff.exact import Empirical, ExactChain, Gaussian, Mixture, Moments, convergence, exact_chain
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 TUTORIAL = Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
-PREDICTIONS = ("noise", "x0", "v")
+PREDICTIONS = ("noise", "x0", "v", "velocity")
 
 
 def covariance(d, seed=0, rank=None):
@@ -57,7 +55,7 @@ def test_predictions_are_conditional_expectations(t, cov):
     whitened = np.linalg.solve(spread, (X - middle).T).T
     x0 = MEAN + alpha * whitened @ cov
     noise = sigma * whitened
-    expected = {"x0": x0, "noise": noise, "v": alpha * noise - sigma * x0}
+    expected = {"x0": x0, "noise": noise, "v": alpha * noise - sigma * x0, "velocity": noise - x0}
     for prediction in PREDICTIONS:
         gaussian = Gaussian(MEAN, cov, TUTORIAL, prediction=prediction)
         np.testing.assert_allclose(gaussian.predict(X, t), expected[prediction], rtol=1e-7, atol=1e-9)
@@ -400,6 +398,7 @@ def test_prediction_is_the_score(name):
         np.testing.assert_allclose(denoiser.mean_x0(x, t), x0, rtol=0, atol=1e-12)
         np.testing.assert_allclose(EXACT[name]("x0").predict(x, t), x0, rtol=0, atol=1e-12)
         np.testing.assert_allclose(EXACT[name]("v").predict(x, t), alpha * noise - sigma * x0, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(EXACT[name]("velocity").predict(x, t), noise - x0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [10, 50, 99])
@@ -616,16 +615,6 @@ def test_the_data_are_kept_as_they_were():
 
 
 # -- on backends ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["numpy", "cpu", "cuda"])
-def any_backend(request):
-    """Every backend; cuda runs on the host."""
-    if request.param != "cuda":
-        return fd.get_backend(request.param)
-    if not host_cuda.has_compiler():
-        pytest.skip("the host run of the CUDA kernels needs g++")
-    return CudaBackend(host_cuda.HostRuntime())
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -244,7 +244,7 @@ def test_damaged_files(tmp_path):
     "scheduler",
     [
         {"beta_schedule": "exp"}, {"prediction_type": "flow"}, {"num_train_timesteps": 0}, {"beta_end": 2},
-        {"rescale_betas_zero_snr": True}, {"trained_betas": [0.1, 2]},
+        {"trained_betas": [0.1, 2]},
     ],
 )  # fmt: skip
 def test_schedules_that_we_do_not_have(scheduler, tmp_path):

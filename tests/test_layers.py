@@ -5,7 +5,7 @@ import math
 import naive
 import numpy as np
 import pytest
-from gradcheck import assert_gradient
+from gradcheck import assert_gradient, differences
 from tolerances import assert_close
 
 from fastdiff.backends import get_backend
@@ -145,6 +145,32 @@ def test_norm_backward(shape, groups, silu, modulates):
     assert np.array_equal(in_place, dx)
 
 
+@modulated
+@silus
+@norms
+def test_norm_tangent(shape, groups, silu, modulates):
+    """<dy, J v> = <J^T dy, v>, the normalised values' own part being their backward pass."""
+    x, gamma, beta, stats, modulation = norm_case(shape, groups, modulates)
+    out, (dy, dx) = np.empty_like(x), arrays(shape, shape, seed=1)
+    options = {"silu": silu, "modulation": modulation}
+    NUMPY.norm(x, gamma, beta, out, stats, eps=0.1, groups=groups, **options)
+    by_x, dgamma, dbeta, dh, tangent = unset(x, gamma, beta, x, x)
+    by_modulation = dmodulation = None
+    if modulates:
+        (by_modulation,), (dmodulation,) = unset(modulation), arrays(modulation.shape, seed=2)
+    NUMPY.norm_backward(
+        dy, x, gamma, beta, stats, by_x, dgamma, dbeta, groups=groups, dmodulation=by_modulation, **options
+    )
+    ones, zeros = np.ones_like(gamma), np.zeros_like(gamma)
+    NUMPY.norm_backward(dx, x, ones, zeros, stats, dh, dgamma, dbeta, groups=groups, silu=False)
+    NUMPY.norm_tangent(dh, x, gamma, beta, stats, tangent, modulation_tangent=dmodulation, **options)
+    other = 0 if by_modulation is None else np.sum(by_modulation * dmodulation)
+    scale = np.sum(np.abs(dy * tangent))
+    assert_close(np.sum(dy * tangent), np.sum(by_x * dx) + other, terms=x.size, scale=scale)
+    NUMPY.norm_tangent(dh, x, gamma, beta, stats, dh, modulation_tangent=dmodulation, **options)
+    assert np.array_equal(dh, tangent)
+
+
 LAYER_NORMS = pytest.mark.parametrize("shape", [(2, 2, 3, 4), (3, 1, 1, 7), (1, 3, 11, 5), (2, 1, 2, 1)])
 
 
@@ -214,6 +240,18 @@ def test_attention_backward(shape, heads):
     (dqkv,) = unset(qkv)
     NUMPY.attention_backward(dy, qkv, out.copy(), log_sums.copy(), dqkv, heads=heads)
     assert_gradient(loss, qkv, dqkv)
+
+
+@pytest.mark.parametrize(("shape", "heads"), ATTENTIONS)
+def test_attention_tangent(shape, heads):
+    """<dy, J v> = <J^T dy, v>."""
+    n, length, width = shape
+    qkv, v, dy, out, log_sums = arrays(shape, shape, *[(n, length, width // 3)] * 2, (n, heads, length))
+    NUMPY.attention(qkv, out, log_sums, heads=heads)
+    dqkv, tangent = unset(qkv, out)
+    NUMPY.attention_backward(dy, qkv, out, log_sums, dqkv, heads=heads)
+    NUMPY.attention_tangent(v, qkv, out, log_sums, tangent, heads=heads)
+    assert_close(np.sum(dy * tangent), np.sum(dqkv * v), terms=qkv.size, scale=np.abs(dqkv * v).sum())
 
 
 def test_attention_does_not_overflow():
@@ -368,3 +406,37 @@ def test_squared_error():
         return loss[0]
 
     assert_gradient(value, y, dy)
+
+
+def loss_of(y, target, terms):
+    """The loss by its terms, value by value."""
+    y, target = y.reshape(len(y), -1, y.shape[-1]), target.reshape(len(y), -1, target.shape[-1])
+    channels, values = target.shape[-1], []
+    for row, pixel, channel in np.ndindex(target.shape):
+        w, *variance = terms[row]
+        d = y[row, pixel, channel] - target[row, pixel, channel]
+        values.append(w * d**2)
+        if variance:
+            (g, h, V, K, A), v = variance, y[row, pixel, channels + channel]
+            values[-1] += g * (h * v + (V + K * d**2) * math.exp(-h * v) + A)
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+def test_a_loss_by_its_terms(columns):
+    y, target, terms = arrays((3, 2, 2, 4 if columns > 1 else 2), (3, 2, 2, 2), (3, columns))
+    (dy,) = unset(y)
+    loss = np.empty(1)
+    NUMPY.squared_error(y, target, dy, loss, terms)
+    assert_close(loss, [loss_of(y, target, terms)])
+
+    def value(terms):
+        NUMPY.squared_error(y, target, np.empty_like(y), loss, terms)
+        return loss[0]
+
+    # The mean has the gradient of the squares alone: in the bound it is a constant.
+    squares = terms.copy()
+    squares[:, 1:2] = 0
+    want = differences(lambda: value(squares), y)
+    want[..., 2:] = differences(lambda: value(terms), y)[..., 2:]
+    np.testing.assert_allclose(dy, want, rtol=1e-6, atol=1e-9)

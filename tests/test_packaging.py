@@ -136,8 +136,8 @@ def test_rooms_depend_one_way():
     """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [
         "errors", "files", "noise", "pictures", "data",
-        "backends", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn", "defaults", "checkpoint",
-        "normaliser", "judgement", "split", "training", "model_file", "model", "cli",
+        "backends", "observations", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn",
+        "defaults", "checkpoint", "normaliser", "judgement", "split", "training", "model_file", "model", "cli",
     ]  # fmt: skip
     rank = {room: k for k, room in enumerate(order)}
 

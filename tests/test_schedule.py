@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -110,6 +111,14 @@ def test_noise_and_log_snr_stay_exact_for_tiny_betas():
     np.testing.assert_allclose(tiny.noise[:2], [1e-10, 2e-10], rtol=1e-15)
     np.testing.assert_allclose(tiny.log_snr[:2], [20 * math.log(10), math.log(2.5e19)], rtol=1e-15)
     assert tiny.posterior_variance[1] == pytest.approx(0.75e-20, rel=1e-15)
+
+
+def test_the_logistic_curve_has_the_same_bits_on_every_machine():
+    """NumPy's exp has others with AVX-512 than without."""
+    digest = hashlib.sha256(tutorial().betas.astype("<f8").tobytes()).hexdigest()
+    assert digest == "a07f0598fb6692b7a432a1f1e9fb812185d6a6afca8d70a18430d1c61469d934"
+    rise = [1 / (1 + math.exp(6 - 12 * i / 99)) for i in range(100)]
+    np.testing.assert_allclose(tutorial().betas, 1e-5 + np.array(rise) * (0.1 - 1e-5), rtol=1e-15)
 
 
 # -- timesteps ---------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def assert_gradient_along(net, directions):
 
 
 def planned(net, n, training):
-    program = Program(n, training)
+    program = Program(n, "training" if training else "output")
     net.record(program)
     program.plan()
     program.lay(np.full(program.size, np.nan, net.dtype))

@@ -56,12 +56,15 @@ class Batch(NamedTuple):
     x, target : (n, ...) array
     t : (n,) int64 array
     labels : (n,) int64 array or None
+    terms : (n, columns) array or None
+        As of `LayerBackend.squared_error`; they are not drawn.
     """
 
     x: Array
     t: Array
     target: Array
     labels: Array | None = None
+    terms: Array | None = None
 
 
 class Recording(Protocol):
@@ -130,13 +133,16 @@ class LayerBackend(Backend, Protocol):
         x: Array,
         w: Array,
         dx: Array | None,
-        dw: Array,
-        db: Array,
+        dw: Array | None,
+        db: Array | None,
         *,
         dshift: Array | None = None,
         add: bool = False,
     ) -> None:
-        """Fill `dx`, dw, db and `dshift` for dy like `out`; with `add`, dx is added to. The residual's is dy itself."""
+        """Fill `dx`, dw, db and `dshift` for dy like `out`; with `add`, dx is added to. The residual's is dy itself.
+
+        Both of dw and db may be None: of x only the shape is used then.
+        """
 
     def norm(
         self,
@@ -177,6 +183,26 @@ class LayerBackend(Backend, Protocol):
     ) -> None:
         """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off."""
 
+    def norm_tangent(
+        self,
+        dh: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array | None,
+        out: Array,
+        *,
+        silu: bool,
+        modulation: Array | None = None,
+        modulation_tangent: Array | None = None,
+    ) -> None:
+        """Fill `out`, which may be dh, with the tangent of what `norm` makes of the normalised values h, for theirs.
+
+        With u = gamma h + beta and v = (1 + gain) u + shift: dv = (1 + gain) gamma dh + dgain u + dshift, and with
+        `silu` SiLU'(v) dv. `modulation_tangent` (N, 2 C) is that of `modulation`; without it and without `silu`, stats
+        may be None, and the channels may be normalised in another way.
+        """
+
     def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
         """Fill `out` with LayerNorm over the channels of x (N, H, W, C), times gamma (C,) plus beta (Ba et al. 2016).
 
@@ -209,6 +235,11 @@ class LayerBackend(Backend, Protocol):
         self, dy: Array, qkv: Array, out: Array, log_sums: Array, dqkv: Array, *, heads: int
     ) -> None:
         """Fill `dqkv` (N, L, 3 C)."""
+
+    def attention_tangent(
+        self, dqkv: Array, qkv: Array, out: Array, log_sums: Array, dout: Array, *, heads: int
+    ) -> None:
+        """Fill `dout` (N, L, C) with the tangent of `out` for that of `qkv`."""
 
     def silu(self, x: Array, out: Array) -> None:
         """Fill `out` with x / (1 + exp(-x))."""
@@ -259,8 +290,14 @@ class LayerBackend(Backend, Protocol):
         ``first_block + j // 4`` of row i of the draw is below rate 2^32.
         """
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2."""
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2.
+
+        `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead. One column,
+        w, makes it w d^2 with d = y - target. With six, (w, g, h, V, K, A), y and `dy` have twice the channels of the
+        target, y = [mean, v], and the loss is ``w d^2 + g (h v + (V + K d^2) exp(-h v) + A)`` with d = mean - target:
+        the bound of a learned variance, in whose gradient d is a constant (Nichol and Dhariwal 2021, equation 16).
+        """
 
     def finish_step(self, loss: Array, step: int, state: TrainState, options: AdamW, results: Array) -> None:
         """Do `adamw` with a loss that is given as an array of one value; `results` is as in `mlp_training`."""

@@ -187,6 +187,9 @@ class TrainingDraws(NamedTuple):
 
     Image networks also have the class of every data row, `labels` (N,), or None; with `flip` a picture is mirrored left
     to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
+
+    `terms` (T, columns) says what a row's loss is made of at its timestep: see `LayerBackend.squared_error`. None: its
+    squared error.
     """
 
     data: Array
@@ -197,6 +200,7 @@ class TrainingDraws(NamedTuple):
     seed: int
     labels: Array | None = None
     flip: bool = False
+    terms: npt.NDArray[np.float64] | None = None
 
 
 class TrainState(NamedTuple):
@@ -307,6 +311,12 @@ class Backend(Protocol):
 
         The padding between the tensors of `grads` must be zero, and stays so.
         """
+
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`."""
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        """Fill dy (n, outputs), or (k, n, outputs) for k vectors dx, with J dx: J is the Jacobian of `mlp_forward`."""
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array

@@ -13,6 +13,7 @@ from fastdiff.cli.messages import INTERRUPTED, PatientInterrupt, fail, note, uni
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
+from fastdiff.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
     from fastdiff.model import Diffusion
@@ -24,6 +25,8 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "linear": (1000, 1e-4, 0.02),
     "scaled_linear": (1000, 1e-4, 0.02),
     "cosine": (1000, None, None),
+    "laplace": (1000, None, None),
+    "flow": (1000, None, None),
 }
 LEARNING_RATE = 1e-3
 FEWEST_ROWS = 8  # as fastdiff.judgement has it
@@ -106,14 +109,25 @@ def add(commands: Any) -> None:
         choices=("default", "tutorial"),
         help="for curves, default: three hidden layers that the timestep scales and shifts; tutorial: the tutorial's",
     )
-    model.add_argument("--prediction", choices=("noise", "x0", "v"), help="what the network learns to say (default v)")
+    model.add_argument(
+        "--prediction", choices=PREDICTIONS, help="what the network learns (default v; velocity for a flow)"
+    )
     model.add_argument(
         "--scale",
         choices=("auto", "all", "column"),
         help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
     )
-    model.add_argument("--schedule", choices=tuple(SCHEDULES), help="default: chosen for the data")
+    model.add_argument(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULES)} (default: chosen for the data)",
+    )
     model.add_argument("--timesteps", type=int, metavar="T", help="steps of noise; needs --schedule")
+    model.add_argument(
+        "--shift", type=float, metavar="S", help="above 1, a flow has more steps at much noise (default 1)"
+    )
+    model.add_argument("--zero-snr", action="store_true", default=None, help="end the schedule in noise alone")
     model.add_argument("--beta-start", type=float, metavar="BETA", help="noise of the first step")
     model.add_argument("--beta-end", type=float, metavar="BETA", help="noise of the last step")
     train.set_defaults(run=run)
@@ -277,6 +291,8 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "timesteps",
         "beta_start",
         "beta_end",
+        "shift",
+        "zero_snr",
         "prediction",
         "scale",
     )
@@ -290,15 +306,21 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
 
 
 def _schedule(args: argparse.Namespace) -> Schedule | None:
-    given = [name for name in ("timesteps", "beta_start", "beta_end") if getattr(args, name) is not None]
+    options = ("timesteps", "beta_start", "beta_end", "shift", "zero_snr")
+    given = [name for name in options if getattr(args, name) is not None]
     if args.schedule is None:
         if given:
             raise FastdiffError(f"--{given[0].replace('_', '-')} needs --schedule: {', '.join(SCHEDULES)}")
         return None
-    return _named_schedule(args.schedule, args.timesteps, args.beta_start, args.beta_end)
+    if args.shift is not None and args.schedule != "flow":
+        raise FastdiffError(f"--shift means nothing to the {args.schedule} schedule")
+    schedule = _named_schedule(args.schedule, args.timesteps, args.beta_start, args.beta_end, args.shift)
+    return schedule.zero_terminal_snr() if args.zero_snr else schedule
 
 
-def _named_schedule(name: str, T: int | None, start: float | None, end: float | None) -> Schedule:
+def _named_schedule(
+    name: str, T: int | None, start: float | None, end: float | None, shift: float | None = None
+) -> Schedule:
     from fastdiff.schedule import Schedule
 
     usual_T, usual_start, usual_end = SCHEDULES[name]
@@ -308,7 +330,7 @@ def _named_schedule(name: str, T: int | None, start: float | None, end: float | 
     if usual_start is None or usual_end is None:
         if start is not None or end is not None:
             raise FastdiffError(f"--beta-start and --beta-end mean nothing to the {name} schedule")
-        made = build(T)
+        made = build(T) if shift is None else build(T, shift=shift)
     else:
         start = check_float("--beta-start", usual_start if start is None else start, low=0, high=1)
         end = check_float("--beta-end", usual_end if end is None else end, low=0, high=1)

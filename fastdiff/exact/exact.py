@@ -14,8 +14,7 @@ from fastdiff.backends import Array, Backend, backend_for
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_timesteps, is_on_device
 from fastdiff.exact.moments import Moments
-from fastdiff.samplers import PREDICTIONS
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import PREDICTIONS, Schedule
 
 PLAN_VALUES = 1 << 22  # of maps of rows that a denoiser keeps for their next use
 
@@ -39,7 +38,8 @@ class Exact(ABC):
 
     At timestep t the state is ``x = alpha x0 + sigma noise``, with alpha the signal and sigma the noise of the
     schedule, and the best predictions are conditional expectations given x: ``E[x0 | x]``, ``E[noise | x]``, which is
-    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``.
+    ``-sigma`` times the gradient of ``log_density``, and ``E[v | x] = alpha E[noise | x] - sigma E[x0 | x]``; the
+    velocity is noise - x0. alpha^2 + sigma^2 need not be 1.
 
     Attributes
     ----------
@@ -51,13 +51,17 @@ class Exact(ABC):
         The noise levels.
     T : int
         Number of timesteps of the schedule.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What `predict` returns.
     data : Moments
         Mean and covariance of the data.
+    log_evidence : float
+        Of a posterior that `given` has made: the log density, under the model that was asked, of what was observed;
+        else 0. Observations of rows without noise count as probabilities in an `Empirical`.
     """
 
     classes: int | None = None
+    log_evidence = 0.0
     _mixes_steps = False  # whether `_expect` and `_log_density` take a t for each row
 
     def __init__(self, shape: tuple[int, ...], schedule: Schedule, prediction: str) -> None:
@@ -105,6 +109,35 @@ class Exact(ABC):
     def mean_x0(self, x: Any, t: Any, *, backend: str | Backend = "auto") -> Array:
         """E[x0 | x_t = x], with arguments, result and errors as `predict`."""
         return self._conditional("x0", x, t, backend)
+
+    def vjp(self, x: Any, t: Any, cotangent: Any, *, backend: str | Backend = "auto") -> Array:
+        """J^T times a cotangent, J being the Jacobian of the prediction by x.
+
+        That of E[x0 | x] is ``J0 = alpha / sigma^2 Cov[x0 | x]``, those of the others ``(I - alpha J0) / sigma`` for
+        the noise and ``alpha (I - alpha J0) / sigma - sigma J0`` for v. All are symmetric.
+
+        Parameters
+        ----------
+        x, t, backend
+            As of `predict`.
+        cotangent : (n, ...) or (k, n, ...) array
+            A vector for each state, or k of them.
+
+        Returns
+        -------
+        array like the cotangent
+            In what `predict` would return.
+
+        Raises
+        ------
+        ArgumentError
+            As `predict`, or the cotangent's shape or values.
+        """
+        return self._products("cotangent", x, t, cotangent, backend)
+
+    def jvp(self, x: Any, t: Any, tangent: Any, *, backend: str | Backend = "auto") -> Array:
+        """J times a tangent, the derivative of the prediction along it: as `vjp`, as J is symmetric."""
+        return self._products("tangent", x, t, tangent, backend)
 
     def log_density(self, x: Any, t: Any, *, backend: str | Backend = "auto") -> Array:
         """log q_t(x), the log density of the states at timestep t.
@@ -166,6 +199,30 @@ class Exact(ABC):
     @abstractmethod
     def _log_density(self, space: Workspace, x: Array, t: Any, out: Array) -> None:
         """Fill `out` (n,) with the log density at x (n, d), n > 0."""
+
+    @abstractmethod
+    def _product(self, space: Workspace, prediction: str, x: Array, t: int, vectors: Array, out: Array) -> None:
+        """Fill `out` (k, n, d) with the Jacobian of a prediction at x (n, d), n > 0, times vectors (k, n, d)."""
+
+    def _products(self, argument: str, x: Any, t: Any, vectors: Any, backend: str | Backend) -> Array:
+        be, given, rows, steps = self._checked(x, t, backend)
+        told = check_array(argument, vectors, dtype=rows.dtype)
+        if told.shape != given.shape and told.shape[1:] != given.shape:
+            raise ArgumentError(argument, f"shape {told.shape}", f"{given.shape} like x, or k of them")
+        k = 1 if told.shape == given.shape else len(told)
+        flat = be.asarray(told, rows.dtype).reshape(k, *rows.shape)
+        out, space = be.empty(flat.shape, rows.dtype), Workspace(be)
+        for step in np.unique(steps):
+            at = np.flatnonzero(steps == step)
+            if len(at) == len(rows):
+                self._product(space, self.prediction, rows, int(step), flat, out)
+            else:
+                at = be.asarray(at, np.int64)
+                part = be.empty((k, len(at), self.d), rows.dtype)
+                self._product(space, self.prediction, rows[at], int(step), flat[:, at], part)
+                out[:, at] = part
+        out = out.reshape(told.shape)
+        return out if is_on_device(given) else be.to_numpy(out)
 
     def _conditional(self, prediction: str, x: Any, t: Any, backend: str | Backend) -> Array:
         be, given, rows, steps = self._checked(x, t, backend)
@@ -230,4 +287,16 @@ class _Expects(Evaluator):
         out = self._space("out", x.shape, x.dtype)
         if len(x):
             self.denoiser._expect(self._space, self.denoiser.prediction, x, t, out)
+        return out
+
+    def vjp(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> Array:
+        return self.jvp(x, t, cotangent)  # the Jacobian is symmetric
+
+    def jvp(self, x: Array, t: int, tangent: Array, labels: Array = None) -> Array:
+        out = self._space("product", tangent.shape, x.dtype)
+        if out.size:
+            many = (-1, *x.shape)
+            self.denoiser._product(
+                self._space, self.denoiser.prediction, x, t, tangent.reshape(many), out.reshape(many)
+            )
         return out

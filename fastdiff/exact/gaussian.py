@@ -14,7 +14,11 @@ from fastdiff.covariance import check_covariance
 from fastdiff.errors import ArgumentError, check_array, check_float
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen
-from fastdiff.schedule import Schedule
+from fastdiff.exact.posterior import condition, impossible, linear_observations
+from fastdiff.observations import Given
+from fastdiff.schedule import Schedule, target
+
+EPS = float(np.finfo(np.float64).eps)
 
 
 class Gaussian(Exact):
@@ -38,7 +42,7 @@ class Gaussian(Exact):
         one of many dimensions and few directions.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -65,6 +69,7 @@ class Gaussian(Exact):
         law = check_covariance("cov", cov, self.d)
         self.cov = frozen(law.cov)
         self._data = Moments(self.mean.reshape(-1), np.sqrt(law.spectrum), law.basis)
+        self._floor = math.sqrt(self.d * EPS) * float(self._data.deviations.max())  # an eigenvalue's error, as a root
 
     @classmethod
     def low_rank(
@@ -105,6 +110,7 @@ class Gaussian(Exact):
         rest = math.sqrt(check_float("variance", variance, low=0))
         basis, deviations, _ = np.linalg.svd(columns, full_matrices=False)
         self._data = Moments(self.mean.reshape(-1), np.hypot(deviations, rest), basis, rest)
+        self._floor = self.d * EPS * float(self._data.deviations.max(initial=rest))
         return self
 
     def _begin(self, mean: npt.ArrayLike, schedule: Schedule, prediction: str) -> None:
@@ -121,12 +127,51 @@ class Gaussian(Exact):
     def cov(self) -> Float64:
         return frozen(self.data.cov)
 
+    def given(self, obs: Given) -> Gaussian | list[Gaussian]:
+        """The law of x0 when something of it has been observed, which is a Gaussian again.
+
+        Parameters
+        ----------
+        obs : fd.Known, fd.Linear, or a list of them
+            ``y = A x0 + noise z``; the noise may be 0, rows of A may depend on each other.
+
+        Returns
+        -------
+        Gaussian, or a list of N where `obs` holds N observations
+            With the schedule and prediction of this one, and `log_evidence`, the log density of y. Where nothing is
+            known it is this law. Values without noise that depend on each other, or are constant under this law, add
+            nothing: the density is that on the subspace where they can lie.
+
+        Raises
+        ------
+        ArgumentError
+            Observations of another shape, an `fd.Weight`, or values without noise that contradict each other or this
+            law by more than a millionth.
+        """
+        told = linear_observations(obs, self.shape, "a Gaussian")
+        found = {}
+        for group in told.groups():
+            laws, evidence, _ = condition(self.data, group, self._floor)
+            for i, law, log_density in zip(group.indices.tolist(), laws, evidence.tolist(), strict=True):
+                if log_density == -math.inf:
+                    raise impossible(told, i)
+                found[i] = self._with(law, log_density)
+        return found[0] if told.count is None else [found[i] for i in range(told.count)]
+
+    def _with(self, law: Moments, log_evidence: float = 0.0) -> Gaussian:
+        """The denoiser of data of another law, in all else like this one."""
+        other = Gaussian.__new__(Gaussian)
+        other._begin(law.mean.reshape(self.shape), self.schedule, self.prediction)
+        other._data, other.log_evidence = law, log_evidence
+        other._floor = self.d * EPS * float(self._data.deviations.max(initial=self._data.rest))
+        return other
+
     def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
         """The prediction at timestep t as an affine map, ``gain x + drift mean`` along each eigenvector.
 
         Parameters
         ----------
-        prediction : {"noise", "x0", "v"}
+        prediction : {"noise", "x0", "v", "velocity"}
             Which one.
         t : int
             Timestep.
@@ -143,7 +188,9 @@ class Gaussian(Exact):
             return sigma / variance, -sigma * alpha / variance
         if prediction == "x0":
             return alpha * spectrum / variance, sigma**2 / variance
-        return alpha * sigma * (1 - spectrum) / variance, -sigma / variance
+        if prediction == "velocity":
+            return (sigma - alpha * spectrum) / variance, -sigma * (alpha + sigma) / variance
+        return alpha * sigma * (1 - spectrum) / variance, -sigma * self.schedule.power[t] / variance
 
     def _expect(self, space: Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
         def make() -> RowMap:
@@ -151,6 +198,17 @@ class Gaussian(Exact):
             return self.data.scaling(gain, self.data.scaled(drift, self.data.mean))
 
         space.be.map_rows(x, out, self._kept((prediction, t), self.data.basis.size, make))
+
+    def _product(self, space: Workspace, prediction: str, x: Array, t: int, vectors: Array, out: Array) -> None:
+        rows = (-1, self.d)
+        space.be.map_rows(vectors.reshape(rows), out.reshape(rows), self._jacobian(prediction, t))
+
+    def _jacobian(self, prediction: str, t: int) -> RowMap:
+        def make() -> RowMap:
+            return self.data.scaling(self.affine(prediction, t)[0], np.zeros(self.d))
+
+        jacobian: RowMap = self._kept(("jacobian", prediction, t), self.data.basis.size, make)
+        return jacobian
 
     def _log_density(self, space: Workspace, x: Array, t: int, out: Array) -> None:
         average(space, [(1.0, self)], None, x, t, space("x0", x.shape, x.dtype), out)
@@ -176,7 +234,7 @@ class Gaussian(Exact):
         def make() -> RowMap:
             law, gain = self.moments(t), self.affine(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
-            centre = {"noise": 0.0, "x0": 1.0, "v": -float(self.schedule.noise[t])}[prediction] * self.data.mean
+            centre = float(target(prediction, *self._levels(t))[1]) * self.data.mean
             if law.basis.shape[1] < self.d:
                 return law.scaling(factors, centre)
             return RowMap(left=factors[:-1, None] * law.basis.T, offset=centre)

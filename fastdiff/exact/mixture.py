@@ -14,10 +14,10 @@ from fastdiff.backends import Array
 from fastdiff.errors import ArgumentError, check_array
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.gaussian import Gaussian, average
-from fastdiff.exact.moments import Moments, frozen
+from fastdiff.exact.moments import Moments, frozen, probabilities
+from fastdiff.exact.posterior import condition, impossible, linear_observations
+from fastdiff.observations import Given
 from fastdiff.schedule import Schedule
-
-WEIGHTS_SLACK = 1e-6  # by which the sum of given weights may miss 1
 
 
 class Mixture(Exact):
@@ -39,7 +39,7 @@ class Mixture(Exact):
         Their covariances, as of `Gaussian`.
     schedule : Schedule
         The noise levels.
-    prediction : {"noise", "x0", "v"}, optional
+    prediction : {"noise", "x0", "v", "velocity"}, optional
         What `predict` returns.
 
     Attributes
@@ -116,15 +116,52 @@ class Mixture(Exact):
     def _begin(self, weights: npt.ArrayLike, components: Sequence[Gaussian]) -> None:
         if not components:
             raise ArgumentError("components", "none", "at least one")
-        given = check_array("weights", weights, shape=(len(components),), dtype=np.float64)
-        if given.min() < 0:
-            raise ArgumentError("weights", f"{given.min():.3g}", "no negative weight")
-        if abs(given.sum() - 1) > WEIGHTS_SLACK:
-            raise ArgumentError("weights", f"a sum of {given.sum():.9g}", "a sum of 1")
+        checked = probabilities(weights, len(components))
         first = components[0]
         super().__init__(first.shape, first.schedule, first.prediction)
-        self.weights = frozen(given / given.sum())
+        self.weights = frozen(checked)
         self.components = tuple(components)
+
+    def given(self, obs: Given) -> Mixture | list[Mixture]:
+        """The law of x0 when something of it has been observed: a mixture again.
+
+        Its components are those of this one, each under the observations, weighted also by how likely it was to make
+        what was seen. Where some see fewer independent values without noise than others, only those remain that see
+        the fewest: beside theirs, the others' densities vanish.
+
+        Parameters
+        ----------
+        obs : fd.Known, fd.Linear, or a list of them
+            As of `Gaussian.given`.
+
+        Returns
+        -------
+        Mixture, or a list of N where `obs` holds N observations
+            With `log_evidence`; components that cannot have made what was seen are gone.
+
+        Raises
+        ------
+        ArgumentError
+            As of `Gaussian.given`, where no component can have made what was seen.
+        """
+        told = linear_observations(obs, self.shape, "a mixture of Gaussians")
+        found = {}
+        for group in told.groups():
+            weighted = self._weighted()
+            each = [condition(component.data, group, component._floor) for _, component in weighted]
+            for row, i in enumerate(group.indices.tolist()):
+                likely = np.array([one.log_evidence[row] for one in each])
+                ranks = np.array([one.rank for one in each])
+                if (likely == -math.inf).all():
+                    raise impossible(told, i)
+                kept = np.flatnonzero((likely > -math.inf) & (ranks == ranks[likely > -math.inf].min()))
+                logs = likely[kept] + np.log([weighted[k][0] for k in kept])
+                top = logs.max()
+                weights = np.exp(logs - top)
+                components = [weighted[k][1]._with(each[k].laws[row]) for k in kept]
+                found[i] = Mixture.of(weights / weights.sum(), components)
+                found[i].log_evidence = float(top + np.log(weights.sum()))
+        return found[0] if told.count is None else [found[i] for i in range(told.count)]
 
     @cached_property
     def data(self) -> Moments:
@@ -141,6 +178,28 @@ class Mixture(Exact):
 
     def _log_density(self, space: Workspace, x: Array, t: int, out: Array) -> None:
         average(space, self._weighted(), None, x, t, space("x0", x.shape, x.dtype), out)
+
+    def _product(self, space: Workspace, prediction: str, x: Array, t: int, vectors: Array, out: Array) -> None:
+        # The derivative of r_k is r_k (s_k - the mean of s), with the scores s_k = -noise_k / sigma.
+        be, sigma = space.be, float(self._levels(t)[1])
+        weighted = self._weighted()
+        logs, parts = be.empty((len(weighted), len(x)), x.dtype), be.empty(x.shape, x.dtype)
+        for k, (probability, component) in enumerate(weighted):
+            whitening, top = component._whitening(t)
+            be.map_rows(x, parts, whitening)
+            logs[k] = math.log(probability) + top - (parts * parts).sum(axis=1) / 2
+        shares = np.exp(logs - logs.max(axis=0))
+        shares /= shares.sum(axis=0)
+        mean = be.empty(x.shape, x.dtype)
+        self._expect(space, prediction, x, t, mean)
+        out[...] = 0
+        scaled = be.empty(vectors.shape, x.dtype)
+        for share, (_, component) in zip(shares, weighted, strict=True):
+            component._product(space, prediction, x, t, vectors, scaled)
+            component._expect(space, "noise", x, t, parts)
+            slope = share * (vectors * parts).sum(axis=-1) / -sigma
+            component._expect(space, prediction, x, t, parts)
+            out += share[:, None] * scaled + slope[..., None] * (parts - mean)
 
     def _weighted(self) -> list[tuple[float, Gaussian]]:
         return [(float(w), g) for w, g in zip(self.weights, self.components, strict=True) if w > 0]

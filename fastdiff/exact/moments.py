@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import RowMap
-from fastdiff.errors import ArgumentError
+from fastdiff.errors import ArgumentError, check_array
 
 Float64 = npt.NDArray[np.float64]
+
+WEIGHTS_SLACK = 1e-6  # by which the sum of given weights may miss 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +110,13 @@ class Moments:
         else:
             both = np.hstack([self.basis, other.basis])
             span = np.linalg.qr(both)[0] if both.shape[1] < d else np.eye(d)
-            here, there = self._root_in(span), other._root_in(span)
+            here, there = self.root_in(span), other.root_in(span)
             left, _, right = np.linalg.svd(there.T @ here)
             shape_gap, outside = here - there @ (left @ right), d - span.shape[1]
         rest_gap = math.sqrt(outside) * (self.rest - other.rest)
         return math.hypot(np.linalg.norm(self.mean - other.mean), np.linalg.norm(shape_gap), rest_gap)
 
-    def _root_in(self, span: Float64) -> Float64:
+    def root_in(self, span: Float64) -> Float64:
         """A square root of the covariance within the span (d, k) of orthonormal columns that contains `basis`."""
         inner = span.T @ self.basis
         if not self._is_thin:
@@ -126,3 +128,14 @@ class Moments:
 def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     array.setflags(write=False)
     return array
+
+
+def probabilities(weights: npt.ArrayLike, n: int) -> Float64:
+    """Return n checked weights, none of them negative, that sum to 1 to within `WEIGHTS_SLACK`, and then do."""
+    given = check_array("weights", weights, shape=(n,), dtype=np.float64)
+    if given.min() < 0:
+        raise ArgumentError("weights", f"{given.min():.3g}", "no negative weight")
+    if abs(given.sum() - 1) > WEIGHTS_SLACK:
+        raise ArgumentError("weights", f"a sum of {given.sum():.9g}", "a sum of 1")
+    result: Float64 = given / given.sum()
+    return result

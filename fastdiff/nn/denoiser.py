@@ -22,7 +22,7 @@ class NetworkDenoiser:
         The architecture.
     flat : array
         The weights in use.
-    prediction : {"noise", "x0", "v"}
+    prediction : {"noise", "x0", "v", "velocity"}
         What its output is.
     backend : Backend
         Where `predict` runs.
@@ -52,6 +52,14 @@ class NetworkDenoiser:
     def predict(self, x: Any, t: Any, labels: Any = None) -> Any:
         """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
         return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
+
+    def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None) -> Any:
+        """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`."""
+        return self.net.vjp(x, t, cotangent, labels, backend=self.backend, flat=self.flat)
+
+    def jvp(self, x: Any, t: Any, tangent: Any, labels: Any = None) -> Any:
+        """Return J times a tangent: see `Network.jvp`."""
+        return self.net.jvp(x, t, tangent, labels, backend=self.backend, flat=self.flat)
 
     def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Runner:
         """Return the network with these weights on a backend, always the same one."""

@@ -1,9 +1,9 @@
 """Layers of image networks: recorded once for a batch size, run many times in one arena.
 
-A network is written as calls of a `Program`. They compute nothing: each records an operation, forward and backward
-side by side, and returns the `Value` that it makes. `Program.plan` then places every array in the arena, from the
-operation that makes it to the last one that needs it, in the backward pass too; a run allocates nothing. The
-operations themselves, with their formulas, are those of `LayerBackend`.
+A network is written as calls of a `Program`. They compute nothing: each records an operation, with its backward pass
+and its tangent side by side, and returns the `Value` that it makes. `Program.plan` then places every array in the
+arena, from the operation that makes it to the last one that needs it, in the backward pass too; a run allocates
+nothing. The operations themselves, with their formulas, are those of `LayerBackend`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
 
 Record = Callable[[list[Array], Callable[[], None]], Recording]
+
+Purpose = Literal["output", "training", "vjp", "jvp"]
 
 NO_DRAW = Draw(0, Stream.DROPOUT)
 
@@ -43,16 +46,17 @@ class Value:
     Attributes
     ----------
     shape : tuple of int
-    trained : bool
-        Whether it depends on parameters, and so has a gradient.
+    varies : bool
+        Whether it depends on what derivatives are taken by, parameters or x, and so has a gradient, or a tangent.
     data, grad : array or None
-        Set when memory is placed, or at a run for parameters and what is given.
+        Set when memory is placed, or at a run for parameters and what is given. In a program for "jvp" the latter is
+        the tangent.
     forms : list of array
         Of weights: what a convolution takes for them, forward and backward.
     """
 
-    def __init__(self, shape: tuple[int, ...], trained: bool = True) -> None:
-        self.shape, self.trained = shape, trained
+    def __init__(self, shape: tuple[int, ...], varies: bool = True) -> None:
+        self.shape, self.varies = shape, varies
         self.data: Array = None
         self.grad: Array = None
         self.forms: list[Array] = []
@@ -74,7 +78,10 @@ class _Operation:
     forward : callable
         ``forward(be)`` fills `makes`, the first of which is the result.
     backward : callable or None
-        ``backward(be, add)`` fills the gradients of `fresh` and fills or, with `add`, adds to that of `source`.
+        ``backward(be, add)`` fills the gradients of `fresh` and fills or, with `add`, adds to that of `source`; None
+        where the result has no gradient.
+    tangent : callable or None
+        ``tangent(be)`` fills the tangent of the result, after `forward`.
     needs : tuple of Value
         Whose data the backward pass reads.
     through : Value or None
@@ -87,11 +94,13 @@ class _Operation:
     backward: Callable[[LayerBackend, bool], None] | None
     makes: tuple[Value, ...]
     reads: tuple[Value, ...]
+    tangent: Callable[[LayerBackend], None] | None = None
     needs: tuple[Value, ...] = ()
     source: Value | None = None
     fresh: tuple[Value, ...] = ()
     through: Value | None = None
     in_place: bool = False
+    again: list[tuple[Value, Value]] = field(default_factory=list, init=False)  # of `fresh`: gradients that there are
     add: bool = field(default=False, init=False)
     add_through: bool = field(default=False, init=False)
 
@@ -103,28 +112,37 @@ class Program:
     ----------
     n : int
         Number of images.
-    training : bool
-        Whether a backward pass follows; without it dropout is left out.
+    purpose : {"output", "training", "vjp", "jvp"}
+        What a run computes: the output; the gradient of a loss by the parameters; or a product of a vector with the
+        output's Jacobian by "x", transposed ("vjp", a backward pass without the gradients of parameters) or not ("jvp",
+        tangents beside the forward pass). Dropout is left out of all but "training".
 
     Attributes
     ----------
     size : int
         Values in the arena, once planned.
+    product : Value
+        Whose `grad` is the product with the Jacobian, in a planned program for "vjp" or "jvp".
     """
 
-    def __init__(self, n: int, training: bool) -> None:
-        self.n, self.training = n, training
+    product: Value
+
+    def __init__(self, n: int, purpose: Purpose) -> None:
+        self.n, self.purpose = n, purpose
+        self._by_input = purpose in ("vjp", "jvp")
         self.size = 0
         self._operations: list[_Operation] = []
         self._tensors: dict[str, Value] = {}
         self._given: dict[str, Value] = {}
         self._fixed: set[str] = set()
-        self._own: dict[str, Array] = {}  # copies of what a run is given
+        self._own: dict[tuple[str, tuple[int, ...]], Array] = {}  # copies of what a run is given
+        self._constants: dict[tuple[tuple[int, ...], float], Value] = {}
         self._convs: list[tuple[Conv, Value, Value, str]] = []
         self._prepared: Prepared | None = None
         self._forms: list[list[Array]] | None = None  # of the weights, where a run is given them
         self._target: Array = None
         self._loss: Array = None
+        self._terms: Array = None
         self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._resizes = False
         self._blocks: list[_Block] = []
@@ -138,15 +156,30 @@ class Program:
 
     def given(self, name: str, shape: tuple[int, ...], *, fixed: bool = False) -> Value:
         """Return an array that every run is given under a name; a `fixed` one is the same in all of them."""
-        self._given[name] = value = Value(shape, trained=False)
+        self._given[name] = value = Value(shape, self._by_input and name == "x")
         if fixed:
             self._fixed.add(name)
         return value
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
         """Return a tensor of the network."""
-        self._tensors[name] = value = Value(shape)
+        self._tensors[name] = value = Value(shape, not self._by_input)
         return value
+
+    def _result(self, shape: tuple[int, ...], *sources: Value) -> Value:
+        return Value(shape, any(source.varies for source in sources))
+
+    def _constant(self, shape: tuple[int, ...], number: float) -> Value:
+        """An array of one number, as data and as tangent."""
+        return self._constants.setdefault((shape, number), Value(shape, False))
+
+    def _tangent(self, value: Value) -> Value:
+        """The value, or one whose tangent is zero where it has none."""
+        return value if value.varies else self._constant(value.shape, 0.0)
+
+    def _spare(self, *shapes: tuple[int, ...]) -> tuple[Value, ...]:
+        """Room for the gradients of parameters, which a product with the Jacobian by x has no use for."""
+        return tuple(Value(shape) for shape in shapes) if self._by_input else ()
 
     def _record(self, operation: _Operation) -> Value:
         self._operations.append(operation)
@@ -165,28 +198,45 @@ class Program:
         """Record a convolution, or a linear layer; `shift` has one row an image."""
         w = self.parameter(f"{name}.weight", (*geometry.kernel, x.width, outputs))
         b = self.parameter(f"{name}.bias", (outputs,))
-        y = Value((self.n, *geometry.size(*x.shape[1:3]), outputs))
+        parts = tuple(value for value in (shift, residual) if value is not None)
+        y = self._result((self.n, *geometry.size(*x.shape[1:3]), outputs), x, w, b, *parts)
         self._convs.append((geometry, x, y, f"{name}.weight"))
+        dx, zero = (self._tangent(x), self._constant(b.shape, 0.0)) if self.purpose == "jvp" else (x, b)
 
         def forward(be: LayerBackend) -> None:
             added = residual and residual.data
             be.conv(geometry, x.data, w.forms[0], b.data, y.data, shift=_rows(shift), residual=added)
 
         def backward(be: LayerBackend, add: bool) -> None:
-            be.conv_backward(
-                geometry, y.grad, x.data, w.forms[1], x.grad, w.grad, b.grad, dshift=_rows(shift, "grad"), add=add
-            )
+            if x.varies or fresh or not self._by_input:
+                be.conv_backward(
+                    geometry, y.grad, x.data, w.forms[1], x.grad, w.grad, b.grad, dshift=_rows(shift, "grad"), add=add
+                )
 
-        parts = tuple(value for value in (shift, residual) if value is not None)
-        fresh = () if shift is None else (shift,)
-        return self._record(_Operation(forward, backward, (y,), (x, *parts), (x,), x, fresh, residual))
+        def tangent(be: LayerBackend) -> None:
+            added = residual and residual.grad
+            be.conv(geometry, dx.grad, w.forms[0], zero.data, y.grad, shift=_rows(shift, "grad"), residual=added)
+
+        fresh = () if shift is None or not shift.varies else (shift,)
+        through = residual if residual is not None and residual.varies else None
+        return self._record(
+            _Operation(
+                forward, backward if y.varies else None, (y,), (x, *parts), tangent,
+                () if self._by_input else (x,), x, fresh, through,
+            )
+        )  # fmt: skip
 
     def norm(
         self, name: str, x: Value, *, groups: int, eps: float, silu: bool, modulation: Value | None = None
     ) -> Value:
         """Record GroupNorm; `modulation` has one row (gain, shift) an image."""
         gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
-        y, stats = Value(x.shape), Value((self.n, groups, 2))
+        parts = () if modulation is None else (modulation,)
+        y, stats = self._result(x.shape, x, gamma, beta, *parts), Value((self.n, groups, 2))
+        spare, unused = self._spare(gamma.shape, beta.shape), () if x.varies else (Value(x.shape),)
+        dx, one, zero = x, gamma, beta
+        if self.purpose == "jvp":
+            dx, one, zero = self._tangent(x), self._constant(gamma.shape, 1.0), self._constant(beta.shape, 0.0)
 
         def forward(be: LayerBackend) -> None:
             be.norm(
@@ -195,49 +245,86 @@ class Program:
             )  # fmt: skip
 
         def backward(be: LayerBackend, add: bool) -> None:
+            (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
             be.norm_backward(
-                y.grad, x.data, gamma.data, beta.data, stats.data, x.grad, gamma.grad, beta.grad, groups=groups,
+                y.grad, x.data, gamma.data, beta.data, stats.data, to.grad, dgamma.grad, dbeta.grad, groups=groups,
                 silu=silu, modulation=_rows(modulation), dmodulation=_rows(modulation, "grad"), add=add,
             )  # fmt: skip
 
-        parts = () if modulation is None else (modulation,)
+        def tangent(be: LayerBackend) -> None:
+            """The Jacobian of the normalised values h is symmetric, so that it is their backward pass."""
+            be.norm_backward(
+                dx.grad, x.data, one.data, zero.data, stats.data, y.grad, spare[0].data, spare[1].data,
+                groups=groups, silu=False,
+            )  # fmt: skip
+            be.norm_tangent(
+                y.grad, x.data, gamma.data, beta.data, stats.data, y.grad, silu=silu,
+                modulation=_rows(modulation), modulation_tangent=_rows(modulation, "grad"),
+            )  # fmt: skip
+
+        fresh = tuple(value for value in (*spare, *unused, *parts) if value.varies)
         return self._record(
-            _Operation(forward, backward, (y, stats), (x, *parts), (x, stats, *parts), x, parts, in_place=True)
-        )
+            _Operation(
+                forward, backward if y.varies else None, (y, stats, *spare, *unused), (x, *parts), tangent,
+                (x, stats, *parts), x, fresh, in_place=True,
+            )
+        )  # fmt: skip
 
     def layer_norm(self, name: str, x: Value, *, eps: float) -> Value:
         """Record LayerNorm over the channels of every pixel."""
         gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
-        y, stats = Value(x.shape), Value((*x.shape[:-1], 2))
-        unused = () if x.trained else (Value(x.shape),)  # takes the gradient that nobody wants
+        y, stats = self._result(x.shape, x, gamma, beta), Value((*x.shape[:-1], 2))
+        unused = () if x.varies else (Value(x.shape),)  # takes the gradient that nobody wants
+        spare, one = self._spare(gamma.shape, beta.shape), gamma
+        if self.purpose == "jvp":
+            one = self._constant(gamma.shape, 1.0)
 
         def forward(be: LayerBackend) -> None:
             be.layer_norm(x.data, gamma.data, beta.data, y.data, stats.data, eps=eps)
 
         def backward(be: LayerBackend, add: bool) -> None:
-            (dx,) = (value.grad for value in unused or (x,))
-            be.layer_norm_backward(y.grad, x.data, gamma.data, stats.data, dx, gamma.grad, beta.grad, add=add)
+            (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
+            be.layer_norm_backward(
+                y.grad, x.data, gamma.data, stats.data, to.grad, dgamma.grad, dbeta.grad, add=add
+            )  # fmt: skip
+
+        def tangent(be: LayerBackend) -> None:
+            dgamma, dbeta = (value.data for value in spare)
+            be.layer_norm_backward(x.grad, x.data, one.data, stats.data, y.grad, dgamma, dbeta)
+            be.norm_tangent(y.grad, x.data, gamma.data, beta.data, None, y.grad, silu=False)
 
         return self._record(
-            _Operation(forward, backward, (y, stats, *unused), (x,), (x, stats), x, unused, in_place=True)
-        )
+            _Operation(
+                forward, backward if y.varies else None, (y, stats, *spare, *unused), (x,), tangent, (x, stats), x,
+                (*spare, *unused), in_place=True,
+            )
+        )  # fmt: skip
 
     def offset(self, name: str, x: Value) -> Value:
         """Record x plus a tensor of one image's shape, the same for all: a learned embedding of positions."""
-        p, y = self.parameter(f"{name}.weight", x.shape[1:]), Value(x.shape)
+        p = self.parameter(f"{name}.weight", x.shape[1:])
+        y = self._result(x.shape, x, p)
+        zero = self._constant(p.shape, 0.0) if self.purpose == "jvp" else p
 
         def forward(be: LayerBackend) -> None:
             be.offset(x.data, p.data, y.data)
 
         def backward(be: LayerBackend, add: bool) -> None:
-            be.offset_backward(y.grad, p.grad)
+            if p.varies:
+                be.offset_backward(y.grad, p.grad)
 
-        return self._record(_Operation(forward, backward, (y,), (x,), through=x if x.trained else None))
+        def tangent(be: LayerBackend) -> None:
+            be.offset(x.grad, zero.data, y.grad)
+
+        through = x if x.varies else None
+        return self._record(
+            _Operation(forward, backward if y.varies else None, (y,), (x,), tangent, through=through)
+        )  # fmt: skip
 
     def attention(self, qkv: Value, heads: int) -> Value:
         """Record self-attention over the pixels of an image."""
         n, height, width, channels = qkv.shape
-        y = Value((n, height, width, channels // 3))
+        y = self._result((n, height, width, channels // 3), qkv)
         log_sums = Value((n, heads, height * width))
 
         def pixels(array: Array) -> Array:
@@ -250,24 +337,31 @@ class Program:
             dy, dqkv = pixels(y.grad), pixels(qkv.grad)
             be.attention_backward(dy, pixels(qkv.data), pixels(y.data), log_sums.data, dqkv, heads=heads)
 
+        def tangent(be: LayerBackend) -> None:
+            dqkv, dy = pixels(qkv.grad), pixels(y.grad)
+            be.attention_tangent(dqkv, pixels(qkv.data), pixels(y.data), log_sums.data, dy, heads=heads)
+
         return self._record(
-            _Operation(forward, backward, (y, log_sums), (qkv,), (qkv, y, log_sums), fresh=(qkv,))
+            _Operation(
+                forward, backward if y.varies else None, (y, log_sums), (qkv,), tangent, (qkv, y, log_sums),
+                fresh=(qkv,) if y.varies else (),
+            )
         )  # fmt: skip
 
     def silu(self, x: Value) -> Value:
         """Record SiLU."""
-        y = Value(x.shape)
+        y = self._result(x.shape, x)
         return self._record(
             _Operation(
                 lambda be: be.silu(x.data, y.data),
-                lambda be, add: be.silu_backward(y.grad, x.data, x.grad, add=add),
-                (y,), (x,), (x,), x,
+                (lambda be, add: be.silu_backward(y.grad, x.data, x.grad, add=add)) if y.varies else None,
+                (y,), (x,), lambda be: be.silu_backward(x.grad, x.data, y.grad), (x,), x,
             )
         )  # fmt: skip
 
     def gelu(self, x: Value) -> Value:
         """Record GELU, in its tanh form."""
-        y = Value(x.shape, x.trained)
+        y = self._result(x.shape, x)
 
         def forward(be: LayerBackend) -> None:
             be.gelu(x.data, y.data)
@@ -275,26 +369,33 @@ class Program:
         def backward(be: LayerBackend, add: bool) -> None:
             be.gelu_backward(y.grad, x.data, x.grad, add=add)
 
-        return self._record(_Operation(forward, backward if x.trained else None, (y,), (x,), (x,), x))
+        def tangent(be: LayerBackend) -> None:
+            be.gelu_backward(x.grad, x.data, y.grad)
+
+        return self._record(_Operation(forward, backward if y.varies else None, (y,), (x,), tangent, (x,), x))
 
     def concatenate(self, a: Value, b: Value) -> Value:
-        """Record the channels of a, then those of b; whatever else uses them has been recorded before."""
-        y = Value((*a.shape[:-1], a.width + b.width))
+        """Record the channels of a, then those of b."""
+        y = self._result((*a.shape[:-1], a.width + b.width), a, b)
+        to = [part if part.varies else Value(part.shape) for part in (a, b)]  # a gradient that nobody wants goes apart
+        unused = tuple(value for value in to if value not in (a, b)) if y.varies else ()
+        da, db = (self._tangent(part) for part in (a, b)) if self.purpose == "jvp" else (a, b)
         return self._record(
             _Operation(
                 lambda be: be.concatenate(a.data, b.data, y.data),
-                lambda be, add: be.split(y.grad, a.grad, b.grad),
-                (y,), (a, b), fresh=(a, b),
+                (lambda be, add: be.split(y.grad, to[0].grad, to[1].grad)) if y.varies else None,
+                (y, *unused), (a, b), lambda be: be.concatenate(da.grad, db.grad, y.grad),
+                fresh=tuple(to) if y.varies else (),
             )
         )  # fmt: skip
 
     def take(self, table: Value, index: Value) -> Value:
         """Record the rows of a table that an image's index names, as (n, 1, 1, width)."""
-        y = Value((self.n, 1, 1, table.width), table.trained)
+        y = self._result((self.n, 1, 1, table.width), table)
         return self._record(
             _Operation(
                 lambda be: be.take(table.data, index.data, _rows(y)),
-                (lambda be, add: be.take_backward(_rows(y, "grad"), index.data, table.grad)) if table.trained else None,
+                (lambda be, add: be.take_backward(_rows(y, "grad"), index.data, table.grad)) if table.varies else None,
                 (y,), (table, index),
             )
         )  # fmt: skip
@@ -303,15 +404,15 @@ class Program:
         """Record dropout, in a training program with a rate; its rows of the noise law are positions in the batch."""
         first, values = self._dropped, math.prod(x.shape[1:])
         self._dropped += -(-values // 4)
-        if not self.training or rate == 0:
+        if self.purpose != "training" or rate == 0:
             return x
         self._repeats = False
-        y = Value(x.shape)
+        y = self._result(x.shape, x)
         return self._record(
             _Operation(
                 lambda be: be.dropout(x.data, y.data, rate, first, self._draw),
-                lambda be, add: be.dropout(y.grad, x.grad, rate, first, self._draw),
-                (y,), (x,), fresh=(x,),
+                (lambda be, add: be.dropout(y.grad, x.grad, rate, first, self._draw)) if y.varies else None,
+                (y,), (x,), fresh=(x,) if y.varies else (),
             )
         )  # fmt: skip
 
@@ -320,20 +421,20 @@ class Program:
         if x.shape[1:3] == (height, width):
             return x
         self._resizes = True
-        y = Value((self.n, height, width, x.width), x.trained)
+        y = self._result((self.n, height, width, x.width), x)
         return self._record(
             _Operation(
                 lambda be: be.resize(x.data, y.data),
-                (lambda be, add: be.resize(y.grad, x.grad)) if x.trained else None,
-                (y,), (x,), fresh=(x,) if x.trained else (),
+                (lambda be, add: be.resize(y.grad, x.grad)) if y.varies else None,
+                (y,), (x,), lambda be: be.resize(x.grad, y.grad), fresh=(x,) if y.varies else (),
             )
         )  # fmt: skip
 
     def own(self, be: LayerBackend, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Return the program's own array of a name, always in the same place: where a run finds it, it copies none."""
-        if name not in self._own:
-            self._own[name] = be.empty(shape, dtype)
-        return self._own[name]
+        if (name, shape) not in self._own:
+            self._own[name, shape] = be.empty(shape, dtype)
+        return self._own[name, shape]
 
     def _copy(self, be: LayerBackend, name: str, array: Array) -> Array:
         own = self.own(be, name, array.shape, array.dtype)
@@ -346,20 +447,33 @@ class Program:
 
         Operation i of F runs forward at time i and backward at time 2 F - i; at time F the caller has the result, and
         fills its gradient. The gradient of a value is filled by the last operation that uses it and added to by those
-        before, so it lives from the former's backward pass to that of the value's own operation.
+        before, so it lives from the former's backward pass to that of the value's own operation. A tangent lives as
+        long as its value.
         """
         end = len(self._operations)
         for time, operation in enumerate(self._operations):
             for value in operation.makes:
                 value.block = self._block(value.shape, time)
+            if self.purpose == "jvp" and operation.makes[0].varies:
+                operation.makes[0].grad_block = self._block(operation.makes[0].shape, time)
             _use(operation.reads, time)
         self.output = self._operations[-1].makes[0]
         _use((self.output,), end)
-        if self.training:
-            self.output.grad_block = self._block(self.output.shape, end)
+        for made, *_ in (operation.makes for operation in self._operations):
+            if made.grad_block is not None and made.block is not None:  # a tangent
+                made.grad_block.stop = made.block.stop
+        if self._by_input:
+            self.product = self._given["x"] if self.purpose == "vjp" else self.output
+            if not self.output.varies:
+                self.product = self._constant(self.product.shape, 0.0)
+        if self.purpose in ("training", "vjp") and self.output.varies:
+            # The cotangent is there before the forward pass; the gradient of a loss comes after it.
+            self.output.grad_block = self._block(self.output.shape, 0 if self.purpose == "vjp" else end)
             for time, operation in enumerate(reversed(self._operations), end + 1):
                 if operation.backward is not None:
                     self._plan_backward(operation, time)
+        if self.purpose == "vjp" and self.product.grad_block is not None:
+            self.product.grad_block.stop = 2 * end + 1
         self.size = _arrange(self._blocks)
 
     def _plan_backward(self, operation: _Operation, time: int) -> None:
@@ -368,10 +482,14 @@ class Program:
         block.stop = time
         _use(operation.needs, time)
         for value in operation.fresh:
-            assert value.grad_block is None
-            value.grad_block = self._block(value.shape, time)
+            to = value
+            if value.grad_block is not None:  # the gradient goes apart, and is added
+                value.grad_block.stop = time
+                to = Value(value.shape)
+                operation.again.append((value, to))
+            to.grad_block = self._block(value.shape, time)
         source, through = operation.source, operation.through
-        if source is not None and source.trained:
+        if source is not None and source.varies:
             operation.add = source.grad_block is not None
             if source.grad_block is None:
                 source.grad_block = block if operation.in_place else self._block(source.shape, time)
@@ -388,7 +506,9 @@ class Program:
 
     def lay(self, arena: Array) -> None:
         """Give every value its part of a flat buffer of `size` values."""
-        for value in itertools.chain.from_iterable(operation.makes for operation in self._operations):
+        made = itertools.chain.from_iterable(operation.makes for operation in self._operations)
+        apart = (to for operation in self._operations for _, to in operation.again)
+        for value in itertools.chain(made, self._given.values(), apart):
             for name, block in (("data", value.block), ("grad", value.grad_block)):
                 if block is not None:
                     part = arena[block.offset : block.offset + math.prod(value.shape)]
@@ -409,19 +529,24 @@ class Program:
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
         target: Array | None = None,
+        terms: Array | None = None,
         *,
+        vector: Array | None = None,
         forms: list[list[Array]] | None = None,
         record: Record | None = None,
         draw: Draw = NO_DRAW,
     ) -> Array:
-        """Return the result, which stays valid until the next run in the arena.
+        """Return the result, or its product with `vector`, which stays valid until the next run in the arena.
 
         Parameters
         ----------
         be : LayerBackend
         params, given : mapping of str to array
-        grads, target : optional
-            Fill the former with the gradients of the mean squared error, and return that, as an array of one value.
+        grads, target, terms : optional
+            Fill the first with the gradients of the mean squared error, or of what the terms make of it
+            (`LayerBackend.squared_error`), and return that, as an array of one value.
+        vector : array, optional
+            The cotangent, like the output, of a program for "vjp", or the tangent, like "x", of one for "jvp".
         forms : list of list of array, optional
             The weights as they were prepared; by default this is done in the run.
         record : callable, optional
@@ -437,16 +562,31 @@ class Program:
             value.data, value.grad = params[name], None if grads is None else grads[name]
         if target is not None:
             self._target, self._loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
+        self._terms = None if terms is None else self._copy(be, "terms", terms)
+        for (shape, number), value in self._constants.items():
+            if value.data is None:
+                value.data = value.grad = be.empty(shape, next(iter(params.values())).dtype)
+                value.data.fill(number)
+        if vector is not None and self.output.varies:
+            if self.purpose == "jvp":
+                self._given["x"].grad = self._copy(be, "tangent", vector)
+            else:
+                self.output.grad[...] = vector
         body = partial(self._work, be, grads is not None)
         if record is not None and self._repeats and (be.repeats_resize or not self._resizes):
             tensor = next(iter(self._tensors.values()))  # the others lie as far from it as ever
-            record([tensor.data, tensor.grad, *(given[name] for name in sorted(self._fixed))], body).run()
+            places = [tensor.data, tensor.grad, self._terms, *(given[name] for name in sorted(self._fixed))]
+            record(places, body).run()
         else:
             body()
-        for value in (*self._given.values(), *self._tensors.values()):
-            value.data = value.grad = None  # they are the caller's
+        for value in self._given.values():
+            value.data = None  # they are the caller's
+        for value in self._tensors.values():
+            value.data = value.grad = None
             value.forms = []
         self._forms = None
+        if vector is not None:
+            return self.product.grad
         return self.output.data if grads is None else self._loss
 
     def _work(self, be: LayerBackend, backward: bool) -> None:
@@ -454,18 +594,26 @@ class Program:
         forms = self._forms
         if forms is None:
             if self._prepared is None:
-                self._prepared = self.prepare(be, backward=backward)
+                self._prepared = self.prepare(be, backward=backward or self.purpose == "vjp")
             forms = self._prepared.run([self._tensors[name].data for *_, name in self._convs])
         for (*_, name), pair in zip(self._convs, forms, strict=True):
             self._tensors[name].forms = pair
         for operation in self._operations:
             operation.forward(be)
-        if not backward:
+            if self.purpose == "jvp" and operation.tangent is not None and operation.makes[0].varies:
+                operation.tangent(be)
+        if backward:
+            be.squared_error(self.output.data, self._target, self.output.grad, self._loss, self._terms)
+        elif self.purpose != "vjp":
             return
-        be.squared_error(self.output.data, self._target, self.output.grad, self._loss)
         for operation in reversed(self._operations):
             if operation.backward is not None:
+                for value, to in operation.again:
+                    value.grad, to.grad = to.grad, value.grad
                 operation.backward(be, operation.add)
+                for value, to in operation.again:
+                    value.grad, to.grad = to.grad, value.grad
+                    be.add(value.grad, to.grad, value.grad)
             if operation.add_through and operation.through is not None:
                 be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
 

@@ -245,6 +245,12 @@ class MLPRunner(Runner):
         steps[...] = t
         return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out)
 
+    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
+        self.be.mlp_vjp(self.net.plan, self.weights, x, t, dy, dx)
+
+    def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array = None) -> None:
+        self.be.mlp_jvp(self.net.plan, self.weights, x, t, dx, dy)
+
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:

@@ -92,7 +92,7 @@ class Network(ABC):
         Names, shapes and places of the tensors in `flat`.
     flat : (layout.size,) array
         All parameters in one buffer.
-    prediction : {"noise", "x0", "v"} or None
+    prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where that is known.
     """
 
@@ -236,7 +236,44 @@ class Network(ABC):
         BackendError
             The backend does not run such networks.
         """
-        be = backend_for(backend, x=x, t=t, labels=labels, flat=flat)
+        return self._call("fill", x, t, labels, backend, flat)
+
+    def vjp(
+        self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None
+    ) -> Any:
+        """Return J^T times a cotangent, J being the Jacobian of the output by x.
+
+        Parameters
+        ----------
+        x, t, labels, backend, flat
+            As for `predict`.
+        cotangent : array like the output, or k of them
+            (n, ...) or (k, n, ...).
+
+        Returns
+        -------
+        (n, *shape) or (k, n, *shape) array
+            The gradient of <output, cotangent> by x, exact up to rounding.
+
+        Raises
+        ------
+        ArgumentError, BackendError
+            As of `predict`.
+        """
+        return self._call("fill_vjp", x, t, labels, backend, flat, ("cotangent", cotangent))
+
+    def jvp(
+        self, x: Any, t: Any, tangent: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None
+    ) -> Any:
+        """Return J times a tangent (n, *shape) or (k, n, *shape): the derivative of the output along it; see `vjp`."""
+        return self._call("fill_jvp", x, t, labels, backend, flat, ("tangent", tangent))
+
+    def _call(
+        self, name: str, x: Any, t: Any, labels: Any, backend: Any, flat: Any, given: tuple[str, Any] | None = None
+    ) -> Any:
+        """Check arguments, and let a runner's method of this name fill the result."""
+        vectors = {} if given is None else {given[0]: given[1]}
+        be = backend_for(backend, x=x, t=t, labels=labels, flat=flat, **vectors)
         self.check_backend(be)
         on_device = is_on_device(x)
         x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
@@ -250,10 +287,21 @@ class Network(ABC):
             labels = be.asarray(check_indices("labels", labels, self.classes, n), np.int64)
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
-        y = be.empty((n, *self.image[:2], self.outputs), self.dtype)
-        self.runner(be, weights).fill(y, x, steps, labels)
-        y = y if len(self.shape) == 3 or self.outputs > 1 else y.reshape(x.shape)
-        return y if on_device else be.to_numpy(y)
+        image = (*self.image[:2], self.outputs)
+        of_output = self.shape if len(self.shape) == 1 and self.outputs == 1 else image
+        if given is None:
+            result = be.empty((n, *image), self.dtype)
+            self.runner(be, weights).fill(result, x, steps, labels)
+            result = result.reshape(n, *of_output)
+        else:
+            like, made = (of_output, self.shape) if name == "fill_vjp" else (self.shape, of_output)
+            vector, shape = check_array(*given, dtype=self.dtype), (n, *like)
+            several = vector.shape[:1] if vector.ndim == len(shape) + 1 else ()
+            if vector.shape != (*several, *shape):
+                raise ArgumentError(given[0], f"shape {vector.shape}", f"shape {shape}, or several of them")
+            result = be.empty((*several, n, *made), self.dtype)
+            getattr(self.runner(be, weights), name)(result, x, steps, be.asarray(vector, self.dtype), labels)
+        return result if on_device else be.to_numpy(result)
 
     def check_backend(self, be: Backend) -> None:
         """Refuse a backend that cannot compute in the network's dtype."""
@@ -307,7 +355,7 @@ class ProgramNetwork(Network):
 
     def build(self, draw: bool) -> None:
         """Find out by `record` which tensors there are, and have them."""
-        probe = Program(1, training=False)
+        probe = Program(1, "output")
         self.record(probe)
         probe.plan()
         self.chunk = max(1, CHUNK_VALUES // probe.size)

@@ -23,7 +23,7 @@ from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraw
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
 from fastdiff.denoiser import Evaluator
 from fastdiff.errors import BackendError
-from fastdiff.nn.layers import NO_DRAW, Program
+from fastdiff.nn.layers import NO_DRAW, Program, Purpose
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
 
@@ -51,10 +51,36 @@ class Runner(Evaluator):
     def __init__(self, net: Network, be: Backend, weights: Array) -> None:
         net.check_backend(be)
         self.net, self.be, self.weights = net, be, weights
+        self._products: dict[str, tuple[Array, Array]] = {}  # the last results, and timesteps
 
     @abstractmethod
     def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
         """Fill y (n, H, W, outputs) with the output for x (n, ...) at t (n,) int64."""
+
+    @abstractmethod
+    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
+        """Fill dx (..., n, D) with J^T dy for dy (..., n, outputs), J being the Jacobian of the output at x (n, D)."""
+
+    @abstractmethod
+    def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array = None) -> None:
+        """Fill dy (..., n, outputs) with J dx for dx (..., n, D), J being the Jacobian of the output at x (n, D)."""
+
+    def vjp(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> Array:
+        return self._product("vjp", self.fill_vjp, x, t, cotangent, labels)
+
+    def jvp(self, x: Array, t: int, tangent: Array, labels: Array = None) -> Array:
+        return self._product("jvp", self.fill_jvp, x, t, tangent, labels)
+
+    def _product(self, kind: str, fill: Callable[..., None], x: Array, t: int, vector: Array, labels: Array) -> Array:
+        """A product in an array that the next one of its kind and size fills anew."""
+        net, be = self.net, self.be
+        kept = self._products.get(kind)
+        if kept is None or kept[0].shape != vector.shape:
+            kept = self._products[kind] = be.empty(vector.shape, net.dtype), be.empty((len(x),), np.int64)
+        out, steps = kept
+        steps.fill(t)
+        fill(out, be.asarray(x, net.dtype), steps, be.asarray(vector, net.dtype), labels)
+        return be.asarray(out, x.dtype)
 
     @abstractmethod
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
@@ -107,17 +133,17 @@ class Memory:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.spaces: dict[int, tuple[Array, dict[tuple[int, bool], Laid]]] = {}
+        self.spaces: dict[int, tuple[Array, dict[tuple[int, Purpose], Laid]]] = {}
         self._constants: dict[tuple[int, str], Array] = {}
 
-    def laid(self, net: ProgramNetwork, be: LayerBackend, n: int, training: bool) -> Laid:
+    def laid(self, net: ProgramNetwork, be: LayerBackend, n: int, purpose: Purpose) -> Laid:
         """Return the program for n samples, recorded where there is none; hold the lock until it has run."""
         queue = be.queue()
         arena, programs = self.spaces.get(queue, (None, {}))
-        laid = programs.get((n, training))
+        laid = programs.get((n, purpose))
         if laid is not None:
             return laid
-        program = Program(n, training)
+        program = Program(n, purpose)
         net.record(program)
         program.plan()
         if arena is None or len(arena) < program.size:
@@ -128,7 +154,7 @@ class Memory:
         elif len(programs) == MAX_PROGRAMS:
             programs.pop(next(iter(programs)))
         program.lay(arena)
-        laid = programs[n, training] = Laid(program, Recordings())
+        laid = programs[n, purpose] = Laid(program, Recordings())
         self.spaces[queue] = arena, programs
         return laid
 
@@ -182,8 +208,8 @@ class ProgramRunner(Runner):
         self._forms: dict[int, list[list[Array]]] = {}  # of the weights, for each queue
         self._steps = Recordings()
 
-    def _laid(self, n: int, training: bool) -> Laid:
-        return self.memory.laid(self.net, self.be, n, training)
+    def _laid(self, n: int, purpose: Purpose) -> Laid:
+        return self.memory.laid(self.net, self.be, n, purpose)
 
     def _given(self, given: Mapping[str, Array]) -> dict[str, Array]:
         return {**given, **self.memory.constants(self.net, self.be)}
@@ -196,7 +222,7 @@ class ProgramRunner(Runner):
             part = slice(start, start + self.net.chunk)
             with self.memory.lock:
                 some = self._given({name: array[part] for name, array in given.items()})
-                y[part] = self._laid(len(some["x"]), False).run(self.be, self.params, some)
+                y[part] = self._laid(len(some["x"]), "output").run(self.be, self.params, some)
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         n, dtype = len(x), self.net.dtype
@@ -207,6 +233,29 @@ class ProgramRunner(Runner):
         steps.fill(t)
         self.fill(y, self.be.asarray(x, dtype), steps, labels)
         return self.be.asarray(y, x.dtype).reshape(x.shape)
+
+    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
+        self._fill_product("vjp", dx, x, t, dy, labels)
+
+    def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array = None) -> None:
+        self._fill_product("jvp", dy, x, t, dx, labels)
+
+    def _fill_product(
+        self, purpose: Purpose, out: Array, x: Array, t: Array, vector: Array, labels: Array = None
+    ) -> None:
+        net, n = self.net, len(x)
+        if vector.size == 0:
+            return
+        of_output, of_input = (*net.image[:2], net.outputs), net.image
+        given, made = (of_output, of_input) if purpose == "vjp" else (of_input, of_output)
+        named = {"x": x.reshape(n, *of_input), "t": t} | ({} if labels is None else {"labels": labels})
+        for result, factor in zip(out.reshape(-1, n, *made), vector.reshape(-1, n, *given), strict=True):
+            for start in range(0, n, net.chunk):
+                part = slice(start, start + net.chunk)
+                with self.memory.lock:
+                    some = self._given({name: array[part] for name, array in named.items()})
+                    laid = self._laid(len(some["x"]), purpose)
+                    result[part] = laid.run(self.be, self.params, some, vector=factor[part])
 
     # ------------------------------------------------------------------------------------------- sampling
 
@@ -239,7 +288,7 @@ class ProgramRunner(Runner):
         draw: Draw,
     ) -> None:
         be, n = self.be, len(x)
-        laid = self._laid(n, False)
+        laid = self._laid(n, "output")
         program = laid.program
         own = program.own(be, "x", (n, *self.net.image), self.net.dtype)
         own[...] = be.asarray(x, self.net.dtype).reshape(own.shape)
@@ -261,7 +310,7 @@ class ProgramRunner(Runner):
 
     # ------------------------------------------------------------------------------------------- training
 
-    def batch(self, n: int, *, labels: bool) -> Batch:
+    def batch(self, n: int, *, labels: bool, columns: int = 0) -> Batch:
         """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
 
         Parameters
@@ -270,6 +319,8 @@ class ProgramRunner(Runner):
             Number of samples.
         labels : bool
             Whether there are labels.
+        columns : int, optional
+            Of the terms; 0: there are none.
 
         Returns
         -------
@@ -278,16 +329,21 @@ class ProgramRunner(Runner):
         """
         be, net = self.be, self.net
         with self.memory.lock:
-            program = self._laid(n, True).program
+            program = self._laid(n, "training").program
             return Batch(
                 program.own(be, "x", (n, *net.image), net.dtype),
                 program.own(be, "t", (n,), np.int64),
-                program.own(be, "target", (n, *net.image[:2], net.outputs), net.dtype),
+                program.own(be, "target", self._target_shape(n, columns), net.dtype),
                 program.own(be, "labels", (n,), np.int64) if labels else None,
+                program.own(be, "terms", (n, columns), net.dtype) if columns else None,
             )
 
+    def _target_shape(self, n: int, columns: int) -> tuple[int, ...]:
+        """Of a loss with more than one column half of the outputs have a target."""
+        return n, *self.net.image[:2], self.net.outputs // (2 if columns > 1 else 1)
+
     def gradient(self, batch: Batch, grads: Array, draw: Draw = NO_DRAW) -> Array:
-        """Fill `grads` with the gradient of the mean squared error, and return that as an array of one value.
+        """Fill `grads` with the gradient of the loss, and return that as an array of one value.
 
         The padding between the tensors of `grads` must be zero, and stays so. Memory is reused from step to step.
 
@@ -305,20 +361,26 @@ class ProgramRunner(Runner):
         """
         n, image = len(batch.x), self.net.image
         given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t, "labels": batch.labels}
-        target = _shaped(batch.target, (n, *image[:2], self.net.outputs))
+        terms = batch.terms
+        target = _shaped(batch.target, self._target_shape(n, 0 if terms is None else terms.shape[1]))
         with self.memory.lock:
             views = self.net.layout.views(grads)
-            return self._laid(n, True).run(self.be, self.params, self._given(given), views, target, draw=draw)
+            laid = self._laid(n, "training")
+            return laid.run(self.be, self.params, self._given(given), views, target, terms, draw=draw)
 
     def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
         """Do `gradient` for n positions of a training batch, from `first` on."""
-        batch = self.batch(n, labels=draws.labels is not None)
+        columns = 0 if draws.terms is None else draws.terms.shape[1]
+        batch = self.batch(n, labels=draws.labels is not None, columns=columns)
         self.be.draw_batch(draws, batch, step, first)
+        if columns:
+            self.be.take(draws.terms, batch.t, batch.terms)
         return self.gradient(batch, grads, Draw(draws.seed, Stream.DROPOUT, step, first))
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
-        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels)
+        terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
+        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels, terms=terms)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)
         return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)
@@ -337,7 +399,7 @@ class _Output:
 
     def __call__(self) -> Array:
         n = len(self.given["x"])
-        laid = self.memory.laid(self.net, self.be, n, False)
+        laid = self.memory.laid(self.net, self.be, n, "output")
         return laid.run(self.be, self.params, self.given, forms=self.forms).reshape(n, -1)
 
 
@@ -359,7 +421,7 @@ class _Whole:
     def run(self, step: int, options: AdamW) -> None:
         memory = self.runner.memory
         with memory.lock:
-            program = memory.laid(self.runner.net, self.runner.be, self.batch, True).program
+            program = memory.laid(self.runner.net, self.runner.be, self.batch, "training").program
             if self._recorded is None or self._of() is not program:  # in an arena that is gone
                 self._of, self._recorded = weakref.ref(program), self._record()
             self._recorded.run(step, options)

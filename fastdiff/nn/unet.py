@@ -89,7 +89,7 @@ class UNet(ProgramNetwork):
         (1, 1, in, out), and queries, keys and values are one layer, ``to_qkv``.
     shape : tuple of int
         Shape of one image.
-    prediction : {"noise", "x0", "v"} or None
+    prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where a file that the network came from said so.
     """
 

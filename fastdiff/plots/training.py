@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def schedule_factors(schedule: Schedule) -> Figure:
     """Draw what one jump to timestep t keeps of the signal, and what it adds of noise.
 
-    ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z``: the two factors against t.
+    ``x_t = signal_t x_0 + noise_t z``: the two factors against t.
 
     Parameters
     ----------
@@ -33,8 +33,10 @@ def schedule_factors(schedule: Schedule) -> Figure:
     with one_axes(6.4, 3.6) as (figure, axes):
         t = np.arange(len(signal))
         mark = "o" if len(t) < 12 else None
-        axes.plot(t, signal, color=BLUE, marker=mark, markersize=3.5, label=r"signal $\sqrt{\bar\alpha_t}$")
-        axes.plot(t, noise, color=ORANGE, marker=mark, markersize=3.5, label=r"noise $\sqrt{1-\bar\alpha_t}$")
+        preserving = np.allclose(signal**2 + noise**2, 1)
+        formulas = (r" $\sqrt{\bar\alpha_t}$", r" $\sqrt{1-\bar\alpha_t}$") if preserving else ("", "")
+        axes.plot(t, signal, color=BLUE, marker=mark, markersize=3.5, label="signal" + formulas[0])
+        axes.plot(t, noise, color=ORANGE, marker=mark, markersize=3.5, label="noise" + formulas[1])
         axes.set(title="How much signal, how much noise", xlabel="timestep t", ylabel="factor")
         axes.set_ylim(-0.02, 1.04)
         whole_numbers(axes)

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from fastdiff.errors import check_choice
 from fastdiff.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, unipc
 from fastdiff.samplers.singlestep import ddim, ddpm, dpm2, dpmpp_2s, euler, euler_ancestral, heun
-from fastdiff.samplers.table import PREDICTIONS, Clip, Sampler, check_schedule
-from fastdiff.schedule import Schedule
+from fastdiff.samplers.table import Clip, Sampler, check_schedule
+from fastdiff.schedule import PREDICTIONS, Schedule
 
 __all__ = [
     "PREDICTIONS",

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from fastdiff.backends import Row
 from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int
-from fastdiff.samplers.table import PRESERVING, Clip, Sampler, check_schedule
-from fastdiff.schedule import END_LIMIT, Array, Schedule
+from fastdiff.samplers.table import Clip, Sampler, check_schedule
+from fastdiff.schedule import END_LIMIT, Array, Schedule, power
 
 FINALS = ("zero", "sigma_min")
 SERIES_BELOW, SERIES_TERMS = 1.0, 20  # of H: 1 / 20! is below rounding
@@ -36,8 +36,6 @@ class Levels(NamedTuple):
         alpha, sigma, alpha', sigma'.
     half_log_snr, growth : (n,) float64
         lambda = log(alpha / sigma), and how much it grows to the next level: infinite where that has no noise.
-    preserving : bool
-        Whether alpha^2 + sigma^2 = 1 at every timestep.
     """
 
     t: npt.NDArray[np.int64]
@@ -47,7 +45,6 @@ class Levels(NamedTuple):
     noise_next: Array
     half_log_snr: Array
     growth: Array
-    preserving: bool
 
     @property
     def ratio(self) -> Array:
@@ -65,10 +62,11 @@ def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
     check_schedule(schedule)
     check_choice("final", final, FINALS)
     t = schedule.timesteps(steps, spacing=spacing)
-    start = schedule.alphas_bar[t[0]]
+    start = max(schedule.alphas_bar[t[0]], 1 - schedule.noise[t[0]] ** 2)
     if start > END_LIMIT >= schedule.alphas_bar[-1]:
+        what = "the noise lacks a variance of" if schedule.kind == "flow" else "abar is"
         warnings.warn(
-            f"{spacing!r} spacing begins at t = {t[0]}, where abar is {start:.3g}: sampling starts there "
+            f"{spacing!r} spacing begins at t = {t[0]}, where {what} {start:.3g}: sampling starts there "
             "from pure noise and misses. Take spacing='trailing', or pass an initial state of that noise.",
             ScheduleWarning,
             stacklevel=3,
@@ -83,9 +81,8 @@ def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
     else:
         end = schedule.signal[0], schedule.noise[0], schedule.log_snr[0] / 2
     growth = np.diff(half_log_snr, append=end[2])
-    preserving = bool(np.abs(schedule.signal**2 + schedule.noise**2 - 1).max() < PRESERVING)
     following = np.append(signal[1:], end[0]), np.append(noise[1:], end[1])
-    return Levels(t, signal, noise, *following, half_log_snr, growth, preserving)
+    return Levels(t, signal, noise, *following, half_log_snr, growth)
 
 
 def check_growth(grid: Levels) -> None:
@@ -100,9 +97,8 @@ def gap_variance(grid: Levels) -> Array:
     Where variance is preserved it is 1 - abar / abar', as (sigma^2 - sigma'^2) / alpha'^2, which loses nothing where
     abar is close to 1.
     """
-    preserved = (grid.noise**2 - grid.noise_next**2) / grid.signal_next**2
-    general = grid.noise**2 - (grid.signal / grid.signal_next * grid.noise_next) ** 2
-    return np.where(grid.preserving, preserved, general)
+    here, there = power(grid.signal, grid.noise), power(grid.signal_next, grid.noise_next)
+    return (there * grid.noise**2 - here * grid.noise_next**2) / grid.signal_next**2
 
 
 # -- methods that remember -----------------------------------------------------------------------------------

@@ -19,10 +19,8 @@ from fastdiff.errors import (
     check_int,
     check_timesteps,
 )
-from fastdiff.schedule import Array, Schedule
+from fastdiff.schedule import PREDICTIONS, Array, Schedule, power
 
-PREDICTIONS = ("noise", "x0", "v", "velocity")
-PRESERVING = 1e-9  # signal^2 + noise^2 is 1 to within this where variance is preserved
 WIDTHS = (8, 10, 11, 12)  # of tables that are accepted
 
 Clip = float | tuple[float, float] | None
@@ -42,8 +40,7 @@ class Sampler:
     schedule : Schedule
         The schedule that the timesteps index.
     prediction : {"noise", "x0", "v", "velocity"}, optional
-        What the network's output is. v = alpha noise - sigma x0 (Salimans & Ho 2022, appendix D), velocity = noise
-        - x0.
+        What the network's output is: see `fastdiff.schedule.target`.
     clip : float or (float, float), optional
         Bounds of x0; a number v means (-v, v). None (default) leaves x0 as it is.
     name : str, optional
@@ -162,7 +159,7 @@ def x0_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array,
         return np.zeros_like(signal), np.ones_like(signal)
     if prediction == "velocity":
         return 1 / (signal + noise), -noise / (signal + noise)
-    return signal / _power(signal, noise), -noise / _power(signal, noise)
+    return signal / power(signal, noise), -noise / power(signal, noise)
 
 
 def noise_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
@@ -174,13 +171,7 @@ def noise_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Arr
         return 1 / noise, -signal / noise
     if prediction == "velocity":
         return 1 / (signal + noise), signal / (signal + noise)
-    return noise / _power(signal, noise), signal / _power(signal, noise)
-
-
-def _power(signal: Array, noise: Array) -> Array:
-    """signal^2 + noise^2, 1 to the bit where variance is preserved."""
-    power = signal**2 + noise**2
-    return np.where(np.abs(power - 1) < PRESERVING, 1.0, power)
+    return noise / power(signal, noise), signal / power(signal, noise)
 
 
 def check_schedule(schedule: Any) -> None:

@@ -66,6 +66,46 @@ def attention_range(start, stop, qkv, out, log_sums, length, channels, heads, sc
 
 
 @kernel
+def attention_tangent_range(
+    start, stop, dqkv, qkv, out, log_sums, dout, length, channels, heads, scores, dscores, turned, other, lanes
+):  # fmt: skip
+    """Items start ... stop - 1: TILE queries of a head of an image; `scores` and `dscores` are (length, TILE).
+
+    With P = exp(S - log sum) and dS = (dq k^T + q dk^T) / sqrt(d): dy = (P dS) v + P dv - <P dS> y.
+    """
+    d, tiles, width = channels // heads, (length + TILE - 1) // TILE, 3 * channels
+    scale = np.float32(1.0 / math.sqrt(d))
+    for item in range(start, stop):
+        first = (item % tiles) * TILE
+        head, n = (item // tiles) % heads, item // (tiles * heads)
+        m = min(TILE, length - first)
+        q = n * length * width + head * d
+        k, v = q + channels, q + 2 * channels
+        _turn(qkv, q + first * width, width, m, d, turned)
+        _turn(dqkv, q + first * width, width, m, d, other)
+        gemm(scores, 0, m, qkv, k, width, 1, turned, 0, m, length, m, d, False)
+        gemm(dscores, 0, m, qkv, k, width, 1, other, 0, m, length, m, d, False)
+        gemm(dscores, 0, m, dqkv, k, width, 1, turned, 0, m, length, m, d, True)
+        at = (n * heads + head) * length + first
+        sums, total = log_sums[at : at + m], lanes[0, :m]
+        total[:] = ZERO
+        for key in range(length):
+            row, drow = scores[key * m : (key + 1) * m], dscores[key * m : (key + 1) * m]
+            for i in range(m):
+                p = weight(row[i] * scale - sums[i])
+                row[i] = p
+                drow[i] = p * (drow[i] * scale)
+                total[i] += drow[i]
+        to = (n * length + first) * channels + head * d
+        gemm(dout, to, channels, dscores, 0, 1, m, qkv, v, width, m, d, length, False)
+        gemm(dout, to, channels, scores, 0, 1, m, dqkv, v, width, m, d, length, True)
+        for i in range(m):
+            y, dy = out[to + i * channels :], dout[to + i * channels :]
+            for j in range(d):
+                dy[j] -= total[i] * y[j]
+
+
+@kernel
 def attention_backward_range(
     start, stop, dy, qkv, out, log_sums, dqkv, length, channels, heads, scores, dscores, turned, other, lanes
 ):  # fmt: skip

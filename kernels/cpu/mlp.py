@@ -364,6 +364,91 @@ def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, parti
 
 
 @kernel
+def _times_slope(rows, layer, arena, d, table, width, slots, t):
+    """d (rows, outputs) times dy / du = act'(v) (1 + gain) of a layer that has run on the tile."""
+    n, mode, act, column = layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
+    us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
+    if act == LEAKY:
+        for i in range(rows * n):
+            d[i] *= ONE if ys[i] > ZERO else SLOPE
+    for i in range(rows if mode == SCALED or act == SILU else 0):
+        u, row = us[i * n : (i + 1) * n], d[i * n : (i + 1) * n]
+        at = slots[t[i]] * width + column
+        gain, shift = table[at : at + n], table[at + n : at + 2 * n]
+        if act == SILU:
+            for j in range(n):
+                v = u[j]
+                if mode == SCALED:
+                    v = (ONE + gain[j]) * v + shift[j]
+                elif mode == SHIFTED:
+                    v = v + gain[j]
+                g = sigmoid(v)
+                row[j] = row[j] * g * (ONE + v * (ONE - g))
+        if mode == SCALED:
+            for j in range(n):
+                row[j] = row[j] * (ONE + gain[j])
+
+
+@kernel
+def vjp_range(
+    start, stop, x, t, dy, dx, layers, params, transposed, table, width, slots, linear, nothing, arena, d_in, d_out
+):  # fmt: skip
+    """Tiles start ... stop - 1: dx = J^T dy, the layers running once for all dy (k, n, outputs) of a tile.
+
+    Everything is flat; `nothing` is a linear part that there is not.
+    """
+    d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
+    for tile in range(start, stop):
+        begin = tile * TILE
+        rows = min(TILE, n - begin)
+        times = t[begin : begin + rows]
+        _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
+        forward_tile(rows, layers, arena, params, table, width, slots, times, nothing)
+        for first in range(begin, len(dx) // d, n):
+            here, other = d_in, d_out
+            _copy(here, dy[first * e :], rows * e)
+            for k in range(len(layers) - 1, -1, -1):
+                inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
+                _times_slope(rows, layers[k], arena, here, table, width, slots, times)
+                gemm(
+                    other, 0, inputs, here, 0, outputs, 1, transposed, layers[k, WEIGHT], inputs, rows, inputs,
+                    outputs, False,
+                )  # fmt: skip
+                here, other = other, here
+            _copy(dx[first * d :], here, rows * d)
+            if len(linear[0]) > 0:
+                _linear_part(rows, d, dy, first * d, dx, first * d, True, arena, len(slots), times, linear)
+
+
+@kernel
+def jvp_range(
+    start, stop, x, t, dx, dy, layers, params, table, width, slots, linear, nothing, arena, d_in, d_out
+):  # fmt: skip
+    """Tiles start ... stop - 1: dy = J dx, the layers running once for all dx (k, n, inputs) of a tile."""
+    d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
+    for tile in range(start, stop):
+        begin = tile * TILE
+        rows = min(TILE, n - begin)
+        times = t[begin : begin + rows]
+        _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
+        forward_tile(rows, layers, arena, params, table, width, slots, times, nothing)
+        for first in range(begin, len(dx) // d, n):
+            here, other = d_in, d_out
+            _copy(here, dx[first * d :], rows * d)
+            for k in range(len(layers)):
+                inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
+                gemm(
+                    other, 0, outputs, here, 0, inputs, 1, params, layers[k, WEIGHT], outputs, rows, outputs, inputs,
+                    False,
+                )  # fmt: skip
+                _times_slope(rows, layers[k], arena, other, table, width, slots, times)
+                here, other = other, here
+            _copy(dy[first * e :], here, rows * e)
+            if len(linear[0]) > 0:
+                _linear_part(rows, d, dx, first * d, dy, first * d, True, arena, len(slots), times, linear)
+
+
+@kernel
 def _weight_gradient(rows, layer, arena, dy, partial, spare):
     """W's gradient, x^T dy, into `partial`.
 
@@ -416,7 +501,7 @@ def gradient_tile(
 
     With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
     `partial` becomes the gradient of W and bias, loss[0] the sum of squared errors, `dtime` the gradients of the
-    tile's rows of the time table.
+    tile's rows of the time table. A fifth table, where there is one, weights a row's squared errors by its timestep.
     """
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
@@ -440,6 +525,11 @@ def gradient_tile(
         difference = y[i] - target[i]
         dy[i] = difference * scale
         squares[i] = difference * difference
+    for i in range(rows if len(tables) > 4 else 0):
+        weight, slopes, errors = tables[4, times[i]], dy[i * e : (i + 1) * e], squares[i * e : (i + 1) * e]
+        for j in range(e):
+            slopes[j] *= weight
+            errors[j] *= weight
     if given and len(linear[0]) > 0:
         _linear_part(rows, d, dy, 0, dx, begin * d, False, arena, len(slots), times, linear)
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)

@@ -194,6 +194,49 @@ def norm_backward_range(
 
 
 @kernel
+def norm_tangent_range(
+    start, stop, dh, x, gamma, beta, modulation, dmodulation, stats, out, pixels, groups, silu, rows
+):  # fmt: skip
+    """Images start ... stop - 1 of dv = (1 + gain) gamma dh + dgain u + dshift, through SiLU's derivative at v."""
+    channels = len(gamma)
+    repeats = max(1, min(pixels, ROW // channels))
+    length, whole = repeats * channels, pixels * channels
+    factor, by_x, added = rows[3, :length], rows[4, :length], rows[5, :length]
+    plain = not silu and len(dmodulation) == 0
+    for n in range(start, stop):
+        for c in range(channels):
+            factor[c], by_x[c], added[c] = gamma[c], ZERO, ZERO
+            if len(modulation) > 0:
+                factor[c] *= ONE + modulation[2 * n * channels + c]
+            if len(dmodulation) > 0:
+                dgain, dshift = dmodulation[2 * n * channels + c], dmodulation[(2 * n + 1) * channels + c]
+                r = stats[2 * (n * groups + c // (channels // groups)) + 1]
+                by_x[c], added[c] = dgain * (r * gamma[c]), dgain * beta[c] + dshift
+        for k in range(3, 6):
+            _repeat(rows[k, :channels], repeats - 1, rows[k, channels:])
+        if not plain:
+            _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+        mean, scale, shift = rows[0, :length], rows[1, :length], rows[2, :length]
+        image, given = x[n * whole : (n + 1) * whole], dh[n * whole : (n + 1) * whole]
+        to = out[n * whole : (n + 1) * whole]
+        for at in range(0, whole, length):
+            end = min(at + length, whole)
+            row, d, y = image[at:end], given[at:end], to[at:end]
+            if plain:
+                for i in range(len(row)):
+                    y[i] = factor[i] * d[i]
+                continue
+            for i in range(len(row)):
+                centred = row[i] - mean[i]
+                v = centred * scale[i] + shift[i]
+                dv = factor[i] * d[i] + (by_x[i] * centred + added[i])
+                if silu:
+                    g = sigmoid(v)
+                    dv = dv * g * (ONE + v * (ONE - g))
+                y[i] = dv
+
+
+@kernel
 def collect_norm(start, stop, sums, gamma, beta, modulation, dgamma, dbeta, dmodulation):
     """Gradients of channels start ... stop - 1 from the sums (n, 2, channels) of `norm_backward_range`, by images.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdiff.kernels.cpu.elementary import sigmoid
+from fastdiff.kernels.cpu.elementary import EXP_HIGH, EXP_LOW, HALF, exp, sigmoid
 from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.noise import CHUNK, _words
 
@@ -157,6 +157,35 @@ def squared_error_range(start, stop, y, target, dy, scale, sums, lanes):
         for j in range(LANES):
             total += lanes[j]
         sums[block] = total
+
+
+@kernel
+def weighted_error_range(start, stop, y, target, dy, terms, values, channels, scale, sums):
+    """Rows start ... stop - 1 of the loss by `terms`: dy, and sums[row] = the sum over the row's values.
+
+    See `LayerBackend.squared_error`: a row of terms is w, or w, g, h, V, K, A, and then y has twice the channels.
+    """
+    hybrid = terms.shape[1] > 1
+    outputs = 2 * channels if hybrid else channels
+    for row in range(start, stop):
+        weight, total = terms[row, 0], 0.0
+        factor = scale[0] * weight
+        for pixel in range(values // channels):
+            at, to = row * values + pixel * channels, (row * values // channels + pixel) * outputs
+            for j in range(channels):
+                difference = y[to + j] - target[at + j]
+                dy[to + j] = difference * factor
+                total += np.float64(weight * (difference * difference))
+            if not hybrid:
+                continue
+            g, h, V, K, A = terms[row, 1], terms[row, 2], terms[row, 3], terms[row, 4], terms[row, 5]
+            for j in range(channels):
+                difference = y[to + j] - target[at + j]
+                hv = h * y[to + channels + j]
+                left = (V + K * (difference * difference)) * exp(min(max(-hv, EXP_LOW), EXP_HIGH))
+                total += np.float64(g * (hv + left + A))
+                dy[to + channels + j] = g * h * (ONE - left) * (scale[0] * HALF)
+        sums[row] = total
 
 
 @kernel

@@ -357,3 +357,48 @@ FD_KERNEL FD_BOUNDS(256, 2) attention_backward(const real *__restrict__ dy, cons
                                        shared);
     }
 }
+
+// The tangent of y for that of qkv: dy = (P dS) v + P dv - <P dS> y with dS = (dq k^T + q dk^T) scale, <.> being the sum
+// over the keys. A warp has a query and up to TANGENT_COLUMNS of its head's columns; keys are added in their order.
+enum { TANGENT_COLUMNS = 128, LANE_COLUMNS = TANGENT_COLUMNS / FD_WARP };
+
+FD_KERNEL FD_BOUNDS(THREADS, 1)
+    attention_tangent(const real *__restrict__ dqkv, const real *__restrict__ qkv, const real *__restrict__ y,
+                      const real *__restrict__ log_sums, real *__restrict__ dy, int64 images, int length, int heads,
+                      int width, real scale) {
+    const int lane = threadIdx.x % FD_WARP, slabs = (width + TANGENT_COLUMNS - 1) / TANGENT_COLUMNS;
+    const int64 channels = (int64)heads * width, pitch = 3 * channels;
+    const int64 items = images * heads * length * slabs, warps = (int64)gridDim.x * blockDim.x / FD_WARP;
+    for (int64 item = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / FD_WARP; item < items; item += warps) {
+        const int64 row = item / slabs;  // of (images, heads, length)
+        const int first = (int)(item % slabs) * TANGENT_COLUMNS, query = (int)(row % length);
+        const int64 head = row / length % heads, image = row / length / heads;
+        const int64 begin = image * length * pitch + head * width, at = begin + query * pitch;
+        const real sum = log_sums[row];
+        real acc[LANE_COLUMNS] = {0, 0, 0, 0}, total = 0;
+        for (int key = 0; key < length; key++) {
+            const int64 of_key = begin + key * pitch + channels;
+            real s = 0, ds = 0;
+            for (int j = lane; j < width; j += FD_WARP) {
+                s = fmaf(qkv[at + j], qkv[of_key + j], s);
+                ds = fmaf(dqkv[at + j], qkv[of_key + j], ds);
+                ds = fmaf(qkv[at + j], dqkv[of_key + j], ds);
+            }
+            const real p = fd_exp(fd_lane_sum(s) * scale - sum), dp = p * (fd_lane_sum(ds) * scale);
+            total += dp;
+            FD_UNROLL
+            for (int c = 0; c < LANE_COLUMNS; c++) {
+                const int j = first + c * FD_WARP + lane;
+                if (j >= width) break;
+                acc[c] = fmaf(dp, qkv[of_key + channels + j], fmaf(p, dqkv[of_key + channels + j], acc[c]));
+            }
+        }
+        FD_UNROLL
+        for (int c = 0; c < LANE_COLUMNS; c++) {
+            const int j = first + c * FD_WARP + lane;
+            if (j >= width) break;
+            const int64 to = (image * length + query) * channels + head * width + j;
+            dy[to] = acc[c] - total * y[to];
+        }
+    }
+}

@@ -57,7 +57,8 @@ FD_KERNEL mlp_bias_activate(real *u, real *y, const real *bias, const real *tabl
     }
 }
 
-// d (n, m) holds dy and becomes du. Fills the layer's columns of dtime (n, table_width).
+// d (n, m) holds dy and becomes du, or holds du and becomes dy: it is multiplied by act'(v) (1 + gain). Fills the
+// layer's columns of dtime (n, table_width), where that is given.
 FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *table, const int64 *t, real *dtime,
                              int64 n, int64 m, int64 table_width, int64 column, int mode, int activation) {
     for (Walk walk = fd_walk(m); walk.row < n; fd_walk_on(walk, m)) {
@@ -72,17 +73,16 @@ FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *
         } else if (activation == LEAKY_RELU) {
             value = y[i] > 0 ? value : FD_LEAKY_SLOPE * value;
         }
-        if (mode != TIME_NONE) {
+        if (mode != TIME_NONE && dtime) {
             real *to = dtime + row * table_width + column;
             if (mode == SCALE_SHIFT) {
                 to[j] = value * u[i];
                 to[m + j] = value;
-                value = value * (1.0f + gain);
             } else {
                 to[j] = value;
             }
         }
-        d[i] = value;
+        d[i] = mode == SCALE_SHIFT ? value * (1.0f + gain) : value;
     }
 }
 

@@ -539,3 +539,23 @@ FD_KERNEL norm_parameters(const real *__restrict__ sums_nc, const real *__restri
         dgamma[channel] = b;
     }
 }
+
+// out, which may be dh, is the tangent of GroupNorm's result for that of the normalised values h: with
+// u = gamma h + beta and v = (1 + gain) u + shift, dv = (1 + gain) gamma dh + dgain u + dshift, through SiLU'(v).
+FD_KERNEL norm_tangent(const real *dh, const real *x, const real *gamma, const real *beta, const real *modulation,
+                       const real *dmodulation, const real *stats, real *out, int64 images, int64 pixels,
+                       int64 channels, int64 group, int silu) {
+    const int64 groups = channels / group, size = pixels * channels;
+    for (Walk walk = fd_walk(size); walk.row < images; fd_walk_on(walk, size)) {
+        const int64 n = walk.row, at = n * size + walk.item, c = walk.item % channels, row = 2 * n * channels + c;
+        const real gain = modulation ? modulation[row] : 0, shift = modulation ? modulation[row + channels] : 0;
+        real dv = (1.0f + gain) * (gamma[c] * dh[at]);
+        if (silu || dmodulation) {
+            const real *const moments = stats + 2 * (n * groups + c / group);
+            const real u = gamma[c] * ((x[at] - moments[0]) * moments[1]) + beta[c];
+            if (dmodulation) dv += dmodulation[row] * u + dmodulation[row + channels];
+            if (silu) dv = fd_silu_backward(dv, (1.0f + gain) * u + shift);
+        }
+        out[at] = dv;
+    }
+}

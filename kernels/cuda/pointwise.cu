@@ -294,6 +294,33 @@ FD_KERNEL squared_error(const real *__restrict__ y, const real *__restrict__ tar
     }
 }
 
+// The same for a loss by terms, (n, columns) with one row for `values` values of target: a weight w, or, where y has
+// twice the channels, w, g, h, V, K, A. See LayerBackend.squared_error.
+FD_KERNEL weighted_error(const real *__restrict__ y, const real *__restrict__ target, const real *__restrict__ terms,
+                         real *__restrict__ dy, int64 size, int64 values, int64 channels, int columns, real scale,
+                         double *__restrict__ sums_chunks) {
+    FD_SHARED_ARRAY(double, sums, SUM_THREADS);
+    const int64 chunks = (size + CHUNK - 1) / CHUNK;
+    for (int64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        const int64 end = min((chunk + 1) * CHUNK, size);
+        double sum = 0;
+        for (int64 i = chunk * CHUNK + threadIdx.x; i < end; i += SUM_THREADS) {
+            const real *of = terms + i / values * columns;
+            const int64 at = columns > 1 ? i + i / channels * channels : i;
+            const real difference = y[at] - target[i], square = difference * difference;
+            sum += (double)(of[0] * square);
+            dy[at] = difference * (scale * of[0]);
+            if (columns == 1) continue;
+            const real g = of[1], h = of[2], hv = h * y[at + channels];
+            const real left = (of[3] + of[4] * square) * fd_exp(min(max(-hv, (real)-87), (real)88));
+            sum += (double)(g * (hv + left + of[5]));
+            dy[at + channels] = g * h * (1 - left) * (scale / 2);
+        }
+        sum = sum_block(sum, sums);
+        if (threadIdx.x == 0) sums_chunks[chunk] = sum;
+    }
+}
+
 // One block: the mean of `size` values whose sums over chunks these are, NaN of none.
 FD_KERNEL mean_of_chunks(const double *__restrict__ sums_chunks, int64 chunks, int64 size, double *__restrict__ mean) {
     FD_SHARED_ARRAY(double, sums, SUM_THREADS);

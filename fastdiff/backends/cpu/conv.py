@@ -206,8 +206,8 @@ class ConvOperations(Scripted):
         x: Array,
         w: Array,
         dx: Array | None,
-        dw: Array,
-        db: Array,
+        dw: Array | None,
+        db: Array | None,
         *,
         dshift: Array | None = None,
         add: bool = False,
@@ -219,11 +219,13 @@ class ConvOperations(Scripted):
             shifts = self._scratch("shifts", product.images * k) if dshift is None else dshift.reshape(-1)
             pixels = flat_dy, product.pixels, k, shifts, self._each("pattern", kernels.PATTERN + k)
             sums: Phases = [
-                [(kernels.pixel_sums_range, pixels, product.images, float(LIGHT_WORK * product.pixels * k))],
-                [(kernels.row_sums, (shifts, k, db), k, float(product.images))],
+                [(kernels.pixel_sums_range, pixels, product.images, float(LIGHT_WORK * product.pixels * k))]
             ]
-            weights = self._weights_by_winograd if product.by_winograd else self._weights_by_product
-            several = [weights(product, flat_x, flat_dy, dw.reshape(-1)), sums]
+            several = [sums] if dshift is not None or db is not None else []
+            if dw is not None and db is not None:
+                sums.append([(kernels.row_sums, (shifts, k, db), k, float(product.images))])
+                weights = self._weights_by_winograd if product.by_winograd else self._weights_by_product
+                several.insert(0, weights(product, flat_x, flat_dy, dw.reshape(-1)))
             if dx is not None:
                 adjoint = _product(geometry, x.shape, k, True)
                 begin = (not add, NOTHING, NOTHING, NOTHING)

@@ -81,6 +81,27 @@ class LayerOperations(ConvOperations):
                   float(4 * images))],
             )  # fmt: skip
 
+    def norm_tangent(
+        self,
+        dh: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array | None,
+        out: Array,
+        *,
+        silu: bool,
+        modulation: Array | None = None,
+        modulation_tangent: Array | None = None,
+    ) -> None:
+        images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
+        groups = 1 if stats is None else stats.shape[1]
+        given = (NOTHING if a is None else a.reshape(-1) for a in (modulation, modulation_tangent, stats))
+        flat = dh.reshape(-1), x.reshape(-1), gamma, beta, *given, out.reshape(-1)
+        with self._workers.lock:
+            arguments = (*flat, pixels, groups, silu, self._rows(channels)[0])
+            self._do([(norm_kernels.norm_tangent_range, arguments, images, _work(silu, pixels * channels))])
+
     def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
         channels = len(gamma)
         flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1)
@@ -148,6 +169,20 @@ class LayerOperations(ConvOperations):
                 self._each("lanes", 2 * k.TILE, (2, k.TILE)),
             )  # fmt: skip
             self._do([(k.attention_backward_range, arguments, images * heads, work)])
+
+    def attention_tangent(
+        self, dqkv: Array, qkv: Array, out: Array, log_sums: Array, dout: Array, *, heads: int
+    ) -> None:
+        (images, length, channels), k = out.shape, attention_kernels
+        work = float(k.TILE * length * (10 * channels // heads + SILU_WORK))
+        with self._workers.lock:
+            arguments = (
+                dqkv.reshape(-1), qkv.reshape(-1), out.reshape(-1), log_sums.reshape(-1), dout.reshape(-1), length,
+                channels, heads, self._each("scores", length * k.TILE), self._each("dscores", length * k.TILE),
+                self._each("turned", channels * k.TILE), self._each("other", channels * k.TILE),
+                self._each("lanes", 2 * k.TILE, (2, k.TILE)),
+            )  # fmt: skip
+            self._do([(k.attention_tangent_range, arguments, images * heads * -(-length // k.TILE), work)])
 
     def silu(self, x: Array, out: Array) -> None:
         self._values(SILU_WORK, pointwise_kernels.silu_range, x, out)
@@ -222,8 +257,19 @@ class LayerOperations(ConvOperations):
             )  # fmt: skip
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        k, size = pointwise_kernels, y.size
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        k, size = pointwise_kernels, target.size
+        if terms is not None:
+            n, values = len(target), size // max(1, len(target))
+            with self._workers.lock:
+                sums = self._scratch("errors", 2 * n).view(np.float64)
+                scale = np.array([2 / max(size, 1)], np.float32)
+                flat = y.reshape(-1), target.reshape(-1), dy.reshape(-1), terms
+                self._do(
+                    [(k.weighted_error_range, (*flat, values, target.shape[-1], scale, sums), n, _work(True, values))],
+                    [(k.mean_of_blocks, (sums, size, loss), 1, 0.0)],
+                )
+            return
         blocks = -(-size // k.BLOCK)
         with self._workers.lock:
             sums = self._scratch("errors", 2 * blocks).view(np.float64)

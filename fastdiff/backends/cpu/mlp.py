@@ -191,6 +191,34 @@ class MLPOperations(StepOperations):
             )
         return loss, dx
 
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        self._products(plan, params, x, t, dy, dx, backward=True)
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        self._products(plan, params, x, t, dx, dy, backward=False)
+
+    def _products(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+    ) -> None:
+        """`mlp_vjp` or `mlp_jvp`, a tile at a time."""
+        k, arrays = mlp_kernels, (x.reshape(-1), t, given.reshape(-1), out.reshape(-1))
+        with self._workers.lock:
+            net = self._network(plan)
+            table, _ = net.time_table(params, t)
+            weights: tuple[Array, ...] = (params,)
+            if backward:
+                k.transpose_weights(net.layers, params, net.transposed)
+                weights = params, net.transposed
+            kernel = k.vjp_range if backward else k.jvp_range
+
+            def body(worker: int, start: int, stop: int) -> None:
+                kernel(
+                    start, stop, *arrays, net.layers, *weights, table, plan.time_width, net.slots, net.linear,
+                    _packed_part(None), net.arenas[worker], *net.deltas[worker][:2],
+                )  # fmt: skip
+
+            self._workers.run(body, -(-len(x) // k.TILE), 1)
+
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
@@ -199,7 +227,9 @@ class MLPOperations(StepOperations):
             net = self._network(plan)
             net.grow(batch)
             if net.draws is not draws:
-                net.draws, net.tables, net.keys = draws, np.array(draws[1:5], np.float32), round_keys(draws.seed)
+                terms = [] if draws.terms is None else [draws.terms[:, 0]]
+                net.draws, net.keys = draws, round_keys(draws.seed)
+                net.tables = np.array([*draws[1:5], *terms], np.float32)
             keys = net.keys
             mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
             mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)

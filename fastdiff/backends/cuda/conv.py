@@ -175,8 +175,8 @@ class ConvOperations(Device):
         x: Array,
         w: Array,
         dx: Array | None,
-        dw: Array,
-        db: Array,
+        dw: Array | None,
+        db: Array | None,
         *,
         dshift: Array | None = None,
         add: bool = False,
@@ -191,6 +191,8 @@ class ConvOperations(Device):
             if wanted and not (self._cudnn and self._cudnn.input_gradient(geometry, dy, w, dx, add)):
                 form = product(geometry, x.shape, dy.shape, True)
                 self._gather("conv_input", form, dy, self._weights(form, w, True), dx, (dx if add else None,))
+            if dw is None or db is None:
+                return
             if not (self._cudnn and self._cudnn.weight_gradient(geometry, dy, x, dw, db, dshift)):
                 self._weight_gradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db)
 
@@ -265,13 +267,17 @@ class ConvOperations(Device):
         form = product(Conv(), x.shape, out.shape, False)
         self._gather_float32("conv", form, x, w, out, (None, None, None), rows=False)
 
-    def _dense_backward(self, dy: Array, x: Array, w: Array, dx: Array | None, dw: Array, db: Array) -> None:
-        """Fill dx = dy w^T, where it is wanted, dw = x^T dy and db, the column sums of dy."""
-        dy, x, w, dw = _pixels(dy), _pixels(x), w.reshape(1, 1, *w.shape), dw.reshape(1, 1, *dw.shape)
+    def _dense_backward(
+        self, dy: Array, x: Array, w: Array, dx: Array | None, dw: Array | None, db: Array | None
+    ) -> None:
+        """Fill what is wanted of dx = dy w^T, and of dw = x^T dy with db, the column sums of dy."""
+        dy, x, w = _pixels(dy), _pixels(x), w.reshape(1, 1, *w.shape)
         if dx is not None:
             form = product(Conv(), x.shape, dy.shape, True)
             self._gather_float32("conv_input", form, dy, w, _pixels(dx), (None,), rows=False)
-        self._weight_gradient_float32(product(Conv(), x.shape, dy.shape, False), dy, x, dw, db)
+        if dw is not None and db is not None:
+            form, dw = product(Conv(), x.shape, dy.shape, False), dw.reshape(1, 1, *dw.shape)
+            self._weight_gradient_float32(form, dy, x, dw, db)
 
     def _vectors(self, source: tuple[Array, int], weight: tuple[Array, int]) -> int:
         """Which operands are read 16 bytes at once: arrays with the length of their rows."""

@@ -34,6 +34,7 @@ MOST_ROWS = 256  # LayerNorm: rows of a chunk
 SUM_COLUMNS = 8
 # Attention, as in attention.cu.
 SIDE, TILE, DEPTH = 16, 64, 32
+TANGENT_COLUMNS = 128
 ERROR_CHUNK = 4096  # values whose squared errors one block adds up
 
 
@@ -172,6 +173,24 @@ class LayerOperations(ConvOperations):
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0
 
+    def norm_tangent(
+        self,
+        dh: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array | None,
+        out: Array,
+        *,
+        silu: bool,
+        modulation: Array | None = None,
+        modulation_tangent: Array | None = None,
+    ) -> None:
+        images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
+        group = channels if stats is None else channels // stats.shape[1]
+        args = (dh, x, gamma, beta, modulation, modulation_tangent, stats, out, images, pixels, channels, group, silu)
+        self._launch_layer("norm", "norm_tangent", out.size, args)
+
     # ------------------------------------------------------------------------------------------- layer norm
 
     def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
@@ -232,6 +251,15 @@ class LayerOperations(ConvOperations):
             at_once = self._by_fours(dy, qkv, dqkv, multiples=sizes[3:4])
             args = (dy, qkv, log_sums, deltas, dqkv, *sizes, shape, at_once)
             self._launch_layer("attention", "attention_backward", blocks * THREADS, args, THREADS, shared)
+
+    def attention_tangent(
+        self, dqkv: Array, qkv: Array, out: Array, log_sums: Array, dout: Array, *, heads: int
+    ) -> None:
+        images, length, channels = out.shape
+        width = channels // heads
+        args = (dqkv, qkv, out, log_sums, dout, images, length, heads, width, 1 / math.sqrt(width))
+        slabs = -(-width // TANGENT_COLUMNS)
+        self._launch_layer("attention", "attention_tangent", log_sums.size * slabs * WARP, args, THREADS)
 
     def _attend(self, out: Array, heads: int, results: int, most: int) -> tuple[tuple[Any, ...], int, int, int]:
         """Sizes and scale, blocks, their shape, and the shared memory of one; the shape changes no bits."""
@@ -306,7 +334,7 @@ class LayerOperations(ConvOperations):
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
-            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch, n, size, width, channels,
+            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4], n, size, width, channels,
             len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
@@ -321,11 +349,14 @@ class LayerOperations(ConvOperations):
 
     repeats_resize = True
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        size = y.size
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        size = target.size
         chunks = -(-size // ERROR_CHUNK)
         with self._lock:
             sums = self._scratch("errors", chunks, np.float64)
-            args = (y, target, dy, size, np.float32(2 / max(1, size)), sums)
-            self._launch_layer("pointwise", "squared_error", chunks * THREADS, args, THREADS)
+            scale = np.float32(2 / max(1, size))
+            entry, args = "squared_error", (y, target, *(() if terms is None else (terms,)), dy, size)
+            if terms is not None:
+                entry, args = "weighted_error", (*args, size // max(1, len(target)), target.shape[-1], terms.shape[1])
+            self._launch_layer("pointwise", entry, chunks * THREADS, (*args, scale, sums), THREADS)
             self.runtime.launch("pointwise", "mean_of_chunks", 1, THREADS, (sums, chunks, size, loss))

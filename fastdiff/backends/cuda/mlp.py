@@ -178,7 +178,7 @@ class _Network:
         self.buffers: dict[str, Array] = {}
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
-        self.data = self.tables = None
+        self.data = self.tables = self.terms = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
     def use(self, draws: TrainingDraws) -> None:
@@ -187,6 +187,7 @@ class _Network:
             self.draws, self.keys, self.moves = draws, round_keys(draws.seed), self.moves + 1
             self.data = self.runtime.asarray(draws.data, np.float32)
             self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
+            self.terms = None if draws.terms is None else self.runtime.asarray(draws.terms, np.float32)
 
     def grow(self, n: int) -> None:
         """Have buffers for a gradient of n samples."""
@@ -196,7 +197,7 @@ class _Network:
         widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
         self.buffers = {
             "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
-            "t": empty((n,), np.int64), "dtime": empty((n, plan.time_width)),
+            "t": empty((n,), np.int64), "terms": empty((n, 1)), "dtime": empty((n, plan.time_width)),
             "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
             "d0": empty((n * widest,)), "d1": empty((n * widest,)),
         }  # fmt: skip
@@ -287,6 +288,62 @@ class MLPOperations(LayerOperations, RecordingOperations):
             self._gradient(net, params, x, t, target, grads, dx)
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        self._products(plan, params, x, t, dy, dx, backward=True)
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        self._products(plan, params, x, t, dx, dy, backward=False)
+
+    def _products(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+    ) -> None:
+        """`mlp_vjp` or `mlp_jvp`, layer by layer; the forward pass runs once for all vectors."""
+        if given.size == 0:
+            return
+        n, layers = len(x), range(len(plan.layers))
+        with self._lock:
+            net = self._network(plan)
+            net.grow(n)
+            table = self._time_table(net, params)
+            inputs = self._kept(net, params, table, x, t)
+            pairs = zip(*(array.reshape(-1, n, array.shape[-1]) for array in (given, out)), strict=True)
+            for vector, result in pairs:
+                here = vector
+                for turn, k in enumerate(reversed(layers) if backward else layers):
+                    layer, last = plan.layers[k], turn == layers[-1]
+                    width = layer.inputs if backward else layer.outputs
+                    to = result if last else net.buffers[f"d{turn % 2}"][: n * width].reshape(n, width)
+                    if not backward:
+                        self._dense(here, _weight(layer, params), to)
+                        self._slope(net, k, to, inputs[k + 1], table, t)
+                    else:
+                        if turn == 0:  # it is the caller's
+                            here = net.buffers["d1"][: vector.size].reshape(vector.shape)
+                            self.runtime.copy(here, vector)
+                        self._slope(net, k, here, inputs[k + 1], table, t)
+                        self._dense_backward(here, inputs[k], _weight(layer, params), to, None, None)
+                    here = to
+                self._add_part(net, vector, result, t, net.room)
+
+    def _kept(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array) -> list[Array]:
+        """Run the layers, and keep what a backward pass needs: return x and the output of every layer."""
+        plan, buffers = net.plan, net.buffers
+        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
+        for k, layer in enumerate(plan.layers):
+            self._layer(layer, params, table, plan.time_width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        return inputs
+
+    def _slope(
+        self, net: _Network, k: int, d: Array, y: Array, table: Array | None, t: Array, dtime: Array | None = None
+    ) -> None:
+        """Multiply d by dy / du of layer k, and where that is given fill the layer's columns of dtime."""
+        layer, width = net.plan.layers[k], net.plan.time_width
+        self._launch(
+            "mlp_layer_backward", d.size,
+            d, net.buffers[f"u{k}"], y, table, t, dtime, *d.shape, width, layer.time_column,
+            MODES[layer.time], ACTIVATIONS[layer.activation],
+        )  # fmt: skip
+
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
@@ -307,7 +364,12 @@ class MLPOperations(LayerOperations, RecordingOperations):
 
     def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
         """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
-        self._gradient(net, params, *self._draw(net, step), grads, None)
+        x, t, target = self._draw(net, step)
+        terms = None
+        if net.terms is not None:
+            terms = net.buffers["terms"]
+            self.take(net.terms, t, terms)
+        self._gradient(net, params, x, t, target, grads, None, terms)
         return net.loss
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
@@ -418,18 +480,24 @@ class MLPOperations(LayerOperations, RecordingOperations):
         self._launch("mlp_add_part", x.size, y, product, x, part.values[part.rest :] if part.rest else None, t, n, d)
 
     def _gradient(
-        self, net: _Network, params: Array, x: Array, t: Array, target: Array, grads: Array, dx: Array | None
+        self,
+        net: _Network,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        dx: Array | None,
+        terms: Array | None = None,
     ) -> None:
         """Fill `grads`, net.loss and, where given, dx."""
         plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
         table = self._time_table(net, params)
-        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
-        for k, layer in enumerate(plan.layers):
-            self._layer(layer, params, table, width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
+        inputs = self._kept(net, params, table, x, t)
         self._add_part(net, x, inputs[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
-        self.squared_error(inputs[-1], target, dy, net.loss)
+        self.squared_error(inputs[-1], target, dy, net.loss, terms)
         of_output = None
         if dx is not None and net.part is not None:
             of_output = self.runtime.empty(x.shape)
@@ -437,11 +505,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
-            self._launch(
-                "mlp_layer_backward", du.size,
-                du, buffers[f"u{k}"], inputs[k + 1], table, t, buffers["dtime"], n, layer.outputs, width,
-                layer.time_column, MODES[layer.time], ACTIVATIONS[layer.activation],
-            )  # fmt: skip
+            self._slope(net, k, du, inputs[k + 1], table, t, buffers["dtime"])
             to = dx
             if k > 0:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)

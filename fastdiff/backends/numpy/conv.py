@@ -46,8 +46,8 @@ class ConvOperations:
         x: Array,
         w: Array,
         dx: Array | None,
-        dw: Array,
-        db: Array,
+        dw: Array | None,
+        db: Array | None,
         *,
         dshift: Array | None = None,
         add: bool = False,
@@ -61,9 +61,11 @@ class ConvOperations:
         dpadded = np.zeros_like(padded)
         rows = dy.reshape(-1, dy.shape[-1])
         for tap, window in _taps(geometry, dy.shape):
-            dw[tap] = padded[window].reshape(len(rows), -1).T @ rows
+            if dw is not None:
+                dw[tap] = padded[window].reshape(len(rows), -1).T @ rows
             dpadded[window] += dy @ w[tap].T
-        db[...] = rows.sum(axis=0)
+        if db is not None:
+            db[...] = rows.sum(axis=0)
         if dshift is not None:
             dshift[...] = dy.sum(axis=(1, 2))
         if dx is not None:

@@ -47,7 +47,7 @@ class HostBackend:
         out[:, :height, :width] = x[:, :height, :width]
 
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
-        x, t, target, chosen = batch
+        x, t, target, chosen, _ = batch
         n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
         rows = law.scaled_words(n, len(draws.data), of_rows)
         t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))

@@ -89,6 +89,32 @@ class LayerOperations(ConvOperations):
         dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
         store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
 
+    def norm_tangent(
+        self,
+        dh: Array,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        stats: Array | None,
+        out: Array,
+        *,
+        silu: bool,
+        modulation: Array | None = None,
+        modulation_tangent: Array | None = None,
+    ) -> None:
+        dv = gamma * dh
+        if modulation is not None:
+            dv *= 1 + _gain_and_shift(modulation)[0]
+        if stats is not None:
+            u = _normalised(x, stats) * gamma + beta
+            if modulation_tangent is not None:
+                dgain, dshift = _gain_and_shift(modulation_tangent)
+                dv += dgain * u + dshift
+            if silu:
+                v = u if modulation is None else modulate(u, *_gain_and_shift(modulation))
+                dv = activate_backward(dv, v, "silu")
+        out[...] = dv
+
     def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
         """y = gamma h + beta with h = (x - mean) / sqrt(variance + eps), over the channels."""
         mean = x.mean(axis=-1)
@@ -139,6 +165,16 @@ class LayerOperations(ConvOperations):
         parts = [ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout]
         dqkv[...] = np.concatenate([part.swapaxes(1, 2).reshape(out.shape) for part in parts], axis=-1)
 
+    def attention_tangent(
+        self, dqkv: Array, qkv: Array, out: Array, log_sums: Array, dout: Array, *, heads: int
+    ) -> None:
+        """dS = (dq k^T + q dk^T) / sqrt(d), dP = P (dS - sum over the row of P dS), dy = dP v + P dv."""
+        (q, k, v, scale), (dq, dk, dv, _) = _heads(qkv, heads), _heads(dqkv, heads)
+        p = np.exp(q @ k.swapaxes(2, 3) * scale - log_sums[..., None])
+        ds = (dq @ k.swapaxes(2, 3) + q @ dk.swapaxes(2, 3)) * scale
+        dp = p * (ds - (p * ds).sum(axis=-1, keepdims=True))
+        dout[...] = (dp @ v + p @ dv).swapaxes(1, 2).reshape(out.shape)
+
     def silu(self, x: Array, out: Array) -> None:
         out[...] = activate(x, "silu")
 
@@ -179,8 +215,8 @@ class LayerOperations(ConvOperations):
         kept = words.reshape(len(x), -1)[:, : values.shape[1]] >= rate * 2.0**32
         out[...] = np.where(kept, values * x.dtype.type(1 / (1 - rate)), x.dtype.type(0)).reshape(x.shape)
 
-    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array) -> None:
-        loss[0], dy[...] = squared_error(y, target)
+    def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
+        loss[0], dy[...] = squared_error(y, target, terms)
 
 
 def _grouped(x: Array, groups: int) -> Array:

@@ -42,17 +42,40 @@ class MLPOperations(StepOperations):
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
+        return self._gradient(plan, params, x, t, target, grads, None)
+
+    def _gradient(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array, terms: Array | None
+    ) -> tuple[float, Array]:
         with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
             y, saved = _mlp_forward(plan, params, x, t)
-            loss, dy = squared_error(y, target)
+            loss, dy = squared_error(y, target, terms)
             dx = _mlp_backward(plan, params, dy, t, saved, grads)
             return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
+
+    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+        """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dx = ((1 + gain) act'(v) dy) W^T."""
+        _, saved = _mlp_forward(plan, params, x, t)
+        d = dy
+        steps = list(zip(plan.layers, _weights(plan, params), saved, strict=False))
+        for layer, (w, _), (_, _, v, gain) in reversed(steps):
+            d = ((1 + gain) * activate_backward(d, v, layer.activation)) @ w.T
+        dx[...] = d if plan.linear is None else d + _linear_part(plan.linear, t, dy)
+
+    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+        """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dy = (1 + gain) act'(v) (dx W)."""
+        _, saved = _mlp_forward(plan, params, x, t)
+        d = dx
+        for layer, (w, _), (_, _, v, gain) in zip(plan.layers, _weights(plan, params), saved, strict=False):
+            d = activate_backward((1 + gain) * (d @ w), v, layer.activation)
+        dy[...] = d if plan.linear is None else d + _linear_part(plan.linear, t, dx)
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
         x, t, target = draw_batch(draws, plan.T, step, batch)
-        return self.mlp_gradient(plan, params, x, t, target, grads)[0]
+        terms = None if draws.terms is None else draws.terms[t]
+        return self._gradient(plan, params, x, t, target, grads, terms)[0]
 
     def mlp_chain(
         self,
