@@ -2,8 +2,8 @@
 
 >>> import fastdiff as fd
 >>> X = fd.data.harmonic_curves(2000)
->>> model = fd.Diffusion().fit(X)  # doctest: +SKIP
->>> new = model.sample(16)  # doctest: +SKIP
+>>> model = fd.Diffusion().fit(X)
+>>> new = model.sample(16)
 """
 
 from fastdiff import covariance, data, denoisers, errors, likelihood, nn, noise, samplers

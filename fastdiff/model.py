@@ -92,10 +92,10 @@ class Diffusion:
 
     Examples
     --------
-    >>> X = fastdiff.data.harmonic_curves(1000)
-    >>> new = fastdiff.Diffusion().fit(X).sample(16)  # doctest: +SKIP
-    >>> images = fastdiff.data.load_images("pictures", size=32)  # doctest: +SKIP
-    >>> new = fastdiff.Diffusion().fit(images, flip=True).sample(16)  # doctest: +SKIP
+    >>> X = fd.data.harmonic_curves(1000)
+    >>> new = fd.Diffusion().fit(X).sample(16)
+    >>> images = fd.data.load_images("pictures", size=32)
+    >>> new = fd.Diffusion().fit(images, flip=True).sample(16)
     """
 
     def __init__(

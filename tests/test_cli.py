@@ -181,6 +181,7 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
     assert with_training != without
 
 
+@pytest.mark.slow
 def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
         monkeypatch.setattr(demo, name, value)
@@ -202,6 +203,7 @@ def test_demo(run, monkeypatch, drawn):
         assert run(advice)[0] == 0
 
 
+@pytest.mark.slow
 def test_example(capsys):
     main = runpy.run_path(str(EXAMPLES / "curves.py"))["main"]
     main(["-o", "pictures", "--steps", "3"])
@@ -209,6 +211,7 @@ def test_example(capsys):
     assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
 
 
+@pytest.mark.slow
 def test_the_covariance_example_draws_its_pictures(capsys):
     runpy.run_path(str(EXAMPLES / "covariance.py"))["main"](["-o", "pictures"])
     printed = capsys.readouterr().out
@@ -217,6 +220,7 @@ def test_the_covariance_example_draws_its_pictures(capsys):
     assert sorted(os.listdir("pictures")) == ["convergence.png", "curves.png", "matrices.png", "spectra.png"]
 
 
+@pytest.mark.slow
 def test_the_image_example_draws_and_judges(capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["-o", "pictures", "--steps", "2", "--drawn", "20", "--quiet"])
@@ -229,6 +233,7 @@ def test_the_image_example_draws_and_judges(capsys):
     assert len(fd.load("pictures/digits.safetensors", backend="numpy").history["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
@@ -825,6 +830,7 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch):
     def stop(self, step, loss):
         self.presses = step == 149

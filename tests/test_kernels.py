@@ -104,6 +104,7 @@ ARM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hot_kernels())
 def test_hot_kernels_are_vectorised(name):
     kernel, arguments, operations = hot_kernels()[name]

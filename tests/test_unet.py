@@ -101,6 +101,7 @@ def planned(net, n, training):
     return program
 
 
+@pytest.mark.slow
 def test_every_gradient_of_a_network():
     net = made({"shape": (3,), "channels": (2, 2), "embedding": 2, "classes": 2, "dropout": 0.3})
     used = net.layout.zeros(bool)
@@ -111,6 +112,7 @@ def test_every_gradient_of_a_network():
     assert used.sum() == net.layout.count
 
 
+@pytest.mark.slow
 @nets
 def test_the_gradient_of_every_tensor_in_some_direction(options):
     net, random = made(options), np.random.default_rng(2)

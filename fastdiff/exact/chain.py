@@ -211,8 +211,8 @@ def convergence(
 
     Examples
     --------
-    >>> gaussian = Gaussian(np.zeros(2), np.diag([4.0, 0.01]), Schedule.linear(1000))
-    >>> distances = convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
+    >>> gaussian = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 0.01]), fd.Schedule.linear(1000))
+    >>> distances = fd.denoisers.convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
     """
 
     def table(n: int) -> Sampler:
