@@ -314,7 +314,7 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
     kinds: dict[str, tuple[str, list[list[dict[str, Any]]]]] = {
         "ddpm": (
             "DDPMScheduler",
-            [[{"variance_type": kind} for kind in ("fixed_small", "fixed_large")], clips],
+            [[{"variance_type": kind} for kind in ("fixed_small", "fixed_large", "learned_range")], clips],
         ),
         "ddim": ("DDIMScheduler", [clips]),
         "euler": ("EulerDiscreteScheduler", [finals]),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.inputs import check_picture, describe_pictures
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.parser import add_command, add_common, add_method
 from fastdiff.errors import FastdiffError, ScheduleWarning, check_int, check_seed
 
 if TYPE_CHECKING:
@@ -74,6 +74,13 @@ def add(commands: Any) -> None:
         default=True,
         help="use the running mean of the weights (default), or the last weights",
     )
+    sample.add_argument(
+        "--known",
+        metavar="FILE",
+        help="draw given this: a table of one curve with values missing, or a picture with transparent parts",
+    )
+    sample.add_argument("--mask", metavar="FILE", help="a picture that is white where that of --known is unknown")
+    add_method(sample)
     add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
     sample.set_defaults(run=run)
 
@@ -88,8 +95,12 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_picture(path)
     model = fd.load(args.model, backend=args.backend)
-    options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
     assert model.net is not None
+    options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
+    if args.known:
+        options |= {"given": _known(args, model), "method": args.method}
+    elif args.mask:
+        raise FastdiffError("--mask is of a picture that --known names")
     return (_sample_curves if len(model.net.shape) == 1 else _sample_pictures)(args, model, options)
 
 
@@ -196,6 +207,28 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
         plots.animation(path, args.gif, **shades)
         print(f"{args.gif}: the first {traced} on their way from noise, moving")
     return 0
+
+
+def _known(args: argparse.Namespace, model: Diffusion) -> Any:
+    """What --known says of the samples."""
+    import numpy as np
+
+    import fastdiff as fd
+
+    assert model.net is not None and model.normaliser is not None  # noqa: PT018
+    shape = model.net.shape
+    if len(shape) == 1:
+        if args.mask:
+            raise FastdiffError("--mask is for pictures, and this is a model of curves")
+        rows = fd.data.load_curves(args.known, missing=True)
+        if rows.shape != (1, *shape):
+            wants = f"one of {shape[0]}, some of them missing; fastdiff impute takes several"
+            raise FastdiffError(f"--known {args.known}: {len(rows)} curves of {rows.shape[1]} points, where {wants}")
+        return fd.Known(rows[0])
+    from fastdiff.pictures import load_known
+
+    low, high = model.normaliser.data_range or (0.0, 255.0)
+    return fd.Known(np.float32(low) + load_known(args.known, shape, args.mask) * np.float32((high - low) / 255))
 
 
 def in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.NDArray[np.int64] | None:

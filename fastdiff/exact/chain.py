@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +14,48 @@ from fastdiff.errors import ArgumentError
 from fastdiff.exact.gaussian import Gaussian
 from fastdiff.exact.moments import Float64, Moments
 from fastdiff.samplers import Sampler, named
+from fastdiff.schedule import Schedule
+
+
+@runtime_checkable
+class Affine(Protocol):
+    """A denoiser that is an affine map at every timestep, such as a conditioned `Gaussian`.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of one sample, d its size.
+    schedule : Schedule
+    prediction : {"noise", "x0", "v"}
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def prediction(self) -> str: ...
+
+    def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
+        """Return A (d, d) and offset (d,) of a prediction ``A x + offset`` of flat states at a timestep."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExactChain:
-    """The law of what a sampler makes of a Gaussian denoiser, row by row.
+    """The law of what a sampler makes of a Gaussian or another affine denoiser, row by row.
 
     Attributes
     ----------
-    gaussian : Gaussian
+    gaussian : Gaussian or Affine
         The denoiser.
     trace : tuple of R + 1 Moments
         The law of the state: ``trace[0]`` is the N(0, I) it starts from, ``trace[i]`` the state after i
         rows, as in the path of a trajectory. Each has ``.mean``, ``.cov`` and ``.w2(other)``.
     """
 
-    gaussian: Gaussian
+    gaussian: Affine
     trace: tuple[Moments, ...]
 
     @property
@@ -47,7 +74,7 @@ class ExactChain:
         Parameters
         ----------
         gaussian : Gaussian, optional
-            Whose data; by default the denoiser's own.
+            Whose data; by default the denoiser's own, which a Gaussian has.
 
         Returns
         -------
@@ -56,17 +83,17 @@ class ExactChain:
         Raises
         ------
         ArgumentError
-            If `gaussian` is none, or is of another size.
+            If it is no Gaussian, or is of another size.
         """
         target = self.gaussian if gaussian is None else gaussian
         if not isinstance(target, Gaussian):
             raise ArgumentError("gaussian", type(target).__name__, "a fastdiff.denoisers.Gaussian")
-        if target.d != self.gaussian.d:
-            raise ArgumentError("gaussian", f"{target.d} dimensions", f"{self.gaussian.d} dimensions")
+        if target.d != self.mean.size:
+            raise ArgumentError("gaussian", f"{target.d} dimensions", f"{self.mean.size} dimensions")
         return self.trace[-1].w2(target.data)
 
 
-def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
+def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     """Follow the exact mean and covariance of a sampler's state, started from N(0, I).
 
     With an affine denoiser each row maps the state (x, m1, .., mK) of a table that reaches back K rows to the next by
@@ -77,8 +104,8 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
 
     Parameters
     ----------
-    gaussian : Gaussian
-        The denoiser.
+    gaussian : Gaussian or Affine
+        The denoiser. One that is no `Gaussian` is followed with dense matrices, O(d^3) a row.
     sampler : Sampler
         With the same schedule and prediction, and no clip, which is not affine.
 
@@ -91,8 +118,9 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
     ArgumentError
         If the sampler clips or scales its noise by a learned variance, or schedule or prediction differ.
     """
-    if not isinstance(gaussian, Gaussian):
-        raise ArgumentError("gaussian", type(gaussian).__name__, "a fastdiff.denoisers.Gaussian")
+    if not isinstance(gaussian, Affine):
+        wants = "a fastdiff.denoisers.Gaussian, or another denoiser with .affine(prediction, t)"
+        raise ArgumentError("gaussian", type(gaussian).__name__, wants)
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a fastdiff.samplers.Sampler")
     if sampler.clip is not None:
@@ -103,6 +131,8 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
         raise ArgumentError("sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
     if sampler.prediction != gaussian.prediction:
         raise ArgumentError("sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}")
+    if not isinstance(gaussian, Gaussian):
+        return ExactChain(gaussian, _dense_trace(gaussian, sampler))
     data = gaussian.data
     # A coordinate for each eigenvector, and one for what the mean has outside their span, where the variance is `rest`.
     along = data.mean @ data.basis
@@ -116,7 +146,7 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
     for row in sampler.rows:
         gain = offset = np.zeros_like(centre)
         if row.evaluates:
-            gain, drift = gaussian.affine(gaussian.prediction, row.t)
+            gain, drift = gaussian.gains(gaussian.prediction, row.t)
             offset = drift * centre
         m_gain, m_offset = row.p + row.q * gain, row.q * offset
         x_gain, x_offset = row.a + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
@@ -181,8 +211,8 @@ def convergence(
 
     Examples
     --------
-    >>> gaussian = Gaussian(np.zeros(2), np.diag([4.0, 0.01]), Schedule.linear(1000))
-    >>> distances = convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
+    >>> gaussian = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 0.01]), fd.Schedule.linear(1000))
+    >>> distances = fd.denoisers.convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
     """
 
     def table(n: int) -> Sampler:
@@ -191,3 +221,34 @@ def convergence(
         return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
     return np.array([exact_chain(gaussian, table(int(n))).w2() for n in steps])
+
+
+def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
+    """The law of the state before and after each row, of a denoiser whose maps share no eigenvectors.
+
+    Mean and a factor F of the covariance F F^T of the state (x, m1, .., mK) are carried.
+    """
+    d, one = math.prod(denoiser.shape), np.eye(math.prod(denoiser.shape))
+    depth = sampler.depth
+    mean, factor = np.zeros((depth + 1, d)), np.zeros((depth + 1, d, d))
+    factor[0] = one
+    trace = [Moments(np.zeros(d), np.ones(d), one)]
+    for row in sampler.rows:
+        gain, offset = denoiser.affine(denoiser.prediction, row.t) if row.evaluates else (0 * one, np.zeros(d))
+        m_gain, m_offset = row.p * one + row.q * gain, row.q * offset
+        x_gain, x_offset = row.a * one + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
+        back = np.array([row.c1, row.c2, row.c3])[:depth]
+        x = x_gain @ mean[0] + back @ mean[1:] + x_offset
+        spread = x_gain @ factor[0] + np.tensordot(back, factor[1:], 1)
+        if row.evaluates and depth:
+            mean[2:], mean[1] = mean[1:-1].copy(), m_gain @ mean[0] + m_offset
+            factor[2:], factor[1] = factor[1:-1].copy(), m_gain @ factor[0]
+        mean[0], factor[0] = x, spread
+        if row.s:
+            fresh = np.zeros((depth + 1, d, d))
+            fresh[0] = row.s * one
+            wide = np.concatenate([factor, fresh], axis=2).reshape((depth + 1) * d, -1)
+            factor = np.linalg.qr(wide.T)[1].T.reshape(depth + 1, d, -1)
+        basis, deviations, _ = np.linalg.svd(factor[0], full_matrices=False)
+        trace.append(Moments(mean[0].copy(), deviations, basis))
+    return tuple(trace)

@@ -121,6 +121,10 @@ class Sampler:
         """How many evaluations back the table reaches for m, 0 to 3."""
         return max(row.depth for row in self.rows)
 
+    def unclipped(self) -> Sampler:
+        """Return the table without its clip."""
+        return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order)
+
     @property
     def label(self) -> str:
         """Name and number of steps, for legends: ``ddim, 50 steps``; of evaluations, where steps have several."""
