@@ -6,13 +6,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, samplers, sampling, split
+from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
@@ -25,6 +26,7 @@ from fastdiff.errors import (
     check_int,
     check_seed,
 )
+from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import TrainingPlan
@@ -90,10 +92,10 @@ class Diffusion:
 
     Examples
     --------
-    >>> X = fastdiff.data.harmonic_curves(1000)
-    >>> new = fastdiff.Diffusion().fit(X).sample(16)  # doctest: +SKIP
-    >>> images = fastdiff.data.load_images("pictures", size=32)  # doctest: +SKIP
-    >>> new = fastdiff.Diffusion().fit(images, flip=True).sample(16)  # doctest: +SKIP
+    >>> X = fd.data.harmonic_curves(1000)
+    >>> new = fd.Diffusion().fit(X).sample(16)
+    >>> images = fd.data.load_images("pictures", size=32)
+    >>> new = fd.Diffusion().fit(images, flip=True).sample(16)
     """
 
     def __init__(
@@ -438,10 +440,10 @@ class Diffusion:
 
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
-        net, _, _ = self._fitted()
+        net, schedule, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
         be = get_backend(self.backend)
-        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be)
+        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
@@ -458,10 +460,11 @@ class Diffusion:
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
-        clip = None if normaliser.data_range is None else 1.0
+        clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
         if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
             return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
-        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
+        options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
+        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
 
     def sample(
         self,
@@ -489,8 +492,10 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        sampler : {"auto", "ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+        sampler : str or Sampler, optional
+            "auto", a name of `fastdiff.samplers.names` with its defaults, or a table of `fastdiff.samplers` for this
+            model's schedule and prediction. Of pictures x0 is clipped to their range, but for "deis" and "lms", which
+            have no x0, and "ddim" takes the noise from the clipped x0 (``reclip``).
             "auto" is "dpmpp_2m" in 50 steps where the model has a Gaussian base, which that samples best, and "ddpm"
             elsewhere. A named one clips the x0 of pictures to their range; a table does what it says, and
             must not clip where the model has a noise shape.
@@ -633,6 +638,79 @@ class Diffusion:
         if normaliser.noise_shape is not None:
             raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
         return observations(given, net.shape)
+
+    def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
+        """Return the log density of every row, in nats of the data's units: the values of `log_density`."""
+        return self.log_density(X, y, **options).values
+
+    def score(self, X: Any, y: Any = None, **options: Any) -> float:
+        """Return the mean of `score_samples`."""
+        return float(self.score_samples(X, y, **options).mean())
+
+    def log_density(
+        self, X: Any, y: Any = None, *, method: str | None = None, ema: bool = True, **options: Any
+    ) -> LogDensity:
+        """Return the log density of rows of data, in nats of their units.
+
+        Parameters
+        ----------
+        X : (N, points) or (N, height, width, channels) array
+        y : (N,) int array, optional
+            Their labels, for a network that has classes: the density is that given the class.
+        method : {"table", "denoising"}, optional
+            See `fastdiff.likelihood.log_density`. By default "table" for rows of up to 256 values, whose determinants
+            are exact, else "denoising", which needs none; the choice is logged.
+        ema : bool, optional
+            Use the averaged weights.
+        **options
+            `sampler`, `trace`, `probes`, `progress`, and `seed`, by default the model's, of that function.
+
+        Returns
+        -------
+        LogDensity
+            Of the normaliser and the noise shape the determinants are in it. A column that was constant in training has
+            no scale of its own and counts as it is inside the network. Bytes are taken for the numbers that they are:
+            theirs is a density too, of which `bound` with decoder "bytes" makes a probability.
+
+        Raises
+        ------
+        ArgumentError
+            Shape, dtype or value of an argument.
+        TrainingError
+            The model has not been trained.
+        """
+        inside, y, log_det = self._inside(X, y)
+        if method is None:
+            width = inside[0].size
+            method = "table" if width <= likelihood.EXACT_VALUES else "denoising"
+            log.info("log density of rows of %d values: method %r", width, method)
+        options = {"seed": self.seed, **options}
+        backend = get_backend(self.backend)
+        denoiser = self._sampled(ema)
+        found = likelihood.log_density(denoiser, inside, method=method, labels=y, backend=backend, **options)
+        return replace(found, values=found.values + log_det)
+
+    def bound(self, X: Any, y: Any = None, *, ema: bool = True, **options: Any) -> Bound:
+        """Return the variational bound on -log p of rows of data, in nats of their units.
+
+        As `log_density`, with the options of `fastdiff.likelihood.bound`. With decoder "bytes" it bounds the
+        probability of bytes, which has no units.
+        """
+        inside, y, log_det = self._inside(X, y)
+        options = {"seed": self.seed, **options}
+        found = likelihood.bound(self._sampled(ema), inside, labels=y, backend=get_backend(self.backend), **options)
+        if options.get("decoder") == "bytes":
+            return found
+        terms = found.terms.copy()
+        terms[0] -= log_det
+        return replace(found, terms=terms, per_row=found.per_row - log_det)
+
+    def _inside(self, X: Any, y: Any) -> tuple[npt.NDArray[Any], Any, float]:
+        """Rows in the network's range, their labels, and the log of the determinant of the map that brought them."""
+        net, _, normaliser = self._fitted()
+        X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
+        normaliser.check("X", X)
+        return normaliser.apply(X, net.dtype), y, normaliser.log_det(int(np.prod(X.shape[1:])))
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.

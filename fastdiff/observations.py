@@ -212,7 +212,8 @@ class Observations:
             indices = np.flatnonzero(which.reshape(-1) == k)
             A, y, noise = [np.zeros((0, self.d))], [np.zeros((len(indices), 0))], [np.zeros(0)]
             for (values, deviation), seen in zip(self.known, pattern.reshape(-1, self.d), strict=True):
-                A.append(np.eye(self.d)[seen])
+                A.append(np.zeros((int(seen.sum()), self.d)))
+                A[-1][np.arange(len(A[-1])), np.flatnonzero(seen)] = 1
                 y.append(np.broadcast_to(values, (n, self.d))[indices][:, seen])
                 noise.append(deviation[seen])
             for rows, values, deviation in self.linear:

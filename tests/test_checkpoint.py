@@ -145,6 +145,7 @@ def assert_near(model, other, start):
     assert 0 < np.linalg.norm(trained_weights(model) - trained_weights(other)) <= CPU_STEPS * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_files_of_the_first_version_go_on(name, backend):
     """A model from a file goes on like one that was trained here.
@@ -512,6 +513,7 @@ def paths_of(header, start=()):
             yield from paths_of(value, (*start, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["curves", "shaped", "pictures"])
 def test_junk_anywhere_in_the_header_never_raises_anything_else(written, tmp_path, name):
     path = tmp_path / "m.safetensors"

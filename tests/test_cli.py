@@ -181,6 +181,7 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
     assert with_training != without
 
 
+@pytest.mark.slow
 def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
         monkeypatch.setattr(demo, name, value)
@@ -202,6 +203,7 @@ def test_demo(run, monkeypatch, drawn):
         assert run(advice)[0] == 0
 
 
+@pytest.mark.slow
 def test_example(capsys):
     main = runpy.run_path(str(EXAMPLES / "curves.py"))["main"]
     main(["-o", "pictures", "--steps", "3"])
@@ -209,6 +211,7 @@ def test_example(capsys):
     assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
 
 
+@pytest.mark.slow
 def test_the_covariance_example_draws_its_pictures(capsys):
     runpy.run_path(str(EXAMPLES / "covariance.py"))["main"](["-o", "pictures"])
     printed = capsys.readouterr().out
@@ -217,6 +220,7 @@ def test_the_covariance_example_draws_its_pictures(capsys):
     assert sorted(os.listdir("pictures")) == ["convergence.png", "curves.png", "matrices.png", "spectra.png"]
 
 
+@pytest.mark.slow
 def test_the_image_example_draws_and_judges(capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["-o", "pictures", "--steps", "2", "--drawn", "20", "--quiet"])
@@ -229,6 +233,7 @@ def test_the_image_example_draws_and_judges(capsys):
     assert len(fd.load("pictures/digits.safetensors", backend="numpy").history["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
@@ -487,10 +492,41 @@ def test_a_schedule_is_warned_of_once_where_a_figure_is_drawn(run):
     assert warned == alone
 
 
+# --------------------------------------------------------------------------------------- score
+
+
+def test_score(run, model):
+    code, out, _ = run("score m.safetensors curves.csv -o nll.csv --plot bound.png --quiet --backend numpy")
+    assert code == 0
+    assert re.search(r"^nll\.csv: -log p of 64 rows$", out, re.M)
+    assert re.search(r"^  nats a row +-?[\d.]+$", out, re.M)
+    assert Path("bound.png").read_bytes().startswith(b"\x89PNG")
+    nats = np.loadtxt("nll.csv", delimiter=",", skiprows=1)
+    assert Path("nll.csv").read_text().splitlines()[0] == "nats,stderr"
+    loaded = fd.load("m.safetensors", backend="numpy")
+    np.testing.assert_allclose(nats[:, 0], -loaded.score_samples(load_curves("curves.csv")), rtol=1e-6)
+    run("score m.safetensors curves.csv -o bits.csv --bits --quiet --backend numpy")
+    bits = np.loadtxt("bits.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(bits[:, 0], nats[:, 0] / (12 * np.log(2)), rtol=1e-6)
+    run("score m.safetensors curves.csv -o d.csv --method denoising --probes 2 --quiet --backend numpy")
+    assert (np.loadtxt("d.csv", delimiter=",", skiprows=1)[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("-o nll.txt", r"\.csv"), ("-o nll.csv --probes 0", "--probes"), ("-o nll.csv --plot b.doc", r"b\.doc")],
+)
+def test_bad_scores(run, model, options, said):
+    code, _, err = run(f"score m.safetensors curves.csv --quiet {options}")
+    assert code == 2
+    assert re.match(rf"fastdiff: error: .*{said}", err)
+    assert files() == ["curves.csv", "m.safetensors"]
+
+
 # --------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "score", "info"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command.split(), "--help"])
@@ -505,7 +541,7 @@ def test_help_teaches(command, capsys):
 
 def test_examples_in_the_help_are_options_that_exist(capsys):
     parser = cli.build_parser()
-    for command in ("", "demo", "train", "sample", "info"):
+    for command in ("", "demo", "train", "sample", "score", "info"):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
         for line in re.findall(r"^  fastdiff (.*?)(?:   .*)?$", capsys.readouterr().out, re.M):
@@ -630,7 +666,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, model, command, message):
         ("train curves.csv -o n.safetensors --schedule square", "sigmoid"),
         ("train curves.csv -o n.safetensors --network big", "tutorial"),
         ("train curves.csv -o n.safetensors --steps many", "--steps"),
-        ("sample m.safetensors -o x.csv --sampler euler", "dpmpp_2m"),
+        ("sample m.safetensors -o x.csv --sampler plms", "dpmpp_2m"),
         ("sample m.safetensors", "--output"),
         ("paint", "train"),
         ("--quiet", "COMMAND"),
@@ -794,6 +830,7 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch):
     def stop(self, step, loss):
         self.presses = step == 149

@@ -124,6 +124,16 @@ def test_threads_change_no_bits():
     assert_same_bits(runs[0].sample(5), runs[1].sample(5))
 
 
+def test_named_samplers_of_pictures():
+    """They clip, ddim takes the noise from what it has clipped, and what remembers the noise clips nothing."""
+    made = model("numpy").fit(BYTES, steps=1, **QUIET)
+    for name in fd.samplers.names():
+        table = made.named_sampler(name, 3)
+        assert table.clip == (None if name in ("deis", "lms") else (-1, 1))
+        assert all(row.e == 0 for row in table.rows) or name in ("deis", "lms")
+        assert made.sample(2, sampler=name, steps=3).dtype == np.uint8
+
+
 def test_backends_learn_the_same():
     losses = [model(name).fit(BYTES, steps=4, flip=True, **QUIET).history["loss"] for name in ("numpy", "cpu")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
