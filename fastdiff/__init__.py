@@ -6,8 +6,9 @@
 >>> new = model.sample(16)
 """
 
-from fastdiff import covariance, data, denoisers, errors, nn, noise, samplers
+from fastdiff import covariance, data, denoisers, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
+from fastdiff.conditioning import condition
 from fastdiff.interop import load_diffusers
 from fastdiff.model import Diffusion, load
 from fastdiff.nn import MLP, UNet
@@ -33,6 +34,7 @@ __all__ = [
     "UNet",
     "Weight",
     "available_backends",
+    "condition",
     "covariance",
     "data",
     "denoisers",
@@ -40,6 +42,7 @@ __all__ = [
     "forward_chain",
     "forward_noise",
     "get_backend",
+    "likelihood",
     "load",
     "load_diffusers",
     "nn",

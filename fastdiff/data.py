@@ -108,6 +108,7 @@ def load_curves(
     header: bool | None = None,
     index: Column | None = None,
     drop: Column | Sequence[Column] = (),
+    missing: bool = False,
 ) -> npt.NDArray[np.float32]:
     """Read curves from a ``.csv`` or ``.npy`` file.
 
@@ -129,11 +130,14 @@ def load_curves(
         or its name in the first line. Digits that are one of the numbers are taken for the number.
     drop : int, str or sequence of these, optional
         Further columns that are left out.
+    missing : bool, optional
+        Empty cells, and the words nan, NA, N/A, null and None, are values that are missing, NaN in the result. By
+        default they are errors. The first line must not be without values.
 
     Returns
     -------
     ndarray
-        (N, points) float32, N and points at least 1, all values finite.
+        (N, points) float32, N and points at least 1, all values finite, or NaN with `missing`.
 
     Raises
     ------
@@ -154,11 +158,11 @@ def load_curves(
     dropped = [drop] if isinstance(drop, (int, str)) else list(drop)
     with naming(path, "cannot be read"):
         if suffix == ".csv":
-            table = tables.read_csv(Path(path), header, of_index, dropped)
+            table = tables.read_csv(Path(path), header, of_index, dropped, missing=missing)
         else:
             table = tables.read_npy(Path(path), of_index, dropped)
-    curves = table.as_float32()
-    for doubt in table.doubts(header=header):
+    curves = table.as_float32(missing=missing)
+    for doubt in [] if np.isnan(curves).any() else table.doubts(header=header):
         warnings.warn(f"{path}: {doubt}", DataWarning, stacklevel=2)
     return curves
 

@@ -6,15 +6,17 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, samplers, sampling, split
+from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
+from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
     QualityWarning,
@@ -24,16 +26,18 @@ from fastdiff.errors import (
     check_int,
     check_seed,
 )
+from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, settled
+from fastdiff.observations import Given, Known, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, train
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
 
@@ -120,8 +124,13 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
-        if net is not None and net.outputs != net.image[2]:
-            raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if net is not None and net.outputs != net.image[2] and not net.learned_variance:
+            wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
+            raise ArgumentError("net", f"{net.outputs} outputs", wants)
+        if net is not None and net.learned_variance and noise_shape is not None:
+            raise ArgumentError(
+                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+            )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
@@ -184,6 +193,8 @@ class Diffusion:
         decay_steps: int | None = None,
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
+        weighting: str = "uniform",
+        snr_gamma: float = 5.0,
         validation: Any = None,
         judge: bool | None = None,
         flip: bool = False,
@@ -208,7 +219,7 @@ class Diffusion:
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
-        lr, warmup, decay_steps, clip_norm, ema
+        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
             See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
             `steps`. Warm-up and decay are absolute steps.
         validation : float or array, optional
@@ -249,14 +260,14 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
+        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema, weighting=weighting, snr_gamma=snr_gamma)
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema",
+                "lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma",
                 str(plan),
                 f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
             )
@@ -293,11 +304,12 @@ class Diffusion:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
+        terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
         validation = watch = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, self.prediction, self.seed)
+            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
@@ -428,10 +440,10 @@ class Diffusion:
 
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
-        net, _, _ = self._fitted()
+        net, schedule, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
         be = get_backend(self.backend)
-        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be)
+        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
@@ -442,14 +454,17 @@ class Diffusion:
             self._frozen = now, self.denoiser()
         return self._frozen[1]
 
-    def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
-        """Return the table that `sample` runs for the name of a sampler: see there."""
-        _, schedule, normaliser = self._fitted()
+    def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
+        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        net, schedule, normaliser = self._fitted()
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
-        clip = None if normaliser.data_range is None else 1.0
-        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
+        clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
+        if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
+            return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
+        options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
+        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
 
     def sample(
         self,
@@ -465,6 +480,9 @@ class Diffusion:
         round: bool = False,  # noqa: A002 - what it is called everywhere
         batch: int | None = None,
         progress: bool = False,
+        given: Given | None = None,
+        method: str = "auto",
+        return_evidence: bool = False,
     ) -> Any:
         """Draw new curves or pictures.
 
@@ -474,8 +492,10 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        sampler : {"auto", "ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+        sampler : str or Sampler, optional
+            "auto", a name of `fastdiff.samplers.names` with its defaults, or a table of `fastdiff.samplers` for this
+            model's schedule and prediction. Of pictures x0 is clipped to their range, but for "deis" and "lms", which
+            have no x0, and "ddim" takes the noise from the clipped x0 (``reclip``).
             "auto" is "dpmpp_2m" in 50 steps where the model has a Gaussian base, which that samples best, and "ddpm"
             elsewhere. A named one clips the x0 of pictures to their range; a table does what it says, and
             must not clip where the model has a noise shape.
@@ -495,11 +515,19 @@ class Diffusion:
             At most this many at once.
         progress : bool, optional
             Show a progress bar.
+        given : Known, Linear or Weight, or a list of them, optional
+            What is known of the samples, in the units of the data: n draws are made for each observation. What lies
+            far outside of the data is drawn far from what the network has learnt.
+        method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
+            How, see `fastdiff.conditioning`. The first three do not clip; "repaint" and "smc" take "ddpm" by default.
+        return_evidence : bool, optional
+            With "smc": also return the log density of each observation, in nats and the units of the data.
 
         Returns
         -------
         x : (n, points) or (n, height, width, channels) float32
-            In the range of the data; uint8, rounded, for a model of bytes.
+            In the range of the data; uint8, rounded, for a model of bytes. (n, N, ...) for N observations; what is
+            known without noise is to the bit what was given, in a dtype that holds it.
         path : (steps + 1, n, ...) float32, if `trajectory`
             Noise first, through the same map, and not rounded: noise is wider than any range of pictures.
 
@@ -511,8 +539,13 @@ class Diffusion:
             The model has not been trained.
         """
         _, schedule, normaliser = self._fitted()
+        known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
-            sampler = self.named_sampler(sampler, steps)
+            if known is not None and method in ("repaint", "smc") and sampler == "auto":
+                sampler = "ddpm"
+            sampler = self.named_sampler(sampler, steps, given=known is not None)
+            if known is not None and method not in ("replace", "repaint"):
+                sampler = sampler.unclipped()
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.prediction != self.prediction:
@@ -526,10 +559,158 @@ class Diffusion:
         result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
+            given=None if known is None else inside(known, *normaliser.affine()), method=method,
+            return_evidence=return_evidence,
         )  # fmt: skip
-        drawn = normaliser.restore(result[0] if trajectory else result, be)
+        x, other = result if trajectory or return_evidence else (result, None)
+        drawn = normaliser.restore(x, be)
         drawn = drawn.round() if round else drawn
-        return (drawn, normaliser.invert(result[1], be)) if trajectory else drawn
+        if known is not None:
+            drawn = put_exact(drawn, known)
+        if trajectory:
+            return drawn, normaliser.invert(other, be)
+        if known is None or not return_evidence:
+            return drawn
+        return drawn, other - log_units(known, normaliser.affine()[0])
+
+    def impute(
+        self,
+        X: Any,
+        draws: int = 100,
+        *,
+        method: str = "auto",
+        sampler: str | Sampler = "auto",
+        steps: int | None = None,
+        labels: Any = None,
+        seed: int | None = None,
+        first_draw: int = 0,
+        ema: bool = True,
+        progress: bool = False,
+    ) -> Any:
+        """Draw what is missing, many times: samples of the law of the missing values given the others.
+
+        Parameters
+        ----------
+        X : (N, ...) array
+            With NaN where nothing is known; what is known is taken as exact.
+        draws : int, optional
+            How many of each row.
+        method, sampler, steps, seed, ema, progress
+            As for `sample`.
+        labels : int or (N,) int array, optional
+            The class of each row, for a network that has classes.
+        first_draw : int, optional
+            Draw k of a call is draw ``first_draw + k``: 50 draws are the first 50 of 100.
+
+        Returns
+        -------
+        (draws, N, ...) array
+            In a dtype that holds what was given, to the bit. Rows where nothing is missing are repeated.
+
+        Raises
+        ------
+        ArgumentError
+            Rows of another shape, infinite values, or as for `sample`.
+        TrainingError
+            The model has not been trained.
+        """
+        net, _, _ = self._fitted()
+        known = observations(Known(X), net.shape)
+        draws = check_int("draws", draws, low=1)
+        if known.count is None:
+            raise ArgumentError("X", f"shape {np.shape(X)}", f"rows of shape {net.shape}: (N, ...)")
+        values = known.known[0][0]
+        missing = np.flatnonzero(np.isnan(values).any(axis=1))
+        dtype = np.result_type(np.float32, known.dtype)
+        out = np.empty((draws, known.count, *net.shape), dtype)
+        out[...] = values.astype(dtype).reshape(known.count, *net.shape)
+        if len(missing):
+            out[:, missing] = self.sample(
+                draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],
+                sampler=sampler, steps=steps, seed=seed, first_sample=first_draw, ema=ema, progress=progress,
+                given=known.some(missing), method=method,
+            )  # fmt: skip
+        return out
+
+    def _observations(self, given: Given) -> Observations:
+        """What is known of samples, in the units of the data."""
+        net, _, normaliser = self._fitted()
+        if normaliser.noise_shape is not None:
+            raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
+        return observations(given, net.shape)
+
+    def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
+        """Return the log density of every row, in nats of the data's units: the values of `log_density`."""
+        return self.log_density(X, y, **options).values
+
+    def score(self, X: Any, y: Any = None, **options: Any) -> float:
+        """Return the mean of `score_samples`."""
+        return float(self.score_samples(X, y, **options).mean())
+
+    def log_density(
+        self, X: Any, y: Any = None, *, method: str | None = None, ema: bool = True, **options: Any
+    ) -> LogDensity:
+        """Return the log density of rows of data, in nats of their units.
+
+        Parameters
+        ----------
+        X : (N, points) or (N, height, width, channels) array
+        y : (N,) int array, optional
+            Their labels, for a network that has classes: the density is that given the class.
+        method : {"table", "denoising"}, optional
+            See `fastdiff.likelihood.log_density`. By default "table" for rows of up to 256 values, whose determinants
+            are exact, else "denoising", which needs none; the choice is logged.
+        ema : bool, optional
+            Use the averaged weights.
+        **options
+            `sampler`, `trace`, `probes`, `progress`, and `seed`, by default the model's, of that function.
+
+        Returns
+        -------
+        LogDensity
+            Of the normaliser and the noise shape the determinants are in it. A column that was constant in training has
+            no scale of its own and counts as it is inside the network. Bytes are taken for the numbers that they are:
+            theirs is a density too, of which `bound` with decoder "bytes" makes a probability.
+
+        Raises
+        ------
+        ArgumentError
+            Shape, dtype or value of an argument.
+        TrainingError
+            The model has not been trained.
+        """
+        inside, y, log_det = self._inside(X, y)
+        if method is None:
+            width = inside[0].size
+            method = "table" if width <= likelihood.EXACT_VALUES else "denoising"
+            log.info("log density of rows of %d values: method %r", width, method)
+        options = {"seed": self.seed, **options}
+        backend = get_backend(self.backend)
+        denoiser = self._sampled(ema)
+        found = likelihood.log_density(denoiser, inside, method=method, labels=y, backend=backend, **options)
+        return replace(found, values=found.values + log_det)
+
+    def bound(self, X: Any, y: Any = None, *, ema: bool = True, **options: Any) -> Bound:
+        """Return the variational bound on -log p of rows of data, in nats of their units.
+
+        As `log_density`, with the options of `fastdiff.likelihood.bound`. With decoder "bytes" it bounds the
+        probability of bytes, which has no units.
+        """
+        inside, y, log_det = self._inside(X, y)
+        options = {"seed": self.seed, **options}
+        found = likelihood.bound(self._sampled(ema), inside, labels=y, backend=get_backend(self.backend), **options)
+        if options.get("decoder") == "bytes":
+            return found
+        terms = found.terms.copy()
+        terms[0] -= log_det
+        return replace(found, terms=terms, per_row=found.per_row - log_det)
+
+    def _inside(self, X: Any, y: Any) -> tuple[npt.NDArray[Any], Any, float]:
+        """Rows in the network's range, their labels, and the log of the determinant of the map that brought them."""
+        net, _, normaliser = self._fitted()
+        X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
+        normaliser.check("X", X)
+        return normaliser.apply(X, net.dtype), y, normaliser.log_det(int(np.prod(X.shape[1:])))
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.

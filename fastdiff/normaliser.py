@@ -157,6 +157,10 @@ class Normaliser:
         self.noise_shape.apply(be, rows, out)
         return process.returned(be, out.reshape(x.shape), is_on_device(x))
 
+    def affine(self) -> tuple[Any, Any]:
+        """Return factor and offset of `invert`, numbers or one of each value: data = factor x + offset."""
+        return self.std, self.mean + (0.0 if self.centre is None else self.std * self.centre)
+
     def log_det(self, points: int) -> float:
         """Return log |det| of `apply` for curves of so many points: log density of data less that of its image.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,6 +169,10 @@ class Observations:
     linear : tuple of (A, y, noise)
         Of each `Linear`: (m, d), (1 or N, m) and (m,) float64.
     weights : tuple of Weight
+    dtype : dtype
+        That holds all known values as they were given.
+    numbers : tuple of int, optional
+        Which observations these are, by the noise law, where they are a part of others.
     """
 
     d: int
@@ -176,6 +180,8 @@ class Observations:
     known: tuple[tuple[Float64, Float64], ...]
     linear: tuple[tuple[Float64, Float64, Float64], ...]
     weights: tuple[Weight, ...]
+    dtype: npt.DTypeLike = np.float32
+    numbers: tuple[int, ...] | None = None
 
     @property
     def nothing(self) -> bool:
@@ -190,6 +196,12 @@ class Observations:
             mask = mask | ~np.isnan(values)
         return mask
 
+    def some(self, indices: npt.NDArray[np.int64]) -> Observations:
+        """Return those of some of the N samples."""
+        known = tuple((values[indices] if len(values) > 1 else values, noise) for values, noise in self.known)
+        linear = tuple((A, y[indices] if len(y) > 1 else y, noise) for A, y, noise in self.linear)
+        return replace(self, count=len(indices), known=known, linear=linear, numbers=tuple(indices.tolist()))
+
     def groups(self) -> Iterator[Group]:
         """Yield the linear observations, those together whose rows are the same; their indices cover 0 .. N - 1."""
         n = 1 if self.count is None else self.count
@@ -200,7 +212,8 @@ class Observations:
             indices = np.flatnonzero(which.reshape(-1) == k)
             A, y, noise = [np.zeros((0, self.d))], [np.zeros((len(indices), 0))], [np.zeros(0)]
             for (values, deviation), seen in zip(self.known, pattern.reshape(-1, self.d), strict=True):
-                A.append(np.eye(self.d)[seen])
+                A.append(np.zeros((int(seen.sum()), self.d)))
+                A[-1][np.arange(len(A[-1])), np.flatnonzero(seen)] = 1
                 y.append(np.broadcast_to(values, (n, self.d))[indices][:, seen])
                 noise.append(deviation[seen])
             for rows, values, deviation in self.linear:
@@ -267,7 +280,8 @@ def observations(given: Given, shape: tuple[int, ...]) -> Observations:
     for name, count in counts:
         if count != counts[0][1]:
             raise ArgumentError(name, f"{count} observations", f"{counts[0][1]}, as {counts[0][0]} has, or one for all")
-    return Observations(d, counts[0][1] if counts else None, tuple(known), tuple(linear), tuple(weights))
+    dtype = np.result_type(np.float32, *(item.values.dtype for item in items if isinstance(item, Known)))
+    return Observations(d, counts[0][1] if counts else None, tuple(known), tuple(linear), tuple(weights), dtype)
 
 
 def _on_host(argument: str, value: Any) -> npt.NDArray[Any]:

@@ -300,6 +300,55 @@ def _pixels(image: Any, size: tuple[int, int] | None, gray: bool) -> npt.NDArray
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
+def load_known(
+    path: str | os.PathLike[str], shape: tuple[int, ...], mask: str | os.PathLike[str] | None = None
+) -> npt.NDArray[np.float32]:
+    """Read a picture of which a part is known.
+
+    Parameters
+    ----------
+    path : path
+        A picture of the size wanted. Its transparent pixels are unknown.
+    shape : (height, width, channels)
+        What is wanted; 1 channel is gray.
+    mask : path, optional
+        A picture of the same size: pixels that are nearer to white than to black are unknown, and no others.
+
+    Returns
+    -------
+    (height, width, channels) float32
+        0 .. 255, and NaN where nothing is known.
+
+    Raises
+    ------
+    DataError
+        A file that is no picture, of another size, or without a transparent pixel where there is no mask.
+    """
+    check_pillow()
+    unknown: npt.NDArray[np.bool_] | None = None
+    with naming(path, "cannot be read"), _sized(Path(path), shape) as image:
+        pixels = _pixels(image, None, shape[2] == 1).astype(np.float32)
+        if mask is None:
+            unknown = np.asarray(image.convert("RGBA"))[..., 3] == 0
+    if mask is not None:
+        with naming(mask, "cannot be read"), _sized(Path(mask), shape) as image:
+            unknown = _pixels(image, None, gray=True)[..., 0] >= 128
+    assert unknown is not None
+    if not unknown.any():
+        raise DataError(f"{path}: no pixel is unknown: make some transparent, or give a mask that is white there")
+    pixels[unknown] = np.nan
+    return pixels
+
+
+@contextmanager
+def _sized(file: Path, shape: tuple[int, ...]) -> Iterator[Any]:
+    with _opened(file) as image:
+        if (image.height, image.width) != tuple(shape[:2]):
+            wants = f"{shape[0]} x {shape[1]}, as the model's are"
+            raise DataError(f"{image.height} x {image.width} pixels, where {wants}")
+        yield image
+
+
 # --------------------------------------------------------------------------------------- cut
 
 

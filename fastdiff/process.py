@@ -26,14 +26,18 @@ BATCH_VALUES = 1 << 22  # that go to a denoiser at once where the caller does no
 BLOCK_VALUES = 1 << 18  # of a sum that NumPy takes: its terms stay in cache
 
 
-@runtime_checkable
-class ShapedNoise(Protocol):
-    """What a process needs of noise that is not white: `fastdiff.NoiseShape` is one."""
-
-    d: int
+class NoiseSource(Protocol):
+    """What fills states with noise in place of `Backend.normal`."""
 
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` (n, d) with the noise that takes the place of the white noise of the noise law."""
+
+
+@runtime_checkable
+class ShapedNoise(NoiseSource, Protocol):
+    """What a process needs of noise that is not white: `fastdiff.NoiseShape` is one."""
+
+    d: int
 
 
 def _schedule(value: Any) -> Schedule:
@@ -237,7 +241,7 @@ def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
     return noise_shape
 
 
-def _stepper(be: Backend, like: Array, shaped: ShapedNoise | None) -> Callable[..., None]:
+def _stepper(be: Backend, like: Array, shaped: NoiseSource | None) -> Callable[..., None]:
     """`Backend.sampler_step` for states no longer than `like`: (x, out, memory, row, clip, draw).
 
     Shaped noise is drawn by itself and added as the e term of a second row, which rounds like the s term of the first.

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
+from fastdiff.conditioning import GUIDED, plan
 from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory_of
 from fastdiff.errors import ArgumentError, check_array, check_indices, check_int, check_seed, is_on_device
 from fastdiff.noise import Draw, Stream, check_rows
-from fastdiff.process import BATCH_VALUES, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
+from fastdiff.observations import Given, observations
+from fastdiff.process import BATCH_VALUES, NoiseSource, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler
 
@@ -35,6 +37,9 @@ def sample(
     callback: Callable[[int, int, Array], Any] | None = None,
     progress: bool = False,
     noise_shape: ShapedNoise | None = None,
+    given: Given | None = None,
+    method: str = "auto",
+    return_evidence: bool = False,
 ) -> Any:
     """Draw samples by running a sampler's table over a denoiser.
 
@@ -71,11 +76,21 @@ def sample(
         Covariance S of the noise that the denoiser takes away; by default white. The samples are L times those of the
         white sampler with the denoiser u -> L^-1 denoiser(L u). Denoiser, `initial`, callback and results are in the
         data's space. The table must not clip.
+    given : Known, Linear or Weight, or a list of them, optional
+        What is known of the samples, in the denoiser's space: n draws are made for each observation. Draw k for
+        observation i has the noise of sample ``i 2^20 + first_sample + k``. Labels are one for each observation.
+    method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
+        How, see `fastdiff.conditioning`; "auto" is "tmpd". Of these "smc" is right in the limit of many draws, and the
+        others are approximations: "tmpd" is exact for normal data in the limit of many rows.
+    return_evidence : bool, optional
+        With "smc": also return the logarithm of the density of each observation under the table's samples.
 
     Returns
     -------
     x : (n, ...) float32
-        float64 on the numpy backend where `initial` is float64.
+        float64 on the numpy backend where `initial` is float64. (n, N, ...) for N observations; values that are known
+        without noise are to the bit those that were given, in a dtype that holds these.
+    evidence : (N,) float64, or float, if `return_evidence`
     path : (rows + 1, n, ...), if `trajectory`
         The states, noise first.
 
@@ -89,63 +104,101 @@ def sample(
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = backend_for(backend, initial=initial)
     source = denoiser_of(denoiser)
-    _check_agreement(source, sampler)
+    check_agreement(source, sampler)
     states = None if initial is None else _states("initial", initial, be)
     shape = _sample_shape(source.shape, shape, states)
     width = _width((0, *shape))
     shaped = _shaped(noise_shape, width)
     if shaped is not None:
         refuse_clip(sampler)
+        if any(row.r != 0 for row in sampler.rows):
+            raise ArgumentError("sampler", "a table for a learned variance", "another, with a noise_shape")
     on_device = is_on_device(initial) if states is not None else backend != "auto"
+    n = check_int("n", (16 if states is None else len(states)) if n is None else n, low=0)
+    seed, first_sample = check_seed(seed), check_rows(first_sample, n)
+    planned = None
+    if given is not None:
+        if shaped is not None:
+            raise ArgumentError("given", "observations, with a noise_shape", "white noise: noise_shape=None")
+        planned = plan(source, sampler, observations(given, shape), method, n, first_sample)
+        source, sampler = planned.source, planned.sampler
+    particles = planned is not None and planned.method == "smc"
+    if return_evidence and not particles:
+        raise ArgumentError("return_evidence", "True", "given observations and method='smc'")
+    if particles and (trajectory or callback is not None):
+        raise ArgumentError("method", "'smc' with a trajectory or a callback", "another: resampled states have no path")
+    rows = n if planned is None else planned.draws.rows
+    if states is not None and rows != n:
+        raise ArgumentError("initial", "a state, with several observations", "None")
     if states is not None:
-        n = check_int("n", len(states) if n is None else n, low=0)
         x = _copy(be, check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width))
     else:
-        n = check_int("n", 16 if n is None else n, low=0)
-        x = be.empty((n, width))
-    given = _labels(source.classes, labels, n)
-    seed, first_sample = check_seed(seed), check_rows(first_sample, n)
-    draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample), source.on(be, shape)
-    batch = max(1, BATCH_VALUES // width) if batch is None else check_int("batch", batch, low=1)
+        x = be.empty((rows, width))
+    chosen_labels = checked_labels(source.classes, labels, n if planned is None else planned.known.count or n)
+    if planned is not None and chosen_labels is not None and planned.known.count is not None:
+        chosen_labels = np.repeat(chosen_labels, n)
+    draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample if planned is None else 0), source.on(be, shape)
+    filler = planned.draws if planned is not None else shaped
+    if batch is None:
+        batch = max(1, BATCH_VALUES // (width * (1 if planned is None else planned.most)))
+    else:
+        batch = check_int("batch", batch, low=1)
+    if particles:  # of one observation, they stay together
+        batch = max(1, batch // max(n, 1)) * max(n, 1)
     if initial is None:
-        fill = be.normal if shaped is None else partial(shaped.fill, be)
+        fill = be.normal if filler is None else partial(filler.fill, be)
         fill(x, draw.of(Stream.INIT))
 
-    rows, clip = sampler.rows, sampler.clip
-    batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    classes = [None if given is None else be.asarray(given[part], np.int64) for part in batches]
+    table, clip = sampler.rows, sampler.clip
+    batches = [slice(i, min(i + batch, rows)) for i in range(0, rows, batch)]
+    classes = [None if chosen_labels is None else be.asarray(chosen_labels[part], np.int64) for part in batches]
     parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, classes, strict=True)]
-    if not (trajectory or callback or progress or shaped is not None):
-        for part, drawn, chosen in parts:
-            evaluator.run_table(x[part], rows, clip, drawn, chosen)
-        return returned(be, x.reshape(n, *shape), on_device)
 
-    step = evaluator.step if shaped is None else _shaped_step(evaluator, x[:batch], shaped)
-    path = be.empty((len(rows) + 1, n, width), x.dtype) if trajectory else None
+    def finished(states: Array) -> Array:
+        if planned is None:
+            return returned(be, states.reshape(n, *shape), on_device)
+        done = planned.finished(be.to_numpy(states), shape)
+        return be.asarray(done, done.dtype) if on_device else done
+
+    if planned is not None and particles:
+        evidence = planned.run_particles(evaluator, x, parts)
+        x = finished(x)
+        return (x, evidence if planned.known.count is not None else float(evidence[0])) if return_evidence else x
+    after = None if planned is None else planned.replacement(be)
+    own_noise = filler is None or (planned is not None and planned.method in GUIDED)
+    if own_noise and not (trajectory or callback or progress):
+        for part, drawn, chosen in parts:
+            evaluator.run_table(x[part], table, clip, drawn, chosen)
+        return finished(x)
+
+    step = evaluator.step if filler is None or own_noise else _shaped_step(evaluator, x[:batch], filler)
+    path = be.empty((len(table) + 1, rows, width), x.dtype) if trajectory else None
     if path is not None:
         path[0] = x
     # A callback sees all samples after each row; without one a batch runs to its end before the next one starts.
     groups = [parts] if callback is not None else [[part] for part in parts]
-    done = len(rows)
-    with progress_bar(show=progress, total=len(rows) * len(groups), desc="sampling", leave=False) as bar:
+    done = len(table)
+    with progress_bar(show=progress, total=len(table) * len(groups), desc="sampling", leave=False) as bar:
         for group in groups:
-            memories = [memory_of(be, x[part], rows) for part, _, _ in group]
-            for done, row in enumerate(rows, start=1):
+            memories = [memory_of(be, x[part], table) for part, _, _ in group]
+            for done, row in enumerate(table, start=1):
                 for (part, drawn, chosen), memory in zip(group, memories, strict=True):
                     step(x[part], memory, row, clip, drawn, chosen)
+                    if after is not None:
+                        after(done - 1, x[part], drawn)
                     if path is not None:
                         path[done, part] = x[part]
                 bar.update()
                 if callback is not None:
-                    shown = x.reshape(n, *shape)
+                    shown = x.reshape(n, *shape) if planned is None else planned.shaped(x, shape)
                     if isinstance(shown, np.ndarray):  # others cannot be protected
                         shown.flags.writeable = False
                     if callback(done - 1, row.t, shown):
                         break
-    x = returned(be, x.reshape(n, *shape), on_device)
     if path is None:
-        return x
-    return x, returned(be, path[: done + 1].reshape(done + 1, n, *shape), on_device)
+        return finished(x)
+    path = path[: done + 1].reshape(done + 1, n, *shape) if planned is None else planned.shaped(path[: done + 1], shape)
+    return finished(x), returned(be, path, on_device)
 
 
 def refuse_clip(sampler: Sampler) -> None:
@@ -154,7 +207,7 @@ def refuse_clip(sampler: Sampler) -> None:
         raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None with a noise_shape: it would bound L^-1 x0")
 
 
-def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Callable[..., None]:
+def _shaped_step(evaluator: Evaluator, like: Array, shaped: NoiseSource) -> Callable[..., None]:
     """`Evaluator.step` with shaped noise, for states no longer than `like`."""
     take = _stepper(evaluator.be, like, shaped)
 
@@ -165,15 +218,18 @@ def _shaped_step(evaluator: Evaluator, like: Array, shaped: ShapedNoise) -> Call
     return step
 
 
-def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
+def check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if denoiser.T not in (None, sampler.schedule.T):
         raise ArgumentError("denoiser", f"T = {denoiser.T}", f"T = {sampler.schedule.T}, the sampler's schedule")
     if denoiser.prediction not in (None, sampler.prediction):
         what = f"prediction {denoiser.prediction!r}"
         raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
+    if any(row.r != 0 for row in sampler.rows) and not getattr(denoiser, "learned_variance", False):
+        wants = "one that has: the table says how far a step's noise follows it"
+        raise ArgumentError("denoiser", "one without a learned variance", wants)
 
 
-def _labels(known: int | None, labels: Any, n: int) -> Any:
+def checked_labels(known: int | None, labels: Any, n: int) -> Any:
     """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
     if labels is None:
         if known not in (None, ANY_CLASSES):

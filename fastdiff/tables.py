@@ -11,7 +11,7 @@ import logging
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastdiff.errors import ArgumentError, DataError, check_int
 from fastdiff.files import load_npy
 
 Column = int | str
+MISSING = ("", "nan", "na", "n/a", "null", "none")  # what tables write where there is no value
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 
 _log = logging.getLogger(__name__)
@@ -55,11 +56,13 @@ class Table:
     rows: Sequence[str]
     names: Sequence[str] | None = None
 
-    def as_float32(self) -> npt.NDArray[np.float32]:
-        """Return the values in float32, all of them finite, or raise `DataError`."""
+    def as_float32(self, *, missing: bool = False) -> npt.NDArray[np.float32]:
+        """Return the values in float32, all of them finite, or NaN with `missing`; else raise `DataError`."""
         with np.errstate(over="ignore"):
             curves = np.ascontiguousarray(self.values, dtype=np.float32)
         bad = ~np.isfinite(curves)
+        if missing:
+            bad &= ~np.isnan(self.values)
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
             value = self.values[row, column]
@@ -88,7 +91,9 @@ def read_npy(path: Path, index: Sequence[Column], drop: Sequence[Column]) -> Tab
     return Table(path, values[:, kept] if out else values, columns, [str(k) for k in columns], rows)
 
 
-def read_csv(path: Path, header: bool | None, index: Sequence[Column], drop: Sequence[Column]) -> Table:
+def read_csv(
+    path: Path, header: bool | None, index: Sequence[Column], drop: Sequence[Column], *, missing: bool = False
+) -> Table:
     """Read a ``.csv`` file of one row a line, without some columns: see `fastdiff.data.load_curves`."""
     values = array("d")
     lines: list[int] = []  # the line of each row, for messages
@@ -100,7 +105,7 @@ def read_csv(path: Path, header: bool | None, index: Sequence[Column], drop: Seq
                 if not text.strip() or text.startswith("#"):
                     continue
                 if layout is None:
-                    layout = _layout(path, number, text, header, index, drop)
+                    layout = replace(_layout(path, number, text, header, index, drop), missing=missing)
                     if layout.names is not None:
                         continue
                 values.extend(layout.numbers(text, number))
@@ -141,6 +146,7 @@ class _Layout:
     width: int  # cells of a line
     kept: Sequence[int]  # places of the values among them
     names: Sequence[str] | None  # of all columns, if the first line has names
+    missing: bool = False  # whether a cell may say that there is no value
 
     def numbers(self, text: str, line: int) -> array[float]:
         """Return the values of a line."""
@@ -150,6 +156,9 @@ class _Layout:
             raise DataError(f"{where}: {len(cells)} cells, where line {self.first} has {self.width}")
         if len(self.kept) < self.width:
             cells = [cells[k] for k in self.kept]
+            text = "".join(cells)
+        if self.missing:
+            cells = ["nan" if cell.lower() in MISSING else cell for cell in cells]
             text = "".join(cells)
         try:
             if not _plain(text):

@@ -15,7 +15,7 @@ from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, Stream
-from fastdiff.samplers import ddpm, dpmpp_2m
+from fastdiff.samplers import Sampler, ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
 NETS = {
@@ -83,6 +83,22 @@ def networks_forward(be, size):
                     assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
 
 
+def deep_tables(schedule):
+    """Tables that remember two and three rows: with all terms, rows without evaluation, which may go up, and visits."""
+    last, middle = schedule.T - 1, schedule.T // 2
+    rows = [  # t, p, q, a, b, c1, c2, c3, e, s
+        (last, 0.2, -0.4, 0.5, 0.6, 0, 0, 0, 0.1, 0.5),
+        (middle, 0.9, 0.2, 0.4, -0.1, 0.3, 0, 0, 0, 0.3),
+        (last, 0.6, 0, 0.8, 0.2, -0.1, 0, 0, 0, 0.6),
+        (last, 0.1, -0.8, 0.3, 0.5, -0.6, 0.3, 0, 0.3, 0.2),
+        (middle, 0, 0.5, 0.2, 0.7, 0.4, -0.3, -0.4, 0, 0.1),
+        (0, 0, 0, 0.7, 0, 0.3, -0.2, 0.1, 0, 0),
+        (0, 0.3, 0.5, 0.1, 0.8, 0.4, -0.3, 0.2, 0.1, 0),
+    ]
+    two = [(*row[:7], 0, *row[8:]) for row in rows]
+    return Sampler(rows, schedule, clip=(-0.9, 0.8)), Sampler(two, schedule)
+
+
 @covers(
     "mlp", "mlp_pack", "mlp_chain", "mlp_chain_part", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part"
 )
@@ -91,7 +107,7 @@ def chains(be, size):
     for net, wide in networks():
         schedule = Schedule.cosine(net.T)
         steps = min(CHAIN_STEPS[size], net.T - 1)
-        for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v")):
+        for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v"), *deep_tables(schedule)):
             x, _, _ = batch_of(net, n)
             draw = Draw(4, Stream.STEP, first_row=2**32 - 5)
             want = x.astype(np.float64)

@@ -6,10 +6,9 @@ import pickle
 
 import numpy as np
 import pytest
-from tolerances import assert_close, assert_same_bits
+from tolerances import SIGMAS, assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff.backends import get_backend
 from fastdiff.denoisers import Empirical, Gaussian, Mixture, exact_chain
 from fastdiff.errors import ArgumentError
 
@@ -22,15 +21,15 @@ Y = np.array([0.4, -1.2, 0.3])
 ROOT = RANDOM.normal(size=(D, D))
 MEAN = RANDOM.normal(size=D)
 FACTOR = RANDOM.normal(size=(D, 2))
-PREDICTIONS = ("noise", "x0", "v")
+PREDICTIONS = ("noise", "x0", "v", "velocity")
 
 
-def gaussians(prediction="noise"):
+def gaussians(prediction="noise", schedule=SCHEDULE):
     return {
-        "dense": Gaussian(MEAN, ROOT @ ROOT.T, SCHEDULE, prediction=prediction),
-        "low rank": Gaussian.low_rank(MEAN, FACTOR, 0.3, SCHEDULE, prediction=prediction),
-        "low rank alone": Gaussian.low_rank(MEAN, FACTOR, 0.0, SCHEDULE, prediction=prediction),
-        "singular": Gaussian(MEAN, FACTOR @ FACTOR.T, SCHEDULE, prediction=prediction),
+        "dense": Gaussian(MEAN, ROOT @ ROOT.T, schedule, prediction=prediction),
+        "low rank": Gaussian.low_rank(MEAN, FACTOR, 0.3, schedule, prediction=prediction),
+        "low rank alone": Gaussian.low_rank(MEAN, FACTOR, 0.0, schedule, prediction=prediction),
+        "singular": Gaussian(MEAN, FACTOR @ FACTOR.T, schedule, prediction=prediction),
     }
 
 
@@ -217,6 +216,15 @@ def test_evidence_of_two_noisy_values_of_four():
     assert law.given(fd.Known([1, -0.5, NAN, NAN], 0.3)).log_evidence == pytest.approx(-3.5099523, abs=1e-7)
 
 
+def test_evidence_of_what_a_table_samples():
+    """Its samples' law is the prior that particles run by it see."""
+    schedule = fd.Schedule.linear(1000)
+    law = Gaussian(np.zeros(4), correlated(4, 0.8), schedule)
+    chain = exact_chain(law, fd.samplers.ddpm(schedule, 50))
+    made = Gaussian(chain.mean, chain.cov, schedule).given(fd.Known([1, -0.5, NAN, NAN], 0.3))
+    assert made.log_evidence == pytest.approx(-3.7204792, abs=1e-7)
+
+
 def test_spread_when_every_other_value_is_seen():
     values = np.full(16, NAN)
     values[::2] = (1, -1, 0.5, 2, 0, -0.5, 1, 0.3)
@@ -227,12 +235,84 @@ def test_spread_when_every_other_value_is_seen():
     assert many < few / 2
 
 
+# --------------------------------------------------------------------------------------- affine denoisers
+
+
+class Plain:
+    """A Gaussian that shows its affine maps only, or others."""
+
+    def __init__(self, gaussian, change=None):
+        self.gaussian, self.change = gaussian, change
+        self.shape, self.schedule, self.prediction = gaussian.shape, gaussian.schedule, gaussian.prediction
+
+    def affine(self, prediction, t):
+        gain, offset = self.gaussian.affine(prediction, t)
+        return (gain, offset) if self.change is None else (self.change @ gain, self.change @ offset)
+
+
+SAMPLERS = {
+    "ddpm": lambda p: fd.samplers.ddpm(SCHEDULE, prediction=p),
+    "ddim": lambda p: fd.samplers.ddim(SCHEDULE, 7, eta=0.5, prediction=p),
+    "dpmpp_2m": lambda p: fd.samplers.dpmpp_2m(SCHEDULE, 8, prediction=p),
+    "dpmpp_2m with noise": lambda p: fd.samplers.dpmpp_2m(SCHEDULE, 8, eta=1.0, prediction=p),
+}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chain_of_an_affine_denoiser(name, prediction):
+    """Dense matrices find what the eigenvectors of a Gaussian do."""
+    sampler = SAMPLERS[name](prediction)
+    for gaussian in gaussians(prediction).values():
+        want, got = exact_chain(gaussian, sampler), exact_chain(Plain(gaussian), sampler)
+        for one, other in zip(got.trace, want.trace, strict=True):
+            np.testing.assert_allclose(one.mean, other.mean, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(one.cov, other.cov, rtol=0, atol=1e-10)
+        assert got.w2(gaussian) == pytest.approx(want.w2(), abs=1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chain_is_what_samples_do(name):
+    """Of maps that are not symmetric."""
+    sampler, gaussian = SAMPLERS[name]("noise"), gaussians()["dense"]
+    twisted = Plain(gaussian, np.eye(D) + 0.1 * ROOT)
+    chain = exact_chain(twisted, sampler)
+
+    def predict(x, t):
+        gain, offset = twisted.affine("noise", t)
+        return x @ gain.T + offset
+
+    many = fd.sample(predict, sampler, shape=(D,), backend="numpy", initial=RANDOM.normal(size=(40000, D)))
+    variances = np.diag(chain.cov)
+    assert (np.abs(many.mean(axis=0) - chain.mean) < SIGMAS * np.sqrt(variances / len(many))).all()
+    errors = np.sqrt((np.outer(variances, variances) + chain.cov**2) / len(many))
+    assert (np.abs(np.cov(many.T) - chain.cov) < SIGMAS * errors).all()
+
+
+def test_affine_is_what_predict_does():
+    x = RANDOM.normal(size=(3, D))
+    for prediction in PREDICTIONS:
+        for name, gaussian in gaussians().items():
+            gain, offset = gaussian.affine(prediction, 4)
+            want = gaussians(prediction)[name].predict(x, 4)
+            np.testing.assert_allclose(x @ gain.T + offset, want, rtol=0, atol=1e-10)
+
+
+def test_what_no_chain_follows():
+    sampler = SAMPLERS["ddim"]("noise")
+    with pytest.raises(ArgumentError, match=r"gaussian: got Mixture.*\.affine"):
+        exact_chain(mixture(), sampler)
+    chain = exact_chain(Plain(gaussians()["dense"]), sampler)
+    with pytest.raises(ArgumentError, match="gaussian: got Plain"):
+        chain.w2()
+
+
 # --------------------------------------------------------------------------------------- mixtures
 
 
-def mixture(prediction="noise"):
-    laws = gaussians(prediction)
-    other = Gaussian(MEAN[::-1], np.eye(D) / 4, SCHEDULE, prediction=prediction)
+def mixture(prediction="noise", schedule=SCHEDULE):
+    laws = gaussians(prediction, schedule)
+    other = Gaussian(MEAN[::-1], np.eye(D) / 4, schedule, prediction=prediction)
     return Mixture.of([0.5, 0.2, 0.3], [laws["dense"], laws["low rank"], other])
 
 
@@ -324,14 +404,14 @@ def by_loops(rows, weights, x, t):
 
 
 @pytest.mark.parametrize("t", [0, 4, 19])
-def test_weighted_rows(t, backend):
+def test_weighted_rows(t, any_backend):
     law = Empirical(ROWS, SCHEDULE, weights=WEIGHTS)
-    x = RANDOM.normal(size=(6, D)).astype(np.float64 if backend == "numpy" else np.float32)
+    x = RANDOM.normal(size=(6, D)).astype(np.float64 if any_backend.name == "numpy" else np.float32)
     mean, density = by_loops(ROWS, WEIGHTS, x, t)
-    rtol = 1e-10 if backend == "numpy" else 2e-4
-    np.testing.assert_allclose(law.mean_x0(x, t, backend=backend), mean, rtol=0, atol=rtol)
-    np.testing.assert_allclose(law.log_density(x, t, backend=backend), density, rtol=rtol, atol=rtol)
-    mixed = law.mean_x0(x, [t, 3, t, 5, t, t], backend=backend)
+    rtol = 1e-10 if any_backend.name == "numpy" else 2e-4
+    np.testing.assert_allclose(law.mean_x0(x, t, backend=any_backend), mean, rtol=0, atol=rtol)
+    np.testing.assert_allclose(law.log_density(x, t, backend=any_backend), density, rtol=rtol, atol=rtol)
+    mixed = law.mean_x0(x, [t, 3, t, 5, t, t], backend=any_backend)
     np.testing.assert_allclose(mixed[[0, 2, 4, 5]], mean[[0, 2, 4, 5]], rtol=0, atol=rtol)
     np.testing.assert_allclose(mixed[1], by_loops(ROWS, WEIGHTS, x[1:2], 3)[0][0], rtol=0, atol=rtol)
 
@@ -401,19 +481,20 @@ def test_weights_of_a_function_that_are_no_numbers():
 # --------------------------------------------------------------------------------------- products
 
 
-def models(prediction):
-    made = {**gaussians(prediction), "mixture": mixture(prediction)}
-    made["rows"] = Empirical(ROWS, SCHEDULE, prediction=prediction)
-    made["weighted rows"] = Empirical(ROWS, SCHEDULE, prediction=prediction, weights=WEIGHTS)
+def models(prediction, schedule=SCHEDULE):
+    made = {**gaussians(prediction, schedule), "mixture": mixture(prediction, schedule)}
+    made["rows"] = Empirical(ROWS, schedule, prediction=prediction)
+    made["weighted rows"] = Empirical(ROWS, schedule, prediction=prediction, weights=WEIGHTS)
     made["posterior"] = made["mixture"].given(fd.Linear(A[:2], Y[:2], 0))
     return made
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_products_are_those_of_the_jacobian(prediction):
+@pytest.mark.parametrize("schedule", [SCHEDULE, fd.Schedule.flow(20)], ids=["cosine", "flow"])
+def test_products_are_those_of_the_jacobian(prediction, schedule):
     """Every entry, by central differences."""
     step = 1e-5
-    for name, model in models(prediction).items():
+    for name, model in models(prediction, schedule).items():
         for t in (1, 8, 18):
             x = model.schedule.signal[t] * ROWS[:3] + model.schedule.noise[t] * RANDOM.normal(size=(3, D))
             shifts = step * np.eye(D)[:, None]
@@ -448,8 +529,8 @@ def test_products_in_batches_and_at_several_timesteps():
         assert model.vjp(x[:0], 3, u[:, :0]).shape == (2, 0, D)
 
 
-def test_products_on_a_backend(backend):
-    be = get_backend(backend)
+def test_products_on_a_backend(any_backend):
+    be = any_backend
     kind = be.asarray(np.zeros(1)).dtype
     x, u = RANDOM.normal(size=(4, D)).astype(kind), RANDOM.normal(size=(2, 4, D)).astype(kind)
     for model in models("noise").values():

@@ -38,7 +38,9 @@ SYNONYMS = {
     "sample": "generate draw predict",
     "info": "show inspect describe",
     "bench": "benchmark time",
-    "evaluate": "eval test score judge",
+    "evaluate": "eval test judge",
+    "score": "likelihood density nll logp bound",
+    "impute": "fill inpaint complete interpolate",
     "demo": "example tutorial",
 }
 
@@ -110,6 +112,16 @@ def add_command(commands: Any, name: str, brief: str, text: str, epilog: str) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return made
+
+
+def add_method(command: argparse.ArgumentParser) -> None:
+    """How samples are drawn given observations."""
+    command.add_argument(
+        "--method",
+        choices=("auto", "tmpd", "pigdm", "dps", "replace", "repaint"),
+        default="auto",
+        help="how what is known is used (default auto: tmpd, which uses what the network knows of the covariance)",
+    )
 
 
 def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.inputs import check_picture, describe_pictures
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.parser import add_command, add_common, add_method
 from fastdiff.errors import FastdiffError, ScheduleWarning, check_int, check_seed
 
 if TYPE_CHECKING:
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
     from fastdiff.model import Diffusion
 
-SAMPLERS = ("auto", "ddpm", "ddim", "dpmpp_2m")
 SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
 PICTURES_AT_ONCE = 64
+NAME_WIDTH = 17  # of a sampler, in the help
 SHOWN, TRACED = 16, 4  # samples in a grid or a GIF, and in a trace
 
 
 def add(commands: Any) -> None:
+    from fastdiff import samplers
+
+    listed = "".join(f"  {name:<{NAME_WIDTH}}{samplers.about(name)}\n" for name in samplers.names())
     sample = add_command(
         commands,
         "sample",
@@ -40,7 +43,9 @@ def add(commands: Any) -> None:
         "  fastdiff sample m.safetensors -n 30 -o new.png --labels 0,1,2\n"
         "\n"
         "Sample k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
-        "repeats the last ten of -n 100.\n",
+        "repeats the last ten of -n 100.\n"
+        "\n"
+        f"samplers:\n{listed}",
     )
     sample.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     sample.add_argument("-n", type=int, default=16, metavar="N", help="how many (default 16)")
@@ -54,12 +59,13 @@ def add(commands: Any) -> None:
     sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
     sample.add_argument(
         "--sampler",
-        choices=SAMPLERS,
+        choices=("auto", *samplers.names()),
+        metavar="NAME",
         default="auto",
-        help="default auto: dpmpp_2m for a model with a Gaussian base, else ddpm; ddim and dpmpp_2m need fewer steps",
+        help="one of those below; default auto: dpmpp_2m for a model with a Gaussian base, else ddpm",
     )
     sample.add_argument(
-        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 50, 20)"
+        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 10 to 50 for others)"
     )
     sample.add_argument("--first-sample", type=int, metavar="K", default=0, help="index of the first sample")
     sample.add_argument(
@@ -68,6 +74,13 @@ def add(commands: Any) -> None:
         default=True,
         help="use the running mean of the weights (default), or the last weights",
     )
+    sample.add_argument(
+        "--known",
+        metavar="FILE",
+        help="draw given this: a table of one curve with values missing, or a picture with transparent parts",
+    )
+    sample.add_argument("--mask", metavar="FILE", help="a picture that is white where that of --known is unknown")
+    add_method(sample)
     add_common(sample, seed="of the noise (default: the model's)", usual_seed=None)
     sample.set_defaults(run=run)
 
@@ -82,8 +95,12 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_picture(path)
     model = fd.load(args.model, backend=args.backend)
-    options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
     assert model.net is not None
+    options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
+    if args.known:
+        options |= {"given": _known(args, model), "method": args.method}
+    elif args.mask:
+        raise FastdiffError("--mask is of a picture that --known names")
     return (_sample_curves if len(model.net.shape) == 1 else _sample_pictures)(args, model, options)
 
 
@@ -190,6 +207,28 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
         plots.animation(path, args.gif, **shades)
         print(f"{args.gif}: the first {traced} on their way from noise, moving")
     return 0
+
+
+def _known(args: argparse.Namespace, model: Diffusion) -> Any:
+    """What --known says of the samples."""
+    import numpy as np
+
+    import fastdiff as fd
+
+    assert model.net is not None and model.normaliser is not None  # noqa: PT018
+    shape = model.net.shape
+    if len(shape) == 1:
+        if args.mask:
+            raise FastdiffError("--mask is for pictures, and this is a model of curves")
+        rows = fd.data.load_curves(args.known, missing=True)
+        if rows.shape != (1, *shape):
+            wants = f"one of {shape[0]}, some of them missing; fastdiff impute takes several"
+            raise FastdiffError(f"--known {args.known}: {len(rows)} curves of {rows.shape[1]} points, where {wants}")
+        return fd.Known(rows[0])
+    from fastdiff.pictures import load_known
+
+    low, high = model.normaliser.data_range or (0.0, 255.0)
+    return fd.Known(np.float32(low) + load_known(args.known, shape, args.mask) * np.float32((high - low) / 255))
 
 
 def in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.NDArray[np.int64] | None:

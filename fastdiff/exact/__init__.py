@@ -6,11 +6,11 @@ without drawing one: the ground truth for samplers. `Mixture` and `Empirical` ha
 conditional means are exact, and a deterministic sampler ends on the rows of `Empirical`'s data.
 """
 
-from fastdiff.exact.chain import ExactChain, convergence, exact_chain
+from fastdiff.exact.chain import Affine, ExactChain, convergence, exact_chain
 from fastdiff.exact.empirical import Empirical
 from fastdiff.exact.exact import Exact
 from fastdiff.exact.gaussian import Gaussian
 from fastdiff.exact.mixture import Mixture
 from fastdiff.exact.moments import Moments
 
-__all__ = ["Empirical", "Exact", "ExactChain", "Gaussian", "Mixture", "Moments", "convergence", "exact_chain"]
+__all__ = ["Affine", "Empirical", "Exact", "ExactChain", "Gaussian", "Mixture", "Moments", "convergence", "exact_chain"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +14,48 @@ from fastdiff.errors import ArgumentError
 from fastdiff.exact.gaussian import Gaussian
 from fastdiff.exact.moments import Float64, Moments
 from fastdiff.samplers import Sampler, named
+from fastdiff.schedule import Schedule
+
+
+@runtime_checkable
+class Affine(Protocol):
+    """A denoiser that is an affine map at every timestep, such as a conditioned `Gaussian`.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of one sample, d its size.
+    schedule : Schedule
+    prediction : {"noise", "x0", "v"}
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def prediction(self) -> str: ...
+
+    def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
+        """Return A (d, d) and offset (d,) of a prediction ``A x + offset`` of flat states at a timestep."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExactChain:
-    """The law of what a sampler makes of a Gaussian denoiser, row by row.
+    """The law of what a sampler makes of a Gaussian or another affine denoiser, row by row.
 
     Attributes
     ----------
-    gaussian : Gaussian
+    gaussian : Gaussian or Affine
         The denoiser.
     trace : tuple of R + 1 Moments
         The law of the state: ``trace[0]`` is the N(0, I) it starts from, ``trace[i]`` the state after i
         rows, as in the path of a trajectory. Each has ``.mean``, ``.cov`` and ``.w2(other)``.
     """
 
-    gaussian: Gaussian
+    gaussian: Affine
     trace: tuple[Moments, ...]
 
     @property
@@ -47,7 +74,7 @@ class ExactChain:
         Parameters
         ----------
         gaussian : Gaussian, optional
-            Whose data; by default the denoiser's own.
+            Whose data; by default the denoiser's own, which a Gaussian has.
 
         Returns
         -------
@@ -56,28 +83,29 @@ class ExactChain:
         Raises
         ------
         ArgumentError
-            If `gaussian` is none, or is of another size.
+            If it is no Gaussian, or is of another size.
         """
         target = self.gaussian if gaussian is None else gaussian
         if not isinstance(target, Gaussian):
             raise ArgumentError("gaussian", type(target).__name__, "a fastdiff.denoisers.Gaussian")
-        if target.d != self.gaussian.d:
-            raise ArgumentError("gaussian", f"{target.d} dimensions", f"{self.gaussian.d} dimensions")
+        if target.d != self.mean.size:
+            raise ArgumentError("gaussian", f"{target.d} dimensions", f"{self.mean.size} dimensions")
         return self.trace[-1].w2(target.data)
 
 
-def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
+def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     """Follow the exact mean and covariance of a sampler's state, started from N(0, I).
 
-    With an affine denoiser each row maps the pair (x, x0_previous) to the next by an affine map plus
-    independent noise, and all of it is diagonal in the eigenbasis of the data's covariance: O(d) a row.
-    Instead of the 2 x 2 covariance of the pair its triangular factor is carried, ``x = f w1`` and
-    ``x0 = g w1 + h w2`` with independent w1, w2 of unit variance, so that no variance is ever a difference.
+    With an affine denoiser each row maps the state (x, m1, .., mK) of a table that reaches back K rows to the next by
+    an affine map plus independent noise, and all of it is diagonal in the eigenbasis of the data's covariance: O(d) a
+    row.
+    Instead of the covariance of the state its triangular factor is carried, x = F_00 w_0, m1 = F_10 w_0 + F_11 w_1, ..
+    with independent w of unit variance, so that no variance is ever a difference.
 
     Parameters
     ----------
-    gaussian : Gaussian
-        The denoiser.
+    gaussian : Gaussian or Affine
+        The denoiser. One that is no `Gaussian` is followed with dense matrices, O(d^3) a row.
     sampler : Sampler
         With the same schedule and prediction, and no clip, which is not affine.
 
@@ -88,43 +116,70 @@ def exact_chain(gaussian: Gaussian, sampler: Sampler) -> ExactChain:
     Raises
     ------
     ArgumentError
-        If the sampler clips, or schedule or prediction differ.
+        If the sampler clips or scales its noise by a learned variance, or schedule or prediction differ.
     """
-    if not isinstance(gaussian, Gaussian):
-        raise ArgumentError("gaussian", type(gaussian).__name__, "a fastdiff.denoisers.Gaussian")
+    if not isinstance(gaussian, Affine):
+        wants = "a fastdiff.denoisers.Gaussian, or another denoiser with .affine(prediction, t)"
+        raise ArgumentError("gaussian", type(gaussian).__name__, wants)
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a fastdiff.samplers.Sampler")
     if sampler.clip is not None:
         raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None: a clipped chain is not Gaussian")
+    if any(row.r != 0 for row in sampler.rows):
+        raise ArgumentError("sampler", "a learned variance", "r = 0 in every row: noise of a known variance")
     if sampler.schedule != gaussian.schedule:
         raise ArgumentError("sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
     if sampler.prediction != gaussian.prediction:
         raise ArgumentError("sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}")
+    if not isinstance(gaussian, Gaussian):
+        return ExactChain(gaussian, _dense_trace(gaussian, sampler))
     data = gaussian.data
     # A coordinate for each eigenvector, and one for what the mean has outside their span, where the variance is `rest`.
     along = data.mean @ data.basis
     axes = np.column_stack([data.basis, data.mean - data.basis @ along])
     centre = np.append(along, 1.0)
-    mean, mean_x0 = np.zeros_like(centre), np.zeros_like(centre)
-    f, g, h = np.ones_like(centre), np.zeros_like(centre), np.zeros_like(centre)
-    trace = [Moments(axes @ mean, f[:-1], data.basis, f[-1])]
+    depth = sampler.depth
+    mean = np.zeros((depth + 1, len(centre)))  # of x, m1, .., mK
+    factor = np.zeros((depth + 1, depth + 1, len(centre)))
+    factor[0, 0] = 1.0
+    trace = [Moments(axes @ mean[0], factor[0, 0, :-1], data.basis, factor[0, 0, -1])]
     for row in sampler.rows:
-        gain, drift = gaussian.affine(gaussian.prediction, row.t)
-        offset = drift * centre
-        x0_gain, x0_offset = row.p + row.q * gain, row.q * offset
-        x_gain = row.a + row.b * x0_gain + row.e * gain
-        x_offset = row.b * x0_offset + row.e * offset
-        mean, mean_x0 = x_gain * mean + row.c1 * mean_x0 + x_offset, x0_gain * mean + x0_offset
-        # x' = shared w1 + fresh w, with w independent of w1; x0 = spread w1.
-        shared = x_gain * f + row.c1 * g
-        fresh = np.hypot(row.c1 * h, row.s)
-        spread = x0_gain * f
-        f = np.hypot(shared, fresh)
-        along = np.divide(shared, f, out=np.zeros_like(f), where=f > 0)
-        across = np.divide(fresh, f, out=np.ones_like(f), where=f > 0)
-        g, h = spread * along, spread * across
-        trace.append(Moments(axes @ mean, f[:-1], data.basis, f[-1]))
+        gain = offset = np.zeros_like(centre)
+        if row.evaluates:
+            gain, drift = gaussian.gains(gaussian.prediction, row.t)
+            offset = drift * centre
+        m_gain, m_offset = row.p + row.q * gain, row.q * offset
+        x_gain, x_offset = row.a + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
+        back = np.array(row[5 : 5 + depth])  # c1, c2, ..
+        state, wide = mean.copy(), np.zeros((depth + 1, depth + 2, len(centre)))
+        mean[0] = x_gain * state[0] + back @ state[1:] + x_offset
+        wide[0, :-1] = x_gain * factor[0] + np.tensordot(back, factor[1:], 1)
+        wide[0, -1] = row.s
+        if row.evaluates and depth:
+            mean[1], mean[2:] = m_gain * state[0] + m_offset, state[1:-1]
+            wide[1, :-1], wide[2:, :-1] = m_gain * factor[0], factor[1:-1]
+        else:
+            wide[1:, :-1] = factor[1:]
+        factor = _triangular(wide)
+        trace.append(Moments(axes @ mean[0], factor[0, 0, :-1], data.basis, factor[0, 0, -1]))
     return ExactChain(gaussian, tuple(trace))
+
+
+def _triangular(wide: Float64) -> Float64:
+    """Lower triangular L (n, n, d), its diagonal at least 0, with L L^T = W W^T for each of the d W (n, n + 1, d).
+
+    Each entry above the diagonal is turned into it; W is overwritten.
+    """
+    for i in range(len(wide)):
+        for j in range(i + 1, wide.shape[1]):
+            length = np.hypot(wide[i, i], wide[i, j])
+            along = np.divide(wide[i, i], length, out=np.ones_like(length), where=length > 0)
+            across = np.divide(wide[i, j], length, out=np.zeros_like(length), where=length > 0)
+            kept, other = wide[i:, i].copy(), wide[i:, j].copy()
+            wide[i:, i] = along * kept + across * other
+            wide[i:, j] = along * other - across * kept
+            wide[i, i], wide[i, j] = length, 0.0
+    return wide[:, :-1]
 
 
 def convergence(
@@ -138,8 +193,9 @@ def convergence(
     ----------
     gaussian : Gaussian
         The denoiser.
-    sampler : {"ddpm", "ddim", "dpmpp_2m"} or callable
-        A name stands for the sampler with its defaults; a callable returns a table for a number of steps.
+    sampler : str or callable
+        A name (`fastdiff.samplers.names`) stands for the sampler with its defaults; a callable returns a table for a
+        number of steps.
     steps : sequence of int
         Numbers of steps.
 
@@ -165,3 +221,34 @@ def convergence(
         return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
     return np.array([exact_chain(gaussian, table(int(n))).w2() for n in steps])
+
+
+def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
+    """The law of the state before and after each row, of a denoiser whose maps share no eigenvectors.
+
+    Mean and a factor F of the covariance F F^T of the state (x, m1, .., mK) are carried.
+    """
+    d, one = math.prod(denoiser.shape), np.eye(math.prod(denoiser.shape))
+    depth = sampler.depth
+    mean, factor = np.zeros((depth + 1, d)), np.zeros((depth + 1, d, d))
+    factor[0] = one
+    trace = [Moments(np.zeros(d), np.ones(d), one)]
+    for row in sampler.rows:
+        gain, offset = denoiser.affine(denoiser.prediction, row.t) if row.evaluates else (0 * one, np.zeros(d))
+        m_gain, m_offset = row.p * one + row.q * gain, row.q * offset
+        x_gain, x_offset = row.a * one + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
+        back = np.array([row.c1, row.c2, row.c3])[:depth]
+        x = x_gain @ mean[0] + back @ mean[1:] + x_offset
+        spread = x_gain @ factor[0] + np.tensordot(back, factor[1:], 1)
+        if row.evaluates and depth:
+            mean[2:], mean[1] = mean[1:-1].copy(), m_gain @ mean[0] + m_offset
+            factor[2:], factor[1] = factor[1:-1].copy(), m_gain @ factor[0]
+        mean[0], factor[0] = x, spread
+        if row.s:
+            fresh = np.zeros((depth + 1, d, d))
+            fresh[0] = row.s * one
+            wide = np.concatenate([factor, fresh], axis=2).reshape((depth + 1) * d, -1)
+            factor = np.linalg.qr(wide.T)[1].T.reshape(depth + 1, d, -1)
+        basis, deviations, _ = np.linalg.svd(factor[0], full_matrices=False)
+        trace.append(Moments(mean[0].copy(), deviations, basis))
+    return tuple(trace)

@@ -15,7 +15,7 @@ from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen, probabilities
 from fastdiff.exact.posterior import DISAGREE, impossible
 from fastdiff.observations import Given, observations
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import Schedule, target
 
 LEAST_SIGNAL = 1e-30  # with which weights are divided by the signal
 LEAST_WEIGHT = 1e-300  # that is not 0
@@ -167,7 +167,8 @@ class Empirical(Exact):
     def _product(self, space: Workspace, prediction: str, x: Array, t: int, vectors: Array, out: Array) -> None:
         """In float64: signal / noise^2 of the rows' covariance, its weights times deviations from the mean."""
         be = space.be
-        alpha, sigma = (float(level) for level in self._levels(t))
+        levels = self._levels(t)
+        alpha, sigma, of_noise, of_data = (float(level) for level in (*levels, *target(prediction, *levels)))
         mean: Any = self.data.mean
         rows = self._kept((be, "centred"), self._rows.size, lambda: be.asarray(self._rows - mean, np.float64))
         centre = be.asarray(alpha * mean, np.float64)
@@ -181,10 +182,9 @@ class Empirical(Exact):
             for vector, result in zip(vectors[:, part], out[:, part], strict=True):
                 u = vector.astype(np.float64)
                 slopes = shares * (u @ rows.T - (u * centred).sum(axis=1)[:, None])
-                product = alpha / sigma**2 * (slopes @ rows - slopes.sum(axis=1)[:, None] * centred)
+                product = alpha / sigma**2 * (slopes @ rows)  # the slopes sum to 0
                 if prediction != "x0":
-                    of_noise = (u - alpha * product) / sigma
-                    product = of_noise if prediction == "noise" else alpha * of_noise - sigma * product
+                    product = of_noise / sigma * (u - alpha * product) + of_data * product
                 result[...] = product
 
     def _log_density(self, space: Workspace, x: Array, t: Any, out: Array) -> None:

@@ -113,8 +113,8 @@ class Exact(ABC):
     def vjp(self, x: Any, t: Any, cotangent: Any, *, backend: str | Backend = "auto") -> Array:
         """J^T times a cotangent, J being the Jacobian of the prediction by x.
 
-        That of E[x0 | x] is ``J0 = alpha / sigma^2 Cov[x0 | x]``, those of the others ``(I - alpha J0) / sigma`` for
-        the noise and ``alpha (I - alpha J0) / sigma - sigma J0`` for v. All are symmetric.
+        That of E[x0 | x] is ``J0 = alpha / sigma^2 Cov[x0 | x]``, that of the noise ``J1 = (I - alpha J0) / sigma``;
+        v has ``alpha J1 - sigma J0``, and the velocity ``J1 - J0``. All are symmetric.
 
         Parameters
         ----------

@@ -167,6 +167,13 @@ class Gaussian(Exact):
         return other
 
     def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
+        """The prediction at timestep t as an affine map ``A x + offset``: see `Affine`."""
+        gain, drift = self.gains(prediction, t)
+        basis, d = self.data.basis, self.d
+        outside = gain[-1] * (np.eye(d) - basis @ basis.T) if basis.shape[1] < d else 0.0
+        return (basis * gain[:-1]) @ basis.T + outside, self.data.scaled(drift, self.data.mean)
+
+    def gains(self, prediction: str, t: int) -> tuple[Float64, Float64]:
         """The prediction at timestep t as an affine map, ``gain x + drift mean`` along each eigenvector.
 
         Parameters
@@ -194,7 +201,7 @@ class Gaussian(Exact):
 
     def _expect(self, space: Workspace, prediction: str, x: Array, t: int, out: Array) -> None:
         def make() -> RowMap:
-            gain, drift = self.affine(prediction, t)
+            gain, drift = self.gains(prediction, t)
             return self.data.scaling(gain, self.data.scaled(drift, self.data.mean))
 
         space.be.map_rows(x, out, self._kept((prediction, t), self.data.basis.size, make))
@@ -205,7 +212,7 @@ class Gaussian(Exact):
 
     def _jacobian(self, prediction: str, t: int) -> RowMap:
         def make() -> RowMap:
-            return self.data.scaling(self.affine(prediction, t)[0], np.zeros(self.d))
+            return self.data.scaling(self.gains(prediction, t)[0], np.zeros(self.d))
 
         jacobian: RowMap = self._kept(("jacobian", prediction, t), self.data.basis.size, make)
         return jacobian
@@ -232,7 +239,7 @@ class Gaussian(Exact):
         """The map of those residuals to a prediction."""
 
         def make() -> RowMap:
-            law, gain = self.moments(t), self.affine(prediction, t)[0]
+            law, gain = self.moments(t), self.gains(prediction, t)[0]
             factors = gain * np.sqrt(law.spectrum)
             centre = float(target(prediction, *self._levels(t))[1]) * self.data.mean
             if law.basis.shape[1] < self.d:

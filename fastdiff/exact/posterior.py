@@ -13,6 +13,7 @@ from fastdiff.observations import Given, Group, Observations, observations
 
 DISAGREE = 1e-6
 """Share of what was seen by which exact observations may miss what a model can make: more than float32 rounds."""
+SIGMAS = 10.0  # by which a value of no deviation but rounding may miss its mean
 
 
 class Conditioned(NamedTuple):
@@ -51,11 +52,12 @@ def condition(law: Moments, group: Group, floor: float) -> Conditioned:
     if exact.any():
         seen = rows[exact] @ root
         left, spread, right = np.linalg.svd(seen)
-        rank = int((spread > floor * np.linalg.norm(group.A[exact], axis=1).max()).sum())
+        constant = floor * np.linalg.norm(group.A[exact], axis=1)  # so small a deviation of a seen value is rounding
+        rank = int((spread > constant.max()).sum())
         left, spread = left[:, :rank], spread[:rank]
         along = gap[:, exact] @ left
         sizes = np.abs(group.y[:, exact]) + np.abs(group.A[exact]) @ np.abs(law.mean) + np.linalg.norm(seen, axis=1)
-        missed = (np.abs(gap[:, exact] - along @ left.T) > DISAGREE * sizes).any(axis=1)
+        missed = (np.abs(gap[:, exact] - along @ left.T) > DISAGREE * sizes + SIGMAS * constant).any(axis=1)
         weights = along / spread
         evidence -= np.square(weights).sum(axis=1) / 2 + np.log(spread).sum() + rank / 2 * math.log(2 * math.pi)
         evidence[missed] = -math.inf

@@ -9,8 +9,16 @@ and colour bars stand outside the axes, so they hide no data.
 """
 
 from fastdiff.plots.covariance import covariances, reshaped, spectra
-from fastdiff.plots.curves import around_target, forward_diffusion, generated, reverse_chain, reverse_lines
+from fastdiff.plots.curves import (
+    around_target,
+    forward_diffusion,
+    generated,
+    imputed,
+    reverse_chain,
+    reverse_lines,
+)
 from fastdiff.plots.evaluation_page import evaluation
+from fastdiff.plots.likelihood import bound
 from fastdiff.plots.pictures import animation, image_grid, image_trace
 from fastdiff.plots.speed import scaling, shares
 from fastdiff.plots.style import BLUE, ENDINGS, GREY, ORANGE, RED, STYLE, check_available, save, write
@@ -25,6 +33,7 @@ __all__ = [
     "STYLE",
     "animation",
     "around_target",
+    "bound",
     "check_available",
     "convergence",
     "covariances",
@@ -33,6 +42,7 @@ __all__ = [
     "generated",
     "image_grid",
     "image_trace",
+    "imputed",
     "loss",
     "reshaped",
     "reverse_chain",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, check_array, check_int
 from fastdiff.plots.layout import blank, blues, heading, horizontal, legend, named_by, one_axes, whole_numbers
-from fastdiff.plots.style import BLUE, GREY, RED, styled
+from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,6 +141,40 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
         bar = figure.colorbar(lines, ax=axes, pad=0.02, fraction=0.05, aspect=30)
         bar.set_label("point of the curve")
         bar.outline.set_visible(False)
+    return figure
+
+
+def imputed(known: npt.ArrayLike, draws: npt.ArrayLike) -> Figure:
+    """Draw curves with missing values, and what was drawn for these: bands that hold 50 and 95 % of the draws.
+
+    Parameters
+    ----------
+    known : array_like
+        (N, points), NaN where a value is missing.
+    draws : array_like
+        (K, N, points), filled in.
+    """
+    rows, filled = np.asarray(known), check_array("draws", draws, shape=(None, None, None))
+    if rows.shape != filled.shape[1:]:
+        raise ArgumentError("known", f"shape {rows.shape}", f"shape {filled.shape[1:]}, as each draw")
+    with styled():
+        columns = min(len(rows), 2)
+        height = -(-len(rows) // columns)
+        figure = blank(3.6 * columns + 0.6, 1.7 * height + 0.7)
+        grid = figure.subplots(height, columns, sharex=True, squeeze=False)
+        for axes in grid.flat[len(rows) :]:
+            axes.set_visible(False)
+        at, label = horizontal(rows.shape[1], None)
+        for axes, row, of_row in zip(grid.flat, rows, filled.swapaxes(0, 1), strict=False):
+            if len(of_row) > 1:
+                for low, high, shade in ((0.025, 0.975, 0.2), (0.25, 0.75, 0.4)):
+                    band = np.quantile(of_row, (low, high), axis=0)
+                    share = f"{high - low:.0%} of {len(of_row)} draws"
+                    axes.fill_between(at, *band, color=BLUE, alpha=shade, linewidth=0, label=share)
+            axes.plot(at, of_row[0], color=BLUE, linewidth=0.9, label="one draw")
+            axes.plot(at, row, "o", color=ORANGE, markersize=3, label="known")
+        figure.supxlabel(label, fontsize=9)
+        heading(figure, "Missing values, given the others", *grid[0, 0].get_legend_handles_labels())
     return figure
 
 

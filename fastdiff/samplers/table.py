@@ -121,10 +121,15 @@ class Sampler:
         """How many evaluations back the table reaches for m, 0 to 3."""
         return max(row.depth for row in self.rows)
 
+    def unclipped(self) -> Sampler:
+        """Return the table without its clip."""
+        return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order)
+
     @property
     def label(self) -> str:
-        """Name and number of steps, for legends: ``ddim, 50 steps``."""
-        return f"{self.name}, {len(self)} step{'s' if len(self) > 1 else ''}"
+        """Name and number of steps, for legends: ``ddim, 50 steps``; of evaluations, where steps have several."""
+        count, what = self.evaluations, "step" if len(set(self.timesteps.tolist())) == len(self) else "evaluation"
+        return f"{self.name}, {count} {what}{'s' if count > 1 else ''}"
 
     def __eq__(self, other: object) -> bool:
         """Whether both do the same: equal table, schedule, prediction and clip."""

@@ -1,0 +1,726 @@
+"""Sampling given observations: conditioned denoisers, replacement, and particles.
+
+What is known of a sample changes the denoiser, and no table. The score of the conditional law is that of the prior plus
+the gradient of log p(y | x_t); where x_t = signal x0 + noise z, this moves the mean of x0 by
+
+    x0 += (noise^2 / signal) g,      g = J^T A^T R^-1 (y - A x0)
+
+with J the Jacobian of the mean of x0 by x_t, and R what is taken for the covariance of y given x_t:
+
+- ``tmpd`` (Boys et al. 2023): A (noise^2 / signal) J A^T + s^2 I, the second moment by Tweedie's formula. Exact for
+  Gaussian data, but for the steps of the table.
+- ``pigdm`` (Song et al. 2023): r^2 A A^T + s^2 I with r^2 = noise^2 / (signal^2 + noise^2), as if x0 were N(0, I).
+- ``dps`` (Chung et al. 2023): no R; every row ends with x += 2 J^T A^T (y - A x0) / |y - A x0|.
+
+``replace`` overwrites what is known after every row by a noised copy of it, which is biased however many rows there
+are; ``repaint`` (Lugmayr et al. 2022) does it in a table that goes back up and down at every row. ``smc`` (Wu et al.
+2023) weighs and resamples particles, which is right in the limit of many.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends import Backend, Row, backend_for
+from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps
+from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
+from fastdiff.observations import Given, Observations, Weight, observations
+from fastdiff.process import _stepper as stepper
+from fastdiff.samplers import Sampler
+from fastdiff.samplers.table import x0_from_output
+from fastdiff.schedule import Schedule
+
+log = logging.getLogger("fastdiff")
+
+Array = Any
+Float64 = npt.NDArray[np.float64]
+
+METHODS = ("tmpd", "pigdm", "dps", "replace", "repaint", "smc")
+GUIDED = ("tmpd", "pigdm", "dps")  # those that are a denoiser
+MOST_DENSE = 64  # observations of a sample up to which R is a matrix: one vector-Jacobian product for each
+DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
+REPEATS = 10  # of a row of a table, by RePaint
+TINY = 1e-300
+LEAST = (
+    0.01  # of an eigenvalue of the covariance of what is seen, relative to that of N(0, I) given x_t: a network errs
+)
+FLOOR = 1e-10  # of R, relative to its largest entry: exact values that the prior knows already
+
+
+class Rows:
+    """What all observations say of a sample, as rows of one matrix A: y = A x0 + s z.
+
+    Samples of which less is known have rows of zeros, y of 0 and a variance of 1, which say nothing.
+
+    Attributes
+    ----------
+    m : int
+        Number of rows.
+    y, variance : (N, m) float64
+        What was seen, and s^2.
+    """
+
+    def __init__(self, known: Observations) -> None:
+        groups, n = list(known.groups()), 1 if known.count is None else known.count
+        self.m, self.d = max(len(group.A) for group in groups), known.d
+        self.y, self.variance = np.zeros((n, self.m)), np.ones((n, self.m))
+        # Single values are told by where they are: a matrix of them may be large.
+        self._at = None if known.linear else np.full((n, self.m), known.d)
+        self._A = np.zeros((n, self.m, known.d)) if known.linear else None
+        for group in groups:
+            rows = len(group.A)
+            self.y[group.indices, :rows], self.variance[group.indices, :rows] = group.y, group.noise**2
+            if self._A is not None:
+                self._A[group.indices, :rows] = group.A
+            elif self._at is not None and rows:
+                self._at[group.indices, :rows] = group.A.argmax(axis=1)
+            _check_consistent(group.A[group.noise == 0], group.y[:, group.noise == 0])
+
+    def matrix(self, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A (n, m, D) of samples."""
+        if self._A is not None:
+            return self._A[which]
+        assert self._at is not None
+        return np.eye(self.d + 1)[self._at[which], : self.d]
+
+    def times(self, x: Float64, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A x (n, m) of samples x (n, D)."""
+        if self._at is None:
+            return np.einsum("nmd,nd->nm", self.matrix(which), x)
+        return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), self._at[which], axis=1)
+
+    def transposed(self, y: Float64, which: npt.NDArray[np.int64]) -> Float64:
+        """Return A^T y (n, D) of vectors y (n, m)."""
+        if self._at is None:
+            return np.einsum("nmd,nm->nd", self.matrix(which), y)
+        out = np.zeros((len(y), self.d + 1))
+        np.add.at(out, (np.arange(len(y))[:, None], self._at[which]), y)
+        return out[:, : self.d]
+
+    def told(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many rows of samples say something (n,)."""
+        if self._at is None:
+            return np.count_nonzero(self.matrix(which).any(axis=2), axis=1)
+        return np.count_nonzero(self._at[which] < self.d, axis=1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which states are draws for which observation, and whose noise they have: the n draws of one after the other's.
+
+    Attributes
+    ----------
+    count : int
+        Number of observations.
+    n : int
+        Draws of each.
+    first : int
+        Which draw comes first.
+    numbers : tuple of int, optional
+        Which observations they are; by default 0, 1, ...
+    """
+
+    count: int
+    n: int
+    first: int = 0
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many states there are."""
+        return self.count * self.n
+
+    def which(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Return the observation of each of so many rows."""
+        if self.count == 1:
+            return np.zeros(length, np.int64)
+        return np.arange(start, start + length) // self.n
+
+    def fill(self, be: Backend, out: Array, draw: Draw) -> None:
+        """Fill `out` with the noise of rows from `draw.first_row` on."""
+        done = 0
+        while done < len(out):
+            i, k = divmod(draw.first_row + done, self.n)
+            count = min(self.n - k, len(out) - done)
+            number = i if self.numbers is None else self.numbers[i]
+            be.normal(out[done : done + count], draw._replace(first_row=number * DRAWS + self.first + k))
+            done += count
+
+
+def _check_consistent(A: Float64, y: Float64) -> None:
+    """Exact observations must not contradict each other."""
+    if not len(A):
+        return
+    found = np.linalg.lstsq(A, y.T, rcond=None)[0]
+    off = np.abs(A @ found - y.T).max(initial=0.0)
+    if off > 1e-6 * (1 + np.abs(y).max(initial=0.0)):
+        wants = "exact observations that can all be true; give them a noise where they cannot"
+        raise ArgumentError("given", f"observations without noise that contradict each other by {off:.3g}", wants)
+
+
+class Guided(Evaluator):
+    """A denoiser on a backend whose mean of x0 is moved towards observations.
+
+    Parameters
+    ----------
+    inner : Evaluator
+    to : Conditioned
+        What it is given.
+    shape : tuple of int
+        Of one sample, for the weights.
+    """
+
+    def __init__(self, inner: Evaluator, to: Conditioned, shape: tuple[int, ...]) -> None:
+        self.be, self.inner, self.shape = inner.be, inner, shape
+        self.known, self.method, self.draws = to.known, to.method, to.draws
+        signal, noise = to.schedule.signal, to.schedule.noise
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.p, self.q = x0_from_output(signal, noise, to.prediction)
+            self.gain = np.where(signal > 0, noise**2 / signal, 0.0)
+        self.power = noise**2 / (signal**2 + noise**2)
+        self.rows = Rows(to.known)
+        self.dense = self.rows.m <= MOST_DENSE
+        self._noise: Array = None  # room for it, and the step that draws it there
+        self._take: Any = None
+        if self.method == "tmpd" and not self.dense:
+            log.info("tmpd: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
+        if self.method == "smc" and not self.dense:
+            raise ArgumentError("given", f"{self.rows.m} values", f"at most {MOST_DENSE} values for 'smc'")
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
+
+    def step(
+        self,
+        x: Array,
+        memory: tuple[Array, ...],
+        row: Row,
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Array = None,
+    ) -> None:
+        out = push = None
+        if row.evaluates:
+            out, push = self.moved(x, row.t, labels, self.draws.which(draw.first_row, len(x)))
+        if self._take is None or len(self._noise) < len(x):
+            self._noise = self.be.empty(x.shape, x.dtype)
+            self._take = stepper(self.be, self._noise, self.draws)
+        self._take(x, out, memory, row, clip, draw)
+        if push is not None and self.method == "dps":
+            x += push
+
+    def moved(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
+        """Return the output (n, D), whose mean of x0 is moved for all methods but dps, and the move of x for that."""
+        out = self._plain(x, t, labels)
+        if self._blind(t):
+            return out, None
+        mean, rest = self._rest(x, t, out, which)
+        slope = self._of_weights(x, t, labels, mean)
+        if rest.shape[1]:
+            slope = slope + self._slope(x, t, labels, which, rest)
+        if self.method == "dps":
+            size = np.linalg.norm(rest, axis=1, keepdims=True) if rest.shape[1] else np.ones((len(mean), 1))
+            return out, self.be.asarray(2 * slope / np.maximum(size, TINY), x.dtype)
+        out += self.be.asarray(self.gain[t] / self.q[t] * slope, x.dtype)
+        return out, None
+
+    def twisted(
+        self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], plain: Array
+    ) -> tuple[Float64, Array]:
+        """Return the logarithm (n,) of tmpd's p(y | x), and the output (n, D) that it moves from the `plain` one."""
+        if self._blind(t):
+            return np.zeros(len(x)), plain
+        mean, rest = self._rest(x, t, plain, which)
+        twist = np.zeros(len(x))
+        slope = np.zeros_like(mean)
+        if rest.shape[1]:
+            back, R = self._second_moment(x, t, labels, which)
+            R = R + self._diagonal(which)
+            solved = np.linalg.solve(R, rest[..., None])[..., 0]
+            slope = np.einsum("jnd,nj->nd", back, solved)
+            twist = self._log_normal(rest, solved, np.linalg.slogdet(R)[1], which)
+        for weight in self.known.weights:
+            twist = twist + weight.log_weights(mean.reshape(-1, *self.shape))
+        slope = slope + self._of_weights(x, t, labels, mean)
+        return twist, plain + self.be.asarray(self.gain[t] / self.q[t] * slope, x.dtype)
+
+    def log_likelihood(self, x0: Float64, which: npt.NDArray[np.int64]) -> Float64:
+        """Return the logarithm (n,) of the observations' density, and weights, at samples x0 (n, D)."""
+        variance = self.rows.variance[which]
+        rest = self.rows.y[which] - self.rows.times(x0, which)
+        total = self._log_normal(rest, rest / variance, np.log(variance).sum(axis=1), which)
+        for weight in self.known.weights:
+            total = total + weight.log_weights(x0.reshape(-1, *self.shape))
+        return total
+
+    def _plain(self, x: Array, t: int, labels: Array) -> Array:
+        out = self.inner.evaluate(x, t, labels)
+        return self.be.asarray(out if out.ndim == x.ndim else out[0], x.dtype).copy()  # not a learned variance
+
+    def _blind(self, t: int) -> bool:
+        """Whether the state says nothing of x0, or the output nothing of the mean of x0."""
+        return self.gain[t] == 0 or self.q[t] == 0 or not math.isfinite(self.q[t])
+
+    def _rest(self, x: Array, t: int, out: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
+        """The mean of x0 (n, D), and y - A of it (n, m)."""
+        mean = self.p[t] * _host(self.be, x) + self.q[t] * _host(self.be, out)
+        return mean, self.rows.y[which] - self.rows.times(mean, which)
+
+    def _of_weights(self, x: Array, t: int, labels: Array, mean: Float64) -> Float64:
+        slope = np.zeros_like(mean)
+        for weight in self.known.weights:
+            gradient = weight.gradients(mean.reshape(-1, *self.shape)).reshape(mean.shape)
+            slope += self._back(x, t, labels, gradient)
+        return slope
+
+    def _back(self, x: Array, t: int, labels: Array, cotangent: Float64) -> Float64:
+        """J^T times cotangents (n, D) or (k, n, D), J the Jacobian of the mean of x0."""
+        given = self.be.asarray(np.ascontiguousarray(cotangent), x.dtype)
+        product = _host(self.be, self.inner.vjp(x, t, given, labels))
+        return self.p[t] * cotangent + self.q[t] * product
+
+    def _second_moment(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
+        """J^T A^T (m, n, D), and (noise^2 / signal) A J A^T (n, m, m), made symmetric and without negative eigenvalues.
+
+        For an exact denoiser it is both already; the Jacobian of a network need not be.
+        """
+        A = self.rows.matrix(which)
+        back = self._back(x, t, labels, A.transpose(1, 0, 2))
+        R = self.gain[t] * np.einsum("nid,jnd->nij", A, back)
+        values, vectors = np.linalg.eigh((R + R.transpose(0, 2, 1)) / 2)
+        values = np.maximum(values, LEAST * self.power[t])
+        return back, (vectors * values[:, None]) @ vectors.transpose(0, 2, 1)
+
+    def _slope(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], rest: Float64) -> Float64:
+        """J^T A^T R^-1 (y - A x0), R being 1 for dps."""
+        rows, variance = self.rows, self.rows.variance[which]
+        if self.method == "tmpd" and self.dense:
+            back, R = self._second_moment(x, t, labels, which)
+            return np.einsum("jnd,nj->nd", back, _solved(R, variance, rest))
+        if self.method == "tmpd":
+            ones = self._back(x, t, labels, rows.transposed(np.ones_like(rest), which))
+            sums = self.gain[t] * rows.times(ones, which)
+            rest = rest / (np.maximum(sums, FLOOR * self.gain[t]) + variance)
+        elif self.method == "pigdm" and self.dense:
+            unique, place = np.unique(which, return_inverse=True)
+            A = rows.matrix(unique)
+            R = self.power[t] * np.einsum("nid,njd->nij", A, A)
+            rest = _solved(R[place.reshape(-1)], variance, rest)
+        elif self.method == "pigdm":
+            squares = rows.times(rows.transposed(np.ones_like(rest), which), which)  # row sums of A A^T
+            rest = rest / (self.power[t] * squares + variance)
+        return self._back(x, t, labels, rows.transposed(rest, which))
+
+    def _diagonal(self, which: npt.NDArray[np.int64]) -> Float64:
+        variance = self.rows.variance[which]
+        return np.eye(variance.shape[1]) * variance[:, None]
+
+    def _log_normal(
+        self, rest: Float64, solved: npt.NDArray[Any], log_det: npt.NDArray[Any], which: npt.NDArray[np.int64]
+    ) -> Float64:
+        """Log density (n,) of normals; rows that say nothing have a part of 0."""
+        told = self.rows.told(which)
+        return -((rest * solved).sum(axis=1) + log_det + told * math.log(2 * math.pi)) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A denoiser given observations, which any table takes: see `condition`.
+
+    Attributes
+    ----------
+    inner : Denoiser
+    schedule : Schedule
+    known : Observations
+    method : str
+    draws : Draws
+    """
+
+    inner: Denoiser
+    schedule: Schedule
+    known: Observations
+    method: str
+    draws: Draws
+    prediction: str
+    shape: tuple[int, ...] | None
+
+    @property
+    def T(self) -> int:
+        """Number of timesteps."""
+        return self.schedule.T
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the denoiser has."""
+        return self.inner.classes
+
+    def on(self, be: Backend, shape: tuple[int, ...]) -> Guided:
+        """Return it on a backend."""
+        return Guided(self.inner.on(be, shape), self, shape)
+
+    def predict(self, x: Any, t: int, labels: Any = None, *, backend: str | Backend = "auto") -> Array:
+        """Return the output (n, ...) for x (n, ...), all at the timestep t."""
+        be = backend_for(backend, x=x)
+        shape = self.shape or tuple(x.shape[1:])
+        given = check_array("x", x, shape=(len(x), *shape))
+        t = int(check_timesteps(t, self.T, 1)[0])
+        flat = be.asarray(given).reshape(len(given), -1)
+        return be.to_numpy(self.on(be, shape).evaluate(flat, t, labels)).reshape(given.shape)
+
+
+def condition(
+    denoiser: Any,
+    given: Given,
+    method: str = "auto",
+    *,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+) -> Conditioned:
+    """Return a denoiser of the law given one observation, which any table takes.
+
+    Parameters
+    ----------
+    denoiser : Denoiser
+        With derivatives: a network, an exact denoiser, or an object with ``vjp(x, t, cotangent)``.
+    given : Known, Linear or Weight, or a list of them
+        One observation, in the denoiser's space; `fastdiff.sample` takes several.
+    method : {"auto", "tmpd", "pigdm", "dps"}, optional
+        "auto" is "tmpd". See the module's text. A `Weight` adds J^T times its gradient at the mean of x0 to g, by
+        which its spread given x_t is left out.
+    schedule : Schedule, optional
+        Needed where the denoiser does not have one.
+    prediction : {"noise", "x0", "v", ...}, optional
+        Likewise.
+
+    Returns
+    -------
+    Conditioned
+        ``.predict(x, t)``, and what `fastdiff.sample` needs.
+
+    Raises
+    ------
+    ArgumentError
+        Observations of another shape, that contradict each other, or several of them; a method that is no denoiser.
+    """
+    source = denoiser_of(denoiser)
+    schedule = getattr(denoiser, "schedule", None) if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule: this denoiser has none")
+    prediction = source.prediction if prediction is None else prediction
+    if prediction is None:
+        raise ArgumentError("prediction", "None", "what the denoiser predicts: it does not say")
+    if source.shape is None:
+        raise ArgumentError("denoiser", "one that tells no shape", "one with a shape")
+    known = observations(given, source.shape)
+    if known.count not in (None, 1):
+        raise ArgumentError("given", f"{known.count} observations", "one; fd.sample(given=...) takes several")
+    if method not in ("auto", *GUIDED):
+        raise ArgumentError("method", repr(method), f"'auto', {', '.join(map(repr, GUIDED))}: others are no denoisers")
+    chosen = "tmpd" if method == "auto" else method
+    return Conditioned(source, schedule, known, chosen, Draws(1, DRAWS), prediction, source.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How samples given observations are drawn: `fastdiff.sample` runs it.
+
+    Attributes
+    ----------
+    known : Observations
+    method : str
+        Of `METHODS`, or "none": nothing is known.
+    draws : Draws
+    sampler : Sampler
+        The table, or RePaint's of it.
+    source : Denoiser
+        Guided, or as it was.
+    """
+
+    known: Observations
+    method: str
+    draws: Draws
+    sampler: Sampler
+    source: Denoiser
+
+    @property
+    def most(self) -> int:
+        """How many states' worth of memory a state takes."""
+        m = sum(values.shape[1] for values, _ in self.known.known) + sum(len(A) for A, _, _ in self.known.linear)
+        return 1 + min(m, MOST_DENSE) if self.method in ("tmpd", "smc") else 1
+
+    def shaped(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Return states (..., rows, D) as (..., n, *shape), or (..., n, N, *shape) of several observations."""
+        x = x.reshape(*x.shape[:-2], self.draws.count, self.draws.n, *shape)
+        observation = x.ndim - len(shape) - 2
+        return x.swapaxes(observation, observation + 1) if self.known.count is not None else x.squeeze(observation)
+
+    def replacement(self, be: Backend) -> Replacement | None:
+        """Return what overwrites known values after a row, where the method does."""
+        if self.method not in ("replace", "repaint"):
+            return None
+        return Replacement(be, self.sampler, self.known, self.draws)
+
+    def run_particles(self, guided: Any, x: Array, parts: Sequence[tuple[slice, Draw, Array]]) -> Float64:
+        """Change all states x to samples by particles; return log Z of each observation."""
+        particles = Particles(guided, self.sampler, self.draws)
+        return np.concatenate([particles.run(x[part], draw, labels) for part, draw, labels in parts])
+
+    def finished(self, x: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given."""
+        return put_exact(np.ascontiguousarray(self.shaped(x, shape)), self.known)
+
+
+def put_exact(x: npt.NDArray[Any], known: Observations) -> npt.NDArray[Any]:
+    """Return samples (n, ...), or (n, N, ...), with the values that are known exactly in place of theirs."""
+    count, flat = 1 if known.count is None else known.count, x.reshape(len(x), -1, known.d)
+    for values, noise in known.known:
+        exact = np.broadcast_to(~np.isnan(values) & (noise == 0), (count, known.d))
+        if exact.any():
+            dtype = np.result_type(x, known.dtype)
+            flat = np.where(exact, values.astype(dtype), flat.astype(dtype, copy=False))
+    return flat.reshape(x.shape)
+
+
+def log_units(known: Observations, factor: Any) -> Any:
+    """Return what the log density of observations of ``factor x`` is less than that of x: (N,), or a number for one."""
+    logs = np.log(np.broadcast_to(np.ravel(np.where(np.equal(factor, 0), 1.0, factor)), (known.d,)))
+    total = np.zeros(1 if known.count is None else known.count)
+    for values, _ in known.known:
+        total = total + np.where(np.isnan(values), 0.0, logs).sum(axis=1)
+    return total if known.count is not None else float(total[0])
+
+
+def inside(known: Observations, factor: Any, offset: Any) -> Observations:
+    """Return observations of ``factor x + offset`` as observations of x; factor and offset are numbers, or a sample's.
+
+    Values whose factor is 0 are constants, of which nothing can be learnt.
+    """
+    factor, offset = (np.broadcast_to(np.ravel(array), (known.d,)) for array in (factor, offset))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = [
+            (np.where(factor == 0, np.nan, (seen - offset) / factor), np.where(factor == 0, 0.0, noise / factor))
+            for seen, noise in known.known
+        ]
+    linear = [(A * factor, y - A @ offset, noise) for A, y, noise in known.linear]
+
+    def of_data(weight: Weight) -> Weight:
+        def function(x: Any) -> tuple[Any, Any]:
+            at = factor.reshape(x.shape[1:])
+            data = x * at + offset.reshape(x.shape[1:])
+            return weight.log_weights(data), weight.gradients(data) * at
+
+        return Weight(function)
+
+    return replace(
+        known, known=tuple(values), linear=tuple(linear), weights=tuple(of_data(weight) for weight in known.weights)
+    )
+
+
+def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n: int, first_sample: int) -> Plan:
+    """Return how n draws for each observation are made.
+
+    Raises
+    ------
+    ArgumentError
+        A method that does not fit the observations or the table.
+    """
+    check_choice("method", method, ("auto", *METHODS))
+    count = 1 if known.count is None else known.count
+    if known.count is not None:
+        check_int("first_sample", first_sample, low=0, high=DRAWS - n)
+    draws = Draws(count, n, first_sample, known.numbers)
+    if known.nothing:
+        return Plan(known, "none", draws, sampler, source)
+    method = "tmpd" if method == "auto" else method
+    if method in ("replace", "repaint"):
+        table = resampled(sampler) if method == "repaint" else sampler
+        return Plan(known, method, draws, table, source)
+    if sampler.clip is not None:
+        wants = f"clip None with {method!r}: bounds of x0 are not those of the conditional mean; or 'replace'"
+        raise ArgumentError("sampler", f"clip {sampler.clip}", wants)
+    guided = Conditioned(source, sampler.schedule, known, method, draws, sampler.prediction, source.shape)
+    return Plan(known, method, draws, sampler, guided)
+
+
+# ------------------------------------------------------------------------------------------- replacement
+
+
+def levels_after(sampler: Sampler) -> tuple[Float64, Float64]:
+    """Return signal and noise (rows,) of the state after every row of a table: those of the next row's timestep.
+
+    A row that evaluates nothing and goes up says by its factor where it starts from. After the last row they are 1, 0.
+    """
+    schedule, rows = sampler.schedule, sampler.rows
+    signal, noise = np.ones(len(rows)), np.zeros(len(rows))
+    for i, row in enumerate(rows[1:]):
+        signal[i], noise[i] = schedule.signal[row.t], schedule.noise[row.t]
+        if not row.evaluates:
+            signal[i], noise[i] = signal[i] / row.a, math.sqrt(max(noise[i] ** 2 - row.s**2, 0.0)) / row.a
+    return signal, noise
+
+
+def resampled(sampler: Sampler, repeats: int = REPEATS) -> Sampler:
+    """Return RePaint's table: every row but the last done so many times, the noise it took away added again in between.
+
+    Going up from signal a', noise s' to a, s is x = (a / a') x' + sqrt(s^2 - (a s' / a')^2) z (Lugmayr et al. 2022,
+    algorithm 1, with the root and the index that belong there).
+
+    Raises
+    ------
+    ArgumentError
+        A table with a memory, which would remember rows of another pass, or one that goes up already.
+    """
+    if sampler.depth or sampler.evaluations != len(sampler):
+        came = (
+            f"{sampler.name}, whose rows remember others" if sampler.depth else f"{sampler.name}, which goes up itself"
+        )
+        raise ArgumentError("sampler", came, "a table without memory for 'repaint', such as ddpm or ddim")
+    schedule = sampler.schedule
+    signal, noise = levels_after(sampler)
+    rows: list[tuple[float, ...]] = []
+    for i, row in enumerate(sampler.rows):
+        factor = schedule.signal[row.t] / signal[i]
+        spread = math.sqrt(max(schedule.noise[row.t] ** 2 - (factor * noise[i]) ** 2, 0.0))
+        up = (row.t, 0, 0, factor, 0, 0, 0, 0, 0, spread, 0)
+        again = repeats - 1 if i + 1 < len(sampler) else 0
+        rows += [*[tuple(row[:11]), up] * again, tuple(row[:11])]
+    name = f"{sampler.name}, repaint"
+    return Sampler(np.array(rows), schedule, prediction=sampler.prediction, clip=sampler.clip, name=name)
+
+
+class Replacement:
+    """Overwrites the known values of a state after each row of a table, by what they are at that level of noise."""
+
+    def __init__(self, be: Backend, sampler: Sampler, known: Observations, draws: Draws) -> None:
+        if known.linear or known.weights:
+            raise ArgumentError("given", "fd.Linear or fd.Weight", "fd.Known for 'replace' and 'repaint'")
+        self.be, self.draws, self.rows = be, draws, sampler.rows
+        self.signal, self.noise = levels_after(sampler)
+        n = 1 if known.count is None else known.count
+        values, variance = np.full((n, known.d), np.nan), np.zeros((n, known.d))
+        for seen, noise in known.known:
+            there = ~np.isnan(seen)
+            values = np.where(there, seen, values)
+            variance = np.where(there, noise**2, variance)
+        self.values, self.spread = values, np.sqrt(variance)
+        visits: Counter[int] = Counter()
+        self.steps = []
+        for row in self.rows:
+            self.steps.append(row._replace(visit=visits[row.t]).step)
+            visits[row.t] += 1
+
+    def __call__(self, i: int, x: Array, draw: Draw) -> None:
+        """Overwrite what is known in states x after row i."""
+        be, start = self.be, draw.first_row
+        which = self.draws.which(start, len(x))
+        values = self.values[which]
+        there = ~np.isnan(values)
+        z = be.empty(x.shape, x.dtype)
+        self.draws.fill(be, z, draw._replace(stream=Stream.KNOWN, step=self.steps[i]))
+        signal, noise = self.signal[i], self.noise[i]
+        # Noise that was seen is a part of the level's noise, as far as that goes.
+        scale = np.sqrt(np.maximum(noise**2, (signal * self.spread[which]) ** 2)) if noise == 0 else noise
+        seen = signal * values + scale * _host(be, z)
+        x[...] = be.asarray(np.where(there, seen, _host(be, x)), x.dtype)
+
+
+# ------------------------------------------------------------------------------------------- particles
+
+
+class Particles:
+    """Twisted sequential Monte Carlo (Wu et al. 2023): the draws of an observation are its particles.
+
+    Particles move by the guided denoiser, with ``tmpd``'s p(y | x_t) for the twist. Their weights make up for what is
+    wrong with it, so the mean weight estimates without bias the density of y under the *table's own* samples.
+
+    Raises
+    ------
+    ArgumentError
+        Exact observations, whose density no weight can be; a table that remembers, clips, or adds no noise.
+    """
+
+    def __init__(self, guided: Guided, sampler: Sampler, draws: Draws) -> None:
+        if (guided.rows.variance == 0).any():
+            raise ArgumentError("given", "an observation without noise", "noise above 0 for 'smc'")
+        rows = sampler.rows
+        if sampler.depth or sampler.clip is not None or any(row.s == 0 for row in rows[:-1]) or rows[-1].s != 0:
+            wants = "noise in every row but the last, no memory and no clip for 'smc', such as ddpm"
+            raise ArgumentError("sampler", sampler.name, wants)
+        self.guided, self.sampler, self.draws = guided, sampler, draws
+
+    def run(self, x: Array, draw: Draw, labels: Array) -> Float64:
+        """Change states x, of whole observations, and return log Z of each of these."""
+        be, guided, draws, start = self.guided.be, self.guided, self.draws, draw.first_row
+        which = draws.which(start, len(x))
+        weights = np.zeros(len(x))
+        evidence = np.zeros(len(x) // draws.n)
+        before = np.zeros(len(x))  # the twist that is in the weights already
+        z = be.empty(x.shape, x.dtype)
+        for i, row in enumerate(self.sampler.rows):
+            plain = guided._plain(x, row.t, labels)
+            twist, moved = guided.twisted(x, row.t, labels, which, plain)
+            weights += twist - before
+            evidence += self._resample(x, (plain, moved), (weights, twist), start, i, draw)
+            before = twist
+            if row.s == 0:  # the last row: nothing is drawn, so nothing may be moved
+                be.sampler_step(x, plain, (), row, None, draw)
+                break
+            shift = (row.b * row.q + row.e) * (_host(be, moved) - _host(be, plain))
+            be.sampler_step(x, moved, (), row._replace(s=0.0), None, draw)
+            draws.fill(be, z, draw.at(row.step))
+            be.sampler_step(x, z, (), Row(row.t, p=0, q=0, a=1, b=0, e=row.s), None, draw)
+            weights += -((2 * row.s * _host(be, z) + shift) * shift).sum(axis=1) / (2 * row.s**2)
+        weights += guided.log_likelihood(_host(be, x), which) - before
+        return evidence + self._resample(x, (), (weights,), start, len(self.sampler), draw)
+
+    def _resample(
+        self, x: Array, arrays: tuple[Array, ...], logs: tuple[Float64, ...], start: int, i: int, draw: Draw
+    ) -> Float64:
+        """Draw each observation's particles anew by their weights, systematically; return the mean weights' logs."""
+        be, n = self.guided.be, self.draws.n
+        weights = logs[0].reshape(-1, n)
+        top = weights.max(axis=1, keepdims=True)
+        if not np.isfinite(top).all():
+            bad = int(np.flatnonzero(~np.isfinite(top[:, 0]))[0]) + start // n
+            raise ArgumentError("given", f"no particle with a weight above 0 for observation {bad} in row {i}", "some")
+        relative = np.exp(weights - top)
+        total = relative.sum(axis=1)
+        cumulative = np.cumsum(relative, axis=1) / total[:, None]
+        first = start // n
+        words = philox_words(len(weights), 1, Draw(draw.seed, Stream.RESAMPLE, i, first))
+        u = (words.reshape(len(weights), -1)[:, 0].astype(np.float64) + 0.5) * UNIFORM_UNIT
+        places = (np.arange(n) + u[:, None]) / n
+        chosen = np.stack([np.searchsorted(c, at, side="right") for c, at in zip(cumulative, places, strict=True)])
+        index = (np.minimum(chosen, n - 1) + n * np.arange(len(weights))[:, None]).reshape(-1)
+        for array in (x, *arrays):
+            array[...] = array[be.asarray(index, np.int64)]
+        for values in logs[1:]:
+            values[...] = values[index]
+        logs[0][...] = 0.0
+        mean: Float64 = np.asarray(top[:, 0] + np.log(total / n), np.float64)
+        return mean
+
+
+# ------------------------------------------------------------------------------------------- small things
+
+
+def _host(be: Backend, array: Array) -> Float64:
+    return np.asarray(be.to_numpy(array), np.float64)
+
+
+def _solved(R: Float64, variance: Float64, rest: Float64) -> Float64:
+    """(R + diag(variance))^-1 rest, least squares where an exact value tells what others tell."""
+    m = rest.shape[1]
+    scale = np.maximum(np.abs(R).max(axis=(1, 2)), variance.max(axis=1))
+    R = R + np.eye(m) * (variance + FLOOR * scale[:, None])[:, None]
+    solved: Float64 = np.linalg.solve(R, rest[..., None])[..., 0].astype(np.float64)
+    return solved
