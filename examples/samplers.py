@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # A trained network has errors of its own, and its samples are told from unseen curves by their energy distance.
     levels = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
-    model = fd.Diffusion(schedule=levels, backend=args.backend).fit(
-        curves, steps=args.steps, judge=False, progress=False
-    )
+    model = fd.Diffusion(schedule=levels, backend=args.backend)
+    model.fit(curves, steps=args.steps, judge=False, progress=False)
     unseen = harmonic_curves(20_000 + 3 * args.draws)[20_000:] / curves.std()
     parts = np.array_split(unseen, 3)
 

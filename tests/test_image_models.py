@@ -142,6 +142,7 @@ def test_backends_learn_the_same():
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_classes_are_learned(backend):
     """Dark and bright pictures: what is asked for comes, and validation sees the labels too."""
     y = np.arange(16) % 2

@@ -74,6 +74,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_written(tmp_path, name):
     path = tmp_path / "figure.png"
@@ -83,6 +84,7 @@ def test_every_figure_is_written(tmp_path, name):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axes_is_labelled_and_no_legend_covers_data(name):
     figure = FIGURES[name]()
