@@ -59,7 +59,10 @@ FIGURES = {
     "reshaped": lambda: plots.reshaped(CHAIN, PATH, CURVE, rate=50),
     "convergence": lambda: plots.convergence([5, 10, 20], {"ddpm": [2, 1, 0.5], "ddim": [1, np.nan, 0.2]}),
     "tradeoff": lambda: plots.tradeoff(
-        {"exact": {"a": ([5, 10], [1, 0.1]), "b": ([5, 9], [2, 1])}, "drawn": {"a": ([5, 10], [0.1, -0.01])}},
+        {
+            "exact": {"a": ([5, 10], [1, 0.1]), "b": ([5, 9], [2, 1])},
+            "drawn": {"a": ([5, 10], [0.1, -0.01]), "b": ([5], [-1])},
+        },
         ylabels={"exact": "W2"},
         floors={"drawn": 0.02},
     ),

@@ -62,7 +62,7 @@ def tradeoff(
                 line = axes.plot(at, np.where(shown > 0, shown, np.nan), **style, linewidth=wide, zorder=top)
                 line[0].set_markersize(4.5 if k < 2 else 3.5)
                 handles[name] = line[0]
-                low = min(low, np.nanmin(np.where(shown > 0, shown, np.nan)))
+                low = min(low, shown[shown > 0].min(initial=np.inf))
             floor = (floors or {}).get(heading)
             if floor is not None:
                 axes.axhspan(floor / 100, floor, color=GREY, alpha=0.15, linewidth=0)
@@ -73,7 +73,8 @@ def tradeoff(
             axes.set_xticks([tick for tick in TICKS if left <= tick <= right])
             axes.set_xticks([], minor=True)
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_ylim(bottom=low * 0.75)
+            if np.isfinite(low):
+                axes.set_ylim(bottom=low * 0.75)
         figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5))
     return figure
