@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     figure = plots.tradeoff(
         panels,
-        ylabels={**dict.fromkeys(laws, "W2 / size of the data"), trained: "energy distance to unseen"},
+        ylabels={**dict.fromkeys(laws, "exact W2 / size of the data"), trained: "energy distance to unseen"},
         floors={trained: float(np.max(np.abs(among)))},
-        title="Distance of samples to the data, by network evaluations",
+        title="How far samples are from the data, by network evaluations",
     )
     plots.save(figure, args.output / "samplers.png")
     print(f"pictures in {args.output}")

@@ -34,7 +34,7 @@ def tradeoff(
     ----------
     panels : mapping of str to mapping of str to ((k,) array_like, (k,) array_like)
         For each panel, by its title, and each sampler: evaluations and distances. Distances are drawn on a logarithmic
-        axis; those that are not above 0 are left out. The first two samplers are drawn boldest.
+        axis; those that are not above 0 are left out. The first two samplers are drawn boldest, the first on top.
     ylabels : mapping of str to str, optional
         What the distance of a panel is; "distance to the data" where nothing is said.
     floors : mapping of str to float, optional
@@ -58,7 +58,7 @@ def tradeoff(
                 shown = check_array("panels (distances)", distances, shape=at.shape, finite=False).astype(np.float64)
                 k = names.index(name)
                 style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
-                wide, top = (2.6, 4) if k < 2 else (1.2, 3)
+                wide, top = ((2.0, 5), (3.4, 4))[k] if k < 2 else (1.2, 3)
                 line = axes.plot(at, np.where(shown > 0, shown, np.nan), **style, linewidth=wide, zorder=top)
                 line[0].set_markersize(4.5 if k < 2 else 3.5)
                 handles[name] = line[0]
