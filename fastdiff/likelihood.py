@@ -265,11 +265,15 @@ def log_density(
 
     Notes
     -----
-    How far from exact: "table" with "exact" is exact but for rounding (1e-6 and better in float64; some 1e-4 where the
-    denoiser computes in float32) and `residual`. The Lanczos trace has the standard error that it says, and beyond it
-    the bias of a Krylov space of 24 dimensions, measured below 1e-6 of the exact value for 64 values. "denoising" stops
-    at the schedule's largest signal-to-noise ratio, so that it is the density of data with that much noise, and the
-    trapezoidal rule misses some 1e-3 of a nat a value for 100 timesteps; the standard error says nothing of that.
+    How far from exact, measured on Gaussians:
+
+    - "table" with "exact": 1e-6 of a nat and better in float64; for 16 values and a denoiser in float32 2e-5 with 100
+      rows and 6e-4 with 1,000. `residual` says what Newton's method has missed.
+    - "hutchinson": the standard error of one probe is 2 nats (ddim in 50 rows) to 12 (10 rows) for 64 to 256 correlated
+      values, and falls like 1 / sqrt(probes). Beside it the bias of Krylov spaces of 24 dimensions is nothing there:
+      below 1e-12 of the exact value; it grows where M is badly conditioned.
+    - "denoising": the trapezoidal rule, and the end at the schedule's largest signal-to-noise ratio, miss 0.01 to 0.03
+      nats for 16 values, with 1,000 and with 100 timesteps; no standard error has that. One draw has one of 3.6 nats.
     """
     check_choice("method", method, ["table", "denoising"])
     check_choice("trace", trace, ["exact", "hutchinson"])
