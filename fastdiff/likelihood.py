@@ -121,9 +121,14 @@ class _Rows(NamedTuple):
             labels = None if self.labels is None else self.labels[part]
             yield part, self._replace(x0=self.x0[part], labels=labels, first=start)
 
+    def predict(self, x: Array, t: int) -> Array:
+        """The denoiser's prediction, without a variance that it may have learned."""
+        out = self.evaluator.evaluate(x, t, self.labels)
+        return out[0] if out.ndim > x.ndim else out
+
     def output(self, x: Float64, t: int) -> Float64:
-        """The denoiser's output for states of the host."""
-        return self._host(self.evaluator.evaluate(self._there(x), t, self.labels))
+        """The prediction for states of the host."""
+        return self._host(self.predict(self._there(x), t))
 
     def vjp(self, x: Float64, t: int, cotangent: Float64) -> Float64:
         return self._host(self.evaluator.vjp(self._there(x), t, self._there(cotangent), self.labels))
@@ -191,8 +196,9 @@ def bound(
     Notes
     -----
     It exceeds -log p by the divergence of the chain from the truth, also for an exact denoiser: its reverse steps are
-    Gaussian with one variance, the data's are not. With the tutorial's 100 timesteps that is some 10 nats for 16
-    correlated values, and it does not go away with more draws.
+    Gaussian with one variance, the data's are not; a variance that a network has learned is not used. For 16 correlated
+    values (entropy 10.25) the exact denoiser's bound is 17.47 with 1,000 timesteps and 17.59 with the tutorial's 100,
+    and it does not go away with more draws.
     """
     check_choice("decoder", decoder, ["noise", "bytes"])
     rows = _rows(denoiser, X, labels, schedule, backend)
@@ -366,7 +372,7 @@ def _errors(
                 for draw in range(draws):
                     be.normal(eps, Draw(seed, Stream.PROBE, t + VISIT * draw, some.first))
                     x[...] = real(s.signal[t]) * x0 + real(s.noise[t]) * eps
-                    out = some.evaluator.evaluate(x, t, some.labels)
+                    out = some.predict(x, t)
                     if kept is not None and t == 0:
                         kept[draw, part] = be.to_numpy(x) * p[0] + be.to_numpy(out) * q[0]
                     eps *= real(of_noise[t])
