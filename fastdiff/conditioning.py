@@ -563,7 +563,7 @@ def levels_after(sampler: Sampler) -> tuple[Float64, Float64]:
     signal, noise = np.ones(len(rows)), np.zeros(len(rows))
     for i, row in enumerate(rows[1:]):
         signal[i], noise[i] = schedule.signal[row.t], schedule.noise[row.t]
-        if not row.evaluates:
+        if not row.evaluates and row.a != 0:  # to noise alone it goes from anywhere
             signal[i], noise[i] = signal[i] / row.a, math.sqrt(max(noise[i] ** 2 - row.s**2, 0.0)) / row.a
     return signal, noise
 

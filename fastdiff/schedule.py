@@ -112,7 +112,7 @@ class Schedule:
         noise: npt.ArrayLike | None = None,
     ) -> None:
         check_choice("name", name, _NAMES)
-        if (signal is None) != (noise is None) or (betas is not None and signal is not None):
+        if (signal is None) != (noise is None) or (betas is None) == (signal is None):
             raise ArgumentError("betas, signal, noise", "another choice of them", "the betas, or signal and noise")
         if signal is None:
             tables = _preserving(_checked_row("betas", betas))
@@ -246,7 +246,10 @@ class Schedule:
         mean, scale = check_float("mean", mean), check_float("scale", scale, low=0, low_open=True)
         u = np.arange(1, T) / T
         log_snr = mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5))
-        abar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr)), [0.0]])
+        with np.errstate(over="ignore"):
+            abar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr)), [0.0]])
+        if (np.diff(abar) >= 0).any():
+            raise ArgumentError("mean, scale", f"{mean:g}, {scale:g}", "levels that float64 can tell apart")
         return _advised(cls(np.minimum(1 - abar[1:] / abar[:-1], 0.999), "laplace"))
 
     @classmethod
@@ -414,8 +417,9 @@ class Schedule:
             If `steps` or `spacing` is none of these, or if fewer than two timesteps are left.
         """
         check_choice("spacing", spacing, SPACINGS)
-        if spacing == "linspace_open" and self.T == 1:
-            raise ArgumentError("spacing", "'linspace_open' for T = 1", "another spacing, or T of at least 2")
+        if spacing in SPACINGS[3:] and self.T == 1:
+            wants = f"one of {', '.join(map(repr, SPACINGS[:3]))}, or T of at least 2"
+            raise ArgumentError("spacing", f"{spacing!r} for T = 1", wants)
         if spacing in SPACINGS[4:]:
             return _placed(self, check_int("steps", steps, low=2, high=self.T), spacing)
         n = check_int("steps", steps, low=1, high=self.T - 1 if spacing == "linspace_open" else self.T)
@@ -479,8 +483,10 @@ class Schedule:
     @property
     def features(self) -> list[str]:
         """What a file that has this schedule asks of its reader: names out of `fastdiff.checkpoint.FEATURES`."""
-        named = [f"{self.name} schedule"] if self.name in ("laplace", "flow") else []
-        return named + (["zero terminal snr"] if self.kind != "flow" and self.betas[-1] == 1 else [])
+        if self.kind == "flow":
+            return ["flow schedule"]
+        named = ["laplace schedule"] if self.name == "laplace" else []
+        return named + (["zero terminal snr"] if self.betas[-1] == 1 else [])
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as a dictionary that JSON can hold: its name and its betas; or name, kind, signal and noise.

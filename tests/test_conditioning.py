@@ -168,6 +168,16 @@ def test_draws_do_not_depend_on_the_batch(method):
         np.testing.assert_allclose(alone, whole[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", [fd.Schedule.flow(40), fd.Schedule.cosine(40).zero_terminal_snr()])
+def test_known_values_are_kept_from_noise_alone_on(schedule):
+    """What comes back to noise alone has forgotten the level that it came from."""
+    prior = gaussian(4, 0.8, "v", schedule)
+    table = fd.samplers.ddpm(schedule, 6, prediction="v")
+    path = fd.sample(prior, table, n=3, given=fd.Known(HOLES), method="repaint", trajectory=True)[1]
+    assert np.isfinite(path).all()
+    np.testing.assert_array_equal(path[-1][:, ~np.isnan(HOLES)], np.float32([HOLES[~np.isnan(HOLES)]] * 3))
+
+
 def test_backends_agree():
     options = {"n": 5, "given": fd.Known(HOLES, 0.05), "seed": 2}
     want = fd.sample(gaussian(4, 0.8), TABLE, backend="numpy", **options)

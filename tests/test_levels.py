@@ -121,6 +121,12 @@ def test_laplace_is_the_papers_log_snr():
             Schedule.laplace(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"mean": 50}, {"mean": -1e300}, {"scale": 1e-300}, {"scale": 1e300}])
+def test_laplace_levels_that_fall_together(bad):
+    with pytest.raises(ArgumentError, match=r"mean, scale: got .*, wants levels that float64 can tell apart"):
+        Schedule.laplace(10, **bad)
+
+
 @pytest.mark.parametrize("bad", [{"shift": 0}, {"shift": 1e3}, {"shift": math.nan}, {"T": 1}, {"T": 2.0}])
 def test_bad_flows(bad):
     with pytest.raises(ArgumentError, match=f"{next(iter(bad))}: got"):
@@ -184,6 +190,11 @@ def test_copies_and_equality(schedule):
 def test_files_with_no_schedule_of_ours(stored):
     with pytest.raises(ArgumentError, match=r"(schedule|betas|signal|noise|kind).*: got"):
         Schedule.from_dict(stored)
+
+
+def test_a_flow_is_a_feature_under_any_name():
+    assert Schedule(signal=[0.5, 0.0], noise=[0.5, 1.0]).features == ["flow schedule"]
+    assert Schedule([0.1, 0.2], "flow").features == []
 
 
 def trained(schedule: Schedule, prediction: str | None = None, **options) -> fd.Diffusion:
@@ -335,6 +346,15 @@ def test_exact_models_on_every_backend(kind, any_backend, schedule):
         for t in (schedule.T // 2, schedule.T - 1, np.array([schedule.T - 1, 9, 12, schedule.T - 2, 9])):
             want = denoiser.predict(x.astype(np.float64), t, backend="numpy")
             assert_close(denoiser.predict(x, t, backend=any_backend), want, terms=200)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_few_steps_from_noise_alone_and_to_none(steps, schedule):
+    """Both are infinitely long in log(signal / noise), and may be neighbours; a perfect guess is kept."""
+    for name in samplers.names():
+        table = samplers.named(name, schedule, steps, prediction="x0", spacing="trailing")
+        x = fd.sample(lambda x, t: np.full_like(x, 0.7), table, n=2, shape=3, backend="numpy")
+        np.testing.assert_allclose(x, 0.7, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("prediction", WITH_X0)

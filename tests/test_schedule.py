@@ -428,3 +428,15 @@ def test_bad_betas(betas, message):
 def test_too_many_betas():
     with pytest.raises(ArgumentError, match="1000001 values"):
         Schedule.from_betas(np.full(10**6 + 1, 1e-5))
+
+
+@pytest.mark.parametrize("spacing", ["linspace_open", "karras", "exponential", "lambda", "beta"])
+def test_one_timestep_has_no_places_between(spacing):
+    with pytest.raises(ArgumentError, match=f"spacing: got '{spacing}' for T = 1, wants one of 'trailing', "):
+        Schedule.cosine(1).timesteps(1, spacing=spacing)
+
+
+def test_betas_or_both_factors():
+    for tables in ({}, {"signal": [0.5]}, {"betas": [0.5], "signal": [0.5], "noise": [0.5]}):
+        with pytest.raises(ArgumentError, match="betas, signal, noise: got another choice of them"):
+            Schedule(**tables)

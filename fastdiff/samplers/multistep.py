@@ -90,8 +90,7 @@ def dpmpp_2m(
     pull = grid.signal_next * -np.expm1(-growth if eta == 0 else -(1 + eta) * growth)
     second = orders == 2
     r = np.zeros(len(growth))
-    r[1:] = growth[1:] / (2 * growth[:-1])
-    r[~second] = 0.0
+    r[second] = growth[second] / (2 * growth[:-1][second[1:]])
     if solver == "heun":
         moments = np.array([kernel_moments((1 + eta) * h, 2) for h in growth[second]]).reshape(-1, 2)
         r[second] *= 2 * moments[:, 1] / moments[:, 0]

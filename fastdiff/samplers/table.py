@@ -17,7 +17,6 @@ from fastdiff.errors import (
     check_choice,
     check_float,
     check_int,
-    check_timesteps,
 )
 from fastdiff.schedule import PREDICTIONS, Array, Schedule, power
 
@@ -206,9 +205,9 @@ def _checked_rows(rows: npt.ArrayLike | Sequence[Row], schedule: Schedule) -> tu
     if table.shape[1] == 8:
         table = np.insert(table, (6, 6), 0.0, axis=1)
     t, s = table[:, 0], table[:, 9]
-    if (t != np.rint(t)).any():
-        raise ArgumentError("rows (t)", str(t[t != np.rint(t)][0]), "whole timesteps")
-    check_timesteps(t.astype(np.int64), schedule.T, len(t))
+    outside = t[(t != np.rint(t)) | (t < 0) | (t >= schedule.T)]
+    if outside.size:
+        raise ArgumentError("rows (t)", f"{outside[0]:g}", f"whole timesteps from 0 to {schedule.T - 1}")
     if (s < 0).any():
         raise ArgumentError("rows (s)", f"{s.min():g}", "standard deviations of at least 0")
     made: list[Row] = []
