@@ -142,7 +142,7 @@ def save_scheduler(sampler: Sampler, folder: str | os.PathLike[str]) -> None:
     ----------
     sampler : Sampler
         One of `fastdiff.samplers`, with the options that diffusers has too. Its number of steps is not written:
-        diffusers is told it later, as is ``eta`` of DDIM.
+        diffusers is told it later, as it is ``eta`` of DDIM and ``order`` of LMS, which must be 0 and 4 here.
     folder : path
         Made if it is not there.
 

@@ -60,6 +60,12 @@ class _Config:
     def choice(self, key: str, usual: str, choices: tuple[str, ...]) -> str:
         return check_choice(key, self.take(key, usual), choices)
 
+    def flag(self, key: str, usual: bool = False) -> bool:
+        value = self.take(key, usual)
+        if not isinstance(value, bool | None):
+            raise ArgumentError(key, repr(value), "true or false")
+        return bool(value)
+
     def differs(self, key: str, what: str, usual: Any = None) -> None:
         """Note what is left undone, where the key is set to something else than `usual`."""
         value = self.take(key, usual)
@@ -84,7 +90,7 @@ Method = tuple[Callable[..., Sampler], dict[str, Any]]
 
 def _spacing(c: _Config, T: int, steps: int, *, usual: str = "linspace", skips_zero: bool = False) -> str:
     for key, spacing in PLACED.items():
-        if c.take(key, False):
+        if c.flag(key):
             how = "are quantiles of sigma there, of t here" if spacing == "beta" else "become those of timesteps"
             c.notes.append(f"{key}: its levels {how}")
             return spacing
@@ -105,7 +111,7 @@ def _clip(c: _Config, usual: bool) -> float | None:
     for key in ("dynamic_thresholding_ratio", "sample_max_value"):
         c.take(key)
     reach = c.take("clip_sample_range", 1.0)
-    return check_float("clip_sample_range", reach, low=0, low_open=True) if c.take("clip_sample", usual) else None
+    return check_float("clip_sample_range", reach, low=0, low_open=True) if c.flag("clip_sample", usual) else None
 
 
 def _no_flow(c: _Config) -> None:
@@ -117,7 +123,7 @@ def _no_flow(c: _Config) -> None:
 
 def _lower(c: _Config, steps: int, final: str, *, always: bool = False, usual: bool = True) -> int:
     """`lower_order_final`: theirs lower the last rows where there are few, and the last one to no noise."""
-    if c.take("lower_order_final", usual) and (always or steps < FEW_ROWS):
+    if c.flag("lower_order_final", usual) and (always or steps < FEW_ROWS):
         return 2
     return 1 if final == "zero" else 0
 
@@ -134,7 +140,7 @@ def _ddim(c: _Config, T: int, steps: int) -> Method:
     spacing = _spacing(c, T, steps, usual="leading")
     if spacing != "leading" and T % steps:
         c.notes.append(f"timestep_spacing = {spacing!r}: the timestep before is the one visited, not t - T // steps")
-    if not c.take("set_alpha_to_one", True):
+    if not c.flag("set_alpha_to_one", True):
         c.notes.append("set_alpha_to_one = False: the last row leads to no noise here")
     return samplers.ddim, {"spacing": spacing, "clip": _clip(c, True)}
 
@@ -167,8 +173,8 @@ def _dpm2(c: _Config, T: int, steps: int) -> Method:
 
 def _final(c: _Config, T: int) -> str:
     _no_flow(c)
-    lowest = c.take("lambda_min_clipped", -math.inf)
-    if lowest is not None and lowest > -1e10:
+    lowest = c.take("lambda_min_clipped")
+    if lowest not in (None, -math.inf) and check_float("lambda_min_clipped", lowest) > -1e10:
         c.notes.append(f"lambda_min_clipped = {lowest!r}: no timestep is left out")
     c.differs("variance_type", "the learned variance is not used")
     c.differs("euler_at_final", "the last row is of first order only where it leads to no noise", False)
@@ -269,6 +275,10 @@ def table(
     c = _Config(content)
     make, chosen = METHODS[check_choice("_class_name", kind, METHODS)](c, schedule.T, steps)
     c.rest()
+    known = (make.__kwdefaults__ or {}).keys() - {"prediction"}
+    for name in options.keys() - known:
+        wants = f"an option of {make.__name__}: {', '.join(sorted(known))}"
+        raise ArgumentError(name, repr(options[name]), wants)
     return make(schedule, steps, prediction=prediction, **{**chosen, **options}), c.notes
 
 

@@ -150,6 +150,10 @@ def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
         {"_class_name": "DDIMScheduler", "a_key_of_tomorrow": 2},
         {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"},
         {"_class_name": "DDIMScheduler", "timestep_spacing": "even"},
+        {"_class_name": "DDIMScheduler", "clip_sample": "false"},
+        {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": "yes"},
+        {"_class_name": "UniPCMultistepScheduler", "lower_order_final": 3},
+        {"_class_name": "UniPCMultistepScheduler", "lambda_min_clipped": "low"},
     ],
 )
 def test_what_we_do_not_have_is_refused(content, tmp_path):
@@ -169,6 +173,9 @@ def test_other_errors(tmp_path, caplog):
             load_scheduler(tmp_path, steps)
     with pytest.raises(ArgumentError, match="eta: got 2"):
         load_scheduler(tmp_path, 10, eta=2)
+    for option in ("churn", "prediction", "schedule"):
+        with pytest.raises(ArgumentError, match=f"{option}: got 1, wants an option of ddim: clip, eta"):
+            load_scheduler(tmp_path, 10, **{option: 1})
     for table in (
         samplers.dpmpp_3m(LINEAR, 12),  # the corrected one
         samplers.dpmpp_2m(LINEAR, 12, spacing="lambda"),
