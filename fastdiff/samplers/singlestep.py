@@ -234,7 +234,7 @@ def heun(
     schedule : Schedule
         The schedule of the network.
     steps : int
-        Number of timesteps n; the network is evaluated 2 n - 1 times.
+        Number of timesteps n; the network is evaluated 2 n - 1 times, and once less from noise alone.
     churn : float, optional
         How much noise is added on the way, in all; EDM's values for pictures are 40 and 80.
     s_tmin, s_tmax : float, optional
