@@ -199,20 +199,49 @@ def test_all_known_is_what_is_known():
     np.testing.assert_array_equal(x, np.tile(np.arange(4.0), (3, 1)))
 
 
-def test_many_values_are_told_by_their_row_sums(caplog):
-    """Beyond 64 values there is no matrix; a white Gaussian, where row sums are all there is, is still exact."""
+@pytest.mark.parametrize("method", ["tmpd", "pigdm"])
+def test_many_values_are_told_without_a_matrix(caplog, method):
+    """Of a white Gaussian, where row sums are all there is, and one iteration is enough, it is still exact."""
     white = fd.denoisers.Gaussian(np.zeros(100), np.eye(100), LINEAR)
     values = np.full(100, np.nan)
     values[:80] = np.linspace(-1, 1, 80)
     with caplog.at_level("INFO", "fastdiff"):
-        denoiser = fd.condition(white, fd.Known(values, 0.5))
+        denoiser = fd.condition(white, fd.Known(values, 0.5), method)
         x = np.random.default_rng(0).normal(size=(2, 100))
         out = denoiser.predict(x, 300, backend="numpy")
     assert "80 observations" in caplog.text
     signal, noise = LINEAR.signal[300], LINEAR.noise[300]
-    few = fd.condition(fd.denoisers.Gaussian(np.zeros(40), np.eye(40), LINEAR), fd.Known(values[:40], 0.5))
+    few = fd.condition(fd.denoisers.Gaussian(np.zeros(40), np.eye(40), LINEAR), fd.Known(values[:40], 0.5), method)
     np.testing.assert_allclose(out[:, :40], few.predict(x[:, :40], 300, backend="numpy"), atol=1e-7)
     assert np.abs((x - noise * out) / signal)[:, 80:].max() < 10
+
+
+def test_tmpd_of_many_values_is_close_to_exact():
+    """More values than iterations, of a smooth law: the mean of x0 given a state, by the formula of normal laws."""
+    d = 60
+    at = np.arange(d)
+    cov = np.exp(-((at[:, None] - at) ** 2) / 50) + 1e-3 * np.eye(d)
+    prior = fd.denoisers.Gaussian(np.zeros(d), cov, LINEAR)
+    truth = np.linalg.cholesky(cov) @ np.random.default_rng(0).normal(size=d)
+    seen = at % 2 == 0
+    x = fd.sample(
+        prior, fd.samplers.ddpm(LINEAR, 200), n=200, given=fd.Known(np.where(seen, truth, np.nan)), backend="numpy"
+    )
+    exact = prior.given(fd.Known(np.where(seen, truth, np.nan))).data
+    assert seen.sum() > conditioning.KRYLOV
+    assert np.abs(x.mean(axis=0) - exact.mean).max() < 0.02
+    np.testing.assert_allclose(x.std(axis=0)[~seen], np.sqrt(np.diag(exact.cov))[~seen], rtol=0.3)
+
+
+@pytest.mark.parametrize("schedule", [fd.Schedule.cosine(10), fd.Schedule.cosine(50).zero_terminal_snr()])
+def test_a_network_that_has_learnt_nothing_does_not_explode(schedule):
+    """Its Jacobian is nothing like a covariance, and still what is drawn stays where the data are."""
+    X = fd.data.harmonic_curves(200, points=20, seed=0)
+    model = fd.Diffusion(schedule=schedule, base=None, backend="cpu")
+    model.fit(X, steps=20, batch=64, judge=False, progress=False)
+    holes = X[:4].copy()
+    holes[0, 2:], holes[1, ::2], holes[2, 12:], holes[3, 5] = np.nan, np.nan, np.nan, np.nan
+    assert np.abs(model.impute(holes, draws=20)).max() < 5 * np.abs(X).max()
 
 
 def test_a_weight_multiplies_the_law():
