@@ -326,8 +326,7 @@ def part():
     ],
 )
 def test_pictures_given_a_part_of_one(run, part, options, told):
-    code, _, err = run(f"sample p.safetensors -n 3 -o new.npy {options} --quiet --backend numpy")
-    assert (code, err) == (0, "")
+    assert run(f"sample p.safetensors -n 3 -o new.npy {options} --quiet --backend numpy")[0] == 0
     drawn = np.load("new.npy")
     assert drawn.shape == (3, 4, 4, 3)
     np.testing.assert_array_equal(drawn[:, told], np.broadcast_to(part[told], (3, told.sum(), 3)))
@@ -337,10 +336,11 @@ def test_pictures_given_a_part_of_one(run, part, options, told):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("sample p.safetensors -n 2 -o new.npy --known whole.png", "no pixel is unknown"),
-        ("sample p.safetensors -n 2 -o new.npy --known other.png", "5 x 4 pixels, where 4 x 4"),
-        ("sample p.safetensors -n 2 -o new.npy --known whole.png --mask other.png", "other.png"),
-        ("sample p.safetensors -n 2 -o new.npy --known curves.csv", "curves.csv"),
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png", "whole.png: no pixel is unknown"),
+        ("sample p.safetensors -n 2 -o new.npy --known other.png", "other.png: 5 x 4 pixels, where 4 x 4"),
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png --mask other.png", "other.png: 5 x 4 pixels"),
+        ("sample p.safetensors -n 2 -o new.npy --known curves.csv", "curves.csv: not a picture"),
+        ("sample p.safetensors -n 2 -o new.npy --known gone.png", "gone.png: No such file"),
         ("impute p.safetensors curves.csv -o f.csv", "fastdiff sample --known fills those in"),
     ],
 )

@@ -177,7 +177,7 @@ def imputed(
     with styled():
         columns = min(len(rows), 2)
         height = -(-len(rows) // columns)
-        figure = blank(max(3.6 * columns + 0.6, 7.4), 2.0 * height + 0.8)
+        figure = blank(7.8, 2.0 * height + 0.8)
         grid = figure.subplots(height, columns, sharex=True, sharey=bool(names), squeeze=False)
         for axes in grid.flat[len(rows) :]:
             axes.set_visible(False)
