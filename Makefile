@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test check bench asv scaling peers quality precision gate gpu profile compile-time readme-numbers answers wheel clean
+.PHONY: demo test quick coverage oldest check bench asv scaling peers quality precision gate gpu profile compile-time \
+	readme-numbers answers wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,10 +25,33 @@ demo: $(VENV)/.installed-plot
 test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers $(VENV)/.installed-cuda-check)
 	$(BIN)/python -m pytest
 
+# The inner loop: the suite without CUDA, peers, benchmarks and what is marked slow. What was left out is counted.
+quick: $(VENV)/.installed-plot $(VENV)/.installed-test
+	$(BIN)/python -m pytest --quick
+
+# Which lines of fastdiff/ make quick runs. Kernels are compiled, and not seen.
+coverage: $(VENV)/.installed-plot $(VENV)/.installed-test $(VENV)/.installed-coverage
+	$(BIN)/python -m coverage run -m pytest --quick -q
+	$(BIN)/python -m coverage report
+
+# make quick with the oldest versions that pyproject.toml allows, in an environment of their own. Python 3.11 or 3.12.
+OLDEST := $(VENV)-oldest
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	$(or $(shell command -v python3.11),$(PYTHON)) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(OLDEST)/oldest.txt \
+		--editable ".[plot,test]"
+	@touch $@
+
+oldest: $(OLDEST)/.installed
+	NUMBA_CACHE_DIR=$(abspath $(OLDEST))/kernels $(OLDEST)/bin/python -m pytest --quick -q
+
+# Lint, types and spelling. .pre-commit-config.yaml asks the same of a commit, and formats changed lines of kernels.
 check: $(VENV)/.installed-lint $(VENV)/.installed-plot
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 # Every workload on every backend, against the roofs of this machine.
 bench: $(VENV)/.installed-bench
@@ -97,5 +121,15 @@ wheel: | $(BIN)/python
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	sh tests/installed_wheel.sh $(PYTHON) dist
 
+# A release rehearsed, but for the upload: sdist, and from it the wheel, which is tried on the oldest and the newest
+# Python found here (PYTHONS="python3.11 python3.13" names others).
+release-check: $(VENV)/.installed-release
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/release.py dist
+	set -e; for python in $${PYTHONS:-$$($(BIN)/python tests/release.py pythons)}; do \
+		echo "== $$($$python --version)"; sh tests/installed_wheel.sh $$python dist; done
+
 clean:
-	rm -rf $(VENV) $(DATA) build dist demo *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo *.egg-info

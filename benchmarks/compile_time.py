@@ -14,11 +14,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from machine import header
-from readme_numbers import RESULTS, table, write
+from machine import cores, header
+from report import RESULTS, CacheTimes, CompileReport, Stage
 
 BEGIN = """
 import json, time
@@ -54,7 +54,7 @@ mark("its first two steps of DDIM, 16 pictures")
 END = """
 print(json.dumps([(what, at - before) for (_, before), (what, at) in zip(marks, marks[1:])]))
 """
-WANTED = {"cold": 60.0, "warm": 3.0}  # seconds, at most, for all that a U-Net needs
+TARGET = CacheTimes(cold=60.0, warm=3.0)  # seconds, at most, for all that a U-Net needs
 
 
 def run(work: str, cache: Path) -> dict[str, float]:
@@ -66,7 +66,7 @@ def run(work: str, cache: Path) -> dict[str, float]:
     return stages | {"all of it": sum(stages.values())}
 
 
-def measure(work: str, rounds: int) -> tuple[list[dict[str, Any]], int]:
+def measure(work: str, rounds: int) -> tuple[list[Stage], int]:
     """Median seconds of each stage, with nothing and with everything cached, and how many functions are."""
     cold, warm = [], []
     for _ in range(rounds):
@@ -76,7 +76,7 @@ def measure(work: str, rounds: int) -> tuple[list[dict[str, Any]], int]:
             kernels = len(list(cache.rglob("*.nbi")))
             warm.append(run(work, cache))
     middle = [{what: statistics.median(r[what] for r in done) for what in done[0]} for done in (cold, warm)]
-    return [{"what": what, "cold": middle[0][what], "warm": middle[1][what]} for what in middle[0]], kernels
+    return [Stage(middle[0][what], middle[1][what], what) for what in middle[0]], kernels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,16 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stages, kernels = measure(CURVES, args.rounds)
     of_unet, more = measure(UNET, args.rounds)
-    of_unet[-1] |= {"what": f"all of it, {more} functions", "wanted": WANTED}
-    results = {
-        "header": header(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "kernels": kernels,
-        "stages": stages + [stage | {"what": f"U-Net: {stage['what']}"} for stage in of_unet],
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / "compile-cpu.json", json.dumps(results, indent=1) + "\n")
-    write(args.output / "compile-cpu.md", table(results))
-    print(table(results), end="")
+    of_unet[-1] = replace(of_unet[-1], what=f"all of it, {more} functions", target=TARGET)
+    stages += [replace(stage, what=f"U-Net: {stage.what}") for stage in of_unet]
+    report = CompileReport(header(cores()), kernels, stages)
+    report.save(args.output, "compile-cpu")
+    print(report.table(), end="")
     return 0
 
 

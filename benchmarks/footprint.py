@@ -9,7 +9,6 @@ turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,13 +16,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import cases
 import numpy as np
 import peers
 from machine import header, installed_size
-from readme_numbers import RESULTS, table, write
+from report import RESULTS, FootprintReport, Process, finish
+from workloads import BY_NAME, HERE, ColdStart
 
 ROUNDS = 5
 # Runs a script as if it had been called, and then prints VmHWM. (What wait4 tells of a child includes its parent.)
@@ -36,9 +34,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 SIDES = ("ours", "ours, no kernel cached", "peer")
 
 
-def process(script: str, path: Path, case: cases.Case, threads: int, cache: str | None) -> tuple[float, int]:
+def process(script: str, path: Path, workload: ColdStart, threads: int, cache: str | None) -> tuple[float, int]:
     """Run a script on a checkpoint in a new interpreter; return its seconds and the most bytes of memory it had."""
-    command = [sys.executable, "-c", WATCHED, str(cases.HERE / script), str(path), str(case.n), str(threads)]
+    command = [sys.executable, "-c", WATCHED, str(HERE / script), str(path), str(workload.n), str(threads)]
     env = os.environ | ({} if cache is None else {"NUMBA_CACHE_DIR": cache})
     begin = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=env)
@@ -48,33 +46,31 @@ def process(script: str, path: Path, case: cases.Case, threads: int, cache: str 
     return seconds, 1024 * int(done.stdout.split()[-1])
 
 
-def measure(threads: int, rounds: int) -> dict[str, Any]:
+def measure(threads: int, rounds: int) -> dict[str, Process]:
     """Return seconds and bytes of the three processes, and the installed sizes."""
-    case = cases.BY_NAME["cold-start"]
+    import peer_nets
+
+    workload = BY_NAME["cold-start"]
     done: dict[str, list[tuple[float, int]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="fastdiff-footprint-") as name:
         folder = Path(name)
-        peers.our_worker(case, folder, threads)
+        peers.our_worker(workload, folder, threads)
         with np.load(folder / "inputs.npz") as file:
-            outputs, _ = peers._peer_cold(case, dict(file), folder, threads)
+            outputs, _ = workload.peer_side(peer_nets, dict(file), folder, "")
         np.savez(folder / "peer.npz", **outputs)
-        peers.check_parity(case, folder)
+        peers.check_parity(workload, folder)
         ours, peer = folder / "model.safetensors", folder / "peer.safetensors"
         for number in range(rounds + 1):  # the first is not counted: it reads files into memory, and compiles
             for side in SIDES:
                 script, path = ("cold_peer.py", peer) if side == "peer" else ("cold_ours.py", ours)
                 cache = str(folder / f"cache-{number}") if side == SIDES[1] else None
-                done[side].append(process(script, path, case, threads, cache))
+                done[side].append(process(script, path, workload, threads, cache))
     return {
-        "footprint": {
-            side: {
-                "seconds": statistics.median(seconds for seconds, _ in runs[1:]),
-                "memory": statistics.median(memory for _, memory in runs[1:]),
-                "installed": installed_size(*(("torch", "diffusers") if side == "peer" else ("fastdiff-engine",))),
-            }
-            for side, runs in done.items()
-        },
-        "rounds": rounds,
+        side: Process(
+            *(statistics.median(figures) for figures in zip(*runs[1:], strict=True)),
+            installed_size(*(("torch", "diffusers") if side == "peer" else ("fastdiff-engine",))),
+        )
+        for side, runs in done.items()
     }
 
 
@@ -90,14 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     except peers.PeersError as error:
         print(error, file=sys.stderr)
         return 1
-    results = {"header": header(args.threads, "torch", "diffusers")} | results
-    print(table(results))
-    output = args.output or (RESULTS if args.rounds == ROUNDS else None)
-    if output is not None:
-        write(output / "footprint-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "footprint-cpu.md", table(results))
-        print(f"written to {output}")
-    return 0
+    report = FootprintReport(header(args.threads, "torch", "diffusers"), results, args.rounds)
+    print(report.table())
+    return finish(report, "footprint-cpu", args.output or (RESULTS if args.rounds == ROUNDS else None), [])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def tell(**event: Any) -> None:
         file.write(json.dumps(event).encode() + b"\n")
 
 
-def told() -> list[dict[str, Any]]:
-    """Return what has been told so far, by earlier processes too."""
+def read() -> list[dict[str, Any]]:
+    """Return what was told so far, by earlier processes too."""
     return [json.loads(line) for line in Path(os.environ[FILE]).read_text(encoding="utf-8").splitlines()]
 
 

@@ -12,19 +12,28 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import peer_nets as nets
 import torch
+from peer_nets import drawing
 from torch import nn
 from torch.nn import functional as F
 
-Run = Callable[[], Any]
+from fastdiff.bench.workload import PeerWork, Run
+
+__all__ = ["drawing", "nets"]  # for `fastdiff.bench`
 Make = Callable[[], tuple[Run, Any]]  # makes what is timed, and computes what is compared
 DEVICE = "cuda"
 WARM = 3  # calls before a capture
 torch.backends.cudnn.benchmark = True  # as who wants speed sets it
 
 
-def ways(eager: Run, compiled: Run) -> dict[str, Run]:
+def ways(work: PeerWork) -> dict[str, Run]:
     """Return the three ways of a piece of work; the last one is captured when it is first called."""
+    return three_ways(work.run, PeerWork(torch.compile(work.function), work.tensors).run)
+
+
+def three_ways(eager: Run, compiled: Run) -> dict[str, Run]:
+    """Return the three ways, given the first two."""
     return {"eager": eager, "compiled": compiled, "graphs": _Replayed(compiled)}
 
 
@@ -57,114 +66,17 @@ def release() -> None:
 
 def device(array: Any) -> Any:
     """A NumPy array on the GPU."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+    return nets.tensor(array).to(DEVICE)
 
 
-def normals(n: int, width: int) -> dict[str, Run]:
-    """Return ways to draw normals."""
-    out = torch.empty(n, width, device=DEVICE)
-    return {"eager": out.normal_}
-
-
-def _noised(x0: Any, t: Any, signal: Any, noise: Any, eps: Any) -> tuple[Any, Any]:
-    return signal[t] * x0 + noise[t] * eps, eps
-
-
-def forward(x0: Any, t: Any, signal: Any, noise: Any, eps: Any) -> tuple[dict[str, Run], Any]:
-    """Return ways to noise a batch, and x_t for the given noise."""
-    x0, t, eps = device(x0), device(t), device(eps)
-    signal, noise = (device(np.asarray(v, np.float32))[:, None] for v in (signal, noise))
-
-    def work(x0: Any, t: Any, signal: Any, noise: Any) -> tuple[Any, Any]:
-        return _noised(x0, t, signal, noise, torch.randn_like(x0))
-
-    fast = torch.compile(work)
-    x_t = _noised(x0, t, signal, noise, eps)[0].cpu().numpy()
-    return ways(lambda: work(x0, t, signal, noise), lambda: fast(x0, t, signal, noise)), x_t
-
-
-def step(x: Any, out: Any, row: Any, clip: tuple[float, float], z: Any) -> tuple[dict[str, Run], Any]:
-    """Return ways to take a DDPM step with clipping, and x for the given noise."""
-    x, out, z = device(x), device(out), device(z)
-
-    def formula(x: Any, out: Any, z: Any) -> Any:
-        x0 = (row.p * x + row.q * out).clamp(*clip)
-        return row.a * x + row.b * x0 + row.s * z
-
-    def work(x: Any, out: Any) -> Any:
-        return formula(x, out, torch.randn_like(x))
-
-    fast = torch.compile(work)
-    return ways(lambda: work(x, out), lambda: fast(x, out)), formula(x, out, z).cpu().numpy()
-
-
-def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[dict[str, Run], Any]:
-    """Return ways to do a piece of work on arrays of the device, and what it makes of them."""
-    fast = torch.compile(work)
-    return ways(lambda: work(*arguments), lambda: fast(*arguments)), work(*arguments).cpu().numpy()
-
-
-def similarity(v: Any) -> tuple[dict[str, Run], Any]:
-    """Return ways to compare the points of every curve with each other, and the result."""
-    return _timed(lambda v: torch.exp(-((v[:, :, None] - v[:, None, :]) ** 2)), device(v))
-
-
-def reshape(x: Any, matrix: Any, standardise: bool) -> tuple[dict[str, Run], Any]:
-    """Return ways to multiply rows by a matrix, and to standardise the results, and the result."""
-
-    def work(x: Any, matrix: Any) -> Any:
-        y = torch.matmul(x, matrix)
-        if standardise:
-            y = y - y.mean(1, keepdim=True)
-            y = y / y.std(1, correction=0, keepdim=True)
-        return y
-
-    return _timed(work, device(x), device(np.asarray(matrix, np.float32)))
-
-
-def shaped(z: Any, matrix: Any) -> tuple[dict[str, Run], Any]:
-    """Return ways to draw noise and to multiply it by a matrix, and the result for the given noise."""
-    z, matrix = device(z), device(np.asarray(matrix, np.float32))
-
-    def work(z: Any, matrix: Any) -> Any:
-        return torch.matmul(torch.randn_like(z), matrix)
-
-    return _timed(work, z, matrix)[0], torch.matmul(z, matrix).cpu().numpy()
-
-
-def posterior(x: Any, data: Any, signal: float, noise: float) -> tuple[dict[str, Run], Any]:
-    """Return ways to compute posterior means by products, the squares being expanded, and the result."""
-
-    def work(x: Any, data: Any) -> Any:
-        squares = (signal * signal * data.square().sum(1))[None]  # |x|^2 is the same for all rows
-        exponents = torch.addmm(squares, x, data.T, beta=-0.5 / noise**2, alpha=signal / noise**2)
-        return torch.matmul(torch.softmax(exponents, 1), data)
-
-    return _timed(work, device(x), device(data))
-
-
-def network(case: Any, weights: dict[str, Any], T: int, hidden: tuple[int, ...], features: Any) -> Any:
-    """Return the network of a case with our weights, on the GPU."""
-    import peer_nets
-
-    if case.net == "tutorial":
-        net: Any = peer_nets.Tutorial(case.shape[0], T)
-    else:
-        net = peer_nets.Modulated(case.shape[0], hidden, torch.from_numpy(features))
-    return peer_nets.load(net, weights).to(DEVICE)
-
-
-def output(net: Any, x: Any, t: int) -> Any:
-    """Return what a network says to x at one timestep."""
-    with torch.no_grad():
-        return net(device(x), torch.full((len(x),), t, device=DEVICE)).cpu().numpy()
+def on_gpu(net: Any) -> Any:
+    """Return a network on the GPU."""
+    return net.to(DEVICE)
 
 
 def chain(net: Any, betas: Any, n: int, width: int) -> dict[str, Run]:
     """Return ways to draw samples by DDPM."""
-    import peer_nets
-
-    rows = peer_nets.coefficients(betas)
+    rows = nets.coefficients(betas)
     steps = [torch.tensor([row[0]], device=DEVICE) for row in rows]
     table = torch.tensor([row[1:] for row in rows], dtype=torch.float32, device=DEVICE)
 
@@ -180,30 +92,27 @@ def chain(net: Any, betas: Any, n: int, width: int) -> dict[str, Run]:
                 x = one_step(x, t, row)
         return x
 
-    return ways(lambda: sample(eager_step), lambda: sample(fast_step))
+    return three_ways(lambda: sample(eager_step), lambda: sample(fast_step))
 
 
 def training(net: Any, X: Any, betas: Any, batch: int) -> dict[str, Run]:
     """Return ways to take one training step: draws, noising, loss, gradient, clipping, AdamW. No loss is read."""
-    X, parameters, loss = device(X), list(net.parameters()), _loss(betas)
+    X, parameters, loss = device(X), list(net.parameters()), _loss(betas, X.ndim)
 
     def loss_of(x0: Any, t: Any, eps: Any) -> Any:
         return loss(net, x0, t, eps)
 
     eager = _stepper(loss_of, X, len(betas), batch, parameters, torch.optim.AdamW(parameters, lr=1e-3))
     fast = _stepper(torch.compile(loss_of), X, len(betas), batch, parameters, _fast_adamw(parameters))
-    return ways(eager, fast)
+    return three_ways(eager, fast)
 
 
-def _loss(betas: Any) -> Callable[..., Any]:
-    """The loss of a network on samples, timesteps and noise."""
-    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    signal, noise = abar.sqrt().float().to(DEVICE), (1 - abar).sqrt().float().to(DEVICE)
+def _loss(betas: Any, ndim: int) -> Callable[..., Any]:
+    """The loss of a network on samples in so many dimensions, timesteps and noise."""
+    signal, noise = (level.to(DEVICE) for level in nets.levels(betas, ndim))
 
     def loss(net: Any, x0: Any, t: Any, eps: Any) -> Any:
-        each = (-1, *(1,) * (x0.ndim - 1))
-        x_t, eps = _noised(x0, t, signal.reshape(each), noise.reshape(each), eps)
-        return F.mse_loss(net(x_t, t), eps)
+        return F.mse_loss(net(signal[t] * x0 + noise[t] * eps, t), eps)
 
     return loss
 
@@ -243,11 +152,11 @@ def exactly() -> Iterator[None]:
 
 def _nchw(array: Any) -> Any:
     """Our images on the GPU, in the memory that they have: channels-last."""
-    return device(array).permute(0, 3, 1, 2)
+    return nets.nchw(array).to(DEVICE)
 
 
 def _nhwc(tensor: Any) -> Any:
-    return tensor.detach().float().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return nets.nhwc(tensor.detach().float().cpu())
 
 
 Form = tuple[Callable[..., Any], dict[str, Any]]  # a function, and the parameters of its network
@@ -255,9 +164,7 @@ Form = tuple[Callable[..., Any], dict[str, Any]]  # a function, and the paramete
 
 def _forms(folder: Any, work: Callable[[Any], Callable[..., Any]]) -> dict[str, Form]:
     """What `work` returns for a network, in all forms but those replayed as one graph."""
-    import peer_nets
-
-    plain, last = (peer_nets.Pictures(folder).to(DEVICE) for _ in range(2))
+    plain, last = (nets.Pictures(folder).to(DEVICE) for _ in range(2))
     plain.unet.to(memory_format=torch.contiguous_format)
 
     def contiguous(x: Any, t: Any) -> Any:
@@ -312,7 +219,7 @@ def image_training(folder: Any, X: Any, betas: Any, batch: int, example: tuple[A
 
     A gradient is one vector, the parameters in the order of their names.
     """
-    loss, X = _loss(betas), _nchw(X)
+    loss, X = _loss(betas, X.ndim), _nchw(X)
     given = _nchw(example[0]), device(example[1]), _nchw(example[2])
 
     def work(net: Any) -> Callable[..., Any]:
@@ -373,61 +280,28 @@ def image_sampling(folder: Any, start: Any, few: Any, rows: Any, clip: tuple[flo
     return _makers({name: partial(make, form) for name, form in forms.items()})
 
 
-def layer(kind: str, x: Any, **given: Any) -> dict[str, Make]:
+def layer(work: PeerWork) -> dict[str, Make]:
     """Return ways of a layer alone; compared is what it makes of our arrays, in our layout and as one vector.
 
     With `eager`, images lie plane by plane, in all other ways channels-last. In bf16 the inputs are bf16 already.
     """
-    if kind == "attention":
-        n, length, channels = x.shape
-        heads = given["heads"]
-        parts = device(x).reshape(n, length, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+    last = work.tensors
+    planes = tuple(
+        tensor.contiguous() if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) else tensor
+        for tensor in last
+    )
+    half = tuple(tensor.bfloat16() for tensor in last)
 
-        def attend(*parts: Any) -> Any:
-            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
-
-        results, arrays = [attend], {"channels": tuple(parts)}
-    else:
-        last = [_nchw(x)]
-        if "w" in given:
-            last += [device(given["w"]).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)]
-            last += [_nchw(given["dy"])]
-
-        def convolve(x: Any, w: Any, dy: Any) -> Any:
-            return F.conv2d(x, w, padding=1).permute(0, 2, 3, 1)
-
-        def dx(x: Any, w: Any, dy: Any) -> Any:
-            return _conv_backward(x, w, dy, True)[0].permute(0, 2, 3, 1)
-
-        def dw(x: Any, w: Any, dy: Any) -> Any:
-            return _conv_backward(x, w, dy, False)[1].permute(2, 3, 1, 0)
-
-        def norm(x: Any) -> Any:
-            return F.silu(F.group_norm(x, given["groups"])).permute(0, 2, 3, 1)
-
-        results = {"conv": [convolve], "conv-backward": [dx, dw], "norm": [norm]}[kind]
-        arrays = {"channels": tuple(last), "eager": tuple(tensor.contiguous() for tensor in last)}
-    arrays["bf16"] = tuple(tensor.bfloat16() for tensor in arrays["channels"])
-
-    def everything(*tensors: Any) -> list[Any]:
-        return [make(*tensors) for make in results]
-
-    def make(work: Callable[..., Any], tensors: tuple[Any, ...]) -> tuple[Run, Any]:
-        run = torch.no_grad()(lambda: work(*tensors))
+    def make(function: Callable[..., Any], tensors: tuple[Any, ...]) -> tuple[Run, Any]:
+        run = torch.no_grad()(lambda: function(*tensors))
         with exactly():
-            return run, np.concatenate([_flat(part) for part in run()])
+            result = run()
+            parts = result if isinstance(result, tuple) else (result,)
+            return run, np.concatenate([part.float().reshape(-1).cpu().numpy() for part in parts])
 
-    fast = torch.compile(everything)
-    makers = {name: partial(make, everything, tensors) for name, tensors in arrays.items()}
-    makers |= {"compiled": partial(make, fast, arrays["channels"]), "bf16-graphs": partial(make, fast, arrays["bf16"])}
-    makers.setdefault("eager", makers["channels"])
-    return _makers(makers)
-
-
-def _conv_backward(x: Any, w: Any, dy: Any, of_input: bool) -> Any:
-    ones, wanted = [1, 1], (of_input, not of_input, False)
-    return torch.ops.aten.convolution_backward(dy, x, w, None, ones, ones, ones, False, [0, 0], 1, wanted)
-
-
-def _flat(tensor: Any) -> Any:
-    return tensor.float().reshape(-1).cpu().numpy()
+    fast = torch.compile(work.function)
+    forms = {
+        "eager": (work.function, planes), "channels": (work.function, last), "compiled": (fast, last),
+        "bf16": (work.function, half), "bf16-graphs": (fast, half),
+    }  # fmt: skip
+    return _makers({name: partial(make, *form) for name, form in forms.items()})

@@ -1,11 +1,11 @@
 """Tests and benchmarks on a machine with a GPU: ``make gpu``, which is ``python benchmarks/gpu.py``.
 
 First the kernels are compiled. Then stages, in this order: the tests in tests/gpu but for those at full size ("tests");
-the times of our kernels beside a copy and PyTorch, see `gpu.py`, what has a mark first ("benchmarks"); the tests at
+the times of our kernels beside a copy and PyTorch, see `gpu.py`, what has a target first ("benchmarks"); the tests at
 full size ("full"); the small parity tests under compute-sanitizer, where it is installed ("sanitizer").
 
 This program never touches the GPU. Processes do, one after the other: one that dies or says nothing for too long costs
-the test, or the way of a case, that it had in hand, and another goes on behind it.
+the test, or the way of a workload, that it had in hand, and another goes on behind it.
 
 The results go to ``gpu.json`` and ``.md`` in benchmarks/results, unless only a part was run, after every test and every
 round of times. With ``--minutes`` all ends at that time, and the results name what was not run; then PyTorch's networks
@@ -42,8 +42,10 @@ from typing import Any
 
 import gpu
 import gpu_events
-from machine import header
-from readme_numbers import RESULTS, write
+from machine import cores, header
+from report import RESULTS, plain, record
+
+from fastdiff.bench.networks import Pictures
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -59,7 +61,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TICK = 0.05  # seconds between two looks at a process
 PATIENCE = {"start": 300, "tests": 120, "full": 300, "sanitizer": 600, "ours": 90, "theirs": 240}  # seconds of silence
 RESTARTS = 10  # a stage in which so many processes die in a row is given up
-SHARE = 1 / 4  # of the time: no way of a case is begun after so long, and none of PyTorch's may be silent for longer
+SHARE = 1 / 4  # of the time: no way of a workload is begun later, and none of PyTorch's may be silent for longer
 AHEAD = 1 / 4  # of the time, after which nothing is compiled ahead
 NO_TIME = "no time left"
 Event = dict[str, Any]
@@ -158,16 +160,11 @@ def drive(
 # -- what is known -------------------------------------------------------------------------------------------------
 
 
-def whole(row: dict[str, Any]) -> bool:
-    """Whether a row lacks no round and no way."""
-    return row["rounds"][0] == row["rounds"][1] and not row["cut"]
-
-
 @dataclass
 class Session:
     """The results so far, where they are written, and the time that there is."""
 
-    results: dict[str, Any]
+    results: gpu.Results
     left: dict[str, list[str]]
     """Names of what is planned and not done, by stage."""
     output: Path | None
@@ -191,35 +188,33 @@ class Session:
 
     def fault(self, name: str, why: str) -> None:
         """Add what failed, and say so."""
-        self.results["faults"][name] = why
+        self.results.faults[name] = why
         print(f"gpu.py: {name}: {why}", file=sys.stderr, flush=True)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: gpu.Row) -> None:
         """Add a row, in place of one of no more rounds."""
-        rows = self.results["rows"]
-        old = next((old for old in rows if old["name"] == row["name"]), None)
-        if old is None or old["rounds"][0] <= row["rounds"][0]:
-            order = gpu.in_order([case.name for case in gpu.CASES])
-            rows[:] = sorted([*(r for r in rows if r is not old), row], key=lambda r: order.index(r["name"]))
+        rows = self.results.rows
+        old = next((old for old in rows if old.name == row.name), None)
+        if old is None or old.rounds[0] <= row.rounds[0]:
+            order = gpu.in_order(list(gpu.BY_NAME))
+            rows[:] = sorted([*(r for r in rows if r is not old), row], key=lambda r: order.index(r.name))
         self.save()
 
     def save(self) -> None:
         """Write what is known."""
         results = self.results
-        ways = [f"{row['title']}: {way}" for row in results["rows"] for way in row["cut"]]
-        results["left"] = {stage: names for stage, names in (self.left | {"ways": ways}).items() if names}
-        results["header"]["complete"] = [stage for stage, names in self.left.items() if not names]
-        results["header"]["cases"] = [row["name"] for row in results["rows"] if whole(row)]
-        for stage, outcomes in results["tests"].items():
+        ways = [f"{row.title}: {way}" for row in results.rows for way in row.cut]
+        results.left = {stage: names for stage, names in (self.left | {"ways": ways}).items() if names}
+        results.header["complete"] = [stage for stage, names in self.left.items() if not names]
+        results.header["workloads"] = [row.name for row in results.rows if row.complete]
+        for stage, outcomes in results.tests.items():
             bad = [name.split("::")[-1] for name, outcome in outcomes.items() if outcome.startswith("failed")]
             passed = f"{sum(outcome == 'passed' for outcome in outcomes.values())} passed"
             failed = f", **{len(bad)} failed**: {', '.join(bad)}" if bad else ""
             if outcomes:
-                results["stages"][f"GPU tests, {stage}"] = passed + failed
+                results.stages[f"GPU tests, {stage}"] = passed + failed
         if self.output is not None:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write(self.output / "gpu.json", json.dumps(results, indent=1) + "\n")
-            write(self.output / "gpu.md", gpu.table(results))
+            results.save(self.output, "gpu")
 
 
 # -- the stages ----------------------------------------------------------------------------------------------------
@@ -238,19 +233,19 @@ def start(session: Session, ready: Callable[[], None]) -> str:
         nonlocal unusable
         unusable = event.get("unusable", unusable)
         if "gpu" in event:
-            session.results["header"] |= event
+            session.results.header |= event
             ready()
         if "end" in event:
-            session.results["compile"][event["end"]] = round(event["seconds"], 2)
+            session.results.compile[event["end"]] = round(event["seconds"], 2)
             if event["fault"]:
                 session.fault(f"{event['end']}.cu", event["fault"])
 
     for event in session.follow("start", job(do="start"), lambda event: "start"):
         take(event)
-    if "gpu" not in session.results["header"]:
+    if "gpu" not in session.results.header:
         return unusable or event["over"]
-    times = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in session.results["compile"].items())
-    session.results["stages"]["Kernels compiled"] = times
+    times = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in session.results.compile.items())
+    session.results.stages["Kernels compiled"] = times
     print(f"kernels compiled: {times}", flush=True)
     if event["over"] not in ("", NO_TIME):
         session.fault("start", event["over"])
@@ -262,7 +257,7 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
     # Their own conftest only: that of tests/ needs packages which a GPU machine need not have.
     pytest = (sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", "-W", "default", "-q")
     name, over = name or stage, ""
-    outcomes = session.results["tests"].setdefault(name, {})
+    outcomes = session.results.tests.setdefault(name, {})
     if under:  # a tool says at its end what it has found
         outcomes.clear()
     with (session.folder / name).open("w", encoding="utf-8") as events:
@@ -293,7 +288,7 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
 def sanitize(session: Session) -> None:
     """Run the small parity tests under the tools of compute-sanitizer."""
     if not shutil.which("compute-sanitizer"):
-        session.results["stages"]["compute-sanitizer"] = "not installed"
+        session.results.stages["compute-sanitizer"] = "not installed"
         session.left["sanitizer"] = []
         return
     for tool in list(session.left["sanitizer"]):
@@ -308,40 +303,40 @@ def sanitize(session: Session) -> None:
 
 
 def benchmarks(session: Session) -> None:
-    """Time the cases that are left."""
+    """Time the workloads that are left."""
     way = ""
-    dead: dict[str, dict[str, str]] = {}  # ways that ended their process, and how, by case
+    dead: dict[str, dict[str, str]] = {}  # ways that ended their process, and how, by workload
     hung: dict[str, str] = {}  # variants of ours that did so by silence: once is enough
     for package in ("torch", "diffusers", "cudnn"):
         if importlib.util.find_spec(package) is None:
-            session.results["stages"][{"torch": "PyTorch"}.get(package, package)] = "not installed"
+            session.results.stages[{"torch": "PyTorch"}.get(package, package)] = "not installed"
 
     def process() -> Iterator[Event]:
         left, share = session.left["benchmarks"], SHARE * session.seconds
-        without = {case: hung | dead.get(case, {}) for case in left}
-        command = job(do="cases", cases=left, quick=session.quick, share=share, without=without)
+        without = {name: hung | dead.get(name, {}) for name in left}
+        command = job(do="workloads", workloads=left, quick=session.quick, share=share, without=without)
         return session.follow(
-            "cases", command, lambda event: "theirs" if event.get("way") in gpu.IMAGE_WAYS else "ours"
+            "workloads", command, lambda event: "theirs" if event.get("way") in gpu.IMAGE_WAYS else "ours"
         )
 
     def take(event: Event) -> None:
         nonlocal way
         way = "" if "begin" in event else event.get("way", way)
         if "row" in event:
-            session.add(event["row"])
+            session.add(record(gpu.Row, event["row"]))
         if "end" in event:
-            row = next((row for row in session.results["rows"] if row["name"] == event["end"]), {"failed": {}})
-            for name in row["failed"].keys() & gpu.OURS.keys():
-                session.fault(f"{event['end']}, {name}", row["failed"][name])
+            failed = next((row.failed for row in session.results.rows if row.name == event["end"]), {})
+            for name in failed.keys() & gpu.OURS.keys():
+                session.fault(f"{event['end']}, {name}", failed[name])
             if event["fault"]:
                 session.fault(event["end"], event["fault"])
             print(f"{event['end']}: {'failed' if event['fault'] else 'done'}", flush=True)
 
-    def lost(case: str, why: str) -> bool:
+    def lost(name: str, why: str) -> bool:
         if not way:
-            session.fault(case, why)
+            session.fault(name, why)
             return False
-        dead.setdefault(case, {})[way] = why
+        dead.setdefault(name, {})[way] = why
         if gpu.OURS.get(way) and "silent" in why:
             hung[way] = why
         return True
@@ -352,19 +347,19 @@ def benchmarks(session: Session) -> None:
 
 def ahead(session: Session) -> list[Future[dict[str, str]]]:
     """Compile PyTorch's networks beside the first stages, one process a way; PyTorch's own cache keeps the code."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(max(1, cores // 2))
+    pool = ThreadPoolExecutor(max(1, cores() // 2))
     until = session.until - (1 - AHEAD) * session.seconds
 
-    def run(case: str, way: str) -> dict[str, str]:
-        began, command, events = time.monotonic(), job(do="make", case=case, way=way), session.folder / f"{case}-{way}"
+    def run(name: str, way: str) -> dict[str, str]:
+        began, events = time.monotonic(), session.folder / f"{name}-{way}"
+        command = job(do="make", workload=name, way=way)
         *_, last = follow(command, events, until, lambda event: session.seconds, TORCHINDUCTOR_COMPILE_THREADS="2")
         outcome = last["over"] or f"{time.monotonic() - began:.0f} s"
-        print(f"compiled ahead, {case}, {way}: {outcome}", flush=True)
-        return {f"{case}, {way}": outcome}
+        print(f"compiled ahead, {name}, {way}: {outcome}", flush=True)
+        return {f"{name}, {way}": outcome}
 
-    networks = {case.name for case in gpu.CASES if case.net == "unet" and case.name in gpu.WANTED}
-    return [pool.submit(run, case, way) for case in session.left["benchmarks"] if case in networks for way in gpu.BEST]
+    networks = {name for name in gpu.TARGETS if isinstance(gpu.BY_NAME[name], Pictures)}
+    return [pool.submit(run, name, way) for name in session.left["benchmarks"] if name in networks for way in gpu.BEST]
 
 
 # -- the program ---------------------------------------------------------------------------------------------------
@@ -391,25 +386,25 @@ def sources() -> str:
 def go_on(session: Session, folder: Path) -> None:
     """Take over the results of an earlier run from a folder, and leave out what it has done."""
     path, results = folder / "gpu.json", session.results
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    earlier = gpu.Results.read(path) if path.exists() else None
     same = ("gpu", "system", "python", "sources", "scale", *gpu.OPTIONAL)
-    other = [name for name in same if earlier and earlier["header"].get(name) != results["header"].get(name)]
+    other = [name for name in same if earlier and earlier.header.get(name) != results.header.get(name)]
     if earlier is None or other:
         print(f"starts anew: {f'{path} differs in {other}' if other else f'there is no {path}'}", flush=True)
         return
-    kept = {case.name for case in gpu.CASES} | {*TOOLS}
-    results["faults"] |= {name: why for name, why in earlier["faults"].items() if name.split(",")[0] in kept}
-    results |= {name: earlier[name] for name in ("rows", "tests", "ahead")}
-    rows = {row["name"]: row for row in results["rows"] if row["rounds"][0] == row["rounds"][1]}
-    done = {name for name, row in rows.items() if whole(row)} | results["faults"].keys()
+    kept = {*gpu.BY_NAME, *TOOLS}
+    results.faults |= {name: why for name, why in earlier.faults.items() if name.split(",")[0] in kept}
+    results.rows, results.tests, results.ahead = earlier.rows, earlier.tests, earlier.ahead
+    rows = {row.name: row for row in results.rows if row.rounds[0] == row.rounds[1]}
+    done = {name for name, row in rows.items() if row.complete} | results.faults.keys()
     for stage, left in session.left.items():
-        if stage == "benchmarks":  # what is missing, then what lacks a way that decides a mark, then another way
+        if stage == "benchmarks":  # what is missing, then what lacks a way that decides a target, then another way
             left[:] = [name for name in left if name not in done]
-            left.sort(key=lambda name: (name in rows, not rows.get(name, {}).get("unknown")))
-        elif stage in earlier["header"]["complete"]:
+            left.sort(key=lambda name: (name in rows, name in rows and not rows[name].unknown))
+        elif stage in earlier.header["complete"]:
             left.clear()
         elif stage == "sanitizer":
-            left[:] = earlier["left"].get(stage, left)
+            left[:] = earlier.left.get(stage, left)
     print(f"goes on with {path}", flush=True)
 
 
@@ -422,25 +417,22 @@ def main(argv: list[str] | None = None) -> int:
         help="do what an earlier run did not get to, whose results are there; by default where they are written",
     )  # fmt: skip
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
-    parser.add_argument("--only", metavar="NAME", action="append", help="a case, or the beginning of its name")
+    parser.add_argument("--only", metavar="NAME", action="append", help="a workload, or the beginning of its name")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
     args = parser.parse_args(argv)
     if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"argument --minutes: got {args.minutes:g}, wants more than 0")
-    names = [case.name for case in gpu.CASES]
+        parser.error(f"argument --minutes: got {args.minutes:g}, must be more than 0")
+    names = list(gpu.BY_NAME)
     chosen = [name for name in names if any(name.startswith(beginning) for beginning in args.only or [""])]
     if not chosen:
-        parser.error(f"no such case; there are {', '.join(names)}")
+        parser.error(f"no such workload; there are {', '.join(names)}")
     stages = [stage for stage in STAGES if stage in (args.stage or STAGES)]
     plan = {"tests": ["all"], "benchmarks": gpu.in_order(chosen), "full": ["all"], "sanitizer": list(TOOLS)}
     seconds = 60 * args.minutes if args.minutes else float("inf")
     until = time.monotonic() + seconds
-    head = {**header(1), "sources": sources(), "scale": 0.001 if args.quick else 1.0, "minutes": args.minutes}
-    results: dict[str, Any] = {
-        "header": head | {name: installed(name) for name in gpu.OPTIONAL},
-        "ended": "", "left": {}, "stages": {}, "faults": {}, "compile": {}, "ahead": {}, "tests": {}, "rows": [],
-    }  # fmt: skip
+    head = {**plain(header(1)), "sources": sources(), "scale": 0.001 if args.quick else 1.0, "minutes": args.minutes}
+    results = gpu.Results(head | {name: installed(name) for name in gpu.OPTIONAL})
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             results,
@@ -468,20 +460,20 @@ def main(argv: list[str] | None = None) -> int:
         for stage in stages:
             if stage == "benchmarks":
                 for future in futures:
-                    results["ahead"] |= future.result()
-                if results["ahead"]:
-                    words = (f"{what} {outcome}" for what, outcome in results["ahead"].items())
-                    results["stages"]["Compiled ahead"] = "; ".join(words)
+                    results.ahead |= future.result()
+                if results.ahead:
+                    words = (f"{what} {outcome}" for what, outcome in results.ahead.items())
+                    results.stages["Compiled ahead"] = "; ".join(words)
                 benchmarks(session)
             elif stage == "sanitizer":
                 sanitize(session)
             else:
                 run_tests(session, stage)
             session.save()
-    results["ended"] = "time" if time.monotonic() >= until else "all"
+    results.ended = "time" if time.monotonic() >= until else "all"
     session.save()
-    print(f"\n{gpu.table(results)}")
+    print(f"\n{results.table()}")
     if session.output is not None:
         print(f"written to {session.output}")
-    failed = any(outcome.startswith("failed") for each in results["tests"].values() for outcome in each.values())
-    return 1 if failed or results["faults"] else 3 if results["left"] else 0
+    failed = any(outcome.startswith("failed") for each in results.tests.values() for outcome in each.values())
+    return 1 if failed or results.faults else 3 if results.left else 0

@@ -13,8 +13,7 @@ from typing import Any
 
 import gpu
 from gpu_events import end_with_parent, tell
-
-BY_NAME = {case.name: case for case in gpu.CASES}
+from report import plain
 
 
 def start(job: dict[str, Any]) -> None:
@@ -51,25 +50,25 @@ def start(job: dict[str, Any]) -> None:
         raise AssertionError("normals have another deviation than 1")
 
 
-def run_cases(job: dict[str, Any]) -> None:
-    """Time cases, one after the other."""
+def run_workloads(job: dict[str, Any]) -> None:
+    """Time workloads, one after the other."""
     import cupy
 
     from fastdiff.backends.cuda import CudaBackend
 
     be, wait = CudaBackend(), cupy.cuda.runtime.deviceSynchronize
-    for name in job["cases"]:
+    for name in job["workloads"]:
         fault = ""
         tell(begin=name)
         try:
             for row in gpu.benchmark(
-                be, wait, BY_NAME[name], quick=job["quick"], share=job["share"],
+                be, wait, gpu.BY_NAME[name], quick=job["quick"], share=job["share"],
                 tell=lambda way: tell(way=way), without=job["without"].get(name),
             ):  # fmt: skip
-                tell(row=row)
+                tell(row=plain(row))
         except gpu.DeadError:
             raise
-        except Exception as error:  # noqa: BLE001 - of whatever kind: the other cases are timed
+        except Exception as error:  # noqa: BLE001 - of whatever kind: the others are timed
             traceback.print_exc()
             fault = f"{type(error).__name__}: {error}"
             gpu.check_alive(wait, error)
@@ -81,10 +80,10 @@ def run_cases(job: dict[str, Any]) -> None:
 
 
 def make_way(job: dict[str, Any]) -> None:
-    """Make one way of one case, so that its compiled code is found by who times it."""
+    """Make one way of one workload, so that its compiled code is found by who times it."""
     from fastdiff.backends.cuda import CudaBackend
 
-    gpu.prepare(CudaBackend(), BY_NAME[job["case"]], *gpu.companions()).makers[job["way"]]()
+    gpu.prepare(CudaBackend(), gpu.BY_NAME[job["workload"]], *gpu.companions()).makers[job["way"]]()
 
 
 def main(argv: list[str]) -> None:
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> None:
     job = json.loads(argv[0])
     end_with_parent()
     try:
-        {"start": start, "cases": run_cases, "make": make_way}[job["do"]](job)
+        {"start": start, "workloads": run_workloads, "make": make_way}[job["do"]](job)
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         tell(dying=str(error) if isinstance(error, gpu.DeadError) else f"{type(error).__name__}: {error}")

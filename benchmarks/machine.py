@@ -9,26 +9,32 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+
+from report import Header
 
 from fastdiff.bench import cpu_model
 
 HERE = Path(__file__).parent
 
 
-def header(threads: int, *packages: str) -> dict[str, Any]:
+def header(threads: int, *packages: str) -> Header:
     """Machine, versions of Python, our own dependencies and `packages`, date and commit."""
     names = {"fastdiff": "fastdiff-engine"} | {name: name for name in ("numpy", "numba", "safetensors", *packages)}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+    return Header(
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        commit=_commit(),
+        cpu=cpu_model(),
+        cores=cores(),
+        threads=threads,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
         **{name: version(package) for name, package in names.items()},
-    }
+    )
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str:

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 Tensor = torch.Tensor
+
+
+def tensor(array: Any) -> Tensor:
+    """Return an array as a tensor."""
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
+
+
+def nchw(array: Any) -> Tensor:
+    """Return our pictures as PyTorch takes them, in the memory that they have: channels-last."""
+    return tensor(array).permute(0, 3, 1, 2)
+
+
+def nhwc(pictures: Tensor) -> Any:
+    """The other way round."""
+    return pictures.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@contextlib.contextmanager
+def drawing(noise: Any) -> Iterator[None]:
+    """Let torch.randn and randn_like, and the schedulers of diffusers, draw the given arrays one after the other."""
+    from diffusers.schedulers import scheduling_ddpm
+
+    draws = iter(tensor(noise))
+
+    def draw(*shape: Any, device: Any = None, **_: Any) -> Tensor:
+        like = shape[0]
+        if isinstance(like, Tensor):
+            shape, device = like.shape, like.device
+        elif isinstance(like, tuple):
+            shape = like
+        return next(draws).reshape(shape).to(device, copy=True)
+
+    saved = torch.randn, torch.randn_like, scheduling_ddpm.randn_tensor
+    torch.randn = torch.randn_like = scheduling_ddpm.randn_tensor = draw
+    try:
+        yield
+    finally:
+        torch.randn, torch.randn_like, scheduling_ddpm.randn_tensor = saved
+    assert next(draws, None) is None
 
 
 class Tutorial(nn.Module):
@@ -60,8 +102,8 @@ class Pictures(nn.Module):
         return self.unet(x.contiguous(memory_format=torch.channels_last), t).sample
 
 
-def expand_upsampling(net: nn.Module) -> None:
-    """Write the nearest upsampling of a network as expand and reshape.
+def expand_upsampling(net: Any) -> Any:
+    """Return a network whose nearest upsampling is written as expand and reshape.
 
     Through torch.compile of PyTorch 2.13.0 on a CPU, `interpolate` gives the layers before it no gradient here.
     """
@@ -76,6 +118,7 @@ def expand_upsampling(net: nn.Module) -> None:
         if isinstance(layer, Upsample2D):
             layer.interpolate = False
             layer.register_forward_pre_hook(double)
+    return net
 
 
 def load(net: Any, weights: dict[str, Any]) -> Any:
@@ -91,18 +134,41 @@ def load(net: Any, weights: dict[str, Any]) -> Any:
     return net
 
 
+@torch.no_grad()
 def weights_of(net: Any) -> dict[str, Any]:
-    """The other way round."""
+    """The other way round; names begin with "w/"."""
     weights = {}
     for i, layer in enumerate(net.dense):
-        weights[f"layers.{i}.weight"] = layer.weight.detach().T.numpy()
-        weights[f"layers.{i}.bias"] = layer.bias.detach().numpy()
+        weights[f"w/layers.{i}.weight"] = layer.weight.T.numpy()
+        weights[f"w/layers.{i}.bias"] = layer.bias.numpy()
     embedded = isinstance(net.time, nn.Embedding)
-    time = net.time.weight.detach()
-    weights["time.weight"] = (time if embedded else time.T).numpy()
+    weights["w/time.weight"] = (net.time.weight if embedded else net.time.weight.T).numpy()
     if not embedded:
-        weights["time.bias"] = net.time.bias.detach().numpy()
+        weights["w/time.bias"] = net.time.bias.numpy()
     return weights
+
+
+def save_tutorial(path: Path, ours: dict[str, Any]) -> None:
+    """Save a checkpoint for `cold_peer.py` with the parameters of ours."""
+    from safetensors.torch import save_file
+
+    names = {"down.0": "layers.0", "down.2": "layers.1", "up.0": "layers.2", "up.2": "layers.3"}
+    state = {f"{theirs}.weight": ours[f"w/{name}.weight"].T for theirs, name in names.items()}
+    state |= {f"{theirs}.bias": ours[f"w/{name}.bias"] for theirs, name in names.items()}
+    state |= {"time.weight": ours["w/time.weight"], "betas": ours["betas"]}
+    state |= {name: np.array(ours[name], np.float32) for name in ("mean", "std")}
+    save_file({name: torch.from_numpy(np.array(value, order="C")) for name, value in state.items()}, path)
+
+
+@torch.no_grad()
+def evaluated(net: Any, x: Tensor, t: Tensor) -> Tensor:
+    """Return what a network makes of x at the timesteps t."""
+    return net(x, t)
+
+
+def output(net: Any, x: Tensor, t: int) -> Any:
+    """Return the same at one timestep, on the host."""
+    return evaluated(net, x, torch.full((len(x),), t, device=x.device)).cpu().numpy()
 
 
 def coefficients(betas: Any) -> list[tuple[int, float, float, float]]:
@@ -118,20 +184,15 @@ def coefficients(betas: Any) -> list[tuple[int, float, float, float]]:
 
 
 @torch.no_grad()
-def chain(
-    net: Any,
-    rows: list[tuple[int, float, float, float]],
-    shape: tuple[int, ...],
-    randn: Callable[..., Tensor],
-) -> Tensor:
+def chain(net: Any, rows: list[tuple[int, float, float, float]], shape: tuple[int, ...]) -> Tensor:
     """Draw samples by DDPM. The coefficients are Python numbers, the timesteps one tensor, and x is kept in place."""
     steps = torch.tensor([row[0] for row in rows])
-    x = randn(shape)
+    x = torch.randn(shape)
     for i, (t, a, e, s) in enumerate(rows):
         out = net(x, steps[i : i + 1])
         x.mul_(a).add_(out, alpha=e)
         if t > 0:
-            x.add_(randn(shape), alpha=s)
+            x.add_(torch.randn(shape), alpha=s)
     return x
 
 
@@ -151,6 +212,13 @@ def ddim(net: Any, betas: Any, steps: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def levels(betas: Any, ndim: int) -> tuple[Tensor, Tensor]:
+    """Return signal and noise of every timestep, as factors of samples in so many dimensions."""
+    abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    each = (-1, *(1,) * (ndim - 1))
+    return abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
+
+
 class Trainer:
     """Training of the noise prediction: AdamW with PyTorch's defaults, gradients clipped at norm 1.
 
@@ -161,9 +229,7 @@ class Trainer:
         self, net: Any, X: Tensor, betas: Any, batch: int, *, fused: bool = False, ema: float | None = None
     ) -> None:
         self.net, self.X, self.batch, self.ema = net, X, batch, ema
-        abar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-        each = (-1, *(1,) * (X.ndim - 1))
-        self.signal, self.noise = abar.sqrt().float().reshape(each), (1 - abar).sqrt().float().reshape(each)
+        self.signal, self.noise = levels(betas, X.ndim)
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=fused or None)
         self.average = [] if ema is None else [p.detach().clone() for p in self.parameters]
@@ -187,27 +253,3 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.parameters, 1 - self.ema)
         self.losses.append(loss.item())
-
-
-def conv(kind: str, arrays: dict[str, Any]) -> Callable[[], Tensor]:
-    """Return a convolution 3x3, or one of its gradients, of arrays x, w, b and dy in our layout; so is its result.
-
-    All tensors lie in channels-last memory before it runs.
-    """
-    x, dy = (torch.from_numpy(arrays[name]).permute(0, 3, 1, 2) for name in ("x", "dy"))
-    w = torch.from_numpy(arrays["w"]).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-    b = torch.from_numpy(arrays["b"])
-
-    def backward(*wanted: bool) -> Any:
-        bias, ones = list(b.shape) if wanted[2] else None, [1, 1]
-        return torch.ops.aten.convolution_backward(dy, x, w, bias, ones, ones, ones, False, [0, 0], 1, wanted)
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        if kind == "conv-forward":
-            return F.conv2d(x, w, b, padding=1).permute(0, 2, 3, 1)
-        if kind == "conv-input-gradient":
-            return backward(True, False, False)[0].permute(0, 2, 3, 1)
-        return backward(False, True, True)[1].permute(2, 3, 1, 0)
-
-    return run

@@ -17,7 +17,6 @@ Without --steps and --quick the results go to ``results/precision-cpu.json`` and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from machine import header
-from readme_numbers import RESULTS, table, write
+from report import RESULTS, Precision, PrecisionReport, finish
 
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cpu.workers import Array
@@ -72,7 +71,7 @@ class RoundedBackend(CpuBackend):
         return super()._weights_by_winograd(product, rounded(x), rounded(dy), dw)
 
 
-def learnt(be: CpuBackend, steps: int, batch: int, drawn: int) -> tuple[Array, dict[str, float]]:
+def train(be: CpuBackend, steps: int, batch: int, drawn: int) -> tuple[Array, dict[str, float]]:
     """Learn the digits; return the losses of the last steps, and how good the model is."""
     (seen, names), unseen = images.digit_sets()
     model = images.learn(
@@ -91,21 +90,19 @@ def learnt(be: CpuBackend, steps: int, batch: int, drawn: int) -> tuple[Array, d
     }
 
 
-def compared(steps: int, batch: int, drawn: int, threads: int) -> list[dict[str, Any]]:
+def compare(steps: int, batch: int, drawn: int, threads: int) -> list[Precision]:
     """Learn with both precisions; return the rows of the table."""
     losses, found = [], []
     for name, backend in (("float32", CpuBackend), ("bf16", RoundedBackend)):
         begin = time.perf_counter()
-        last, figures = learnt(backend(threads), steps, batch, drawn)
+        last, figures = train(backend(threads), steps, batch, drawn)
         losses.append(last)
         found.append(figures)
         print(f"{name}: {steps} steps and {drawn} digits in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    rows: list[dict[str, Any]] = [
-        {"what": what, "float32": ours, "bf16": found[1][what]} for what, ours in found[0].items()
-    ]
-    for row in rows[:2]:
-        row["ratio"], row["wanted"] = row["bf16"] / row["float32"], BOUND
-    rows[0]["error"] = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
+    rows = [Precision(what=what, float32=ours, bf16=found[1][what]) for what, ours in found[0].items()]
+    deviation = float(np.std(losses[1] - losses[0]) / np.sqrt(len(losses[0])) / losses[0].mean())
+    for i, error in enumerate((deviation, None)):
+        rows[i] = rows[i]._replace(ratio=rows[i].bf16 / rows[i].float32, target=BOUND, error=error)
     return rows
 
 
@@ -118,15 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the results there in any case")
     args = parser.parse_args(argv)
     sizes = (4, 8, 8) if args.quick else (args.steps, BATCH, DRAWN)
-    results: dict[str, Any] = {"header": header(args.threads), "steps": sizes[0], "batch": sizes[1]}
-    results["precision"] = rows = compared(*sizes, args.threads)
-    print(table(results), end="")
-    output = args.output or (RESULTS if sizes == (STEPS, BATCH, DRAWN) else None)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "precision-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "precision-cpu.md", table(results))
-    return int(any(not row["ratio"] <= row["wanted"] for row in rows if "wanted" in row))
+    report = PrecisionReport(header(args.threads), *sizes[:2], compare(*sizes, args.threads))
+    print(report.table(), end="")
+    finish(report, "precision-cpu", args.output or (RESULTS if sizes == (STEPS, BATCH, DRAWN) else None), [])
+    return int(any(row.ratio is not None and not row.ratio <= row.target for row in report.precision))
 
 
 if __name__ == "__main__":

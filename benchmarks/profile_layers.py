@@ -12,7 +12,6 @@ Without options the results go to ``results/profile-cpu.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,17 +22,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cases
 import numpy as np
 from machine import header
-from readme_numbers import RESULTS, table, write
-from unet_cases import UNetCase, network
+from report import RESULTS, Cost, LayerCost, Pass, ProfileReport, finish
 
 import fastdiff as fd
 from fastdiff import bench
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.cpu.workers import Script
 from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.bench.networks import CHANNELS, PicturesForward, training_only, untrained
 
 PASSES = 9
 OTHER = "outside of the layers"
@@ -71,7 +69,7 @@ class Part(NamedTuple):
     backward: bool
 
 
-Pass = tuple[float, list[Call]]  # its seconds, and the calls in it
+Timed = tuple[float, list[Call]]  # a pass: its seconds, and the calls in it
 
 
 def watched(be: CpuBackend) -> list[Call]:
@@ -157,7 +155,7 @@ def layer_of(call: Call, ends: tuple[int, int]) -> tuple[str, str, float]:
     return KINDS.get(base, base), "", 0.0
 
 
-def profile(passes: list[Pass], ends: tuple[int, int], shapes: bool) -> dict[str, Any]:
+def profile(title: str, passes: list[Timed], ends: tuple[int, int], shapes: bool) -> Pass:
     """Add up the calls of each pass; return the seconds of a pass, and its rows, the longest first.
 
     Whatever comes after the loss, up to the optimiser, is the backward pass.
@@ -177,26 +175,21 @@ def profile(passes: list[Pass], ends: tuple[int, int], shapes: bool) -> dict[str
                 count[part] += 1
             backward = backward or call.name == "squared_error"
         times[Part(OTHER, "", False)][i] = whole - sum(call.seconds for call in calls)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, LayerCost] = {}
     for part, seconds in times.items():
         what = ", ".join(filter(None, part[:2]))
-        row = rows.setdefault(what, {"what": what, "calls": 0})
-        found = {"seconds": statistics.median(seconds), "operations": operations[part]}
-        row["backward" if part.backward else "forward"] = found
-        row["calls"] = max(row["calls"], count[part])
-
-    def total(row: dict[str, Any]) -> float:
-        return sum(row[way]["seconds"] for way in ("forward", "backward") if way in row)
-
-    whole = statistics.median(seconds for seconds, _ in passes)
-    return {"seconds": whole, "rows": sorted(rows.values(), key=total, reverse=True)}
+        row = rows.setdefault(what, LayerCost(what))
+        setattr(row, "backward" if part.backward else "forward", Cost(statistics.median(seconds), operations[part]))
+        row.calls = max(row.calls, count[part])
+    longest = sorted(rows.values(), key=lambda row: row.forward.seconds + row.backward.seconds, reverse=True)
+    return Pass(title, statistics.median(seconds for seconds, _ in passes), longest)
 
 
-def training_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[Pass]:
+def training_passes(be: Any, calls: list[Call], workload: PicturesForward, passes: int) -> list[Timed]:
     """Training steps; a step ends where the optimiser does."""
-    model = cases.untrained(fd, network(fd, case), cases.schedule(fd, case), be)
-    how = {"batch": case.n, "data_range": (-1.0, 1.0), **cases.training_only(fd)}
-    X = cases.pictures(case, 4 * case.n)
+    model = untrained(workload.network(), workload.schedule(), be)
+    how = {"batch": workload.n, "data_range": (-1.0, 1.0), **training_only()}
+    X = workload.pictures(4 * workload.n)
     model.fit(X, steps=1, **how)
     calls.clear()
     model.fit(X, steps=passes + 1, **how)
@@ -204,15 +197,15 @@ def training_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[
     return [(calls[b].end - calls[a].end, calls[a + 1 : b + 1]) for a, b in pairwise(ends)]
 
 
-def forward_passes(be: Any, calls: list[Call], case: Any, passes: int) -> list[Pass]:
+def forward_passes(be: Any, calls: list[Call], workload: PicturesForward, passes: int) -> list[Timed]:
     """Forward passes without gradients."""
-    net, x, t = network(fd, case), cases.pictures(case, case.n), np.arange(case.n) % cases.IMAGE_T
-    net.predict(x, t, backend=be)
+    run = workload.ours(be).run
+    run()
     done = []
     for _ in range(passes):
         calls.clear()
         begin = time.perf_counter()
-        net.predict(x, t, backend=be)
+        run()
         done.append((time.perf_counter() - begin, list(calls)))
     return done
 
@@ -231,10 +224,10 @@ def rounding(be: Any, channels: int) -> dict[str, dict[str, float]]:
         return {"output": y, "input gradient": dx, "weight gradient": dw}
 
     numpy = fd.get_backend("numpy")
-    want = results(numpy, np.float64)
+    exact = results(numpy, np.float64)
     return {
         side: {
-            what: float(np.linalg.norm(found - want[what]) / np.linalg.norm(want[what]))
+            what: float(np.linalg.norm(found - exact[what]) / np.linalg.norm(exact[what]))
             for what, found in results(backend, np.float32).items()
         }
         for side, backend in (("ours", be), ("numpy", numpy))
@@ -247,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", action="store_true", help="every shape of a layer apart; writes nothing")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=32, help="height and width of the pictures")
-    parser.add_argument("--channels", type=int, nargs="+", default=list(cases.UNET["channels"]))
+    parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--only", choices=["training", "forward"], help="one of the two; writes nothing")
@@ -257,22 +250,17 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or (RESULTS if defaults else None)
 
     shape, channels = (args.size, args.size, 3), tuple(args.channels)
-    case = UNetCase("", "", "unet", args.batch, shape, "unet", channels=channels)
+    workload = PicturesForward("", "", args.batch, shape, channels=channels)
     be = CpuBackend(args.threads)
-    results: dict[str, Any] = {"header": header(args.threads), "peak": bench.roofs(be).arithmetic, "passes": []}
-    results["rounding"] = rounding(be, max(channels))
+    report = ProfileReport(header(args.threads), bench.roofs_of(be).arithmetic, [], rounding(be, max(channels)))
     calls = watched(be)
     where = f"U-Net, {args.size} x {args.size} x 3, channels {channels}, batch {args.batch}"
     for what, run in (("training step", training_passes), ("forward pass", forward_passes)):
         if args.only is None or what.startswith(args.only):
-            found = profile(run(be, calls, case, args.passes), (3, 3), args.shapes)
-            results["passes"].append({"title": f"{what}, {where}"} | found)
-    print(table(results), end="")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "profile-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(output / "profile-cpu.md", table(results))
-    return 0
+            passes = run(be, calls, workload, args.passes)
+            report.passes.append(profile(f"{what}, {where}", passes, (3, 3), args.shapes))
+    print(report.table(), end="")
+    return finish(report, "profile-cpu", output, [])
 
 
 if __name__ == "__main__":

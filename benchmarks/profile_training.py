@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import cases
 import numba
 import numpy as np
 from machine import header
-from readme_numbers import duration, place
 
 import fastdiff as fd
 from fastdiff.backends import TrainingDraws
+from fastdiff.bench import BY_NAME, duration
+from fastdiff.bench.arrays import T
 from fastdiff.kernels.cpu import jit, mlp
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.noise import Stream, round_keys
@@ -28,22 +28,8 @@ REPEATS, CALLS = 300, 10
 def forward_products(layers, arena, params, rows):
     for k in range(len(layers)):
         n, m = layers[k, mlp.INPUTS], layers[k, mlp.OUTPUTS]
-        gemm(
-            arena,
-            layers[k, mlp.U],
-            m,
-            arena,
-            layers[k, mlp.X],
-            n,
-            1,
-            params,
-            layers[k, mlp.WEIGHT],
-            m,
-            rows,
-            m,
-            n,
-            False,
-        )
+        u, x, weight = layers[k, mlp.U], layers[k, mlp.X], layers[k, mlp.WEIGHT]
+        gemm(arena, u, m, arena, x, n, 1, params, weight, m, rows, m, n, False)
 
 
 @numba.njit(**jit.OPTIONS)
@@ -82,19 +68,15 @@ def best(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def main() -> None:
-    case = cases.BY_NAME["train-tutorial-8192"]
-    be, net, s = fd.get_backend("cpu", threads=1), cases.network(fd, case), cases.schedule(fd, case)
-    ones = np.ones(cases.T)
-    draws = TrainingDraws(cases.curves(fd, case), s.signal, s.noise, ones, 0 * ones, seed=0)
+    workload = BY_NAME["train-tutorial-8192"]
+    be, net, s = fd.get_backend("cpu", threads=1), workload.network(), workload.schedule()
+    ones = np.ones(T)
+    draws = TrainingDraws(workload.curves(), s.signal, s.noise, ones, 0 * ones, seed=0)
     grads, rows = net.layout.zeros(np.float32), mlp.TILE
     be.mlp_train_gradient(net.plan, net.flat, draws, 0, rows, grads)  # makes the workspace, and leaves a tile in it
     space, scratch = be._network(net.plan), be._spaces[0].noise
-    layers, arena, table, width = (
-        space.layers,
-        space.arenas[0],
-        space.time_table(net.flat, space.t)[0],
-        net.plan.time_width,
-    )
+    layers, arena, width = space.layers, space.arenas[0], net.plan.time_width
+    table = space.time_table(net.flat, space.t)[0]
     partial, dtime, dtable = space.partials[0], space.dtime[0], grads[space.summed :]
     target, d_in, d_out = space.deltas[0]
     slots, t = space.slots, space.t
@@ -110,14 +92,14 @@ def main() -> None:
     )  # fmt: skip
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
-    forward = 2 * rows * sum(case.products)
+    forward = 2 * rows * sum(workload.products)
     products = best(forward_products, layers, arena, net.flat, rows)
     parts = {
         "products, forward": (products, forward),
         "products, weight gradients": (best(weight_gradients, layers, arena, zeros, partial, d_in, rows), forward),
         "products, input gradients": (
             best(input_gradients, layers, zeros, space.transposed, d_in, rows),
-            forward - 2 * rows * case.products[0],
+            forward - 2 * rows * workload.products[0],
         ),
         "biases and activations": (
             best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t, space.linear) - products,
@@ -141,7 +123,7 @@ def main() -> None:
             0,
         ),
     }  # fmt: skip
-    print(f"{place(header(1))} A tile of {rows} samples; a product of {n} x {n} x {n} reaches {roof / 1e9:.0f} GF/s.\n")
+    print(f"{header(1).line()} A tile of {rows} samples; a product of {n} x {n} x {n} reaches {roof / 1e9:.0f} GF/s.\n")
     print("| part of a tile | time | share | of that product's speed |\n|---|---:|---:|---:|")
     for name, (seconds, operations) in parts.items():
         speed = f"{operations / seconds / roof:.0%}" if operations else ""

@@ -16,7 +16,6 @@ Exits with 1 where a bound is missed. Without --only and --seeds the results go 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from machine import header
-from readme_numbers import RESULTS, table, write
+from report import RESULTS, CurveFigure, Estimate, Quality, QualityReport, finish
 
 import fastdiff as fd
 from fastdiff.covariance import ledoit_wolf
@@ -33,7 +32,7 @@ from fastdiff.metrics import energy_distance, nearest_distances
 
 SEEDS, SAMPLES = 5, 500
 # What the distance is to be at most; None: not above the Gaussian's by more than noise.
-WANTED: dict[str, float | None] = {
+TARGETS: dict[str, float | None] = {
     "ItalyPowerDemand": 0.01, "GunPoint": 0.08, "OSULeaf": 0.03, "BasicMotions": None, "digits": 0.02, "wine": 0.015,
     "breast cancer": 0.012, "random walks": None, "elnino": None, "macrodata": None, "co2": None,
     "Seattle weather": None, "harmonic curves": None, "ArrowHead": None, "JapaneseVowels": None,
@@ -79,31 +78,28 @@ def one(X: np.ndarray, seed: int) -> dict[str, Any]:
     }
 
 
-def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, runs: list[dict[str, Any]]) -> Quality:
     """Means and standard errors over the seeds, and whether the bounds hold."""
 
-    def mean(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    def estimate(values: np.ndarray) -> Estimate:
+        error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+        return Estimate(float(values.mean()), error)
 
     columns = {key: np.array([run[key] for run in runs]) for key in ("ours", "gaussian", "real", "nearest", "seconds")}
-    excess, error = mean(columns["ours"] - columns["gaussian"])
-    ours, nearest = mean(columns["ours"])[0], float(columns["nearest"].mean())
-    wanted, (errors, units) = WANTED[name], NOISE
-    good = excess <= errors * error + units and nearest >= NEAREST and (wanted is None or ours <= wanted)
-    return {
-        "name": name,
-        **{key: runs[0][key] for key in ("rows", "d", "network", "steps", "scale")},
-        **{key: dict(zip(("mean", "error"), mean(values), strict=True)) for key, values in columns.items()},
-        "excess": {"mean": excess, "error": error},
-        "wanted": wanted,
-        "met": bool(good and columns["seconds"].max() <= SECONDS),
-    }
+    means = {key: estimate(values) for key, values in columns.items()}
+    excess = estimate(columns["ours"] - columns["gaussian"])
+    target, (errors, units) = TARGETS[name], NOISE
+    good = excess.mean <= errors * excess.error + units and means["nearest"].mean >= NEAREST
+    good = good and (target is None or means["ours"].mean <= target)
+    shared = {key: runs[0][key] for key in ("rows", "d", "network", "steps", "scale")}
+    met = bool(good and columns["seconds"].max() <= SECONDS)
+    return Quality(name=name, **shared, **means, excess=excess, target=target, met=met)
 
 
-def real_rows(folder: Path, seeds: int, only: list[str]) -> list[dict[str, Any]]:
+def real_rows(folder: Path, seeds: int, only: list[str]) -> list[Quality]:
     """The rows of the table of real data."""
     rows = []
-    for name in WANTED:
+    for name in TARGETS:
         if only and not any(name.startswith(start) for start in only):
             continue
         if name == "harmonic curves":
@@ -111,31 +107,31 @@ def real_rows(folder: Path, seeds: int, only: list[str]) -> list[dict[str, Any]]
         else:
             X = np.load(folder / f"{name}.npy", allow_pickle=False)
         rows.append(summary(name, [one(X, seed) for seed in range(seeds)]))
-        print(f"{name}: {rows[-1]['ours']['mean']:.4f}, {rows[-1]['seconds']['mean']:.0f} s", file=sys.stderr)
+        print(f"{name}: {rows[-1].ours.mean:.4f}, {rows[-1].seconds.mean:.0f} s", file=sys.stderr)
     return rows
 
 
-def curves() -> list[dict[str, Any]]:
+def curves() -> list[CurveFigure]:
     """The source text's tasks."""
     schedule = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
     curve = fd.data.harmonic_curves(1)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, make in (("tutorial", fd.MLP.tutorial), ("default", fd.MLP)):
         model = fd.Diffusion(make(50, T=100), schedule, prediction="noise", seed=0)
         model.fit(curve, steps=STEPS, batch=BATCH, progress=False, judge=False)
         error = float(np.sqrt(np.mean((model.sample(GENERATED) - curve) ** 2, dtype=np.float64)))
-        rows.append({"what": f"{name} network, one curve: root mean square error", "value": error})
-        rows[-1] |= {"wanted": BOUNDS[name], "met": error <= BOUNDS[name]}
+        what = f"{name} network, one curve: root mean square error"
+        rows.append(CurveFigure(what, error, BOUNDS[name], error <= BOUNDS[name]))
 
     seen, unseen, others = np.split(fd.data.harmonic_curves(20_000 + 2 * GENERATED), [20_000, 20_000 + GENERATED])
     model = fd.Diffusion(seed=0).fit(seen, progress=False, judge=False)
     drawn = energy_distance(model.sample(GENERATED), unseen)
-    rows.append({"what": "20,000 curves: energy distance of generated to unseen ones", "value": drawn})
-    rows.append({"what": "of two unseen sets", "value": energy_distance(others, unseen)})
+    rows.append(CurveFigure("20,000 curves: energy distance of generated to unseen ones", drawn))
+    rows.append(CurveFigure("of two unseen sets", energy_distance(others, unseen)))
     return rows
 
 
-def cost() -> list[dict[str, Any]]:
+def cost() -> list[CurveFigure]:
     """What a base of all directions costs curves of 50 points: medians of ratios, in alternation."""
     X = fd.data.harmonic_curves(2000)
     models = [fd.Diffusion(fd.MLP(50, T=100), base=base) for base in ("gaussian", None)]
@@ -154,8 +150,7 @@ def cost() -> list[dict[str, Any]]:
                 seconds.append(time.perf_counter() - begin)
             ratios.append(seconds[0] / seconds[1])
         ratio = float(np.median(ratios[1:]))
-        rows.append({"what": f"{what}: time with a base through without", "value": ratio, "wanted": COST})
-        rows[-1]["met"] = ratio <= COST
+        rows.append(CurveFigure(f"{what}: time with a base through without", ratio, COST, ratio <= COST))
     return rows
 
 
@@ -168,14 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore", fd.errors.QualityWarning)  # the table says it
     threads = fd.get_backend("auto").threads
-    results: dict[str, Any] = {"header": header(threads), "seeds": args.seeds}
-    results["quality"] = real_rows(args.data, args.seeds, args.only)
-    results["curves"] = [] if args.only else [*curves(), *cost()]
-    print(table(results), end="")
-    if not args.only and args.seeds == SEEDS:
-        write(RESULTS / "quality-cpu.json", json.dumps(results, indent=1) + "\n")
-        write(RESULTS / "quality-cpu.md", table(results))
-    return int(not all(row.get("met", True) for row in (*results["quality"], *results["curves"])))
+    rows = real_rows(args.data, args.seeds, args.only)
+    report = QualityReport(header(threads), args.seeds, rows, [] if args.only else [*curves(), *cost()])
+    print(report.table(), end="")
+    finish(report, "quality-cpu", RESULTS if not args.only and args.seeds == SEEDS else None, [])
+    return int(not all(row.met for row in (*report.quality, *report.curves)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time against the number of samples, batch, resolution and threads: ``python benchmarks/scaling.py``.
 
-The cases are those of the table at other sizes. Where torch and diffusers are installed, the same work in PyTorch
+The workloads are those of the table at other sizes. Where torch and diffusers are installed, the same work in PyTorch
 stands in the same axes, by the code of `peers.py`: each side in a process of its own, one after the other, parity
 asserted before the peer is timed. NumPy is our reference, where that is quick.
 
@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cases
-from machine import header
-from readme_numbers import RESULTS, write
+from machine import cores, header
+from report import RESULTS, Lines, ScalingReport, plain, write
 
 from fastdiff import bench, plots
+from fastdiff.bench.workload import Workload
 from fastdiff.errors import BackendError
 
 FIGURE = Path(__file__).parents[1] / "docs" / "scaling.png"
@@ -34,42 +34,36 @@ PATIENCE = 0.1  # seconds: where the reference took longer, it does not take the
 
 
 class Panel(NamedTuple):
-    """One axes: a case at several sizes."""
+    """One axes: a workload at several sizes."""
 
     title: str
     label: str
-    case: cases.Case
+    workload: Workload
     vary: str  # "n", "size" or "threads"
     sizes: tuple[int, ...]
 
-    def at(self, size: int) -> cases.Case:
-        """The case at a size."""
+    def at(self, size: int) -> Workload:
+        """The workload at a size."""
         if self.vary == "n":
-            units = max(1, min(self.case.units, 20_000 // size))
-            return replace(self.case, n=size, units=units)
-        return replace(self.case, shape=(size, size, 3)) if self.vary == "size" else self.case
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return replace(self.workload, n=size, units=max(1, min(self.workload.units, 20_000 // size)))
+        return replace(self.workload, shape=(size, size, 3)) if self.vary == "size" else self.workload
 
 
 PANELS = {
     "samples": Panel(
-        "100-step sampling, default MLP", "curves", cases.BY_NAME["chain-default-1000"], "n",
+        "100-step sampling, default MLP", "curves", bench.BY_NAME["chain-default-1000"], "n",
         (1, 10, 100, 1000, 10_000, 100_000),
     ),
     "batch": Panel(
-        "training step, default MLP", "batch", cases.BY_NAME["train-default-1000"], "n",
+        "training step, default MLP", "batch", bench.BY_NAME["train-default-1000"], "n",
         (1, 10, 100, 1000, 10_000),
     ),
     "resolution": Panel(
         "forward pass, U-Net, 4 pictures", "pixels on a side",
-        replace(cases.BY_NAME["unet-forward-16"], n=4), "size", (16, 32, 64, 128),
+        replace(bench.BY_NAME["unet-forward-16"], n=4), "size", (16, 32, 64, 128),
     ),
     "threads": Panel(
-        "forward pass, U-Net, 16 pictures of 32 x 32", "threads", cases.BY_NAME["unet-forward-16"], "threads",
+        "forward pass, U-Net, 16 pictures of 32 x 32", "threads", bench.BY_NAME["unet-forward-16"], "threads",
         tuple(sorted({*(2**k for k in range(8) if 2**k <= cores()), cores()})),
     ),
 }  # fmt: skip
@@ -79,25 +73,25 @@ def serve(side: str, panel: Panel, size: int, threads: int, folder: Path) -> Non
     """Be one side at one size: print the seconds of a unit."""
     import fastdiff as fd
 
-    case = panel.at(size)
+    workload = panel.at(size)
     if side == "numpy":
-        work = case.setup("numpy")
+        work = workload.setup("numpy")
         runs, units = [work.run], work.units
     elif importlib.util.find_spec("torch") is None:
-        work = case.setup(fd.get_backend("cpu", threads=threads))
+        work = workload.setup(fd.get_backend("cpu", threads=threads))
         runs, units = [work.run], work.units
     else:
         import peers
 
         if side == "ours":
             fd.get_backend("cpu", threads=threads)
-            runs, units = peers.our_worker(case, folder, threads)
+            runs, units = peers.our_worker(workload, folder, threads)
         else:
-            runs, units = peers.peer_worker(case, folder, threads, "")
-            peers.check_parity(case, folder)
+            runs, units = peers.peer_worker(workload, folder, threads, "")
+            peers.check_parity(workload, folder)
     (run,) = runs
     run()
-    print(json.dumps(bench.measure(run) / units))
+    print(json.dumps(bench.median_seconds(run) / units))
 
 
 def timed(side: str, name: str, size: int, threads: int, folder: Path) -> float:
@@ -114,9 +108,9 @@ def timed(side: str, name: str, size: int, threads: int, folder: Path) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measured(name: str, threads: int) -> dict[str, Any]:
+def measured(name: str, threads: int) -> Lines:
     """Return a panel's results: of each side the sizes and the seconds."""
-    panel, lines = PANELS[name], dict[str, list[tuple[int, float]]]()
+    panel, lines = PANELS[name], dict[str, list[Any]]()
     sides = [side for side in SIDES if side != "peer" or importlib.util.find_spec("diffusers")]
     for size in panel.sizes:
         with tempfile.TemporaryDirectory(prefix="fastdiff-scaling-") as folder:
@@ -127,17 +121,16 @@ def measured(name: str, threads: int) -> dict[str, Any]:
                 used = size if panel.vary == "threads" else threads
                 line.append((size, timed(side, name, size, used, Path(folder))))
                 print(f"{name:10} {size:7} {SIDES[side]:16} {bench.duration(line[-1][1])}", flush=True)
-    return {"title": panel.title, "label": panel.label, "lines": {side: line for side, line in lines.items() if line}}
+    return Lines(panel.title, panel.label, {side: line for side, line in lines.items() if line})
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: ScalingReport, path: Path) -> None:
     """Draw the panels of results."""
-    panels = [results["panels"][name] for name in PANELS if name in results["panels"]]
+    panels = [results.panels[name] for name in PANELS if name in results.panels]
     lines = {
-        panel["title"]: {side: tuple(zip(*line, strict=True)) for side, line in panel["lines"].items()}
-        for panel in panels
+        panel.title: {side: tuple(zip(*line, strict=True)) for side, line in panel.lines.items()} for panel in panels
     }
-    plots.save(plots.scaling(lines, [panel["label"] for panel in panels]), path)  # type: ignore[arg-type]
+    plots.save(plots.scaling(lines, [panel.label for panel in panels]), path)  # type: ignore[arg-type]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,17 +147,17 @@ def main(argv: list[str] | None = None) -> int:
         serve(args.side, PANELS[args.only[0]], args.size, args.threads, args.output)
         return 0
     path = (args.output or RESULTS) / "scaling-cpu.json"
-    results: dict[str, Any] = {"panels": {}}
+    results = ScalingReport(header(args.threads), {})
     if (args.only or args.draw) and path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = ScalingReport.read(path)
     if not args.draw:
         peers = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name)]
-        results["header"] = header(args.threads, *peers)
+        results.header = header(args.threads, *peers)
         for name in args.only or PANELS:
-            results["panels"][name] = measured(name, args.threads)
+            results.panels[name] = measured(name, args.threads)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(results, indent=1) + "\n")
-    if not results["panels"]:
+        write(path, json.dumps(plain(results), indent=1) + "\n")
+    if not results.panels:
         parser.error(f"there are no results in {path}")
     figure = args.output / "scaling.png" if args.output else FIGURE
     try:

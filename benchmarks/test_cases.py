@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import CASES, Case
+from workloads import WORKLOADS
 
 import fastdiff as fd
+from fastdiff.bench import Workload
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case, benchmark: Any) -> None:
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_workload(workload: Workload, benchmark: Any) -> None:
     be = fd.get_backend("cpu")
-    case.parity(be)
-    work = case.setup(be)
+    workload.agree_with_reference(be)
+    work = workload.setup(be)
     work.check(work.run())  # compiles, and touches the memory
     benchmark.extra_info |= {
         "threads": be.threads,
         "units": work.units,
-        "bytes": case.bytes,
-        "operations": case.operations,
-        "normals": case.normals,
+        "bytes": workload.bytes,
+        "operations": workload.operations,
+        "normals": workload.normals,
     }
     result = benchmark(work.run)
     work.check(result)
@@ -29,7 +30,7 @@ def test_case(case: Case, benchmark: Any) -> None:
         seconds = benchmark.stats.stats.median / work.units
         benchmark.extra_info |= {
             "seconds": seconds,
-            "GB/s": case.bytes / seconds / 1e9,
-            "GFLOP/s": case.operations / seconds / 1e9,
-            "normals/s": case.normals / seconds,
+            "GB/s": workload.bytes / seconds / 1e9,
+            "GFLOP/s": workload.operations / seconds / 1e9,
+            "normals/s": workload.normals / seconds,
         }

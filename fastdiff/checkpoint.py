@@ -37,7 +37,18 @@ from fastdiff.noise import NOISE_LAW_VERSION
 FORMAT_VERSION = 3
 ARITHMETIC = 1
 """Of training: with another number the same steps may end in other last bits, on the same CPU."""
-FEATURES = frozenset({"base", "column scale", "flow schedule", "laplace schedule", "velocity", "zero terminal snr"})
+FEATURES = frozenset(
+    {
+        "base",
+        "column scale",
+        "flow schedule",
+        "laplace schedule",
+        "learned variance",
+        "min snr",
+        "velocity",
+        "zero terminal snr",
+    }
+)
 """What a file may use beyond 0.1.0 without which it must not be read. Add a name here, and give it to `write`."""
 _KEY = "fastdiff"
 _DTYPES = {"F32", "F64", "I64"}

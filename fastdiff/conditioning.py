@@ -266,7 +266,8 @@ class Guided(Evaluator):
         return total
 
     def _plain(self, x: Array, t: int, labels: Array) -> Array:
-        return self.be.asarray(self.inner.evaluate(x, t, labels), x.dtype).copy()
+        out = self.inner.evaluate(x, t, labels)
+        return self.be.asarray(out if out.ndim == x.ndim else out[0], x.dtype).copy()  # not a learned variance
 
     def _blind(self, t: int) -> bool:
         """Whether the state says nothing of x0, or the output nothing of the mean of x0."""
@@ -689,7 +690,7 @@ class Particles:
         before = np.zeros(len(x))  # the twist that is in the weights already
         z = be.empty(x.shape, x.dtype)
         for i, row in enumerate(self.sampler.rows):
-            plain = be.asarray(guided.inner.evaluate(x, row.t, labels), x.dtype).copy()
+            plain = guided._plain(x, row.t, labels)
             twist, moved = guided.twisted(x, row.t, labels, which, plain)
             weights += twist - before
             evidence += self._resample(x, (plain, moved), (weights, twist), start, i, draw)

@@ -65,6 +65,9 @@ class Evaluator(ABC):
     ) -> None:
         """Change x, and the memory of the rows before, by one row of a table: see `Backend.sampler_step`."""
         out = self.evaluate(x, row.t, labels) if row.evaluates else None
+        if row.r != 0 and (out is None or out.ndim == x.ndim):
+            wants = "shape (2, n, ...), a prediction and a variance, as the table asks for"
+            raise ArgumentError("denoiser output", f"shape (n, ...) at t = {row.t}", wants)
         self.be.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def run_table(
@@ -103,6 +106,8 @@ class Denoiser(Protocol):
         Shape of one sample.
     classes : int or None
         How many classes there are; None: it takes no labels. `ANY_CLASSES`: not known.
+
+    It may have an attribute `learned_variance`: whether its output is (2, n, D), as tables with an r want it.
     """
 
     @property
@@ -152,7 +157,9 @@ def denoiser_of(value: Any) -> Denoiser:
 
 @dataclass(frozen=True)
 class _Given:
-    """A function (x, t), or (x, t, labels), as a denoiser."""
+    """A function (x, t), or (x, t, labels), as a denoiser; it may return a prediction and a variance."""
+
+    learned_variance = True
 
     function: Callable[..., Any]
     T: int | None
@@ -200,9 +207,9 @@ class _Calls(Evaluator):
         state, *others = (self._copy(array) for array in (x, *vectors))
         given = function(state, t, *others) if labels is None else function(state, t, *others, labels)
         out = check_array(f"denoiser {name}", given, finite=False, dtype=x.dtype)  # host arrays are sent
-        if out.shape != state.shape:
+        if out.shape != state.shape and (name != "output" or out.shape != (2, *state.shape)):
             raise ArgumentError(f"denoiser {name}", f"shape {out.shape}", f"shape {state.shape}, like x")
-        return self.be.asarray(out, x.dtype).reshape(x.shape)
+        return self.be.asarray(out, x.dtype).reshape(*out.shape[: out.ndim - state.ndim], *x.shape)
 
     def _copy(self, x: Array) -> Array:
         copy = self.be.empty((len(x), *self.shape), x.dtype)

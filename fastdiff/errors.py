@@ -64,6 +64,10 @@ class QualityWarning(UserWarning):
     """Samples that one should not trust, or data that cannot give better ones; it names what can be done."""
 
 
+class ConversionWarning(UserWarning):
+    """What another program's file asks for and fastdiff does otherwise."""
+
+
 class DataWarning(UserWarning):
     """A word on data that can be used and probably is not what it is taken for."""
 

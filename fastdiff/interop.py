@@ -1,10 +1,11 @@
-"""Networks and schedules of diffusers, read and written without torch: UNet2DModel and its schedulers' betas."""
+"""Networks and schedulers of diffusers, read and written without torch: UNet2DModel, and scheduler_config.json."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, CheckpointError, check_choice, check_int
+from fastdiff import scheduler_config
+from fastdiff.errors import ArgumentError, CheckpointError, ConversionWarning, check_choice, check_int
 from fastdiff.files import naming, writing
 from fastdiff.nn.unet import UNet
+from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
+from fastdiff.scheduler_config import PREDICTIONS
 
 log = logging.getLogger("fastdiff")
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+SCHEDULER = "scheduler_config.json"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of layers of attention
 LINEAR = ("linear_1", "linear_2", "time_emb_proj", "to_q", "to_k", "to_v", "to_out.0")
-PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
 DTYPES = ("F16", "F32", "F64")
 
 # What a configuration that leaves a key out means.
@@ -71,7 +75,7 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
     pipeline = (folder / "unet").is_dir()
     place = folder / "unet" if pipeline else folder
     config = _read_json(place / CONFIG)
-    schedule_file = folder / "scheduler" / "scheduler_config.json"
+    schedule_file = folder / "scheduler" / SCHEDULER
     schedule, prediction = None, None
     if pipeline and schedule_file.exists():
         schedule, prediction = _schedule(schedule_file)
@@ -83,6 +87,82 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
     net.prediction = prediction
     _read_weights(place, diffusers_views(net, net.flat))
     return net, schedule
+
+
+def load_scheduler(path: str | os.PathLike[str], steps: int, **options: Any) -> Sampler:
+    """Read a scheduler of diffusers as a sampler of so many steps.
+
+    Parameters
+    ----------
+    path : path
+        A scheduler_config.json, the folder that it is in, or that of a pipeline.
+    steps : int
+        Number of timesteps, which diffusers is told later.
+    **options
+        Of the sampler, before those of the file: what diffusers is told at every step, as ``eta`` of DDIM or ``order``
+        of LMS, or ``clip``, which most of its schedulers do not have.
+
+    Returns
+    -------
+    Sampler
+        One of `fastdiff.samplers`; its `schedule` and `prediction` are the file's.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing or damaged; its class, or a value that changes the mathematics, is none that fastdiff has.
+    ArgumentError
+        Steps or options that the sampler does not take.
+
+    Warns
+    -----
+    ConversionWarning
+        For each key that asks for something a table does otherwise.
+    """
+    path = Path(path)
+    for inner in ("scheduler", SCHEDULER):
+        path = path / inner if path.is_dir() and (path / inner).exists() else path
+    schedule, prediction = _schedule(path)
+    steps = check_int("steps", steps, low=1, high=schedule.T)
+    try:
+        sampler, notes = scheduler_config.table(_read_json(path), schedule, prediction, steps, options)
+    except ArgumentError as error:
+        if error.argument in ("steps", *options):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    for note in notes:
+        warnings.warn(f"{path}: {note}", ConversionWarning, stacklevel=2)
+    return sampler
+
+
+def save_scheduler(sampler: Sampler, folder: str | os.PathLike[str]) -> None:
+    """Write the scheduler of diffusers that a sampler comes from: scheduler_config.json in a folder.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        One of `fastdiff.samplers`, with the options that diffusers has too. Its number of steps is not written:
+        diffusers is told it later, as is ``eta`` of DDIM.
+    folder : path
+        Made if it is not there.
+
+    Raises
+    ------
+    ArgumentError
+        If no scheduler of diffusers stands for this table.
+    CheckpointError
+        If it cannot be written.
+
+    Warns
+    -----
+    ConversionWarning
+        For what diffusers does otherwise.
+    """
+    text = json.dumps(scheduler_config.config_of(sampler), indent=2)
+    with naming(folder, "cannot be written"):
+        os.makedirs(folder, exist_ok=True)
+    with writing(Path(folder) / SCHEDULER) as file:
+        file.write(text.encode())
 
 
 def save_diffusers(net: UNet, folder: str | os.PathLike[str]) -> None:
@@ -204,6 +284,7 @@ def _schedule(path: Path) -> tuple[Schedule, str]:
         "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False, **_read_json(path),
     }  # fmt: skip
     try:
+        scheduler_config.check_class(c)
         prediction = PREDICTIONS[check_choice("prediction_type", c["prediction_type"], PREDICTIONS)]
         kinds = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
         kind, T = check_choice("beta_schedule", c["beta_schedule"], kinds), c["num_train_timesteps"]

@@ -6,13 +6,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, samplers, sampling, split
+from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
@@ -25,6 +26,7 @@ from fastdiff.errors import (
     check_int,
     check_seed,
 )
+from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import TrainingPlan
@@ -35,7 +37,7 @@ from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, plan_by_rule, train
+from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
 
@@ -90,10 +92,10 @@ class Diffusion:
 
     Examples
     --------
-    >>> X = fastdiff.data.harmonic_curves(1000)
-    >>> new = fastdiff.Diffusion().fit(X).sample(16)  # doctest: +SKIP
-    >>> images = fastdiff.data.load_images("pictures", size=32)  # doctest: +SKIP
-    >>> new = fastdiff.Diffusion().fit(images, flip=True).sample(16)  # doctest: +SKIP
+    >>> X = fd.data.harmonic_curves(1000)
+    >>> new = fd.Diffusion().fit(X).sample(16)
+    >>> images = fd.data.load_images("pictures", size=32)
+    >>> new = fd.Diffusion().fit(images, flip=True).sample(16)
     """
 
     def __init__(
@@ -122,8 +124,13 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
-        if net is not None and net.outputs != net.image[2]:
-            raise ArgumentError("net", f"{net.outputs} outputs", f"{net.image[2]}, as many as there are channels")
+        if net is not None and net.outputs != net.image[2] and not net.learned_variance:
+            wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
+            raise ArgumentError("net", f"{net.outputs} outputs", wants)
+        if net is not None and net.learned_variance and noise_shape is not None:
+            raise ArgumentError(
+                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+            )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
@@ -186,6 +193,8 @@ class Diffusion:
         decay_steps: int | None = None,
         clip_norm: float | None = 1.0,
         ema: float | None = 0.999,
+        weighting: str = "uniform",
+        snr_gamma: float = 5.0,
         validation: Any = None,
         judge: bool | None = None,
         flip: bool = False,
@@ -210,7 +219,7 @@ class Diffusion:
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
-        lr, warmup, decay_steps, clip_norm, ema
+        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
             See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
             `steps`. Warm-up and decay are absolute steps.
         validation : float or array, optional
@@ -251,14 +260,14 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema)
+        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema, weighting=weighting, snr_gamma=snr_gamma)
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
             raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema",
+                "lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma",
                 str(plan),
                 f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
             )
@@ -295,11 +304,12 @@ class Diffusion:
             self._use_this_arithmetic()
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip))
+        terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
         validation = watch = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, self.prediction, self.seed)
+            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
@@ -430,10 +440,10 @@ class Diffusion:
 
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
-        net, _, _ = self._fitted()
+        net, schedule, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
         be = get_backend(self.backend)
-        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be)
+        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
@@ -444,14 +454,17 @@ class Diffusion:
             self._frozen = now, self.denoiser()
         return self._frozen[1]
 
-    def named_sampler(self, name: str = "auto", steps: int | None = None) -> Sampler:
-        """Return the table that `sample` runs for the name of a sampler: see there."""
-        _, schedule, normaliser = self._fitted()
+    def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
+        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        net, schedule, normaliser = self._fitted()
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
-        clip = None if normaliser.data_range is None else 1.0
-        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip)
+        clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
+        if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
+            return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
+        options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
+        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
 
     def sample(
         self,
@@ -479,8 +492,10 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        sampler : {"auto", "ddpm", "ddim", "dpmpp_2m"} or Sampler, optional
-            A name, with its defaults, or a table of `fastdiff.samplers` for this model's schedule and prediction.
+        sampler : str or Sampler, optional
+            "auto", a name of `fastdiff.samplers.names` with its defaults, or a table of `fastdiff.samplers` for this
+            model's schedule and prediction. Of pictures x0 is clipped to their range, but for "deis" and "lms", which
+            have no x0, and "ddim" takes the noise from the clipped x0 (``reclip``).
             "auto" is "dpmpp_2m" in 50 steps where the model has a Gaussian base, which that samples best, and "ddpm"
             elsewhere. A named one clips the x0 of pictures to their range; a table does what it says, and
             must not clip where the model has a noise shape.
@@ -528,7 +543,7 @@ class Diffusion:
         if not isinstance(sampler, Sampler):
             if known is not None and method in ("repaint", "smc") and sampler == "auto":
                 sampler = "ddpm"
-            sampler = self.named_sampler(sampler, steps)
+            sampler = self.named_sampler(sampler, steps, given=known is not None)
             if known is not None and method not in ("replace", "repaint"):
                 sampler = sampler.unclipped()
         elif steps is not None:
@@ -623,6 +638,79 @@ class Diffusion:
         if normaliser.noise_shape is not None:
             raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
         return observations(given, net.shape)
+
+    def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
+        """Return the log density of every row, in nats of the data's units: the values of `log_density`."""
+        return self.log_density(X, y, **options).values
+
+    def score(self, X: Any, y: Any = None, **options: Any) -> float:
+        """Return the mean of `score_samples`."""
+        return float(self.score_samples(X, y, **options).mean())
+
+    def log_density(
+        self, X: Any, y: Any = None, *, method: str | None = None, ema: bool = True, **options: Any
+    ) -> LogDensity:
+        """Return the log density of rows of data, in nats of their units.
+
+        Parameters
+        ----------
+        X : (N, points) or (N, height, width, channels) array
+        y : (N,) int array, optional
+            Their labels, for a network that has classes: the density is that given the class.
+        method : {"table", "denoising"}, optional
+            See `fastdiff.likelihood.log_density`. By default "table" for rows of up to 256 values, whose determinants
+            are exact, else "denoising", which needs none; the choice is logged.
+        ema : bool, optional
+            Use the averaged weights.
+        **options
+            `sampler`, `trace`, `probes`, `progress`, and `seed`, by default the model's, of that function.
+
+        Returns
+        -------
+        LogDensity
+            Of the normaliser and the noise shape the determinants are in it. A column that was constant in training has
+            no scale of its own and counts as it is inside the network. Bytes are taken for the numbers that they are:
+            theirs is a density too, of which `bound` with decoder "bytes" makes a probability.
+
+        Raises
+        ------
+        ArgumentError
+            Shape, dtype or value of an argument.
+        TrainingError
+            The model has not been trained.
+        """
+        inside, y, log_det = self._inside(X, y)
+        if method is None:
+            width = inside[0].size
+            method = "table" if width <= likelihood.EXACT_VALUES else "denoising"
+            log.info("log density of rows of %d values: method %r", width, method)
+        options = {"seed": self.seed, **options}
+        backend = get_backend(self.backend)
+        denoiser = self._sampled(ema)
+        found = likelihood.log_density(denoiser, inside, method=method, labels=y, backend=backend, **options)
+        return replace(found, values=found.values + log_det)
+
+    def bound(self, X: Any, y: Any = None, *, ema: bool = True, **options: Any) -> Bound:
+        """Return the variational bound on -log p of rows of data, in nats of their units.
+
+        As `log_density`, with the options of `fastdiff.likelihood.bound`. With decoder "bytes" it bounds the
+        probability of bytes, which has no units.
+        """
+        inside, y, log_det = self._inside(X, y)
+        options = {"seed": self.seed, **options}
+        found = likelihood.bound(self._sampled(ema), inside, labels=y, backend=get_backend(self.backend), **options)
+        if options.get("decoder") == "bytes":
+            return found
+        terms = found.terms.copy()
+        terms[0] -= log_det
+        return replace(found, terms=terms, per_row=found.per_row - log_det)
+
+    def _inside(self, X: Any, y: Any) -> tuple[npt.NDArray[Any], Any, float]:
+        """Rows in the network's range, their labels, and the log of the determinant of the map that brought them."""
+        net, _, normaliser = self._fitted()
+        X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
+        normaliser.check("X", X)
+        return normaliser.apply(X, net.dtype), y, normaliser.log_det(int(np.prod(X.shape[1:])))
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.

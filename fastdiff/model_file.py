@@ -86,6 +86,8 @@ class Saved:
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
+        features += ["learned variance"] if net.learned_variance else []
+        features += [] if self.optimizer is None else self.optimizer.plan.features
         checkpoint.write(path, header, tensors, features=features)
 
     @classmethod

@@ -72,8 +72,8 @@ class NoiseShape:
 
     Examples
     --------
-    >>> smooth = fastdiff.NoiseShape.stationary(np.exp(-np.minimum(np.arange(50), 50 - np.arange(50)) / 5))
-    >>> x_t, eps = fastdiff.forward_noise(x0, t, schedule, noise_shape=smooth)  # doctest: +SKIP
+    >>> smooth = fd.NoiseShape.stationary(np.exp(-np.minimum(np.arange(50), 50 - np.arange(50)) / 5))
+    >>> x_t, eps = fd.forward_noise(fd.data.harmonic_curves(9), 30, fd.Schedule.linear(1000), noise_shape=smooth)
     """
 
     kind: str

@@ -104,13 +104,15 @@ def sample(
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
     be = backend_for(backend, initial=initial)
     source = denoiser_of(denoiser)
-    _check_agreement(source, sampler)
+    check_agreement(source, sampler)
     states = None if initial is None else _states("initial", initial, be)
     shape = _sample_shape(source.shape, shape, states)
     width = _width((0, *shape))
     shaped = _shaped(noise_shape, width)
     if shaped is not None:
         refuse_clip(sampler)
+        if any(row.r != 0 for row in sampler.rows):
+            raise ArgumentError("sampler", "a table for a learned variance", "another, with a noise_shape")
     on_device = is_on_device(initial) if states is not None else backend != "auto"
     n = check_int("n", (16 if states is None else len(states)) if n is None else n, low=0)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
@@ -132,7 +134,7 @@ def sample(
         x = _copy(be, check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width))
     else:
         x = be.empty((rows, width))
-    chosen_labels = _labels(source.classes, labels, n if planned is None else planned.known.count or n)
+    chosen_labels = checked_labels(source.classes, labels, n if planned is None else planned.known.count or n)
     if planned is not None and chosen_labels is not None and planned.known.count is not None:
         chosen_labels = np.repeat(chosen_labels, n)
     draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample if planned is None else 0), source.on(be, shape)
@@ -216,15 +218,18 @@ def _shaped_step(evaluator: Evaluator, like: Array, shaped: NoiseSource) -> Call
     return step
 
 
-def _check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
+def check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if denoiser.T not in (None, sampler.schedule.T):
         raise ArgumentError("denoiser", f"T = {denoiser.T}", f"T = {sampler.schedule.T}, the sampler's schedule")
     if denoiser.prediction not in (None, sampler.prediction):
         what = f"prediction {denoiser.prediction!r}"
         raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
+    if any(row.r != 0 for row in sampler.rows) and not getattr(denoiser, "learned_variance", False):
+        wants = "one that has: the table says how far a step's noise follows it"
+        raise ArgumentError("denoiser", "one without a learned variance", wants)
 
 
-def _labels(known: int | None, labels: Any, n: int) -> Any:
+def checked_labels(known: int | None, labels: Any, n: int) -> Any:
     """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
     if labels is None:
         if known not in (None, ANY_CLASSES):

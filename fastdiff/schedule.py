@@ -31,6 +31,7 @@ Array = npt.NDArray[np.float64]
 MAX_T = 1_000_000  # far above any use; a mistyped T must not ask for terabytes
 END_LIMIT = 0.01  # abar[-1] above this: the chain does not end near noise
 SPACINGS = ("trailing", "leading", "linspace", "linspace_open", "karras", "exponential", "lambda", "beta")
+LOUDEST = 100.0  # of noise / signal: of what comes before pure noise, where levels are placed
 KARRAS_RHO, BETA_SHAPE = 7.0, 0.6  # Karras et al. 2022, table 1; Lee et al. 2024
 PREDICTIONS = ("noise", "x0", "v", "velocity")
 KINDS = ("variance preserving", "flow")
@@ -394,7 +395,8 @@ class Schedule:
             - "linspace_open": round(linspace(0, T - 1, n + 1)) without the 0, as DPM-Solver++ wants it.
 
             The others place n levels, at least 2, each of which becomes the nearest timestep. Levels that fall on one
-            timestep are visited once, so that fewer than n may be left, which is logged. With rho = noise / signal:
+            timestep are visited once, so that fewer than n may be left, which is logged. With rho = noise / signal,
+            and of a schedule that ends in noise alone from T - 1 and then from rho = 100 on:
 
             - "karras": rho^(1/7) in equal steps, from that of T - 1 to that of 0 (Karras et al. 2022, equation 5).
             - "exponential": log(rho) in equal steps, both ends included.
@@ -616,8 +618,12 @@ def _exp(values: Array) -> Array:
 
 def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
     """The timesteps nearest to n levels, descending, each once: see `Schedule.timesteps`."""
-    log_ratio = -schedule.log_snr[np.isfinite(schedule.log_snr)] / 2
-    pure = schedule.T - len(log_ratio)  # a last step without signal is always visited
+    log_ratio = -schedule.log_snr / 2
+    pure = int(np.isinf(log_ratio[-1]))  # a last step without signal is always visited, and then the loudest level
+    if pure:
+        log_ratio = log_ratio[:-1] if spacing == "beta" else log_ratio[log_ratio <= math.log(LOUDEST)]
+    if len(log_ratio) == 0:
+        raise ArgumentError("spacing", repr(spacing), "one that counts timesteps, for so few levels")
     top, low, ramp = log_ratio[-1], log_ratio[0], np.linspace(0, 1, n - pure)
     if spacing == "beta":
         from scipy.special import betaincinv
@@ -638,13 +644,8 @@ def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
     if len(t) < 2:
         raise ArgumentError("spacing", f"{spacing!r}, which leaves {len(t)} timestep of {n}", "another, or more steps")
     if len(t) < n:
-        log.info(
-            "%r spacing: %d of %d levels fall on timesteps that others have, %d are left",
-            spacing,
-            n - len(t),
-            n,
-            len(t),
-        )
+        text = "%r spacing: %d of %d levels fall on timesteps that others have, %d are left"
+        log.info(text, spacing, n - len(t), n, len(t))
     return np.asarray(t, np.int64)
 
 

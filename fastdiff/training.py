@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,16 +19,19 @@ import numpy.typing as npt
 from fastdiff import defaults
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch
-from fastdiff.errors import TrainingError
+from fastdiff.backends.numpy.functions import squared_error
+from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.process import forward_noise
 from fastdiff.progress import bar as progress_bar
+from fastdiff.samplers.table import x0_from_output
 from fastdiff.schedule import Schedule
 
 log = logging.getLogger("fastdiff")
 
+BOUND_WEIGHT = 1e-3  # of the variational bound beside the squared error, where a variance is learned
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 
 
@@ -179,6 +183,49 @@ def plan_by_rule(
     return steps, plan
 
 
+def loss_terms(
+    schedule: Schedule, prediction: str, plan: TrainingPlan, *, learned_variance: bool = False
+) -> npt.NDArray[np.float64] | None:
+    """Return what a row's loss is made of at its timestep, (T, columns): see `LayerBackend.squared_error`.
+
+    The error of x0 is q times that of the prediction (`fastdiff.samplers.table.x0_from_output`). With "min_snr" the
+    latter counts min(SNR, gamma) q^2: min(SNR, gamma) / SNR for the noise, and / (SNR + 1) for v where variance is
+    preserved. None: it counts 1.
+
+    A learned variance adds the variational bound, as its expectation over t, in nats a value, times `BOUND_WEIGHT`
+    (Nichol and Dhariwal 2021, equation 16). With log variance M + h v, between that of the posterior and log beta, and
+    the means k d apart where the prediction is d off, a term of the bound is half of
+
+        M + h v - log var + (var + k^2 d^2) exp(-M - h v) - 1,
+
+    var being the posterior's variance; at t = 0 it is the density of the data, half of M + h v + log 2 pi +
+    k^2 d^2 exp(-M - h v).
+    """
+    _, q = x0_from_output(schedule.signal, schedule.noise, prediction)
+    weight = np.ones(schedule.T)
+    if plan.weighting == "min_snr":
+        weight = np.minimum((schedule.signal / schedule.noise) ** 2, plan.snr_gamma) * q**2
+    if weight[-1] == 0:
+        words = "min_snr gives the last timestep, whose signal is 0, no weight: samples start from what is not learned"
+        warnings.warn(f"{words}. Take weighting='uniform'", ScheduleWarning, stacklevel=3)
+    if not learned_variance:
+        return None if plan.weighting == "uniform" else np.asarray(weight[:, None])
+    least, most = learned_range(schedule)
+    M, h, variance = (most + least) / 2, (most - least) / 2, schedule.posterior_variance
+    k = np.append(1.0, schedule.signal[:-1]) * schedule.betas / schedule.noise**2 * q
+    rest = np.append(M[0] + math.log(2 * math.pi), M[1:] - np.log(variance[1:]) - 1)
+    share = np.full(schedule.T, BOUND_WEIGHT * schedule.T / 2)
+    return np.stack([weight, share, h, variance * np.exp(-M), k**2 * np.exp(-M), rest], axis=1)
+
+
+def learned_range(schedule: Schedule) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Logarithms of the variances between which a learned one lies: the posterior's, at t = 0 as at 1, and beta."""
+    if schedule.T < 2:
+        raise ArgumentError("schedule", "T = 1", "at least 2 steps for a learned variance")
+    variance = schedule.posterior_variance
+    return np.log(np.append(variance[1], variance[1:])), np.log(schedule.betas)
+
+
 class Validation:
     """The loss on rows that are held out: noise of stream FORWARD, timesteps spread evenly.
 
@@ -188,28 +235,31 @@ class Validation:
     net : Network
     x0, labels : array
         The rows in the network's range, and their classes or None.
-    schedule, prediction, seed
-        Of the model.
+    schedule : Schedule
+    draws : TrainingDraws
+        With the targets, the terms of the loss, and the seed.
     """
 
     def __init__(
-        self, be: Backend, net: Network, x0: Array, labels: Array | None, schedule: Schedule, prediction: str, seed: int
+        self, be: Backend, net: Network, x0: Array, labels: Array | None, schedule: Schedule, draws: TrainingDraws
     ) -> None:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
-        x, eps = forward_noise(x0, t, schedule, seed=seed, backend=be)
-        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in schedule.target(prediction))
+        x, eps = forward_noise(x0, t, schedule, seed=draws.seed, backend=be)
+        tables = draws.target_noise, draws.target_data
+        of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
-        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels)
+        terms = None if draws.terms is None else draws.terms[t]
+        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms)
 
     def look(self, model: Counted, average: Array) -> None:
         """Write the loss of these weights into the history."""
         if model.history["validation_step"][-1:] == [model.step]:
             return  # an earlier fit ended here
-        x, t, target, labels, _ = self.batch
+        x, t, target, labels, terms = self.batch
         out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
         model.history["validation_step"].append(model.step)
-        model.history["validation_loss"].append(float(np.mean(np.square(out - target, dtype=np.float64))))
+        model.history["validation_loss"].append(squared_error(out, target, terms)[0])
 
 
 def train(

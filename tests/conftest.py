@@ -1,4 +1,7 @@
-"""Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session."""
+"""Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session.
+
+With --quick (`make quick`) whole files and what is marked slow are left out, and counted.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ import pytest
 from hypothesis import settings
 
 PEERS = Path(__file__).parent / "peers"
+# Left out by --quick: what compiles and runs CUDA sources on the host, and what times, trains long or asks peers.
+NOT_QUICK = (
+    "peers", "gpu", "test_cuda_*", "test_gpu_*", "test_asv.py", "test_bench.py", "test_benchmarks.py",
+    "test_precision.py", "test_speed_guard.py",
+)  # fmt: skip
+LEFT_OUT = pytest.StashKey[set[str]]()
 REQUIRE_ALL = os.environ.get("FASTDIFF_REQUIRE_ALL", "0") != "0"
 
 pytest_plugins = ["pytester"]
@@ -25,6 +34,24 @@ class AbsentLane(pytest.Directory):
 
     def collect(self):
         raise pytest.skip.Exception(self.reason, allow_module_level=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out CUDA, peers, benchmarks and slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_ignore_collect(collection_path, config):
+    if not config.getoption("quick") or not any(collection_path.match(lane) for lane in NOT_QUICK):
+        return None  # as pytest decides
+    config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)
+    return True
 
 
 def pytest_collect_directory(path, parent):
@@ -46,6 +73,8 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if left_out := config.stash.get(LEFT_OUT, None):
+        terminalreporter.write_line(f"--quick: {len(left_out)} files left out ({', '.join(NOT_QUICK)})")
     skipped = len(_skipped(config))
     if REQUIRE_ALL and skipped:
         terminalreporter.write_line(f"FASTDIFF_REQUIRE_ALL: {skipped} skipped, which counts as failure", red=True)

@@ -125,43 +125,56 @@ def forward_noising(be, size):
 CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
 
 
-@covers("step", "step_noisy", "step_noisy_wide", "step_quiet")
+@covers("step", "step_noisy", "step_noisy_wide", "step_quiet", "step_deep")
 def sampler_steps(be, size):
-    """All 2^7 sets of coefficients that are zero, all clips, with and without a memory."""
-    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0, 0, 0.2, 0.4)
-    for k, few in enumerate(itertools.product((0, 1), repeat=7)):
-        used = (*few[:5], 0, 0, *few[5:])
-        row = Row(2**32 - 1 - k, *(number * use for number, use in zip(numbers, used, strict=True)))
-        for clip, memory in itertools.product(CLIPS, (True, False)):
-            step_agrees(be, (5, (7, 32)[k % 2]), row, clip, memory)
+    """All sets of coefficients that are zero, all clips, and every memory that the row may have."""
+    numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.7, -0.2, 0.2, 0.4)
+    for k, few in enumerate(itertools.product((0, 1), repeat=9)):
+        if few[5:7] != (0, 0) and k % 5:  # every fifth of those that reach back further
+            continue
+        row = Row(2**32 - 1 - k, *(number * used for number, used in zip(numbers, few, strict=True)))
+        clips = CLIPS if row.depth < 2 else CLIPS[k % 4 :][:1]
+        for clip, depth in itertools.product(clips, range(row.depth, 4)):
+            if depth < 2 or clip == CLIPS[k % 4]:
+                step_agrees(be, (5, (7, 32)[k % 2]), row, clip, depth)
     for coefficient in (1e-60, 1e-45, -1e-40, 1e30, 1e60):  # in float32: zero, denormals, large, infinite
-        step_agrees(be, (3, 16), Row(5, *[coefficient] * 5, 0, 0, coefficient, coefficient), (-1.0, 1.0), memory=True)
+        for back in (1, 3):
+            row = Row(5, *[coefficient] * (4 + back), *[0] * (3 - back), coefficient, coefficient)
+            step_agrees(be, (3, 16), row, (-1.0, 1.0), back)
     for shape in SHAPES[size]:
-        for s in (0.0, 0.5):
-            step_agrees(be, shape, Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s), (-1.0, 1.0), memory=True)
-    # An x0 that nobody wants is not computed: the output may be absent.
-    step_agrees(be, (3, 5), Row(3, 1.1, -0.4, 0.3, 0, s=0.5), None, memory=False)
+        for s, r in ((0.0, 0.0), (0.5, 0.0), (0.5, -0.7)):
+            row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s, r)
+            step_agrees(be, shape, row, (-1.0, 1.0), depth=1)
+            step_agrees(be, shape, row._replace(c2=0.3, c3=-0.5), (-1.0, 1.0), depth=3)
+    # An m that nobody wants is not computed: the output may be absent.
+    step_agrees(be, (3, 5), Row(3, 1.1, -0.4, 0.3, 0, s=0.5), None, depth=0)
+    for power in (0.0, 3e-3, 60.0, -60.0):  # of the noise's scale
+        step_agrees(be, (4, 9), Row(3, 0.5, 0.2, 0.3, 0.4, s=1.0, r=power), None, depth=0)
 
 
-def step_agrees(be, shape, row, clip, memory):
-    if row.c1 != 0 and not memory:
-        return
-    x, out, previous = (filled(shape, seed) for seed in (1, 2, 3))
-    if row.e == 0 and (row.q == 0 or (row.b == 0 and not memory)):
+def step_agrees(be, shape, row, clip, depth):
+    """A step beside a memory of so many rows has the bits of the reference, but for the power that scales noise."""
+    x, out, *memory = (filled(shape, seed) for seed in range(1, 3 + depth))
+    if row.r != 0:
+        x, *memory = np.random.default_rng(8).uniform(-1, 1, (1 + depth, *shape)).astype(np.float32)
+        out = np.random.default_rng(9).uniform(-1, 1, (2, *shape)).astype(np.float32)
+    elif row.e == 0 and (row.q == 0 or (row.b == 0 and depth == 0)):
         out = None
-    kept = (previous.copy(),) if memory else ()
-    draw = Draw(9, Stream.STEP, row.t, 2**32 - 1)
-    want = x.copy()
+    draw = Draw(9, Stream.STEP, row.step, 2**32 - 1)
+    want, kept = x.copy(), tuple(array.copy() for array in memory)
     with np.errstate(all="ignore"):
         NUMPY.sampler_step(want, out, kept, row, clip, draw)
-    for got, got_out, got_previous in both_ways(be, x, out, previous):
-        be.sampler_step(got, got_out, (got_previous,)[: len(kept)], row, clip, draw)
-        assert_same_bits(be.to_numpy(got), want)
-        if kept:
-            assert_same_bits(be.to_numpy(got_previous), kept[0])
+    for got, got_out, *got_memory in both_ways(be, x, out, *memory):
+        be.sampler_step(got, got_out, tuple(got_memory), row, clip, draw)
+        if row.r == 0:
+            assert_same_bits(be.to_numpy(got), want)
+        else:
+            assert_close(be.to_numpy(got), want, terms=4)
+        for array, wanted in zip(got_memory, kept, strict=True):
+            assert_same_bits(be.to_numpy(array), wanted)
 
 
-@covers("step", "set_row", "step_recorded", "step_recorded_wide")
+@covers("step", "set_row", "step_recorded", "step_recorded_wide", "step_deep_recorded")
 def recorded_sampler_steps(be, size):
     """Steps of a sampler whose denoiser adds two arrays: the same work again and again, with other rows and noise."""
     names = {"p": 1.1, "q": -0.6, "a": 0.9, "b": 0.8, "c1": -0.3, "e": 0.2, "s": 0.4}
@@ -170,40 +183,55 @@ def recorded_sampler_steps(be, size):
         for k in reversed(range(128))
     ]
     shapes = [(5, 7), (3, 32), (2, 16), (1, 1)] if size == "small" else SHAPES[size]
-    for shape, memory in itertools.product(shapes, (True, False)):
+    for shape, depth in itertools.product(shapes, range(4)):
         kept, host_kept = {}, {}
-        few = [row for row in rows[:: 1 if shape == (5, 7) else 11] if memory or row.c1 == 0]
+        few = [row for row in rows[:: 1 if shape == (5, 7) else 11] if depth or row.c1 == 0]
+        if depth == 3:
+            few = [row._replace(c2=0.7 * (k % 2), c3=-0.4 * (k % 3 == 0)) for k, row in enumerate(few)]
         for k, row in enumerate(few):
-            arrays = [filled(shape, seed) for seed in (1, 2, 3)]
-            arrays[2] = arrays[2] if memory else None
+            arrays = [filled(shape, seed) for seed in range(1, 3 + depth)]
             at = Draw(2**64 - 1 - k, Stream.STEP, row.t, 2**32 - 1 + k)
             with np.errstate(all="ignore"):
                 want = sampled(NUMPY, host_kept, arrays, row, CLIPS[k % 4], at)
             if k == 0:  # where the work is done again and again
-                there = [None if array is None else be.asarray(array) for array in (*arrays[:2], *arrays)]
+                there = [be.asarray(array) for array in (*arrays[:2], *arrays)]
             for to, array in zip(there, (*arrays[:2], *arrays), strict=True):
-                if array is not None:
-                    be.runtime.copy(to, be.asarray(array))
+                be.runtime.copy(to, be.asarray(array))
             got = sampled(be, kept, there[2:], row, CLIPS[k % 4], at, state=there[0])
             for array, wanted in zip(got, want, strict=True):
                 assert_same_bits(be.to_numpy(array), wanted)
+        # A denoiser that learned its variance: two outputs, in rows that scale their noise by the second and in others.
+        kept, draw = {}, Draw(3, Stream.STEP, 7)
+        state, other = be.empty(shape), be.empty(shape)
+        for k, row in enumerate(few[:4]):
+            row = row._replace(q=-0.6, s=0.4, r=(0.7, -0.5, 0.0, 0.2)[k])
+            x, added, *memory = np.random.default_rng(k).uniform(-1, 1, (2 + depth, *shape)).astype(np.float32)
+            want, remembered, out = x.copy(), tuple(array.copy() for array in memory), x + added
+            NUMPY.sampler_step(want, np.stack([out, out]) if row.r else out, remembered, row, None, draw)
+            for to, array in ((state, x), (other, added)):
+                be.runtime.copy(to, be.asarray(array))
+            got = sampled(be, kept, [x, other, *memory], row, None, draw, state, outputs=2)
+            assert_close(be.to_numpy(got[0]), want, terms=4)
+            for array, wanted in zip(got[1:], remembered, strict=True):
+                assert_same_bits(be.to_numpy(array), wanted)
 
 
-def sampled(be, kept, arrays, row, clip, draw, state=None):
-    """x and the previous x0, where there is one, after a step by the sum of x and another array."""
-    x, other, previous = (None if array is None else be.asarray(array).copy() for array in arrays)
-    state = be.asarray(arrays[0]).copy() if state is None else state
-    out = kept.setdefault("out", be.empty(x.shape))
-    kept.setdefault("other", other)
+def sampled(be, kept, arrays, row, clip, draw, state=None, outputs=1):
+    """x and the memory after a step by the sum of x and another array, as one output or as two."""
+    x, *memory = (be.asarray(array).copy() for array in (arrays[0], *arrays[2:]))
+    state = x.copy() if state is None else state
+    out = kept.setdefault("out", be.empty((outputs, *x.shape)))
+    other = kept.setdefault("other", be.asarray(arrays[1]))
 
     def output():
-        be.add(state, kept["other"], out)
-        return out
+        for each in range(outputs):
+            be.add(state, other, out[each])
+        return out[0] if outputs == 1 else out
 
     if "sampling" not in kept:
         kept["sampling"] = be.record_sampling(output, state)
-    kept["sampling"].run(x, () if previous is None else (previous,), row, clip, draw)
-    return [x] if previous is None else [x, previous]
+    kept["sampling"].run(x, tuple(memory), row, clip, draw)
+    return [x, *memory]
 
 
 PLANS = (

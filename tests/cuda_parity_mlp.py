@@ -7,6 +7,7 @@ import contextlib
 import numpy as np
 from cuda_parity import NUMPY, covers
 from gradcheck import scatter, with_linear
+from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
@@ -15,7 +16,7 @@ from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import Draw, Stream
-from fastdiff.samplers import ddpm, dpmpp_2m
+from fastdiff.samplers import Sampler, ddpm, dpmpp_2m
 from fastdiff.schedule import Schedule
 
 NETS = {
@@ -83,6 +84,12 @@ def networks_forward(be, size):
                     assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
 
 
+def deep_tables(schedule):
+    """Tables that remember three rows and two: with all terms, rows without evaluation that go up, and visits."""
+    three = three_back(schedule, clip=(-0.9, 0.8))
+    return three, Sampler([row._replace(c3=0.0) for row in three.rows], schedule)
+
+
 @covers(
     "mlp", "mlp_pack", "mlp_chain", "mlp_chain_part", "mlp_time_table", "mlp_bias_activate", "mlp_scale", "mlp_add_part"
 )
@@ -91,7 +98,7 @@ def chains(be, size):
     for net, wide in networks():
         schedule = Schedule.cosine(net.T)
         steps = min(CHAIN_STEPS[size], net.T - 1)
-        for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v")):
+        for smp in (ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v"), *deep_tables(schedule)):
             x, _, _ = batch_of(net, n)
             draw = Draw(4, Stream.STEP, first_row=2**32 - 5)
             want = x.astype(np.float64)

@@ -1,4 +1,4 @@
-"""A worker of `make gpu` that does what FASTDIFF_TEST_PLAN says of each case, and keeps its jobs in a file.
+"""A worker of `make gpu` that does what FASTDIFF_TEST_PLAN says of each workload, and keeps its jobs in a file.
 
 A plan is a list of steps: {"way": name} says what is made next, and what follows is left out with it; {"do": "hang"},
 "die" or "dead" ends the process, {"tell": event} tells. Who hangs leaves its number in FASTDIFF_TEST_HUNG.
@@ -39,7 +39,7 @@ def main():
         do(plans.get("start"))
     if job["do"] == "make":
         do(plans.get("ahead"))
-    for name in job.get("cases", ()):
+    for name in job.get("workloads", ()):
         tell(begin=name)
         left_out, fault = False, ""
         for step in plans.get(name, ()):

@@ -1,6 +1,6 @@
 """The worker of `make gpu` without a GPU: its jobs on the host run of the kernels.
 
-FASTDIFF_TEST_BROKEN names a case that raises, and after a colon one that finds the device dead.
+FASTDIFF_TEST_BROKEN names a workload that raises, and after a colon one that finds the device dead.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ prepare = gpu.prepare
 raises, _, dies = os.environ.get("FASTDIFF_TEST_BROKEN", ":").partition(":")
 
 
-def broken(be, case, *others):
-    ways = prepare(be, case, *others)
-    if case.name == raises:
+def broken(be, workload, *others):
+    ways = prepare(be, workload, *others)
+    if workload.name == raises:
         raise AssertionError("they differ")
-    if case.name == dies:
-        dead.append(case.name)
+    if workload.name == dies:
+        dead.append(workload.name)
         ways.makers["ours"] = wait
     return ways
 

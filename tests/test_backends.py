@@ -12,6 +12,7 @@ import logging
 import math
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import naive
 import numpy as np
@@ -20,6 +21,7 @@ from gradcheck import scatter, with_linear
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff import backends
@@ -103,9 +105,9 @@ def test_backends_survive_copy_and_pickle(backend, again):
     assert_same_bits(drawn(other), drawn(be))
 
 
-def drawn(be, shape=(3, 5)):
+def drawn(be, shape=(3, 5), draw=Draw(1, Stream.INIT)):  # noqa: B008 - immutable
     z = be.empty(shape)
-    be.normal(z, Draw(1, Stream.INIT))
+    be.normal(z, draw)
     return z
 
 
@@ -179,7 +181,7 @@ def test_forward_noise_beyond_the_chunks(shape):
 def stepped(be, x, out, memory, row, clip, draw):
     x, memory = x.copy(), tuple(array.copy() for array in memory)
     with np.errstate(all="ignore"):
-        be.sampler_step(x, out, memory, row, clip, draw.at(row.t))
+        be.sampler_step(x, out, memory, row, clip, draw.at(row.step))
     return x, memory
 
 
@@ -205,8 +207,6 @@ def test_every_combination_of_terms():
         want = np.array([value for value, _ in results], np.float32).reshape(x.shape)
         want_memory = np.array([after for _, after in results], np.float32).T.reshape(3, *x.shape)
         for be, depth in itertools.product((NUMPY, CPU), range(row.depth, 4)):
-            if be is CPU and depth > 1:  # reaches back one row
-                continue
             got, kept = stepped(be, x, out if row.evaluates else None, memory[:depth], row, clip, DRAW)
             assert_same_bits(got, want)
             for array, wanted in zip(kept, want_memory, strict=False):
@@ -219,26 +219,64 @@ COEFFICIENT = st.one_of(st.just(0.0), st.floats(-2, 2), st.sampled_from([1e-60, 
 @given(data=st.data(), shape=SHAPES, row=st.tuples(*[COEFFICIENT] * 9), clip=st.sampled_from(CLIPS), seed=SEEDS)
 @settings(max_examples=150)
 def test_sampler_step_has_the_same_bits_everywhere(data, shape, row, clip, seed):
-    x, out, previous = (data.draw(hnp.arrays(np.float32, shape, elements=ANY_FLOAT)) for _ in range(3))
-    row = Row(data.draw(st.sampled_from([0, 999, 2**32 - 1])), *row)._replace(c2=0.0, c3=0.0)
+    x, out, *memory = (data.draw(hnp.arrays(np.float32, shape, elements=ANY_FLOAT)) for _ in range(5))
+    row = Row(data.draw(st.sampled_from([0, 999, 2**20 - 1])), *row, visit=data.draw(st.sampled_from([0, 1, 4095])))
+    memory = memory[: data.draw(st.integers(row.depth, 3))]
     stream, first = data.draw(st.sampled_from(Stream)), data.draw(st.integers(0, 2**56 - 4))
     draw = Draw(seed, stream, first_row=first)
-    want, want_memory = stepped(NUMPY, x, out, (previous,), row, clip, draw)
-    got, got_memory = stepped(CPU, x, out, (previous,), row, clip, draw)
+    want, want_memory = stepped(NUMPY, x, out, memory, row, clip, draw)
+    got, got_memory = stepped(CPU, x, out, memory, row, clip, draw)
     assert_same_bits(got, want)
-    assert_same_bits(got_memory[0], want_memory[0])
+    for array, wanted in zip(got_memory, want_memory, strict=True):
+        assert_same_bits(array, wanted)
 
 
 @pytest.mark.parametrize("shape", [(3000, 67), (9, 9001)])
 @pytest.mark.parametrize("s", [0.0, 0.5])
-def test_sampler_step_beyond_the_chunks(shape, s):
-    x, out, previous = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
-    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s)
-    want, want_memory = stepped(NUMPY, x, out, (previous,), row, (-1.0, 1.0), DRAW)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_sampler_step_beyond_the_chunks(shape, s, depth):
+    x, out, *memory = np.random.default_rng(1).normal(size=(2 + depth, *shape)).astype(np.float32)
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, *(0.3, -0.6)[: depth - 1], e=0.1, s=s)
+    want, want_memory = stepped(NUMPY, x, out, memory, row, (-1.0, 1.0), DRAW)
     for be in THREADED:
-        got, got_memory = stepped(be, x, out, (previous,), row, (-1.0, 1.0), DRAW)
+        got, got_memory = stepped(be, x, out, memory, row, (-1.0, 1.0), DRAW)
         assert_same_bits(got, want)
-        assert_same_bits(got_memory[0], want_memory[0])
+        for array, wanted in zip(got_memory, want_memory, strict=True):
+            assert_same_bits(array, wanted)
+
+
+@pytest.mark.parametrize("shape", [(3000, 67), (9, 9001), (1, 1), (0, 5)])
+@pytest.mark.parametrize("depth", [0, 3])
+def test_learned_noise(shape, depth):
+    """s exp(r v) z is added to the rest of the row, v being the second output."""
+    x, out, v, *memory = np.random.default_rng(1).normal(size=(3 + depth, *shape)).astype(np.float32)
+    row = Row(3, 1.1, -0.4, 0.3, 0.7, e=0.1, s=0.5, r=-1.7)._replace(**{f"c{k + 1}": 0.2 for k in range(depth)})
+    rest, want_memory = stepped(NUMPY, x, out, memory, row._replace(s=0.0, r=0.0), (-1.0, 1.0), DRAW)
+    noise = 0.5 * np.exp(row.r * v.astype(np.float64)) * drawn(NUMPY, shape, DRAW.at(3))
+    scale = np.abs(rest) + np.abs(noise) * (1 + np.abs(row.r * v))  # a power's rounding grows with it
+    results = []
+    for be in (NUMPY, *THREADED):
+        got, got_memory = stepped(be, x, np.stack([out, v]), memory, row, (-1.0, 1.0), DRAW)
+        assert_close(got, rest + noise, scale=scale)
+        for array, wanted in zip(got_memory, want_memory, strict=True):
+            assert_same_bits(array, wanted)
+        results.append(got)
+    for got in results[2:]:
+        assert_same_bits(got, results[1])
+
+
+def test_learned_noise_of_hostile_values():
+    """No noise where v says none, and NaN where v is NaN; a v that is far too large gives no NaN."""
+    v = np.array([[-1e4, 1e4, math.inf, -math.inf, math.nan, 0.0]], np.float32)
+    out, row = np.stack([np.zeros_like(v), v]), Row(3, 0, 0, 1, 0, e=0.5, s=1, r=1)
+    got, _ = stepped(CPU, np.zeros_like(v), out, (), row, None, DRAW)
+    z = drawn(NUMPY, v.shape, DRAW.at(3))
+    assert got[0, 5] == z[0, 5]
+    assert np.isnan(got[0]).tolist() == [False] * 4 + [True, False]
+    assert (np.abs(got[0, [0, 3]]) < 1e-36).all()
+    assert (np.abs(got[0, [1, 2]]) > 1e36).all()
+    with pytest.raises(ValueError, match="reshape"):  # v is missing
+        stepped(CPU, np.zeros_like(v), out[0], (), row, None, DRAW)
 
 
 def test_numpy_steps_in_float64():
@@ -428,6 +466,7 @@ def table(net, name):
         "ddpm": lambda: ddpm(schedule, min(schedule.T, 9), clip=1.0),
         "ddim": lambda: ddim(schedule, min(schedule.T, 9), eta=0.5),
         "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 9), prediction="v"),
+        "three back": lambda: three_back(schedule, clip=(-0.5, 0.75)),
     }[name]()
 
 
@@ -437,7 +476,16 @@ def chained(be, net, smp, x, first):
     return x
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+def walked(net, smp, x, first):
+    """The chain of `chained`, on cpu, row by row."""
+    x, memory = x.copy(), tuple(np.zeros((max(row.depth for row in smp.rows), *x.shape), x.dtype))
+    for row in smp.rows:
+        out = CPU.mlp_forward(net.plan, net.flat, x, np.full(len(x), row.t)) if row.evaluates else None
+        CPU.sampler_step(x, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.step, first))
+    return x
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "three back"])
 def test_a_chain_is_its_steps_in_any_batch(net, name):
     if net.T == 1:
         net = scatter(MLP(1, hidden=(1,), T=2))
@@ -445,25 +493,39 @@ def test_a_chain_is_its_steps_in_any_batch(net, name):
     x, _, _ = batch_of(net, 300)
     whole = chained(CPU, net, smp, x, first)
     assert np.isfinite(whole).all()
-    state, memory = x.copy(), (np.zeros_like(x),)
-    for row in smp.rows:
-        out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
-    assert_same_bits(state, whole)
+    assert_same_bits(walked(net, smp, x, first), whole)
     for be in THREADED:
         for edges in ([0, 300], [0, 1, 8, 24, 128, 257, 300]):
             parts = [chained(be, net, smp, x[a:b], first + a) for a, b in itertools.pairwise(edges)]
             assert_same_bits(np.concatenate(parts), whole)
 
 
-def test_curves_longer_than_a_chunk_of_noise():
-    net = scatter(MLP(2055, hidden=(3,), T=11))
-    smp = table(net, "ddim")
+def test_a_chain_remembers_nothing_of_the_one_before():
+    """The memory is zero at first, whatever a tile held; and two tables are told apart."""
+    net = scatter(MLP(5, hidden=(3,), T=11))
     x, _, _ = batch_of(net, 70)
-    state = x.copy()
-    for row in smp.rows:
-        out = CPU.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        CPU.sampler_step(state, out, (), row, smp.clip, Draw(4, Stream.STEP, row.t, 7))
+    smp = table(net, "three back")
+    hasty = SimpleNamespace(rows=smp.rows[4:], clip=smp.clip)  # the first row reaches back three
+    for n in (70, 3):
+        chained(CPU, net, smp, x[:n], 5)
+        assert_same_bits(chained(CPU, net, hasty, x[:n], 5), walked(net, hasty, x[:n], 5))
+        wide = SimpleNamespace(rows=hasty.rows, clip=None)
+        assert_same_bits(chained(CPU, net, wide, x[:n], 5), walked(net, wide, x[:n], 5))
+
+
+def test_a_chain_refuses_what_a_perceptron_does_not_learn():
+    net = MLP(5, hidden=(3,), T=11)
+    smp = SimpleNamespace(rows=(Row(3, 0, 1, 0, 1, s=1, r=0.5),), clip=None)
+    with pytest.raises(ArgumentError, match=r"rows \(r\)"):
+        chained(CPU, net, smp, np.zeros((2, 5), np.float32), 0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "three back"])
+def test_curves_longer_than_a_chunk_of_noise(name):
+    net = scatter(MLP(2055, hidden=(3,), T=11))
+    smp = table(net, name)
+    x, _, _ = batch_of(net, 70)
+    state = walked(net, smp, x, 7)
     assert_same_bits(chained(CPU, net, smp, x, 7), state)
     assert_same_bits(chained(CPU, net, smp, x[67:], 74), state[67:])
     draws = draws_for(net)
@@ -473,7 +535,7 @@ def test_curves_longer_than_a_chunk_of_noise():
     assert_same_bits(grads, want)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "three back"])
 def test_chains_agree(name):
     net = scatter(MLP(17, hidden=(33, 1, 19), T=11))
     smp = table(net, name)

@@ -39,6 +39,7 @@ def test_before_its_first_step_a_model_is_the_gaussian(prediction, backend):
         assert_close(made.denoiser().predict(x, t), want, terms=40)
 
 
+@pytest.mark.slow
 def test_its_samples_have_the_moments_of_the_data(backend):
     made = untrained(backend=backend)
     drawn = made.sample(20_000).astype(np.float64)
@@ -65,6 +66,7 @@ def test_of_many_values_the_leading_axes_are_kept(monkeypatch):
     assert_close(made.denoiser().predict(x, 70), want, terms=40)
 
 
+@pytest.mark.slow
 def test_training_adds_to_it_and_a_file_keeps_it(tmp_path, backend):
     made = fd.Diffusion(base="gaussian", backend=backend).fit(ROWS, steps=6, **QUIET)
     made.save(tmp_path / "m.safetensors")

@@ -1,4 +1,4 @@
-"""How work is timed and held against the machine: `fastdiff.bench`, its command, and the programs built on it."""
+"""How work is timed and compared with what the machine can do: `fastdiff.bench`, its command, and programs on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastdiff.backends.cuda import CudaBackend
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-cases, run, scaling, machine = map(importlib.import_module, ("cases", "run", "scaling", "machine"))
+workloads, run, scaling, machine = map(importlib.import_module, ("workloads", "run", "scaling", "machine"))
 
 FORWARD, CONV = bench.BY_NAME["forward-1000000x50"], bench.BY_NAME["conv-16x32x32x64"]
 
@@ -34,38 +34,37 @@ def test_a_share_is_of_the_roof_that_binds():
 
 
 def test_a_rate_counts_the_work_of_a_unit():
-    assert FORWARD.rate(0.5) == ((12 * 50e6 + 8e6) / 0.5e9, "GB/s")
-    assert CONV.rate(0.5) == (pytest.approx(2 * 9 * 64 * 64 * 16 * 32 * 32 / 0.5e9), "GF/s")
-    assert bench.BY_NAME["train-tutorial-1000"].rate(0.5) == (2000, "samples/s")
-    assert cases.BY_NAME["cold-start"].rate(1.0) is None
+    assert FORWARD.rate(0.5) == (12 * 50e6 + 8e6) / 0.5e9
+    assert CONV.rate(0.5) == pytest.approx(2 * 9 * 64 * 64 * 16 * 32 * 32 / 0.5e9)
+    assert bench.BY_NAME["train-tutorial-1000"].rate(0.5) == 2000
+    assert workloads.BY_NAME["cold-start"].rate(1.0) is None
 
 
 def test_a_time_is_the_median_of_runs(monkeypatch):
     clock = iter([0, 1, 1, 10, 10, 12])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert bench.measure(lambda: None, 12) == 2
+    assert bench.median_seconds(lambda: None, 12) == 2
 
 
 @pytest.mark.parametrize("name", ["cpu", "numpy"])
 def test_the_roofs_of_the_host(name):
-    roofs = bench.roofs(fd.get_backend(name), 1e-3)
+    roofs = bench.roofs_of(fd.get_backend(name), 1e-3)
     assert 1e8 < roofs.memory < 1e13
     assert 1e8 < roofs.arithmetic < 1e15
 
 
 def test_a_row_of_the_results():
-    case, be = bench.BY_NAME["normals-960000x50"].at(1e-3), fd.get_backend("cpu")
-    row = bench.timed(case, be, bench.Roofs(1e9, 1e9), 0.01)
-    assert row["rate"] == pytest.approx(case.bytes / row["seconds"] / 1e9)
-    assert row["share"] == pytest.approx(case.bytes / 1e9 / row["seconds"])
-    assert (row["n"], row["roof"], row["difference"]) == (960, "memory", 0)
-    assert bench.timed(bench.BY_NAME["normals-960000x50"], fd.get_backend("numpy"), bench.Roofs(1, 1), 0)["n"] == 20_000
+    workload, be = bench.BY_NAME["normals-960000x50"].at(1e-3), fd.get_backend("cpu")
+    result = bench.timed(workload, be, bench.Roofs(1e9, 1e9), 0.01)
+    assert result.rate == pytest.approx(workload.bytes / result.seconds / 1e9)
+    assert result.share == pytest.approx(workload.bytes / 1e9 / result.seconds)
+    assert (result.n, result.roof, result.unit, result.difference) == (960, "memory", "GB/s", 0)
+    assert bench.timed(bench.BY_NAME["normals-960000x50"], fd.get_backend("numpy"), bench.Roofs(1, 1), 0).n == 20_000
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("timed"))
-    kind = bench.KINDS["adamw"]
-    monkeypatch.setitem(bench.KINDS, "adamw", kind._replace(tolerance=-1.0))
+    monkeypatch.setattr(bench.measure, "median_seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(bench.layers.OptimizerStep, "tolerance", -1.0)
     with pytest.raises(AssertionError, match="cpu and numpy differ"):
         bench.timed(bench.BY_NAME["adamw-4000000"].at(1e-3), fd.get_backend("cpu"), bench.Roofs(1, 1))
 
@@ -74,18 +73,18 @@ def test_numbers_in_a_table():
     assert [bench.speed(value) for value in (0.01234, 6.709, 98.76, 751_879.7, 0)] == [
         "0.0123", "6.71", "98.8", "752,000", "0",
     ]  # fmt: skip
-    row = {"seconds": 0.00123, "rate": 5.0, "unit": "GB/s", "share": 0.0512, "roof": "memory"}
-    assert bench.cells(row) == ["1.23 ms", "5.00 GB/s", "5.1% of memory"]
-    assert bench.cells(row | {"share": 1.004})[2] == "100% of memory"
-    assert bench.cells(row | {"rate": None}) == ["1.23 ms", "", ""]
+    result = bench.Result("a", "A", "cpu", 1, 0.00123, 5.0, "GB/s", 0.0512, "memory", 0.0)
+    assert result.cells() == ["1.23 ms", "5.00 GB/s", "5.1% of memory"]
+    assert result._replace(share=1.004).cells()[2] == "100% of memory"
+    assert result._replace(rate=None).cells() == ["1.23 ms", "", ""]
 
 
 def test_what_needs_the_source_tree_is_not_in_the_command():
-    assert set(bench.QUICK) <= set(bench.BY_NAME) < set(cases.BY_NAME)
-    assert {bench.BY_NAME[name].kind for name in bench.QUICK} >= set(bench.KINDS) - {"reshape", "standardise", *NEEDY}
+    assert set(bench.QUICK) <= set(bench.BY_NAME) < set(workloads.BY_NAME)
+    quick = {type(bench.BY_NAME[name]) for name in bench.QUICK}
+    left = {type(workload) for workload in bench.WORKLOADS} - quick
+    assert left == {bench.arrays.Reshape, bench.arrays.Standardise, bench.networks.MemoryChain}
 
-
-NEEDY = {kind for kind in cases.KINDS if cases.KINDS[kind].needs == "cpu"}
 
 # ------------------------------------------------------------------------------------------- on a device
 
@@ -100,14 +99,14 @@ ON_DEVICE = [
 
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
-@pytest.mark.parametrize("case", ON_DEVICE, ids=lambda case: case.kind)
-def test_a_case_on_a_device_agrees_and_is_waited_for(case, monkeypatch):
+@pytest.mark.parametrize("workload", ON_DEVICE, ids=lambda workload: workload.name)
+def test_a_workload_on_a_device_agrees_and_is_waited_for(workload, monkeypatch):
     """On arrays that refuse to come to the host unasked."""
-    if case.kind == "step":
-        case = replace(case, shape=(8, 8, 3))
+    if workload.name.startswith("step"):
+        workload = replace(workload, shape=(8, 8, 3))
     be, waits = CudaBackend(DeviceRuntime()), []
-    assert case.parity(be) <= bench.KINDS[case.kind].tolerance
-    work = replace(case, units=1).setup(be)
+    assert workload.agree_with_reference(be) <= workload.tolerance
+    work = replace(workload, units=1).setup(be)
     to_numpy = be.to_numpy
     monkeypatch.setattr(be, "to_numpy", lambda array: waits.append(array.shape) or to_numpy(array))
     result = work.run()
@@ -117,7 +116,7 @@ def test_a_case_on_a_device_agrees_and_is_waited_for(case, monkeypatch):
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 def test_the_roofs_of_a_device():
-    roofs = bench.roofs(CudaBackend(HostRuntime()), 1e-4)
+    roofs = bench.roofs_of(CudaBackend(HostRuntime()), 1e-4)
     assert roofs.memory > 0
     assert roofs.arithmetic > 0
 
@@ -194,13 +193,12 @@ def test_backends_stand_side_by_side(tmp_path, capsys):
     assert "mean nothing" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| GroupNorm")]
     assert row.count("GB/s") == 2
-    assert row.count("of memory") == 1
+    assert row.count("% of ") == 1
     assert text in capsys.readouterr().out
 
 
 def test_a_failure_is_named_and_nothing_is_written(tmp_path, monkeypatch, capsys):
-    kind = bench.KINDS["norm"]
-    monkeypatch.setitem(bench.KINDS, "norm", kind._replace(tolerance=-1.0))
+    monkeypatch.setattr(bench.layers.GroupNorm, "tolerance", -1.0)
     assert run.main(["--quick", "--only", "norm-", "--output", str(tmp_path)]) == 1
     assert "failed: norm-64x32x32x64; nothing written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -120,6 +120,16 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+def test_losses_are_weighted(run):
+    assert run(f"{TRAIN} -o m.safetensors --steps 2 --weighting min_snr --snr-gamma 3")[0] == 0
+    plan = fd.load("m.safetensors")._optimizer.plan
+    assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
+    assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
+    assert code == 2
+    assert "--weighting cannot change with --resume" in err
+
+
 @pytest.mark.parametrize(
     ("options", "schedule", "prediction"),
     [
@@ -171,6 +181,7 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
     assert with_training != without
 
 
+@pytest.mark.slow
 def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():
         monkeypatch.setattr(demo, name, value)
@@ -192,6 +203,7 @@ def test_demo(run, monkeypatch, drawn):
         assert run(advice)[0] == 0
 
 
+@pytest.mark.slow
 def test_example(capsys):
     main = runpy.run_path(str(EXAMPLES / "curves.py"))["main"]
     main(["-o", "pictures", "--steps", "3"])
@@ -199,6 +211,18 @@ def test_example(capsys):
     assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
 
 
+@pytest.mark.slow
+def test_the_samplers_example_draws_its_picture(capsys):
+    main = runpy.run_path(str(EXAMPLES / "samplers.py"))["main"]
+    main.__globals__["COUNTS"] = np.array([7, 11])
+    main(["-o", "pictures", "--steps", "20", "--draws", "60"])
+    printed = capsys.readouterr().out
+    values = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines()[1:11]}
+    assert values["unipc"] < values["dpmpp_2m"] < values["ddim"] < values["ddpm"]
+    assert os.listdir("pictures") == ["samplers.png"]
+
+
+@pytest.mark.slow
 def test_the_covariance_example_draws_its_pictures(capsys):
     runpy.run_path(str(EXAMPLES / "covariance.py"))["main"](["-o", "pictures"])
     printed = capsys.readouterr().out
@@ -207,6 +231,7 @@ def test_the_covariance_example_draws_its_pictures(capsys):
     assert sorted(os.listdir("pictures")) == ["convergence.png", "curves.png", "matrices.png", "spectra.png"]
 
 
+@pytest.mark.slow
 def test_the_image_example_draws_and_judges(capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["-o", "pictures", "--steps", "2", "--drawn", "20", "--quiet"])
@@ -219,6 +244,7 @@ def test_the_image_example_draws_and_judges(capsys):
     assert len(fd.load("pictures/digits.safetensors", backend="numpy").history["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     main = runpy.run_path(str(EXAMPLES / "images.py"))["main"]
     main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
@@ -605,10 +631,41 @@ def test_a_schedule_is_warned_of_once_where_a_figure_is_drawn(run):
     assert warned == alone
 
 
+# --------------------------------------------------------------------------------------- score
+
+
+def test_score(run, model):
+    code, out, _ = run("score m.safetensors curves.csv -o nll.csv --plot bound.png --quiet --backend numpy")
+    assert code == 0
+    assert re.search(r"^nll\.csv: -log p of 64 rows$", out, re.M)
+    assert re.search(r"^  nats a row +-?[\d.]+$", out, re.M)
+    assert Path("bound.png").read_bytes().startswith(b"\x89PNG")
+    nats = np.loadtxt("nll.csv", delimiter=",", skiprows=1)
+    assert Path("nll.csv").read_text().splitlines()[0] == "nats,stderr"
+    loaded = fd.load("m.safetensors", backend="numpy")
+    np.testing.assert_allclose(nats[:, 0], -loaded.score_samples(load_curves("curves.csv")), rtol=1e-6)
+    run("score m.safetensors curves.csv -o bits.csv --bits --quiet --backend numpy")
+    bits = np.loadtxt("bits.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(bits[:, 0], nats[:, 0] / (12 * np.log(2)), rtol=1e-6)
+    run("score m.safetensors curves.csv -o d.csv --method denoising --probes 2 --quiet --backend numpy")
+    assert (np.loadtxt("d.csv", delimiter=",", skiprows=1)[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("-o nll.txt", r"\.csv"), ("-o nll.csv --probes 0", "--probes"), ("-o nll.csv --plot b.doc", r"b\.doc")],
+)
+def test_bad_scores(run, model, options, said):
+    code, _, err = run(f"score m.safetensors curves.csv --quiet {options}")
+    assert code == 2
+    assert re.match(rf"fastdiff: error: .*{said}", err)
+    assert files() == ["curves.csv", "m.safetensors"]
+
+
 # --------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "score", "info"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command.split(), "--help"])
@@ -623,7 +680,7 @@ def test_help_teaches(command, capsys):
 
 def test_examples_in_the_help_are_options_that_exist(capsys):
     parser = cli.build_parser()
-    for command in ("", "demo", "train", "sample", "info"):
+    for command in ("", "demo", "train", "sample", "score", "info"):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
         for line in re.findall(r"^  fastdiff (.*?)(?:   .*)?$", capsys.readouterr().out, re.M):
@@ -748,7 +805,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, model, command, message):
         ("train curves.csv -o n.safetensors --schedule square", "sigmoid"),
         ("train curves.csv -o n.safetensors --network big", "tutorial"),
         ("train curves.csv -o n.safetensors --steps many", "--steps"),
-        ("sample m.safetensors -o x.csv --sampler euler", "dpmpp_2m"),
+        ("sample m.safetensors -o x.csv --sampler plms", "dpmpp_2m"),
         ("sample m.safetensors", "--output"),
         ("paint", "train"),
         ("--quiet", "COMMAND"),
@@ -912,6 +969,7 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_by_the_rule_says_how_to_go_on_by_it(run, monkeypatch):
     def stop(self, step, loss):
         self.presses = step == 149

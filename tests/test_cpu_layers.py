@@ -657,6 +657,7 @@ def hot_kernels():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hot_kernels())
 def test_hot_kernels_are_vectorised(name):
     kernel, arguments, operations = hot_kernels()[name]

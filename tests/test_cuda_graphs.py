@@ -225,7 +225,7 @@ def test_a_perceptron(be, eager, make):
 def test_samples_have_the_same_bits(be, eager, options):
     ours, theirs = (trained(each, options, steps=1) for each in (be, eager))
     how = {"labels": 1 if "classes" in options else None, "steps": 4}
-    for number, sampler in enumerate(("ddim", "ddpm", "dpmpp_2m"), start=1):
+    for number, sampler in enumerate(("ddim", "ddpm", "dpmpp_2m", "unipc"), start=1):
         got, want = (each.sample(3, sampler=sampler, batch=2, **how) for each in (ours, theirs))
         assert_same_bits(got._memory, want)
         # Of two images and of one; the weights of the next call may lie where the last one's lay.

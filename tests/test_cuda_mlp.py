@@ -22,11 +22,12 @@ from fastdiff.backends.cuda import mlp as operations
 from fastdiff.backends.cuda.mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.backends.numpy import mlp as perceptron
+from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.nn import MLP
 from fastdiff.nn.mlp import sinusoidal_features
 from fastdiff.noise import Draw, Stream
-from fastdiff.samplers import ddim, ddpm, dpmpp_2m
+from fastdiff.samplers import ddim, ddpm, dpmpp_2m, lms
 from fastdiff.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -345,6 +346,7 @@ def table(net, name):
         "ddpm": lambda: ddpm(schedule, min(schedule.T, 4), clip=1.0),
         "ddim": lambda: ddim(schedule, min(schedule.T, 4), eta=0.5),
         "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 4), prediction="v"),
+        "lms": lambda: lms(schedule, min(schedule.T - 1, 5)),  # reaches back three rows
     }[name]()
 
 
@@ -357,12 +359,12 @@ def chained(be, net, smp, x, first):
 def stepped(be, net, smp, x, first):
     state, memory = x.copy(), tuple(np.zeros((max(row.depth for row in smp.rows), *x.shape), x.dtype))
     for row in smp.rows:
-        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t))
-        be.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.t, first))
+        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t)) if row.evaluates else None
+        be.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.step, first))
     return state
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "lms"])
 def test_a_chain_is_its_steps_in_any_batch(net, be, name):
     smp, first = table(net, name), 2**32 - 30
     x, _, _ = batch_of(net, 70)
@@ -375,7 +377,7 @@ def test_a_chain_is_its_steps_in_any_batch(net, be, name):
             assert_same_bits(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "lms"])
 def test_chains_agree(net, be, name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 9)
@@ -385,18 +387,32 @@ def test_chains_agree(net, be, name):
 
 
 def test_every_term_of_a_table(be):
-    """Rows with all terms, the memory already in the first, where it is zero; clips on one side."""
+    """Rows with all terms, the memory already in the first, where it is zero; clips on one side; 1 to 3 rows back."""
     net = scatter(NETS["odd"]())
-    numbers = np.insert(np.random.default_rng(8).normal(size=(3, 7)) / 2, (5, 5), 0, axis=1)
-    rows = tuple(Row(t, *row) for t, row in zip((10, 3, 3), numbers.tolist(), strict=True))
-    smp = SimpleNamespace(rows=(*rows, rows[1]._replace(s=0.0)), clip=(-0.25, 2.0))
     x, _, _ = batch_of(net, 70)
-    got = chained(be, net, smp, x, 2**56 - 70)
-    assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
-    want = x.astype(np.float64)
-    draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
-    assert_close(got, want, terms=4 * terms(net.plan))
+    for back in (1, 2, 3):
+        numbers = np.random.default_rng(7 + back).normal(size=(3, 9)) / 2
+        numbers[:, 4 + back : 7] = 0
+        rows = [Row(t, *row) for t, row in zip((10, 3, 3), numbers.tolist(), strict=True)]
+        rows = (*rows, rows[2]._replace(q=0.0, e=0.0, visit=1), rows[1]._replace(s=0.0))
+        smp = SimpleNamespace(rows=rows, clip=(-0.25, 2.0))
+        got = chained(be, net, smp, x, 2**56 - 70)
+        assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
+        want = x.astype(np.float64)
+        draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
+        NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
+        assert_close(got, want, terms=5 * terms(net.plan))
+
+
+def test_a_table_for_a_learned_variance_is_refused(be):
+    net, x = scatter(MLP(3, hidden=(5,), T=7)), normals(4, 3)
+    row = Row(2, 1.0, 0.5, 0.3, 0.4, s=0.5, r=0.25)
+    for run in (
+        lambda: be.mlp_chain(net.plan, net.flat, x, (row,), None, Draw(0, Stream.STEP)),
+        lambda: be.sampler_step(x, x.copy(), (), row, None, Draw(0, Stream.STEP)),
+    ):
+        with pytest.raises(ArgumentError, match=r"rows \(r\): got 0.25 at t = 2"):
+            run()
 
 
 def test_an_empty_chain_changes_nothing(be):

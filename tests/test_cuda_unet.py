@@ -127,7 +127,7 @@ def test_train_save_load_and_sample(be, tmp_path):
     assert_same_bits(ours.net.flat, host.net.flat)
     ours.save(tmp_path / "m.safetensors")
     loaded = fd.load(tmp_path / "m.safetensors", backend=be)
-    for sampler, steps in (("ddim", 3), ("dpmpp_2m", 3), ("ddpm", 2)):
+    for sampler, steps in (("ddim", 3), ("dpmpp_2m", 3), ("unipc", 4), ("heun", 3), ("ddpm", 2)):
         how = {"labels": 2, "sampler": sampler, "steps": steps}
         want = host.sample(3, **how)
         be.runtime.reads.clear()

@@ -251,6 +251,20 @@ TABLES = {
     "ddim eta": lambda s, p: samplers.ddim(s, 9, eta=0.7, prediction=p),
     "dpmpp_2m": lambda s, p: samplers.dpmpp_2m(s, 9, prediction=p),
     "dpmpp_2m sigma_min": lambda s, p: samplers.dpmpp_2m(s, 9, prediction=p, final="sigma_min"),
+    "dpmpp_2m sde": lambda s, p: samplers.dpmpp_2m(s, 9, eta=1.0, prediction=p),
+    "dpmpp_3m sde": lambda s, p: samplers.dpmpp_3m(s, 9, eta=0.7, prediction=p),
+    "euler_ancestral": lambda s, p: samplers.euler_ancestral(s, 9, prediction=p),
+    "heun with churn": lambda s, p: samplers.heun(s, 9, churn=4, s_tmin=0.1, s_noise=1.1, prediction=p),
+    "unipc3": lambda s, p: samplers.unipc(s, 9, order=3, prediction=p),
+    "deis3": lambda s, p: samplers.deis(s, 9, order=3, prediction=p),
+    "lms4": lambda s, p: samplers.lms(s, 9, prediction=p),
+    "three rows and back up": lambda s, p: Sampler(
+        [(90, 0.7, -0.2, 0.4, 0.3, 0, 0, 0, 0.1, 0.5), (60, 1.1, 0.3, 0.6, -0.5, 0.8, 0, 0, 0.2, 0.3)]
+        + [(70, 0.4, 0, 0.9, 0.2, 0.3, 0.5, 0, 0, 0.4), (70, 0.9, 0.4, 0.5, 0.3, -0.6, 0.3, 0, -0.1, 0.2)]
+        + [(t, 0.9, 0.4, 0.5, 0.3, -0.6, 0.2, 0.4, -0.1, 0.2) for t in (40, 20, 20, 3)],
+        s,
+        prediction=p,
+    ),
     "memory and noise": lambda s, p: Sampler(
         [(90, 0.7, -0.2, 0.4, 0.3, 0, 0.1, 0.5), (60, 1.1, 0.3, 0.6, -0.5, 0.8, 0.2, 0.3)]
         + [(t, 0.9, 0.4, 0.5, 0.3, -0.6, -0.1, 0.2) for t in (40, 20, 3)],

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from host_cuda import HostRuntime, has_compiler
 
 from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.bench.layers import Attention
+from fastdiff.bench.networks import Pictures, PicturesSampling
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-gpu, gpu_run, cases = map(importlib.import_module, ("gpu", "gpu_run", "cases"))
+gpu, gpu_run = map(importlib.import_module, ("gpu", "gpu_run"))
+record = importlib.import_module("report").record
 
-FORWARD = cases.BY_NAME["forward-1000000x50"]
+FORWARD = bench.BY_NAME["forward-1000000x50"]
 HEADER = {
     "gpu": "NVIDIA H200", "cupy": "14.2.0", "numba-cuda": None, "torch": "2.13.0", "python": "3.12.1", "scale": 1.0,
     "system": "Linux x86_64", "date": "2026-01-02", "commit": "abc",
@@ -32,13 +35,11 @@ HEADER = {
 
 
 def row_of(name, seconds, failed=(), bandwidth=1e9, rounds=(7, 7), cut=()):
-    case = next(case for case in gpu.CASES if case.name == name)
-    return gpu.row_of(case, seconds, dict(failed), bandwidth, list(cut)) | {"rounds": rounds}
+    return replace(gpu.row_of(gpu.BY_NAME[name], seconds, dict(failed), bandwidth, list(cut)), rounds=rounds)
 
 
-def table(*rows, **results):
-    nothing = {"stages": {}, "faults": {}, "left": {}, "ended": "all"}
-    return gpu.table(nothing | {"header": HEADER, "rows": list(rows)} | results)
+def table(*rows, ended="all", **results):
+    return gpu.Results(HEADER, list(rows), ended, **results).table()
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
@@ -59,27 +60,39 @@ def test_wrong_arguments_are_refused(capsys):
         assert "usage: gpu.py" in capsys.readouterr().err
 
 
-def test_what_is_wanted_is_measured():
-    names = {case.name for case in gpu.CASES}
-    assert set(gpu.WANTED) <= set(gpu.FIRST) <= names
+def test_what_has_a_target_is_measured():
+    names = set(gpu.BY_NAME)
+    assert len(names) == len(gpu.WORKLOADS)
+    assert set(gpu.TARGETS) <= set(gpu.FIRST) <= names
     assert gpu.in_order(sorted(names))[:9] == list(gpu.FIRST)
-    assert all(set(wanted) <= {*gpu.WAYS, "copy", "best"} for wanted in gpu.WANTED.values())
+    assert all(set(targets) <= {*gpu.WAYS, "copy", "best"} for targets in gpu.TARGETS.values())
     assert set(gpu.BEST) <= set(gpu.IMAGE_WAYS)
-    by_name = {case.name: case for case in gpu.CASES}
-    assert all(by_name[name].kind in gpu.MEMORY_BOUND for name, wanted in gpu.WANTED.items() if "copy" in wanted)
+    assert all(gpu.BY_NAME[name].memory_bound for name, targets in gpu.TARGETS.items() if "copy" in targets)
+
+
+def test_a_size_is_in_the_name_and_the_title():
+    found = {(w.name, w.title, w.n) for w in gpu.WORKLOADS if w.name not in bench.BY_NAME}
+    assert found >= {
+        ("chain-tutorial-1000000", "100-step chain, tutorial MLP, n = 1,000,000", 1_000_000),
+        ("posterior-16384x10000x64", "denoiser of 10,000 x 64 data, 16,384 states", 16_384),
+        ("norm-1024x32x32x64", "GroupNorm and SiLU, 1024 x 32 x 32 x 64", 1024),
+        ("conv-back-256x16x16x128", "its gradients, 256 x 16 x 16 x 128", 256),
+    }
 
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
-@pytest.mark.parametrize("case", [case for case in gpu.CASES if case.kind != "normals"], ids=lambda case: case.name)
-def test_a_case_runs_on_the_host(monkeypatch, case):
+@pytest.mark.parametrize("workload", gpu.WORKLOADS[1:], ids=lambda workload: workload.name)
+def test_a_workload_runs_on_the_host(monkeypatch, workload):
     """Of image networks all four ways of ours, with a stand-in for cuDNN."""
     waits, runtime = [], HostRuntime()
-    small = replace(case.at(0.0001), n=2)
-    if case.kind in gpu.IMAGES:
-        small = replace(small, shape=(4, 4, 3) if case.net else (5, 32) if case.kind == "attention" else (4, 4, 8))
-        small = replace(small, steps=2) if case.kind == "unet-ddim" else small
-        for name, value in {"channels": (8, 8, 8), "blocks": 1, "head_width": 8}.items():
-            monkeypatch.setitem(bench.UNET, name, value)
+    small = replace(workload.at(0.0001), n=2)
+    if workload.image:
+        is_network, is_attention = (isinstance(workload, kind) for kind in (Pictures, Attention))
+        small = replace(small, shape=(4, 4, 3) if is_network else (5, 32) if is_attention else (4, 4, 8))
+        small = replace(small, channels=(8, 8, 8)) if is_network else small
+        small = replace(small, steps=2) if isinstance(small, PicturesSampling) else small
+        for name, value in {"blocks": 1, "head_width": 8}.items():
+            monkeypatch.setitem(bench.networks.UNET, name, value)
         monkeypatch.setitem(sys.modules, "cudnn", Library(runtime))
         find = gpu.importlib.util.find_spec
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "cudnn" or find(name))
@@ -88,12 +101,11 @@ def test_a_case_runs_on_the_host(monkeypatch, case):
     seconds = next(gpu.measure(runs, ways.units, lambda: waits.append(1), 0.0001))
     assert not failed
     assert not cut
-    alone = case.kind not in gpu.IMAGES or case.kind in ("norm", "attention")
-    assert set(seconds) == ({"ours"} if alone else set(gpu.OURS))
+    assert set(seconds) == (set(gpu.OURS) if workload.convolves else {"ours"})
     assert min(seconds.values()) > 0
     assert waits
-    row = gpu.row_of(small, seconds, failed, 1e9)
-    assert json.loads(json.dumps(row)) == row
+    row = gpu.row_of(small, seconds, failed, 1e9, [])
+    assert record(gpu.Row, json.loads(json.dumps(asdict(row)))) == row
 
 
 def test_a_turn_times_many_calls_and_waits_for_them(monkeypatch):
@@ -148,39 +160,37 @@ def test_a_device_that_is_dead_ends_the_work():
 
 
 def test_what_is_late_is_cut():
-    """But for ours and PyTorch as it stands; a mark can still be missed then, and not met."""
+    """But for ours and PyTorch as it stands; a target can still be missed then, and not met."""
     ways = made("ours", "ours-bf16", "eager", "graphs", "reduced")
     clock = iter([False, True])
     runs, failed, cut = gpu.make(ways, int, late=lambda: next(clock))
     assert (set(runs), failed, cut) == ({"ours", "ours-bf16", "eager", "graphs"}, {}, ["reduced"])
     fast, slow = (row_of("unet-train-16", {"ours": 1.0, "graphs": theirs}, cut=cut) for theirs in (1.6, 1.4))
-    assert (fast["reached"], fast["missed"], fast["unknown"]) == ({}, [], ["best"])
-    assert (slow["reached"], slow["missed"], slow["unknown"]) == ({"best": 1.4}, ["best"], [])
-    whole = row_of("unet-train-16", {"ours": 1.0, "graphs": 1.6}, cut=["channels"])
-    assert whole["reached"] == {"best": 1.6}
+    assert (fast.reached, fast.missed, fast.unknown) == ({}, [], ["best"])
+    assert (slow.reached, slow.missed, slow.unknown) == ({"best": 1.4}, ["best"], [])
+    assert row_of("unet-train-16", {"ours": 1.0, "graphs": 1.6}, cut=["channels"]).reached == {"best": 1.6}
     text = table(fast)
     assert "| no time |" in text
-    assert text.count("by the fastest of ours: not measured") == 4  # its row, and three marks
+    assert text.count("by the fastest of ours: not measured") == 4  # its row, and three targets
 
 
-def test_what_decides_a_mark_is_made_first():
-    case = next(case for case in gpu.CASES if case.name == "unet-ddim-50-16")
-    assert gpu.deciding(case) == gpu.BEST
+def test_what_decides_a_target_is_made_first():
+    assert gpu.deciding(gpu.BY_NAME["unet-ddim-50-16"]) == gpu.BEST
     assert gpu.deciding(FORWARD) == ("eager", "compiled")
 
 
 def test_the_table():
-    """Half the bandwidth of a copy that moves as many bytes a second as the case has."""
+    """Half the bandwidth of a copy that moves as many bytes a second as the workload has."""
     seconds, speed = {"ours": 2.0, "twin": 4.0, "eager": 8.0}, float(FORWARD.bytes)
     row = row_of(FORWARD.name, seconds, {"compiled": "RuntimeError: no"}, speed)
-    assert row["ratios"] == {"eager": 4.0}
-    assert row["share of copy"] == {"ours": 0.5, "twin": 0.25}
-    assert row["missed"] == ["copy"]
-    assert row["unknown"] == ["compiled"]
+    assert row.ratios == {"eager": 4.0}
+    assert row.share_of_copy == {"ours": 0.5, "twin": 0.25}
+    assert row.missed == ["copy"]
+    assert row.unknown == ["compiled"]
     fast = row_of(FORWARD.name, {"ours": 1.1, "compiled": 1.3, "eager": 3.2}, {}, speed, (3, 7))
-    assert fast["missed"] == ["compiled", "eager"]
-    chain = row_of(gpu.CASES[4].name, {"ours": 1.0, "graphs": 6.0})
-    assert (chain["share of copy"], chain["missed"]) == ({}, [])
+    assert fast.missed == ["compiled", "eager"]
+    chain = row_of("chain-tutorial-1000000", {"ours": 1.0, "graphs": 6.0})
+    assert (chain.share_of_copy, chain.missed) == ({}, [])
     text = table(row, fast, chain, stages={"GPU tests": "2 passed"}, faults={"step": "died\nbadly"})
     lines = text.splitlines()
     assert "NVIDIA H200; cupy 14.2.0, torch 2.13.0; Python 3.12.1" in lines[0]
@@ -193,16 +203,16 @@ def test_the_table():
     assert lines[-2:] == ["GPU tests: 2 passed.", "step: **died**."]
 
 
-def test_every_mark_is_accounted_for():
+def test_every_target_is_accounted_for():
     row = row_of(FORWARD.name, {"ours": 2.0, "eager": 8.0}, {}, float(FORWARD.bytes))
     lines = table(row).splitlines()
-    marks = lines[lines.index("| work | mark |") + 2 :]
-    assert sum(map(len, gpu.WANTED.values())) == 12
-    assert len([line for line in marks if line.startswith("|")]) == 12
-    assert "Marks: 1 met, 1 missed, 10 not measured." in lines
-    assert marks[:3] == [
-        f"| {FORWARD.title} | {mark} |"
-        for mark in ("85% of the copy: 50%, **missed**", "3 x PyTorch: 4.00, met", "1.2 x compiled: not measured")
+    targets = lines[lines.index("| work | target |") + 2 :]
+    assert sum(map(len, gpu.TARGETS.values())) == 12
+    assert len([line for line in targets if line.startswith("|")]) == 12
+    assert "Targets: 1 met, 1 missed, 10 not measured." in lines
+    assert targets[:3] == [
+        f"| {FORWARD.title} | {target} |"
+        for target in ("85% of the copy: 50%, **missed**", "3 x PyTorch: 4.00, met", "1.2 x compiled: not measured")
     ]
 
 
@@ -217,18 +227,18 @@ def test_the_table_of_image_networks():
     """The fastest of ours against the fastest of their CUDA graphs, whatever the precision."""
     seconds = {"ours": 4.0, "ours-bf16": 2.0, "eager": 9.0, "channels": 8.0, "graphs": 5.0, "bf16-graphs": 2.9}
     slow = row_of("unet-train-16", seconds, {"reduced": "RuntimeError: no"})
-    assert slow["ratios"]["graphs"] == 2.5
-    assert (slow["reached"], slow["missed"], slow["unknown"]) == ({"best": 1.45}, ["best"], [])
+    assert slow.ratios["graphs"] == 2.5
+    assert (slow.reached, slow.missed, slow.unknown) == ({"best": 1.45}, ["best"], [])
     fast = row_of("unet-train-256", seconds)
-    assert fast["missed"] == []
+    assert fast.missed == []
     alone = row_of("unet-ddim-50-16", {"ours": 1.0})
-    assert alone["unknown"] == ["best"]
-    norm = next(case for case in gpu.CASES if case.name == "norm-1024x32x32x64")
+    assert alone.unknown == ["best"]
+    norm = gpu.BY_NAME["norm-1024x32x32x64"]
     norm_row = row_of(norm.name, {"ours": 1.0}, {}, float(norm.bytes))
     text = table(slow, row_of(FORWARD.name, {"ours": 1.0}), fast, alone, norm_row)
     first, second = text.split("Image networks, and their layers alone")
     assert [line.count(" | ") for line in first.splitlines() if line.startswith("| ")] == [7, 7]
-    second = second.split("Marks:")[0]
+    second = second.split("Targets:")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in second.splitlines() if line[:1] == "|"]
     assert {len(cells) for cells in rows} == {14}
     assert rows[0][:7] == ["work", "ours", "bf16", "cuDNN", "cuDNN, bf16", "of the copy", "PyTorch"]
@@ -243,7 +253,7 @@ def test_the_table_of_image_networks():
 
 @pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capfd):
-    """On arrays that refuse to come to the host unasked; a case that fails, and one that is the end of its process."""
+    """On arrays that refuse to come to the host unasked; one workload fails, another ends its process."""
     monkeypatch.setattr(gpu_run, "WORKER", (sys.executable, str(HERE / "gpu_on_host.py")))
     monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("FASTDIFF_TEST_BROKEN", "similarity-4096x128:reshape-1000000x128")
@@ -253,7 +263,7 @@ def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capfd)
     out, err = capfd.readouterr()
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["name"].split("-")[0] for row in results["rows"]] == ["forward", "step", "normals"]
-    assert all(set(row["share of copy"]) == {"ours"} for row in results["rows"])
+    assert all(set(row["share_of_copy"]) == {"ours"} for row in results["rows"])
     assert all(row["rounds"] == [1, 1] for row in results["rows"])
     compiled = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in results["compile"].items())
     absent = dict.fromkeys(("PyTorch", "diffusers", "cudnn"), "not installed")
@@ -275,7 +285,7 @@ def test_a_worker_makes_one_way(tmp_path):
     environment = os.environ | {"FASTDIFF_GPU_EVENTS": str(events), "FASTDIFF_GPU_PARENT": str(os.getpid())}
     for way, code, told in (("ours", 0, ""), ("theirs", 3, '{"dying": "KeyError: \'theirs\'"}\n')):
         events.write_text("")
-        job = json.dumps({"do": "make", "case": FORWARD.name, "way": way})
+        job = json.dumps({"do": "make", "workload": FORWARD.name, "way": way})
         command = [sys.executable, str(HERE / "gpu_on_host.py"), job]
         assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == code
         assert events.read_text() == told
@@ -283,8 +293,8 @@ def test_a_worker_makes_one_way(tmp_path):
 
 def test_results_that_differ_are_not_timed():
     ours = np.ones(3, np.float32)
-    gpu.agree("case", ours, ours + np.float32(1e-6))
+    bench.workload.agree("case", ours, ours + np.float32(1e-6))
     with pytest.raises(AssertionError, match="case: ours and PyTorch's differ by"):
-        gpu.agree("case", ours, ours + np.float32(1e-2))
+        bench.workload.agree("case", ours, ours + np.float32(1e-2))
     with pytest.raises(AssertionError):
-        gpu.agree("case", ours * np.float32("nan"), ours)
+        bench.workload.agree("case", ours * np.float32("nan"), ours)

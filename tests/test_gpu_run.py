@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +33,8 @@ HANG, DIE, DEAD = ({"do": what} for what in ("hang", "die", "dead"))
 
 def row(name, done=7, seconds=1.0, **others):
     """A step that tells a row."""
-    case = next(case for case in gpu.CASES if case.name == name)
-    return {"tell": {"row": gpu.row_of(case, {"ours": seconds}, {}, 1e9) | {"rounds": (done, 7)} | others}}
+    found = gpu.row_of(gpu.BY_NAME[name], {"ours": seconds}, {}, 1e9, [])
+    return {"tell": {"row": asdict(replace(found, rounds=(done, 7), **others))}}
 
 
 class Run:
@@ -76,10 +77,10 @@ class Run:
         self.monkeypatch.setattr(gpu_run, "PATIENCE", dict.fromkeys(gpu_run.PATIENCE, 1e9))
         self.monkeypatch.setattr(gpu_run, "SHARE", 1)
 
-    def asked(self, do="cases"):
-        """The cases that processes were asked for, in order."""
+    def asked(self, do="workloads"):
+        """The workloads that processes were asked for, in order."""
         jobs = map(json.loads, self.jobs.read_text().splitlines())
-        return [job["cases"] if do == "cases" else job for job in jobs if job["do"] == do]
+        return [job["workloads"] if do == "workloads" else job for job in jobs if job["do"] == do]
 
 
 @pytest.fixture
@@ -95,13 +96,13 @@ BENCHMARKS_ONLY = ("--stage", "benchmarks", "--only", FORWARD, "--only", STEP, "
 def test_what_matters_most_comes_first(run):
     assert run("--stage", "benchmarks") == 0
     (asked,) = run.asked()
-    assert sorted(asked) == sorted(case.name for case in gpu.CASES)
+    assert sorted(asked) == sorted(gpu.BY_NAME)
     assert tuple(asked[: len(gpu.FIRST)]) == gpu.FIRST
     assert run.header["complete"] == ["benchmarks"]
     assert (run.left, run.faults, run.results["ended"]) == ({}, {}, "all")
 
 
-def test_a_case_that_raises_costs_no_process(run):
+def test_a_workload_that_raises_costs_no_process(run):
     steps = {FORWARD: [{"fault": "AssertionError: they differ"}], STEP: [row(STEP)]}
     assert run(*BENCHMARKS_ONLY, **steps) == 1
     assert run.asked() == [[FORWARD, STEP, NORMALS]]
@@ -115,7 +116,7 @@ def test_a_case_that_raises_costs_no_process(run):
     [(HANG, SILENT), (DIE, "died of SIGABRT"), (DEAD, "an illegal address")],
     ids=["hang", "die", "dead"],
 )
-def test_a_process_that_ends_costs_one_case(run, end, why):
+def test_a_process_that_ends_costs_one_workload(run, end, why):
     """Of which is kept what was known."""
     assert run(*BENCHMARKS_ONLY, **{FORWARD: [row(FORWARD, 3), end], STEP: [row(STEP)]}) == 1
     assert run.asked() == [[FORWARD, STEP, NORMALS], [STEP, NORMALS]]
@@ -124,8 +125,8 @@ def test_a_process_that_ends_costs_one_case(run, end, why):
     assert run.header["complete"] == ["benchmarks"]
 
 
-def test_a_way_that_ends_its_process_is_left_out_and_the_case_done_again(run):
-    """PyTorch's that hangs, in that case; a variant of ours that hangs, in all cases."""
+def test_a_way_that_ends_its_process_is_left_out_and_the_workload_done_again(run):
+    """PyTorch's that hangs, in that workload; a variant of ours that hangs, in all."""
     failed = {"ours-bf16": SILENT}
     plan = {
         TRAIN: [{"way": "ours-bf16"}, HANG, {"way": "reduced"}, DIE, {"way": "graphs"}, row(TRAIN, failed=failed)],
@@ -135,7 +136,7 @@ def test_a_way_that_ends_its_process_is_left_out_and_the_case_done_again(run):
     assert run.asked() == [[TRAIN, SAMPLE]] * 3
     assert run.faults == {f"{TRAIN}, ours-bf16": SILENT}
     assert set(run.rows) == {TRAIN, SAMPLE}
-    without = [job["without"] for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "cases"]
+    without = [job["without"] for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "workloads"]
     assert without == [
         {TRAIN: {}, SAMPLE: {}},
         {TRAIN: failed, SAMPLE: failed},
@@ -147,7 +148,7 @@ def test_a_way_of_pytorch_has_its_share_of_the_time(run):
     """And no more patience than that, whatever it compiles; it is told how much."""
     plan = {TRAIN: [{"way": "reduced"}, HANG, {"way": "graphs"}, row(TRAIN)]}
     assert run("--minutes", "3", "--stage", "benchmarks", "--only", TRAIN, **plan) == 0
-    first, second = (job for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "cases")
+    first, second = (job for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "workloads")
     assert first["share"] == 45
     assert second["without"] == {TRAIN: {"reduced": "killed, silent for 45 s"}}
 
@@ -155,9 +156,9 @@ def test_a_way_of_pytorch_has_its_share_of_the_time(run):
 def test_processes_that_only_die_are_given_up(run, monkeypatch):
     monkeypatch.setattr(gpu_run, "RESTARTS", 3)
     names = ["normals", "forward", "step", "chain", "train-default", "similarity"]
-    plan = {case.name: [DIE] for case in gpu.CASES if case.name != "step-64x256x256x3"}
+    plan = {name: [DIE] for name in gpu.BY_NAME if name != STEP}
     assert run("--stage", "benchmarks", *(f"--only={name}" for name in names), **plan) == 1
-    assert [len(asked) for asked in run.asked()] == [8, 7, 5, 4]  # a case that was done in between counts
+    assert [len(asked) for asked in run.asked()] == [8, 7, 5, 4]  # a workload that was done in between counts
     assert run.faults["benchmarks"] == "given up after 3 processes; the last one: died of SIGABRT"
     assert len(run.left["benchmarks"]) == 3
 
@@ -184,7 +185,7 @@ def test_at_the_end_of_the_time_all_ends(run):
     assert run.left == {"benchmarks": [STEP, NORMALS], "full": ["all"], "sanitizer": list(gpu_run.TOOLS)}
     assert f"Not run, no time left: benchmarks: {STEP}, {NORMALS}.\n" in run.table
     assert "(2 of 7 rounds)" in run.table
-    assert run.header["cases"] == [FORWARD]
+    assert run.header["workloads"] == [FORWARD]
 
 
 def test_ways_that_were_cut_are_named(run):
@@ -258,7 +259,7 @@ def test_goes_on_with_results_of_another_folder(run, tmp_path):
     assert run("--continue", str(earlier), *BENCHMARKS_ONLY, **{STEP: [row(STEP)]}) == 0
     assert run.asked() == [[STEP, NORMALS]]
     assert set(run.rows) == {FORWARD, STEP}
-    assert set(json.loads((earlier / "gpu.json").read_text())["header"]["cases"]) == {FORWARD}
+    assert set(json.loads((earlier / "gpu.json").read_text())["header"]["workloads"]) == {FORWARD}
 
 
 def test_results_of_another_card_are_not_gone_on_with(run, capfd):
@@ -282,7 +283,7 @@ def test_networks_are_compiled_ahead(run):
     options = ("--stage", "benchmarks", "--only", TRAIN, "--only", STEP)
     assert run("--minutes", "10", *options) == 0
     assert sorted(job["way"] for job in run.asked("make")) == sorted(gpu.BEST)
-    assert {job["case"] for job in run.asked("make")} == {TRAIN}
+    assert {job["workload"] for job in run.asked("make")} == {TRAIN}
     assert all(outcome.endswith(" s") for outcome in run.results["ahead"].values())
     assert f"Compiled ahead: {TRAIN}, graphs {run.results['ahead'][f'{TRAIN}, graphs']}; " in run.table
     assert run("--minutes", "10", *options, ahead="hang") == 0

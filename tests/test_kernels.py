@@ -36,8 +36,8 @@ def layer(activation, mode):
 def hot_kernels():
     """Name: (kernel, arguments, packed operations that its loops must hold)."""
     words = np.zeros((4, noise.CHUNK), np.uint32)
-    keys, row = round_keys(0), np.ones(7, F32)
-    x, out, kept, drawn = arrays(N, N, N, N)
+    keys, row, one = round_keys(0), np.ones(12, F32), F32(1)
+    x, out, kept, drawn, m2, m3 = arrays(N, N, N, N, N, N)
     arena, params, table = arrays(4 * N * N, N * N, 4 * N)
     slots, t = arrays(N, N, dtype=I64)
     p, g, m, v, a = arrays(N, N, N, N, N)
@@ -48,7 +48,12 @@ def hot_kernels():
     return {
         "Philox": (noise._words, (N, 0, np.uint64(0), N, False, 0, 0, keys, words), ["multiply words"]),
         "Box-Muller": (noise._pair, (N, words[0], words[1], x, out), ["multiply", "add", "root"]),
-        "sampler step": (step.apply_row, (x, out, kept, drawn, row, F32(-1), F32(1), True), ["multiply", "add"]),
+        "sampler step": (
+            step._apply,
+            (0, N, x, out, kept, m2, m3, drawn, 0, row, one, one, one, one, 3),
+            ["multiply", "add"],
+        ),
+        "scaled noise": (step.scale_noise, (drawn, x, one), fused),
         "activation by samples": (
             mlp._modulate_activate,
             (N, silu, arena, params, table, 2 * N, slots, t),
@@ -99,6 +104,7 @@ ARM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hot_kernels())
 def test_hot_kernels_are_vectorised(name):
     kernel, arguments, operations = hot_kernels()[name]

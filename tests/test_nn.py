@@ -404,7 +404,10 @@ def test_the_average_warms_up_by_its_own_counter():
 
 def test_a_plan_goes_through_json():
     plan = TrainingPlan(lr=0.3, warmup=2, decay_steps=9, clip_norm=None, ema=None)
-    assert TrainingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    weighted = TrainingPlan(weighting="min_snr", snr_gamma=2.5)
+    for each in (plan, weighted):
+        assert TrainingPlan.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+    assert weighted.to_dict().keys() - plan.to_dict().keys() == {"weighting", "snr_gamma"}
     for broken in ({}, plan.to_dict() | {"momentum": 1}, {"lr": 1}):
         with pytest.raises(ArgumentError, match="training plan"):
             TrainingPlan.from_dict(broken)

@@ -45,6 +45,7 @@ def test_one_version():
     version = PYPROJECT["project"]["version"]
     assert fastdiff.__version__ == version
     assert importlib.metadata.version("fastdiff-engine") == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_public_names():
@@ -223,3 +224,15 @@ def test_the_peers_lane_is_one_skip_where_there_are_no_peers(pytester, monkeypat
         result.stdout.fnmatch_lines(["SKIPPED*peers lane needs*"])
     else:
         result.assert_outcomes(passed=2)
+
+
+def test_the_quick_part_counts_what_it_leaves_out(pytester):
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(
+        test_cuda_any="def test_1(): pass",
+        test_it="import pytest\n@pytest.mark.slow\ndef test_1(): pass\ndef test_2(): pass",
+    )
+    for option, passed, deselected in (("--quick", 1, 1), ("-ra", 3, 0)):
+        result = pytester.runpytest_subprocess(option, "-o", "markers=slow", "-p", "no:cacheprovider")
+        result.assert_outcomes(passed=passed, deselected=deselected)
+        assert ("--quick: 1 files left out (" in result.stdout.str()) == bool(deselected)

@@ -15,7 +15,7 @@ from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import Conv
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-precision, readme_numbers = map(importlib.import_module, ("precision", "readme_numbers"))
+precision, report = map(importlib.import_module, ("precision", "report"))
 
 host_run = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
@@ -89,7 +89,7 @@ def test_both_precisions_learn_and_are_compared(tmp_path, monkeypatch):
     text = (tmp_path / "precision-cpu.md").read_text()
     assert text.count("| 0.5: **missed** |") == 2
     for row in (training, unseen):
-        row["wanted"] = 1.02
-    lines = readme_numbers.table(found).splitlines()
+        row["target"] = 1.02
+    lines = report.record(report.PrecisionReport, found).lines()
     assert [line.endswith("| 1.02 |") for line in lines[-4:]] == [True, True, False, False]
     assert {line.count("|") for line in lines[2:]} == {6}

@@ -10,6 +10,7 @@ import pytest
 from gradcheck import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import three_back
 from tolerances import WORKSPACE, assert_close, assert_estimate, assert_same_bits
 
 from fastdiff import samplers
@@ -248,6 +249,7 @@ TABLES = {
         SCHEDULE,
         clip=(-0.7, 0.6),
     ),
+    "three back": lambda: three_back(SCHEDULE, clip=(-0.7, 0.6)),
 }
 tables = pytest.mark.parametrize("name", TABLES)
 
@@ -328,7 +330,7 @@ def test_the_timestep_is_an_int_and_the_state_is_the_denoisers_own(backend):
 
 
 @pytest.mark.parametrize("net", [MLP(7, hidden=(9, 5), T=12), MLP.tutorial(7, T=12)], ids=["default", "tutorial"])
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "three back"])
 def test_a_network_gives_the_same_bits_fused_and_stepwise(net, name):
     smp, at = TABLES[name](), {"n": 141, "seed": 5, "backend": "cpu"}
     fused = sample(scatter(net), smp, **at)
@@ -343,9 +345,10 @@ def test_a_network_gives_the_same_bits_fused_and_stepwise(net, name):
     assert_same_bits(path[0], normal((141, 7), seed=5, stream="init"))
 
 
-def test_backends_agree_on_a_network():
+@pytest.mark.parametrize("name", ["ddpm", "three back"])
+def test_backends_agree_on_a_network(name):
     net = scatter(MLP(7, hidden=(9, 5), T=12))
-    smp = ddpm(SCHEDULE, clip=1.0)
+    smp = TABLES[name]()
     assert_close(sample(net, smp, n=9, backend="cpu"), sample(net, smp, n=9, backend="numpy"), terms=12 * 32)
 
 

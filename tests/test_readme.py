@@ -1,6 +1,8 @@
-"""The documents: their code runs as it stands, every Python block alone, and commands have their options; links lead
-somewhere."""
+"""The documents: their code runs as it stands, every Python block after those under its heading, and so do the
+examples of docstrings; commands have their options; links lead somewhere."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -17,14 +19,29 @@ STEPS, ROWS, PICTURE_T = 3, 200, 5  # of the short runs below
 
 
 def blocks(language):
-    """The blocks of a language, each by its document and the line that it starts on."""
+    """The blocks of a language, each by its document and the line that it starts on.
+
+    A block of Python comes with those before it under the same heading, all else being blank.
+    """
     found = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
+        start = 0  # of the heading's blocks
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start(2)) + 1
-            if match[1] == language:
-                found.append(pytest.param(path, line, match[2], id=f"{path.name}, line {line}"))
+            if match[1] != language:
+                continue
+            code = match[2]
+            if language == "python":
+                start = text.rfind("\n## ", 0, match.start()) + 1
+                line = text.count("\n", 0, start) + 1
+                inside = [(m.start(2), m.end(2)) for m in BLOCK.finditer(text, start, match.end()) if m[1] == language]
+                code = "".join(
+                    char if char == "\n" or any(low <= at < high for low, high in inside) else ""
+                    for at, char in enumerate(text[start : match.end()], start)
+                )
+            shown = text.count("\n", 0, match.start(2)) + 1
+            found.append(pytest.param(path, line, code, id=f"{path.name}, line {shown}"))
     return found
 
 
@@ -57,6 +74,32 @@ def _what_a_reader_has(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("path", "line", "code"), blocks("python"))
 def test_a_block_runs_as_it_stands(path, line, code):
     exec(compile("\n" * (line - 1) + code, path, "exec"), {"__name__": "__main__"})
+
+
+def examples():
+    """The examples of each docstring that has any."""
+    found = []
+    for path in sorted((ROOT / "fastdiff").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if wanted := len(re.findall(r"^\s*>>> ", text, re.M)):
+            module = importlib.import_module(
+                ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            )
+            tests = [
+                test for test in doctest.DocTestFinder().find(module, extraglobs={"fd": fd, "np": np}) if test.examples
+            ]
+            assert sum(len(test.examples) for test in tests) == wanted, f"{path}: an example that would not run"
+            found += [pytest.param(test, id=test.name) for test in tests]
+    return found
+
+
+@pytest.mark.usefixtures("_short_runs", "_what_a_reader_has")
+@pytest.mark.parametrize("test", examples())
+def test_an_example_of_a_docstring_runs(test):
+    assert not any(example.options for example in test.examples), "nothing is left out"
+    runner, said = doctest.DocTestRunner(), []
+    runner.run(test, out=said.append)
+    assert not runner.failures, "".join(said)
 
 
 @pytest.mark.parametrize(("path", "line", "code"), blocks("sh"))

@@ -654,3 +654,5 @@ def test_a_label_is_the_name_and_the_number_of_steps():
     schedule = Schedule.cosine(60)
     assert samplers.named("ddim", schedule).label == "ddim, 50 steps"
     assert samplers.ddim(schedule, 1).label == "ddim, 1 step"
+    assert samplers.heun(schedule, 10, spacing="trailing").label == "heun, 19 evaluations"
+    assert samplers.dpm2(schedule, 1).label == "dpm2, 1 step"

@@ -204,6 +204,20 @@ def test_levels_that_fall_together_are_logged(caplog):
     assert f"'karras' spacing: {400 - len(steps)} of 400 levels fall on timesteps that others have" in caplog.text
 
 
+@pytest.mark.parametrize("schedule", [Schedule.flow(1000), Schedule.linear().zero_terminal_snr()])
+def test_levels_after_pure_noise(schedule):
+    for spacing in PLACED:
+        steps = schedule.timesteps(20, spacing=spacing)
+        assert steps[0] == 999
+        assert (np.diff(steps) < 0).all()
+        if spacing != "beta":
+            loudest = steps[1]
+            assert schedule.noise[loudest] <= 100 * schedule.signal[loudest]
+            assert schedule.noise[loudest + 1] > 100 * schedule.signal[loudest + 1]
+    with pytest.raises(ArgumentError, match="spacing: got 'karras'"):
+        Schedule(np.array([1.0 - 1e-9, 1.0])).timesteps(2, spacing="karras")
+
+
 def test_one_step_starts_at_the_noise_end():
     for spacing in ("trailing", "linspace", "linspace_open"):
         assert Schedule.cosine(20).timesteps(1, spacing=spacing).tolist() == [19]

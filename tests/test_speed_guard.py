@@ -3,7 +3,7 @@ that says nothing, fails here; a busy machine does not.
 
 A ratio is NumPy's time through ours, each on one thread and in the time of that thread alone, which stands still
 while others have the core; the median of short runs in alternation. It must be half of
-what is normal for a CPU with such vectors; a case that misses it has a second chance.
+what is normal for a CPU with such vectors; a workload that misses it has a second chance.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def _results_in_memory_that_is_there():
 
 
 def ratio(name):
-    case = BY_NAME[name].example
-    case = replace(case, n=min(case.n, FEW.get(name, case.n)))
+    workload = BY_NAME[name].example
+    workload = replace(workload, n=min(workload.n, FEW.get(name, workload.n)))
     with threadpool_limits(1):
-        works = [case.setup(be) for be in (get_backend("numpy"), get_backend("cpu", threads=1))]
+        works = [workload.setup(be) for be in (get_backend("numpy"), get_backend("cpu", threads=1))]
         for work in works:
             work.check(work.run())
         return statistics.median(turn(works[0]) / turn(works[1]) for _ in range(ROUNDS))

@@ -152,6 +152,7 @@ def test_a_spawned_process_takes_a_pickled_backend(expected):
     assert answer(multiprocessing.get_context("spawn"), get_backend("cpu", threads=2)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_numbas_threading_layer_changes_nothing(layer, expected):
     """Nor does the number of Numba's threads: the backend has its own."""
@@ -280,6 +281,7 @@ def test_a_script_refuses_what_a_kernel_cannot_take():
         Script(1, [[Task(check_range, (np.zeros((4, 4), np.int64)[:, :2], 0, np.zeros(3, np.int64)), 4, 1)]])
 
 
+@pytest.mark.slow
 def test_threads_that_tire_of_waiting_for_their_turn_change_nothing(monkeypatch, expected):
     monkeypatch.setattr(mlp_kernels, "PATIENCE", 1)
     kernel = numba.njit(**OPTIONS)(mlp_kernels.gradient_tiles.py_func)
@@ -320,6 +322,11 @@ def test_a_pickled_backend_keeps_its_threads():
     other = pickle.loads(pickle.dumps(CpuBackend(threads=3)))
     assert isinstance(other, CpuBackend)
     assert other.threads == 3
+
+
+def test_where_there_is_no_fork_there_are_threads(monkeypatch, expected):
+    monkeypatch.delattr(os, "register_at_fork", raising=False)  # as on Windows
+    assert work(CpuBackend(threads=2)) == expected
 
 
 def test_a_dropped_backend_ends_its_threads():

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from gradcheck import assert_gradient
+from rows import three_back
 from tolerances import WORKSPACE, assert_close, assert_same_bits
 
 from fastdiff.backends import Backend, get_backend
@@ -23,6 +24,8 @@ from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.nn import UNet
 from fastdiff.nn.layers import NO_DRAW, Program
 from fastdiff.noise import Draw, Stream, fill_uniform
+from fastdiff.sampling import sample
+from fastdiff.schedule import Schedule
 
 NUMPY = get_backend("numpy")
 
@@ -98,6 +101,7 @@ def planned(net, n, training):
     return program
 
 
+@pytest.mark.slow
 def test_every_gradient_of_a_network():
     net = made({"shape": (3,), "channels": (2, 2), "embedding": 2, "classes": 2, "dropout": 0.3})
     used = net.layout.zeros(bool)
@@ -108,6 +112,7 @@ def test_every_gradient_of_a_network():
     assert used.sum() == net.layout.count
 
 
+@pytest.mark.slow
 @nets
 def test_the_gradient_of_every_tensor_in_some_direction(options):
     net, random = made(options), np.random.default_rng(2)
@@ -202,6 +207,23 @@ def test_more_images_than_fit_at_once(backend):
     else:
         assert_same_bits(parts, whole)
     assert net.predict(x[:0], t[:0], labels[:0], backend=backend).shape == (0, 7)
+
+
+def test_samples_of_images_in_chunks(backend):
+    """A table that remembers, visits again and goes up: at once, in chunks, row by row, and on more threads."""
+    net = made(NETS["plain"], "float32")
+    smp, at = three_back(Schedule.cosine(net.T), clip=(-2.0, 2.0)), {"n": 7, "seed": 5, "backend": backend}
+    whole = sample(net, smp, **at)
+    assert_close(whole, sample(net, smp, n=7, seed=5, backend="numpy"), terms=1000 * len(smp))
+    net.chunk = 3
+    others = [sample(net, smp, **at), sample(net, smp, **at, trajectory=True)[0], sample(net, smp, **at, batch=4)]
+    if backend == "cpu":
+        others += [sample(net, smp, n=7, seed=5, backend=get_backend("cpu", threads=threads)) for threads in (1, 2)]
+    for other in others:
+        if backend == "numpy":  # where BLAS decides how it adds
+            assert_close(other, whole, terms=1000 * len(smp))
+        else:
+            assert_same_bits(other, whole)
 
 
 def test_a_step_allocates_nothing_large():

@@ -35,6 +35,10 @@ CUDA_STEPS = 2 * PEER_GRADIENT
 # most 1.4e-5 was seen. To mix up two buffers of the optimiser, or to be off by a step, changes much more.
 CPU_STEPS = 1e-4
 
+# Nats: a table's log density in float64 against its closed form, and with a denoiser in float32.
+DENSITY, DENSITY_FLOAT32 = 1e-6, 1e-3
+LANCZOS = 1e-6  # nats: bias of the trace of a log in a Krylov space, against the determinant's, for 64 values
+
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does
 

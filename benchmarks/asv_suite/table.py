@@ -1,27 +1,27 @@
-"""Time, peak memory and share of the roof of every case."""
+"""Time, peak memory and share of the roof of every workload."""
 
 from __future__ import annotations
 
 import resource
 from functools import cache
 
-import cases
+import workloads
 
 import fastdiff as fd
 from fastdiff import bench
 
-NAMES = [case.name for case in cases.CASES]
+NAMES = [workload.name for workload in workloads.WORKLOADS]
 BACKENDS = [name for name in fd.available_backends() if name != "numpy"]
 
 
 @cache
 def prepared(name: str, backend: str) -> bench.Work:
-    """Assert parity, make a case and run it: once in a process, where asv calls `setup` before every sample."""
-    case, be = cases.BY_NAME[name], fd.get_backend(backend)
-    if not case.runs_on(be):
+    """Assert parity, make a workload and run it: once in a process, where asv calls `setup` before every sample."""
+    workload, be = workloads.BY_NAME[name], fd.get_backend(backend)
+    if not workload.runs_on(be):
         raise NotImplementedError  # asv leaves it out
-    case.parity(be)
-    work = case.setup(be)
+    workload.agree_with_reference(be)
+    work = workload.setup(be)
     work.check(work.run())
     return work
 
@@ -62,11 +62,11 @@ class Memory(Table):
 class Roof(Table):
     """The least time that bytes and operations must take, through the time taken, in the same process."""
 
-    params = ([case.name for case in cases.CASES if cases.KINDS[case.kind].rate], BACKENDS)
+    params = ([workload.name for workload in workloads.WORKLOADS if workload.rate_unit], BACKENDS)
 
     def track_share(self, name: str, backend: str) -> float:
         """Work, and measure the roofs."""
-        taken = bench.measure(self.work.run) / self.work.units
-        return bench.roofs(fd.get_backend(backend)).share(cases.BY_NAME[name], taken)[0]
+        taken = bench.median_seconds(self.work.run) / self.work.units
+        return bench.roofs_of(fd.get_backend(backend)).share(workloads.BY_NAME[name], taken)[0]
 
     track_share.unit = "of the roof"  # type: ignore[attr-defined]

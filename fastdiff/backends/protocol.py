@@ -298,7 +298,7 @@ class Backend(Protocol):
 
         `memory` is (m1, ..., mK), each (n, D), of a table that reaches back K rows: m1 becomes this row's m, m2 what m1
         was, and so on. `out` (n, D) is the denoiser's output, None where no term needs it; (2, n, D), which holds the
-        output and v, where r is not 0.
+        output and v, of a denoiser with a learned variance, which rows with an r want.
         """
 
     def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:

@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_picture(args.plot)
     threads = None if args.threads is None else check_int("--threads", args.threads, low=1)
-    wanted = args.only or [""]
-    names = [name for name in bench.QUICK if any(name.startswith(start) for start in wanted)]
+    names = [name for name in bench.QUICK if any(map(name.startswith, args.only or [""]))]
     if not names:
         raise FastdiffError(f"--only: there is no such work; there are {', '.join(bench.QUICK)}")
     be = fd.get_backend(args.backend, threads=threads)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     show(f"fastdiff {installed_version()}, backend {be.name}, on {place}")
     if not args.quiet:
         note("measuring the machine itself; a first run also compiles the kernels")
-    roofs = bench.roofs(be, scale)
+    roofs = bench.roofs_of(be, scale)
     show(
         f"at most {bench.speed(roofs.memory / 1e9)} GB/s through memory, "
         f"{bench.speed(roofs.arithmetic / 1e9)} GF/s of float32 arithmetic\n"
@@ -72,29 +71,29 @@ def run(args: argparse.Namespace) -> int:
     show(layout.format("work", "time", "rate", "of the roof").rstrip())
     rows = []
     for k, name in enumerate(names):
-        case = bench.BY_NAME[name].at(scale)
-        if not case.runs_on(be):
+        workload = bench.BY_NAME[name].at(scale)
+        if not workload.runs_on(be):
             continue
         if not args.quiet and sys.stderr.isatty():
-            print(f"\r{k + 1} of {len(names)}: {case.title}", end="", file=sys.stderr, flush=True)
+            print(f"\r{k + 1} of {len(names)}: {workload.title}", end="", file=sys.stderr, flush=True)
         try:
-            rows.append(bench.timed(case, be, roofs, 0.01 if args.tiny else bench.TURN))
+            rows.append(bench.timed(workload, be, roofs, 0.01 if args.tiny else bench.TURN))
         finally:
             if not args.quiet and sys.stderr.isatty():
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
-        show(layout.format(case.title, *bench.cells(rows[-1])).rstrip())
+        show(layout.format(workload.title, *rows[-1].cells()).rstrip())
     if args.json:
         facts = {
             "version": installed_version(),
             "backend": be.name,
             "machine": place,
             "roofs": roofs._asdict(),
-            "rows": rows,
+            "rows": [row._asdict() for row in rows],
         }
         print(json.dumps(facts, indent=2))
     if args.plot:
         from fastdiff import plots
 
-        plots.save(plots.shares({row["title"]: (row["share"], bench.cells(row)[1]) for row in rows}, place), args.plot)
+        plots.save(plots.shares({row.title: (row.share or 0.0, row.cells()[1]) for row in rows}, place), args.plot)
         note(f"figure in {args.plot}")
     return 0

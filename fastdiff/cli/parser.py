@@ -38,7 +38,8 @@ SYNONYMS = {
     "sample": "generate draw predict",
     "info": "show inspect describe",
     "bench": "benchmark time",
-    "evaluate": "eval test score judge",
+    "evaluate": "eval test judge",
+    "score": "likelihood density nll logp bound",
     "impute": "fill inpaint complete interpolate",
     "demo": "example tutorial",
 }

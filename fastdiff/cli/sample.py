@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
     from fastdiff.model import Diffusion
 
-SAMPLERS = ("auto", "ddpm", "ddim", "dpmpp_2m")
 SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
 PICTURES_AT_ONCE = 64
+NAME_WIDTH = 17  # of a sampler, in the help
 SHOWN, TRACED = 16, 4  # samples in a grid or a GIF, and in a trace
 
 
 def add(commands: Any) -> None:
+    from fastdiff import samplers
+
+    listed = "".join(f"  {name:<{NAME_WIDTH}}{samplers.about(name)}\n" for name in samplers.names())
     sample = add_command(
         commands,
         "sample",
@@ -40,7 +43,9 @@ def add(commands: Any) -> None:
         "  fastdiff sample m.safetensors -n 30 -o new.png --labels 0,1,2\n"
         "\n"
         "Sample k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
-        "repeats the last ten of -n 100.\n",
+        "repeats the last ten of -n 100.\n"
+        "\n"
+        f"samplers:\n{listed}",
     )
     sample.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     sample.add_argument("-n", type=int, default=16, metavar="N", help="how many (default 16)")
@@ -54,12 +59,13 @@ def add(commands: Any) -> None:
     sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
     sample.add_argument(
         "--sampler",
-        choices=SAMPLERS,
+        choices=("auto", *samplers.names()),
+        metavar="NAME",
         default="auto",
-        help="default auto: dpmpp_2m for a model with a Gaussian base, else ddpm; ddim and dpmpp_2m need fewer steps",
+        help="one of those below; default auto: dpmpp_2m for a model with a Gaussian base, else ddpm",
     )
     sample.add_argument(
-        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 50, 20)"
+        "--sample-steps", type=int, metavar="N", help="sampling steps (default: all T for ddpm, 10 to 50 for others)"
     )
     sample.add_argument("--first-sample", type=int, metavar="K", default=0, help="index of the first sample")
     sample.add_argument(

@@ -28,7 +28,7 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "laplace": (1000, None, None),
     "flow": (1000, None, None),
 }
-LEARNING_RATE = 1e-3
+LEARNING_RATE, SNR_GAMMA = 1e-3, 5.0
 FEWEST_ROWS = 8  # as fastdiff.judgement has it
 
 
@@ -65,6 +65,12 @@ def add(commands: Any) -> None:
         metavar="N",
         help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
     )
+    train.add_argument(
+        "--weighting",
+        choices=("uniform", "min_snr"),
+        help="what an error counts: 1, or as one of x0 the smaller of SNR and --snr-gamma (default uniform)",
+    )
+    train.add_argument("--snr-gamma", type=float, metavar="G", help=f"of --weighting min_snr (default {SNR_GAMMA:g})")
     train.add_argument(
         "--validation",
         type=float,
@@ -189,6 +195,8 @@ def run(args: argparse.Namespace) -> int:
                 lr=LEARNING_RATE if args.lr is None else args.lr,
                 warmup=0 if args.warmup is None else args.warmup,
                 decay_steps=args.decay_steps,
+                weighting=args.weighting or "uniform",
+                snr_gamma=SNR_GAMMA if args.snr_gamma is None else args.snr_gamma,
                 validation=args.validation,
                 judge=args.judge,
                 flip=args.flip,
@@ -285,6 +293,8 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "lr",
         "warmup",
         "decay_steps",
+        "weighting",
+        "snr_gamma",
         "seed",
         "network",
         "schedule",

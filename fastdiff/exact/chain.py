@@ -96,10 +96,11 @@ class ExactChain:
 def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     """Follow the exact mean and covariance of a sampler's state, started from N(0, I).
 
-    With an affine denoiser each row maps the pair (x, x0_previous) to the next by an affine map plus
-    independent noise, and all of it is diagonal in the eigenbasis of the data's covariance: O(d) a row.
-    Instead of the 2 x 2 covariance of the pair its triangular factor is carried, ``x = f w1`` and
-    ``x0 = g w1 + h w2`` with independent w1, w2 of unit variance, so that no variance is ever a difference.
+    With an affine denoiser each row maps the state (x, m1, .., mK) of a table that reaches back K rows to the next by
+    an affine map plus independent noise, and all of it is diagonal in the eigenbasis of the data's covariance: O(d) a
+    row.
+    Instead of the covariance of the state its triangular factor is carried, x = F_00 w_0, m1 = F_10 w_0 + F_11 w_1, ..
+    with independent w of unit variance, so that no variance is ever a difference.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     Raises
     ------
     ArgumentError
-        If the sampler clips, or schedule or prediction differ.
+        If the sampler clips or scales its noise by a learned variance, or schedule or prediction differ.
     """
     if not isinstance(gaussian, Affine):
         wants = "a fastdiff.denoisers.Gaussian, or another denoiser with .affine(prediction, t)"
@@ -124,6 +125,8 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
         raise ArgumentError("sampler", type(sampler).__name__, "a fastdiff.samplers.Sampler")
     if sampler.clip is not None:
         raise ArgumentError("sampler", f"clip {sampler.clip}", "clip None: a clipped chain is not Gaussian")
+    if any(row.r != 0 for row in sampler.rows):
+        raise ArgumentError("sampler", "a learned variance", "r = 0 in every row: noise of a known variance")
     if sampler.schedule != gaussian.schedule:
         raise ArgumentError("sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
     if sampler.prediction != gaussian.prediction:
@@ -135,26 +138,48 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     along = data.mean @ data.basis
     axes = np.column_stack([data.basis, data.mean - data.basis @ along])
     centre = np.append(along, 1.0)
-    mean, mean_x0 = np.zeros_like(centre), np.zeros_like(centre)
-    f, g, h = np.ones_like(centre), np.zeros_like(centre), np.zeros_like(centre)
-    trace = [Moments(axes @ mean, f[:-1], data.basis, f[-1])]
+    depth = sampler.depth
+    mean = np.zeros((depth + 1, len(centre)))  # of x, m1, .., mK
+    factor = np.zeros((depth + 1, depth + 1, len(centre)))
+    factor[0, 0] = 1.0
+    trace = [Moments(axes @ mean[0], factor[0, 0, :-1], data.basis, factor[0, 0, -1])]
     for row in sampler.rows:
-        gain, drift = gaussian.gains(gaussian.prediction, row.t)
-        offset = drift * centre
-        x0_gain, x0_offset = row.p + row.q * gain, row.q * offset
-        x_gain = row.a + row.b * x0_gain + row.e * gain
-        x_offset = row.b * x0_offset + row.e * offset
-        mean, mean_x0 = x_gain * mean + row.c1 * mean_x0 + x_offset, x0_gain * mean + x0_offset
-        # x' = shared w1 + fresh w, with w independent of w1; x0 = spread w1.
-        shared = x_gain * f + row.c1 * g
-        fresh = np.hypot(row.c1 * h, row.s)
-        spread = x0_gain * f
-        f = np.hypot(shared, fresh)
-        along = np.divide(shared, f, out=np.zeros_like(f), where=f > 0)
-        across = np.divide(fresh, f, out=np.ones_like(f), where=f > 0)
-        g, h = spread * along, spread * across
-        trace.append(Moments(axes @ mean, f[:-1], data.basis, f[-1]))
+        gain = offset = np.zeros_like(centre)
+        if row.evaluates:
+            gain, drift = gaussian.gains(gaussian.prediction, row.t)
+            offset = drift * centre
+        m_gain, m_offset = row.p + row.q * gain, row.q * offset
+        x_gain, x_offset = row.a + row.b * m_gain + row.e * gain, row.b * m_offset + row.e * offset
+        back = np.array(row[5 : 5 + depth])  # c1, c2, ..
+        state, wide = mean.copy(), np.zeros((depth + 1, depth + 2, len(centre)))
+        mean[0] = x_gain * state[0] + back @ state[1:] + x_offset
+        wide[0, :-1] = x_gain * factor[0] + np.tensordot(back, factor[1:], 1)
+        wide[0, -1] = row.s
+        if row.evaluates and depth:
+            mean[1], mean[2:] = m_gain * state[0] + m_offset, state[1:-1]
+            wide[1, :-1], wide[2:, :-1] = m_gain * factor[0], factor[1:-1]
+        else:
+            wide[1:, :-1] = factor[1:]
+        factor = _triangular(wide)
+        trace.append(Moments(axes @ mean[0], factor[0, 0, :-1], data.basis, factor[0, 0, -1]))
     return ExactChain(gaussian, tuple(trace))
+
+
+def _triangular(wide: Float64) -> Float64:
+    """Lower triangular L (n, n, d), its diagonal at least 0, with L L^T = W W^T for each of the d W (n, n + 1, d).
+
+    Each entry above the diagonal is turned into it; W is overwritten.
+    """
+    for i in range(len(wide)):
+        for j in range(i + 1, wide.shape[1]):
+            length = np.hypot(wide[i, i], wide[i, j])
+            along = np.divide(wide[i, i], length, out=np.ones_like(length), where=length > 0)
+            across = np.divide(wide[i, j], length, out=np.zeros_like(length), where=length > 0)
+            kept, other = wide[i:, i].copy(), wide[i:, j].copy()
+            wide[i:, i] = along * kept + across * other
+            wide[i:, j] = along * other - across * kept
+            wide[i, i], wide[i, j] = length, 0.0
+    return wide[:, :-1]
 
 
 def convergence(
@@ -168,8 +193,9 @@ def convergence(
     ----------
     gaussian : Gaussian
         The denoiser.
-    sampler : {"ddpm", "ddim", "dpmpp_2m"} or callable
-        A name stands for the sampler with its defaults; a callable returns a table for a number of steps.
+    sampler : str or callable
+        A name (`fastdiff.samplers.names`) stands for the sampler with its defaults; a callable returns a table for a
+        number of steps.
     steps : sequence of int
         Numbers of steps.
 
@@ -185,8 +211,8 @@ def convergence(
 
     Examples
     --------
-    >>> gaussian = Gaussian(np.zeros(2), np.diag([4.0, 0.01]), Schedule.linear(1000))
-    >>> distances = convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
+    >>> gaussian = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 0.01]), fd.Schedule.linear(1000))
+    >>> distances = fd.denoisers.convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
     """
 
     def table(n: int) -> Sampler:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fastdiff.backends import Backend
 from fastdiff.nn.network import Network
 from fastdiff.nn.runner import Runner
+from fastdiff.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +27,27 @@ class NetworkDenoiser:
         What its output is.
     backend : Backend
         Where `predict` runs.
+    schedule : Schedule or None
+        That of its timesteps, where it is known.
     """
 
     net: Network
     flat: npt.NDArray[Any]
     prediction: str
     backend: Backend
+    schedule: Schedule | None = None
     _runners: dict[Backend, Runner] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.net, self.flat, self.prediction, self.backend)
+        return type(self), (self.net, self.flat, self.prediction, self.backend, self.schedule)
 
     @property
     def classes(self) -> int | None:
         return self.net.classes
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.net.learned_variance
 
     @property
     def T(self) -> int:

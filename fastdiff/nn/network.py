@@ -79,7 +79,7 @@ class Network(ABC):
     image : (int, int, int)
         The sample as a program sees it: height, width, channels.
     outputs : int
-        Channels of the output.
+        Channels of the output: those of the image, or twice as many with a learned variance.
     T : int
         Number of timesteps.
     classes : int or None
@@ -122,6 +122,11 @@ class Network(ABC):
     def operations(self) -> int:
         """About how many a forward pass of a sample takes at most."""
         return 2 * self.layout.count * math.prod(self.image[:2])
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the output has, beside the prediction, where between two bounds the variance of a step lies."""
+        return self.outputs == 2 * self.image[2]
 
     @property
     def narrow(self) -> bool:

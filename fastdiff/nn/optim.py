@@ -1,4 +1,4 @@
-"""The optimiser's plan: AdamW with clipping and a moving average, its rates as functions of the absolute step."""
+"""What training aims at, and how fast: AdamW with clipping and a moving average, rates of the absolute step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from fastdiff.backends import AdamW
-from fastdiff.errors import ArgumentError, check_float, check_int
+from fastdiff.errors import ArgumentError, check_choice, check_float, check_int
 
 MOST_STEPS = 1 << 53  # they become floats
 FLOOR = 0.01  # of the peak rate, where the decay ends
+WEIGHTINGS = ("uniform", "min_snr")
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How fast to learn at which step.
+    """How fast to learn at which step, and what counts how much.
 
     Attributes
     ----------
@@ -34,6 +35,10 @@ class TrainingPlan:
         average is the weights themselves.
     beta1, beta2, eps, weight_decay : float
         AdamW (Loshchilov and Hutter 2019), algorithm 2, decay multiplied by the rate.
+    weighting : {"uniform", "min_snr"}
+        Every squared error of the prediction counts 1; or what makes that of x0 count min(SNR, snr_gamma), with
+        SNR = signal^2 / noise^2 (Hang et al. 2023, arXiv 2303.09556).
+    snr_gamma : float
     """
 
     lr: float = 1e-3
@@ -45,6 +50,8 @@ class TrainingPlan:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
+    weighting: str = "uniform"
+    snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
         check_float("lr", self.lr, low=0, low_open=True)
@@ -60,6 +67,8 @@ class TrainingPlan:
             check_float(name, getattr(self, name), low=0, high=1, high_open=True)
         check_float("eps", self.eps, low=0, low_open=True)
         check_float("weight_decay", self.weight_decay, low=0)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_float("snr_gamma", self.snr_gamma, low=0, low_open=True)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -85,13 +94,21 @@ class TrainingPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON types."""
-        return asdict(self)
+        """Return the plan as JSON types; without the weighting where it is uniform, as 0.1.0 wrote it."""
+        plan = asdict(self)
+        if self.weighting == "uniform":
+            del plan["weighting"], plan["snr_gamma"]
+        return plan
+
+    @property
+    def features(self) -> list[str]:
+        """What a file that has this plan asks of its reader: names out of `fastdiff.checkpoint.FEATURES`."""
+        return [] if self.weighting == "uniform" else ["min snr"]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Return the plan of `to_dict`; an unknown or missing name raises `ArgumentError`."""
         known = [field.name for field in fields(cls)]
-        if sorted(config) != sorted(known):
+        if sorted({"weighting", "snr_gamma", *config}) != sorted(known):
             raise ArgumentError("training plan", f"keys {sorted(config)}", f"the keys {sorted(known)}")
         return cls(**config)

@@ -72,14 +72,24 @@ class Runner(Evaluator):
         return self._product("jvp", self.fill_jvp, x, t, tangent, labels)
 
     def _product(self, kind: str, fill: Callable[..., None], x: Array, t: int, vector: Array, labels: Array) -> Array:
-        """A product in an array that the next one of its kind and size fills anew."""
+        """A product in an array that the next one of its kind and size fills anew; of the prediction alone."""
         net, be = self.net, self.be
+        shape, (*sides, channels) = vector.shape, net.image
+        if net.learned_variance and kind == "vjp":
+            whole = be.empty((*shape[:-1], *sides, net.outputs), net.dtype)
+            whole.fill(0)
+            whole[..., :channels] = be.asarray(vector, net.dtype).reshape(*shape[:-1], *net.image)
+            vector = whole
+        elif net.learned_variance:
+            shape = *shape[:-1], *sides, net.outputs
         kept = self._products.get(kind)
-        if kept is None or kept[0].shape != vector.shape:
-            kept = self._products[kind] = be.empty(vector.shape, net.dtype), be.empty((len(x),), np.int64)
+        if kept is None or kept[0].shape != shape:
+            kept = self._products[kind] = be.empty(shape, net.dtype), be.empty((len(x),), np.int64)
         out, steps = kept
         steps.fill(t)
         fill(out, be.asarray(x, net.dtype), steps, be.asarray(vector, net.dtype), labels)
+        if net.learned_variance and kind == "jvp":
+            out = be.asarray(out[..., :channels].reshape(*shape[:-3], -1))
         return be.asarray(out, x.dtype)
 
     @abstractmethod
@@ -208,6 +218,10 @@ class ProgramRunner(Runner):
         self._forms: dict[int, list[list[Array]]] = {}  # of the weights, for each queue
         self._steps = Recordings()
 
+    def _parts(self, n: int) -> Array | None:
+        """Room for prediction and variance of n samples, one after the other, where the network has both."""
+        return self.be.empty((2, n, *self.net.image), self.net.dtype) if self.net.learned_variance else None
+
     def _laid(self, n: int, purpose: Purpose) -> Laid:
         return self.memory.laid(self.net, self.be, n, purpose)
 
@@ -232,7 +246,7 @@ class ProgramRunner(Runner):
         y, steps = self._output
         steps.fill(t)
         self.fill(y, self.be.asarray(x, dtype), steps, labels)
-        return self.be.asarray(y, x.dtype).reshape(x.shape)
+        return self.be.asarray(_in_parts(self.be, y, self._parts(n)), x.dtype)
 
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
         self._fill_product("vjp", dx, x, t, dy, labels)
@@ -303,7 +317,8 @@ class ProgramRunner(Runner):
             self._forms[queue] = program.prepare(be, backward=False).run(program.weights(self.params))
         of, recorded = self._steps.of((queue, n), lambda: (None, None))
         if of is None or of() is not program:
-            output = _Output(self.memory, self.net, be, self.params, self._given(given), self._forms[queue])
+            forms, parts = self._forms[queue], self._parts(n)
+            output = _Output(self.memory, self.net, be, self.params, self._given(given), forms, parts)
             recorded = be.record_sampling(output, own.reshape(n, -1))
             self._steps[queue, n] = weakref.ref(program), recorded
         recorded.run(x, memory, row, clip, draw.at(row.step))
@@ -388,7 +403,10 @@ class ProgramRunner(Runner):
 
 @dataclass(frozen=True)
 class _Output:
-    """The output of a network with weights in these forms; it knows nothing of the runner that keeps it."""
+    """The output of a network with weights in these forms; it knows nothing of the runner that keeps it.
+
+    `parts` is where a learned variance is put apart.
+    """
 
     memory: Memory
     net: ProgramNetwork
@@ -396,11 +414,11 @@ class _Output:
     params: Mapping[str, Array]
     given: dict[str, Array]
     forms: list[list[Array]]
+    parts: Array | None
 
     def __call__(self) -> Array:
-        n = len(self.given["x"])
-        laid = self.memory.laid(self.net, self.be, n, "output")
-        return laid.run(self.be, self.params, self.given, forms=self.forms).reshape(n, -1)
+        laid = self.memory.laid(self.net, self.be, len(self.given["x"]), "output")
+        return _in_parts(self.be, laid.run(self.be, self.params, self.given, forms=self.forms), self.parts)
 
 
 class _Whole:
@@ -449,6 +467,14 @@ class _InParts:
             total[...] += loss
             grads[...] += part
         self.runner.be.finish_step(total, step, self.state, options, self.results)
+
+
+def _in_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:
+    """An output (n, H, W, outputs) as `Evaluator.evaluate` returns it: (n, D), or with room for the parts (2, n, D)."""
+    if parts is None:
+        return y.reshape(len(y), -1)
+    be.split(y, *parts)
+    return parts.reshape(2, len(y), -1)
 
 
 def _shaped(array: Array, shape: tuple[int, ...]) -> Array:

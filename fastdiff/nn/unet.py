@@ -62,7 +62,7 @@ class UNet(ProgramNetwork):
     dtype : {"float32", "float64"}, optional
         float64 networks run on the numpy backend only.
     outputs : int, optional
-        Channels of the output, by default those of the image.
+        Channels of the output, by default those of the image; twice as many for a learned variance.
     embedding : int, optional
         Width of the time embedding, by default four times the first level's.
     up_attention : iterable of bool, optional

@@ -56,20 +56,22 @@ class _Named(NamedTuple):
 
 
 _SAMPLERS = {
-    "ddpm": _Named(ddpm, None, "ancestral, all timesteps: the reference, for 100 evaluations and more"),
-    "ddim": _Named(ddim, 50, "deterministic, first order: the same start always gives the same sample"),
-    "dpmpp_2m": _Named(dpmpp_2m, 20, "second order, deterministic: the usual choice for 15 to 50 evaluations"),
-    "dpmpp_3m": _Named(dpmpp_3m, 20, "third order: from 20 evaluations on"),
-    "dpmpp_2s": _Named(dpmpp_2s, 10, "second order, remembers nothing: two evaluations a step"),
-    "unipc": _Named(unipc, 10, "predictor and corrector of order 2 and 3: the choice for 5 to 15 evaluations"),
-    "deis": _Named(deis, 10, "extrapolates the noise in log(noise / signal): few evaluations; does not clip"),
-    "lms": _Named(lms, 20, "extrapolates the noise in noise / signal, order 4; does not clip"),
-    "heun": _Named(heun, 18, "EDM's: two evaluations a step, most of them at low noise; for churn"),
-    "dpm2": _Named(dpm2, 20, "midpoint rule: two evaluations a step"),
-    "euler": _Named(euler, 50, "another name for ddim; on a flow schedule Euler's method along straight paths"),
-    "euler_ancestral": _Named(euler_ancestral, 50, "ddim with all of the ancestral noise: errors are forgotten"),
+    "ddpm": _Named(ddpm, None, "ancestral, all timesteps: the reference, for 100 and more"),
+    "ddim": _Named(ddim, 50, "first order: the same start gives the same sample"),
+    "dpmpp_2m": _Named(dpmpp_2m, 20, "second order: the usual choice, for 15 to 50 evaluations"),
+    "dpmpp_3m": _Named(dpmpp_3m, 20, "third order: from 15 evaluations on"),
+    "dpmpp_2s": _Named(dpmpp_2s, 10, "second order, two evaluations a step, remembers nothing"),
+    "unipc": _Named(unipc, 10, "predictor and corrector: the choice for 5 to 15"),
+    "deis": _Named(deis, 10, "continues the noise in log(noise / signal); no clipping"),
+    "lms": _Named(lms, 20, "continues the noise in noise / signal, order 4; no clipping"),
+    "heun": _Named(heun, 18, "EDM's, second order, two evaluations a step; has churn"),
+    "dpm2": _Named(dpm2, 20, "midpoint rule, second order, two evaluations a step"),
+    "euler": _Named(euler, 50, "ddim by another name; on flow schedules straight paths"),
+    "euler_ancestral": _Named(euler_ancestral, 50, "ddim with ancestral noise: forgets errors, wants steps"),
 }
 
+UNCLIPPED = ("deis", "lms")  # they remember the noise
+RECLIPPED = ("ddim", "euler", "euler_ancestral")  # they take ``reclip``
 _OPEN = (dpmpp_2m, dpmpp_3m, dpmpp_2s, unipc, deis)  # by default they leave out t = 0
 
 

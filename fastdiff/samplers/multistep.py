@@ -312,8 +312,9 @@ def _decay(grid: Levels, eta: float) -> tuple[Array, Array]:
 
 def _places(grid: Levels, i: int, count: int) -> Array:
     """Where the last `count` rows from row i back are in its step, which goes from 0 to 1 in lambda."""
-    back = grid.half_log_snr[i - np.arange(count)] - grid.half_log_snr[i]
-    return np.zeros(1) if count == 1 else back / grid.growth[i]
+    if count == 1:
+        return np.zeros(1)
+    return (grid.half_log_snr[i - np.arange(count)] - grid.half_log_snr[i]) / grid.growth[i]
 
 
 def _data_moments(growth: float, count: int, variant: str = "bh2") -> Array:

@@ -45,9 +45,11 @@ def ddpm(
         The schedule of the network.
     steps : int, optional
         Number of rows; None (default) visits all T timesteps.
-    variance : {"small", "large"}, optional
+    variance : {"small", "large", "learned_range"}, optional
         s^2: the posterior's, beta_t sigma'^2 / sigma^2 (floored at 1e-20), or beta_t; the two extreme choices
-        of Ho et al. 2020, section 3.2, right for data of no spread and of unit variance.
+        of Ho et al. 2020, section 3.2, right for data of no spread and of unit variance. Or, for a network that has
+        learned it, exp of what lies the fraction (v + 1) / 2 of the way from the logarithm of the former to that of
+        the latter (Nichol & Dhariwal 2021, equation 15), v being its second output.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
     prediction : str, optional
@@ -74,13 +76,17 @@ def ddpm(
     """
     check_schedule(schedule)
     grid = levels(schedule, schedule.T if steps is None else steps, spacing, final)
-    check_choice("variance", variance, ("small", "large"))
+    check_choice("variance", variance, ("small", "large", "learned_range"))
     beta, ratio = gap_variance(grid), (grid.noise_next / grid.noise) ** 2
-    spread = np.maximum(beta * ratio if variance == "small" else beta, VARIANCE_FLOOR)
+    small, large = np.maximum(beta * ratio, VARIANCE_FLOOR), np.maximum(beta, VARIANCE_FLOOR)
+    deviation, r = np.sqrt(small if variance == "small" else large), np.zeros_like(beta)
+    if variance == "learned_range":
+        deviation = (small * large) ** 0.25
+        r = np.where(grid.noise_next > 0, np.log(large / small) / 4, 0.0)
     p, q = x0_from_output(grid.signal, grid.noise, prediction)
     table = Table("ddpm", schedule, prediction, clip, None)
     a, b = grid.signal / grid.signal_next * ratio, grid.signal_next * beta / grid.noise**2
-    return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=np.where(grid.noise_next > 0, np.sqrt(spread), 0.0))
+    return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=np.where(grid.noise_next > 0, deviation, 0.0), r=r)
 
 
 def ddim(

@@ -127,8 +127,9 @@ class Sampler:
 
     @property
     def label(self) -> str:
-        """Name and number of steps, for legends: ``ddim, 50 steps``."""
-        return f"{self.name}, {len(self)} step{'s' if len(self) > 1 else ''}"
+        """Name and number of steps, for legends: ``ddim, 50 steps``; of evaluations, where steps have several."""
+        count, what = self.evaluations, "step" if len(set(self.timesteps.tolist())) == len(self) else "evaluation"
+        return f"{self.name}, {count} {what}{'s' if count > 1 else ''}"
 
     def __eq__(self, other: object) -> bool:
         """Whether both do the same: equal table, schedule, prediction and clip."""

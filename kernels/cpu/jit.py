@@ -121,6 +121,44 @@ def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.gep(make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
 
 
+# A loop over several arrays asks first whether they overlap, and runs without vectors where two do, be it one array
+# that is given in place of another that the loop leaves alone. `load` and `store` say that it need not ask.
+APART = 8  # arrays that can be told apart
+
+
+def _known_apart(builder: Any, access: Any, number: int) -> Any:
+    """Tell LLVM that an access to memory is to array `number`, which shares none with arrays of other numbers."""
+    module = builder.module
+    domain = module.add_metadata(["fastdiff"])
+    scopes = [module.add_metadata([f"array {k}", domain]) for k in range(APART)]
+    access.set_metadata("alias.scope", module.add_metadata([scopes.pop(number)]))
+    access.set_metadata("noalias", module.add_metadata(scopes))
+    return access
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[misc]
+def load(typingctx, array, index, number):  # type: ignore[no-untyped-def]
+    """array[index], of an array that shares no memory in use with those that a kernel gives another number below 8."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        access = builder.load(_element(context, builder, signature, args), align=array.dtype.bitwidth // 8)
+        return _known_apart(builder, access, number.literal_value)
+
+    return array.dtype(array, types.int64, number), emit
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[misc]
+def store(typingctx, array, index, number, value):  # type: ignore[no-untyped-def]
+    """array[index] = value, for an array as in `load`."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        access = builder.store(args[3], _element(context, builder, signature, args), align=array.dtype.bitwidth // 8)
+        _known_apart(builder, access, number.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, number, array.dtype), emit
+
+
 WORD = types.Array(types.int64, 1, "C")
 
 

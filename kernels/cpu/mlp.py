@@ -16,7 +16,7 @@ from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import TILES, gemm, gemm_bias, host_width
 from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part
 from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
-from fastdiff.kernels.cpu.step import apply_row
+from fastdiff.kernels.cpu.step import S, apply_row
 from fastdiff.kernels.cpu.transpose import transpose_into
 
 TILE = 128
@@ -29,6 +29,8 @@ INPUTS, OUTPUTS, WEIGHT, BIAS, ACTIVATION, MODE, COLUMN, X, U, Y = range(10)
 LAYER_COLUMNS = 10
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
 MODES = {"none": 0, "shift": 1, "scale_shift": 2}
+# Columns of a chain's rows: the timestep, the step of the noise, and whether the network is needed.
+T, STEP, EVALUATES = range(3)
 LEAKY, SILU = 1, 2
 SHIFTED, SCALED = 1, 2
 
@@ -152,28 +154,37 @@ def forward_range(start, stop, x, y, t, layers, params, table, width, slots, lin
 
 
 @kernel
+def _forget(memory, count):
+    for m in memory:
+        m[:count] = ZERO
+
+
+@kernel
 def chain_few(
-    x, steps, coefficients, low, high, keep, layers, params, table, width, slots, linear, first_row, stream,
-    keys, words, z, segments, arena, previous, t,
+    x, steps, numbers, depth, layers, params, table, width, slots, linear, first_row, stream,
+    keys, words, z, segments, arena, memory, t,
 ):  # fmt: skip
     """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
     d = layers[0, INPUTS]
     rows = len(x) // d
-    kept = previous[: rows * d] if keep else x
+    m1, m2, m3 = memory[0], memory[1], memory[2]
+    _forget(memory[:depth], rows * d)
+    out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
     for r in range(len(steps)):
-        t[:rows] = steps[r]
-        _copy(arena[layers[0, X] :], x, rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t, linear)
-        out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
-        row = coefficients[r]
-        if row[6] == ZERO:
-            apply_row(x, out, kept, x, row, low, high, keep)
+        keep = 0
+        if steps[r, EVALUATES]:
+            keep = depth
+            t[:rows] = steps[r, T]
+            _copy(arena[layers[0, X] :], x, rows * d)
+            forward_tile(rows, layers, arena, params, table, width, slots, t, linear)
+        row, step = numbers[r], steps[r, STEP]
+        if row[S] == ZERO:
+            apply_row(0, rows * d, x, out, m1, m2, m3, z, 0, row, keep)
             continue
         for chunk in range(chunks_of(rows, d)):
-            for k in range(draw_chunk(chunk, rows, d, first_row, steps[r], stream, keys, words, z, segments)):
+            for k in range(draw_chunk(chunk, rows, d, first_row, step, stream, keys, words, z, segments)):
                 a, length, at = segments[k]
-                b = a + length
-                apply_row(x[a:b], out[a:b], kept[a:b], z[at : at + length], row, low, high, keep)
+                apply_row(a, a + length, x, out, m1, m2, m3, z, at, row, keep)
 
 
 @kernel
@@ -213,8 +224,8 @@ def _modulate_activate_columns(rows, layer, arena, params, table, at):
 
 @kernel
 def chain_range(
-    start, stop, x, steps, coefficients, low, high, keep, layers, params, table, width, slots, linear, first_row,
-    stream, keys, words, z, arena, previous,
+    start, stop, x, steps, numbers, depth, layers, params, table, width, slots, linear, first_row,
+    stream, keys, words, z, arena, memory,
 ):  # fmt: skip
     """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat, with the bits of `chain_few`.
 
@@ -225,6 +236,7 @@ def chain_range(
     d = layers[0, INPUTS]
     n = len(x) // d
     blocks = (d + 3) // 4
+    m1, m2, m3 = memory[0], memory[1], memory[2]
     for tile in range(start, stop):
         begin = tile * CHAIN_TILE
         rows = min(CHAIN_TILE, n - begin)
@@ -234,32 +246,34 @@ def chain_range(
                 arena[at + j * rows + i] = x[(begin + i) * d + j]
         state = arena[at : at + d * rows]
         out = arena[layers[-1, Y] : layers[-1, Y] + d * rows]
-        kept = previous[: d * rows] if keep else state
+        _forget(memory[:depth], d * rows)
         first = first_row + np.uint64(begin)
         together = CHUNK // rows  # blocks of all rows that are drawn at once
         for r in range(len(steps)):
-            for k in range(len(layers)):
-                layer = layers[k]
-                inputs, outputs = layer[INPUTS], layer[OUTPUTS]
-                gemm(
-                    arena, layer[Y], rows, params, layer[WEIGHT], 1, outputs, arena, layer[X], rows,
-                    outputs, rows, inputs, False,
-                )  # fmt: skip
-                _modulate_activate_columns(rows, layer, arena, params, table, slots[steps[r]] * width)
-            if len(linear[0]) > 0:
-                _linear_part_columns(rows, d, arena, at, layers[-1, Y], len(slots), steps[r], linear)
-            row = coefficients[r]
-            if row[6] == ZERO:
-                apply_row(state, out, kept, state, row, low, high, keep)
+            keep = 0
+            if steps[r, EVALUATES]:
+                keep, t = depth, steps[r, T]
+                for k in range(len(layers)):
+                    layer = layers[k]
+                    inputs, outputs = layer[INPUTS], layer[OUTPUTS]
+                    gemm(
+                        arena, layer[Y], rows, params, layer[WEIGHT], 1, outputs, arena, layer[X], rows,
+                        outputs, rows, inputs, False,
+                    )  # fmt: skip
+                    _modulate_activate_columns(rows, layer, arena, params, table, slots[t] * width)
+                if len(linear[0]) > 0:
+                    _linear_part_columns(rows, d, arena, at, layers[-1, Y], len(slots), t, linear)
+            row, step = numbers[r], steps[r, STEP]
+            if row[S] == ZERO:
+                apply_row(0, d * rows, state, out, m1, m2, m3, z, 0, row, keep)
                 continue
             for block in range(0, blocks, together):
                 count = min(together, blocks - block)
-                draw(count * rows, block, first, rows, True, steps[r], stream, keys, words, z)
+                draw(count * rows, block, first, rows, True, step, stream, keys, words, z)
                 for quarter in range(4):
                     a = (block + quarter * blocks) * rows
                     b = min(a + count * rows, d * rows)
-                    if a < b:
-                        apply_row(state[a:b], out[a:b], kept[a:b], z[quarter * QUARTER :], row, low, high, keep)
+                    apply_row(a, b, state, out, m1, m2, m3, z, quarter * QUARTER, row, keep)
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]

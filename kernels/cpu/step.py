@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
-from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.elementary import EXP_HIGH, EXP_LOW, exp
+from fastdiff.kernels.cpu.jit import export, kernel, load, part, store
 from fastdiff.kernels.cpu.noise import draw_chunk
 
 ZERO = np.float32(0)
+# Numbers of a row that is given to a kernel, in float32: those of the table, and the bounds of m.
+P, Q, A, B, C1, C2, C3, E, S, R, LOW, HIGH = range(12)
+# Arrays that share no memory, unless nothing is done with one of them.
+X, OUT, M1, M2, M3, NOISE = range(6)
 
 
 @kernel
@@ -32,65 +39,103 @@ def forward_noise_range(
                 at += count
 
 
-@kernel
-def apply_row(x, out, previous, z, row, low, high, keep):
-    """Apply one row of a table to flat segments, in place.
-
-    `row` is (p, q, a, b, c, e, s) in float32; a zero coefficient leaves its term out. Where a segment is not needed,
-    any array of the length will do. `keep` says that `previous` takes this row's x0.
-    """
-    p, q, a, b, c, e, s = row[0], row[1], row[2], row[3], row[4], row[5], row[6]
-    for j in range(len(x)):
-        xj, oj = x[j], out[j]
-        x0 = ZERO
+@part
+def _apply(begin, end, x, out, m1, m2, m3, z, at, row, c1, c2, c3, s, depth):
+    p, q, a, b, e, low, high = row[P], row[Q], row[A], row[B], row[E], row[LOW], row[HIGH]
+    for j in range(begin, end):
+        xj, oj = load(x, j, X), load(out, j, OUT)
+        m = ZERO
         if p != ZERO:
-            x0 = x0 + p * xj
+            m = m + p * xj
         if q != ZERO:
-            x0 = x0 + q * oj
-        if x0 > high:
-            x0 = high
-        if x0 < low:
-            x0 = low
+            m = m + q * oj
+        if m > high:
+            m = high
+        if m < low:
+            m = low
         value = ZERO
         if a != ZERO:
             value = value + a * xj
         if b != ZERO:
-            value = value + b * x0
-        if c != ZERO:
-            value = value + c * previous[j]
+            value = value + b * m
+        if c1 != ZERO:
+            value = value + c1 * load(m1, j, M1)
+        if c2 != ZERO:
+            value = value + c2 * load(m2, j, M2)
+        if c3 != ZERO:
+            value = value + c3 * load(m3, j, M3)
         if e != ZERO:
             value = value + e * oj
         if s != ZERO:
-            value = value + s * z[j]
-        if keep:
-            previous[j] = x0
-        x[j] = value
+            value = value + s * load(z, at + j, NOISE)
+        if depth > 2:
+            store(m3, j, M3, load(m2, j, M2))
+        if depth > 1:
+            store(m2, j, M2, load(m1, j, M1))
+        if depth > 0:
+            store(m1, j, M1, m)
+        store(x, j, X, value)
+
+
+@kernel
+def _apply_row(begin, end, x, out, m1, m2, m3, z, at, row, depth):
+    """Apply one row of a table to begin ... end - 1 of flat arrays, in place; the noise of `begin` is z[at].
+
+    `row` has the numbers P ... HIGH; a zero coefficient leaves its term out. The first `depth` of m1, m2 and m3 are to
+    remember this row. Where an array is not needed, any of the length will do.
+    """
+    at -= begin
+    c1, c2, c3, s = row[C1], row[C2], row[C3], row[S]
+    # The last loop would do for all, but what it asks at every element makes it twice as long as the first.
+    if depth == 0 and c1 == ZERO and c2 == ZERO and c3 == ZERO:
+        if s == ZERO:
+            _apply(begin, end, x, out, x, x, x, x, at, row, ZERO, ZERO, ZERO, ZERO, 0)
+        else:
+            _apply(begin, end, x, out, x, x, x, z, at, row, ZERO, ZERO, ZERO, s, 0)
+    elif depth == 1 and c2 == ZERO and c3 == ZERO:
+        _apply(begin, end, x, out, m1, m1, m1, z, at, row, c1, ZERO, ZERO, s, 1)
+    else:
+        _apply(begin, end, x, out, m1, m2, m3, z, at, row, c1, c2, c3, s, depth)
+
+
+ROW_TYPES = (types.int64, types.int64, *[types.float32[::1]] * 6, types.int64, types.float32[::1], types.int64)
+_emit_apply_row = export(_apply_row, ROW_TYPES, "apply_row")
+
+
+@intrinsic
+def apply_row(typingctx, begin, end, x, out, m1, m2, m3, z, at, row, depth):
+    """`_apply_row`, compiled once for all its callers."""
+    return types.void(*ROW_TYPES), lambda context, builder, signature, args: _emit_apply_row(context, builder, args)
+
+
+@kernel
+def row_range(start, stop, x, out, memory, row, depth):
+    """Values start ... stop - 1 of a sampler step without noise on flat arrays; see `apply_row`."""
+    m1, m2, m3 = memory
+    apply_row(start, stop, x, out, m1, m2, m3, out, start, row, depth)
+
+
+@kernel
+def scale_noise(z, v, r):
+    """z *= exp(r v); the power ends at 88, below what float32 holds."""
+    for j in range(len(v)):
+        power = r * v[j]
+        if power > EXP_HIGH:
+            power = EXP_HIGH
+        if power < EXP_LOW:
+            power = EXP_LOW
+        z[j] *= exp(power)
 
 
 @kernel
 def step_range(
-    start,
-    stop,
-    x,
-    out,
-    previous,
-    row,
-    low,
-    high,
-    keep,
-    n,
-    width,
-    first_row,
-    step,
-    stream,
-    keys,
-    words,
-    z,
-    segments,
-):
-    """Chunks start ... stop - 1 of a sampler step on flat (n width,) arrays; see `apply_row`."""
+    start, stop, x, out, v, memory, row, depth, n, width, first_row, step, stream, keys, words, z, segments
+):  # fmt: skip
+    """Chunks start ... stop - 1 of a sampler step on flat (n width,) arrays; see `apply_row`. `v` where r is not 0."""
+    m1, m2, m3 = memory
     for chunk in range(start, stop):
         for k in range(draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments)):
             begin, length, at = segments[k]
-            end = begin + length
-            apply_row(x[begin:end], out[begin:end], previous[begin:end], z[at : at + length], row, low, high, keep)
+            if row[R] != ZERO:
+                scale_noise(z[at:], v[begin : begin + length], row[R])
+            apply_row(begin, begin + length, x, out, m1, m2, m3, z, at, row, depth)

@@ -15,7 +15,7 @@
 enum { DEPTH = 32, GROUP = 8, GROUPS = DEPTH / GROUP, PITCH = DEPTH + 8, STAGES = 3 };
 enum { COPY_SOURCE = 1, COPY_GRADIENT = 2, PAIRS = 4 };  // 16 bytes at once; float2 in the results
 
-// How a kernel cuts its work, from the backend's conv_mma.py: a tile is (images, 2^rows_log, 2^columns_log) target pixels.
+// How a kernel cuts its work, from the backend's conv_mma.py: a tile is (images, 2^rows_log, 2^columns_log) pixels.
 struct MmaTile {
     int rows_log, columns_log, rows, columns, images;
 };

@@ -79,22 +79,30 @@ FD_DEVICE Quads fd_quads(uint64 row, uint32 block, uint32 step, uint32 stream, c
             make_float4(a.z2, b.z2, c.z2, d.z2), make_float4(a.z3, b.z3, c.z3, d.z3)};
 }
 
-// x0 = clip(p x + q out). A term with a zero coefficient is not evaluated; a NaN stays.
-FD_DEVICE real fd_row_x0(const TableRow &row, real x, real out) {
-    real x0 = 0;
-    if (row.p != 0) x0 = x0 + row.p * x;
-    if (row.q != 0) x0 = x0 + row.q * out;
-    if (x0 > row.high) x0 = row.high;
-    if (x0 < row.low) x0 = row.low;
-    return x0;
+// m = clip(p x + q out). A term with a zero coefficient is not evaluated; a NaN stays.
+FD_DEVICE real fd_row_m(const TableRow &row, real x, real out) {
+    real m = 0;
+    if (row.p != 0) m = m + row.p * x;
+    if (row.q != 0) m = m + row.q * out;
+    if (m > row.high) m = row.high;
+    if (m < row.low) m = row.low;
+    return m;
 }
 
-// x' = a x + b x0 + c x0_previous + e out + s z
-FD_DEVICE real fd_row_x(const TableRow &row, real x, real x0, real previous, real out, real z) {
+// The m of earlier rows.
+struct Remembered {
+    real m1, m2, m3;
+};
+
+// x' = a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s z; without DEEP, of a row whose c2 and c3 are 0.
+template <bool DEEP>
+FD_DEVICE real fd_row_x(const TableRow &row, real x, real m, const Remembered &memory, real out, real z) {
     real value = 0;
     if (row.a != 0) value = value + row.a * x;
-    if (row.b != 0) value = value + row.b * x0;
-    if (row.c != 0) value = value + row.c * previous;
+    if (row.b != 0) value = value + row.b * m;
+    if (row.c1 != 0) value = value + row.c1 * memory.m1;
+    if (DEEP && row.c2 != 0) value = value + row.c2 * memory.m2;
+    if (DEEP && row.c3 != 0) value = value + row.c3 * memory.m3;
     if (row.e != 0) value = value + row.e * out;
     if (row.s != 0) value = value + row.s * z;
     return value;

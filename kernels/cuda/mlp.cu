@@ -357,11 +357,24 @@ struct LinearPart {
     int rank, gains, rest;
 };
 
+// Whether row r evaluates the network; asked again where it matters, for want of registers.
+FD_DEVICE bool mlp_evaluates(const int64 *steps, int step_count, int r) {
+    return step_count == 0 || steps[2 * step_count + r];
+}
+
+// What the rows of a table remember: m1 in shared memory where `depth` is not 0, and where it is 2 or 3 both m2 and m3
+// in `deep` (2, n, d). There they cost no block its place on a multiprocessor, and a thread finds what it wrote itself.
+struct ChainMemory {
+    int depth;
+    real *deep;
+};
+
 // All rows of a sampler's table on the tiles of this block, or with none of them one forward pass.
-// Shared memory: packed parameters (STAGED), x, x0_previous (keep), outputs of even layers, of odd layers, timesteps.
+// `steps` (3, step_count) holds timesteps, the steps of the noise, and whether a row evaluates the network.
+// Shared memory: packed parameters (STAGED), x, m1 (depth > 0), outputs of even layers, of odd layers, timesteps.
 template <int R, bool STAGED, bool PART>
 FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows,
-                         const int64 *steps, int step_count, bool keep, const int *layers, int layer_count,
+                         const int64 *steps, int step_count, ChainMemory memory, const int *layers, int layer_count,
                          const real *packed, int packed_size, const real *table, int64 table_width, LinearPart part,
                          int64 n, int rows, int even_width, int odd_width, uint64 first_row, const RoundKeys &keys) {
     const int thread = threadIdx.x, threads = blockDim.x;
@@ -369,7 +382,8 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
     const int pitch = mlp_pitch(d), even_pitch = mlp_pitch(even_width), odd_pitch = mlp_pitch(odd_width);
     real *const state = shared + (STAGED ? packed_size : 0);
     real *const previous = state + rows * pitch;
-    real *const even = previous + (keep ? rows * pitch : 0), *const odd = even + rows * even_pitch;
+    const int depth = memory.depth;
+    real *const even = previous + (depth ? rows * pitch : 0), *const odd = even + rows * even_pitch;
     int *const times = reinterpret_cast<int *>(odd + rows * odd_pitch);
     const bool out_is_even = layer_count % 2;
     real *const out = out_is_even ? even : odd, *const other = out_is_even ? odd : even;
@@ -382,7 +396,8 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
         for (int i = thread; i < rows * d; i += threads) {
             const int row = i / d, j = i % d;
             state[row * pitch + j] = row < here ? x[begin * d + i] : 0;
-            if (keep) previous[row * pitch + j] = 0;
+            if (depth) previous[row * pitch + j] = 0;
+            if (depth > 1 && row < here) memory.deep[begin * d + i] = memory.deep[(n + begin) * d + i] = 0;
         }
         for (int r = 0; r < max(step_count, 1); r++) {
             for (int row = thread; row < rows; row += threads) {
@@ -391,7 +406,7 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
             fd_syncthreads();
             // The linear part's two products follow the layers: one call for all of them, or registers run out.
             FD_ROLL
-            for (int k = 0; k < layer_count + (PART ? 2 : 0); k++) {
+            for (int k = 0; mlp_evaluates(steps, step_count, r) && k < layer_count + (PART ? 2 : 0); k++) {
                 const bool of_part = PART && k >= layer_count, second = PART && k > layer_count;
                 const bool from_state = k == 0 || (PART && k == layer_count), to_odd = of_part ? second != out_is_even : k % 2;
                 mlp_dense<R>(layers + k * LAYER_COLUMNS, of_part ? part.values : STAGED ? shared : packed,
@@ -422,7 +437,8 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                 real z[4] = {0, 0, 0, 0};
                 if (coefficients.s != 0) {
                     const Normals normals =
-                        fd_normals(first_row + begin + row, q, (uint32)steps[r], FD_STREAM_STEP, keys);
+                        fd_normals(first_row + begin + row, q, (uint32)steps[step_count + r], FD_STREAM_STEP,
+                                   keys);
                     z[0] = normals.z0, z[1] = normals.z1, z[2] = normals.z2, z[3] = normals.z3;
                 }
                 FD_UNROLL
@@ -431,9 +447,17 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                     if (j >= d) break;
                     real &value = state[row * pitch + j];
                     const real output = out[row * out_pitch + j];
-                    const real x0 = fd_row_x0(coefficients, value, output);
-                    value = fd_row_x(coefficients, value, x0, keep ? previous[row * pitch + j] : 0, output, z[c]);
-                    if (keep) previous[row * pitch + j] = x0;
+                    const real m = fd_row_m(coefficients, value, output);
+                    const real m1 = depth ? previous[row * pitch + j] : 0;
+                    if (depth > 1) {
+                        real *const deep = memory.deep + (begin + row) * d + j;
+                        real &m2 = deep[0], &m3 = deep[n * d];
+                        value = fd_row_x<true>(coefficients, value, m, {m1, m2, m3}, output, z[c]);
+                        if (mlp_evaluates(steps, step_count, r)) m3 = m2, m2 = m1;
+                    } else {
+                        value = fd_row_x<false>(coefficients, value, m, {m1, 0, 0}, output, z[c]);
+                    }
+                    if (depth && mlp_evaluates(steps, step_count, r)) previous[row * pitch + j] = m;
                 }
             }
         }
@@ -447,25 +471,25 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
 
 template <bool PART>
 FD_DEVICE void mlp_run(real *shared, real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps,
-                       int step_count, bool keep, const int *layers, int layer_count, const real *packed,
+                       int step_count, ChainMemory memory, const int *layers, int layer_count, const real *packed,
                        int packed_size, const real *table, int64 table_width, LinearPart part, int64 n, int rows,
                        int even_width, int odd_width, bool staged, uint64 first_row, const RoundKeys &keys) {
     if (rows % 32 == 0) {
         if (staged)
-            mlp_tiles<8, true, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                     packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row,
-                                     keys);
+            mlp_tiles<8, true, PART>(shared, x, y, t, table_rows, steps, step_count, memory, layers, layer_count,
+                                     packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
+                                     first_row, keys);
         else
-            mlp_tiles<8, false, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count,
+            mlp_tiles<8, false, PART>(shared, x, y, t, table_rows, steps, step_count, memory, layers, layer_count,
                                       packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
                                       first_row, keys);
     } else {
         if (staged)
-            mlp_tiles<2, true, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed,
-                                     packed_size, table, table_width, part, n, rows, even_width, odd_width, first_row,
-                                     keys);
+            mlp_tiles<2, true, PART>(shared, x, y, t, table_rows, steps, step_count, memory, layers, layer_count,
+                                     packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
+                                     first_row, keys);
         else
-            mlp_tiles<2, false, PART>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count,
+            mlp_tiles<2, false, PART>(shared, x, y, t, table_rows, steps, step_count, memory, layers, layer_count,
                                       packed, packed_size, table, table_width, part, n, rows, even_width, odd_width,
                                       first_row, keys);
     }
@@ -476,24 +500,24 @@ FD_DEVICE void mlp_run(real *shared, real *x, real *y, const int64 *t, const Tab
 // memory. Neither changes a bit.
 FD_KERNEL FD_BOUNDS(256, 2)
     mlp_chain(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
-              int keep, const int *layers, int layer_count, const real *packed, int packed_size, const real *table,
-              int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
-              RoundKeys keys) {
+              int depth, real *deep, const int *layers, int layer_count, const real *packed, int packed_size,
+              const real *table, int64 table_width, int64 n, int rows, int even_width, int odd_width, int staged,
+              uint64 first_row, RoundKeys keys) {
     FD_SHARED(real, shared);
     const LinearPart none = {nullptr, 0, 0, 0};
-    mlp_run<false>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed, packed_size,
-                   table, table_width, none, n, rows, even_width, odd_width, staged, first_row, keys);
+    mlp_run<false>(shared, x, y, t, table_rows, steps, step_count, {depth, deep}, layers, layer_count, packed,
+                   packed_size, table, table_width, none, n, rows, even_width, odd_width, staged, first_row, keys);
 }
 
 // The same for a network with a linear part, whose products want more registers: one block of it on a multiprocessor.
 FD_KERNEL FD_BOUNDS(256, 1)
     mlp_chain_part(real *x, real *y, const int64 *t, const TableRow *table_rows, const int64 *steps, int step_count,
-                   int keep, const int *layers, int layer_count, const real *packed, int packed_size,
+                   int depth, real *deep, const int *layers, int layer_count, const real *packed, int packed_size,
                    const real *table, int64 table_width, const real *part_values, int part_rank, int part_gains,
                    int part_rest, int64 n, int rows, int even_width, int odd_width, int staged, uint64 first_row,
                    RoundKeys keys) {
     FD_SHARED(real, shared);
     const LinearPart part = {part_values, part_rank, part_gains, part_rest};
-    mlp_run<true>(shared, x, y, t, table_rows, steps, step_count, keep, layers, layer_count, packed, packed_size,
-                  table, table_width, part, n, rows, even_width, odd_width, staged, first_row, keys);
+    mlp_run<true>(shared, x, y, t, table_rows, steps, step_count, {depth, deep}, layers, layer_count, packed,
+                  packed_size, table, table_width, part, n, rows, even_width, odd_width, staged, first_row, keys);
 }

@@ -1,6 +1,6 @@
 """Forward noising, the fused sampler step and maps of rows for Numba's CUDA target.
 
-The first two are made from the element functions of the CPU kernels: a thread makes the four normals of one Philox
+The noise is made by the element functions of the CPU kernels: a thread makes the four normals of one Philox
 block and takes the four values of its row that they belong to, and since neighbouring threads have neighbouring blocks,
 loads and stores are contiguous. A map is a matrix product on tiles of rows in shared memory. Numba's CUDA simulator
 (``NUMBA_ENABLE_CUDASIM=1``) runs the same kernels on NumPy arrays.
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numba import config, cuda, float32
 
+from fastdiff.kernels.cpu import elementary
 from fastdiff.kernels.cpu import noise as cpu_noise
-from fastdiff.kernels.cpu import step as cpu_step
 from fastdiff.noise import PHILOX_ROUNDS, PHILOX_W
 
 THREADS = 256  # of a block
@@ -87,7 +87,6 @@ def rounded(function: Callable[..., Any]) -> Any:
 
 log_uniform = rounded(cpu_noise.log_uniform)
 cos_sin_turn = rounded(cpu_noise.cos_sin_turn)
-apply_row = rounded(cpu_step.apply_row)
 philox_round = cuda.jit(device=True)(cpu_noise.philox_round.py_func)  # integers
 
 
@@ -95,6 +94,62 @@ philox_round = cuda.jit(device=True)(cpu_noise.philox_round.py_func)  # integers
 def noised(signal, clean, noise, z):
     """One value of x_t."""
     return signal * clean + noise * z
+
+
+@rounded
+def remembered(x, out, p, q, low, high):
+    """One value of m = clip(p x + q out). A term with a zero coefficient is not evaluated."""
+    m = ZERO
+    if p != ZERO:
+        m = m + p * x
+    if q != ZERO:
+        m = m + q * out
+    if m > high:
+        m = high
+    if m < low:
+        m = low
+    return m
+
+
+@rounded
+def advanced(x, m, m1, m2, m3, out, z, a, b, c1, c2, c3, e, s):
+    """One value of a x + b m + c1 m1 + c2 m2 + c3 m3 + e out + s z, in the same way."""
+    value = ZERO
+    if a != ZERO:
+        value = value + a * x
+    if b != ZERO:
+        value = value + b * m
+    if c1 != ZERO:
+        value = value + c1 * m1
+    if c2 != ZERO:
+        value = value + c2 * m2
+    if c3 != ZERO:
+        value = value + c3 * m3
+    if e != ZERO:
+        value = value + e * out
+    if s != ZERO:
+        value = value + s * z
+    return value
+
+
+@rounded
+def scaled(z, v, r):
+    """One value of exp(r v) z, the power between -87 and 88: `elementary.exp` without fused operations."""
+    power = r * v
+    if power != power:
+        return power
+    power = min(max(power, elementary.EXP_LOW), elementary.EXP_HIGH)
+    turns = power * elementary.LOG2_E + elementary.HALF
+    whole = np.int32(turns)
+    if float32(whole) > turns:
+        whole = np.int32(whole - 1)
+    rest = power - float32(whole) * elementary.LN2_HIGH - float32(whole) * elementary.LN2_LOW
+    y = elementary.E4 * rest + elementary.E3
+    y = y * rest + elementary.E2
+    y = y * rest + elementary.E1
+    y = y * rest + elementary.E0
+    y = y * rest * rest + rest + elementary.ONE
+    return y * bits_float(np.int32((whole + elementary.EXPONENT_BIAS) << elementary.MANTISSA_BITS)) * z
 
 
 @rounded
@@ -135,26 +190,39 @@ def forward_noise_kernel(x0, t, signal, noise, out, eps, first_row, tag, k0, k1)
 
 
 @cuda.jit
-def step_kernel(x, out, previous, coefficients, low, high, keep, first_row, step, tag, k0, k1):
-    """One row of a sampler's table, in place; `coefficients` is (p, q, a, b, c, e, s)."""
+def step_kernel(x, out, v, m1, m2, m3, coefficients, low, high, keep, first_row, step, tag, k0, k1):
+    """One row of a sampler's table, in place; `coefficients` is (p, q, a, b, c1, c2, c3, e, s, r).
+
+    The first `keep` of m1, m2 and m3 take this row's m, and each other's.
+    """
+    p, q, a, b, c1, c2, c3, e, s, r = coefficients
     n, width = x.shape
     blocks = (width + 3) // 4
     for i in range(cuda.grid(1), n * blocks, cuda.gridsize(1)):
         row, block = i // blocks, i % blocks
         z = ZERO, ZERO, ZERO, ZERO  # a tuple stays in registers, where an array would lie in local memory
-        if coefficients[6] != ZERO:
+        if s != ZERO:
             z = draw(block, first_row + np.uint64(row), step, tag, k0, k1)
-        # The columns of this block: block, block + Q, ...
-        apply_row(
-            x[row, block::blocks],
-            out[row, block::blocks],
-            previous[row, block::blocks],
-            z,
-            coefficients,
-            low,
-            high,
-            keep,
-        )
+        for j in range(4):
+            column = block + j * blocks
+            if column < width:
+                zj = z[j]
+                output = out[row, column] if q != ZERO or e != ZERO else ZERO
+                before = (
+                    m1[row, column] if c1 != ZERO or keep > 1 else ZERO,
+                    m2[row, column] if c2 != ZERO or keep > 2 else ZERO,
+                    m3[row, column] if c3 != ZERO else ZERO,
+                )
+                if s != ZERO and r != ZERO:
+                    zj = scaled(zj, v[row, column], r)
+                m = remembered(x[row, column], output, p, q, low, high)
+                x[row, column] = advanced(x[row, column], m, *before, output, zj, a, b, c1, c2, c3, e, s)
+                if keep > 2:
+                    m3[row, column] = before[1]
+                if keep > 1:
+                    m2[row, column] = before[0]
+                if keep > 0:
+                    m1[row, column] = m
 
 
 @cuda.jit
@@ -239,6 +307,7 @@ def sampler_step(
     ----------
     x : (n, D) float32 device array
     out : like x, or None
+        The denoiser's output; (2, n, D) with v where r is not 0.
     memory : tuple of arrays like x
         m of the rows before.
     row : Row
@@ -249,12 +318,14 @@ def sampler_step(
     queue, threads
         As for `forward_noise`.
     """
-    keep = len(memory) > 0 and row.evaluates
+    keep = len(memory) if row.evaluates else 0
     low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
     with np.errstate(over="ignore"):
-        coefficients = tuple(np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32))
-    # What is not needed is not touched: any array of the shape will do.
-    arguments = (x, x if out is None else out, memory[0] if memory else x, coefficients, low, high, keep)
+        coefficients = tuple(np.array(row[1:11], np.float32))
+    # What is not needed is not touched: any array will do.
+    outs = (x, x) if out is None else (out, x) if out.ndim == 2 else (out[0], out[1])
+    m1, m2, m3 = (*memory, x, x, x)[:3]
+    arguments = (x, *outs, m1, m2, m3, coefficients, low, high, keep)
     counter = (np.uint64(draw.first_row), np.uint64(draw.step), _tag(draw.stream))
     _launch(step_kernel, queue, threads, *arguments, *counter, *_key(draw.seed))
 

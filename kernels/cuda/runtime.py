@@ -49,11 +49,11 @@ SCALARS = {
 }
 # Structures passed by value; their C text is made from this, fields of one type are a plain vector.
 _ROUND_KEYS = np.dtype([("words", np.uint32, (20,))])
-_TABLE_ROW = np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c", "e", "s", "low", "high")])
+_TABLE_ROW = np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c1", "c2", "c3", "e", "s", "r", "low", "high")])
 STRUCTURES: dict[str, np.dtype[Any]] = {
     # The ten key pairs of Philox, from `fastdiff.noise.round_keys`.
     "RoundKeys": _ROUND_KEYS,
-    # One row of a sampler table, and the bounds of x0.
+    # One row of a sampler table, and the bounds of m.
     "TableRow": _TABLE_ROW,
     # A step of a sampler: all that its kernel takes besides arrays and their sizes.
     "RowRecord": np.dtype(

@@ -1,28 +1,33 @@
+#include "elementary.cuh"
+
 // The fused sampler step: one row of a table over x, in place, the noise in registers. How threads share the work is
-// said in noise.cu. `out` may be null where the row takes nothing from it, `previous` where no x0 is kept.
+// said in noise.cu. `out` may be null where the row takes nothing from it.
+//
+// Most tables remember one row at most. For these `previous` is m1 and takes this row's m, and is null where none is
+// kept. step_deep and step_deep_recorded run any row.
 
 FD_DEVICE void step_one(const TableRow &row, real *x_nd, const real *out_nd, real *previous_nd, int64 at, float z) {
     const real x = x_nd[at];
     const real out = row.q != 0 || row.e != 0 ? out_nd[at] : 0;
-    const real previous = row.c != 0 ? previous_nd[at] : 0;
-    const real x0 = fd_row_x0(row, x, out);
-    x_nd[at] = fd_row_x(row, x, x0, previous, out, z);
-    if (previous_nd) previous_nd[at] = x0;
+    const real previous = row.c1 != 0 ? previous_nd[at] : 0;
+    const real m = fd_row_m(row, x, out);
+    x_nd[at] = fd_row_x<false>(row, x, m, {previous, 0, 0}, out, z);
+    if (previous_nd) previous_nd[at] = m;
 }
 
 FD_DEVICE void step_four(const TableRow &row, real *x_nd, const real *out_nd, real *previous_nd, int64 at, float4 z) {
     const float4 none = make_float4(0, 0, 0, 0);
     float4 x = fd_load4(x_nd + at);
     const float4 out = row.q != 0 || row.e != 0 ? fd_load4(out_nd + at) : none;
-    const float4 previous = row.c != 0 ? fd_load4(previous_nd + at) : none;
-    const float4 x0 = make_float4(fd_row_x0(row, x.x, out.x), fd_row_x0(row, x.y, out.y),
-                                  fd_row_x0(row, x.z, out.z), fd_row_x0(row, x.w, out.w));
-    x.x = fd_row_x(row, x.x, x0.x, previous.x, out.x, z.x);
-    x.y = fd_row_x(row, x.y, x0.y, previous.y, out.y, z.y);
-    x.z = fd_row_x(row, x.z, x0.z, previous.z, out.z, z.z);
-    x.w = fd_row_x(row, x.w, x0.w, previous.w, out.w, z.w);
+    const float4 previous = row.c1 != 0 ? fd_load4(previous_nd + at) : none;
+    const float4 m = make_float4(fd_row_m(row, x.x, out.x), fd_row_m(row, x.y, out.y), fd_row_m(row, x.z, out.z),
+                                 fd_row_m(row, x.w, out.w));
+    x.x = fd_row_x<false>(row, x.x, m.x, {previous.x, 0, 0}, out.x, z.x);
+    x.y = fd_row_x<false>(row, x.y, m.y, {previous.y, 0, 0}, out.y, z.y);
+    x.z = fd_row_x<false>(row, x.z, m.z, {previous.z, 0, 0}, out.z, z.z);
+    x.w = fd_row_x<false>(row, x.w, m.w, {previous.w, 0, 0}, out.w, z.w);
     fd_store4(x_nd + at, x);
-    if (previous_nd) fd_store4(previous_nd + at, x0);
+    if (previous_nd) fd_store4(previous_nd + at, m);
 }
 
 // A row without noise (s = 0) draws none.
@@ -79,6 +84,60 @@ FD_KERNEL step_recorded_wide(real *__restrict__ x_nd, const real *__restrict__ o
                              const RowRecord *__restrict__ record_at, int64 n, int64 width) {
     const RowRecord r = *record_at;
     step_rows_wide(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
+}
+
+// m1, m2 and m3 of a table that reaches back so far. The first `keep` of them take this row's m, and each other's.
+struct Memory {
+    real *m1, *m2, *m3;
+    int keep;
+};
+
+FD_DEVICE void step_deep_one(const TableRow &row, real *x_nd, const real *out_nd, const real *v_nd,
+                             const Memory &memory, int64 at, float z) {
+    const real x = x_nd[at];
+    const real out = row.q != 0 || row.e != 0 ? out_nd[at] : 0;
+    const real m1 = row.c1 != 0 || memory.keep > 1 ? memory.m1[at] : 0;
+    const real m2 = row.c2 != 0 || memory.keep > 2 ? memory.m2[at] : 0;
+    const real m3 = row.c3 != 0 ? memory.m3[at] : 0;
+    const real m = fd_row_m(row, x, out);
+    if (row.r != 0 && row.s != 0) {
+        const real power = row.r * v_nd[at];
+        z = z * fd_exp(power > 88.0f ? 88.0f : power);
+    }
+    x_nd[at] = fd_row_x<true>(row, x, m, {m1, m2, m3}, out, z);
+    if (memory.keep > 2) memory.m3[at] = m2;
+    if (memory.keep > 1) memory.m2[at] = m1;
+    if (memory.keep > 0) memory.m1[at] = m;
+}
+
+FD_DEVICE void step_deep_rows(real *x_nd, const real *out_nd, const real *v_nd, const Memory &memory,
+                              const TableRow &row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
+                              const RoundKeys &keys) {
+    const int64 quarter = (width + 3) / 4;
+    for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
+        Normals normals = {0, 0, 0, 0};
+        if (row.s != 0) normals = fd_normals(first_row + walk.row, (uint32)walk.item, step, stream, keys);
+        const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
+        FD_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const int64 j = walk.item + k * quarter;
+            if (j < width) step_deep_one(row, x_nd, out_nd, v_nd, memory, walk.row * width + j, z[k]);
+        }
+    }
+}
+
+// v_nd is the second output of a denoiser that learned its variance, and is read where r is not 0.
+FD_KERNEL step_deep(real *__restrict__ x_nd, const real *__restrict__ out_nd, const real *__restrict__ v_nd,
+                    real *__restrict__ m1, real *__restrict__ m2, real *__restrict__ m3, int keep, TableRow row,
+                    int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream, RoundKeys keys) {
+    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, row, n, width, first_row, step, stream, keys);
+}
+
+FD_KERNEL step_deep_recorded(real *__restrict__ x_nd, const real *__restrict__ out_nd, const real *__restrict__ v_nd,
+                             real *__restrict__ m1, real *__restrict__ m2, real *__restrict__ m3, int keep,
+                             const RowRecord *__restrict__ record_at, int64 n, int64 width) {
+    const RowRecord r = *record_at;
+    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
 }
 
 // A row without noise does not look at rows and columns. `vectors` says that all arrays are 16-byte aligned.

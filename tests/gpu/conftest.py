@@ -42,7 +42,7 @@ class Events:
 
     @pytest.hookimpl(trylast=True)  # what is deselected by name has gone
     def pytest_collection_modifyitems(self, items):
-        begun = {event.get("begin") for event in self.events.told()}
+        begun = {event.get("begin") for event in self.events.read()}
         items[:] = [item for item in items if item.nodeid not in begun]
         self.events.tell(planned=[item.nodeid for item in items])
 

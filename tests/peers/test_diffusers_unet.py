@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.schedulers import scheduling_ddpm
 from tolerances import PEER_FLOOR, PEER_GRADIENT, PEER_OUTPUT
 
 import fastdiff as fd
+from fastdiff import samplers
 from fastdiff.backends.layers import Batch
 from fastdiff.interop import diffusers_views
 
@@ -119,3 +121,37 @@ def test_pipelines(tmp_path):
     assert (
         relative(net.predict(x, t % 400, backend="numpy"), run(other, x, t % 400, None).detach().numpy()) <= PEER_OUTPUT
     )
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_learned_variance(clip, backend, tmp_path, monkeypatch):
+    """A folder whose network says where a step's variance lies between its bounds: loaded, and sampled as they do."""
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 2, "block_out_channels": (8,), "norm_num_groups": 4,
+        "layers_per_block": 1, "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+    }  # fmt: skip
+    options = {"clip_sample": clip is not None, "timestep_spacing": "linspace", "variance_type": "learned_range"}
+    net, scheduler, steps = theirs(config), DDPMScheduler(**options), 8
+    DDPMPipeline(net, scheduler).save_pretrained(tmp_path)
+    ours, schedule = fd.load_diffusers(tmp_path)
+    assert ours.learned_variance
+    at = {
+        "clip": clip,
+        "prediction": ours.prediction,
+        "spacing": "linspace",
+    }  # ends at 0, where they add no noise either
+    table = samplers.ddpm(schedule, steps, variance="learned_range", **at)
+
+    def normals(stream, step=0):
+        z = fd.normal((3, 64), seed=4, stream=stream, step=step, backend="numpy").reshape(3, 8, 8, 1)
+        return torch.from_numpy(z.transpose(0, 3, 1, 2).copy())
+
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == table.timesteps.tolist()
+    x = normals("init")
+    for t in scheduler.timesteps.tolist():
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, t=t, **__: normals("step", t))
+        with torch.no_grad():
+            x = scheduler.step(net(x, t).sample, t, x).prev_sample
+    want = x.numpy().transpose(0, 2, 3, 1)
+    assert relative(fd.sample(ours, table, n=3, seed=4, backend=backend), want) < 5 * PEER_OUTPUT

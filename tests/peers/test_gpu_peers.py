@@ -13,8 +13,8 @@ from host_cuda import HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff
-from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.bench import arrays, layers, networks
 from fastdiff.errors import ArgumentError
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -25,15 +25,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::fastdiff.errors.ScheduleWarning"),  # of so few timesteps
 ]
 
-KINDS = {case.kind: case for case in gpu.CASES}
+ARRAYS = [
+    workload.name
+    for workload in gpu.WORKLOADS
+    if type(workload).__module__ == arrays.__name__ and not isinstance(workload, arrays.Normals)
+]
 
 
-def small(case):
-    if case.kind not in gpu.IMAGES:
-        return replace(case.at(1e-5), n=2 if case.n < 100 else 5)
-    shape = (4, 4, 3) if case.net else (5, 8) if case.kind == "attention" else (4, 4, 8)
-    few = {"steps": gpu.EXAMPLE_DDIM + 1} if case.kind == "unet-ddim" else {}
-    return replace(case.at(1e-5), n=2, shape=shape, **few)
+def small(workload):
+    if not workload.image:
+        return replace(workload.at(1e-5), n=2 if workload.n < 100 else 5)
+    few = {"channels": (4, 4, 8)} if isinstance(workload, networks.Pictures) else {}
+    if isinstance(workload, networks.PicturesSampling):
+        few["steps"] = networks.GPU_DDIM + 1
+    shape = (4, 4, 3) if few else (5, 8) if isinstance(workload, layers.Attention) else (4, 4, 8)
+    return replace(workload.at(1e-5), n=2, shape=shape, **few)
 
 
 class Stream:
@@ -65,15 +71,13 @@ def on_cpu(monkeypatch):
         graph.captured = True
 
     monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
-    for module in (gpu.cases, bench):
+    for module in (arrays, networks):
         monkeypatch.setattr(module, "T", 7)
-    monkeypatch.setattr(bench, "DATA_STEP", 3)
-    monkeypatch.setattr(gpu, "HEAD", 4)
-    monkeypatch.setattr(gpu, "GROUPS", 2)
-    monkeypatch.setattr(bench, "HEAD", 4)
-    monkeypatch.setattr(bench, "GROUPS", 2)
-    for name, value in {"channels": (4, 4, 8), "blocks": 1, "head_width": 4, "groups": 2}.items():
-        monkeypatch.setitem(bench.UNET, name, value)
+    monkeypatch.setattr(arrays, "DATA_STEP", 3)
+    monkeypatch.setattr(layers, "HEAD", 4)
+    monkeypatch.setattr(layers, "GROUPS", 2)
+    for name, value in {"blocks": 1, "head_width": 4, "groups": 2}.items():
+        monkeypatch.setitem(networks.UNET, name, value)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     Graph.made = ()
@@ -84,46 +88,55 @@ def on_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
-def test_every_way_runs_and_agrees(on_cpu, case):
-    """Whoever makes them compares the two sides' results on the same inputs; what decides a mark comes first."""
-    ways = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None)
-    if case.kind == "normals":
-        wanted = {"ours", "eager"}
-    elif case.kind not in gpu.IMAGES:
-        wanted = {"ours", *gpu.WAYS}
+@pytest.mark.parametrize("workload", gpu.WORKLOADS, ids=lambda workload: workload.name)
+def test_every_way_runs_and_agrees(on_cpu, workload):
+    """Whoever makes them compares the two sides' results on the same inputs; what decides a target comes first."""
+    ways = gpu.prepare(CudaBackend(HostRuntime()), small(workload), gpu_peers, None)
+    if isinstance(workload, arrays.Normals):
+        expected = {"ours", "eager"}
+    elif not workload.image:
+        expected = {"ours", *gpu.WAYS}
     else:
-        ours = {"ours"} if case.kind in ("norm", "attention") else {"ours", "ours-bf16"}
-        wanted = {*ours, *gpu.IMAGE_WAYS} - (set() if case.net else {"reduced"})
-    assert set(ways.makers) == wanted
+        ours = {"ours", "ours-bf16"} if workload.convolves else {"ours"}
+        expected = {*ours, *gpu.IMAGE_WAYS} - (set() if isinstance(workload, networks.Pictures) else {"reduced"})
+    assert set(ways.makers) == expected
     ours = [name for name in ways.makers if name in gpu.OURS]
     assert list(ways.makers)[: len(ours) + 1] == [*ours, "eager"]
-    decide = [name for name in gpu.deciding(case) if name != "eager"]
+    decide = [name for name in gpu.deciding(workload) if name != "eager"]
     assert list(ways.makers)[len(ours) + 1 :][: len(decide)] == decide
     runs, failed, cut = gpu.make(ways, int)
     assert (failed, cut) == ({}, [])
-    assert set(next(gpu.measure(runs, ways.units, int, 1e-6))) == wanted
+    assert set(next(gpu.measure(runs, ways.units, int, 1e-6))) == expected
     for graph in Graph.made:
         assert graph.replays > 1
-    assert len(Graph.made) == ("graphs" in wanted) + ("bf16-graphs" in wanted)
+    assert len(Graph.made) == ("graphs" in expected) + ("bf16-graphs" in expected)
 
 
-@pytest.mark.parametrize("kind", ["forward", "step", "chain"])
-def test_results_that_differ_are_noticed(on_cpu, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "name", [*ARRAYS, "chain-tutorial-1000", "chain-default-100000"], ids=lambda name: name.split("-")[0]
+)
+def test_results_that_differ_are_noticed(on_cpu, monkeypatch, name):
     """Somebody else's formula in PyTorch's place."""
-    case = small(KINDS[kind])
-    right = {"forward": "_noised", "step": "step", "chain": "output"}[kind]
-    function = getattr(gpu_peers, right)
+    workload = small(gpu.BY_NAME[name])
 
-    def wrong(*args):
-        result = function(*args)
-        if isinstance(result, tuple):
-            return (1.001 * result[0], *result[1:]) if kind == "forward" else (result[0], 1.001 * result[1])
-        return 1.001 * result
+    def wrong(function):
+        def run(*args):
+            result = function(*args)
+            return (1.001 * result[0], *result[1:]) if isinstance(result, tuple) else 1.001 * result
 
-    monkeypatch.setattr(gpu_peers, right, wrong)
-    with pytest.raises(AssertionError, match=f"{case.name}: ours and PyTorch's differ"):
-        gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None)
+        return run
+
+    def wrong_work(self, torch, given):
+        work = right(self, torch, given)
+        return work._replace(function=wrong(work.function))
+
+    if name in ARRAYS:
+        right = type(workload).peer_on_gpu
+        monkeypatch.setattr(type(workload), "peer_on_gpu", wrong_work)
+    else:
+        monkeypatch.setattr(gpu_peers.nets, "output", wrong(gpu_peers.nets.output))
+    with pytest.raises(AssertionError, match=f"{workload.name}: ours and PyTorch's differ"):
+        gpu.prepare(CudaBackend(HostRuntime()), workload, gpu_peers, None)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +144,9 @@ def test_results_that_differ_are_noticed(on_cpu, monkeypatch, kind):
 )
 def test_a_form_that_differs_is_noticed(on_cpu, monkeypatch, name):
     """One of PyTorch's, or PyTorch as it stands, whose place is in every comparison."""
-    case = {case.name: case for case in gpu.CASES}[name]
-    right = {"unet": "image_forward", "unet-training": "image_training", "unet-ddim": "image_sampling"}
-    right = right.get(case.kind, "layer")
+    workload = gpu.BY_NAME[name]
+    right = {"unet-forward": "image_forward", "unet-train": "image_training", "unet-ddim": "image_sampling"}
+    right = right.get("-".join(name.split("-")[:2]), "layer")
     function, off = getattr(gpu_peers, right), "channels"
 
     def wrong(*args, **options):
@@ -147,21 +160,21 @@ def test_a_form_that_differs_is_noticed(on_cpu, monkeypatch, name):
         }
 
     monkeypatch.setattr(gpu_peers, right, wrong)
-    makers = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None).makers
+    makers = gpu.prepare(CudaBackend(HostRuntime()), small(workload), gpu_peers, None).makers
     makers["ours"]()
-    with pytest.raises(AssertionError, match=f"{case.name}, channels: ours and PyTorch's differ by 0.001"):
+    with pytest.raises(AssertionError, match=f"{name}, channels: ours and PyTorch's differ by 0.001"):
         makers["channels"]()
     off = "eager"
-    makers = gpu.prepare(CudaBackend(HostRuntime()), small(case), gpu_peers, None).makers
+    makers = gpu.prepare(CudaBackend(HostRuntime()), small(workload), gpu_peers, None).makers
     for name in ("ours", "channels"):
-        with pytest.raises(AssertionError, match=f"{case.name}, {name}: ours and PyTorch's differ by 0.000999"):
+        with pytest.raises(AssertionError, match=f"{workload.name}, {name}: ours and PyTorch's differ by 0.000999"):
             makers[name]()
 
 
 def test_a_form_is_compared_with_the_weights_of_before(on_cpu):
     """Though another form, which shares them, has trained them; and each is made once."""
-    case = small({case.name: case for case in gpu.CASES}["unet-train-16"])
-    ways, made = gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None), []
+    workload = small(gpu.BY_NAME["unet-train-16"])
+    ways, made = gpu.prepare(CudaBackend(HostRuntime()), workload, gpu_peers, None), []
     for name in ("graphs", "bf16-graphs", "channels", "compiled"):
         run = ways.makers[name]()
         for _ in range(3):
@@ -180,9 +193,9 @@ def test_reduced_is_called_once_before_it_is_timed(on_cpu, monkeypatch):
     )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for name in ("unet-forward-16", "unet-train-16", "unet-ddim-50-16"):
-        case = small({case.name: case for case in gpu.CASES}[name])
+        workload = small(gpu.BY_NAME[name])
         calls.clear()
-        run = gpu.prepare(CudaBackend(HostRuntime()), case, gpu_peers, None).makers["reduced"]()
+        run = gpu.prepare(CudaBackend(HostRuntime()), workload, gpu_peers, None).makers["reduced"]()
         exact.append(list(calls))
         run()
         assert set(calls[1:]) == {True}
@@ -236,8 +249,10 @@ def test_a_training_step_learns(on_cpu):
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_what_is_really_compiled_is_the_formula(monkeypatch):
     monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
-    x0, t, s = gpu.cases.noising(fastdiff, small(KINDS["forward"]))
-    runs, _ = gpu_peers.forward(x0, t, s.signal, s.noise, np.zeros_like(x0))
+    workload, s = small(gpu.BY_NAME["forward-1000000x50"]), arrays.image_schedule()
+    given = workload.inputs()
+    x0, t = given["x0"], given["t"]
+    runs = gpu_peers.ways(workload.peer(torch, {name: gpu_peers.device(value) for name, value in given.items()}))
     x_t, eps = (tensor.numpy() for tensor in runs["compiled"]())
     assert eps.std() > 0.5
     want = s.signal[t][:, None] * x0 + s.noise[t][:, None] * eps.astype(np.float64)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cpu.workers import MIN_LIGHT_PIECE, MIN_PIECE, Array, Body, Scripted
-from fastdiff.backends.protocol import Row
+from fastdiff.backends.protocol import DEPTH, Row
 from fastdiff.kernels.cpu import noise as noise_kernels
 from fastdiff.kernels.cpu import step as step_kernels
 from fastdiff.noise import Draw, round_keys
@@ -17,6 +18,11 @@ from fastdiff.noise import Draw, round_keys
 def law_of(draw: Draw) -> tuple[Any, int, int, Array]:
     """First row, step, stream and keys, as the kernels take them."""
     return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
+
+
+def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
+    """The numbers of rows as the kernels take them: columns `step_kernels.P` ... `step_kernels.HIGH`."""
+    return np.array([(*row[1:11], *(clip or (-np.inf, np.inf))) for row in rows], np.float32)
 
 
 class _Workspace:
@@ -92,22 +98,21 @@ class StepOperations(Scripted):
     ) -> None:
         flat = x.reshape(-1)
         outs = flat if out is None else out.reshape(-1)
-        keep = len(memory) > 0 and row.evaluates
-        kept = memory[0].reshape(-1) if memory else flat
-        coefficients = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
-        low, high = (np.float32(v) for v in clip or (-np.inf, np.inf))
+        outs, v = (outs, outs) if row.r == 0 else outs.reshape(2, flat.size)
+        remembered = (*(m.reshape(-1) for m in memory), flat, flat, flat)[:DEPTH]
+        numbers = numbers_of((row,), clip)[0]
+        depth = len(memory) if row.evaluates else 0
         law = law_of(draw)
 
         def noisy(worker: int, start: int, stop: int) -> None:
             step_kernels.step_range(
-                start, stop, flat, outs, kept, coefficients, low, high, keep, *x.shape,
+                start, stop, flat, outs, v, remembered, numbers, depth, *x.shape,
                 *law, *self._spaces[worker].noise,
             )  # fmt: skip
 
         def quiet(worker: int, start: int, stop: int) -> None:
             del worker
-            part = slice(start, stop)
-            step_kernels.apply_row(flat[part], outs[part], kept[part], flat[part], coefficients, low, high, keep)
+            step_kernels.row_range(start, stop, flat, outs, remembered, numbers, depth)
 
         if row.s != 0:
             self._chunks(noisy, x.shape)

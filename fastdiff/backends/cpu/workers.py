@@ -123,7 +123,8 @@ class Workers:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._start()
-        os.register_at_fork(after_in_child=_forget(weakref.ref(self)))
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=_forget(weakref.ref(self)))
 
     def _start(self) -> None:
         self.lock = threading.RLock()

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
+from fastdiff.backends.cuda.step import no_variance, row_records
 from fastdiff.backends.protocol import (
     AdamW,
     DenseLayer,
@@ -29,7 +30,7 @@ from fastdiff.backends.protocol import (
     TrainingDraws,
     TrainState,
 )
-from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+from fastdiff.kernels.cuda.runtime import Runtime
 from fastdiff.noise import Draw, Stream, round_keys
 
 Array = Any
@@ -80,7 +81,7 @@ def packed_size(plan: MLPPlan) -> int:
 
 
 def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
-    """Return the shared memory of a block of `mlp_chain`; `memory`: the table needs the previous x0."""
+    """Return the shared memory of a block of `mlp_chain`; `memory`: the table remembers a row, or several."""
     even, odd = _widths(plan)
     row = (2 if memory else 1) * _pitch(plan.layers[0].inputs) + _pitch(even) + _pitch(odd) + 1  # 1: the timestep
     return VALUE * (tile.rows * row + (packed_size(plan) if tile.staged else 0))
@@ -146,6 +147,19 @@ def _joined(*arrays: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
 
 
+class _DeviceTable(NamedTuple):
+    """A sampler's table on the device, as `mlp_chain` takes it, and what it was made from."""
+
+    depth: int = 0
+    records: Array = None
+    steps: Array = None
+    rows: tuple[Row, ...] = ()
+    clip: tuple[float, float] | None = None
+
+
+NO_ROWS = _DeviceTable()
+
+
 class _Network:
     """What the kernels need of one network, made once, and the buffers of its training, grown with the batch."""
 
@@ -178,8 +192,20 @@ class _Network:
         self.buffers: dict[str, Array] = {}
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
+        self.sampler = NO_ROWS
         self.data = self.tables = self.terms = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
+
+    def sampler_of(self, rows: tuple[Row, ...], clip: tuple[float, float] | None) -> _DeviceTable:
+        """Return a table on the device; the last one is kept."""
+        if self.sampler.rows is not rows or self.sampler.clip != clip:
+            for row in rows:
+                if row.r != 0:
+                    raise no_variance(row)
+            records = self.runtime.asarray(row_records(rows, clip).view(np.uint8))
+            steps = self.runtime.asarray(np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64).T)
+            self.sampler = _DeviceTable(max(row.depth for row in rows), records, steps, rows, clip)
+        return self.sampler
 
     def use(self, draws: TrainingDraws) -> None:
         """Have the data and the tables of a training on the device."""
@@ -262,18 +288,18 @@ class MLPOperations(LayerOperations, RecordingOperations):
     ) -> None:
         if len(x) == 0 or not rows:
             return
-        remembers = any(row.c1 != 0 for row in rows)
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
                 self._tiles(net, params, x, (None, None), rows, clip, draw)
                 return
-        memory = (self.runtime.zeros(x.shape),) if remembers else ()
+        memory = tuple(self.runtime.zeros(x.shape) for _ in range(max(row.depth for row in rows)))
         out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
         for row in rows:
-            t.fill(row.t)
-            self.mlp_forward(plan, params, x, t, out)
-            self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
+            if row.evaluates:
+                t.fill(row.t)
+                self.mlp_forward(plan, params, x, t, out)
+            self.sampler_step(x, out if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
@@ -408,29 +434,20 @@ class MLPOperations(LayerOperations, RecordingOperations):
         draw: Draw = Draw(0, Stream.STEP),  # noqa: B008 - immutable
     ) -> None:
         """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
-        plan, n, memory, table = net.plan, len(x), any(row.c1 != 0 for row in rows), self._time_table(net, params)
+        plan, n, table = net.plan, len(x), self._time_table(net, params)
         assert net.tile is not None
         self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
         sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
         tile = net.tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
-        table_rows = steps = None
-        if rows:
-            bounds = clip or (-np.inf, np.inf)
-            with np.errstate(over="ignore"):
-                records = np.array(
-                    [(row.p, row.q, row.a, row.b, row.c1, row.e, row.s, *bounds) for row in rows],
-                    STRUCTURES["TableRow"],
-                )
-            table_rows = self.runtime.asarray(records.view(np.uint8))
-            steps = self.runtime.asarray(np.array([row.t for row in rows], np.int64))
+        sampler = net.sampler_of(rows, clip) if rows else NO_ROWS
+        deep = self._scratch("chain", 2 * x.size) if sampler.depth > 1 else None
         grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
         self.runtime.launch(
             "mlp", "mlp_chain" if net.part is None else "mlp_chain_part", grid, THREADS,
-            (x, *forward, table_rows, steps, len(rows), memory, net.layers, len(plan.layers), net.packed,
-             net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths, tile.staged,
-             draw.first_row,
-             round_keys(draw.seed)),
-            shared_bytes(plan, tile, memory=memory),
+            (x, *forward, sampler.records, sampler.steps, len(rows), sampler.depth, deep, net.layers, len(plan.layers),
+             net.packed, net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths,
+             tile.staged, draw.first_row, round_keys(draw.seed)),
+            shared_bytes(plan, tile, memory=sampler.depth > 0),
         )  # fmt: skip
 
     def _layer(

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdiff.backends.cuda.optim import OptimOperations
-from fastdiff.backends.cuda.step import StepOperations, law_of, row_record
+from fastdiff.backends.cuda.step import StepOperations, law_of, split_output, step_plan
 from fastdiff.backends.layers import Recording, Sampling
-from fastdiff.backends.protocol import AdamW, Row, Training, TrainState
+from fastdiff.backends.protocol import DEPTH, AdamW, Row, Training, TrainState
 from fastdiff.kernels.cuda import runtime as runtimes
 from fastdiff.noise import Draw
 
@@ -109,7 +109,7 @@ class _Sampling:
 
     def __init__(self, be: RecordingOperations, output: Callable[[], Array], state: Array) -> None:
         self.be, self.output, self.state = be, output, state
-        self._graphs = {remembers: _Graph(be) for remembers in (False, True)}
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
 
     def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
@@ -117,21 +117,30 @@ class _Sampling:
             be.sampler_step(x, self.output() if row.evaluates else None, memory, row, clip, draw)
             return
         with be._lock:
-            before, previous = None, memory[0] if memory else None
-            if previous is not None:
-                before = be._scratch("previous", x.size)[: x.size].reshape(x.shape)
-                be.runtime.copy(before, previous)
+            # The graph finds the memory at places of its own.
+            space = be._scratch("memory", len(memory) * x.size)
+            room = [space[k * x.size : (k + 1) * x.size].reshape(x.shape) for k in range(len(memory))]
+            for own, array in zip(room, memory, strict=True):
+                be.runtime.copy(own, array)
+            plan = step_plan(row, clip, len(memory))
             record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
             record["first_row"], record["step"], record["stream"], record["keys"] = law_of(draw)
-            record["row"] = row_record(row, clip, wanted=previous is not None)
+            record["row"] = plan.record
             there = be._scratch("row", record.nbytes, np.uint8)
             be.runtime.launch("step", "set_row", 1, 1, (record, there))
 
             def issue() -> None:
-                arrays = state, self.output(), before
-                be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
+                out, v = split_output(self.output(), row)
+                if plan.deep:
+                    m1, m2, m3 = (*room, None, None, None)[:DEPTH]
+                    grid, block = be.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
+                    args = (state, out, v, m1, m2, m3, plan.keep, there, *x.shape)
+                    be.runtime.launch("step", "step_deep_recorded", grid, block, args)
+                else:
+                    arrays = state, out, room[0] if memory else None
+                    be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
 
-            self._graphs[previous is not None].run(issue)
+            self._graphs.setdefault((len(memory), plan.deep, row.r != 0), _Graph(be)).run(issue)
             be.runtime.copy(x, state)
-            if previous is not None:
-                be.runtime.copy(previous, before)
+            for own, array in zip(room, memory, strict=True):
+                be.runtime.copy(array, own)

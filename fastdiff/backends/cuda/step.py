@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cuda.device import Device
-from fastdiff.backends.protocol import Row
+from fastdiff.backends.protocol import DEPTH, Row
+from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cuda import runtime as runtimes
 from fastdiff.noise import Draw, round_keys
 
@@ -28,13 +30,51 @@ def law_of(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
     return draw.first_row, draw.step, int(draw.stream), _keys(draw.seed)
 
 
-def row_record(row: Row, clip: tuple[float, float] | None, *, wanted: bool) -> tuple[Any, ...]:
-    """A "TableRow"; without `wanted` only the row's own terms take x0."""
+def row_records(rows: Sequence[Row], clip: tuple[float, float] | None) -> npt.NDArray[Any]:
+    """Return rows as "TableRow"s."""
+    bounds = clip or (-np.inf, np.inf)
     with np.errstate(over="ignore"):
-        p, q, a, b, c, e, s = np.array((row.p, row.q, row.a, row.b, row.c1, row.e, row.s), np.float32)
-    if b == 0 and not wanted:
-        p = q = np.float32(0)
-    return p, q, a, b, c, e, s, *(clip or (-np.inf, np.inf))
+        return np.array([(*row[1:11], *bounds) for row in rows], runtimes.STRUCTURES["TableRow"])
+
+
+def no_variance(row: Row) -> ArgumentError:
+    """Return the error of a row that scales its noise by what the denoiser does not say."""
+    return ArgumentError("rows (r)", f"{row.r:g} at t = {row.t}", "0: the denoiser has learned no variance")
+
+
+def split_output(out: Array | None, row: Row) -> tuple[Array | None, Array | None]:
+    """The output of a denoiser, and the second one of those that learned their variance, which the row may want."""
+    if out is not None and out.ndim == 3:
+        return out[0], out[1]
+    if row.r != 0:
+        raise no_variance(row)
+    return out, None
+
+
+class StepPlan(NamedTuple):
+    """How a row runs over arrays.
+
+    Attributes
+    ----------
+    deep : bool
+        Whether it takes the kernels for all rows; else those for rows that remember one other at most.
+    keep : int
+        How many arrays of the memory take its m and each other's.
+    record : (1,) array
+        A "TableRow".
+    """
+
+    deep: bool
+    keep: int
+    record: npt.NDArray[Any]
+
+
+def step_plan(row: Row, clip: tuple[float, float] | None, depth: int) -> StepPlan:
+    """Return how a row runs beside a memory of this depth."""
+    keep = depth if row.evaluates else 0
+    if row.b == 0 and keep == 0:  # nothing takes m, nor the output that may be absent
+        row = row._replace(p=0.0, q=0.0)
+    return StepPlan(keep > 1 or row.depth > keep or row.r != 0, keep, row_records((row,), clip))
 
 
 class StepOperations(Device):
@@ -76,15 +116,18 @@ class StepOperations(Device):
         if self._twins:
             self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
-        previous = memory[0] if memory and (row.evaluates or row.c1 != 0) else None
-        if previous is not None and not row.evaluates:
-            previous = previous.copy()  # what the kernel writes there is not remembered
-        record = row_record(row, clip, wanted=previous is not None)
-        arrays = (x, out, previous)
-        if record[6] != 0:
-            after = (record, *x.shape, *law_of(draw))
-            self._by_blocks("step", "step_noisy", arrays, after)
+        (out, v), plan = split_output(out, row), step_plan(row, clip, len(memory))
+        if plan.deep:
+            m1, m2, m3 = (*memory, None, None, None)[:DEPTH]
+            grid, block = self.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
+            args = (x, out, v, m1, m2, m3, plan.keep, plan.record, *x.shape, *law_of(draw))
+            if x.size:
+                self.runtime.launch("step", "step_deep", grid, block, args)
+            return
+        arrays = (x, out, memory[0] if plan.keep else None)
+        if row.s != 0:
+            self._by_blocks("step", "step_noisy", arrays, (plan.record, *x.shape, *law_of(draw)))
         elif x.size:
             fours = self._aligned(*arrays)
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
-            self.runtime.launch("step", "step_quiet", grid, block, (*arrays, record, x.size, fours))
+            self.runtime.launch("step", "step_quiet", grid, block, (*arrays, plan.record, x.size, fours))

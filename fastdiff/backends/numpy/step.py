@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,8 @@ class StepOperations:
             return value
 
         v = None
-        if row.r != 0:
-            out, v = cast(Array, out)
+        if out is not None and out.ndim > x.ndim:
+            out, v = out
         keeps = len(memory) > 0 and row.evaluates
         m = z = None
         if row.b != 0 or keeps:

@@ -1,0 +1,558 @@
+"""Results of the benchmarks: records that programs fill, files hold as JSON, and documents show as tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+from fastdiff.bench import Result, Roofs, duration, speed
+
+BUSY = 0.05  # share of the machine that others may use before a row is called doubtful
+RESULTS = Path(__file__).parent / "results"
+MISSED = ": **missed**"
+
+
+def record(kind: Any, value: Any) -> Any:
+    """Return what was read from JSON as a record of this type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if value is None or kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return record(next(one for one in arguments if one is not types.NoneType), value)
+    if origin in (list, tuple):
+        return origin(record(arguments[0], one) for one in value)
+    if origin is dict:
+        return {name: record(arguments[1], one) for name, one in value.items()}
+    if is_dataclass(kind) or hasattr(kind, "_fields"):
+        types_of = typing.get_type_hints(kind)
+        return kind(**{name: record(types_of[name], one) for name, one in value.items()})
+    return value
+
+
+@dataclass(kw_only=True)
+class Header:
+    """Where, when and with what it was measured."""
+
+    date: str
+    commit: str
+    cpu: str
+    cores: int
+    threads: int
+    system: str
+    python: str
+    numpy: str
+    numba: str
+    fastdiff: str = ""
+    safetensors: str = ""
+    torch: str | None = None
+    diffusers: str | None = None
+    scale: float = 1.0
+
+    def line(self) -> str:
+        """Return it as a line of text."""
+        peers = f" PyTorch {self.torch}, diffusers {self.diffusers};" if self.torch else ""
+        return (
+            f"{self.cpu}, {self.threads} threads on {self.cores} cores, {self.system}; Python {self.python}, "
+            f"NumPy {self.numpy}, Numba {self.numba};{peers} {self.date}, commit {self.commit}."
+        )
+
+    def tiny(self, what: str) -> str:
+        """Return a warning where the sizes are not the real ones."""
+        return "" if self.scale == 1 else f"**At {self.scale:g} of the sizes: the {what} mean nothing.** "
+
+
+@dataclass
+class Report:
+    """Results of one program. Names of its files begin with a key of `REPORTS`."""
+
+    header: Header
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read those of a JSON file."""
+        return record(cls, json.loads(path.read_text(encoding="utf-8")))
+
+    def lines(self) -> list[str]:
+        """Return them as lines of Markdown."""
+        raise NotImplementedError
+
+    def table(self) -> str:
+        """Return them as Markdown: what was measured where, and a table."""
+        return "\n".join(self.lines()) + "\n"
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write them to NAME.json and NAME.md in a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{name}.json", json.dumps(plain(self), indent=1) + "\n")
+        write(folder / f"{name}.md", self.table())
+
+
+def plain(value: Any) -> Any:
+    """Return a record as JSON has it: named tuples are objects too."""
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if is_dataclass(value):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def load(path: Path) -> Report:
+    """Read the results in a JSON file, which its name says the kind of."""
+    return REPORTS[path.stem.split("-")[0]].read(path)
+
+
+def finish(report: Report, name: str, folder: Path | None, failed: list[str]) -> int:
+    """Write what a program has measured, unless a part of it failed or there is no folder; return its exit code."""
+    if failed:
+        print(f"failed: {', '.join(failed)}; nothing written", file=sys.stderr)
+        return 1
+    if folder is not None:
+        report.save(folder, name)
+        print(f"written to {folder}")
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file by one with this text, in one go."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def markdown(head: list[str], rows: list[list[Any]], left: int = 1) -> list[str]:
+    """Return a table; all columns but the first few are aligned to the right."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * left}{'---:|' * (len(head) - left)}"]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+# -- peers.py --------------------------------------------------------------------------------------------------
+
+
+class Ratio(NamedTuple):
+    """The peer's time through ours, of the rounds or of the shapes."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass
+class Sides:
+    """A figure of both sides."""
+
+    ours: float
+    peer: float
+
+
+@dataclass
+class Memory(Sides):
+    """Peaks of both sides, and what share of the peer's ours may be."""
+
+    target: float | None = None
+
+    def line(self) -> str:
+        """Return both, and whether ours is small enough."""
+        words = f"{self.ours / 1e6:.0f} MB, theirs {self.peer / 1e6:.0f} MB"
+        if self.target is None:
+            return words
+        missed = "" if self.ours <= self.target * self.peer else MISSED
+        return f"{words}: {self.ours / self.peer:.2f} of it, target at most {self.target:g}{missed}"
+
+
+class Shape(NamedTuple):
+    """One shape of a row of many."""
+
+    title: str
+    ratio: Ratio
+    seconds: Sides
+    operations: int = 0
+
+
+class Compared(NamedTuple):
+    """A workload beside a peer."""
+
+    name: str
+    title: str
+    peer: str
+    ratio: Ratio
+    seconds: Sides
+    target: float | None
+    met: bool | None
+    rounds: tuple[Sides, ...] = ()
+    prepared: Sides | None = None
+    parity: dict[str, dict[str, float]] | None = None
+    bytes: int = 0
+    operations: int = 0
+    normals: int = 0
+    others: float = 0.0  # share of the machine that other programs used
+    shapes: tuple[Shape, ...] = ()
+    memory: Memory | None = None
+
+
+@dataclass
+class PeersReport(Report):
+    """Ours beside peers."""
+
+    rows: list[Compared]
+
+    def lines(self) -> list[str]:
+        head = f"{self.header.tiny('ratios')}{self.header.line()}"
+        rows = []
+        for row in self.rows:
+            target = "" if row.target is None else f"{row.target:g}{'' if row.met else MISSED}"
+            if row.others > BUSY:
+                target += f" (other programs used {row.others:.0%} of the machine)"
+            ratio = f"**{row.ratio.median:.1f}** ({row.ratio.min:.1f} .. {row.ratio.max:.1f})"
+            times = duration(row.seconds.ours), duration(row.seconds.peer)
+            rows.append([row.title, row.peer, *times, ratio, target])
+        return [
+            f"{head} Ratio: their time through ours, median of the rounds (smallest .. largest).",
+            "",
+            *markdown(["work", "against", "ours", "theirs", "ratio", "target"], rows, left=2),
+            *self._shapes(),
+            *self._memory(),
+        ]
+
+    def _shapes(self) -> list[str]:
+        """A table of the shapes of rows that have any, which are the same ones."""
+        of_shapes = [row for row in self.rows if row.shapes]
+        if not of_shapes:
+            return []
+        head = ["shape", *(cell for row in of_shapes for cell in (f"{row.title}: ours", "theirs", "ratio"))]
+        rows = []
+        for shapes in zip(*(row.shapes for row in of_shapes), strict=True):
+            rows.append([shapes[0].title])
+            for one in shapes:
+                rows[-1] += [duration(one.seconds.ours), duration(one.seconds.peer), f"**{one.ratio.median:.2f}**"]
+        return ["", *markdown(head, rows)]
+
+    def _memory(self) -> list[str]:
+        return [
+            line
+            for row in self.rows
+            if row.memory
+            for line in ("", f"Peak memory beyond the imported libraries, {row.title}: {row.memory.line()}.")
+        ]
+
+
+# -- run.py ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BenchReport(Report):
+    """Every backend, side by side, against the roofs."""
+
+    roofs: dict[str, Roofs]
+    cases: list[Result]
+
+    def lines(self) -> list[str]:
+        fast = [name for name in self.roofs if name != "numpy"]  # which has the roofs of the CPU
+        roofs = "; ".join(
+            f"{name} {self.roofs[name].memory / 1e9:.1f} GB/s and {self.roofs[name].arithmetic / 1e9:.0f} GF/s"
+            for name in fast
+        )
+        titles = dict.fromkeys(result.title for result in self.cases)
+        by_case = {(result.title, result.backend): result for result in self.cases}
+        rows = []
+        for title in titles:
+            found = [by_case.get((title, name)) for name in fast]
+            reference = by_case.get((title, "numpy"))
+            rate = f"{speed(reference.rate)} {reference.unit}" if reference and reference.rate is not None else ""
+            rows.append([title, *(cell for one in found for cell in (one.cells() if one else [""] * 3)), rate])
+        head = ["work", *(cell for name in fast for cell in (name, "rate", "of the roof")), "NumPy's rate"]
+        return [
+            f"{self.header.tiny('numbers')}{self.header.line()} The roofs, measured in the same run: {roofs}. NumPy "
+            "computes a part of the samples.",
+            "",
+            *markdown(head, rows),
+        ]
+
+
+# -- footprint.py, compile_time.py -----------------------------------------------------------------------------
+
+
+class Process(NamedTuple):
+    """A new process: its time, peak memory, and the size of what is installed."""
+
+    seconds: float
+    memory: float
+    installed: int
+
+
+@dataclass
+class FootprintReport(Report):
+    """What a user feels before anything is computed."""
+
+    footprint: dict[str, Process]
+    rounds: int
+    names: ClassVar = {
+        "ours": "fastdiff", "ours, no kernel cached": "fastdiff, no kernel cached", "peer": "torch + diffusers",
+    }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        rows = [
+            [self.names[side], duration(one.seconds), f"{one.memory / 1e6:.0f} MB", f"{one.installed / 1e6:.0f} MB"]
+            for side, one in self.footprint.items()
+        ]
+        head = ["a new process loads a model and draws 16 curves", "time", "peak memory", "installed"]
+        return [self.header.line(), "", *markdown(head, rows)]
+
+
+@dataclass
+class CacheTimes:
+    """Seconds with nothing cached, and with everything."""
+
+    cold: float
+    warm: float
+
+
+@dataclass
+class Stage(CacheTimes):
+    """What a new process does, and how long it may take where that is set."""
+
+    what: str
+    target: CacheTimes | None = None
+
+    def cells(self) -> list[str]:
+        """Return what was done, and both times."""
+        if self.target is None:
+            return [self.what, duration(self.cold), duration(self.warm)]
+        both = ((self.cold, self.target.cold), (self.warm, self.target.warm))
+        return [self.what, *(f"{duration(s)} (target {most:g} s{'' if s <= most else MISSED})" for s, most in both)]
+
+
+@dataclass
+class CompileReport(Report):
+    """What the first run costs."""
+
+    kernels: int
+    stages: list[Stage]
+
+    def lines(self) -> list[str]:
+        rows = [stage.cells() for stage in self.stages]
+        return [
+            f"{self.header.line()} {self.kernels} compiled functions are cached.",
+            "",
+            *markdown(["in a new process", "nothing cached", "cached"], rows),
+        ]
+
+
+# -- profile_layers.py -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """Time and operations."""
+
+    seconds: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.operations + other.operations)
+
+    def cells(self, peak: float) -> list[str]:
+        """Return the time, the speed, and its share of the peak."""
+        rate = self.operations / self.seconds if self.operations else 0.0
+        shown = [f"{rate / 1e9:.0f}", f"{rate / peak:.0%}"] if rate else ["", ""]
+        return [duration(self.seconds) if self.seconds else "", *shown]
+
+
+@dataclass
+class LayerCost:
+    """Calls of a kind of layer in a pass."""
+
+    what: str
+    calls: int = 0
+    forward: Cost = field(default_factory=Cost)
+    backward: Cost = field(default_factory=Cost)
+
+
+@dataclass
+class Pass:
+    """A training step, or a forward pass."""
+
+    title: str
+    seconds: float
+    rows: list[LayerCost]
+
+    def lines(self, peak: float) -> list[str]:
+        """Return a table of its layers."""
+        all_layers = LayerCost(f"all: {duration(self.seconds)}")
+        for row in self.rows:
+            all_layers.forward += row.forward
+            all_layers.backward += row.backward
+        both = ("forward", "backward") if all_layers.backward.seconds else ("forward",)
+        rows = []
+        for row in (*self.rows, all_layers):
+            costs = [getattr(row, way) for way in both]
+            share = sum(cost.seconds for cost in costs) / self.seconds
+            cells = (cell for cost in costs for cell in cost.cells(peak))
+            rows.append([row.what, "" if row is all_layers else row.calls, *cells, f"{share:.0%}"])
+        head = [self.title, "calls", *(cell for way in both for cell in (way, "GF/s", "of peak")), "share"]
+        return ["", *markdown(head, rows)]
+
+
+@dataclass
+class ProfileReport(Report):
+    """Where the U-Net's time goes."""
+
+    peak: float
+    passes: list[Pass]
+    rounding: dict[str, dict[str, float]]
+
+    def lines(self) -> list[str]:
+        lines = [f"{self.header.line()} A matrix product in cache reaches {self.peak / 1e9:.0f} GF/s."]
+        for one in self.passes:
+            lines += one.lines(self.peak)
+        numpy = self.rounding["numpy"]
+        errors = ", ".join(f"{what} {ours:.1e} ({numpy[what]:.1e})" for what, ours in self.rounding["ours"].items())
+        return [
+            *lines,
+            "",
+            f"Error of a 3x3 convolution against float64, and in brackets NumPy's in float32: {errors}.",
+        ]
+
+
+# -- precision.py, quality.py ----------------------------------------------------------------------------------
+
+
+class Precision(NamedTuple):
+    """A figure in both precisions."""
+
+    what: str
+    float32: float
+    bf16: float
+    ratio: float | None = None
+    target: float | None = None
+    error: float | None = None
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        ratio = target = ""
+        if self.ratio is not None:
+            ratio = f"**{self.ratio:.4f}**" + ("" if self.error is None else f" ± {self.error:.4f}")
+            target = f"{self.target:g}{'' if self.ratio <= self.target else MISSED}"
+        return [self.what, f"{self.float32:.4f}", f"{self.bf16:.4f}", ratio, target]
+
+
+@dataclass
+class PrecisionReport(Report):
+    """Whether bf16 convolutions learn as well."""
+
+    steps: int
+    batch: int
+    precision: list[Precision]
+
+    def lines(self) -> list[str]:
+        head = ["digits of `examples/images.py`", "float32", "bf16 convolutions", "ratio", "target"]
+        return [
+            f"{self.header.line()} {self.steps} steps of batch {self.batch}; the error of a ratio is the standard "
+            "error of the mean difference of a step.",
+            "",
+            *markdown(head, [row.cells() for row in self.precision]),
+        ]
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+class Quality(NamedTuple):
+    """A data set, and how far samples are from unseen rows."""
+
+    name: str
+    rows: int
+    d: int
+    network: str
+    steps: int
+    scale: str
+    ours: Estimate
+    gaussian: Estimate
+    real: Estimate
+    nearest: Estimate
+    seconds: Estimate
+    excess: Estimate
+    target: float | None
+    met: bool
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        target = "at most the Gaussian's" if self.target is None else f"{self.target:g}"
+        means = f"{self.real.mean:.3f}", f"{self.gaussian.mean:.3f}"
+        others = f"{self.nearest.mean:.2f}", f"{self.seconds.mean:.0f} s"
+        target += "" if self.met else MISSED
+        return [f"{self.name} ({self.rows} x {self.d})", *means, f"**{self.ours}**", f"{self.excess}", target, *others]
+
+
+class CurveFigure(NamedTuple):
+    """A figure of the source text's task."""
+
+    what: str
+    value: float
+    target: float | None = None
+    met: bool = True
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        target = "" if self.target is None else f"{self.target:g}{'' if self.met else MISSED}"
+        return [self.what, f"{self.value:.4f}", target]
+
+
+@dataclass
+class QualityReport(Report):
+    """How good the defaults are on real data."""
+
+    seeds: int
+    quality: list[Quality]
+    curves: list[CurveFigure]
+
+    def lines(self) -> list[str]:
+        head = [
+            "data (rows trained on x values)", "real rows", "Gaussian", "fastdiff", "less the Gaussian's", "target",
+            "nearest", "training",
+        ]  # fmt: skip
+        lines = [
+            f"{self.header.line()} Energy distance to unseen rows, mean and standard error over {self.seeds} splits; "
+            "nearest: median distance to the nearest training row, over that of unseen rows (copies: 0).",
+            "",
+            *markdown(head, [row.cells() for row in self.quality]),
+        ]
+        rows = [row.cells() for row in self.curves]
+        return [*lines, "", *markdown(["curves of the source text", "value", "target"], rows)] if rows else lines
+
+
+# -- scaling.py ------------------------------------------------------------------------------------------------
+
+
+class Lines(NamedTuple):
+    """The axes of a figure: of every side, sizes and seconds."""
+
+    title: str
+    label: str
+    lines: dict[str, list[Any]]
+
+
+@dataclass
+class ScalingReport(Report):
+    """Time against sizes, by panel."""
+
+    panels: dict[str, Lines]
+
+
+REPORTS: dict[str, type[Report]] = {
+    "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
+    "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
+}  # fmt: skip

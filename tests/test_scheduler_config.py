@@ -1,0 +1,198 @@
+"""Scheduler configurations of diffusers: read as samplers, written, and what is refused, warned of and left out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from fastdiff import samplers
+from fastdiff.errors import ArgumentError, CheckpointError, ConversionWarning
+from fastdiff.interop import load_diffusers, load_scheduler, save_scheduler
+from fastdiff.schedule import Schedule
+
+LINEAR = Schedule.linear()
+BENT = Schedule(np.linspace(1e-4, 0.02, 1000) ** 1.01)
+
+
+def written(folder, **content):
+    (folder / "scheduler_config.json").write_text(json.dumps(content))
+    return folder
+
+
+TABLES = {
+    "ddpm": lambda s, **o: samplers.ddpm(s, 20, clip=1.0, spacing="leading", **o),
+    "ddpm large": lambda s, **o: samplers.ddpm(s, 20, variance="large", **o),
+    "ddpm learned": lambda s, **o: samplers.ddpm(s, 20, variance="learned_range", **o),
+    "ddim": lambda s, **o: samplers.ddim(s, 25, clip=0.7, **o),
+    "euler": lambda s, **o: samplers.euler(s, 25, final="sigma_min", **o),
+    "euler_ancestral": lambda s, **o: samplers.euler_ancestral(s, 25, **o),
+    "heun": lambda s, **o: samplers.heun(s, 25, clip=2.0, spacing="leading", **o),
+    "lms": lambda s, **o: samplers.lms(s, 25, **o),
+    "dpmpp_2m": lambda s, **o: samplers.dpmpp_2m(s, 12, **o),
+    "dpmpp_2m sde": lambda s, **o: samplers.dpmpp_2m(s, 20, eta=1.0, solver="heun", spacing="trailing", **o),
+    "dpmpp_2m final": lambda s, **o: samplers.dpmpp_2m(s, 20, final="sigma_min", **o),
+    "dpmpp_3m": lambda s, **o: samplers.dpmpp_3m(s, 12, published=True, **o),
+    "unipc": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, **o),
+    "unipc3": lambda s, **o: samplers.unipc(s, 20, order=3, variant="bh1", final="sigma_min", **o),
+    "deis": lambda s, **o: samplers.deis(s, 10, order=3, final="sigma_min", lower_order_final=2, **o),
+}
+WARNED = {  # what diffusers does otherwise
+    "dpm2": (lambda s, **o: samplers.dpm2(s, 20, **o), "the middle of a step becomes a timestep"),
+    "dpmpp_2s": (lambda s, **o: samplers.dpmpp_2s(s, 10, **o), "a step there is one evaluation"),
+    "karras": (lambda s, **o: samplers.dpmpp_2m(s, 20, spacing="karras", **o), "use_karras_sigmas: its levels become"),
+    "karras heun": (lambda s, **o: samplers.heun(s, 18, **o), "use_karras_sigmas: its levels become"),
+    "clipped": (lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, clip=1.0, **o), "clip = "),
+}
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
+@pytest.mark.parametrize("name", TABLES)
+def test_what_is_written_is_read(name, prediction, tmp_path):
+    for schedule in (LINEAR, BENT, LINEAR.zero_terminal_snr())[: 3 if prediction == "v" else 2]:
+        table = TABLES[name](schedule, prediction=prediction)
+        save_scheduler(table, tmp_path)
+        assert load_scheduler(tmp_path, len(table.rows) if name != "heun" else 25) == table
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_is_written_with_a_warning_is_read(name, tmp_path):
+    make, words = WARNED[name]
+    table = make(LINEAR)
+    with pytest.warns(ConversionWarning, match=words) as caught:
+        save_scheduler(table, tmp_path)
+    assert caught[0].filename == __file__
+    steps = {"dpm2": 20, "dpmpp_2s": 10, "karras": 20, "karras heun": 18, "clipped": 10}[name]
+    with warnings.catch_warnings(action="ignore", category=ConversionWarning):
+        assert load_scheduler(tmp_path, steps, **({"clip": 1.0} if name == "clipped" else {})) == table
+
+
+def test_the_defaults_are_theirs(tmp_path):
+    """What a configuration without keys means: as their constructors have it."""
+    with pytest.warns(ConversionWarning, match="fractions of timesteps are rounded"):
+        assert (
+            load_scheduler(written(tmp_path, _class_name="LMSDiscreteScheduler"), 20).rows
+            == samplers.lms(LINEAR, 20, spacing="linspace").rows
+        )
+    expected = {
+        "DDPMScheduler": samplers.ddpm(LINEAR, 10, clip=1.0, spacing="leading"),
+        "DDIMScheduler": samplers.ddim(LINEAR, 10, clip=1.0, spacing="leading"),
+        "EulerDiscreteScheduler": samplers.euler(LINEAR, 10, spacing="linspace"),
+        "EulerAncestralDiscreteScheduler": samplers.euler_ancestral(LINEAR, 10, spacing="linspace"),
+        "HeunDiscreteScheduler": samplers.heun(LINEAR, 10, spacing="linspace"),
+        "DPMSolverMultistepScheduler": samplers.dpmpp_2m(LINEAR, 10),
+        "UniPCMultistepScheduler": samplers.unipc(LINEAR, 10),
+        "DEISMultistepScheduler": samplers.deis(LINEAR, 10, lower_order_final=2, final="sigma_min"),
+    }
+    for kind, table in expected.items():
+        assert load_scheduler(written(tmp_path, _class_name=kind, _diffusers_version="0.42.1"), 10) == table, kind
+    assert load_scheduler(written(tmp_path), 10) == expected["DDPMScheduler"]  # as old files are
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "scheduler").mkdir(parents=True)
+    written(pipeline / "scheduler", _class_name="DDIMScheduler")
+    assert load_scheduler(pipeline, 10) == expected["DDIMScheduler"]
+    assert (
+        load_scheduler(pipeline, 10, eta=1.0, clip=None).rows
+        == samplers.ddim(LINEAR, 10, eta=1.0, spacing="leading").rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one"),
+        ({"_class_name": "DDIMScheduler", "steps_offset": 1}, "steps_offset = 1"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, "timestep_spacing = 'trailing'"),
+        ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding = True"),
+        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0, 1]}, "disable_corrector"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True},
+            "use_beta_sigmas.*quantiles of sigma",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped = -5.1"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading"}, "timestep_spacing = 'leading'"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "has the wrong sign there",
+        ),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_max": 80.0, "timestep_spacing": "trailing"},
+            "sigma_max = 80.0",
+        ),
+    ],
+)
+def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
+    with pytest.warns(ConversionWarning, match=words) as caught:
+        load_scheduler(written(tmp_path, **content), 9)
+    assert caught[0].filename == __file__
+    assert str(tmp_path) in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "EDMEulerScheduler"},
+        {"_class_name": ["DDPMScheduler"]},
+        {"_class_name": "PNDMScheduler"},  # its levels are known, its method is not
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4},
+        {"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3},
+        {"_class_name": "UniPCMultistepScheduler", "predict_x0": False},
+        {"_class_name": "UniPCMultistepScheduler", "solver_p": "DDIMScheduler"},
+        {"_class_name": "DDPMScheduler", "variance_type": "fixed"},
+        {"_class_name": "DDPMScheduler", "clip_sample_range": 0},
+        {"_class_name": "DDIMScheduler", "a_key_of_tomorrow": 2},
+        {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"},
+        {"_class_name": "DDIMScheduler", "timestep_spacing": "even"},
+    ],
+)
+def test_what_we_do_not_have_is_refused(content, tmp_path):
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json: \w+: got .*, wants "):
+        load_scheduler(written(tmp_path, **content), 9)
+
+
+def test_other_errors(tmp_path, caplog):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load_scheduler(tmp_path / "nowhere", 9)
+    written(tmp_path, _class_name="DDIMScheduler", a_key_of_tomorrow=None)
+    with caplog.at_level("INFO", "fastdiff"):
+        load_scheduler(tmp_path, 10)
+    assert "a_key_of_tomorrow = None" in caplog.text
+    for steps in (0, 1001, 2.5):
+        with pytest.raises(ArgumentError, match="steps: got"):
+            load_scheduler(tmp_path, steps)
+    with pytest.raises(ArgumentError, match="eta: got 2"):
+        load_scheduler(tmp_path, 10, eta=2)
+    for table in (
+        samplers.dpmpp_3m(LINEAR, 12),  # the corrected one
+        samplers.dpmpp_2m(LINEAR, 12, spacing="lambda"),
+        samplers.heun(LINEAR, 12, churn=4),
+        samplers.ddim(LINEAR, 10, clip=(-1, 2)),
+        samplers.Sampler(samplers.ddim(LINEAR, 10).rows, LINEAR),
+        samplers.ddim(LINEAR, 10, prediction="velocity"),
+        samplers.euler(Schedule.flow(100), 10, prediction="v"),
+    ):
+        with pytest.raises(ArgumentError, match=r"(sampler|prediction): got"):
+            save_scheduler(table, tmp_path / "not made")
+    with pytest.raises(ArgumentError, match="sampler: got str"):
+        save_scheduler("ddim", tmp_path / "not made")
+    assert not (tmp_path / "not made").exists()
+
+
+def test_networks_are_not_loaded_with_levels_that_are_not_theirs(tmp_path):
+    import fastdiff as fd
+
+    net = fd.UNet((8, 8, 1), channels=(8,), blocks=1, T=50, groups=4)
+    net.save_diffusers(tmp_path / "unet")
+    (tmp_path / "scheduler").mkdir()
+    written(tmp_path / "scheduler", _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=50)
+    with pytest.raises(CheckpointError, match="_class_name: got 'FlowMatchEulerDiscreteScheduler'"):
+        load_diffusers(tmp_path)
+    written(tmp_path / "scheduler", _class_name="PNDMScheduler", num_train_timesteps=50, beta_end=0.3)
+    assert load_diffusers(tmp_path)[1].T == 50
