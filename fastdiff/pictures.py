@@ -326,12 +326,12 @@ def load_known(
     """
     check_pillow()
     unknown: npt.NDArray[np.bool_] | None = None
-    with naming(path, "cannot be read"), _sized(Path(path), shape) as image:
+    with _sized(Path(path), shape) as image:
         pixels = _pixels(image, None, shape[2] == 1).astype(np.float32)
         if mask is None:
             unknown = np.asarray(image.convert("RGBA"))[..., 3] == 0
     if mask is not None:
-        with naming(mask, "cannot be read"), _sized(Path(mask), shape) as image:
+        with _sized(Path(mask), shape) as image:
             unknown = _pixels(image, None, gray=True)[..., 0] >= 128
     assert unknown is not None
     if not unknown.any():
@@ -342,11 +342,14 @@ def load_known(
 
 @contextmanager
 def _sized(file: Path, shape: tuple[int, ...]) -> Iterator[Any]:
-    with _opened(file) as image:
-        if (image.height, image.width) != tuple(shape[:2]):
-            wants = f"{shape[0]} x {shape[1]}, as the model's are"
-            raise DataError(f"{image.height} x {image.width} pixels, where {wants}")
-        yield image
+    try:
+        with _opened(file) as image:
+            if (image.height, image.width) != tuple(shape[:2]):
+                wants = f"{shape[0]} x {shape[1]}, as the model's are"
+                raise DataError(f"{image.height} x {image.width} pixels, where {wants}")
+            yield image
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------- cut

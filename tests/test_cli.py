@@ -252,6 +252,134 @@ def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     assert {"tiles_generated.png", "tiles_trace.png", "tiles_training.png"} < set(os.listdir("new"))
 
 
+def test_the_example_of_answers_draws_them(capsys):
+    main = runpy.run_path(str(EXAMPLES / "answers.py"))["main"]
+    main(["-o", "pictures", "--steps", "2", "--draws", "20"])
+    assert len(re.findall(r"bands [\d.]+ wide on average, with \d+% of the hidden", capsys.readouterr().out)) == 2
+    assert os.listdir("pictures") == ["answers.png"]
+
+
+# --------------------------------------------------------------------------------------- what is missing
+
+
+@pytest.fixture
+def holes(model):
+    """A table of four curves with values missing, written in several ways; the curves."""
+    X = harmonic_curves(4, points=12, seed=1)
+    cells = [[f"{value:.9g}" for value in row] for row in X]
+    for (row, column), text in {(0, 3): "", (0, 11): "nan", (1, 0): "NA", (3, 5): "null"}.items():
+        cells[row][column], X[row, column] = text, np.nan
+    Path("holes.csv").write_text("\n".join(map(",".join, cells)) + "\n")
+    return X
+
+
+def test_impute_fills_in_what_is_missing(run, holes):
+    code, out, _ = run("impute m.safetensors holes.csv -o filled.csv --draws 3 --plot band.png --quiet --backend numpy")
+    assert code == 0
+    assert "filled.csv: 4 of 48 values filled in, in 3 of 4 curves, 3 times" in out
+    assert "band.png: the first 3 curves with missing values" in out
+    assert Path("band.png").read_bytes().startswith(b"\x89PNG")
+    filled = load_curves("filled.csv", header=False).reshape(3, 4, 12)
+    want = fd.load("m.safetensors", backend="numpy").impute(holes, 3)
+    np.testing.assert_allclose(filled, want, rtol=1e-5, atol=1e-6)
+    for draw in filled:
+        np.testing.assert_array_equal(draw[~np.isnan(holes)], holes[~np.isnan(holes)])
+    more = "impute m.safetensors holes.csv -o one.npy --first-draw 2 --method replace --seed 3 --quiet --backend numpy"
+    assert run(more)[0] == 0
+    want = fd.load("m.safetensors", backend="numpy").impute(holes, 1, first_draw=2, method="replace", seed=3)
+    np.testing.assert_array_equal(np.load("one.npy"), want)
+
+
+def test_a_sample_given_a_part_of_a_curve(run, holes):
+    Path("part.csv").write_text(Path("holes.csv").read_text().splitlines()[0] + "\n")
+    assert run("sample m.safetensors -n 3 -o new.csv --known part.csv --trace new.png --quiet --backend numpy")[0] == 0
+    drawn, told = load_curves("new.csv", header=False), ~np.isnan(holes[0])
+    np.testing.assert_array_equal(drawn[:, told], np.broadcast_to(holes[0, told], (3, told.sum())))
+    assert np.ptp(drawn[:, 3]) > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("impute m.safetensors holes.csv -o f.txt", "f.txt"),
+        ("impute m.safetensors holes.csv -o f.csv --draws 0", "--draws: got 0"),
+        ("impute m.safetensors holes.csv -o f.csv --first-draw -1", "--first-draw: got -1"),
+        ("impute m.safetensors curves.csv -o f.csv --plot f.png", "--plot: there is nothing to show"),
+        ("impute m.safetensors none.csv -o f.csv", "none.csv"),
+        (
+            "impute m.safetensors short.csv -o f.csv",
+            "short.csv: curves of 3 points, where those of m.safetensors have 12",
+        ),
+        ("impute m.safetensors words.csv -o f.csv", "words.csv"),
+        ("sample m.safetensors -n 2 -o f.csv --known holes.csv", "--known holes.csv: 4 curves of 12 points"),
+        ("sample m.safetensors -n 2 -o f.csv --mask curves.csv", "--mask is of a picture that --known names"),
+        ("sample m.safetensors -n 2 -o f.csv --known short.csv --mask a.png", "--mask is for pictures"),
+    ],
+)
+@pytest.mark.usefixtures("holes")
+def test_bad_input_for_what_is_missing_is_one_error(run, command, message):
+    Path("short.csv").write_text("1,,3\n")
+    Path("words.csv").write_text(",".join(["1"] * 11 + ["maybe"]) + "\n")
+    before = files()
+    code, out, err = run(command + " --quiet")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert files() == before
+
+
+@pytest.fixture
+def part():
+    """A model of pictures of bytes, and one picture whose lower half is transparent."""
+    pillow = pytest.importorskip("PIL.Image")
+    X = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+    net = fd.UNet((4, 4, 3), channels=(8,), blocks=1, attention=(False,), groups=4, T=6)
+    fitted = fd.Diffusion(net, fd.Schedule.cosine(6), backend="numpy").fit(X, steps=2, batch=4, progress=False)
+    fitted.save("p.safetensors")
+    alpha = np.where(np.arange(4)[:, None, None] < 2, 255, 0) + np.zeros((4, 4, 1))
+    pillow.fromarray(np.concatenate([X[0], alpha.astype(np.uint8)], axis=2)).save("part.png")
+    pillow.fromarray(X[0]).save("whole.png")
+    pillow.fromarray(((np.arange(16).reshape(4, 4) % 4 == 0) * 255).astype(np.uint8)).save("mask.png")
+    pillow.fromarray(np.zeros((5, 4), np.uint8)).save("other.png")
+    return X[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--known part.png", np.arange(16).reshape(4, 4) < 8),
+        ("--known whole.png --mask mask.png --method replace", np.arange(16).reshape(4, 4) % 4 != 0),
+    ],
+)
+def test_pictures_given_a_part_of_one(run, part, options, told):
+    assert run(f"sample p.safetensors -n 3 -o new.npy {options} --quiet --backend numpy")[0] == 0
+    drawn = np.load("new.npy")
+    assert drawn.shape == (3, 4, 4, 3)
+    np.testing.assert_array_equal(drawn[:, told], np.broadcast_to(part[told], (3, told.sum(), 3)))
+    assert (drawn[:, ~told] != part[~told]).any()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png", "whole.png: no pixel is unknown"),
+        ("sample p.safetensors -n 2 -o new.npy --known other.png", "other.png: 5 x 4 pixels, where 4 x 4"),
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png --mask other.png", "other.png: 5 x 4 pixels"),
+        ("sample p.safetensors -n 2 -o new.npy --known curves.csv", "curves.csv: not a picture"),
+        ("sample p.safetensors -n 2 -o new.npy --known gone.png", "gone.png: No such file"),
+        ("impute p.safetensors curves.csv -o f.csv", "fastdiff sample --known fills those in"),
+    ],
+)
+@pytest.mark.usefixtures("part")
+def test_bad_parts_of_pictures_are_one_error(run, command, message):
+    before = files()
+    code, _, err = run(command + " --quiet")
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert files() == before
+
+
 # --------------------------------------------------------------------------------------- tables
 
 
