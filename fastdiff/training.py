@@ -20,7 +20,7 @@ from fastdiff import defaults
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy.functions import squared_error
-from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError
+from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
 from fastdiff.nn.optim import TrainingPlan
@@ -88,6 +88,16 @@ class Trainer:
             if ours is not theirs and name != "grads":
                 ours[...] = self.be.to_numpy(theirs)
 
+    def check_finite(self, step: int) -> None:
+        """Refuse a state that is not finite: the next loss would show it, and after the last step there is none."""
+        for name, array in zip(self.state._fields, self.state, strict=True):
+            if name != "grads" and not all_finite(self.be.to_numpy(array)):
+                what = "weights" if name in ("params", "average") else "moments of the gradient"
+                raise TrainingError(
+                    f"{what} that are not finite after step {step - 1}: stopped; load a model saved before, or "
+                    "reset(), and try a smaller lr"
+                )
+
     def run(
         self,
         model: Counted,
@@ -123,6 +133,7 @@ class Trainer:
                 loss, norm = rows[model.step % len(rows)].tolist()
                 if not math.isfinite(norm):
                     issued = model.step  # the others have done nothing
+                    self.check_finite(model.step)
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
                     raise TrainingError(
                         f"{what} in step {model.step}: stopped; the model keeps the state before it, try a smaller lr"
@@ -161,22 +172,23 @@ class Trainer:
                     self.bring_back()
                     if callback(model.step - 1, model.history["loss"][-1]):
                         break
+            self.check_finite(model.step)
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
 
 
 def plan_by_rule(
-    shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int
+    shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int, *, decay: bool
 ) -> tuple[int, TrainingPlan]:
     """Return how many steps suit data of a shape (N, ...), and the plan: its rate falls from the first step of all.
 
-    `parameters` are those of the network, `rank` is that of its base.
+    `parameters` are those of the network, `rank` is that of its base; `decay` says that the plan's is not to change.
     """
     if len(shape) == 2:
         steps = defaults.curve_steps(*shape, batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
-    if step or plan.decay_steps is None:
+    if not decay:
         plan = replace(plan, decay_steps=max(step + steps, plan.warmup + 1))
     what = "x".join(map(str, shape[1:]))
     log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", shape[0], what, steps, batch)

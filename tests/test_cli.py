@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +126,14 @@ def test_losses_are_weighted(run):
     plan = fd.load("m.safetensors")._optimizer.plan
     assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
     assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
-    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
-    assert code == 2
-    assert "--weighting cannot change with --resume" in err
+    assert fd.load("m.safetensors")._optimizer.plan == plan
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform --clip-norm none --lr 1e-3")
+    assert code == 0
+    assert "from step 4 on: clip_norm None (1.0 before), weighting uniform (min_snr before)" in err
+    now = fd.load("m.safetensors")._optimizer.plan
+    assert now == replace(plan, weighting="uniform", clip_norm=None)
+    assert run(f"{TRAIN} --resume m.safetensors --steps 2 --ema none --lr 2e-3 --warmup 9 --decay-steps 99")[0] == 0
+    assert fd.load("m.safetensors")._optimizer.plan == replace(now, ema=None, lr=2e-3, warmup=9, decay_steps=99)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +616,7 @@ def test_version(capsys):
         ),
         ("train curves.csv --resume none.safetensors", r"none\.safetensors"),
         ("train curves.csv --resume cut.safetensors", r"cut\.safetensors"),
-        ("train curves.csv --resume m.safetensors --lr 0.1", r"--lr cannot change with --resume"),
+        ("train curves.csv --resume m.safetensors --lr 0", r"lr: got 0"),
         (
             "train curves.csv --resume m.safetensors --beta-start 0.1",
             r"--beta-start cannot change with --resume",
