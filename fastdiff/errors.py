@@ -203,7 +203,9 @@ def _of_objects(argument: str, array: npt.NDArray[Any], *, frame: bool, missing:
             if frame and missing:
                 array[at] = np.nan
                 continue
-            raise ArgumentError(argument, f"a missing value ({_shown(one)}){where}", "real floats or integers everywhere")
+            raise ArgumentError(
+                argument, f"a missing value ({_shown(one)}){where}", "real floats or integers everywhere"
+            )
         if isinstance(one, (bool, np.bool_)) or not isinstance(one, numbers.Real):
             got = f"dtype object, with {_shown(one)}{where}"
             raise ArgumentError(argument, got, "real floats or integers")

@@ -33,7 +33,7 @@ from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.normaliser import SCALES, Normaliser, settled
+from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
 from fastdiff.observations import Given, Known, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
@@ -414,6 +414,8 @@ class Diffusion:
         normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
         if self.normaliser is not None:
             return
+        if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
+            check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
         net, schedule = defaults.network_and_schedule(
             self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
         )
