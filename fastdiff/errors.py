@@ -215,7 +215,7 @@ def _of_objects(argument: str, array: npt.NDArray[Any], *, frame: bool, missing:
 def _refuse_masks(argument: str, value: Any) -> None:
     """Refuse hidden values: the array that NumPy makes of a masked one, or of rows of them, would show them."""
     rows = value if isinstance(value, (list, tuple)) else [value]
-    masked = sum(int(np.ma.count_masked(row)) for row in rows if isinstance(row, np.ma.MaskedArray))
+    masked = sum(int(np.ma.getmaskarray(row).sum()) for row in rows if isinstance(row, np.ma.MaskedArray))
     if masked:
         wants = (
             "an array without a mask: X.filled(...) puts numbers there, and rows can be left out by X[~X.mask.any(1)]"

@@ -19,6 +19,7 @@ from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
+    DataWarning,
     QualityWarning,
     TrainingError,
     all_finite,
@@ -414,6 +415,12 @@ class Diffusion:
         normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
         if self.normaliser is not None:
             return
+        if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
+            words = f"X of shape {X.shape} is taken for pictures of {X.shape[1]} x {X.shape[2]} pixels in {X.shape[3]} "
+            hint = (
+                "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
+            )
+            warnings.warn(words + hint, DataWarning, stacklevel=3)
         if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
             check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
         net, schedule = defaults.network_and_schedule(

@@ -379,6 +379,26 @@ def test_classes_have_names(run, drawer):
     assert "class names" in run("info p.safetensors")[1]
 
 
+def test_how_pictures_are_read_is_said(run, pictures):
+    deep = np.random.default_rng(0).integers(0, 1 << 12, (3, 8, 8), np.uint16)
+    for k, one in enumerate(deep):
+        pytest.importorskip("PIL.Image").fromarray(one).save(f"classes/ant/deep{k}.png")
+        Path(f"classes/cat/bad{k}.png").write_bytes(b"bad")
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN}")
+    assert code == 2
+    assert "skip_bad=True (--skip-bad) leaves out what is bad; 3 of 16 pictures" in err
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095")
+    assert code == 0
+    assert "3 of 16 pictures left out: cat/bad0.png (not a picture)" in err
+    assert "13 gray pictures" in err
+    code, _, err = run("evaluate p.safetensors classes --labels --skip-bad --data-range=0,4095 -n 4 --backend numpy")
+    assert code == 0
+    code, _, err = run("train curves.csv -o m.safetensors --skip-bad")
+    assert (code, "--skip-bad is for pictures" in err) == (2, True)
+    code, _, err = run("train curves.csv -o m.safetensors --data-range 0,1")
+    assert (code, "--data-range is for pictures" in err) == (2, True)
+
+
 def test_training_on_pictures_goes_on_bit_for_bit(run, drawer):
     again = "--backend numpy --quiet --batch 4 --labels --flip --accumulate 2"
     X, y, _ = fd.data.load_images("classes", 4, labels=True)

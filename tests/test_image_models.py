@@ -1,6 +1,8 @@
 """`Diffusion` with a U-Net: what a step draws, training by parts and by classes, ranges, bad input."""
 
 import logging
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -385,6 +387,41 @@ def test_gray_pictures_without_an_axis_of_colour_are_told_what_they_lack():
     pictures = BYTES[..., 0]
     with pytest.raises(ArgumentError, match=r"X\[\.\.\., None\] pictures of gray ones"):
         fd.Diffusion(backend="numpy").fit(pictures)
+
+
+@pytest.mark.parametrize(
+    ("X", "options", "message"),
+    [
+        ((BYTES // 16).astype(np.uint8), {}, r"pictures from 0 to 15 use less than an eighth of the range, \(0, 255\)"),
+        ((BYTES // 16).astype(np.uint8), {"data_range": (0, 15)}, None),
+        ((BYTES // 4).astype(np.uint8), {}, None),
+        (BYTES.astype(np.uint16) * 16, {"data_range": (0, 65535)}, "use less than an eighth"),
+        (BYTES.astype(np.uint16) * 16, {"data_range": (0, 4095)}, None),
+        (BYTES.astype(np.uint16) * 16, {}, None),  # the range of the pictures
+    ],
+)
+def test_a_range_of_which_little_is_used_is_said(X, options, message):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made = model("numpy").fit(X, steps=1, **options, **QUIET)
+    assert [bool(message and re.search(message, str(one.message))) for one in seen] == [True] * (message is not None)
+    assert all(one.filename == __file__ for one in seen)
+    assert made.step == 1
+
+
+@pytest.mark.parametrize(("shape", "said"), [((9, 3, 8, 8), True), ((9, 1, 8, 8), True), ((9, 3, 8, 3), False)])
+def test_pictures_of_which_the_channels_come_first_are_said_to_be_odd(shape, said):
+    X = np.resize(BYTES, shape)
+    made = fd.Diffusion(fd.UNet(shape[1:], channels=(4,), T=5, groups=2), backend="numpy")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made.fit(X, steps=1, **QUIET)
+    assert len(seen) == said
+    if said:
+        assert re.search(
+            r"taken for pictures of . x 8 pixels in 8 channels; .*X\.transpose\(0, 2, 3, 1\)", str(seen[0].message)
+        )
+        assert seen[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,28 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_picture_options(group: Any) -> None:
+    """How files of pictures are read."""
+    group.add_argument(
+        "--data-range",
+        type=_pair,
+        metavar="LOW,HIGH",
+        help="the values in the files that are black and white, as 0,4095 for 12 bits (default: all a file can hold)",
+    )
+    group.add_argument("--skip-bad", action="store_true", help="leave out and list what cannot be read")
+
+
+def _pair(text: str) -> tuple[float, float]:
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+def picture_options(args: argparse.Namespace) -> list[str]:
+    """What was said about the files of pictures, as it was said."""
+    between = [] if args.data_range is None else [f"--data-range={args.data_range[0]:g},{args.data_range[1]:g}"]
+    return between + ["--skip-bad"] * args.skip_bad
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -44,9 +66,11 @@ def training_data(
     shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
     learned = shape is not None and len(shape) == 3
     if not (learned or os.path.isdir(args.data) or args.size is not None):
-        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout"):
+        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
             if getattr(args, name):
-                raise FastdiffError(f"--{name} is for pictures: a folder, or with --size an .npy file")
+                raise FastdiffError(
+                    f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
+                )
         return _curves(args), None, None
     if table_options(args):
         raise FastdiffError(f"{table_options(args)[0]} is for files of curves")
@@ -56,11 +80,12 @@ def training_data(
         size, mode = shape[:2], "gray" if shape[2] == 1 else "rgb"
     else:
         raise FastdiffError(f"{args.resume} is a model of curves, {args.data} a folder")
+    options = {"mode": mode, "data_range": args.data_range, "skip_bad": args.skip_bad}
     if args.labels:
-        return load_images(args.data, size, mode=mode, labels=True)
+        return load_images(args.data, size, labels=True, **options)
     if model is not None and model.class_names is not None:
         raise FastdiffError(f"--labels is wanted: {args.resume} has the classes {', '.join(model.class_names)}")
-    return load_images(args.data, size, mode=mode), None, None
+    return load_images(args.data, size, **options), None, None
 
 
 def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.inputs import SIZE, add_table_options, check_picture, describe_pictures, table_options, training_data
+from fastdiff.cli.inputs import (
+    SIZE,
+    add_picture_options,
+    add_table_options,
+    check_picture,
+    describe_pictures,
+    picture_options,
+    table_options,
+    training_data,
+)
 from fastdiff.cli.messages import INTERRUPTED, PatientInterrupt, fail, note, uninterrupted
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
@@ -99,6 +108,7 @@ def add(commands: Any) -> None:
     pictures.add_argument(
         "--size", type=_size, metavar="S", help=f"pixels on a side, or HEIGHTxWIDTH (default {SIZE}); crops to fit"
     )
+    add_picture_options(pictures)
     pictures.add_argument("--gray", action="store_true", help="without colour (default: as the files are)")
     pictures.add_argument(
         "--labels", action="store_true", help="the folder holds one folder for each class; learn to draw by class"
@@ -362,7 +372,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
-    words += table_options(args)
+    words += table_options(args) + picture_options(args)
     return shlex.join(words)
 
 
