@@ -65,10 +65,17 @@ def of_columns(X: npt.NDArray[np.generic], called: Sequence[str], names: Sequenc
 
 
 def of_first_row(X: npt.NDArray[np.generic]) -> str | None:
-    """Return half a sentence if the first row looks like column names that are numbers: 1970, 1971, 1972, ..."""
-    if len(X) < FEWEST or X.shape[1] < 4 or _step(_column(X[0])) is None:
+    """Return half a sentence if the first row looks like column names that are numbers: 1970, 1971, 1972, ...
+
+    They have one step; or they only rise or fall, as no other row does, and none is among the values below it.
+    """
+    if len(X) < FEWEST or X.shape[1] < 4:
         return None
-    if any(_step(_column(row)) is not None for row in X[1:SCREENED]):
+    first, others = _column(X[0]), X[1:SCREENED]
+    even = _step(first) is not None and not any(_step(_column(row)) is not None for row in others)
+    apart = bool(((first < X[1:].min(axis=0)) | (first > X[1:].max(axis=0))).all())
+    uneven = apart and _one_way(first) and not any(_one_way(_column(row)) for row in others)
+    if not (even or uneven):
         return None
     shown = f"{X[0, 0]:g}, {X[0, 1]:g}, {X[0, 2]:g}, ..."
     return f"({shown}) looks like column names: --header takes it for them (header=True in Python)"
@@ -96,6 +103,12 @@ def _step(column: Array) -> float | None:
     step = (column[-1] - column[0]) / (len(column) - 1)
     line = column[0] + step * np.arange(len(column))
     return float(step) if step and np.abs(column - line).max() <= NEAR * abs(step) else None
+
+
+def _one_way(row: Array) -> bool:
+    """Whether a row rises or falls all along."""
+    change = np.diff(row)
+    return bool((change > 0).all() or (change < 0).all())
 
 
 def _pattern(values: npt.NDArray[np.generic]) -> str | None:

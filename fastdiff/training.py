@@ -32,6 +32,7 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 BOUND_WEIGHT = 1e-3  # of the variational bound beside the squared error, where a variance is learned
+ANEW = "load one saved before, or reset()"
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 
 
@@ -88,15 +89,12 @@ class Trainer:
             if ours is not theirs and name != "grads":
                 ours[...] = self.be.to_numpy(theirs)
 
-    def check_finite(self, step: int) -> None:
-        """Refuse a state that is not finite: the next loss would show it, and after the last step there is none."""
+    def unsound(self) -> str | None:
+        """Return what of the state is not finite: the next loss would show it, but for the last step's."""
         for name, array in zip(self.state._fields, self.state, strict=True):
             if name != "grads" and not all_finite(self.be.to_numpy(array)):
-                what = "weights" if name in ("params", "average") else "moments of the gradient"
-                raise TrainingError(
-                    f"{what} that are not finite after step {step - 1}: stopped; load a model saved before, or "
-                    "reset(), and try a smaller lr"
-                )
+                return "weights" if name in ("params", "average") else "moments of the gradient"
+        return None
 
     def run(
         self,
@@ -123,7 +121,8 @@ class Trainer:
             As of `Diffusion.fit`.
         """
         be, results = self.be, self.results
-        issued, read_at = model.step, perf_counter()
+        first = issued = model.step
+        read_at = perf_counter()
 
         def settle() -> None:
             """Wait for the steps that have been issued, and count them."""
@@ -133,11 +132,10 @@ class Trainer:
                 loss, norm = rows[model.step % len(rows)].tolist()
                 if not math.isfinite(norm):
                     issued = model.step  # the others have done nothing
-                    self.check_finite(model.step)
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
-                    raise TrainingError(
-                        f"{what} in step {model.step}: stopped; the model keeps the state before it, try a smaller lr"
-                    )
+                    before = self.unsound()
+                    kept = "the model keeps the state before it" if before is None else f"{before} not finite, {ANEW}"
+                    raise TrainingError(f"{what} in step {model.step}: stopped; {kept}, try a smaller lr")
                 model.history["step"].append(model.step)
                 model.history["loss"].append(loss)
                 model.step += 1
@@ -172,7 +170,8 @@ class Trainer:
                     self.bring_back()
                     if callback(model.step - 1, model.history["loss"][-1]):
                         break
-            self.check_finite(model.step)
+            if issued > first and (found := self.unsound()):
+                raise TrainingError(f"{found} not finite after step {issued - 1}: stopped; {ANEW}, try a smaller lr")
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
 

@@ -121,6 +121,24 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+def test_how_tables_are_read_is_said_and_noted(run):
+    X = load_curves("curves.csv")
+    lines = [f"{k};" + ";".join(f"{v:.6f}".replace(".", ",") for v in row) for k, row in enumerate(X)]
+    Path("comma.csv").write_text("\n".join(["n;" + ";".join("abcdefghijkl"), *lines]) + "\n")
+    how = "--decimal , --delimiter ; --columns 3-6 --steps 1 --batch 4 --backend numpy --quiet"
+    code, _, err = run(f"train comma.csv -o c.safetensors {how}")
+    assert code == 0
+    assert (
+        "fastdiff: comma.csv: cells between semicolons; line 1 has column names; 4 columns are values, left out" in err
+    )
+    assert fd.load("c.safetensors").net.shape == (4,)
+    code, _, err = run("train comma.csv -o c.safetensors --steps 1")
+    assert "line 2, column 2" in err
+    assert "--decimal , reads decimal commas" in err or "--decimal , reads them" in err
+    code, _, err = run("train flat --size 8 -o p.safetensors --decimal ,")
+    assert "--decimal is for files of curves" in err
+
+
 def test_losses_are_weighted(run):
     assert run(f"{TRAIN} -o m.safetensors --steps 2 --weighting min_snr --snr-gamma 3")[0] == 0
     plan = fd.load("m.safetensors")._optimizer.plan

@@ -460,7 +460,10 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
 def test_weights_are_checked_after_the_last_step_too(backend):
     made = fit(fd.Diffusion(fd.MLP.tutorial(9, T=200), backend=backend), 2)
     made.net.params["time.weight"][7] = 1e37  # of a timestep that the next batch has not: the loss shows nothing
-    with np.errstate(all="ignore"), pytest.raises(TrainingError, match="weights that are not finite after step 2"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(TrainingError, match="weights not finite after step 2: stopped; load one saved"),
+    ):
         fit(made, 1, lr=1e15)  # the decay multiplies by 1e13
 
 
@@ -469,11 +472,9 @@ def test_all_that_is_trained_is_checked(name):
     trainer = Trainer.__new__(Trainer)
     trainer.be, trainer.state = get_backend("numpy"), TrainState(*(np.zeros(3, np.float32) for _ in range(5)))
     trainer.state.grads[1] = np.nan  # belongs to no state
-    trainer.check_finite(3)
+    assert trainer.unsound() is None
     getattr(trainer.state, name)[1] = np.inf
-    what = "moments of the gradient" if name in "mv" else "weights"
-    with pytest.raises(TrainingError, match=f"^{what} that are not finite after step 2: "):
-        trainer.check_finite(3)
+    assert trainer.unsound() == ("moments of the gradient" if name in "mv" else "weights")
 
 
 @pytest.mark.parametrize("ema", [True, False])

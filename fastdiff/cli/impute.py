@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture
+from fastdiff.cli.inputs import add_table_options, check_picture, reading
 from fastdiff.cli.parser import add_command, add_common, add_method
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     assert model.net is not None
     if len(model.net.shape) != 1:
         raise FastdiffError(f"{args.model} is a model of pictures: fastdiff sample --known fills those in")
-    X = load_curves(args.data, header=args.header, index=args.index, drop=args.drop, missing=True)
+    X = load_curves(args.data, **reading(args), missing=True)
     holes = np.isnan(X)
     filled = model.impute(X, draws, method=args.method, seed=seed, first_draw=first, progress=not args.quiet)
     if args.output.endswith(".npy"):

@@ -27,6 +27,13 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
         "--drop", type=_words, action="extend", default=[], metavar="NAME,...", help="leave these columns out as well"
     )
     table.add_argument(
+        "--columns", type=_words, action="extend", metavar="NAME,...", help="read these columns only; 3-20 is a run"
+    )
+    table.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal sign (default: the point)")
+    table.add_argument(
+        "--delimiter", metavar="C", help="what is between cells: a character, tab or space (default: looks)"
+    )
+    table.add_argument(
         "--header", action=argparse.BooleanOptionalAction, help="the first line has column names (default: looks)"
     )
 
@@ -91,14 +98,22 @@ def training_data(
 def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
-    return load_curves(args.data, header=args.header, index=args.index, drop=args.drop)
+    return load_curves(args.data, **reading(args))
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said about the file of curves, as arguments of `load_curves`."""
+    return {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
 
 
 def table_options(args: argparse.Namespace) -> list[str]:
     """What was said about the file of curves, as it was said."""
     header = [] if args.header is None else ["--header" if args.header else "--no-header"]
     index = [] if args.index is None else ["--index", args.index]
-    return [*header, *index, *(["--drop", ",".join(args.drop)] if args.drop else [])]
+    lists = [("--drop", args.drop), ("--columns", args.columns)]
+    signs = [] if args.decimal == "." else ["--decimal", args.decimal]
+    signs += [] if args.delimiter is None else ["--delimiter", args.delimiter]
+    return [*header, *index, *(word for name, some in lists if some for word in (name, ",".join(some))), *signs]
 
 
 def describe_pictures(images: npt.NDArray[Any]) -> str:
