@@ -123,10 +123,9 @@ def _lower(c: _Config, steps: int, final: str, *, always: bool = False, usual: b
 
 
 def _ddpm(c: _Config, T: int, steps: int) -> Method:
-    kind = c.choice(
-        "variance_type", "fixed_small", ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-    )
-    variance = "large" if "large" in kind else "small"
+    kinds = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned_range"}
+    kinds |= {"fixed_small_log": "small", "fixed_large_log": "large"}
+    variance = kinds[c.choice("variance_type", "fixed_small", tuple(kinds))]
     options = {"spacing": _spacing(c, T, steps, usual="leading"), "clip": _clip(c, True), "variance": variance}
     return samplers.ddpm, options
 
@@ -314,7 +313,7 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
     kinds: dict[str, tuple[str, list[list[dict[str, Any]]]]] = {
         "ddpm": (
             "DDPMScheduler",
-            [[{"variance_type": kind} for kind in ("fixed_small", "fixed_large")], clips],
+            [[{"variance_type": kind} for kind in ("fixed_small", "fixed_large", "learned_range")], clips],
         ),
         "ddim": ("DDIMScheduler", [clips]),
         "euler": ("EulerDiscreteScheduler", [finals]),

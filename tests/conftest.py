@@ -74,7 +74,7 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     if left_out := config.stash.get(LEFT_OUT, None):
-        terminalreporter.write_line(f"--quick: {len(left_out)} files left out: {', '.join(sorted(left_out))}")
+        terminalreporter.write_line(f"--quick: {len(left_out)} files left out ({', '.join(NOT_QUICK)})")
     skipped = len(_skipped(config))
     if REQUIRE_ALL and skipped:
         terminalreporter.write_line(f"FASTDIFF_REQUIRE_ALL: {skipped} skipped, which counts as failure", red=True)

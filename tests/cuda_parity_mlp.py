@@ -7,6 +7,7 @@ import contextlib
 import numpy as np
 from cuda_parity import NUMPY, covers
 from gradcheck import scatter, with_linear
+from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
@@ -84,19 +85,9 @@ def networks_forward(be, size):
 
 
 def deep_tables(schedule):
-    """Tables that remember two and three rows: with all terms, rows without evaluation, which may go up, and visits."""
-    last, middle = schedule.T - 1, schedule.T // 2
-    rows = [  # t, p, q, a, b, c1, c2, c3, e, s
-        (last, 0.2, -0.4, 0.5, 0.6, 0, 0, 0, 0.1, 0.5),
-        (middle, 0.9, 0.2, 0.4, -0.1, 0.3, 0, 0, 0, 0.3),
-        (last, 0.6, 0, 0.8, 0.2, -0.1, 0, 0, 0, 0.6),
-        (last, 0.1, -0.8, 0.3, 0.5, -0.6, 0.3, 0, 0.3, 0.2),
-        (middle, 0, 0.5, 0.2, 0.7, 0.4, -0.3, -0.4, 0, 0.1),
-        (0, 0, 0, 0.7, 0, 0.3, -0.2, 0.1, 0, 0),
-        (0, 0.3, 0.5, 0.1, 0.8, 0.4, -0.3, 0.2, 0.1, 0),
-    ]
-    two = [(*row[:7], 0, *row[8:]) for row in rows]
-    return Sampler(rows, schedule, clip=(-0.9, 0.8)), Sampler(two, schedule)
+    """Tables that remember three rows and two: with all terms, rows without evaluation that go up, and visits."""
+    three = three_back(schedule, clip=(-0.9, 0.8))
+    return three, Sampler([row._replace(c3=0.0) for row in three.rows], schedule)
 
 
 @covers(

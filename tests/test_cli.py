@@ -236,6 +236,17 @@ def test_example(capsys):
 
 
 @pytest.mark.slow
+def test_the_samplers_example_draws_its_picture(capsys):
+    main = runpy.run_path(str(EXAMPLES / "samplers.py"))["main"]
+    main.__globals__["COUNTS"] = np.array([7, 11])
+    main(["-o", "pictures", "--steps", "20", "--draws", "60"])
+    printed = capsys.readouterr().out
+    values = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines()[1:11]}
+    assert values["unipc"] < values["dpmpp_2m"] < values["ddim"] < values["ddpm"]
+    assert os.listdir("pictures") == ["samplers.png"]
+
+
+@pytest.mark.slow
 def test_the_covariance_example_draws_its_pictures(capsys):
     runpy.run_path(str(EXAMPLES / "covariance.py"))["main"](["-o", "pictures"])
     printed = capsys.readouterr().out

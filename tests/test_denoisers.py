@@ -325,14 +325,14 @@ def test_heun_rows_are_heun():
 
 @pytest.mark.parametrize("name", [*TABLES, "heun"])
 def test_exact_chain_is_what_samples_do(name):
-    """200,000 samples, drawn by the library on numpy: mean and covariance within 5 standard errors.
+    """200,000 samples, drawn by the library on cpu: mean and covariance within 5 standard errors.
 
     Of a mean of n draws that is sqrt(V_ii / n), of a covariance sqrt((V_ii V_jj + V_ij^2) / n).
     """
     n = 200_000
     table = TABLES[name](TUTORIAL, "noise") if name in TABLES else heun(TUTORIAL, 9)
     for gaussian in (Gaussian(MEAN, COV, TUTORIAL), Gaussian.low_rank(MEAN, COV[:, :1], 0.5, TUTORIAL)):
-        drawn = fd.sample(gaussian, table, n=n, seed=3, backend="numpy").astype(np.float64)
+        drawn = fd.sample(gaussian, table, n=n, seed=3, backend="cpu").astype(np.float64)
         chain = exact_chain(gaussian, table)
         variance = np.diag(chain.cov)
         assert_estimate(drawn.mean(axis=0), chain.mean, np.sqrt(variance / n))

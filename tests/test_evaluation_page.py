@@ -98,6 +98,7 @@ def test_correlations_are_those_of_pairs_that_vary():
 # --------------------------------------------------------------------------------------- the page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "measures"), [*((name, MEASURES) for name in PAGES), ("curves", None)])
 def test_every_page_is_drawn_without_overlaps(tmp_path, name, measures):
     figure = PAGES[name](measures=measures, names=("100,000 held-out rows", "256 generated: dpmpp_2m, 100 steps"))

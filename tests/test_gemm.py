@@ -200,6 +200,7 @@ def test_batch_law(width):
         np.testing.assert_array_equal(parts.view(np.uint32), whole.view(np.uint32))
 
 
+@pytest.mark.slow
 @widths
 def test_machine_code(width):
     """Packed fused multiply-adds of the full width; none at width 0."""
@@ -253,6 +254,7 @@ print(sum(square.stats.cache_hits.values()), sum(gemm.driver.stats.cache_hits.va
 """
 
 
+@pytest.mark.slow
 def test_cached_caller_in_a_new_process(tmp_path):
     """A kernel that calls gemm is cached, and finds gemm's code when another process loads it."""
     program = tmp_path / "program.py"

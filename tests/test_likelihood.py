@@ -287,6 +287,26 @@ def test_the_denoising_integral():
 # ------------------------------------------------------------------------------------------- what is refused
 
 
+class Ranging(Exact):
+    """With a variance beside its prediction."""
+
+    learned_variance = True
+
+    def predict(self, x, t):
+        return np.stack([super().predict(x, t), np.ones_like(x)])
+
+    def vjp(self, x, t, vector):
+        return super().predict(vector, t)
+
+
+def test_a_learned_variance_is_left_out():
+    smp = fd.samplers.ddim(TUTORIAL, 5)
+    want, got = (log_density(of(TUTORIAL), ROW, sampler=smp, backend="numpy") for of in (Exact, Ranging))
+    assert_same_bits(got.values, want.values)
+    want, got = (bound(of(TUTORIAL), ROW, backend="numpy") for of in (Exact, Ranging))
+    assert_same_bits(got.terms, want.terms)
+
+
 class Silent:
     def predict(self, x, t):
         return x

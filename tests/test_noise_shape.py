@@ -447,6 +447,7 @@ def test_the_exact_denoiser_is_that_of_whitened_data(kind):
         assert_close(shape.colour(white, backend="numpy"), noise_given(shape, schedule)(x, t), terms=100, scale=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["white", *KINDS])
 def test_samples_of_an_exact_model_have_the_law_of_the_data(kind):
     """Every kind of noise ends at the same data; the table's own error is below that of Monte Carlo."""

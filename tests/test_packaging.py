@@ -235,4 +235,4 @@ def test_the_quick_part_counts_what_it_leaves_out(pytester):
     for option, passed, deselected in (("--quick", 1, 1), ("-ra", 3, 0)):
         result = pytester.runpytest_subprocess(option, "-o", "markers=slow", "-p", "no:cacheprovider")
         result.assert_outcomes(passed=passed, deselected=deselected)
-        assert ("--quick: 1 files left out: test_cuda_any.py" in result.stdout.str()) == bool(deselected)
+        assert ("--quick: 1 files left out (" in result.stdout.str()) == bool(deselected)

@@ -58,6 +58,15 @@ FIGURES = {
     "spectra": lambda: plots.spectra(SOURCE, TARGET),
     "reshaped": lambda: plots.reshaped(CHAIN, PATH, CURVE, rate=50),
     "convergence": lambda: plots.convergence([5, 10, 20], {"ddpm": [2, 1, 0.5], "ddim": [1, np.nan, 0.2]}),
+    "tradeoff": lambda: plots.tradeoff(
+        {
+            "exact": {"a": ([5, 10], [1, 0.1]), "b": ([5, 9], [2, 1])},
+            "drawn": {"a": ([5, 10], [0.1, -0.01]), "b": ([5], [-1])},
+        },
+        ylabels={"exact": "W2"},
+        floors={"drawn": 0.02},
+    ),
+    "tradeoff, one": lambda: plots.tradeoff({"exact": {"a": ([5, 10], [1, 0.1])}}),
     "bound": lambda: plots.bound([-40, 8, 4, 2, 1, 0.1], [1, 0.5, 0.2, 0.1, 0.1, 0.01]),
     "bound of one row": lambda: plots.bound([-40, 8, -0.1, 0.1], [np.nan] * 4),
     "shares": lambda: plots.shares({"noise": (0.2, "6 GB/s"), "convolution": (1.3, "600 GF/s")}, "a CPU"),
@@ -68,6 +77,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_written(tmp_path, name):
     path = tmp_path / "figure.png"
@@ -77,6 +87,7 @@ def test_every_figure_is_written(tmp_path, name):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axes_is_labelled_and_no_legend_covers_data(name):
     figure = FIGURES[name]()
@@ -245,6 +256,8 @@ def test_reshaped_draws_the_nearest_darkest_and_last():
         (lambda: plots.reshaped(CHAIN, PATH, CURVE[1:]), "signal"),
         (lambda: plots.reshaped(CHAIN[:0], PATH[:0], CURVE), "before"),
         (lambda: plots.convergence([5, 10], {"ddpm": [1.0]}), r"distances\['ddpm'\]"),
+        (lambda: plots.tradeoff({}), "panels: got none"),
+        (lambda: plots.tradeoff({"x": {"a": ([5, 10], [1.0])}}), r"panels \(distances\)"),
         (lambda: plots.bound([1.0, 2.0], [1.0, 2.0]), "terms"),
         (lambda: plots.bound([1.0, 2.0, 3.0], [1.0, 2.0]), "stderr"),
         (lambda: plots.shares({}, "a CPU"), "work"),

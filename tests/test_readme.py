@@ -1,5 +1,5 @@
-"""The documents: their code runs as it stands, every Python block alone, and so do the examples of docstrings; commands
-have their options; links lead somewhere."""
+"""The documents: their code runs as it stands, every Python block after those under its heading, and so do the
+examples of docstrings; commands have their options; links lead somewhere."""
 
 import doctest
 import importlib
@@ -19,14 +19,29 @@ STEPS, ROWS, PICTURE_T = 3, 200, 5  # of the short runs below
 
 
 def blocks(language):
-    """The blocks of a language, each by its document and the line that it starts on."""
+    """The blocks of a language, each by its document and the line that it starts on.
+
+    A block of Python comes with those before it under the same heading, all else being blank.
+    """
     found = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
+        start = 0  # of the heading's blocks
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start(2)) + 1
-            if match[1] == language:
-                found.append(pytest.param(path, line, match[2], id=f"{path.name}, line {line}"))
+            if match[1] != language:
+                continue
+            code = match[2]
+            if language == "python":
+                start = text.rfind("\n## ", 0, match.start()) + 1
+                line = text.count("\n", 0, start) + 1
+                inside = [(m.start(2), m.end(2)) for m in BLOCK.finditer(text, start, match.end()) if m[1] == language]
+                code = "".join(
+                    char if char == "\n" or any(low <= at < high for low, high in inside) else ""
+                    for at, char in enumerate(text[start : match.end()], start)
+                )
+            shown = text.count("\n", 0, match.start(2)) + 1
+            found.append(pytest.param(path, line, code, id=f"{path.name}, line {shown}"))
     return found
 
 

@@ -25,6 +25,7 @@ def written(folder, **content):
 TABLES = {
     "ddpm": lambda s, **o: samplers.ddpm(s, 20, clip=1.0, spacing="leading", **o),
     "ddpm large": lambda s, **o: samplers.ddpm(s, 20, variance="large", **o),
+    "ddpm learned": lambda s, **o: samplers.ddpm(s, 20, variance="learned_range", **o),
     "ddim": lambda s, **o: samplers.ddim(s, 25, clip=0.7, **o),
     "euler": lambda s, **o: samplers.euler(s, 25, final="sigma_min", **o),
     "euler_ancestral": lambda s, **o: samplers.euler_ancestral(s, 25, **o),

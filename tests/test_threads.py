@@ -281,6 +281,7 @@ def test_a_script_refuses_what_a_kernel_cannot_take():
         Script(1, [[Task(check_range, (np.zeros((4, 4), np.int64)[:, :2], 0, np.zeros(3, np.int64)), 4, 1)]])
 
 
+@pytest.mark.slow
 def test_threads_that_tire_of_waiting_for_their_turn_change_nothing(monkeypatch, expected):
     monkeypatch.setattr(mlp_kernels, "PATIENCE", 1)
     kernel = numba.njit(**OPTIONS)(mlp_kernels.gradient_tiles.py_func)

@@ -256,6 +256,20 @@ class Chain(Perceptron):
         return peers.chain(theirs, self.schedule().betas, self.n, self.shape[0])
 
 
+class MemoryChain(Chain):
+    """As many evaluations through a table whose rows remember three earlier ones: LMS, which draws no noise."""
+
+    draws = 1
+    peer_name = ""
+
+    def sampler(self) -> Any:
+        return fd.samplers.lms(self.schedule(), T)
+
+    def counts(self) -> tuple[int, int]:
+        moved, work = super().counts()
+        return moved, work + 6 * T * self.values  # three more products and sums at every row
+
+
 class Training(Perceptron):
     """A training step."""
 

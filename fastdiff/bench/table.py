@@ -52,6 +52,7 @@ WORKLOADS: tuple[Workload, ...] = (
     layers.LayerNorm("layer-norm-64x1024x128", "LayerNorm, 64 x 1024 x 128", 64, (1, 1024, 128)),
     layers.LayerNormBackward("layer-norm-back-64x1024x128", "its gradients, 64 x 1024 x 128", 64, (1, 1024, 128)),
     layers.Gelu("gelu-64x1024x256", "GELU, 64 x 1024 x 256", 64, (1, 1024, 256)),
+    net.MemoryChain("chain-memory-tutorial-1000", "100 rows of LMS, tutorial MLP, n = 1000", 1000, CURVE),
 )
 # fmt: on
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

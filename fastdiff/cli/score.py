@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         commands,
         "score",
         "say how likely data are under a model",
-        "Writes -log p of every row, in nats of the data's units, and its standard error. A\n"
-        "familiar row has a low number, a strange one a high one.",
+        "Writes -log p of every row, in nats of the data's units, and its standard error.\n"
+        "A familiar row has a low number, a strange one a high one.",
         "examples:\n"
         "  fastdiff score m.safetensors curves.csv -o nll.csv\n"
         "  fastdiff score m.safetensors curves.csv -o nll.csv --bits --plot terms.png\n",

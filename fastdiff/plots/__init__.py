@@ -20,6 +20,7 @@ from fastdiff.plots.curves import (
 from fastdiff.plots.evaluation_page import evaluation
 from fastdiff.plots.likelihood import bound
 from fastdiff.plots.pictures import animation, image_grid, image_trace
+from fastdiff.plots.samplers import tradeoff
 from fastdiff.plots.speed import scaling, shares
 from fastdiff.plots.style import BLUE, ENDINGS, GREY, ORANGE, RED, STYLE, check_available, save, write
 from fastdiff.plots.training import convergence, loss, schedule_factors
@@ -52,5 +53,6 @@ __all__ = [
     "schedule_factors",
     "shares",
     "spectra",
+    "tradeoff",
     "write",
 ]

@@ -7,12 +7,15 @@ test (torch 2.13 and diffusers 0.42 on a CPU).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastdiff import samplers
+from fastdiff import samplers, scheduler_config
+from fastdiff.errors import ConversionWarning
+from fastdiff.interop import load_scheduler
 from fastdiff.schedule import Schedule
 
 pytestmark = [
@@ -291,3 +294,15 @@ def test_methods_in_ratio(name, seed):
         expected, timesteps = theirs_run(scheduler, steps, model, lambda i: {}, signal, schedule)
         assert table.timesteps.tolist() == timesteps
         assert_near(ours_run(table, model, [0.0] * len(table)), expected)
+
+
+@pytest.mark.parametrize("name", list(scheduler_config.METHODS))
+def test_configurations_that_they_write_are_read(name, tmp_path):
+    """With every key of theirs, the unusual defaults of some classes among them."""
+    import diffusers
+
+    getattr(diffusers, name)().save_pretrained(tmp_path)
+    with warnings.catch_warnings(action="ignore", category=ConversionWarning):
+        table = load_scheduler(tmp_path, 10)
+    assert table.name in samplers.names()
+    assert table.schedule.T == 1000
