@@ -275,8 +275,9 @@ def check_carried(X: npt.NDArray[Any], scale: str) -> None:
     largest = greatest(X, axis=0)
     unit = np.where(largest == 0, 1.0, largest)
     mean, std = (moment * unit for moment in _scaled_moments(X, unit))
-    real = std > 1e-12 * largest  # less is rounding of float64
-    if not real.any():
+    varied = std > 2 * np.finfo(np.float64).eps * largest  # less is one rounding
+    real = std > 1e-12 * largest  # less may be several
+    if not varied.any():
         return
     most = unit.max()
     total = most * float(np.sqrt(np.mean((std / most) ** 2) + np.var(mean / most)))
@@ -292,7 +293,7 @@ def check_carried(X: npt.NDArray[Any], scale: str) -> None:
         raise ArgumentError(
             "X", got, f"columns that float32 samples can show, and there its steps are {step[k]:.3g}: {offset}"
         )
-    coarse = real & (std < COARSE * step) & (std >= SMALLEST)
+    coarse = varied & (std < COARSE * step) & (std >= SMALLEST)
     tiny = real & (std < SMALLEST)
     hidden = real & (std * UNLIKE**2 < total) if scale == "all" else np.zeros_like(real)
     for columns, why in (

@@ -71,18 +71,15 @@ def test_a_column_far_from_zero_is_not_constant():
     np.testing.assert_allclose(Normaliser.of(X, scale="column").std, X.std(axis=0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint64", "float16"])
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float16"])
 @pytest.mark.parametrize("scale", ["all", "column"])
 def test_integers_have_the_moments_of_their_values(dtype, scale):
     """The least value of a type has no opposite in it."""
     ends = np.iinfo(dtype) if dtype != "float16" else np.finfo(dtype)
     X = np.full((6, 3), ends.min, dtype)
-    X[::2] = X[::2] // 3
-    X[1] = 1
+    X[::2] = 0
     made, wide = Normaliser.of(X, scale=scale), X.astype(np.float64)
     axis = None if scale == "all" else 0
-    if not wide.any():
-        return
     np.testing.assert_allclose(made.mean, wide.mean(axis=axis), rtol=1e-6)
     np.testing.assert_allclose(made.std, wide.std(axis=axis), rtol=1e-6)
 
@@ -106,6 +103,7 @@ OFFSET, OWN = r"subtract the offset in float64 \(X - X\.mean\(axis=0\)\)", r"sca
         (np.rint(WHITE * 9).astype(np.int64) + 10**9, "all", OFFSET, None),
         ((WHITE * 9 + 1e8).astype(np.float32), "column", None, OFFSET),  # what float32 took is gone
         (WHITE + 1e6, "column", None, rf"where float32 has steps of 0\.0625: {OFFSET}"),
+        (WHITE + 1e15, "all", None, OFFSET),  # what float64 took may be rounding
         (WHITE * [1, 1, 1e5], "all", None, OWN),
         (WHITE + 1e4 * np.eye(3)[2], "all", None, f"3 columns like number 1 vary .*{OWN}"),
         (WHITE * [1, 1, 50], "all", None, None),
