@@ -470,7 +470,10 @@ def test_a_first_line_that_is_an_uneven_axis_is_said(tmp_path, order):
     (sentence,) = said(written(tmp_path / "x.csv", np.vstack([axis, rows])))[1]
     assert "line 1 (" in sentence
     assert "looks like column names: --header takes it for them" in sentence
-    assert not said(written(tmp_path / "x.csv", np.vstack([axis, np.sort(rows)[:, ::order]])))[1]  # others rise too
+    others = np.sort(rows)[:, ::order]  # rise too
+    assert said(written(tmp_path / "x.csv", np.vstack([axis, others])))[1]
+    assert not said(written(tmp_path / "x.csv", np.vstack([axis / 100, others])))[1]  # 4 .. 4.5
+    assert said(written(tmp_path / "x.csv", np.vstack([axis / 100, rows])))[1]
     assert not said(written(tmp_path / "x.csv", np.vstack([axis / 400, rows])))[1]  # among the values
     assert not said(written(tmp_path / "x.csv", np.vstack([axis[[1, 0, 2, 3, 4, 5]], rows])))[1]
 
