@@ -80,7 +80,7 @@ def test_labels_go_with_their_pictures():
     data = LABELS.repeat(30).reshape(12, 6, 5, 1).astype(np.float32)
     ones, zeros = np.ones(T), np.zeros(T)
     draws = TrainingDraws(data, ones, zeros, zeros, ones, 0, LABELS, True)
-    x, _, target, labels = drawn("numpy", draws, 0, 0, 9)
+    x, _, target, labels, _ = drawn("numpy", draws, 0, 0, 9)
     assert set(labels) == {0, 1, 2}
     np.testing.assert_array_equal(x[:, 0, 0, 0], labels)
     np.testing.assert_array_equal(target[:, 5, 4, 0], labels)
@@ -431,7 +431,7 @@ def test_pictures_of_which_the_channels_come_first_are_said_to_be_odd(shape, sai
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fd.Diffusion(net(outputs=2)), "net: got 2 outputs"),
+        (lambda: fd.Diffusion(net(outputs=3)), "net: got 3 outputs"),
         (lambda: fd.Diffusion(net(), noise_shape=fd.NoiseShape.diagonal(np.ones(30))), "noise_shape: .*None for pict"),
         (lambda: fd.Diffusion(noise_shape=fd.NoiseShape.diagonal(np.ones(30))).fit(BYTES), "X: got shape"),
         (lambda: fd.Diffusion(backend="numpy").fit(BYTES[..., 0].astype(float)), "pictures .N, height, width, chann"),
