@@ -224,8 +224,9 @@ class Diffusion:
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
         lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
             See `TrainingPlan`, which has the defaults of the first call. Later calls go on with the values before them,
-            but for the decay of calls without `steps`, and change those that are named: moments and averages stay, the
-            change is logged, and files keep the latest plan. Warm-up and decay are absolute steps.
+            but for the decay of calls without `steps`, and change those that are named, except the weighting, which
+            says what is learned: moments and averages stay, the change is logged, and files keep the latest plan.
+            Warm-up and decay are absolute steps.
         validation : float or array, optional
             A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
             with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
@@ -257,7 +258,7 @@ class Diffusion:
         Raises
         ------
         ArgumentError
-            Shape, dtype or value of an argument.
+            Shape, dtype or value of an argument; another weighting than that of the first call.
         TrainingError
             A loss or gradient that is not finite: the model keeps the state before that step.
         KeyboardInterrupt
@@ -269,6 +270,11 @@ class Diffusion:
             lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
             snr_gamma=snr_gamma,
         )  # fmt: skip
+        aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
+        if self._optimizer is not None and aims[0] != aims[1]:
+            raise ArgumentError(
+                "weighting, snr_gamma", str(aims[0]), f"{aims[1]}, of the first fit; reset() starts anew"
+            )
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):

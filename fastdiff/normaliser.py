@@ -118,7 +118,7 @@ class Normaliser:
             if not low < high:
                 raise ArgumentError("data_range", repr(data_range), wants)
         least, most = float(X.min()), float(X.max())
-        if 8 * (most - least) < high - low:
+        if 0 < 8 * (most - least) < high - low:
             words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
             warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=5)
         return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)

@@ -145,11 +145,13 @@ def test_losses_are_weighted(run):
     assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
     assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
     assert fd.load("m.safetensors")._optimizer.plan == plan
-    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform --clip-norm none --lr 1e-3")
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --clip-norm none --lr 1e-3")
     assert code == 0
-    assert "from step 4 on: clip_norm None (1.0 before), weighting uniform (min_snr before)" in err
+    assert "from step 4 on: clip_norm None (1.0 before)" in err
     now = fd.load("m.safetensors")._optimizer.plan
-    assert now == replace(plan, weighting="uniform", clip_norm=None)
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
+    assert (code, "--weighting cannot change with --resume" in err) == (2, True)
+    assert now == replace(plan, clip_norm=None)
     assert run(f"{TRAIN} --resume m.safetensors --steps 2 --ema none --lr 2e-3 --warmup 9 --decay-steps 99")[0] == 0
     assert fd.load("m.safetensors")._optimizer.plan == replace(now, ema=None, lr=2e-3, warmup=9, decay_steps=99)
 

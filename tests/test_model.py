@@ -169,7 +169,6 @@ def test_a_reset_model_takes_curves_of_another_length_where_the_network_is_its_o
 
 OTHER = {
     "lr": [1e-3, 0.02], "warmup": [0, 4], "decay_steps": [None, 20], "clip_norm": [1.0, None], "ema": [0.999, None],
-    "weighting": ["min_snr"], "snr_gamma": [3.0],
 }  # fmt: skip
 
 

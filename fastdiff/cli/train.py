@@ -305,6 +305,8 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "size",
         "channels",
         "dropout",
+        "weighting",
+        "snr_gamma",
         "seed",
         "network",
         "schedule",
@@ -317,7 +319,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "scale",
     )
     for name in settled:
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             option = "--" + name.replace("_", "-")
             raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
     if args.gray:
