@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +121,39 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+def test_how_tables_are_read_is_said_and_noted(run):
+    X = load_curves("curves.csv")
+    lines = [f"{k};" + ";".join(f"{v:.6f}".replace(".", ",") for v in row) for k, row in enumerate(X)]
+    Path("comma.csv").write_text("\n".join(["n;" + ";".join("abcdefghijkl"), *lines]) + "\n")
+    how = "--decimal , --delimiter ; --columns 3-6 --steps 1 --batch 4 --backend numpy --quiet"
+    code, _, err = run(f"train comma.csv -o c.safetensors {how}")
+    assert code == 0
+    assert (
+        "fastdiff: comma.csv: cells between semicolons; line 1 has column names; 4 columns are values, left out" in err
+    )
+    assert fd.load("c.safetensors").net.shape == (4,)
+    code, _, err = run("train comma.csv -o c.safetensors --steps 1")
+    assert "line 2, column 2" in err
+    assert "--decimal , reads decimal commas" in err or "--decimal , reads them" in err
+    code, _, err = run("train flat --size 8 -o p.safetensors --decimal ,")
+    assert "--decimal is for files of curves" in err
+
+
 def test_losses_are_weighted(run):
     assert run(f"{TRAIN} -o m.safetensors --steps 2 --weighting min_snr --snr-gamma 3")[0] == 0
     plan = fd.load("m.safetensors")._optimizer.plan
     assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
     assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
+    assert fd.load("m.safetensors")._optimizer.plan == plan
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --clip-norm none --lr 1e-3")
+    assert code == 0
+    assert "from step 4 on: clip_norm None (1.0 before)" in err
+    now = fd.load("m.safetensors")._optimizer.plan
     code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
-    assert code == 2
-    assert "--weighting cannot change with --resume" in err
+    assert (code, "--weighting cannot change with --resume" in err) == (2, True)
+    assert now == replace(plan, clip_norm=None)
+    assert run(f"{TRAIN} --resume m.safetensors --steps 2 --ema none --lr 2e-3 --warmup 9 --decay-steps 99")[0] == 0
+    assert fd.load("m.safetensors")._optimizer.plan == replace(now, ema=None, lr=2e-3, warmup=9, decay_steps=99)
 
 
 @pytest.mark.parametrize(
@@ -512,6 +538,26 @@ def test_classes_have_names(run, drawer):
     assert "class names" in run("info p.safetensors")[1]
 
 
+def test_how_pictures_are_read_is_said(run, pictures):
+    deep = np.random.default_rng(0).integers(0, 1 << 12, (3, 8, 8), np.uint16)
+    for k, one in enumerate(deep):
+        pytest.importorskip("PIL.Image").fromarray(one).save(f"classes/ant/deep{k}.png")
+        Path(f"classes/cat/bad{k}.png").write_bytes(b"bad")
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN}")
+    assert code == 2
+    assert "skip_bad=True (--skip-bad) leaves out what is bad; 3 of 16 pictures" in err
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095")
+    assert code == 0
+    assert "3 of 16 pictures left out: cat/bad0.png (not a picture)" in err
+    assert "13 gray pictures" in err
+    code, _, err = run("evaluate p.safetensors classes --labels --skip-bad --data-range=0,4095 -n 4 --backend numpy")
+    assert code == 0
+    code, _, err = run("train curves.csv -o m.safetensors --skip-bad")
+    assert (code, "--skip-bad is for pictures" in err) == (2, True)
+    code, _, err = run("train curves.csv -o m.safetensors --data-range 0,1")
+    assert (code, "--data-range is for pictures" in err) == (2, True)
+
+
 def test_training_on_pictures_goes_on_bit_for_bit(run, drawer):
     again = "--backend numpy --quiet --batch 4 --labels --flip --accumulate 2"
     X, y, _ = fd.data.load_images("classes", 4, labels=True)
@@ -749,7 +795,7 @@ def test_version(capsys):
         ),
         ("train curves.csv --resume none.safetensors", r"none\.safetensors"),
         ("train curves.csv --resume cut.safetensors", r"cut\.safetensors"),
-        ("train curves.csv --resume m.safetensors --lr 0.1", r"--lr cannot change with --resume"),
+        ("train curves.csv --resume m.safetensors --lr 0", r"lr: got 0"),
         (
             "train curves.csv --resume m.safetensors --beta-start 0.1",
             r"--beta-start cannot change with --resume",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture
+from fastdiff.cli.inputs import add_table_options, check_picture, reading
 from fastdiff.cli.parser import add_command, add_common, add_method
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     assert model.net is not None
     if len(model.net.shape) != 1:
         raise FastdiffError(f"{args.model} is a model of pictures: fastdiff sample --known fills those in")
-    X = load_curves(args.data, header=args.header, index=args.index, drop=args.drop, missing=True)
+    X = load_curves(args.data, **reading(args), missing=True)
     if X.shape[1:] != model.net.shape:
         wants = f"where those of {args.model} have {model.net.shape[0]}"
         raise FastdiffError(f"{args.data}: curves of {X.shape[1]} points, {wants}")
