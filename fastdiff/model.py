@@ -641,15 +641,15 @@ class Diffusion:
             The model has not been trained.
         """
         net, _, _ = self._fitted()
-        known = observations(Known(X), net.shape)
-        draws = check_int("draws", draws, low=1)
-        if known.count is None:
-            raise ArgumentError("X", f"shape {np.shape(X)}", f"rows of shape {net.shape}: (N, ...)")
+        draws, seen = check_int("draws", draws, low=1), Known(X)
+        if seen.values.shape[1:] != net.shape:
+            raise ArgumentError("X", f"shape {seen.values.shape}", f"rows of shape {net.shape}: (N, ...)")
+        known = observations(seen, net.shape)
         values = known.known[0][0]
         missing = np.flatnonzero(np.isnan(values).any(axis=1))
         dtype = np.result_type(np.float32, known.dtype)
-        out = np.empty((draws, known.count, *net.shape), dtype)
-        out[...] = values.astype(dtype).reshape(known.count, *net.shape)
+        out = np.empty((draws, len(values), *net.shape), dtype)
+        out[...] = values.astype(dtype).reshape(len(values), *net.shape)
         if len(missing):
             out[:, missing] = self.sample(
                 draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],

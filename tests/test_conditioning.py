@@ -447,3 +447,11 @@ def test_no_particle_with_a_weight():
 
     with pytest.raises(ArgumentError, match="no particle with a weight above 0 for observation 0 in row 0"):
         fd.sample(PRIOR, TABLE, n=4, given=fd.Weight(nothing), method="smc")
+
+
+def test_bad_rows_to_fill_in(model):
+    for shape in ((8,), (2, 7), (2, 8, 1)):
+        with pytest.raises(ArgumentError, match=r"X: got shape"):
+            model.impute(np.zeros(shape))
+    with pytest.raises(ArgumentError, match="draws: got 0"):
+        model.impute(np.zeros((2, 8)), draws=0)
