@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check bench asv scaling peers quality precision gate gpu profile compile-time \
-	readme-numbers wheel release-check clean
+	readme-numbers answers wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -107,6 +107,10 @@ quality: $(VENV)/.installed-plot $(DATA)/.written
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/precision.py
+
+# Draws given a part of a curve, by several methods, beside the exact conditional of a Gaussian.
+answers: $(VENV)/.installed-plot
+	$(BIN)/python benchmarks/answers.py
 
 readme-numbers: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/readme_numbers.py

@@ -8,7 +8,8 @@ the gradient of log p(y | x_t); where x_t = signal x0 + noise z, this moves the 
 with J the Jacobian of the mean of x0 by x_t, and R what is taken for the covariance of y given x_t:
 
 - ``tmpd`` (Boys et al. 2023): A (noise^2 / signal) J A^T + s^2 I, the second moment by Tweedie's formula. Exact for
-  Gaussian data, but for the steps of the table.
+  Gaussian data, but for the steps of the table. J of a network is not symmetric; with A (noise^2 / signal) J^T A^T,
+  which is the same where it is, no step leads away from what was seen. GMRES solves with it, by products alone.
 - ``pigdm`` (Song et al. 2023): r^2 A A^T + s^2 I with r^2 = noise^2 / (signal^2 + noise^2), as if x0 were N(0, I).
 - ``dps`` (Chung et al. 2023): no R; every row ends with x += 2 J^T A^T (y - A x0) / |y - A x0|.
 
@@ -46,13 +47,13 @@ Float64 = npt.NDArray[np.float64]
 
 METHODS = ("tmpd", "pigdm", "dps", "replace", "repaint", "smc")
 GUIDED = ("tmpd", "pigdm", "dps")  # those that are a denoiser
-MOST_DENSE = 64  # observations of a sample up to which R is a matrix: one vector-Jacobian product for each
+MOST_DENSE = 64  # observations of a sample up to which R of pigdm and smc is a matrix, and not its row sums
 DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
+KRYLOV = 16  # most vector-Jacobian products of tmpd for a state
+KRYLOV_LEAST = 1e-6  # of a new direction, relative to the image that it is the rest of: float32 products
 REPEATS = 10  # of a row of a table, by RePaint
 TINY = 1e-300
-LEAST = (
-    0.01  # of an eigenvalue of the covariance of what is seen, relative to that of N(0, I) given x_t: a network errs
-)
+LEAST = 0.01  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
 FLOOR = 1e-10  # of R, relative to its largest entry: exact values that the prior knows already
 
 
@@ -191,8 +192,10 @@ class Guided(Evaluator):
         self.dense = self.rows.m <= MOST_DENSE
         self._noise: Array = None  # room for it, and the step that draws it there
         self._take: Any = None
-        if self.method == "tmpd" and not self.dense:
-            log.info("tmpd: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
+        if self.method == "tmpd" and self.rows.m > KRYLOV:
+            log.info("tmpd: %d observations of a sample: %d iterations of GMRES", self.rows.m, KRYLOV)
+        if self.method == "pigdm" and not self.dense:
+            log.info("pigdm: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
         if self.method == "smc" and not self.dense:
             raise ArgumentError("given", f"{self.rows.m} values", f"at most {MOST_DENSE} values for 'smc'")
 
@@ -303,14 +306,9 @@ class Guided(Evaluator):
     def _slope(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], rest: Float64) -> Float64:
         """J^T A^T R^-1 (y - A x0), R being 1 for dps."""
         rows, variance = self.rows, self.rows.variance[which]
-        if self.method == "tmpd" and self.dense:
-            back, R = self._second_moment(x, t, labels, which)
-            return np.einsum("jnd,nj->nd", back, _solved(R, variance, rest))
         if self.method == "tmpd":
-            ones = self._back(x, t, labels, rows.transposed(np.ones_like(rest), which))
-            sums = self.gain[t] * rows.times(ones, which)
-            rest = rest / (np.maximum(sums, FLOOR * self.gain[t]) + variance)
-        elif self.method == "pigdm" and self.dense:
+            return self._krylov(x, t, labels, which, rest)
+        if self.method == "pigdm" and self.dense:
             unique, place = np.unique(which, return_inverse=True)
             A = rows.matrix(unique)
             R = self.power[t] * np.einsum("nid,njd->nij", A, A)
@@ -319,6 +317,32 @@ class Guided(Evaluator):
             squares = rows.times(rows.transposed(np.ones_like(rest), which), which)  # row sums of A A^T
             rest = rest / (self.power[t] * squares + variance)
         return self._back(x, t, labels, rows.transposed(rest, which))
+
+    def _krylov(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], rest: Float64) -> Float64:
+        """J^T A^T w (n, D), with w from GMRES (Saad & Schultz 1986) for (gain A J^T A^T + s^2 I) w = y - A x0.
+
+        A of the result, times the gain, is what the equation has on its left: it lessens |y - A x0| whatever J is.
+        """
+        rows, variance, (n, m) = self.rows, self.rows.variance[which], rest.shape
+        size = np.linalg.norm(rest, axis=1)
+        K = min(KRYLOV, m)
+        basis = np.zeros((K + 1, n, m))
+        basis[0] = rest / np.maximum(size, TINY)[:, None]
+        H, back = np.zeros((n, K + 1, K)), np.zeros((K, n, rows.d))
+        for k in range(K):
+            back[k] = self._back(x, t, labels, rows.transposed(basis[k], which))
+            image = self.gain[t] * rows.times(back[k], which) + variance * basis[k]
+            whole = np.linalg.norm(image, axis=1)
+            for _ in range(2):  # once is not enough in finite precision
+                part = np.einsum("jnm,nm->nj", basis[: k + 1], image)
+                image -= np.einsum("nj,jnm->nm", part, basis[: k + 1])
+                H[:, : k + 1, k] += part
+            H[:, k + 1, k] = left = np.linalg.norm(image, axis=1)
+            # Where nothing is left the answer is found: vectors of 0 add nothing to it.
+            basis[k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
+        U, values, V = np.linalg.svd(H, full_matrices=False)
+        factors = size[:, None] * U[:, 0] / np.maximum(values, max(LEAST * self.power[t], TINY))
+        return np.einsum("nj,njk,knd->nd", factors, V, back)
 
     def _diagonal(self, which: npt.NDArray[np.int64]) -> Float64:
         variance = self.rows.variance[which]
@@ -455,7 +479,7 @@ class Plan:
     def most(self) -> int:
         """How many states' worth of memory a state takes."""
         m = sum(values.shape[1] for values, _ in self.known.known) + sum(len(A) for A, _, _ in self.known.linear)
-        return 1 + min(m, MOST_DENSE) if self.method in ("tmpd", "smc") else 1
+        return 1 + min(m, {"tmpd": KRYLOV, "smc": MOST_DENSE}.get(self.method, 0))
 
     def shaped(self, x: Array, shape: tuple[int, ...]) -> Array:
         """Return states (..., rows, D) as (..., n, *shape), or (..., n, N, *shape) of several observations."""

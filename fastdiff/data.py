@@ -108,14 +108,17 @@ def load_curves(
     header: bool | None = None,
     index: Column | None = None,
     drop: Column | Sequence[Column] = (),
+    columns: Column | Sequence[Column] | None = None,
+    decimal: str = ".",
+    delimiter: str | None = None,
     missing: bool = False,
 ) -> npt.NDArray[np.float32]:
     """Read curves from a ``.csv`` or ``.npy`` file.
 
-    A CSV file holds one curve a line, in UTF-8. Cells are separated by semicolons, tabs, commas or blanks,
-    whichever the first line has, in this order; the decimal sign is the point. Empty lines and lines that
-    start with ``#`` are skipped. An ``.npy`` file holds one (N, points) array of real numbers; pickled
-    objects are refused.
+    A CSV file holds one curve a line, in UTF-8. Cells are separated by semicolons, tabs, commas, bars or blanks,
+    whichever the first line has, in this order; the decimal sign is the point. What was taken for what is logged.
+    Empty lines and lines that start with ``#`` are skipped. An ``.npy`` file holds one (N, points) array of real
+    numbers; pickled objects are refused.
 
     Parameters
     ----------
@@ -130,6 +133,13 @@ def load_curves(
         or its name in the first line. Digits that are one of the numbers are taken for the number.
     drop : int, str or sequence of these, optional
         Further columns that are left out.
+    columns : int, str or sequence of these, optional
+        The columns that are read, in the order of the file, but for those above; "3-20" is a run of them. By default
+        all.
+    decimal : {".", ","}, optional
+        The decimal sign of a CSV file. With "," cells are not separated by commas, and points are errors.
+    delimiter : str, optional
+        What is between the cells of a CSV file: one character, "tab" or "space" (any blanks). By default it looks.
     missing : bool, optional
         Empty cells, and the words nan, NA, N/A, null and None, are values that are missing, NaN in the result. By
         default they are errors. The first line must not be without values.
@@ -155,12 +165,10 @@ def load_curves(
     """
     suffix = check_ending(path, ENDINGS)
     of_index = [] if index is None else [index]
-    dropped = [drop] if isinstance(drop, (int, str)) else list(drop)
+    dropped, only = ([some] if isinstance(some, (int, str)) else some for some in (drop, columns))
+    asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)
     with naming(path, "cannot be read"):
-        if suffix == ".csv":
-            table = tables.read_csv(Path(path), header, of_index, dropped, missing=missing)
-        else:
-            table = tables.read_npy(Path(path), of_index, dropped)
+        table = (tables.read_csv if suffix == ".csv" else tables.read_npy)(Path(path), asked)
     curves = table.as_float32(missing=missing)
     for doubt in [] if np.isnan(curves).any() else table.doubts(header=header):
         warnings.warn(f"{path}: {doubt}", DataWarning, stacklevel=2)

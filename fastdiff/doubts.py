@@ -22,6 +22,7 @@ FEW_COLUMNS = 6  # at most, of a long format
 MOST_LABELS = 60
 RATIO = 4  # rows for each label, at least
 NEAR = 0.02  # of a step: times are rounded when they are written
+FAR = 3  # ranges of the values below
 AGAIN = "again and again"
 
 ROW_WORDS = frozenset({"index", "idx", "id", "ids", "row", "unnamed"})
@@ -65,10 +66,20 @@ def of_columns(X: npt.NDArray[np.generic], called: Sequence[str], names: Sequenc
 
 
 def of_first_row(X: npt.NDArray[np.generic]) -> str | None:
-    """Return half a sentence if the first row looks like column names that are numbers: 1970, 1971, 1972, ..."""
-    if len(X) < FEWEST or X.shape[1] < 4 or _step(_column(X[0])) is None:
+    """Return half a sentence if the first row looks like column names that are numbers: 1970, 1971, 1972, ...
+
+    They have one step; or they only rise or fall, and none is among the values below it: far from these, or in the
+    only row that rises or falls.
+    """
+    if len(X) < FEWEST or X.shape[1] < 4:
         return None
-    if any(_step(_column(row)) is not None for row in X[1:SCREENED]):
+    first, others = _column(X[0]), X[1:SCREENED]
+    even = _step(first) is not None and not any(_step(_column(row)) is not None for row in others)
+    low, high = _column(X[1:].min(axis=0)), _column(X[1:].max(axis=0))
+    gap = np.maximum(low - first, first - high)
+    alone = (gap > FAR * (high - low)).all() or not any(_one_way(_column(row)) for row in others)
+    uneven = _one_way(first) and bool((gap > 0).all() and alone)
+    if not (even or uneven):
         return None
     shown = f"{X[0, 0]:g}, {X[0, 1]:g}, {X[0, 2]:g}, ..."
     return f"({shown}) looks like column names: --header takes it for them (header=True in Python)"
@@ -96,6 +107,12 @@ def _step(column: Array) -> float | None:
     step = (column[-1] - column[0]) / (len(column) - 1)
     line = column[0] + step * np.arange(len(column))
     return float(step) if step and np.abs(column - line).max() <= NEAR * abs(step) else None
+
+
+def _one_way(row: Array) -> bool:
+    """Whether a row rises or falls all along."""
+    change = np.diff(row)
+    return bool((change > 0).all() or (change < 0).all())
 
 
 def _pattern(values: npt.NDArray[np.generic]) -> str | None:

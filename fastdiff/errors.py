@@ -7,6 +7,7 @@ that the library raises on purpose; the command line prints them without a trace
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -167,6 +168,8 @@ def check_array(
         Convert to this dtype after the checks; a value that overflows it counts as infinity.
     """
     on_device, array = is_on_device(value), as_array(argument, value, "a rectangular array of real numbers")
+    if array.dtype.kind == "O" and array.ndim > 0:
+        array = _of_objects(argument, array, frame=hasattr(value, "to_numpy"), missing=not finite)
     if array.dtype.kind not in "fiu":
         raise ArgumentError(argument, f"dtype {array.dtype}", "real floats or integers")
     if array.ndim < min_ndim:
@@ -180,13 +183,47 @@ def check_array(
     if dtype is not None and array.dtype != dtype:
         with np.errstate(over="ignore"):
             array = array.astype(dtype)
-    if finite and not on_device and array.dtype.kind == "f" and not _all_finite(array):
+    if finite and not on_device and array.dtype.kind == "f" and not all_finite(array):
         bad = np.argwhere(~np.isfinite(array))[0]
         at = tuple(int(i) for i in bad)
         raise ArgumentError(argument, f"{array[at]} at index {at}", "finite values")
     return array
 
 
+def _of_objects(argument: str, array: npt.NDArray[Any], *, frame: bool, missing: bool) -> npt.NDArray[Any]:
+    """Numbers of a table with types of its own, whose array is one of objects; or what in it is no number.
+
+    With `missing` a value that the table does not have is NaN.
+    """
+    array = array.copy()
+    for at in np.ndindex(array.shape):
+        one = array[at]
+        where = f" at index {at}"
+        if one is None or type(one).__name__ in MISSING_TYPES:
+            if frame and missing:
+                array[at] = np.nan
+                continue
+            raise ArgumentError(
+                argument, f"a missing value ({_shown(one)}){where}", "real floats or integers everywhere"
+            )
+        if isinstance(one, (bool, np.bool_)) or not isinstance(one, numbers.Real):
+            got = f"dtype object, with {_shown(one)}{where}"
+            raise ArgumentError(argument, got, "real floats or integers")
+    return array.astype(np.float64) if frame else array
+
+
+def _refuse_masks(argument: str, value: Any) -> None:
+    """Refuse hidden values: the array that NumPy makes of a masked one, or of rows of them, would show them."""
+    rows = value if isinstance(value, (list, tuple)) else [value]
+    masked = sum(int(np.ma.getmaskarray(row).sum()) for row in rows if isinstance(row, np.ma.MaskedArray))
+    if masked:
+        wants = (
+            "an array without a mask: X.filled(...) puts numbers there, and rows can be left out by X[~X.mask.any(1)]"
+        )
+        raise ArgumentError(argument, f"{masked} masked values", wants)
+
+
+MISSING_TYPES = ("NAType", "NaTType")  # of pandas, which is not imported for it
 CUDA_DEVICES = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
 
 
@@ -209,6 +246,7 @@ def as_array(argument: str, value: Any, wants: str) -> Any:
     ArgumentError
         It is no array, or one that DLPack does not hand over (a tensor that needs gradients, bfloat16).
     """
+    _refuse_masks(argument, value)
     on_device = is_on_device(value)
     if on_device and isinstance(getattr(value, "dtype", None), np.dtype):
         return value
@@ -228,7 +266,7 @@ def as_array(argument: str, value: Any, wants: str) -> Any:
         raise ArgumentError(argument, f"{type(value).__name__} ({error})", wants) from error
 
 
-def _all_finite(array: npt.NDArray[Any]) -> bool:
+def all_finite(array: npt.NDArray[Any]) -> bool:
     """Whether all values are finite, in one pass and without an array of booleans as long as `array`."""
     if array.flags.c_contiguous and array.dtype.itemsize >= 4:
         flat = array.reshape(-1)

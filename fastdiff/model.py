@@ -19,19 +19,22 @@ from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
+    DataWarning,
     QualityWarning,
     TrainingError,
+    all_finite,
     check_array,
     check_choice,
     check_int,
     check_seed,
+    is_on_device,
 )
 from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
-from fastdiff.nn.optim import TrainingPlan
+from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.normaliser import SCALES, Normaliser, settled
+from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
 from fastdiff.observations import Given, Known, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
@@ -188,13 +191,13 @@ class Diffusion:
         *,
         steps: int | None = None,
         batch: int | None = None,
-        lr: float = 1e-3,
-        warmup: int = 0,
-        decay_steps: int | None = None,
-        clip_norm: float | None = 1.0,
-        ema: float | None = 0.999,
-        weighting: str = "uniform",
-        snr_gamma: float = 5.0,
+        lr: float | Unset = UNSET,
+        warmup: int | Unset = UNSET,
+        decay_steps: int | Unset | None = UNSET,
+        clip_norm: float | Unset | None = UNSET,
+        ema: float | Unset | None = UNSET,
+        weighting: str | Unset = UNSET,
+        snr_gamma: float | Unset = UNSET,
         validation: Any = None,
         judge: bool | None = None,
         flip: bool = False,
@@ -220,8 +223,10 @@ class Diffusion:
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
         lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
-            See `TrainingPlan`; those of the first call stay until `reset`, but for the decay of further calls without
-            `steps`. Warm-up and decay are absolute steps.
+            See `TrainingPlan`, which has the defaults of the first call. Later calls go on with the values before them,
+            but for the decay of calls without `steps`, and change those that are named, except the weighting, which
+            says what is learned: moments and averages stay, the change is logged, and files keep the latest plan.
+            Warm-up and decay are absolute steps.
         validation : float or array, optional
             A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
             with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
@@ -253,24 +258,27 @@ class Diffusion:
         Raises
         ------
         ArgumentError
-            Shape, dtype or value of an argument; a plan that differs from that of the first call.
+            Shape, dtype or value of an argument; another weighting than that of the first call.
         TrainingError
             A loss or gradient that is not finite: the model keeps the state before that step.
         KeyboardInterrupt
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
-        plan = TrainingPlan(lr, warmup, decay_steps, clip_norm, ema, weighting=weighting, snr_gamma=snr_gamma)
+        before = TrainingPlan() if self._optimizer is None else self._optimizer.plan
+        plan = before.changed(
+            lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
+            snr_gamma=snr_gamma,
+        )  # fmt: skip
+        aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
+        if self._optimizer is not None and aims[0] != aims[1]:
+            raise ArgumentError(
+                "weighting, snr_gamma", str(aims[0]), f"{aims[1]}, of the first fit; reset() starts anew"
+            )
         if steps is not None:
             steps = check_int("steps", steps, low=0)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
-        if self._optimizer is not None and plan not in (self._optimizer.plan, TrainingPlan()):
-            raise ArgumentError(
-                "lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma",
-                str(plan),
-                f"those of the first fit, {self._optimizer.plan}; reset() starts anew",
-            )
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = split.checked(X, y, self.net, self.noise_shape, be)
@@ -288,16 +296,20 @@ class Diffusion:
         by_rule = steps is None
         if steps is None:
             rank = 0 if self._gaussian is None else len(self._gaussian.variances)
-            steps, plan = plan_by_rule(rows.shape, batch, self._optimizer.plan, self.step, net.layout.count, rank)
-            self._optimizer = self._optimizer._replace(plan=plan)
-        optimizer = self._optimizer
+            decay = decay_steps is not UNSET and decay_steps is not None
+            steps, plan = plan_by_rule(rows.shape, batch, plan, self.step, net.layout.count, rank, decay=decay)
+        if self.step and plan != before:
+            log.info("from step %d on: %s", self.step, plan.difference(before))
+            if plan.warmup > before.warmup and plan.warmup <= self.step:
+                log.warning("warmup=%d has no effect: it is an absolute step, and has passed", plan.warmup)
+        self._optimizer = optimizer = self._optimizer._replace(plan=plan)
         self._data = self._data or split.fingerprint(X)
         judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
         if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
             warnings.warn(doubt, QualityWarning, stacklevel=2)
         decayed = optimizer.plan.decay_steps
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
-            words = "the rate has fallen to %g by step %d and stays there; leave steps (--steps) out for another decay"
+            words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
             log.info(words, optimizer.plan.rate(self.step), decayed)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
@@ -409,6 +421,14 @@ class Diffusion:
         normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
         if self.normaliser is not None:
             return
+        if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
+            words = f"X of shape {X.shape} is taken for pictures of {X.shape[1]} x {X.shape[2]} pixels in {X.shape[3]} "
+            hint = (
+                "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
+            )
+            warnings.warn(words + hint, DataWarning, stacklevel=3)
+        if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
+            check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
         net, schedule = defaults.network_and_schedule(
             self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
         )
@@ -442,6 +462,8 @@ class Diffusion:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
         net, schedule, _ = self._fitted()
         flat = self._average if ema and self._average is not None else net.flat
+        if not all_finite(flat):
+            raise TrainingError("the weights of this model are not finite: load one that was saved before, or reset()")
         be = get_backend(self.backend)
         return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
 
@@ -563,6 +585,10 @@ class Diffusion:
             return_evidence=return_evidence,
         )  # fmt: skip
         x, other = result if trajectory or return_evidence else (result, None)
+        if not is_on_device(x) and not all_finite(x):
+            raise TrainingError(
+                "samples that are not finite: the weights are too large for it, train with a smaller lr"
+            )
         drawn = normaliser.restore(x, be)
         drawn = drawn.round() if round else drawn
         if known is not None:
@@ -615,15 +641,15 @@ class Diffusion:
             The model has not been trained.
         """
         net, _, _ = self._fitted()
-        known = observations(Known(X), net.shape)
-        draws = check_int("draws", draws, low=1)
-        if known.count is None:
-            raise ArgumentError("X", f"shape {np.shape(X)}", f"rows of shape {net.shape}: (N, ...)")
+        draws, seen = check_int("draws", draws, low=1), Known(X)
+        if seen.values.shape[1:] != net.shape:
+            raise ArgumentError("X", f"shape {seen.values.shape}", f"rows of shape {net.shape}: (N, ...)")
+        known = observations(seen, net.shape)
         values = known.known[0][0]
         missing = np.flatnonzero(np.isnan(values).any(axis=1))
         dtype = np.result_type(np.float32, known.dtype)
-        out = np.empty((draws, known.count, *net.shape), dtype)
-        out[...] = values.astype(dtype).reshape(known.count, *net.shape)
+        out = np.empty((draws, len(values), *net.shape), dtype)
+        out[...] = values.astype(dtype).reshape(len(values), *net.shape)
         if len(missing):
             out[:, missing] = self.sample(
                 draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],
@@ -725,6 +751,8 @@ class Diffusion:
 
         Raises
         ------
+        CheckpointError
+            `load` would refuse the file, as where weights are not finite; one that is there stays.
         DataError
             The path cannot be written.
         TrainingError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,15 @@ import numpy.typing as npt
 
 from fastdiff import checkpoint
 from fastdiff.base import GaussianBase
-from fastdiff.errors import ArgumentError, CheckpointError, check_array, check_choice, check_float, check_int
+from fastdiff.errors import (
+    ArgumentError,
+    CheckpointError,
+    check_array,
+    check_choice,
+    check_float,
+    check_int,
+    check_seed,
+)
 from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
 from fastdiff.noise_shape import NoiseShape
@@ -59,7 +68,13 @@ class Saved:
     arithmetic: int
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint; the file appears whole or not at all."""
+        """Write a checkpoint, whole or not at all, and only one that `read` takes back.
+
+        Raises
+        ------
+        CheckpointError
+            Something in it would be refused when it is read: weights that are not finite, a name that is no text.
+        """
         net, normaliser = self.net, self.normaliser
         buffers = {"net": net.flat, "ema": self.average}
         plan = None
@@ -88,12 +103,21 @@ class Saved:
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
+        try:
+            stored = json.loads(json.dumps(header, allow_nan=False))
+            self._of(stored | {"format": checkpoint.FORMAT_VERSION, "features": features}, tensors)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not saved, as it could not be read again: {error}") from error
         checkpoint.write(path, header, tensors, features=features)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a checkpoint. What its `Diffusion` checks, `prediction` and `seed`, is as the file has it."""
-        header, tensors = checkpoint.read(path)
+        """Read a checkpoint."""
+        return cls._of(*checkpoint.read(path))
+
+    @classmethod
+    def _of(cls, header: dict[str, Any], tensors: Tensors) -> Self:
+        """Return what header and tensors of a file say, checked."""
         schedule = Schedule.from_dict(header["schedule"])
         net = network_of(header["network"], draw=False)
         # Shapes first: a header that claims a huge network must not make us allocate one.
@@ -118,8 +142,8 @@ class Saved:
         return cls(
             net=net,
             schedule=schedule,
-            prediction=header["prediction"],
-            seed=header["seed"],
+            prediction=check_choice("prediction", header["prediction"], PREDICTIONS),
+            seed=check_seed(header["seed"]),
             normaliser=Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape),
             base=base,
             average=average,
@@ -163,7 +187,7 @@ def _buffer(net: Network, tensors: Tensors, prefix: str) -> npt.NDArray[Any]:
 def _history(tensors: Tensors) -> dict[str, list[Any]]:
     history = empty_history()
     for name in history:
-        history[name] = check_array(f"history.{name}", tensors[f"history.{name}"], shape=(None,), finite=False).tolist()
+        history[name] = check_array(f"history.{name}", tensors[f"history.{name}"], shape=(None,)).tolist()
     for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
         if len(history[steps]) != len(history[losses]):
             got, wants = (f"{len(history[name])} values" for name in (losses, steps))

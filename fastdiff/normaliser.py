@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from fastdiff import process
 from fastdiff.backends import Backend
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, is_on_device
+from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device
 from fastdiff.noise_shape import NoiseShape
 
 log = logging.getLogger("fastdiff")
@@ -22,6 +23,9 @@ Rows = npt.NDArray[Any]
 SCALES = ("auto", "all", "column", "channel")
 UNLIKE = 10.0  # columns whose deviations differ by more than this factor are taken for different quantities
 CONSTANT = 1e-6  # a deviation below this share of the greatest |x| is rounding
+LARGEST = 1e37  # value of the data: their samples have room above it
+SMALLEST = 1e-35  # deviation of the data: smaller ones have few digits in float32, or none
+FINE, COARSE = 4, 64  # float32 steps in a deviation: below the first nothing comes back, below the second it shows
 BLOCK_VALUES = 1 << 13  # that are normalised at once: fresh memory for more would cost more than the arithmetic
 
 
@@ -66,20 +70,27 @@ class Normaliser:
     def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
         """Return the normaliser of rows (N, d).
 
-        "auto" takes columns whose deviations differ by more than a factor of 10 for quantities of different units, and
-        scales each by itself, unless the noise has a shape; else, where some are constant, all others together.
+        "auto" takes columns whose deviations differ by more than a factor of 10, or are below a hundredth of that of
+        all values (as their means differ), for quantities of different units, and scales each by itself, unless the
+        noise has a shape; else, where some are constant, all others together.
         Where all rows are the same there is one scale; a deviation of all values under 1e-6 max|x| counts as 1.
         """
         X = cls(0.0, 1.0, noise_shape)._white(X)
-        largest = float(np.max(np.abs(X)))
+        X = X.astype(np.float32) if X.dtype == np.float16 else X
+        largest = greatest(X)
         if largest == 0:
             return cls(0.0, 1.0, noise_shape)
+        scaled = X / largest  # squares of huge values would overflow
+        centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
         if scale != "all":
             mean, std = _column_moments(X)
             varied = std[std > 0]
             ratio = 0.0 if varied.size == 0 else float(varied.max() / varied.min())
             if scale == "auto" and ratio > UNLIKE and noise_shape is None:
                 log.info("scale: each column its own, as their deviations differ by a factor of %.3g", ratio)
+                scale = "column"
+            elif scale == "auto" and ratio and spread * largest > UNLIKE**2 * varied.min() and noise_shape is None:
+                log.info("scale: each column its own, as their means differ by many deviations")
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
@@ -88,8 +99,6 @@ class Normaliser:
                 log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
                 others = cls.of(X[:, ~equal])
                 return cls(np.where(equal, X[0], others.mean), np.where(equal, 0.0, others.std))
-        scaled = X / largest  # squares of huge values would overflow
-        centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
 
     @classmethod
@@ -108,6 +117,10 @@ class Normaliser:
             low, high = (check_float("data_range", end) for end in data_range)
             if not low < high:
                 raise ArgumentError("data_range", repr(data_range), wants)
+        least, most = float(X.min()), float(X.max())
+        if 0 < 8 * (most - least) < high - low:
+            words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
+            warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=5)
         return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
 
     def check(self, argument: str, X: npt.NDArray[Any]) -> None:
@@ -237,9 +250,80 @@ class Normaliser:
         return np.asarray(self.noise_shape.whiten(np.asarray(X, np.float64), backend="numpy"))
 
 
+def greatest(X: npt.NDArray[Any], axis: int | None = None) -> Any:
+    """Return max |x|, of everything or along an axis, in float64: |x| of the least integer of a type is not in it."""
+    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in (np.min, np.max))
+    largest = np.maximum(-low, high)
+    return float(largest) if axis is None else largest
+
+
+def check_carried(X: npt.NDArray[Any], scale: str) -> None:
+    """Say what of curves (N, d) their samples, in float32, could not show, or one scale could not.
+
+    Raises
+    ------
+    ArgumentError
+        Columns of finer types than float32 that vary by less than 4 float32 steps at their size; or all values are so
+        close to zero that float32 has no digits for them.
+
+    Warns
+    -----
+    DataWarning
+        As above, of a few columns or of fewer steps than 64; or `scale` is "all", and some columns vary by less than a
+        hundredth of the deviation of all values.
+    """
+    largest = greatest(X, axis=0)
+    unit = np.where(largest == 0, 1.0, largest)
+    mean, std = (moment * unit for moment in _scaled_moments(X, unit))
+    varied = std > 2 * np.finfo(np.float64).eps * largest  # less is one rounding
+    real = std > 1e-12 * largest  # less may be several
+    if not varied.any():
+        return
+    most = unit.max()
+    total = most * float(np.sqrt(np.mean((std / most) ** 2) + np.var(mean / most)))
+    if total < SMALLEST:
+        wants = f"at least {SMALLEST:g}: samples are float32; multiply X, and divide its samples"
+        raise ArgumentError("X", f"values with a deviation of {total:.3g}", wants)
+    step = np.spacing(largest.astype(np.float32)).astype(np.float64)
+    offset = "subtract the offset in float64 (X - X.mean(axis=0)), and add it to the samples"
+    bad = np.flatnonzero(real & (std < FINE * step) & (std >= SMALLEST))
+    if bad.size and not np.can_cast(X.dtype, np.float32, "safe"):
+        k = bad[0]
+        got = f"{bad.size} columns like number {k + 1}, which varies by {std[k]:.3g} around {mean[k]:.10g}"
+        raise ArgumentError(
+            "X", got, f"columns that float32 samples can show, and there its steps are {step[k]:.3g}: {offset}"
+        )
+    coarse = varied & (std < COARSE * step) & (std >= SMALLEST)
+    tiny = real & (std < SMALLEST)
+    hidden = real & (std * UNLIKE**2 < total) if scale == "all" else np.zeros_like(real)
+    for columns, why in (
+        (coarse, f"where float32 has steps of {{step:.3g}}: {offset}"),
+        (tiny, "for which float32 samples have no digits: multiply such columns, and divide their samples"),
+        (hidden, f"and all values together by {total:.3g}: scale='column' (--scale column) gives each its own scale"),
+    ):
+        if columns.any():
+            k = int(np.argmax(columns))
+            words = f"{columns.sum()} columns like number {k + 1} vary by {std[k]:.3g} around {mean[k]:.10g}, "
+            warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=4)
+
+
+def _scaled_moments(
+    X: npt.NDArray[Any], unit: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and deviation (d,) of X / unit: in float64, less the first row, a few rows at a time."""
+    first, rows = X[0].astype(np.float64), max(1, BLOCK_VALUES // X.shape[1])
+    total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    for start in range(0, len(X), rows):
+        part = (X[start : start + rows].astype(np.float64) - first) / unit
+        total += part.sum(axis=0)
+        squares += (part**2).sum(axis=0)
+    mean = total / len(X)
+    return mean + first / unit, np.sqrt(np.maximum(squares / len(X) - mean**2, 0))
+
+
 def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and deviation (d,) of every column, 0 where it is constant but for rounding."""
-    largest = np.max(np.abs(X), axis=0).astype(np.float64)
+    largest = np.asarray(greatest(X, axis=0))
     scaled = X / np.where(largest == 0, 1.0, largest)
     mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
     constant = std < np.finfo(np.float32).eps  # which samples could not show

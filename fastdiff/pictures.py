@@ -32,7 +32,7 @@ from fastdiff.errors import (
 from fastdiff.files import check_writable, load_npy, naming, writing
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow's names of those formats. It reads many more, some with programs of their own; no file is handed to these.
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = ("auto", "gray", "rgb")
@@ -51,6 +51,8 @@ def load_images(
     *,
     mode: str = "auto",
     labels: Literal[False] = False,
+    data_range: tuple[float, float] | None = None,
+    skip_bad: bool = False,
 ) -> npt.NDArray[np.uint8]: ...
 
 
@@ -61,6 +63,8 @@ def load_images(
     *,
     mode: str = "auto",
     labels: Literal[True],
+    data_range: tuple[float, float] | None = None,
+    skip_bad: bool = False,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], list[str]]: ...
 
 
@@ -70,13 +74,16 @@ def load_images(
     *,
     mode: str = "auto",
     labels: bool = False,
+    data_range: tuple[float, float] | None = None,
+    skip_bad: bool = False,
 ) -> Any:
     """Read a folder of pictures, all brought to one size, in the order of their names.
 
     A picture is turned upright (EXIF), laid on white where it is transparent, brought to 8 bits, and resized (bicubic)
     such that it just covers `size`; what sticks out is cut off on both sides alike. A picture of the right size keeps
-    its values. Colour profiles are not applied. Hidden files are left out, files whose names do not end like those
-    of pictures too, which is logged, and so is how many pictures are enlarged.
+    its values. Colour profiles are not applied. Hidden files are left out. What else is left out is logged, with how
+    many there are: files whose names do not end like those of pictures, folders where there are no labels, classes
+    without pictures; and so is how many pictures are enlarged, and pictures that use less than an eighth of the range.
 
     Parameters
     ----------
@@ -89,7 +96,12 @@ def load_images(
         "auto" gives gray where all files are stored as gray (1, 8 or 16 bits, a palette of
         grays), else colour.
     labels : bool, optional
-        Whether `folder` holds one folder of pictures for each class.
+        Whether `folder` holds one folder of pictures for each class, with whatever folders there are in it.
+    data_range : pair of float, optional
+        The values in the files that become 0 and 255, as (0, 4095) for 12 bits in files of 16; what is outside is an
+        error. By default all that a file can hold: 0 and 255, or 0 and 65535.
+    skip_bad : bool, optional
+        Leave pictures out that cannot be used, and log which, instead of an error.
 
     Returns
     -------
@@ -103,34 +115,49 @@ def load_images(
     Raises
     ------
     DataError
-        No folder, no pictures, or pictures that cannot be used, each named (up to ten): damaged or foreign files,
-        animations, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, values of no known range (32 bits). Or sizes that
-        differ while `size` is None.
+        No folder, no pictures, or pictures that cannot be used (see `skip_bad`), each named, up to ten: damaged or
+        foreign files, animations, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, values of no known range (32 bits),
+        or outside of `data_range`. Or sizes that differ while `size` is None.
     BackendError
         Pillow is missing.
     """
     path = Path(folder)
     wanted = _check_size(size)
     check_choice("mode", mode, _MODES)
+    between = None if data_range is None else _check_range(data_range)
     check_pillow()
     if path.suffix.lower() == ".npy" and not path.is_dir():
         if labels:
             raise ArgumentError("labels", "True for an .npy file", "a folder with one folder for each class")
-        return _from_npy(path, wanted, mode)
-    files, folders = _listed(path)
-    if not labels:
-        if folders:
-            _log.warning("%s: left out, as folders (labels=True reads them as classes): %s", path, _some(folders))
-        return _stacked(_decoded(path, files, wanted, mode), len(files))
-    if files or not folders:
+        return _from_npy(path, wanted, mode, between)
+    files, folders, others = _listed(path)
+    if labels and (files or not folders):
         state = f"of no class: {_some(files)}" if files else "no folders"
         raise DataError(f"{path}: {state}; with labels=True there is one folder for each class, and no other picture")
-    classes = [_listed(sub)[0] for sub in folders]
-    if empty := [sub for sub, members in zip(folders, classes, strict=True) if not members]:
-        raise DataError(f"{path}: classes without pictures: {_some(empty)}")
-    files = [file for members in classes for file in members]
-    numbers = np.repeat(np.arange(len(classes), dtype=np.int64), [len(members) for members in classes])
-    return _stacked(_decoded(path, files, wanted, mode), len(files)), numbers, [sub.name for sub in folders]
+    trees = [_tree(sub) for sub in folders]
+    classes = [(sub, members) for sub, (members, _) in zip(folders, trees, strict=True) if members]
+    names = [sub.name for sub, _ in classes]
+    if labels:
+        others += [file for _, more in trees for file in more]
+        files = [file for _, members in classes for file in members]
+        if empty := [sub for sub in folders if sub.name not in names]:
+            _log.warning("%s: left out %d classes without pictures: %s", path, len(empty), _some(empty))
+    elif folders:
+        inside, hint = sum(len(members) for _, members in classes), "as folders (labels=True reads them as classes)"
+        _log.warning("%s: %d pictures left out, %s: %s", path, inside, hint, _some(folders))
+    if others:
+        what = "left out, as their names do not end like those of pictures"
+        _log.warning("%s: %d files %s: %s", path, len(others), what, _some([_within(path, file) for file in others]))
+    kept: list[Path] = []
+    images = _stacked(_decoded(path, files, wanted, mode, between, kept if skip_bad else None), len(files))
+    _say_range(path, images)
+    if not labels:
+        return images
+    left = set(kept) if skip_bad else set(files)
+    counts = [sum(file in left for file in members) for _, members in classes]
+    if lost := [name for name, count in zip(names, counts, strict=True) if not count]:
+        raise DataError(f"{path}: classes of which no picture can be used: {_some(lost)}")
+    return images, np.repeat(np.arange(len(classes), dtype=np.int64), counts), names
 
 
 def _check_size(size: Any) -> tuple[int, int] | None:
@@ -143,8 +170,41 @@ def _check_size(size: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures and the folders in a folder, each in the order of their names."""
+def _check_range(data_range: Any) -> tuple[float, float]:
+    wants = "a pair of numbers (low, high), low below high"
+    if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
+        raise ArgumentError("data_range", repr(data_range), wants)
+    low, high = (check_float("data_range", end) for end in data_range)
+    if not low < high:
+        raise ArgumentError("data_range", repr(data_range), wants)
+    return low, high
+
+
+def _say_range(path: Path, images: npt.NDArray[np.uint8]) -> None:
+    low, high = int(images.min()), int(images.max())
+    if 8 * (high - low) < 255:
+        words = "%s: values from %d to %d of 0 to 255, less than an eighth of the range; data_range=(low, high) "
+        hint = "(--data-range LOW,HIGH) says what is black and white in the files, as (0, 4095) for 12 bits in 16"
+        _log.warning(words + hint, path, low, high)
+
+
+def _within(folder: Path, file: Path) -> str:
+    return str(file.relative_to(folder))
+
+
+def _tree(folder: Path, above: tuple[Path, ...] = ()) -> tuple[list[Path], list[Path]]:
+    """The pictures and the other files of a folder and of those in it; its own before theirs."""
+    pictures, folders, others = _listed(folder)
+    above = (*above, folder.resolve())
+    for sub in folders:
+        if sub.resolve() not in above:  # a link that leads back
+            more, rest = _tree(sub, above)
+            pictures, others = pictures + more, others + rest
+    return pictures, others
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The pictures, the folders and the other files in a folder, each in the order of their names."""
     pictures: list[Path] = []
     folders: list[Path] = []
     others: list[Path] = []
@@ -154,9 +214,7 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
             if not entry.name.startswith("."):
                 known = entry.suffix.lower() in PICTURE_ENDINGS
                 (folders if entry.is_dir() else pictures if known else others).append(entry)
-    if others:
-        _log.warning("%s: left out, as their names do not end like those of pictures: %s", folder, _some(others))
-    return pictures, folders
+    return pictures, folders, others
 
 
 def _some(files: Sequence[Path | str]) -> str:
@@ -165,18 +223,27 @@ def _some(files: Sequence[Path | str]) -> str:
     return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
 
-def _from_npy(path: Path, size: tuple[int, int] | None, mode: str) -> npt.NDArray[np.uint8]:
+def _from_npy(
+    path: Path, size: tuple[int, int] | None, mode: str, data_range: tuple[float, float] | None
+) -> npt.NDArray[np.uint8]:
     wants = "(pictures, height, width) or (pictures, height, width, 1 or 3)"
     with naming(path, "cannot be read"):
         array = load_npy(path, (3, 4), wants)
+    if data_range is not None:
+        try:
+            array = _as_bytes(array, data_range)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
     if array.dtype != np.uint8:
-        raise DataError(f"{path}: dtype {array.dtype}, where uint8 is wanted")
+        raise DataError(f"{path}: dtype {array.dtype}, where uint8 is wanted, or a data_range")
     if array.ndim == 3:
         array = array[..., None]
     if array.shape[3] not in (1, 3):
         raise DataError(f"{path}: shape {array.shape}, where {wants} is wanted")
     gray = _wants_gray(mode, array.shape[3] == 1)
-    return _stacked(((str(path), _pixels(to_pillow(one), size, gray)) for one in array), len(array))
+    images = _stacked(((str(path), _pixels(to_pillow(one), size, gray)) for one in array), len(array))
+    _say_range(path, images)
+    return images
 
 
 def _stacked(pictures: Iterable[tuple[str, npt.NDArray[np.uint8]]], count: int) -> npt.NDArray[np.uint8]:
@@ -193,13 +260,21 @@ def _stacked(pictures: Iterable[tuple[str, npt.NDArray[np.uint8]]], count: int) 
             )
         images[i] = pixels
     assert images is not None
-    return images
+    return images[: i + 1]
 
 
 def _decoded(
-    folder: Path, files: Sequence[Path], size: tuple[int, int] | None, mode: str
+    folder: Path,
+    files: Sequence[Path],
+    size: tuple[int, int] | None,
+    mode: str,
+    data_range: tuple[float, float] | None = None,
+    kept: list[Path] | None = None,
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-    """Decode the pictures of a folder, a few at a time; those that cannot be used raise in the end, together."""
+    """Decode the pictures of a folder, a few at a time; those that cannot be used raise in the end, together.
+
+    With `kept`, a list that gets the others, they are logged.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     if not files:
@@ -213,7 +288,7 @@ def _decoded(
             with _opened(file) as image:
                 if size is not None and min(image.size) < min(size):
                     small.append(file)
-                return _pixels(image, size, gray)
+                return _pixels(image, size, gray, data_range)
         except DataError as error:
             return str(error)
 
@@ -224,11 +299,16 @@ def _decoded(
             if isinstance(pixels, str):
                 bad.append(f"{name} ({pixels})")
             else:
+                if kept is not None:
+                    kept.append(file)
                 yield name, pixels
     finally:
         pool.shutdown(cancel_futures=True)
+    if bad and not kept:
+        hint = "skip_bad=True (--skip-bad) leaves out what is bad; " if kept is None and len(bad) < len(files) else ""
+        raise DataError(f"{folder}: {hint}{len(bad)} of {len(files)} pictures cannot be used: {_some(bad)}")
     if bad:
-        raise DataError(f"{folder}: {len(bad)} of {len(files)} pictures cannot be used: {_some(bad)}")
+        _log.warning("%s: %d of %d pictures left out: %s", folder, len(bad), len(files), "; ".join(bad))
     if small:
         _log.warning("%s: %d of %d pictures are smaller than wanted: enlarged", folder, len(small), len(files))
 
@@ -275,7 +355,17 @@ def _opened(file: Path) -> Iterator[Any]:
         raise DataError(f"{type(error).__name__}: {error}") from error
 
 
-def _pixels(image: Any, size: tuple[int, int] | None, gray: bool) -> npt.NDArray[np.uint8]:
+def _as_bytes(values: npt.NDArray[Any], data_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Return numbers with `data_range` at 0 .. 255, rounded; a `DataError` without a name where some are outside."""
+    low, high = data_range
+    if values.size and not (low <= values.min() and values.max() <= high):
+        raise DataError(f"values from {values.min()} to {values.max()}, outside of data_range ({low:g}, {high:g})")
+    return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+def _pixels(
+    image: Any, size: tuple[int, int] | None, gray: bool, data_range: tuple[float, float] | None = None
+) -> npt.NDArray[np.uint8]:
     """Decode a picture: upright, opaque, 8 bits, of the wanted size; (H, W, 1) or (H, W, 3)."""
     from PIL import Image, ImageOps
 
@@ -283,11 +373,15 @@ def _pixels(image: Any, size: tuple[int, int] | None, gray: bool) -> npt.NDArray
         image.draft(None, (3 * max(size), 3 * max(size)))  # a large JPEG is decoded at a fraction of its size
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        deep = np.asarray(image)
+        shallow = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        image, data_range = Image.fromarray(shallow if data_range is None else _as_bytes(deep, data_range)), None
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if gray else "RGB")
+    if data_range is not None:
+        image = Image.fromarray(_as_bytes(np.asarray(image), data_range))
     if size is not None:
         height, width = size
         w, h = image.width, image.height
@@ -326,12 +420,12 @@ def load_known(
     """
     check_pillow()
     unknown: npt.NDArray[np.bool_] | None = None
-    with naming(path, "cannot be read"), _sized(Path(path), shape) as image:
+    with _sized(Path(path), shape) as image:
         pixels = _pixels(image, None, shape[2] == 1).astype(np.float32)
         if mask is None:
             unknown = np.asarray(image.convert("RGBA"))[..., 3] == 0
     if mask is not None:
-        with naming(mask, "cannot be read"), _sized(Path(mask), shape) as image:
+        with _sized(Path(mask), shape) as image:
             unknown = _pixels(image, None, gray=True)[..., 0] >= 128
     assert unknown is not None
     if not unknown.any():
@@ -342,11 +436,14 @@ def load_known(
 
 @contextmanager
 def _sized(file: Path, shape: tuple[int, ...]) -> Iterator[Any]:
-    with _opened(file) as image:
-        if (image.height, image.width) != tuple(shape[:2]):
-            wants = f"{shape[0]} x {shape[1]}, as the model's are"
-            raise DataError(f"{image.height} x {image.width} pixels, where {wants}")
-        yield image
+    try:
+        with _opened(file) as image:
+            if (image.height, image.width) != tuple(shape[:2]):
+                wants = f"{shape[0]} x {shape[1]}, as the model's are"
+                raise DataError(f"{image.height} x {image.width} pixels, where {wants}")
+            yield image
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------- cut
@@ -409,7 +506,7 @@ def tiles(
     check_choice("mode", mode, _MODES)
     check_pillow()
     if isinstance(pictures, (str, os.PathLike)):
-        files, _ = _listed(Path(pictures))
+        files, _, _ = _listed(Path(pictures))
         whole = list(_decoded(Path(pictures), files, None, mode))
     else:
         arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]

@@ -14,9 +14,9 @@ from fastdiff.errors import ArgumentError, check_array, check_float, check_indic
 from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
+from fastdiff.normaliser import LARGEST, greatest
 
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
-LARGEST = 1e37  # value of the data: their samples have room above it
 
 Rows = npt.NDArray[Any]
 
@@ -58,8 +58,12 @@ def checked(
     if given.size == 0:
         what = "curve of at least one point" if len(shape) == 1 else "picture"
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
-    if getattr(net, "dtype", None) != np.float64 and (largest := float(np.max(np.abs(given)))) > LARGEST:
-        raise ArgumentError("X", f"values up to {largest:.3g}", f"at most {LARGEST:g}: samples are float32")
+    if getattr(net, "dtype", None) != np.float64 and (largest := greatest(given)) > LARGEST:
+        raise ArgumentError(
+            "X",
+            f"values up to {largest:.3g}",
+            f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples",
+        )
     classes = getattr(net, "classes", None)
     if net is None and len(shape) == 3 and y is not None:
         y = check_indices("y", _on_host(be, y), 1 << 20, len(given))

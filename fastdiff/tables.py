@@ -11,7 +11,7 @@ import logging
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,45 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import doubts
-from fastdiff.errors import ArgumentError, DataError, check_int
+from fastdiff.errors import ArgumentError, DataError, check_choice, check_int
 from fastdiff.files import load_npy
 
 Column = int | str
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # what tables write where there is no value
+DELIMITERS = {"tab": "\t", "\\t": "\t", "space": " "}
+SIGNS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}  # that are looked for, in this order
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+_COMMAS = "of decimal commas make points, or --decimal , reads them (decimal=',' in Python)"
+_SWAP = str.maketrans(",.", ".,")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a file is to be read: see `fastdiff.data.load_curves`."""
+
+    header: bool | None = None
+    index: Sequence[Column] = ()
+    drop: Sequence[Column] = ()
+    columns: Sequence[Column] | None = None
+    decimal: str = "."
+    delimiter: str | None = None
+    missing: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("decimal", self.decimal, ".,")
+        wants = "one character that numbers do not have, 'tab' or 'space', or None: looks"
+        sign = DELIMITERS.get(str(self.delimiter), self.delimiter)
+        fit = isinstance(sign, str) and len(sign) == 1 and not (sign.isalnum() or sign in f"+-.\"'#_{self.decimal}")
+        if sign is not None and not fit:
+            raise ArgumentError("delimiter", repr(self.delimiter), wants)
+        object.__setattr__(self, "delimiter", sign)
+
+    @property
+    def named(self) -> list[tuple[str, Sequence[Column]]]:
+        """The arguments that name columns, and their columns."""
+        return [("index", self.index), ("drop", self.drop), ("columns", self.columns or ())]
 
 
 @dataclass(frozen=True)
@@ -81,19 +112,16 @@ class Table:
         return found + doubts.of_columns(values, self.called, self.names)
 
 
-def read_npy(path: Path, index: Sequence[Column], drop: Sequence[Column]) -> Table:
+def read_npy(path: Path, asked: Asked) -> Table:
     """Read an ``.npy`` file of one (N, points) array, without some columns, which have numbers only."""
     values = load_npy(path, (2,), "(curves, points)")
     width = values.shape[1]
-    out = _places(path, "index", index, width) + _places(path, "drop", drop, width)
-    kept = _kept(path, width, out)
+    kept = _kept(path, width, asked)
     rows, columns = _Rows("curve", range(len(values))), [k + 1 for k in kept]
-    return Table(path, values[:, kept] if out else values, columns, [str(k) for k in columns], rows)
+    return Table(path, values if len(kept) == width else values[:, kept], columns, [str(k) for k in columns], rows)
 
 
-def read_csv(
-    path: Path, header: bool | None, index: Sequence[Column], drop: Sequence[Column], *, missing: bool = False
-) -> Table:
+def read_csv(path: Path, asked: Asked) -> Table:
     """Read a ``.csv`` file of one row a line, without some columns: see `fastdiff.data.load_curves`."""
     values = array("d")
     lines: list[int] = []  # the line of each row, for messages
@@ -101,11 +129,11 @@ def read_csv(
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                text = line.strip(" \r\n")
+                text = line.strip("\r\n" if asked.delimiter == "\t" else " \r\n")
                 if not text.strip() or text.startswith("#"):
                     continue
                 if layout is None:
-                    layout = replace(_layout(path, number, text, header, index, drop), missing=missing)
+                    layout = _layout(path, number, text, asked)
                     if layout.names is not None:
                         continue
                 values.extend(layout.numbers(text, number))
@@ -146,11 +174,13 @@ class _Layout:
     width: int  # cells of a line
     kept: Sequence[int]  # places of the values among them
     names: Sequence[str] | None  # of all columns, if the first line has names
-    missing: bool = False  # whether a cell may say that there is no value
+    missing: bool  # whether a cell may say that there is no value
+    comma: bool  # whether the decimal sign is one
 
     def numbers(self, text: str, line: int) -> array[float]:
         """Return the values of a line."""
         where = f"{self.path}, line {line}"
+        text = text.translate(_SWAP) if self.comma else text
         cells = _cells(text, self.separator)
         if len(cells) != self.width:
             raise DataError(f"{where}: {len(cells)} cells, where line {self.first} has {self.width}")
@@ -169,6 +199,7 @@ class _Layout:
 
     def _bad_cell(self, cells: Sequence[str], line: int) -> DataError:
         bad = [k for k, cell in enumerate(cells) if _number(cell) is None]
+        cells = [cell.translate(_SWAP) for cell in cells] if self.comma else cells  # as the file has them
         at, first = f"{self.path}, line {line}, column {self.kept[bad[0]] + 1}", cells[bad[0]]
         if not first:
             return DataError(f"{at}: empty cell")
@@ -176,36 +207,60 @@ class _Layout:
         texts = [_called(self.names, self.kept[k]) for k in bad if cells[k]]
         hint = f"; {doubts.remedy(*texts)}" if len(texts) < len(cells) else ""
         if _DECIMAL_COMMA.fullmatch(first):
-            hint = "; of decimal commas make points (pandas: read_csv(decimal=','), to_csv)"
+            hint = f"; {_COMMAS}"
+        elif self.comma and _number(first) is not None:
+            hint = "; the decimal sign is to be a comma, and points between thousands are not read"
         if line == self.first:
             hint += "; --header if these are column names (header=True)"
         return DataError(f"{at}: {shown!r} is not a number{hint}")
 
 
-def _layout(
-    path: Path, line: int, text: str, header: bool | None, index: Sequence[Column], drop: Sequence[Column]
-) -> _Layout:
-    separator = next((sign for sign in ";\t," if sign in text), None)
+def _layout(path: Path, line: int, text: str, asked: Asked) -> _Layout:
+    comma, header = asked.decimal == ",", asked.header
+    separator = asked.delimiter
+    if separator is None:
+        separator = next((sign for sign in SIGNS if sign in text and not (comma and sign == ",")), None)
+    elif separator == " ":
+        separator = None
+    where, words = f"{path}, line {line}", text.split()
+    if separator == "," and asked.delimiter is None and len(words) > 1 and all(map(_DECIMAL_COMMA.fullmatch, words)):
+        raise DataError(f"{where}: {words[0]!r} is not a number; {_COMMAS}")
     top = _cells(text, separator)
-    width, where = len(top), f"{path}, line {line}"
+    width = len(top)
     names = [] if header is False else top
-    of_index = _places(path, "index", index, width, names)
-    kept = _kept(path, width, of_index + _places(path, "drop", drop, width, names))
+    of_index = _places(path, "index", asked.index, width, names)
+    kept = _kept(path, width, asked, names)
     if 0 in kept and width > 1 and not top[0] and all(top[1:]):
         raise DataError(
             f"{where}: the first column has no name and looks like a row index; {doubts.remedy('1', index=True)}; "
             "or write the file without it (pandas: index=False)"
         )
     if header is None:
-        named = any(_number_of(column, width) is None for column in (*index, *drop))
-        header = named or any(not top[k] for k in of_index) or _is_header([top[k] for k in kept], where)
-    return _Layout(path, line, separator, width, kept, top if header else None)
+        named = any(_number_of(column, width) is None for _, columns in asked.named for column in columns)
+        plain = [top[k].translate(_SWAP) if comma else top[k] for k in kept]
+        numbers = any(_number(cell) is not None for cell in plain)
+        if not (comma or named or numbers) and any(map(_DECIMAL_COMMA.fullmatch, plain)):  # no line of names
+            place = next(k for k in kept if _DECIMAL_COMMA.fullmatch(top[k]))
+            raise DataError(f"{where}, column {place + 1}: {top[place]!r} is not a number; {_COMMAS}")
+        header = named or any(not top[k] for k in of_index) or _is_header(plain, where)
+    left = [str(k + 1) for k in range(width) if k not in set(kept)]
+    _log.info(
+        "%s: cells between %s; line %d has %s; %d columns are values%s", path,
+        "blanks" if separator is None else SIGNS.get(separator, repr(separator)), line,
+        "column names" if header else "the first curve", len(kept),
+        f", left out: {', '.join(left[:10])}{', ...' * (len(left) > 10)}" if left else "",
+    )  # fmt: skip
+    return _Layout(path, line, separator, width, kept, top if header else None, asked.missing, comma)
 
 
 def _places(path: Path, argument: str, columns: Sequence[Column], width: int, names: Sequence[str] = ()) -> list[int]:
     """The places of columns among the cells of a line, from 0."""
-    places = []
+    places: list[int] = []
     for column in columns:
+        run = re.fullmatch(r"(\d+)-(\d+)", column) if isinstance(column, str) and column not in names else None
+        if run is not None and 1 <= int(run[1]) <= int(run[2]) <= width:
+            places += range(int(run[1]) - 1, int(run[2]))
+            continue
         number = _number_of(column, width)
         if number is None and names.count(str(column)) != 1:
             count = names.count(str(column))
@@ -222,14 +277,17 @@ def _number_of(column: Column, width: int) -> int | None:
     """The number, from 1, that is meant; None: a name is."""
     if isinstance(column, str):
         return int(column) if column.isdecimal() and 1 <= int(column) <= width else None
-    return check_int("index and drop", column, low=1, high=width)
+    return check_int("index, drop and columns", column, low=1, high=width)
 
 
-def _kept(path: Path, width: int, out: Sequence[int]) -> list[int]:
-    kept = [k for k in range(width) if k not in set(out)]
-    if not kept:
-        raise ArgumentError("drop", "every column", f"one column of {path} that stays, at least")
-    return kept
+def _kept(path: Path, width: int, asked: Asked, names: Sequence[str] = ()) -> list[int]:
+    """The places of the values."""
+    index, drop, only = (set(_places(path, name, columns, width, names)) for name, columns in asked.named)
+    stay = set(range(width)) if asked.columns is None else only
+    if not stay - index - drop:
+        argument, got = ("drop", "every column") if asked.columns is None else ("columns", "none that stays")
+        raise ArgumentError(argument, got, f"one column of {path} that stays, at least")
+    return sorted(stay - index - drop)
 
 
 def _called(names: Sequence[str] | None, place: int) -> str:

@@ -20,7 +20,7 @@ from fastdiff import defaults
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy.functions import squared_error
-from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError
+from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
 from fastdiff.nn.optim import TrainingPlan
@@ -32,6 +32,7 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 BOUND_WEIGHT = 1e-3  # of the variational bound beside the squared error, where a variance is learned
+ANEW = "load one saved before, or reset()"
 READ_SECONDS = 0.1  # at most, from one look at the losses to the next
 
 
@@ -88,6 +89,13 @@ class Trainer:
             if ours is not theirs and name != "grads":
                 ours[...] = self.be.to_numpy(theirs)
 
+    def unsound(self) -> str | None:
+        """Return what of the state is not finite: the next loss would show it, but for the last step's."""
+        for name, array in zip(self.state._fields, self.state, strict=True):
+            if name != "grads" and not all_finite(self.be.to_numpy(array)):
+                return "weights" if name in ("params", "average") else "moments of the gradient"
+        return None
+
     def run(
         self,
         model: Counted,
@@ -113,7 +121,8 @@ class Trainer:
             As of `Diffusion.fit`.
         """
         be, results = self.be, self.results
-        issued, read_at = model.step, perf_counter()
+        first = issued = model.step
+        read_at = perf_counter()
 
         def settle() -> None:
             """Wait for the steps that have been issued, and count them."""
@@ -124,9 +133,9 @@ class Trainer:
                 if not math.isfinite(norm):
                     issued = model.step  # the others have done nothing
                     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} at loss {loss:g}"
-                    raise TrainingError(
-                        f"{what} in step {model.step}: stopped; the model keeps the state before it, try a smaller lr"
-                    )
+                    before = self.unsound()
+                    kept = "the model keeps the state before it" if before is None else f"{before} not finite, {ANEW}"
+                    raise TrainingError(f"{what} in step {model.step}: stopped; {kept}, try a smaller lr")
                 model.history["step"].append(model.step)
                 model.history["loss"].append(loss)
                 model.step += 1
@@ -161,22 +170,24 @@ class Trainer:
                     self.bring_back()
                     if callback(model.step - 1, model.history["loss"][-1]):
                         break
+            if issued > first and (found := self.unsound()):
+                raise TrainingError(f"{found} not finite after step {issued - 1}: stopped; {ANEW}, try a smaller lr")
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
 
 
 def plan_by_rule(
-    shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int
+    shape: tuple[int, ...], batch: int, plan: TrainingPlan, step: int, parameters: int, rank: int, *, decay: bool
 ) -> tuple[int, TrainingPlan]:
     """Return how many steps suit data of a shape (N, ...), and the plan: its rate falls from the first step of all.
 
-    `parameters` are those of the network, `rank` is that of its base.
+    `parameters` are those of the network, `rank` is that of its base; `decay` says that the plan's is not to change.
     """
     if len(shape) == 2:
         steps = defaults.curve_steps(*shape, batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
-    if step or plan.decay_steps is None:
+    if not decay:
         plan = replace(plan, decay_steps=max(step + steps, plan.warmup + 1))
     what = "x".join(map(str, shape[1:]))
     log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", shape[0], what, steps, batch)

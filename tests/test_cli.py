@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +121,39 @@ def test_options_reach_the_model(run):
     np.testing.assert_array_equal(fd.load("m.safetensors", backend="numpy").sample(3), want.sample(3), strict=True)
 
 
+def test_how_tables_are_read_is_said_and_noted(run):
+    X = load_curves("curves.csv")
+    lines = [f"{k};" + ";".join(f"{v:.6f}".replace(".", ",") for v in row) for k, row in enumerate(X)]
+    Path("comma.csv").write_text("\n".join(["n;" + ";".join("abcdefghijkl"), *lines]) + "\n")
+    how = "--decimal , --delimiter ; --columns 3-6 --steps 1 --batch 4 --backend numpy --quiet"
+    code, _, err = run(f"train comma.csv -o c.safetensors {how}")
+    assert code == 0
+    assert (
+        "fastdiff: comma.csv: cells between semicolons; line 1 has column names; 4 columns are values, left out" in err
+    )
+    assert fd.load("c.safetensors").net.shape == (4,)
+    code, _, err = run("train comma.csv -o c.safetensors --steps 1")
+    assert "line 2, column 2" in err
+    assert "--decimal , reads decimal commas" in err or "--decimal , reads them" in err
+    code, _, err = run("train flat --size 8 -o p.safetensors --decimal ,")
+    assert "--decimal is for files of curves" in err
+
+
 def test_losses_are_weighted(run):
     assert run(f"{TRAIN} -o m.safetensors --steps 2 --weighting min_snr --snr-gamma 3")[0] == 0
     plan = fd.load("m.safetensors")._optimizer.plan
     assert (plan.weighting, plan.snr_gamma) == ("min_snr", 3.0)
     assert run(f"{TRAIN} --resume m.safetensors --steps 2")[0] == 0
+    assert fd.load("m.safetensors")._optimizer.plan == plan
+    code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --clip-norm none --lr 1e-3")
+    assert code == 0
+    assert "from step 4 on: clip_norm None (1.0 before)" in err
+    now = fd.load("m.safetensors")._optimizer.plan
     code, _, err = run(f"{TRAIN} --resume m.safetensors --steps 2 --weighting uniform")
-    assert code == 2
-    assert "--weighting cannot change with --resume" in err
+    assert (code, "--weighting cannot change with --resume" in err) == (2, True)
+    assert now == replace(plan, clip_norm=None)
+    assert run(f"{TRAIN} --resume m.safetensors --steps 2 --ema none --lr 2e-3 --warmup 9 --decay-steps 99")[0] == 0
+    assert fd.load("m.safetensors")._optimizer.plan == replace(now, ema=None, lr=2e-3, warmup=9, decay_steps=99)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +276,134 @@ def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     main(["--folder", "classes/cat", "-o", "new", "--steps", "2", "--batch", "4", "--quiet"])
     assert "2 steps" in capsys.readouterr().out
     assert {"tiles_generated.png", "tiles_trace.png", "tiles_training.png"} < set(os.listdir("new"))
+
+
+def test_the_example_of_answers_draws_them(capsys):
+    main = runpy.run_path(str(EXAMPLES / "answers.py"))["main"]
+    main(["-o", "pictures", "--steps", "2", "--draws", "20"])
+    assert len(re.findall(r"bands [\d.]+ wide on average, with \d+% of the hidden", capsys.readouterr().out)) == 2
+    assert os.listdir("pictures") == ["answers.png"]
+
+
+# --------------------------------------------------------------------------------------- what is missing
+
+
+@pytest.fixture
+def holes(model):
+    """A table of four curves with values missing, written in several ways; the curves."""
+    X = harmonic_curves(4, points=12, seed=1)
+    cells = [[f"{value:.9g}" for value in row] for row in X]
+    for (row, column), text in {(0, 3): "", (0, 11): "nan", (1, 0): "NA", (3, 5): "null"}.items():
+        cells[row][column], X[row, column] = text, np.nan
+    Path("holes.csv").write_text("\n".join(map(",".join, cells)) + "\n")
+    return X
+
+
+def test_impute_fills_in_what_is_missing(run, holes):
+    code, out, _ = run("impute m.safetensors holes.csv -o filled.csv --draws 3 --plot band.png --quiet --backend numpy")
+    assert code == 0
+    assert "filled.csv: 4 of 48 values filled in, in 3 of 4 curves, 3 times" in out
+    assert "band.png: the first 3 curves with missing values" in out
+    assert Path("band.png").read_bytes().startswith(b"\x89PNG")
+    filled = load_curves("filled.csv", header=False).reshape(3, 4, 12)
+    want = fd.load("m.safetensors", backend="numpy").impute(holes, 3)
+    np.testing.assert_allclose(filled, want, rtol=1e-5, atol=1e-6)
+    for draw in filled:
+        np.testing.assert_array_equal(draw[~np.isnan(holes)], holes[~np.isnan(holes)])
+    more = "impute m.safetensors holes.csv -o one.npy --first-draw 2 --method replace --seed 3 --quiet --backend numpy"
+    assert run(more)[0] == 0
+    want = fd.load("m.safetensors", backend="numpy").impute(holes, 1, first_draw=2, method="replace", seed=3)
+    np.testing.assert_array_equal(np.load("one.npy"), want)
+
+
+def test_a_sample_given_a_part_of_a_curve(run, holes):
+    Path("part.csv").write_text(Path("holes.csv").read_text().splitlines()[0] + "\n")
+    assert run("sample m.safetensors -n 3 -o new.csv --known part.csv --trace new.png --quiet --backend numpy")[0] == 0
+    drawn, told = load_curves("new.csv", header=False), ~np.isnan(holes[0])
+    np.testing.assert_array_equal(drawn[:, told], np.broadcast_to(holes[0, told], (3, told.sum())))
+    assert np.ptp(drawn[:, 3]) > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("impute m.safetensors holes.csv -o f.txt", "f.txt"),
+        ("impute m.safetensors holes.csv -o f.csv --draws 0", "--draws: got 0"),
+        ("impute m.safetensors holes.csv -o f.csv --first-draw -1", "--first-draw: got -1"),
+        ("impute m.safetensors curves.csv -o f.csv --plot f.png", "--plot: there is nothing to show"),
+        ("impute m.safetensors none.csv -o f.csv", "none.csv"),
+        (
+            "impute m.safetensors short.csv -o f.csv",
+            "short.csv: curves of 3 points, where those of m.safetensors have 12",
+        ),
+        ("impute m.safetensors words.csv -o f.csv", "words.csv"),
+        ("sample m.safetensors -n 2 -o f.csv --known holes.csv", "--known holes.csv: 4 curves of 12 points"),
+        ("sample m.safetensors -n 2 -o f.csv --mask curves.csv", "--mask is of a picture that --known names"),
+        ("sample m.safetensors -n 2 -o f.csv --known short.csv --mask a.png", "--mask is for pictures"),
+    ],
+)
+@pytest.mark.usefixtures("holes")
+def test_bad_input_for_what_is_missing_is_one_error(run, command, message):
+    Path("short.csv").write_text("1,,3\n")
+    Path("words.csv").write_text(",".join(["1"] * 11 + ["maybe"]) + "\n")
+    before = files()
+    code, out, err = run(command + " --quiet")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert files() == before
+
+
+@pytest.fixture
+def part():
+    """A model of pictures of bytes, and one picture whose lower half is transparent."""
+    pillow = pytest.importorskip("PIL.Image")
+    X = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+    net = fd.UNet((4, 4, 3), channels=(8,), blocks=1, attention=(False,), groups=4, T=6)
+    fitted = fd.Diffusion(net, fd.Schedule.cosine(6), backend="numpy").fit(X, steps=2, batch=4, progress=False)
+    fitted.save("p.safetensors")
+    alpha = np.where(np.arange(4)[:, None, None] < 2, 255, 0) + np.zeros((4, 4, 1))
+    pillow.fromarray(np.concatenate([X[0], alpha.astype(np.uint8)], axis=2)).save("part.png")
+    pillow.fromarray(X[0]).save("whole.png")
+    pillow.fromarray(((np.arange(16).reshape(4, 4) % 4 == 0) * 255).astype(np.uint8)).save("mask.png")
+    pillow.fromarray(np.zeros((5, 4), np.uint8)).save("other.png")
+    return X[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--known part.png", np.arange(16).reshape(4, 4) < 8),
+        ("--known whole.png --mask mask.png --method replace", np.arange(16).reshape(4, 4) % 4 != 0),
+    ],
+)
+def test_pictures_given_a_part_of_one(run, part, options, told):
+    assert run(f"sample p.safetensors -n 3 -o new.npy {options} --quiet --backend numpy")[0] == 0
+    drawn = np.load("new.npy")
+    assert drawn.shape == (3, 4, 4, 3)
+    np.testing.assert_array_equal(drawn[:, told], np.broadcast_to(part[told], (3, told.sum(), 3)))
+    assert (drawn[:, ~told] != part[~told]).any()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png", "whole.png: no pixel is unknown"),
+        ("sample p.safetensors -n 2 -o new.npy --known other.png", "other.png: 5 x 4 pixels, where 4 x 4"),
+        ("sample p.safetensors -n 2 -o new.npy --known whole.png --mask other.png", "other.png: 5 x 4 pixels"),
+        ("sample p.safetensors -n 2 -o new.npy --known curves.csv", "curves.csv: not a picture"),
+        ("sample p.safetensors -n 2 -o new.npy --known gone.png", "gone.png: No such file"),
+        ("impute p.safetensors curves.csv -o f.csv", "fastdiff sample --known fills those in"),
+    ],
+)
+@pytest.mark.usefixtures("part")
+def test_bad_parts_of_pictures_are_one_error(run, command, message):
+    before = files()
+    code, _, err = run(command + " --quiet")
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert files() == before
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -382,6 +536,26 @@ def test_classes_have_names(run, drawer):
     assert run(f"sample p.safetensors -n 2 -o two.npy --backend numpy --quiet {more}")[0] == 0
     np.testing.assert_array_equal(np.load("two.npy"), drawer.sample(2, labels=[0, 1], first_sample=1))
     assert "class names" in run("info p.safetensors")[1]
+
+
+def test_how_pictures_are_read_is_said(run, pictures):
+    deep = np.random.default_rng(0).integers(0, 1 << 12, (3, 8, 8), np.uint16)
+    for k, one in enumerate(deep):
+        pytest.importorskip("PIL.Image").fromarray(one).save(f"classes/ant/deep{k}.png")
+        Path(f"classes/cat/bad{k}.png").write_bytes(b"bad")
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN}")
+    assert code == 2
+    assert "skip_bad=True (--skip-bad) leaves out what is bad; 3 of 16 pictures" in err
+    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095")
+    assert code == 0
+    assert "3 of 16 pictures left out: cat/bad0.png (not a picture)" in err
+    assert "13 gray pictures" in err
+    code, _, err = run("evaluate p.safetensors classes --labels --skip-bad --data-range=0,4095 -n 4 --backend numpy")
+    assert code == 0
+    code, _, err = run("train curves.csv -o m.safetensors --skip-bad")
+    assert (code, "--skip-bad is for pictures" in err) == (2, True)
+    code, _, err = run("train curves.csv -o m.safetensors --data-range 0,1")
+    assert (code, "--data-range is for pictures" in err) == (2, True)
 
 
 def test_training_on_pictures_goes_on_bit_for_bit(run, drawer):
@@ -621,7 +795,7 @@ def test_version(capsys):
         ),
         ("train curves.csv --resume none.safetensors", r"none\.safetensors"),
         ("train curves.csv --resume cut.safetensors", r"cut\.safetensors"),
-        ("train curves.csv --resume m.safetensors --lr 0.1", r"--lr cannot change with --resume"),
+        ("train curves.csv --resume m.safetensors --lr 0", r"lr: got 0"),
         (
             "train curves.csv --resume m.safetensors --beta-start 0.1",
             r"--beta-start cannot change with --resume",

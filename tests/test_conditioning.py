@@ -209,20 +209,52 @@ def test_all_known_is_what_is_known():
     np.testing.assert_array_equal(x, np.tile(np.arange(4.0), (3, 1)))
 
 
-def test_many_values_are_told_by_their_row_sums(caplog):
-    """Beyond 64 values there is no matrix; a white Gaussian, where row sums are all there is, is still exact."""
+@pytest.mark.parametrize("method", ["tmpd", "pigdm"])
+def test_many_values_are_told_without_a_matrix(caplog, method):
+    """Of a white Gaussian, where row sums are all there is, and one iteration is enough, it is still exact."""
     white = fd.denoisers.Gaussian(np.zeros(100), np.eye(100), LINEAR)
     values = np.full(100, np.nan)
     values[:80] = np.linspace(-1, 1, 80)
     with caplog.at_level("INFO", "fastdiff"):
-        denoiser = fd.condition(white, fd.Known(values, 0.5))
+        denoiser = fd.condition(white, fd.Known(values, 0.5), method)
         x = np.random.default_rng(0).normal(size=(2, 100))
         out = denoiser.predict(x, 300, backend="numpy")
     assert "80 observations" in caplog.text
     signal, noise = LINEAR.signal[300], LINEAR.noise[300]
-    few = fd.condition(fd.denoisers.Gaussian(np.zeros(40), np.eye(40), LINEAR), fd.Known(values[:40], 0.5))
+    few = fd.condition(fd.denoisers.Gaussian(np.zeros(40), np.eye(40), LINEAR), fd.Known(values[:40], 0.5), method)
     np.testing.assert_allclose(out[:, :40], few.predict(x[:, :40], 300, backend="numpy"), atol=1e-7)
     assert np.abs((x - noise * out) / signal)[:, 80:].max() < 10
+
+
+def test_tmpd_of_many_values_is_close_to_exact():
+    """More values than iterations, of a smooth law: the mean of x0 given a state, by the formula of normal laws."""
+    d = 60
+    at = np.arange(d)
+    cov = np.exp(-((at[:, None] - at) ** 2) / 50) + 1e-3 * np.eye(d)
+    prior = fd.denoisers.Gaussian(np.zeros(d), cov, LINEAR)
+    rng = np.random.default_rng(0)
+    truth = np.linalg.cholesky(cov) @ rng.normal(size=d)
+    seen = at % 2 == 0
+    assert seen.sum() > conditioning.KRYLOV
+    for t in (5, 200, 700):
+        signal, level = LINEAR.signal[t], LINEAR.noise[t]
+        x = (signal * truth + level * rng.normal(size=(3, d))).astype(np.float64)
+        A = np.vstack([signal * np.eye(d), np.eye(d)[seen]])
+        S = A @ cov @ A.T + np.diag([*[level**2] * d, *[0.05**2] * seen.sum()])
+        wanted = np.linalg.solve(S, np.hstack([x, np.tile(truth[seen], (3, 1))]).T).T @ A @ cov
+        out = fd.condition(prior, fd.Known(np.where(seen, truth, np.nan), 0.05)).predict(x, t, backend="numpy")
+        np.testing.assert_allclose((x - level * out) / signal, wanted, atol=0.02)  # of deviations of 1
+
+
+@pytest.mark.parametrize("schedule", [fd.Schedule.cosine(10), fd.Schedule.cosine(50).zero_terminal_snr()])
+def test_a_network_that_has_learnt_nothing_does_not_explode(schedule):
+    """Its Jacobian is nothing like a covariance, and still what is drawn stays where the data are."""
+    X = fd.data.harmonic_curves(200, points=20, seed=0)
+    model = fd.Diffusion(schedule=schedule, base=None, backend="cpu")
+    model.fit(X, steps=20, batch=64, judge=False, progress=False)
+    holes = X[:4].copy()
+    holes[0, 2:], holes[1, ::2], holes[2, 12:], holes[3, 5] = np.nan, np.nan, np.nan, np.nan
+    assert np.abs(model.impute(holes, draws=20)).max() < 5 * np.abs(X).max()
 
 
 def test_a_weight_multiplies_the_law():
@@ -308,6 +340,60 @@ def test_pictures_are_filled_in():
         np.testing.assert_array_equal(drawn[:, :2], np.broadcast_to(X[0, :2], (3, 2, 4, 1)))
 
 
+def test_several_observations_each_with_its_class():
+    """A class of each observation, whose draws all have it; its Jacobian too."""
+    net = fd.UNet((1, 4, 1), channels=(8,), blocks=1, attention=(False,), groups=4, T=6, classes=3)
+    X = np.random.default_rng(0).normal(size=(12, 1, 4, 1)).astype(np.float32)
+    options = {"steps": 30, "batch": 12, "progress": False, "judge": False}
+    model = fd.Diffusion(net, fd.Schedule.cosine(6)).fit(X, np.arange(12) % 3, **options)
+    part = X[:3].copy()
+    part[:, :, 2:] = np.nan
+    three = model.sample(4, given=fd.Known(part), labels=[0, 2, 1])
+    assert three.shape == (4, 3, 1, 4, 1)
+    first = model.sample(4, given=fd.Known(part[0]), labels=0)
+    np.testing.assert_allclose(three[:, 0], first, atol=1e-4)
+    other = model.sample(4, given=fd.Known(part), labels=[0, 1, 1])
+    np.testing.assert_array_equal(other[:, [0, 2]], three[:, [0, 2]])
+    assert np.abs(other[:, 1] - three[:, 1]).max() > 1e-3
+    np.testing.assert_array_equal(model.impute(part, 4, labels=[0, 2, 1]), three)
+    with pytest.raises(ArgumentError, match="labels"):
+        model.sample(4, given=fd.Known(part), labels=[0, 2])
+
+
+@pytest.mark.parametrize("method", ["tmpd", "dps", "replace"])
+def test_the_path_of_draws_given_observations(method):
+    options = {"n": 5, "given": fd.Known(HOLES, 0.1), "seed": 3, "method": method, "backend": "numpy"}
+    plain = fd.sample(gaussian(4, 0.8), TABLE, **options)
+    x, path = fd.sample(gaussian(4, 0.8), TABLE, trajectory=True, batch=7, **options)
+    np.testing.assert_allclose(x, plain, atol=1e-4)
+    assert path.shape == (len(TABLE) + 1, 5, 3, 4)
+    np.testing.assert_allclose(path[-1], x, atol=1e-6)
+    seen = []
+
+    def look(i, t, state):
+        seen.append((i, t, state.copy()))
+        return i == 6
+
+    stopped = fd.sample(gaussian(4, 0.8), TABLE, callback=look, **options)
+    assert [i for i, _, _ in seen] == list(range(7))
+    assert [t for _, t, _ in seen] == [row.t for row in TABLE.rows[:7]]
+    for i, _, state in seen:
+        np.testing.assert_allclose(state, path[i + 1], atol=1e-4)
+    np.testing.assert_allclose(stopped, path[7], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tmpd", "pigdm", "replace"])
+def test_guided_draws_are_the_same_on_every_backend(any_backend, method):
+    """Of a small network, cuda by the host run."""
+    net = fd.MLP(4, T=10, hidden=(8,), seed=1)
+    table = fd.samplers.ddpm(fd.Schedule.cosine(10), 3)
+    options = {"n": 2, "given": fd.Known(HOLES, 0.1), "method": method, "seed": 2}
+    want = fd.sample(net, table, backend="numpy", **options)
+    got = fd.sample(net, table, backend=any_backend, **options)
+    got = got if isinstance(got, np.ndarray) else any_backend.to_numpy(got)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 PRIOR = gaussian(4, 0.8)
@@ -371,3 +457,11 @@ def test_no_particle_with_a_weight():
 
     with pytest.raises(ArgumentError, match="no particle with a weight above 0 for observation 0 in row 0"):
         fd.sample(PRIOR, TABLE, n=4, given=fd.Weight(nothing), method="smc")
+
+
+def test_bad_rows_to_fill_in(model):
+    for shape in ((8,), (2, 7), (2, 8, 1)):
+        with pytest.raises(ArgumentError, match=r"X: got shape"):
+            model.impute(np.zeros(shape))
+    with pytest.raises(ArgumentError, match="draws: got 0"):
+        model.impute(np.zeros((2, 8)), draws=0)

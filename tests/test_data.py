@@ -340,3 +340,27 @@ def test_energy_distance_of_one_dimension_is_scipys():
 def test_energy_distance_refuses(X, Y, named):
     with pytest.raises(ArgumentError, match=f"^{named}: got "):
         energy_distance(X, Y)
+
+
+# ------------------------------------------------------------------------------------------- missing values
+
+
+def test_missing_values_are_nan_where_they_may_be(tmp_path):
+    path = tmp_path / "holes.csv"
+    path.write_text("a,b,c,d\n1,,nan,NA\n N/A ,2,null,None\n3,4,5,6\n")
+    want = np.array([[1, np.nan, np.nan, np.nan], [np.nan, 2, np.nan, np.nan], [3, 4, 5, 6]], np.float32)
+    np.testing.assert_array_equal(load_curves(path, missing=True), want)
+    with pytest.raises(DataError, match=r"holes\.csv"):
+        load_curves(path)
+    np.save(tmp_path / "holes.npy", want)
+    np.testing.assert_array_equal(load_curves(tmp_path / "holes.npy", missing=True), want)
+    with pytest.raises(DataError):
+        load_curves(tmp_path / "holes.npy")
+
+
+@pytest.mark.parametrize("cell", ["inf", "maybe", "1e400"])
+def test_missing_values_are_no_excuse_for_others(tmp_path, cell):
+    path = tmp_path / "bad.csv"
+    path.write_text(f"1,2\n,{cell}\n")
+    with pytest.raises(DataError, match=r"bad\.csv"):
+        load_curves(path, missing=True)

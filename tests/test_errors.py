@@ -131,6 +131,74 @@ def test_shapes_are_checked_and_shown():
     assert "rows of different lengths" in str(refusal(check_array, "x", [[1.0], [1.0, 2.0]]))
 
 
+class NAType:
+    """What pandas has where a nullable type has no value: its truth is an error, and it equals nothing."""
+
+    def __eq__(self, other):
+        return self
+
+    __hash__ = None
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __repr__(self):
+        return "<NA>"
+
+
+class Frame:
+    """A table of nullable types as pandas hands it over: an array of objects."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.rows, object)
+
+    def to_numpy(self):
+        return np.array(self.rows, object)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ma.masked_array([[1.0, 2.0], [3.0, 4.0]], mask=[[0, 1], [0, 0]]),
+        [np.ma.masked_array([1.0, 2.0]), np.ma.masked_array([1.0, 2.0], mask=[0, 1])],
+        (np.ma.masked_array([1, 2], mask=[0, 1]), np.array([1, 2])),
+    ],
+)
+@pytest.mark.parametrize("finite", [True, False])
+def test_masks_are_not_dropped(value, finite):
+    error = refusal(check_array, "x", value, finite=finite)
+    assert str(error).startswith("x: got 1 masked values, wants an array without a mask: X.filled(...)")
+    assert "1 masked" in str(refusal(check_timesteps_of, "t", np.ma.masked_array([1, 2], mask=[0, 1])))
+
+
+def check_timesteps_of(_, t):
+    return check_timesteps(t, 10, 2)
+
+
+def test_a_mask_that_hides_nothing_passes():
+    np.testing.assert_array_equal(check_array("x", np.ma.masked_array([1.0, 2.0], mask=False)), [1, 2])
+
+
+def test_nullable_types_are_numbers_or_refused():
+    read = check_array("x", Frame([1.5, 2], [np.float32(3), np.int64(4)]))
+    np.testing.assert_array_equal(read, np.array([[1.5, 2], [3, 4]]), strict=True)
+    for none in (NAType(), None):
+        error = refusal(check_array, "x", Frame([1.5, 2.0], [3.0, none]))
+        assert f"a missing value ({none!r}) at index (1, 1)" in str(error)
+        np.testing.assert_array_equal(check_array("x", Frame([1.5, none]), finite=False), [[1.5, np.nan]])
+    assert "a missing value (None) at index (0, 1)" in str(refusal(check_array, "x", [[1.0, None]]))
+    for one in ("a", True, 1j, [1]):
+        got = f"dtype object, with {one!r} at index (0, 1)"
+        rows = np.empty((1, 2), object)
+        rows[0] = 1.0, None
+        rows[0, 1] = one
+        assert got in str(refusal(check_array, "x", rows))
+    assert "dtype object" in str(refusal(check_array, "x", np.array([1.0, 2.0], object)))
+
+
 def test_a_value_that_overflows_its_dtype_counts_as_infinity():
     assert check_array("x", [1e38], dtype=np.float32).dtype == np.float32
     assert "inf at index (1,)" in str(refusal(check_array, "x", [1.0, 1e39], dtype=np.float32))

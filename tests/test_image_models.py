@@ -1,6 +1,8 @@
 """`Diffusion` with a U-Net: what a step draws, training by parts and by classes, ranges, bad input."""
 
 import logging
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -112,8 +114,7 @@ def test_a_run_goes_on_bit_for_bit(backend, tmp_path):
     half = model(backend, "v", classes=3, dropout=0.2).fit(BYTES, LABELS, steps=3, **everything)
     half.save(tmp_path / "m.safetensors")
     again = fd.load(tmp_path / "m.safetensors", backend=backend)
-    changed = {"warmup": 0, "decay_steps": None}  # fit's defaults: the saved plan stays
-    again.fit(BYTES, LABELS, steps=3, **{**everything, **changed})
+    again.fit(BYTES, LABELS, steps=3, flip=True, accumulate=2, validation=0.25, **QUIET)  # the saved plan stays
     assert again.step == 6
     assert again.history["loss"] == whole.history["loss"]
     for ema in (False, True):
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(backend):
     made = model(backend).fit(BYTES, steps=2, **QUIET)
     before = made.net.flat.copy()
     made.net.flat[made.net.layout.offsets["conv_out.bias"]] = np.inf
-    with np.errstate(invalid="ignore"), pytest.raises(TrainingError, match="step 2"):
+    with np.errstate(invalid="ignore"), pytest.raises(TrainingError, match=r"step 2: .*weights not finite"):
         made.fit(BYTES, steps=1, accumulate=2, **QUIET)
     made.net.flat[made.net.layout.offsets["conv_out.bias"]] = before[made.net.layout.offsets["conv_out.bias"]]
     assert made.step == 2
@@ -390,6 +391,41 @@ def test_gray_pictures_without_an_axis_of_colour_are_told_what_they_lack():
     pictures = BYTES[..., 0]
     with pytest.raises(ArgumentError, match=r"X\[\.\.\., None\] pictures of gray ones"):
         fd.Diffusion(backend="numpy").fit(pictures)
+
+
+@pytest.mark.parametrize(
+    ("X", "options", "message"),
+    [
+        ((BYTES // 16).astype(np.uint8), {}, r"pictures from 0 to 15 use less than an eighth of the range, \(0, 255\)"),
+        ((BYTES // 16).astype(np.uint8), {"data_range": (0, 15)}, None),
+        ((BYTES // 4).astype(np.uint8), {}, None),
+        (BYTES.astype(np.uint16) * 16, {"data_range": (0, 65535)}, "use less than an eighth"),
+        (BYTES.astype(np.uint16) * 16, {"data_range": (0, 4095)}, None),
+        (BYTES.astype(np.uint16) * 16, {}, None),  # the range of the pictures
+    ],
+)
+def test_a_range_of_which_little_is_used_is_said(X, options, message):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made = model("numpy").fit(X, steps=1, **options, **QUIET)
+    assert [bool(message and re.search(message, str(one.message))) for one in seen] == [True] * (message is not None)
+    assert all(one.filename == __file__ for one in seen)
+    assert made.step == 1
+
+
+@pytest.mark.parametrize(("shape", "said"), [((9, 3, 8, 8), True), ((9, 1, 8, 8), True), ((9, 3, 8, 3), False)])
+def test_pictures_of_which_the_channels_come_first_are_said_to_be_odd(shape, said):
+    X = np.resize(BYTES, shape)
+    made = fd.Diffusion(fd.UNet(shape[1:], channels=(4,), T=5, groups=2), backend="numpy")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made.fit(X, steps=1, **QUIET)
+    assert len(seen) == said
+    if said:
+        assert re.search(
+            r"taken for pictures of . x 8 pixels in 8 channels; .*X\.transpose\(0, 2, 3, 1\)", str(seen[0].message)
+        )
+        assert seen[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,9 @@ def test_hidden_files_are_left_out_and_foreign_ones_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fastdiff"):
         assert len(load_images(tmp_path, 8)) == 1
     (record,) = caplog.records
-    assert record.getMessage().endswith(": Thumbs.db, notes.txt")
+    assert record.getMessage().endswith(
+        ": 2 files left out, as their names do not end like those of pictures: Thumbs.db, notes.txt"
+    )
     caplog.clear()
     write(tmp_path / "sub", b_png=encoded(GRAY))
     (tmp_path / "notes.txt").unlink()
@@ -273,11 +275,83 @@ def test_each_folder_is_a_class(tmp_path):
         load_images(write(tmp_path / ".hidden"), 2, labels=True)
     (tmp_path / "loose.png").unlink()
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="classes without pictures: nothing"):
-        load_images(tmp_path, 2, labels=True)
+    assert load_images(tmp_path, 2, labels=True)[2] == ["apple", "bäume", "zebra"]
     write(tmp_path / "nothing", x_png=b"")
     with pytest.raises(DataError, match=r"1 of 7 pictures cannot be used: nothing.x\.png \(not a picture\)"):
         load_images(tmp_path, 2, labels=True)
+
+
+def test_classes_are_read_to_their_depth_and_what_is_left_out_is_counted(tmp_path, caplog):
+    """As torchvision walks: a class's own pictures, then those of its folders, and of theirs."""
+    for k, at in enumerate(["a", "a/deep", "a/deep/deeper", "a/z", "b/only/here"]):
+        (tmp_path / at).mkdir(parents=True)
+        write(tmp_path / at, x_png=encoded(np.full((2, 2), 60 * k, np.uint8)), notes_txt=b"x")
+    (tmp_path / "a" / "deep" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    write(tmp_path / "a" / ".hidden", y_png=encoded(GRAY))
+    with caplog.at_level(logging.WARNING, "fastdiff"):
+        images, labels, names = load_images(tmp_path, 2, labels=True)
+    assert images[:, 0, 0, 0].tolist() == [0, 60, 120, 180, 240]
+    assert (labels.tolist(), names) == ([0, 0, 0, 0, 1], ["a", "b"])
+    assert "left out 1 classes without pictures: empty" in caplog.text
+    notes = "a/notes.txt, a/deep/notes.txt, a/deep/deeper/notes.txt, a/z/notes.txt, b/only/here/notes.txt"
+    assert f"5 files left out, as their names do not end like those of pictures: {notes}" in caplog.text
+    caplog.clear()
+    write(tmp_path, top_png=encoded(GRAY))
+    assert len(load_images(tmp_path, 2)) == 1
+    assert "5 pictures left out, as folders (labels=True reads them as classes): a, b, empty" in caplog.text
+
+
+def test_bad_pictures_are_left_out_and_listed_where_asked(tmp_path, caplog):
+    for name, levels in {"a": (0, 100), "b": (200,)}.items():
+        write(tmp_path / name, **{f"{k}_png": encoded(np.full((2, 2), k, np.uint8)) for k in levels})
+        write(tmp_path / name, **{f"{i:02}_png": b"bad" for i in range(7)})
+    with pytest.raises(DataError, match=r"skip_bad=True \(--skip-bad\) leaves out what is bad; 14 of 17 pictures"):
+        load_images(tmp_path, 2, labels=True)
+    images, labels, names = load_images(tmp_path, 2, labels=True, skip_bad=True)
+    assert images[:, 0, 0, 0].tolist() == [0, 100, 200]
+    assert (labels.tolist(), names) == ([0, 0, 1], ["a", "b"])
+    assert "14 of 17 pictures left out: " in caplog.text
+    assert all(f"{name}/{i:02}.png (not a picture)" in caplog.text for name in "ab" for i in range(7))
+    assert load_images(tmp_path / "a", 2, skip_bad=True)[:, 0, 0, 0].tolist() == [0, 100]
+    (tmp_path / "b" / "200.png").write_bytes(b"bad")
+    with pytest.raises(DataError, match="classes of which no picture can be used: b"):
+        load_images(tmp_path, 2, labels=True, skip_bad=True)
+    with pytest.raises(DataError, match="8 of 8 pictures cannot be used"):
+        load_images(tmp_path / "b", 2, skip_bad=True)
+
+
+TWELVE = RNG.integers(0, 1 << 12, (8, 12), np.uint16)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "npy"])
+def test_twelve_bits_in_files_of_sixteen(tmp_path, form, caplog):
+    TWELVE[0, :4] = [0, 4095, 8, 9]  # 8 * 255 / 4095 = 0.498, 9 * 255 / 4095 = 0.56
+    where = tmp_path
+    if form == "npy":
+        np.save(where := tmp_path / "x.npy", TWELVE[None])
+        with pytest.raises(DataError, match="dtype uint16, where uint8 is wanted, or a data_range"):
+            load_images(where, None)
+    else:
+        write(tmp_path, a_png=encoded(TWELVE, form))
+        assert load_images(where, None).max() == 16
+        assert "values from 0 to 16 of 0 to 255, less than an eighth of the range; data_range=" in caplog.text
+    caplog.clear()
+    read = load_images(where, None, data_range=(0, 4095))[0, ..., 0]
+    np.testing.assert_array_equal(read, np.rint(TWELVE / 4095 * 255).astype(np.uint8))
+    assert read[0, :4].tolist() == [0, 255, 0, 1]
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"values from 0 to 4095, outside of data_range \(0, 4094\)"):
+        load_images(where, None, data_range=(0, 4094))
+
+
+def test_a_range_of_bytes(tmp_path):
+    write(tmp_path, a_png=encoded(COLOUR // 16))
+    read = load_images(tmp_path, None, data_range=(0, 15))[0]
+    np.testing.assert_array_equal(read, COLOUR // 16 * 17)
+    for bad in ((0, 0), (1, 0), 5, (0, np.nan), (0, 1, 2), ("a", 1)):
+        with pytest.raises(ArgumentError, match=r"^data_range: got"):
+            load_images(tmp_path, None, data_range=bad)
 
 
 def test_no_folder_no_pictures(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import signal
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +13,12 @@ from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import defaults
-from fastdiff.backends import get_backend
-from fastdiff.errors import ArgumentError, BackendError, TrainingError
+from fastdiff.backends import TrainState, get_backend
+from fastdiff.errors import ArgumentError, BackendError, CheckpointError, TrainingError
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.normaliser import Normaliser
 from fastdiff.split import split
+from fastdiff.training import Trainer
 
 T = 12
 CURVES = fd.data.harmonic_curves(40, points=9, seed=3)
@@ -165,14 +167,41 @@ def test_a_reset_model_takes_curves_of_another_length_where_the_network_is_its_o
         fit(fit(model(), 1).reset(), 1, X=CURVES[:, :5])
 
 
-def test_a_plan_is_that_of_the_first_fit_until_reset():
-    made = fit(model(), 1, **PLAN)
-    fit(made, 1, **PLAN)
-    for name, other in {"lr": 0.02, "warmup": 4, "decay_steps": None, "clip_norm": None, "ema": 0.9}.items():
-        with pytest.raises(ArgumentError, match=rf"those of the first fit, .*{name}.*; reset\(\) starts anew"):
-            fit(made, 1, **{**PLAN, name: other})
-    assert made.step == 2
-    fit(made.reset(), 1, lr=0.02)
+OTHER = {
+    "lr": [1e-3, 0.02], "warmup": [0, 4], "decay_steps": [None, 20], "clip_norm": [1.0, None], "ema": [0.999, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, value) for name, values in OTHER.items() for value in values])
+def test_a_later_fit_changes_what_it_names_and_nothing_else(name, other, tmp_path, caplog):
+    made = fit(model(), 2, **PLAN)
+    by_hand = copy.deepcopy(made)
+    with caplog.at_level("INFO"):
+        fit(made, 2, **{name: other})
+    assert f"from step 2 on: {name} {other} ({getattr(by_hand._optimizer.plan, name)} before)" in caplog.text
+    want = replace(by_hand._optimizer.plan, **{name: other})
+    assert made._optimizer.plan == want
+    by_hand._optimizer = by_hand._optimizer._replace(plan=want)  # moments, averages and counts as they are
+    fit(by_hand, 2)
+    assert_same_model(made, by_hand)
+    assert saved_and_loaded(made, tmp_path)._optimizer.plan == want
+    fit(made, 1)
+    assert made._optimizer.plan == want
+    assert fit(made.reset(), 1)._optimizer.plan == TrainingPlan()
+
+
+def test_a_change_that_does_nothing_says_so(caplog):
+    made = fit(model(), 6, **PLAN)
+    fit(made, 1, warmup=4)
+    assert "warmup=4 has no effect" in caplog.text
+
+
+def test_a_later_fit_whose_length_is_a_rule_keeps_a_decay_that_is_named():
+    made = fit(model(), 2)
+    made.fit(CURVES, decay_steps=9, callback=lambda step, loss: True, progress=False, judge=False)
+    assert (made.step, made._optimizer.plan.decay_steps) == (3, 9)
+    made.fit(CURVES, callback=lambda step, loss: True, progress=False, judge=False)
+    assert made._optimizer.plan.decay_steps == made.end_step
 
 
 # --------------------------------------------------------------------------------------- history and counters
@@ -427,6 +456,95 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
     assert_same_model(fit(made, 1), fit(kept, 1))
 
 
+def test_weights_are_checked_after_the_last_step_too(backend):
+    made = fit(fd.Diffusion(fd.MLP.tutorial(9, T=200), backend=backend), 2)
+    made.net.params["time.weight"][7] = 1e37  # of a timestep that the next batch has not: the loss shows nothing
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(TrainingError, match="weights not finite after step 2: stopped; load one saved"),
+    ):
+        fit(made, 1, lr=1e15)  # the decay multiplies by 1e13
+
+
+@pytest.mark.parametrize("name", ["params", "m", "v", "average"])
+def test_all_that_is_trained_is_checked(name):
+    trainer = Trainer.__new__(Trainer)
+    trainer.be, trainer.state = get_backend("numpy"), TrainState(*(np.zeros(3, np.float32) for _ in range(5)))
+    trainer.state.grads[1] = np.nan  # belongs to no state
+    assert trainer.unsound() is None
+    getattr(trainer.state, name)[1] = np.inf
+    assert trainer.unsound() == ("moments of the gradient" if name in "mv" else "weights")
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_nothing_is_drawn_with_weights_that_are_not_finite(backend, ema):
+    made = fit(model(backend), 2)
+    (made._average if ema else made.net.flat)[5] = np.nan
+    with pytest.raises(TrainingError, match="weights of this model are not finite"):
+        made.sample(2, ema=ema)
+    with pytest.raises(TrainingError, match="weights of this model are not finite"):
+        made.log_density(CURVES[:2], ema=ema)
+
+
+def test_samples_are_finite_or_an_error():
+    made = fit(model("numpy"), 1)
+    made.net.flat *= np.float32(1e15)
+    with np.errstate(all="ignore"), pytest.raises(TrainingError, match="samples that are not finite"):
+        made.sample(2, ema=False)
+
+
+NUMPY_PLAN = {
+    "lr": np.float32(1e-3), "warmup": np.int64(5), "decay_steps": np.uint8(9), "clip_norm": np.float16(0.5),
+    "ema": np.float64(0.9), "weighting": "min_snr", "snr_gamma": np.int32(3), "steps": np.int16(2), "batch": np.int8(4),
+    "validation": np.float32(0.25),
+}  # fmt: skip
+NUMPY_NETS = {
+    "mlp": lambda: fd.MLP(np.int64(9), hidden=np.array([8, 4]), T=np.uint16(T), seed=np.uint64(3)),
+    "unet": lambda: fd.UNet(
+        (np.int32(9),), channels=np.array([4, 8]), blocks=np.int8(1), T=np.int64(T), attention=np.array([False, True]),
+        groups=np.int64(2), dropout=np.float32(0.25), seed=np.int64(1), eps=np.float32(1e-5), embedding=np.int64(8),
+        head_width=np.int16(4), scale_shift=np.bool_(True), padding=np.int8(1), frequency_shift=np.int8(0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMPY_NETS)
+def test_scalars_of_numpy_train_and_are_saved(kind, tmp_path):
+    net = NUMPY_NETS[kind]()
+    schedule = fd.Schedule.linear(np.int64(T), beta_start=np.float64(1e-3), beta_end=np.float32(0.75))
+    made = fd.Diffusion(net, schedule, seed=np.uint8(3), backend="numpy").fit(CURVES, progress=False, **NUMPY_PLAN)
+    again = saved_and_loaded(made, tmp_path)
+    assert_same_model(fit(again, 1), fit(made, 1))
+    assert all(type(value) in (int, float, str) for value in vars(made._optimizer.plan).values())
+
+
+SPOILT = {
+    "net": lambda made: made.net.flat.__setitem__(0, np.nan),
+    "ema": lambda made: made._average.__setitem__(0, np.inf),
+    "adam.v": lambda made: made._optimizer.v.__setitem__(0, np.nan),
+    "history.loss": lambda made: made.history["loss"].__setitem__(0, np.nan),
+    "history.validation_loss": lambda made: made.history["validation_loss"].append(1.0),
+    "class_names": lambda made: setattr(made, "class_names", ["ant"]),
+    "seed": lambda made: setattr(made, "seed", -1),
+    "prediction": lambda made: setattr(made, "prediction", "score"),
+    "step": lambda made: setattr(made, "step", -1),
+    "report": lambda made: setattr(made, "report_", [1]),
+    "normaliser.std": lambda made: setattr(made, "normaliser", Normaliser(0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_could_not_be_loaded_is_not_saved(what, tmp_path):
+    made, path = fit(model("numpy"), 2), tmp_path / "m.safetensors"
+    made.save(path)
+    before = path.read_bytes()
+    SPOILT[what](made)
+    with pytest.raises(CheckpointError, match=rf"m\.safetensors: not saved, as it could not be read again: {what}"):
+        made.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("X", "options", "message"),
     [
@@ -442,6 +560,7 @@ def test_what_is_not_finite_leaves_the_state_before_it(backend, kind):
         (CURVES, {"batch": 0}, "batch: got 0"),
         (CURVES, {"batch": True}, "batch: got True"),
         (CURVES, {"lr": 0}, "lr: got 0"),
+        (CURVES, {"lr": 1e38}, r"lr: got 1e\+38, wants a finite number, above 0 and at most 1e\+15"),
         (CURVES, {"ema": 1}, "ema: got 1"),
         (CURVES, {"warmup": 5, "decay_steps": 5}, "decay_steps: got 5"),
         (CURVES, {"y": np.zeros(40, int)}, "y: got labels, wants None: this network has no classes; use fd.UNet"),

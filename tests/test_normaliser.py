@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 from tolerances import assert_close
 
 import fastdiff as fd
-from fastdiff.errors import ArgumentError
-from fastdiff.normaliser import Normaliser
+from fastdiff.errors import ArgumentError, DataWarning
+from fastdiff.normaliser import Normaliser, check_carried
 
 RANDOM = np.random.default_rng(0)
 CURVES = RANDOM.normal(size=(60, 5)) + np.arange(5)
@@ -25,6 +28,8 @@ QUIET = {"progress": False, "judge": False}
         (CURVES * [1, 1, 1, 1, 0], "auto", "column"),  # of equal scales, but for the constant one
         (CURVES * [1, 1, 1, 1, 0], "all", "all"),
         (CURVES + 1e6 * np.arange(5), "column", "column"),
+        (CURVES + 1e6 * np.arange(5), "auto", "column"),  # of equal scales, and far from each other
+        (CURVES + 20 * np.arange(5), "auto", "all"),
         (CURVES * UNITS, "all", "all"),
         (CURVES, "column", "column"),
         (np.ones((9, 5)), "column", "all"),
@@ -64,6 +69,83 @@ def test_constant_columns_come_back_and_the_others_keep_one_scale(backend, caplo
 def test_a_column_far_from_zero_is_not_constant():
     X = 1e6 + CURVES
     np.testing.assert_allclose(Normaliser.of(X, scale="column").std, X.std(axis=0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float16"])
+@pytest.mark.parametrize("scale", ["all", "column"])
+def test_integers_have_the_moments_of_their_values(dtype, scale):
+    """The least value of a type has no opposite in it."""
+    ends = np.iinfo(dtype) if dtype != "float16" else np.finfo(dtype)
+    X = np.full((6, 3), ends.min, dtype)
+    X[::2] = 0
+    made, wide = Normaliser.of(X, scale=scale), X.astype(np.float64)
+    axis = None if scale == "all" else 0
+    np.testing.assert_allclose(made.mean, wide.mean(axis=axis), rtol=1e-6)
+    np.testing.assert_allclose(made.std, wide.std(axis=axis), rtol=1e-6)
+
+
+WHITE = RANDOM.normal(size=(60, 3))
+OFFSET, OWN = r"subtract the offset in float64 \(X - X\.mean\(axis=0\)\)", r"scale='column' \(--scale column\)"
+
+
+@pytest.mark.parametrize(
+    ("X", "scale", "error", "warning"),
+    [
+        (WHITE, "all", None, None),
+        (WHITE + 1e4, "column", None, None),
+        (np.ones((9, 3)), "column", None, None),
+        (WHITE * 1e-60, "column", "multiply X, and divide its samples", None),
+        (WHITE * 1e-39, "all", "multiply X, and divide its samples", None),
+        (WHITE * [1, 1, 1e-60], "column", None, "1 columns like number 3 vary by .* multiply such columns"),
+        (WHITE * 1e-30, "all", None, None),
+        (WHITE + 1e8, "all", rf"^X: got 3 columns like number 1, which varies by .* its steps are 8: {OFFSET}", None),
+        (WHITE + 1e8 * np.eye(3)[1], "column", r"^X: got 1 columns like number 2", None),
+        (np.rint(WHITE * 9).astype(np.int64) + 10**9, "all", OFFSET, None),
+        ((WHITE * 9 + 1e8).astype(np.float32), "column", None, OFFSET),  # what float32 took is gone
+        (WHITE + 1e6, "column", None, rf"where float32 has steps of 0\.0625: {OFFSET}"),
+        (WHITE + 1e15, "all", None, OFFSET),  # what float64 took may be rounding
+        (WHITE * [1, 1, 1e5], "all", None, OWN),
+        (WHITE + 1e4 * np.eye(3)[2], "all", None, f"3 columns like number 1 vary .*{OWN}"),
+        (WHITE * [1, 1, 50], "all", None, None),
+        (WHITE * [1, 1, 1e5], "column", None, None),
+        (np.where(np.arange(60)[:, None] % 2, 0.1, 0.1 + 2e-17) * np.ones(3), "column", None, None),
+    ],
+)
+def test_what_samples_cannot_show_is_said(X, scale, error, warning):
+    if error:
+        with pytest.raises(ArgumentError, match=error):
+            check_carried(X, scale)
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        check_carried(X, scale)
+    assert len(seen) == (warning is not None)
+    if warning:
+        assert seen[0].category is DataWarning
+        assert re.search(warning, str(seen[0].message))
+
+
+def test_fit_says_it_at_the_caller_s_line(backend):
+    net = lambda: fd.MLP(3, hidden=(8,))  # noqa: E731
+    with pytest.warns(DataWarning, match=OWN) as seen:
+        fd.Diffusion(net(), scale="all", backend=backend).fit(WHITE * [1, 1, 1e5], steps=1, **QUIET)
+    assert seen[0].filename == __file__
+    with pytest.raises(ArgumentError, match=OFFSET):
+        fd.Diffusion(net(), backend=backend).fit(WHITE + 1e8, steps=1, **QUIET)
+    with pytest.raises(ArgumentError, match="divide X, and multiply its samples"):
+        fd.Diffusion(net(), backend=backend).fit(WHITE * 1e200, steps=1, **QUIET)
+    made = fd.Diffusion(net(), backend=backend).fit(
+        WHITE + 1e4 * np.eye(3)[2], steps=200, **QUIET
+    )  # auto: each its own
+    drawn = made.sample(200)
+    np.testing.assert_allclose(drawn.std(axis=0), WHITE.std(axis=0), rtol=0.7)
+
+
+def test_an_offset_that_is_subtracted_comes_back():
+    X = WHITE + 1e8
+    mean = X.mean(axis=0)
+    made = fd.Diffusion(fd.MLP(3, hidden=(8,)), backend="numpy").fit(X - mean, steps=2, **QUIET)
+    assert len(np.unique(made.sample(50) + mean)) == 150
 
 
 def test_the_log_determinant_is_that_of_the_map():

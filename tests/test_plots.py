@@ -23,6 +23,7 @@ PATH = CHAIN[::-1]
 SIGNAL = np.linspace(1, 0.1, T)
 SCHEDULE = SimpleNamespace(signal=SIGNAL, noise=np.sqrt(1 - SIGNAL**2))
 SOURCE, TARGET = np.eye(POINTS), np.exp(-np.square(CURVE[:, None] - CURVE))
+HOLES = np.where(np.arange(POINTS) % 6 == 0, CURVE, np.nan) + np.zeros((3, 1))
 HISTORY = {
     "step": list(range(1, 301)),
     "loss": (np.exp(-np.arange(300) / 60) + 0.1).tolist(),
@@ -53,6 +54,11 @@ FIGURES = {
     "around_target": lambda: plots.around_target(CHAIN, CURVE),
     "reverse_chain of a sampler": lambda: plots.reverse_chain(PATH, CURVE, sampler="dpmpp_2m, 100 steps"),
     "around_target of a sampler": lambda: plots.around_target(CHAIN, CURVE, sampler="dpmpp_2m, 100 steps"),
+    "imputed": lambda: plots.imputed(HOLES, CHAIN[:, None] + np.zeros((3, 1))),
+    "imputed, with all": lambda: plots.imputed(
+        HOLES[:1], CHAIN[:, None], truth=CURVE[None], rate=50, names=("A name",)
+    ),
+    "imputed, one draw of one curve": lambda: plots.imputed(HOLES[:1], CHAIN[:1, None]),
     "covariances": lambda: plots.covariances({"Noise": SOURCE, "Signal": TARGET, "Both": SOURCE + TARGET}),
     "covariances, one": lambda: plots.covariances({"Signal": TARGET}),
     "spectra": lambda: plots.spectra(SOURCE, TARGET),
@@ -483,3 +489,32 @@ def test_no_global_state_is_touched():
         "plots.loss({'step': [1], 'loss': [1.0]}); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imputed_shows_bands_of_the_draws_and_what_is_known():
+    draws = CHAIN[:, None] + np.zeros((2, 1))
+    figure = plots.imputed(HOLES[:2], draws, truth=np.stack([CURVE, -CURVE]), rate=50, names=("a", "b"))
+    first, second = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b"]
+    curves = {line.get_label(): line for line in second.lines}
+    np.testing.assert_array_equal(curves["known"].get_ydata(), HOLES[1])
+    np.testing.assert_array_equal(curves["the curve"].get_ydata(), -CURVE)
+    np.testing.assert_array_equal(curves["one draw"].get_ydata(), draws[0, 1])
+    assert curves["known"].get_xdata()[-1] == (POINTS - 1) / 50
+    low, high = np.quantile(CHAIN, (0.025, 0.975), axis=0)
+    wide = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (wide.min(), wide.max()) == pytest.approx((low.min(), high.max()))
+
+
+@pytest.mark.parametrize(
+    ("known", "draws", "options", "message"),
+    [
+        (HOLES[:2], CHAIN[:, None], {}, "known: got shape"),
+        (HOLES, np.zeros((0, 3, POINTS)), {}, "draws: got"),
+        (HOLES[:1], CHAIN[:, None], {"names": ("a", "b")}, "names: got 2"),
+        (HOLES[:1], CHAIN[:, None], {"truth": CURVE}, "truth: got"),
+    ],
+)
+def test_imputed_refuses_what_does_not_fit(known, draws, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        plots.imputed(known, draws, **options)

@@ -365,6 +365,131 @@ def test_a_pattern_that_breaks_late_is_none(tmp_path):
 
 def test_a_decimal_comma_is_called_so(tmp_path):
     table = tmp_path / "x.csv"
-    table.write_text("0,25;-1,5\n2,0;3,0\n")
-    with pytest.raises(DataError, match=r"line 2, column 1: '2,0' is not a number; of decimal commas make points"):
-        load_curves(table)
+    commas = r"is not a number; of decimal commas make points, or --decimal , reads"
+    for text, where in (
+        ("0,25;-1,5\n2,0;3,0\n", "line 1, column 1: '0,25'"),
+        ("a;b\n2,0;3,0\n", "line 2, column 1: '2,0'"),
+        ("0,25 -1,5\n2,0 3,0\n", "line 1: '0,25'"),
+        ("1\t2\n2\t3,0\n", "line 2, column 2: '3,0'"),
+    ):
+        table.write_text(text)
+        with pytest.raises(DataError, match=f"{where} {commas}"):
+            load_curves(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "wants"),
+    [
+        ("a;b.c\n0,25;-1,5e3\n", {}, [[0.25, -1500]]),
+        ("0,25\t-1,5\n2\t,5\n", {}, [[0.25, -1.5], [2, 0.5]]),
+        ("0,25 -1,5\n2 3,0\n", {}, [[0.25, -1.5], [2, 3]]),
+        ("x 0,25\ny 2,0\n", {"delimiter": "space", "index": 1}, [[0.25], [2]]),
+        ("a.b;c\n1,5;2\n", {"index": "a.b"}, [[2]]),
+        ('"0,5";"1"\n', {}, [[0.5, 1]]),
+    ],
+)
+def test_decimal_commas_are_read_where_asked(tmp_path, text, options, wants):
+    table = tmp_path / "x.csv"
+    table.write_text(text)
+    assert load_curves(table, decimal=",", **options).tolist() == wants
+
+
+def test_points_beside_decimal_commas_are_refused(tmp_path):
+    """They may stand between thousands."""
+    table = tmp_path / "x.csv"
+    for cell in ("1.234", "1.234,5", "1.5"):
+        table.write_text(f"0,5;1\n{cell};2\n")
+        with pytest.raises(DataError, match=rf"line 2, column 1: '{cell}' is not a number"):
+            load_curves(table, decimal=",")
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "text"),
+    [("|", "1|2\n"), (None, "1|2\n"),
+     (":", "1:2\n"), ("tab", "1\t2\n"), ("\\t", "1\t2\n"), ("\t", "1\t2\n"), ("space", "1  2\n"),
+     (" ", "1 2\n"), (",", "1,2\n")],
+)  # fmt: skip
+def test_what_is_between_cells_can_be_said(tmp_path, delimiter, text):
+    table = tmp_path / "x.csv"
+    table.write_text(text)
+    assert load_curves(table, delimiter=delimiter).tolist() == [[1, 2]]
+
+
+def test_a_delimiter_that_is_said_is_not_guessed(tmp_path):
+    table = tmp_path / "x.csv"
+    table.write_text("a;x,b;y\n1,2\n")
+    assert load_curves(table, delimiter=",").tolist() == [[1, 2]]
+    table.write_text("a\tb\n\t2\n")  # an empty first cell
+    assert np.isnan(load_curves(table, delimiter="tab", missing=True)[0, 0])
+    for bad in ("", "ab", "1", "a", ".", "-", 5, '"'):
+        with pytest.raises(ArgumentError, match=r"^delimiter: got"):
+            load_curves(table, delimiter=bad)
+    with pytest.raises(ArgumentError, match=r"^delimiter: got ','"):
+        load_curves(table, delimiter=",", decimal=",")
+    with pytest.raises(ArgumentError, match=r"^decimal: got ';'"):
+        load_curves(table, decimal=";")
+
+
+@pytest.mark.parametrize(
+    ("columns", "wants"),
+    [
+        ("a", [[1], [4]]),
+        (["1970", "a"], [[1, 3], [4, 6]]),
+        (2, [[1], [4]]),
+        ([4, 2], [[1, 2], [4, 5]]),
+        ("2-3", None),
+        (["4-5", 2], [[1, 2, 3], [4, 5, 6]]),
+    ],
+)
+def test_columns_that_are_asked_for_are_read_alone(table, columns, wants):
+    """Of `table` the first line is id, a, place, b, 1970."""
+    if wants is None:
+        with pytest.raises(DataError, match="column 3"):
+            load_curves(table, columns=columns, header=True)
+        return
+    assert load_curves(table, columns=columns, header=True).tolist() == wants
+    if len(wants[0]) > 1:
+        assert load_curves(table, columns=columns, header=True, drop="a").tolist() == [row[1:] for row in wants]
+
+
+def test_columns_are_refused_as_others_are(table, tmp_path):
+    with pytest.raises(ArgumentError, match=r"^columns: got 'plase', wants .* did you mean place"):
+        load_curves(table, columns="plase")
+    with pytest.raises(ArgumentError, match=r"^columns: got none that stays, wants one column"):
+        load_curves(table, columns="a", drop="a")
+    np.save(tmp_path / "x.npy", np.arange(6.0).reshape(2, 3))
+    assert load_curves(tmp_path / "x.npy", columns="2-3").tolist() == [[1, 2], [4, 5]]
+    with pytest.raises(ArgumentError, match=r"^columns: got '3-4', wants a column"):
+        load_curves(tmp_path / "x.npy", columns="3-4")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_first_line_that_is_an_uneven_axis_is_said(tmp_path, order):
+    rows = np.random.default_rng(0).normal(size=(12, 6))
+    axis = np.array([400.1, 410.7, 425.2, 433.9, 450, 451])[::order]
+    (sentence,) = said(written(tmp_path / "x.csv", np.vstack([axis, rows])))[1]
+    assert "line 1 (" in sentence
+    assert "looks like column names: --header takes it for them" in sentence
+    others = np.sort(rows)[:, ::order]  # rise too
+    assert said(written(tmp_path / "x.csv", np.vstack([axis, others])))[1]
+    assert not said(written(tmp_path / "x.csv", np.vstack([axis / 100, others])))[1]  # 4 .. 4.5
+    assert said(written(tmp_path / "x.csv", np.vstack([axis / 100, rows])))[1]
+    assert not said(written(tmp_path / "x.csv", np.vstack([axis / 400, rows])))[1]  # among the values
+    assert not said(written(tmp_path / "x.csv", np.vstack([axis[[1, 0, 2, 3, 4, 5]], rows])))[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "note"),
+    [
+        ("1,2,3\n", {}, "cells between commas; line 1 has the first curve; 3 columns are values"),
+        ("# x\na;b;c\n1;2;3\n", {}, "cells between semicolons; line 2 has column names; 3 columns are values"),
+        ("i\ta\nx\t1\n", {"index": "i"}, "tabs; line 1 has column names; 1 columns are values, left out: 1"),
+        ("1 2 3\n", {"columns": [2]}, "blanks; line 1 has the first curve; 1 columns are values, left out: 1, 3"),
+        ("1:2\n", {"delimiter": ":"}, "cells between ':'; line 1"),
+    ],
+)  # fmt: skip
+def test_what_was_taken_for_what_is_logged(tmp_path, text, options, note, caplog):
+    (tmp_path / "x.csv").write_text(text)
+    with caplog.at_level("INFO"):
+        load_curves(tmp_path / "x.csv", **options)
+    assert note in caplog.text

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from fastdiff.cli.facts import aligned, shown
-from fastdiff.cli.inputs import add_table_options, check_picture, training_data
+from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, training_data
 from fastdiff.cli.messages import note
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.errors import check_int, check_seed
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     evaluate.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")
     add_table_options(evaluate)
+    add_picture_options(evaluate)
     evaluate.add_argument("-o", "--output", metavar="FILE", help="draw a page of comparisons into this .png file")
     evaluate.add_argument("-n", type=int, metavar="N", help="how many samples (default 1000; pictures: 64)")
     evaluate.add_argument("--training", metavar="DATA", help="what the model has learned from, where DATA is other")

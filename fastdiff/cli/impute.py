@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture
+from fastdiff.cli.inputs import add_table_options, check_picture, reading
 from fastdiff.cli.parser import add_command, add_common, add_method
 from fastdiff.errors import FastdiffError, check_int, check_seed
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 SHOWN = 6  # rows in the figure
 
@@ -61,8 +57,13 @@ def run(args: argparse.Namespace) -> int:
     assert model.net is not None
     if len(model.net.shape) != 1:
         raise FastdiffError(f"{args.model} is a model of pictures: fastdiff sample --known fills those in")
-    X = load_curves(args.data, header=args.header, index=args.index, drop=args.drop, missing=True)
+    X = load_curves(args.data, **reading(args), missing=True)
+    if X.shape[1:] != model.net.shape:
+        wants = f"where those of {args.model} have {model.net.shape[0]}"
+        raise FastdiffError(f"{args.data}: curves of {X.shape[1]} points, {wants}")
     holes = np.isnan(X)
+    if args.plot and not holes.any():
+        raise FastdiffError("--plot: there is nothing to show, for no value is missing")
     filled = model.impute(X, draws, method=args.method, seed=seed, first_draw=first, progress=not args.quiet)
     if args.output.endswith(".npy"):
         with writing(args.output) as file:
@@ -75,14 +76,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot:
         some = np.flatnonzero(holes.any(axis=1))[:SHOWN]
-        plots.save(_figure(X[some], filled[:, some]), args.plot)
+        plots.save(plots.imputed(X[some], filled[:, some]), args.plot)
         print(f"{args.plot}: the first {len(some)} curves with missing values")
     return 0
-
-
-def _figure(X: npt.NDArray[np.float32], filled: npt.NDArray[Any]) -> Any:
-    from fastdiff import plots
-
-    if not len(X):
-        raise FastdiffError("--plot: there is nothing to show, for no value is missing")
-    return plots.imputed(X, filled)

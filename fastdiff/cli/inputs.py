@@ -27,8 +27,37 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
         "--drop", type=_words, action="extend", default=[], metavar="NAME,...", help="leave these columns out as well"
     )
     table.add_argument(
+        "--columns", type=_words, action="extend", metavar="NAME,...", help="read these columns only; 3-20 is a run"
+    )
+    table.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal sign (default: the point)")
+    table.add_argument(
+        "--delimiter", metavar="C", help="what is between cells: a character, tab or space (default: looks)"
+    )
+    table.add_argument(
         "--header", action=argparse.BooleanOptionalAction, help="the first line has column names (default: looks)"
     )
+
+
+def add_picture_options(group: Any) -> None:
+    """How files of pictures are read."""
+    group.add_argument(
+        "--data-range",
+        type=_pair,
+        metavar="LOW,HIGH",
+        help="the values in the files that are black and white, as 0,4095 for 12 bits (default: all a file can hold)",
+    )
+    group.add_argument("--skip-bad", action="store_true", help="leave out and list what cannot be read")
+
+
+def _pair(text: str) -> tuple[float, float]:
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+def picture_options(args: argparse.Namespace) -> list[str]:
+    """What was said about the files of pictures, as it was said."""
+    between = [] if args.data_range is None else [f"--data-range={args.data_range[0]:g},{args.data_range[1]:g}"]
+    return between + ["--skip-bad"] * args.skip_bad
 
 
 def _words(text: str) -> list[str]:
@@ -44,9 +73,11 @@ def training_data(
     shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
     learned = shape is not None and len(shape) == 3
     if not (learned or os.path.isdir(args.data) or args.size is not None):
-        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout"):
+        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
             if getattr(args, name):
-                raise FastdiffError(f"--{name} is for pictures: a folder, or with --size an .npy file")
+                raise FastdiffError(
+                    f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
+                )
         return _curves(args), None, None
     if table_options(args):
         raise FastdiffError(f"{table_options(args)[0]} is for files of curves")
@@ -56,24 +87,33 @@ def training_data(
         size, mode = shape[:2], "gray" if shape[2] == 1 else "rgb"
     else:
         raise FastdiffError(f"{args.resume} is a model of curves, {args.data} a folder")
+    options = {"mode": mode, "data_range": args.data_range, "skip_bad": args.skip_bad}
     if args.labels:
-        return load_images(args.data, size, mode=mode, labels=True)
+        return load_images(args.data, size, labels=True, **options)
     if model is not None and model.class_names is not None:
         raise FastdiffError(f"--labels is wanted: {args.resume} has the classes {', '.join(model.class_names)}")
-    return load_images(args.data, size, mode=mode), None, None
+    return load_images(args.data, size, **options), None, None
 
 
 def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
-    return load_curves(args.data, header=args.header, index=args.index, drop=args.drop)
+    return load_curves(args.data, **reading(args))
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said about the file of curves, as arguments of `load_curves`."""
+    return {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
 
 
 def table_options(args: argparse.Namespace) -> list[str]:
     """What was said about the file of curves, as it was said."""
     header = [] if args.header is None else ["--header" if args.header else "--no-header"]
     index = [] if args.index is None else ["--index", args.index]
-    return [*header, *index, *(["--drop", ",".join(args.drop)] if args.drop else [])]
+    lists = [("--drop", args.drop), ("--columns", args.columns)]
+    signs = [] if args.decimal == "." else ["--decimal", args.decimal]
+    signs += [] if args.delimiter is None else ["--delimiter", args.delimiter]
+    return [*header, *index, *(word for name, some in lists if some for word in (name, ",".join(some))), *signs]
 
 
 def describe_pictures(images: npt.NDArray[Any]) -> str:

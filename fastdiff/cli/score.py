@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastdiff.cli.facts import aligned
-from fastdiff.cli.inputs import add_table_options, check_picture, training_data
+from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, training_data
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.errors import check_int, check_seed
 
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     score.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     score.add_argument("data", metavar="DATA", help="a .csv or .npy file, or a folder of pictures")
     add_table_options(score)
+    add_picture_options(score)
     score.add_argument("-o", "--output", metavar="FILE", required=True, help="a .csv file: one row of DATA a line")
     score.add_argument("--bits", action="store_true", help="bits a value instead of nats a row")
     score.add_argument(

@@ -6,9 +6,19 @@ import argparse
 import shlex
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.inputs import SIZE, add_table_options, check_picture, describe_pictures, table_options, training_data
+from fastdiff.cli.inputs import (
+    SIZE,
+    add_picture_options,
+    add_table_options,
+    check_picture,
+    describe_pictures,
+    picture_options,
+    table_options,
+    training_data,
+)
 from fastdiff.cli.messages import INTERRUPTED, PatientInterrupt, fail, note, uninterrupted
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
@@ -28,7 +38,7 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "laplace": (1000, None, None),
     "flow": (1000, None, None),
 }
-LEARNING_RATE, SNR_GAMMA = 1e-3, 5.0
+PLAN = ("lr", "warmup", "decay_steps", "clip_norm", "ema", "weighting", "snr_gamma")  # may change with --resume
 FEWEST_ROWS = 8  # as fastdiff.judgement has it
 
 
@@ -57,20 +67,23 @@ def add(commands: Any) -> None:
     train.add_argument("-o", "--output", metavar="MODEL", help="where the model goes, a .safetensors file")
     train.add_argument("--steps", type=int, metavar="N", help="training steps (default: as many as suit the data)")
     train.add_argument("--batch", type=int, metavar="N", help="curves (default 256) or pictures (64) a step")
-    train.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default {LEARNING_RATE:g})")
-    train.add_argument("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
-    train.add_argument(
+    plan = partial(train.add_argument, default=argparse.SUPPRESS)  # None is a value of some
+    plan("--lr", type=float, metavar="RATE", help="learning rate (default 0.001)")
+    plan("--warmup", type=int, metavar="N", help="steps over which the rate rises (default 0)")
+    plan(
         "--decay-steps",
         type=int,
         metavar="N",
         help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
     )
-    train.add_argument(
+    plan(
         "--weighting",
         choices=("uniform", "min_snr"),
         help="what an error counts: 1, or as one of x0 the smaller of SNR and --snr-gamma (default uniform)",
     )
-    train.add_argument("--snr-gamma", type=float, metavar="G", help=f"of --weighting min_snr (default {SNR_GAMMA:g})")
+    plan("--snr-gamma", type=float, metavar="G", help="of --weighting min_snr (default 5)")
+    plan("--clip-norm", type=_number_or_none, metavar="NORM", help="bound on the gradient, or none (default 1)")
+    plan("--ema", type=_number_or_none, metavar="DECAY", help="of the average of the weights, or none (default 0.999)")
     train.add_argument(
         "--validation",
         type=float,
@@ -80,7 +93,8 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--resume",
         metavar="MODEL",
-        help="continue this model for --steps more; -o may be left out, then it is updated",
+        help="continue this model for --steps more; -o may be left out, then it is updated; how fast it learns goes on "
+        "as before where it is not said",
     )
     train.add_argument(
         "--judge",
@@ -94,6 +108,7 @@ def add(commands: Any) -> None:
     pictures.add_argument(
         "--size", type=_size, metavar="S", help=f"pixels on a side, or HEIGHTxWIDTH (default {SIZE}); crops to fit"
     )
+    add_picture_options(pictures)
     pictures.add_argument("--gray", action="store_true", help="without colour (default: as the files are)")
     pictures.add_argument(
         "--labels", action="store_true", help="the folder holds one folder for each class; learn to draw by class"
@@ -147,6 +162,10 @@ def _size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
 def _widths(text: str) -> tuple[int, ...]:
     return tuple(int(width) for width in text.split(","))
 
@@ -181,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
     what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data)
     note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
+    plan = {name: getattr(args, name) for name in PLAN if hasattr(args, name)}
     start, first = time.perf_counter(), model.step
     stop = PatientInterrupt()
     failure: TrainingError | None = None
@@ -191,12 +211,7 @@ def run(args: argparse.Namespace) -> int:
                 labels,
                 steps=steps,
                 batch=batch,
-                # A resumed model keeps its own plan: fit takes its defaults for "not given".
-                lr=LEARNING_RATE if args.lr is None else args.lr,
-                warmup=0 if args.warmup is None else args.warmup,
-                decay_steps=args.decay_steps,
-                weighting=args.weighting or "uniform",
-                snr_gamma=SNR_GAMMA if args.snr_gamma is None else args.snr_gamma,
+                **plan,
                 validation=args.validation,
                 judge=args.judge,
                 flip=args.flip,
@@ -290,9 +305,6 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "size",
         "channels",
         "dropout",
-        "lr",
-        "warmup",
-        "decay_steps",
         "weighting",
         "snr_gamma",
         "seed",
@@ -307,7 +319,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "scale",
     )
     for name in settled:
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             option = "--" + name.replace("_", "-")
             raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
     if args.gray:
@@ -362,7 +374,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
-    words += table_options(args)
+    words += table_options(args) + picture_options(args)
     return shlex.join(words)
 
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from typing import Any, Final, Self
 
 from fastdiff.backends import AdamW
 from fastdiff.errors import ArgumentError, check_choice, check_float, check_int
 
 MOST_STEPS = 1 << 53  # they become floats
 FLOOR = 0.01  # of the peak rate, where the decay ends
+FASTEST = 1e15  # rate: beyond it one step can take float32 weights to infinity
 WEIGHTINGS = ("uniform", "min_snr")
+
+
+class Unset(Enum):
+    """The default of an argument of which None is a value."""
+
+    UNSET = "as before"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+UNSET: Final = Unset.UNSET
 
 
 @dataclass(frozen=True)
@@ -54,21 +68,32 @@ class TrainingPlan:
     snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        check_float("lr", self.lr, low=0, low_open=True)
-        check_int("warmup", self.warmup, low=0, high=MOST_STEPS)
-        decays = self.decay_steps is not None
-        if decays and check_int("decay_steps", self.decay_steps, low=1, high=MOST_STEPS) <= self.warmup:
+        def settle(name: str, check: Callable[..., Any], *args: Any, **bounds: Any) -> None:
+            """Keep what a check returns: a NumPy scalar passes it, and no file could hold that."""
+            if getattr(self, name) is not None or name not in ("decay_steps", "clip_norm", "ema"):
+                object.__setattr__(self, name, check(name, getattr(self, name), *args, **bounds))
+
+        settle("lr", check_float, low=0, high=FASTEST, low_open=True)
+        settle("warmup", check_int, low=0, high=MOST_STEPS)
+        settle("decay_steps", check_int, low=1, high=MOST_STEPS)
+        if self.decay_steps is not None and self.decay_steps <= self.warmup:
             raise ArgumentError("decay_steps", str(self.decay_steps), f"more than warmup, {self.warmup}")
-        if self.clip_norm is not None:
-            check_float("clip_norm", self.clip_norm, low=0, low_open=True)
-        if self.ema is not None:
-            check_float("ema", self.ema, low=0, high=1, high_open=True)
-        for name in ("beta1", "beta2"):
-            check_float(name, getattr(self, name), low=0, high=1, high_open=True)
-        check_float("eps", self.eps, low=0, low_open=True)
-        check_float("weight_decay", self.weight_decay, low=0)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-        check_float("snr_gamma", self.snr_gamma, low=0, low_open=True)
+        settle("clip_norm", check_float, low=0, low_open=True)
+        for name in ("ema", "beta1", "beta2"):
+            settle(name, check_float, low=0, high=1, high_open=True)
+        settle("eps", check_float, low=0, low_open=True)
+        settle("weight_decay", check_float, low=0)
+        settle("weighting", check_choice, WEIGHTINGS)
+        settle("snr_gamma", check_float, low=0, low_open=True)
+
+    def changed(self, **options: Any) -> Self:
+        """Return this plan with the options that are not `UNSET`."""
+        return replace(self, **{name: value for name, value in options.items() if value is not UNSET})
+
+    def difference(self, other: TrainingPlan) -> str:
+        """Return what another plan has that differs: ``lr 0.0001 (0.001 before)``."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return ", ".join(f"{name} {new} ({old} before)" for name, new, old in pairs if new != old)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -94,16 +119,16 @@ class TrainingPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON types; without the weighting where it is uniform, as 0.1.0 wrote it."""
+        """Return the plan as JSON types; without the weighting where it is the usual one, as 0.1.0 wrote it."""
         plan = asdict(self)
-        if self.weighting == "uniform":
+        if not self.features:
             del plan["weighting"], plan["snr_gamma"]
         return plan
 
     @property
     def features(self) -> list[str]:
         """What a file that has this plan asks of its reader: names out of `fastdiff.checkpoint.FEATURES`."""
-        return [] if self.weighting == "uniform" else ["min snr"]
+        return [] if (self.weighting, self.snr_gamma) == ("uniform", 5.0) else ["min snr"]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:

@@ -125,9 +125,8 @@ class UNet(ProgramNetwork):
         draw: bool = True,
     ) -> None:
         self.describe(shape, T=T, classes=classes, seed=seed, dtype=dtype, outputs=outputs)
-        self.channels = widths = _several("channels", channels, "widths of the levels, as in (32, 64, 128)")
-        for width in widths:
-            check_int("channels", width, low=2, high=MAX_WIDTH)
+        several = _several("channels", channels, "widths of the levels, as in (32, 64, 128)")
+        self.channels = widths = tuple(check_int("channels", width, low=2, high=MAX_WIDTH) for width in several)
         levels = check_int("the number of channels", len(widths), low=1, high=MAX_LEVELS)
         self.blocks = check_int("blocks", blocks, low=1, high=64)
         last = (False,) * (levels - 1) + (True,)
@@ -293,7 +292,8 @@ def _groups(widths: tuple[int, ...], groups: int | None) -> int:
     """The number of groups of every norm; concatenations are sums of widths, so what divides these divides them."""
     common = math.gcd(*widths)
     if groups is not None:
-        if common % check_int("groups", groups, low=1, high=MAX_WIDTH):
+        groups = check_int("groups", groups, low=1, high=MAX_WIDTH)
+        if common % groups:
             raise ArgumentError("groups", str(groups), f"a divisor of all channels, {widths}")
         return groups
     most = max(1, min(MAX_GROUPS, min(widths) // 4))

@@ -144,7 +144,14 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
     return figure
 
 
-def imputed(known: npt.ArrayLike, draws: npt.ArrayLike) -> Figure:
+def imputed(
+    known: npt.ArrayLike,
+    draws: npt.ArrayLike,
+    *,
+    truth: npt.ArrayLike | None = None,
+    rate: float | None = None,
+    names: Sequence[str] = (),
+) -> Figure:
     """Draw curves with missing values, and what was drawn for these: bands that hold 50 and 95 % of the draws.
 
     Parameters
@@ -153,28 +160,43 @@ def imputed(known: npt.ArrayLike, draws: npt.ArrayLike) -> Figure:
         (N, points), NaN where a value is missing.
     draws : array_like
         (K, N, points), filled in.
+    truth : array_like, optional
+        (N, points), drawn as well.
+    rate : float, optional
+        Points a second: the horizontal axis is in seconds. Otherwise it counts points.
+    names : sequence of str, optional
+        A title for each curve.
     """
-    rows, filled = np.asarray(known), check_array("draws", draws, shape=(None, None, None))
-    if rows.shape != filled.shape[1:]:
-        raise ArgumentError("known", f"shape {rows.shape}", f"shape {filled.shape[1:]}, as each draw")
+    filled = check_array("draws", draws, shape=(None, None, None))
+    rows = check_array("known", known, shape=filled.shape[1:], finite=False)
+    hidden = None if truth is None else check_array("truth", truth, shape=filled.shape[1:])
+    if not filled.size:
+        raise ArgumentError("draws", f"shape {filled.shape}", "at least one draw of one curve")
+    if names and len(names) != len(rows):
+        raise ArgumentError("names", f"{len(names)}", f"{len(rows)}, one for each curve")
     with styled():
         columns = min(len(rows), 2)
         height = -(-len(rows) // columns)
-        figure = blank(3.6 * columns + 0.6, 1.7 * height + 0.7)
-        grid = figure.subplots(height, columns, sharex=True, squeeze=False)
+        figure = blank(7.8, 2.0 * height + 0.8)
+        grid = figure.subplots(height, columns, sharex=True, sharey=bool(names), squeeze=False)
         for axes in grid.flat[len(rows) :]:
             axes.set_visible(False)
-        at, label = horizontal(rows.shape[1], None)
-        for axes, row, of_row in zip(grid.flat, rows, filled.swapaxes(0, 1), strict=False):
+        at, label = horizontal(rows.shape[1], rate)
+        for k, (axes, row, of_row) in enumerate(zip(grid.flat, rows, filled.swapaxes(0, 1), strict=False)):
             if len(of_row) > 1:
                 for low, high, shade in ((0.025, 0.975, 0.2), (0.25, 0.75, 0.4)):
                     band = np.quantile(of_row, (low, high), axis=0)
-                    share = f"{high - low:.0%} of {len(of_row)} draws"
+                    share = f"{high - low:.0%} of draws"
                     axes.fill_between(at, *band, color=BLUE, alpha=shade, linewidth=0, label=share)
             axes.plot(at, of_row[0], color=BLUE, linewidth=0.9, label="one draw")
+            if hidden is not None:
+                axes.plot(at, hidden[k], color=RED, linewidth=1.2, label="the curve")
+            if names:
+                axes.set_title(names[k], fontsize=9, fontweight="normal", pad=4)
             axes.plot(at, row, "o", color=ORANGE, markersize=3, label="known")
         figure.supxlabel(label, fontsize=9)
-        heading(figure, "Missing values, given the others", *grid[0, 0].get_legend_handles_labels())
+        figure.supylabel("value", fontsize=9)
+        heading(figure, "Given what is known", *grid[0, 0].get_legend_handles_labels())
     return figure
 
 
