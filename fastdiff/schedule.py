@@ -324,13 +324,15 @@ class Schedule:
         Raises
         ------
         ArgumentError
-            If the schedule has only one step.
+            If the schedule has only one step, or betas so small that its signal does not change.
         """
         last = self.signal[-1]
         if last == 0:
             return self
         if self.T == 1:
             raise ArgumentError("schedule", "T = 1", "at least 2 steps: the first one keeps its signal")
+        if last == self.signal[0]:
+            raise ArgumentError("schedule", "a signal that float64 does not see fall", "larger betas")
         signal = (self.signal - last) * (self.signal[0] / (self.signal[0] - last))
         # By how much the signal falls, from the betas: as a difference it would lose what small betas say.
         fall = (self.signal[:-1] * self.betas[1:] / (1 + np.sqrt(self.alphas[1:]))) * (
@@ -638,7 +640,7 @@ def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
     else:
         if spacing == "karras":
             first, last = np.exp(top / KARRAS_RHO), np.exp(low / KARRAS_RHO)
-            levels = KARRAS_RHO * np.log(first + ramp * (last - first))
+            levels = KARRAS_RHO * np.log((1 - ramp) * first + ramp * last)
         elif spacing == "exponential":
             levels = top + ramp * (low - top)
         else:

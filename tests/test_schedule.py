@@ -440,3 +440,15 @@ def test_betas_or_both_factors():
     for tables in ({}, {"signal": [0.5]}, {"betas": [0.5], "signal": [0.5], "noise": [0.5]}):
         with pytest.raises(ArgumentError, match="betas, signal, noise: got another choice of them"):
             Schedule(**tables)
+
+
+def test_karras_levels_end_at_the_last_one_however_small():
+    steps = Schedule.from_betas([1e-300] + [0.3] * 19).timesteps(6, spacing="karras")
+    assert (steps[0], steps[-1]) == (19, 0)
+
+
+def test_a_signal_that_does_not_fall_cannot_be_brought_to_none():
+    with pytest.warns(ScheduleWarning):
+        schedule = Schedule.from_betas([1e-20] * 10)
+    with pytest.raises(ArgumentError, match=r"schedule: got a signal that float64 does not see fall, wants larger"):
+        schedule.zero_terminal_snr()
