@@ -82,17 +82,20 @@ class Trainer:
         self.results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
         runner = net.runner(be, self.state.params)
         self.steps = runner.training(draws, batch, parts, self.state, self.results)
+        self.brought = True  # whether the host has what has been trained
 
     def bring_back(self) -> None:
         """Bring what has been trained to the host."""
         for name, ours, theirs in zip(self.host._fields, self.host, self.state, strict=True):
-            if ours is not theirs and name != "grads":
+            if ours is not theirs and name != "grads" and not self.brought:
                 ours[...] = self.be.to_numpy(theirs)
+        self.brought = True
 
     def unsound(self) -> str | None:
         """Return what of the state is not finite: the next loss would show it, but for the last step's."""
-        for name, array in zip(self.state._fields, self.state, strict=True):
-            if name != "grads" and not all_finite(self.be.to_numpy(array)):
+        self.bring_back()
+        for name, array in zip(self.host._fields, self.host, strict=True):
+            if name != "grads" and not all_finite(array):
                 return "weights" if name in ("params", "average") else "moments of the gradient"
         return None
 
@@ -159,6 +162,7 @@ class Trainer:
                     if look(self.state.average):
                         return
                 self.steps.run(issued, options(issued, model.ema_updates + issued - model.step))
+                self.brought = False
                 issued += 1
                 late = issued - model.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
                 if not (late or callback is not None or interrupted() or issued == end):

@@ -466,13 +466,19 @@ def test_weights_are_checked_after_the_last_step_too(backend):
         fit(made, 1, lr=1e15)  # the decay multiplies by 1e13
 
 
+def state_of_zeros():
+    return TrainState(*(np.zeros(3, np.float32) for _ in range(5)))
+
+
 @pytest.mark.parametrize("name", ["params", "m", "v", "average"])
 def test_all_that_is_trained_is_checked(name):
     trainer = Trainer.__new__(Trainer)
-    trainer.be, trainer.state = get_backend("numpy"), TrainState(*(np.zeros(3, np.float32) for _ in range(5)))
+    trainer.be, trainer.state, trainer.brought = get_backend("numpy"), state_of_zeros(), False
+    trainer.host = state_of_zeros()
     trainer.state.grads[1] = np.nan  # belongs to no state
     assert trainer.unsound() is None
     getattr(trainer.state, name)[1] = np.inf
+    trainer.brought = False
     assert trainer.unsound() == ("moments of the gradient" if name in "mv" else "weights")
 
 

@@ -332,9 +332,9 @@ class MLPOperations(LayerOperations, RecordingOperations):
             net.grow(n)
             table = self._time_table(net, params)
             inputs = self._kept(net, params, table, x, t)
-            pairs = zip(*(array.reshape(-1, n, array.shape[-1]) for array in (given, out)), strict=True)
-            for vector, result in pairs:
-                here = vector
+            vectors, results = (array.reshape(-1, n, array.shape[-1]) for array in (given, out))
+            for i in range(len(vectors)):
+                here, vector, result = vectors[i], vectors[i], results[i]
                 for turn, k in enumerate(reversed(layers) if backward else layers):
                     layer, last = plan.layers[k], turn == layers[-1]
                     width = layer.inputs if backward else layer.outputs
