@@ -283,7 +283,7 @@ def test_arguments_are_cast_as_declared(run):
         for (int i = 0; i < 9; i++) out[i] = values[i];
     }"""
     out = np.zeros(9)
-    row = (1.5, 0, 0, 0, 0, 0, 0, -math.inf, math.inf)
+    row = (1.5, *[0] * 9, -math.inf, math.inf)
     run(text, 1, 1, out, None, -3, 2**32 - 1, -(2**62), 2**63, 0.1, 0.1, row)
     assert out.tolist() == [-3, 2**32 - 1, -(2**62), 2**63, np.float32(0.1), 0.1, 1.5, math.inf, 1]
 
