@@ -1,6 +1,6 @@
 """Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session.
 
-With --quick (`make quick`) whole files and what is marked slow are left out, and counted.
+With --quick (`make quick`) whole files, what is marked slow and tests of CUDA are left out, and counted.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+        left_out = [item for item in items if item.get_closest_marker("slow") or _on_cuda(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _on_cuda(item):
+    return hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -146,6 +146,7 @@ def learner(**options):
     return fd.UNet((4, 3, 2), channels=(4,), groups=2, blocks=1, T=10, outputs=4, seed=2, **options)
 
 
+@pytest.mark.slow
 def test_the_gradient_stops_at_the_mean():
     """Every entry of a network's gradient, in float64: of the loss whose bound has the errors that there were."""
     net = fd.UNet((3,), channels=(2,), groups=1, blocks=1, embedding=2, T=10, outputs=2, dtype="float64")
