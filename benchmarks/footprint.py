@@ -48,13 +48,13 @@ def process(script: str, path: Path, workload: ColdStart, threads: int, cache: s
 
 def measure(threads: int, rounds: int) -> dict[str, Process]:
     """Return seconds and bytes of the three processes, and the installed sizes."""
-    import peer_nets
-
     workload = BY_NAME["cold-start"]
     done: dict[str, list[tuple[float, int]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="fastdiff-footprint-") as name:
         folder = Path(name)
         peers.our_worker(workload, folder, threads)
+        import peer_nets  # not before ours has run: it brings torch
+
         with np.load(folder / "inputs.npz") as file:
             outputs, _ = workload.peer_side(peer_nets, dict(file), folder, "")
         np.savez(folder / "peer.npz", **outputs)
