@@ -6,10 +6,14 @@
 >>> new = model.sample(16)
 """
 
-from fastdiff import covariance, data, denoisers, errors, likelihood, nn, noise, samplers
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastdiff import covariance, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.conditioning import condition
-from fastdiff.interop import load_diffusers
 from fastdiff.model import Diffusion, load
 from fastdiff.nn import MLP, UNet
 from fastdiff.noise import normal
@@ -19,6 +23,10 @@ from fastdiff.process import forward_chain, forward_noise, posterior
 from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fastdiff import data, denoisers
+    from fastdiff.interop import load_diffusers
 
 __version__ = "0.1.0"
 
@@ -52,3 +60,13 @@ __all__ = [
     "sample",
     "samplers",
 ]
+
+_LATER = {"data": "fastdiff.data", "denoisers": "fastdiff.denoisers", "load_diffusers": "fastdiff.interop"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what a script that loads a model and samples does without."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return getattr(module, name, module)
