@@ -25,7 +25,7 @@ from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 if TYPE_CHECKING:
-    from fastdiff import data, denoisers
+    from fastdiff import data, denoisers, metrics
     from fastdiff.interop import load_diffusers
 
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ __all__ = [
     "likelihood",
     "load",
     "load_diffusers",
+    "metrics",
     "nn",
     "noise",
     "normal",
@@ -61,7 +62,12 @@ __all__ = [
     "samplers",
 ]
 
-_LATER = {"data": "fastdiff.data", "denoisers": "fastdiff.denoisers", "load_diffusers": "fastdiff.interop"}
+_LATER = {
+    "data": "fastdiff.data",
+    "denoisers": "fastdiff.denoisers",
+    "load_diffusers": "fastdiff.interop",
+    "metrics": "fastdiff.metrics",
+}
 
 
 def __getattr__(name: str) -> Any:
