@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import covariance, errors, likelihood, nn, noise, samplers
+from fastdiff import callbacks, covariance, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.conditioning import condition
 from fastdiff.model import Diffusion, load
@@ -42,6 +42,7 @@ __all__ = [
     "UNet",
     "Weight",
     "available_backends",
+    "callbacks",
     "condition",
     "covariance",
     "data",
