@@ -104,6 +104,7 @@ $(DATA)/.written: benchmarks/real_data.py
 
 quality: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/sines.py
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
