@@ -259,6 +259,18 @@ def test_whole_runs_converge(name):
     assert np.log2(far / near) == pytest.approx(measured, abs=0.05)
 
 
+@pytest.mark.parametrize("name", samplers.names())
+def test_from_noise_alone(name):
+    """The first step begins at a level that no logarithm has; in 200 steps the data are near, but for leaps."""
+    for schedule in (Schedule.flow(400), Schedule.linear().zero_terminal_snr()):
+        gaussian = Gaussian([0.5, -0.3], [[0.3, 0.1], [0.1, 0.2]], schedule, prediction="v")
+        spacing = {} if name == "ddpm" else {"spacing": "trailing"}
+        table = samplers.named(name, schedule, 200, prediction="v", **spacing)
+        assert np.isfinite(np.array(table.rows)).all()
+        distance = exact_chain(gaussian, table).w2()
+        assert distance < (0.5 if name in ("lcm", "tcd") else 0.03)
+
+
 STOCHASTIC = {
     "dpm2_ancestral": samplers.dpm2_ancestral,
     "dpmpp_sde": samplers.dpmpp_sde,

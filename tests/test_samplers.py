@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -415,6 +416,32 @@ def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing
     assert table.timesteps.tolist() == LINEAR.timesteps(30, spacing=spacing).tolist()
     if maker not in ("dpmpp_2m sigma_min", "lcm", *UNCLIPPED):  # what comes out is x0 itself
         assert table.rows[-1][3:] == (0, 1, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_heun_of_the_velocity():
+    """x' = x + step (slope + slope') / 2 of straight paths, for every prediction; nothing but that."""
+    schedule = Schedule.flow(50, shift=2.0)
+    slope = as_prediction(schedule, "velocity")
+    x, t = START, schedule.timesteps(10)
+    for first, last in pairwise(t):
+        step = schedule.noise[last] - schedule.noise[first]
+        half = slope(x, first)
+        x = x + step / 2 * (half + slope(x + step * half, last))
+    x = x - schedule.noise[t[-1]] * slope(x, t[-1])
+    for prediction in ("velocity", "x0", "v"):
+        table = samplers.heun(schedule, 10, velocity=True, spacing="trailing", prediction=prediction)
+        assert table.evaluations == 19
+        found = run(table, as_prediction(schedule, prediction), START)[-1]
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
+    for wrong, words in (
+        ({"churn": 3}, "churn: got 3 with velocity=True"),
+        ({"clip": 1}, "clip: got 1 with"),
+        ({"velocity": 1}, "velocity: got 1, wants True or False"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            samplers.heun(schedule, 10, prediction="v", **{"velocity": True, **wrong})
+    with pytest.raises(ArgumentError, match="velocity: got True, wants False for a schedule that is no flow"):
+        samplers.heun(LINEAR, 10, velocity=True)
 
 
 def test_zero_coefficients_are_plain_zeros():

@@ -38,7 +38,7 @@ from fastdiff.samplers.singlestep import (
     lcm,
     tcd,
 )
-from fastdiff.samplers.table import Clip, Sampler, check_schedule
+from fastdiff.samplers.table import Clip, Sampler, check_schedule, options_of
 from fastdiff.schedule import PREDICTIONS, Schedule
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "lms",
     "named",
     "names",
+    "options_of",
     "pndm",
     "sa_solver",
     "tcd",

@@ -73,7 +73,7 @@ def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
             f"{spacing!r} spacing begins at t = {t[0]}, where {what} {start:.3g}: sampling starts there "
             "from pure noise and misses. Take spacing='trailing', or pass an initial state of that noise.",
             ScheduleWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     signal, noise, half_log_snr = schedule.signal[t], schedule.noise[t], schedule.log_snr[t] / 2
     if final == "zero":

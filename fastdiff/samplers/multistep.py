@@ -19,7 +19,7 @@ from fastdiff.samplers.levels import (
     sampler,
     weights,
 )
-from fastdiff.samplers.table import Clip, Sampler, x0_from_output
+from fastdiff.samplers.table import Clip, Sampler, constructor, x0_from_output
 from fastdiff.schedule import Array, Schedule
 
 ADAMS = {
@@ -29,6 +29,7 @@ ADAMS = {
 }  # weights of Adams and Bashforth's methods of equal steps
 
 
+@constructor
 def dpmpp_2m(
     schedule: Schedule,
     steps: int,
@@ -107,6 +108,7 @@ def dpmpp_2m(
     return sampler(table, grid.t, p=p, q=q, a=a, b=pull * (1 + r), c1=-pull * r, s=s)
 
 
+@constructor
 def dpmpp_3m(
     schedule: Schedule,
     steps: int,
@@ -159,6 +161,7 @@ def dpmpp_3m(
     return sampler(table, grid.t, p=p, q=q, a=a, s=s, **dict(zip(MEMORY, memory.T, strict=False)))
 
 
+@constructor
 def unipc(
     schedule: Schedule,
     steps: int,
@@ -209,6 +212,7 @@ def unipc(
     return _corrected(table, grid, orders, orders + 1, predict_x0=predict_x0, slope=variant)
 
 
+@constructor
 def deis(
     schedule: Schedule,
     steps: int,
@@ -254,6 +258,7 @@ def deis(
     return noise_table(Table("deis", schedule, prediction, None, order), grid, orders == 1, memory)
 
 
+@constructor
 def lms(
     schedule: Schedule,
     steps: int,
@@ -295,6 +300,7 @@ def lms(
     return noise_table(Table("lms", schedule, prediction, None, order), grid, orders == 1, memory)
 
 
+@constructor
 def pndm(
     schedule: Schedule,
     steps: int,
@@ -330,6 +336,7 @@ def pndm(
     return _pseudo(Table("pndm", schedule, prediction, None, 2), grid, twice=True)
 
 
+@constructor
 def ipndm(
     schedule: Schedule,
     steps: int,
@@ -359,6 +366,7 @@ def ipndm(
     return _pseudo(Table("ipndm", schedule, prediction, None, min(order, 2)), grid, order)
 
 
+@constructor
 def dpmsolver(
     schedule: Schedule,
     steps: int,
@@ -421,6 +429,7 @@ def dpmsolver(
     return noise_table(table, grid, orders == 1, memory, s=grid.signal_next * np.sqrt(noisy * _fallen(grid)))
 
 
+@constructor
 def sa_solver(
     schedule: Schedule,
     steps: int,
@@ -579,7 +588,7 @@ def _corrected(
         predicted[:width] = _step(grid, i, _places(grid, i, width), eta[i], predict_x0, slope)
         memory[i] = grid.signal_next[i] * predicted if predict_x0 else predicted
         if width == 1 and not predict_x0:  # the rest is filled in by `noise_table`
-            memory[i] *= eta[i] / (1 + eta[i]) if eta[i] else 0.0
+            memory[i, 0] = eta[i] * (grid.ratio_next[i] - grid.ratio[i]) if eta[i] else 0.0
         if i and np.isfinite(grid.growth[i - 1]) and taken[i - 1]:
             change = -np.roll(before, 1)  # what predicted this row's state; its oldest entry is 0
             places = np.append(1.0, _places(grid, i - 1, taken[i - 1] - 1))

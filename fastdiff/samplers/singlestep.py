@@ -23,7 +23,7 @@ from fastdiff.samplers.levels import (
     sampler,
     weights,
 )
-from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
+from fastdiff.samplers.table import Clip, Sampler, check_schedule, constructor, noise_from_output, x0_from_output
 from fastdiff.schedule import Array, Schedule
 
 log = logging.getLogger("fastdiff")
@@ -34,6 +34,7 @@ VARIANCE_FLOOR = 1e-20
 MOST_CHURN = math.sqrt(2) - 1  # of a level at a time, as in Karras et al. 2022, algorithm 2
 
 
+@constructor
 def ddpm(
     schedule: Schedule,
     steps: int | None = None,
@@ -103,6 +104,7 @@ def ddpm(
     return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=np.where(grid.noise_next > 0, deviation, 0.0), r=r)
 
 
+@constructor
 def ddim(
     schedule: Schedule,
     steps: int,
@@ -159,6 +161,7 @@ def ddim(
     return _implicit("ddim", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
 
+@constructor
 def euler(
     schedule: Schedule,
     steps: int,
@@ -177,6 +180,7 @@ def euler(
     return _implicit("euler", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
 
+@constructor
 def euler_ancestral(
     schedule: Schedule,
     steps: int,
@@ -219,6 +223,7 @@ def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: boo
     return sampler(table, grid.t, p=p, q=q, a=a, b=b, e=e, s=s)
 
 
+@constructor
 def lcm(
     schedule: Schedule,
     steps: int,
@@ -260,6 +265,7 @@ def lcm(
     return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=s)
 
 
+@constructor
 def tcd(
     schedule: Schedule,
     steps: int,
@@ -303,6 +309,7 @@ def tcd(
 # -- two stages ----------------------------------------------------------------------------------------------
 
 
+@constructor
 def heun(
     schedule: Schedule,
     steps: int,
@@ -311,6 +318,7 @@ def heun(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    velocity: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
     spacing: str = "karras",
@@ -340,6 +348,9 @@ def heun(
         Levels rho between which there is churn.
     s_noise : float, optional
         Factor of the standard deviation of what churn adds; EDM takes 1.003 or 1.007.
+    velocity : bool, optional
+        On a flow schedule: Heun's method in sigma, with slopes noise - x0, which are finite at both ends, so that the
+        first step from noise alone has two stages as well. Without churn and clip.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
     prediction : str, optional
@@ -364,12 +375,37 @@ def heun(
         If the first timestep is far from noise.
     """
     grid = levels(schedule, steps, spacing, final)
+    if check_bool("velocity", velocity):
+        return _heun_of_velocity(schedule, grid, prediction, churn, clip)
     raised = _churned(schedule, grid, churn, s_tmin, s_tmax)
     s_noise = check_float("s_noise", s_noise, low=0)
     table = Table("heun", schedule, prediction, clip, 2 if churn == 0 else None)
     return _two_stages(table, grid, np.append(grid.t[1:], 0), _slopes_in_ratio, raised, s_noise)
 
 
+def _heun_of_velocity(schedule: Schedule, grid: Levels, prediction: str, churn: float, clip: Clip) -> Sampler:
+    if schedule.kind != "flow":
+        raise ArgumentError("velocity", "True", "False for a schedule that is no flow")
+    if churn != 0:
+        raise ArgumentError("churn", f"{churn!r} with velocity=True", "0 there")
+    if clip is not None:
+        raise ArgumentError("clip", f"{clip!r} with velocity=True", "None there: what is remembered is the velocity")
+    two = grid.noise_next > 0
+    stages = np.stack([np.ones_like(two), two], axis=1)
+    t = np.stack([grid.t, np.append(grid.t[1:], 0)], axis=1)[stages]
+    step = grid.noise_next - grid.noise
+    b, c1 = np.stack([step, step / 2], axis=1)[stages], np.stack([0 * step, -step / 2], axis=1)[stages]
+    signal, noise = schedule.signal[t], schedule.noise[t]
+    p, q = (
+        of_noise - of_x0
+        for of_noise, of_x0 in zip(
+            noise_from_output(signal, noise, prediction), x0_from_output(signal, noise, prediction), strict=True
+        )
+    )
+    return sampler(Table("heun", schedule, prediction, None, 2), t, p=p, q=q, a=1.0, b=b, c1=c1)
+
+
+@constructor
 def dpm2(
     schedule: Schedule,
     steps: int,
@@ -395,6 +431,7 @@ def dpm2(
     return _two_stages(table, grid, _middles(schedule, grid), _slopes_in_ratio)
 
 
+@constructor
 def dpmpp_2s(
     schedule: Schedule,
     steps: int,
@@ -418,6 +455,7 @@ def dpmpp_2s(
     return _two_stages(table, grid, _middles(schedule, grid), _slopes_in_lambda)
 
 
+@constructor
 def dpm2_ancestral(
     schedule: Schedule,
     steps: int,
@@ -443,6 +481,7 @@ def dpm2_ancestral(
     return _two_stages(table, grid, np.append(grid.t[1:], 0), _slopes_to_below)
 
 
+@constructor
 def dpmpp_sde(
     schedule: Schedule,
     steps: int,
@@ -501,6 +540,7 @@ def dpmpp_sde(
     return sampler(table, rows[:, 0], **dict(zip(Row._fields[1:], rows.T[1:], strict=True)))
 
 
+@constructor
 def dpmsolver_single(
     schedule: Schedule,
     steps: int,

@@ -501,11 +501,43 @@ def test_methods_of_distilled_networks(prediction, steps):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["euler", "heun", "lcm"])
+def test_flow_matching(name, shift):
+    """They are given our levels; their state is float32."""
+    import diffusers
+    import torch
+
+    schedule, steps = Schedule.flow(1000, shift=shift), 20
+    options = {"lcm": {"timestep_scaling": np.inf}, "heun": {"velocity": True}}.get(name, {})
+    table = getattr(samplers, name)(schedule, steps, prediction="velocity", spacing="trailing", **options)
+    if name == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+        scheduler.sigma_min = 1 / steps  # it takes no levels, but those between two
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=name == "lcm")
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+
+    def model(x, t):
+        x0 = np.tanh(0.6 * x + np.cos(3 * x) * t / schedule.T)
+        return (x - x0) / schedule.noise[t]
+
+    x = torch.from_numpy(START)
+    for i, t in enumerate(scheduler.timesteps):
+        at = int(np.abs(schedule.noise - float(t) / 1000).argmin())
+        x = scheduler.step(torch.from_numpy(model(x.numpy(), at)), t, x, generator=generator(i)).prev_sample
+    normals = [torch.randn(SHAPE, generator=generator(i)).numpy() for i in range(2 * steps)]
+    assert_near(ours_run(table, model, normals), x.numpy())
+
+
 @pytest.mark.parametrize("name", list(scheduler_config.METHODS))
 def test_configurations_that_they_write_are_read(name, tmp_path):
     """With every key of theirs, the unusual defaults of some classes among them."""
     import diffusers
 
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
     getattr(diffusers, name)().save_pretrained(tmp_path)
     with warnings.catch_warnings(action="ignore", category=ConversionWarning):
         table = load_scheduler(tmp_path, 10)
