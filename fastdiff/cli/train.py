@@ -27,6 +27,7 @@ from fastdiff.nn.optim import LR_PLANS
 from fastdiff.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
+    from fastdiff.callbacks import FileLogger
     from fastdiff.model import Diffusion
     from fastdiff.schedule import Schedule
 
@@ -197,8 +198,10 @@ def run(args: argparse.Namespace) -> int:
     check_writable(output, (".safetensors",))
     if args.loss_plot:
         check_picture(args.loss_plot)
+    log = None
     if args.log:
         check_writable(args.log, (".csv", ".jsonl"))
+        log = FileLogger(args.log)
     if args.snapshots is not None:
         check_int("--snapshots", args.snapshots, low=1)
         check_picture(_snapshot(output, 0))
@@ -231,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
                 **plan,
                 validation=args.validation,
                 patience=args.patience,
-                callbacks=[FileLogger(args.log)] if args.log else [],
+                callbacks=[] if log is None else [_warned(log)],
                 judge=args.judge,
                 flip=args.flip,
                 accumulate=args.accumulate,
@@ -269,6 +272,22 @@ def run(args: argparse.Namespace) -> int:
         rest = None if steps is None and data.ndim == 2 else model.end_step - model.step
         note(f"continue with: {_continuation(args, output, rest)}")
     return INTERRUPTED if stopped else 0
+
+
+def _warned(log: FileLogger) -> Callable[[int, dict[str, float]], None]:
+    """A logger that cannot be written any more, and says so once: it is worth less than the training."""
+    lost = False
+
+    def tell(step: int, numbers: dict[str, float]) -> None:
+        nonlocal lost
+        try:
+            if not lost:
+                log(step, numbers)
+        except FastdiffError as error:
+            lost = True
+            note(f"\nfastdiff: warning: no more lines after step {step}: {error}")
+
+    return tell
 
 
 def _snapshot(output: str, step: int) -> str:
