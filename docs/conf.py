@@ -56,6 +56,8 @@ ROOMS = {
     "fastdiff.likelihood": "How likely: the variational bound, and log densities.",
     "fastdiff.covariance": "Similarity, scatter, spectra, reshaping, shrinkage.",
     "fastdiff.metrics": "How good samples and forecasts are.",
+    "fastdiff.callbacks": "Where the numbers of a training go: files, TensorBoard, MLflow.",
+    "fastdiff.sklearn": "Estimators of scikit-learn.",
     "fastdiff.data": "Curves, tables and pictures: made, read and written.",
     "fastdiff.nn": "Networks, and what makes one.",
     "fastdiff.plots": "Figures.",
