@@ -43,7 +43,10 @@ autosummary_generate = True
 autodoc_typehints = "none"  # the docstrings say the types
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
-autodoc_default_options = {"members": True, "inherited-members": True}
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": "BaseEstimator,DensityMixin,OneToOneFeatureMixin,TransformerMixin",
+}
 copybutton_exclude = ".linenos, .gp, .go"
 
 
