@@ -43,10 +43,8 @@ autosummary_generate = True
 autodoc_typehints = "none"  # the docstrings say the types
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
-autodoc_default_options = {
-    "members": True,
-    "inherited-members": "BaseEstimator,DensityMixin,OneToOneFeatureMixin,TransformerMixin",
-}
+autodoc_default_options = {"members": True, "inherited-members": True}
+suppress_warnings = ["ref.ref"]  # labels of scikit-learn's own site, in what estimators inherit
 copybutton_exclude = ".linenos, .gp, .go"
 
 
