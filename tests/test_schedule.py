@@ -220,7 +220,12 @@ def test_levels_after_pure_noise(schedule):
 def test_the_loudest_level():
     """Nearest to sigma_max, the last one where that is quieter; levels that are not placed do not ask."""
     cosine, linear = Schedule.cosine(1000), Schedule.linear()
-    for schedule, loudest, first in ((cosine, 160, 995), (cosine, np.inf, 999), (linear, 20.0, 768), (linear, 1e3, 999)):
+    for schedule, loudest, first in (
+        (cosine, 160, 995),
+        (cosine, np.inf, 999),
+        (linear, 20.0, 768),
+        (linear, 1e3, 999),
+    ):
         for spacing in ("karras", "exponential", "lambda"):
             assert schedule.timesteps(20, spacing=spacing, sigma_max=loudest)[0] == first
         assert schedule.timesteps(20, spacing="beta", sigma_max=loudest)[0] == 999
