@@ -75,15 +75,17 @@ def picture_net(
     seed: int = 0,
     channels: Iterable[int] | None = None,
     dropout: float = 0.0,
+    learned_variance: bool = False,
 ) -> UNet:
     """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
 
     By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
     """
+    outputs = 2 * shape[-1] if learned_variance else None
     side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
     if channels is None:
         channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
-    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout)
+    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout, outputs=outputs)
     log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
     return net
 

@@ -281,6 +281,8 @@ class Diffusion:
             lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
             snr_gamma=snr_gamma, lr_plan=lr_plan,
         )  # fmt: skip
+        if snr_gamma is not UNSET and plan.weighting != "min_snr":
+            raise ArgumentError("snr_gamma", str(snr_gamma), f"weighting='min_snr' with it, not {plan.weighting!r}")
         aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
         if self._optimizer is not None and aims[0] != aims[1]:
             raise ArgumentError(

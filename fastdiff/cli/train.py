@@ -149,6 +149,12 @@ def add(commands: Any) -> None:
         "--prediction", choices=PREDICTIONS, help="what the network learns (default v; velocity for a flow)"
     )
     model.add_argument(
+        "--learned-variance",
+        action="store_true",
+        default=None,
+        help="for pictures: the network also learns how much noise each step of ddpm adds",
+    )
+    model.add_argument(
         "--scale",
         choices=("auto", "all", "column"),
         help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
@@ -328,7 +334,12 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         if args.network == "tutorial":
             raise FastdiffError("--network tutorial is for curves")
         T = PICTURE_T if schedule is None else schedule.T
-        net = picture_net(shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0)
+        net = picture_net(
+            shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0,
+            learned_variance=bool(args.learned_variance),
+        )  # fmt: skip
+    elif args.learned_variance:
+        raise FastdiffError("--learned-variance is for pictures: a perceptron has one output for each point")
     elif args.network == "tutorial":
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
         net = fd.MLP.tutorial(shape[0], T=schedule.T)
@@ -354,6 +365,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "shift",
         "zero_snr",
         "prediction",
+        "learned_variance",
         "scale",
     )
     for name in settled:
