@@ -52,6 +52,19 @@ def panel_of(panel, panels, channels):
 
 
 @kernel
+def _pack(values, first, rows, distance, width, packed):
+    """packed (rows, width) = columns of `values`: of rows a power of two apart few would stay in a cache."""
+    if width == LANES * VECTORS:
+        for r in range(rows):
+            for j in range(LANES * VECTORS):
+                packed[r * (LANES * VECTORS) + j] = values[first + r * distance + j]
+    else:
+        for r in range(rows):
+            for j in range(width):
+                packed[r * width + j] = values[first + r * distance + j]
+
+
+@kernel
 def _start(y, pixels, first_pixel, image_pixels, channels, bias, shift, residual, pattern):
     """y (pixels, channels), at `first_pixel` of all images, becomes bias + shift of its image + residual."""
     repeats = max(1, min(pixels, PATTERN // channels))
@@ -88,11 +101,11 @@ def _start(y, pixels, first_pixel, image_pixels, channels, bias, shift, residual
 
 @kernel
 def conv_range(
-    start, stop, group, sizes, parts, firsts, x, w, y, begin, bias, shift, residual, pattern,
+    start, stop, group, sizes, parts, firsts, x, w, y, begin, bias, shift, residual, pattern, packing, packed,
 ):  # fmt: skip
     """Items start ... stop - 1 of a convolution: `group` images each, one block of output rows of every image.
 
-    `sizes` are images, input pixels and channels, output rows, columns and channels, rows of a block. Parts of block i
+    With `packing` a panel of the weights is copied to `packed` first. `sizes` are images, input pixels and channels, output rows, columns and channels, rows of a block. Parts of block i
     are firsts[i] ... firsts[i + 1] - 1. With `begin`, y starts from bias + shift + residual (an empty shift or
     residual is none, an empty bias is 0); else from what it holds.
     """
@@ -119,6 +132,10 @@ def conv_range(
                     _start(y, rows * width, pixel, height * width, k, bias, shift, residual, pattern)
         for panel in range(panels):
             at, n = panel_of(panel, panels, k)
+            weights, w_first, w_row = w, at, k
+            if packing:
+                _pack(w, at, len(w) // k, k, n, packed)
+                weights, w_first, w_row = packed, 0, n
             for part in range(firsts[block], firsts[block + 1]):
                 p = parts[part]
                 rows, columns, deep = p[ROWS], p[COLUMNS], count
@@ -135,19 +152,21 @@ def conv_range(
                 a_off, c_off = first * in_image + p[IN], first * out_image + p[OUT] + at
                 together = max(1, PANEL // (p[LENGTH] * LANES * VECTORS))
                 for tap in range(0, p[TAPS], together):
-                    taps, to = min(together, p[TAPS] - tap), p[WEIGHT] + at + tap * p[WEIGHT_TAP]
+                    taps, to = min(together, p[TAPS] - tap), w_first + (p[WEIGHT] + tap * p[WEIGHT_TAP]) // k * w_row
                     for i in range(n2):
                         for j in range(n1):
                             gemm_nested(
                                 y, c_off + i * c_2 + j * c_1, c_m,
                                 x, a_off + i * a_2 + j * a_1 + tap * p[IN_TAP], a_m, 1, p[IN_TAP],
-                                w, to, k, p[WEIGHT_TAP], m, n, p[LENGTH], taps,
+                                weights, to, w_row, p[WEIGHT_TAP] // k * w_row, m, n, p[LENGTH], taps,
                             )  # fmt: skip
 
 
 @kernel
-def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, sums, size):
+def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, sums, size, packing, packed):
     """Items start ... stop - 1 of the weights' gradient: a group of images, a panel of channels, a slot of kernel rows.
+
+    With `packing` a panel of dy is copied to `packed` first.
 
     `sums` (groups, weights) takes for each group the sum over its pixels, image by image and part by part. A kernel
     row belongs to the slot that is its remainder by `slots`: another split of the work and no other order of sums.
@@ -162,6 +181,10 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
         first = (item // (slots * panels)) * group
         count = min(group, images - first)
         to = (item // (slots * panels)) * size + at
+        gradient, row, images_from = dy, k, first * out_image + at
+        if packing:
+            _pack(dy, images_from, count * height * width, k, n, packed)
+            gradient, row, images_from = packed, n, 0
         for block in range(blocks):
             for part in range(firsts[block], firsts[block + 1]):
                 p = parts[part]
@@ -175,14 +198,15 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
                     inner, a_k, b_k, outer, a_u, b_u = outer, a_u, b_u, inner, a_k, b_k
                 if inner * outer < LEAST_SUM and around > outer:
                     around, a_n, b_n, outer, a_u, b_u = outer, a_u, b_u, around, a_n, b_n
-                a_off, b_off = first * in_image + p[IN], first * out_image + p[OUT] + at
+                a_off, b_off = first * in_image + p[IN], images_from + p[OUT] // k * row
+                b_n, b_k, b_u = b_n // k * row, b_k // k * row, b_u // k * row
                 for i in range(around):
                     for tap in range(p[TAPS]):
                         if (p[TAP] + tap) % slots == slot:
                             gemm_nested(
                                 sums, to + p[WEIGHT] + tap * p[WEIGHT_TAP], k,
                                 x, a_off + i * a_n + tap * p[IN_TAP], 1, a_k, a_u,
-                                dy, b_off + i * b_n, b_k, b_u, p[LENGTH], n, inner, outer,
+                                gradient, b_off + i * b_n, b_k, b_u, p[LENGTH], n, inner, outer,
                             )  # fmt: skip
 
 
