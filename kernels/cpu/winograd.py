@@ -149,8 +149,9 @@ def transform_of(of_row, size, addends=0, lines=None):
             of_row(arithmetic, [vec.load(place, 0) for place in line])
             for line in places(start(0), args[2], args[3], lines or size, size)
         ]
-        columns = [of_row(arithmetic, [row[j] for row in rows]) if lines is None else [rows[0][j]]
-                   for j in range(len(rows[0]))]
+        columns = [
+            of_row(arithmetic, [row[j] for row in rows]) if lines is None else [rows[0][j]] for j in range(len(rows[0]))
+        ]
         shape = len(columns[0]), len(columns)
         targets = places(start(5), args[7], args[8], *shape)
         others = places(start(11), args[7], args[8], *shape) if addends > 1 else None

@@ -131,9 +131,7 @@ def conv_range(
                     if inside < TILE:
                         outputs_and_base(m, source + j, 0, m_plane, used, tile, j, 0, n, base, j)
                     elif len(added) > 0:
-                        outputs_base_other(
-                            m, source + j, 0, m_plane, used, y, to + j, 0, k, base, j, added, to + j
-                        )
+                        outputs_base_other(m, source + j, 0, m_plane, used, y, to + j, 0, k, base, j, added, to + j)
                     else:
                         outputs_and_base(m, source + j, 0, m_plane, used, y, to + j, 0, k, base, j)
                 if inside < TILE:
@@ -204,6 +202,4 @@ def gradient_taps_range(start, stop, du, groups, size, c, k, zeros, dw):
                 used, to, source = min(LANES, n - j), i * k + at + j, at * c + i * n + j
                 weights_line(du, source, 0, plane, used, dw, to, 0, c * k)
                 for group in range(1, groups):
-                    more_weights_line(
-                        du, group * size + source, 0, plane, used, dw, to, 0, c * k, zeros, 0, dw, to
-                    )
+                    more_weights_line(du, group * size + source, 0, plane, used, dw, to, 0, c * k, zeros, 0, dw, to)

@@ -1,8 +1,8 @@
-"""Convolutions on the CPU: how their work is cut, and which of two forms does it.
+"""Convolutions on the CPU: how their work is cut, and which of three forms does it.
 
-A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's form
-(`kernels.cpu.winograd`) takes 3x3 convolutions with stride 1 between enough channels. Both give a sample's values in
-an order of additions that its layer alone decides.
+A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's forms take
+convolutions with stride 1 between enough channels, of 3x3 taps (`kernels.cpu.winograd`) and of 3 taps along rows
+(`kernels.cpu.winograd_rows`). All give a sample's values in an order of additions that its layer alone decides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.backends.cpu.workers import PIECES, Array, Each, Phases, Scripted
+from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cpu import conv as kernels
 from fastdiff.kernels.cpu import winograd, winograd_rows
@@ -23,8 +23,8 @@ from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
 BLOCK = 256  # pixels of an image that are convolved together: they stay in cache for all channels
 MAX_GROUPS = 16  # of images, whose weight gradients are summed apart
 GROUP_BYTES = 1 << 20  # of all groups' sums together
-# A panel of a matrix is copied before its use, where it has so many columns, no more rows, and each is used so often.
-PACKED_CHANNELS, PACKED_ROWS, PACKED_USES = 128, 8192, 64
+# A matrix is copied panel by panel where it has so many columns, its rows are used so often, and it is no larger.
+PACKED_CHANNELS, PACKED_USES, PACKED_VALUES = 128, 64, 1 << 22
 LEAST_CHANNELS = 16  # on both sides, for Winograd
 MOST_TILES, CACHED = 64, 8192  # of a Winograd transform: tiles, and tiles times channels
 FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a thread's cache
@@ -179,6 +179,8 @@ class _Product:
         self.adjoint = adjoint
         # Whether the weights can be used as they are.
         self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
+        # Whether it is one matrix product over all pixels.
+        self.linear = geometry == Conv() and self.blocks == 1
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
         self.images, self.channels, self.pixels, self.weights = images, (c, k), height * width, blocks * c * k
         self.sizes = np.array([images, in_height * in_width, c, height, width, k, block_rows], np.int64)
@@ -256,36 +258,35 @@ class ConvOperations(Scripted):
         """
         c, k = product.channels
         phases: Phases = []
-        if not product.direct:
-            taps, (rows, columns) = product.taps, (k, c) if product.adjoint else (c, k)
-            spread = self._scratch("weights", product.weights)
-            arguments = taps, w, spread, rows, columns, product.adjoint
-            phases.append([
-                (kernels.spread_weights, arguments, product.weights // max(c * k, 1), float(LIGHT_WORK * c * k))
-            ])  # fmt: skip
+        by_product = not product.by_winograd and not product.by_rows
+        packed = by_product and k >= PACKED_CHANNELS and product.images * product.pixels >= PACKED_USES
+        if packed or not product.direct:
+            spread, rows = self._scratch("weights", product.weights), product.weights // max(k, 1)
+            if product.direct:
+                work = float(LIGHT_WORK * k)
+                phases.append([(kernels.pack_range, (w, rows, k, spread), rows, work)])
+            else:
+                shape = (k, c) if product.adjoint else (c, k)
+                arguments = product.taps, w, spread, *shape, product.adjoint, packed
+                phases.append([(kernels.spread_weights, arguments, rows // max(c, 1), float(LIGHT_WORK * c * k))])
             w = spread
-        form = self._by_product
-        if product.by_winograd or product.by_rows:
-            form = self._by_winograd if product.by_winograd else self._by_rows
-        return phases + form(product, x, w, y, begin)
+        if by_product:
+            return phases + self._by_product(product, x, w, y, begin, packed)
+        return phases + (self._by_winograd if product.by_winograd else self._by_rows)(product, x, w, y, begin)
 
-    def _by_product(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+    def _by_product(
+        self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...], packed: bool
+    ) -> Phases:
         images, k, group = product.images, product.channels[1], 1
         if product.blocks == 1:
             # The bits do not depend on it.
             group = max(1, min(BLOCK // max(product.pixels, 1), -(-images // (2 * self.threads))))
-        pixels, rows = product.pixels * group // max(product.blocks, 1), w.size // k
         arguments = (
             group, product.sizes, product.parts, product.firsts, x, w, y, *begin,
-            self._each("pattern", kernels.PATTERN + k), *self._packing(k, rows, pixels),
+            self._each("pattern", kernels.PATTERN + k), packed,
         )  # fmt: skip
         work = (product.work + LIGHT_WORK * product.pixels * k) * group / max(product.blocks, 1)
         return [[(kernels.conv_range, arguments, -(-images // group) * product.blocks, work)]]
-
-    def _packing(self, channels: int, rows: int, uses: int) -> tuple[bool, Each]:
-        """Whether panels of a matrix (rows, channels) are copied for so many uses of each row, and where to."""
-        packing = channels >= PACKED_CHANNELS and rows <= PACKED_ROWS and uses >= PACKED_USES
-        return packing, self._each("packed", rows * kernels.LANES * kernels.VECTORS if packing else 0)
 
     def _by_winograd(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
         c, k = product.channels
@@ -335,15 +336,28 @@ class ConvOperations(Scripted):
         c, k = product.channels
         whole = product.direct and product.groups == 1
         sums = dw if whole else self._scratch("sums", product.groups * product.weights)
-        arguments = (
-            product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums, product.weights,
-            *self._packing(k, product.group * product.pixels, product.weights // (k * product.slots)),
-        )  # fmt: skip
         work = product.work * product.images / max(product.weight_items, 1)
-        phases: Phases = [
-            [(kernels.clear, (sums,), sums.size, 1.0)],
-            [(kernels.conv_weights_range, arguments, product.weight_items, work)],
-        ]
+        pixels = product.images * product.pixels
+        packed = k >= PACKED_CHANNELS and product.weights // k >= PACKED_USES and 0 < pixels * k <= PACKED_VALUES
+        phases: Phases = []
+        if packed:
+            panels = self._scratch("outputs", pixels * k)
+            phases.append([(kernels.pack_range, (dy, pixels, k, panels), pixels, float(LIGHT_WORK * k))])
+            dy = panels
+        if packed and product.linear and c >= PACKED_CHANNELS:
+            turned = self._scratch("inputs", pixels * c)
+            blocks = -(-pixels // kernels.TURNED)
+            turn = kernels.turn_range, (x, pixels, c, turned), blocks, float(LIGHT_WORK * kernels.TURNED * c)
+            phases[0].append(turn)
+            arguments: tuple[Any, ...] = (product.group * product.pixels, pixels, c, k, turned, dy, sums)
+            phases.append([(kernels.linear_weights_range, arguments, product.weight_items, work)])
+        else:
+            arguments = (
+                product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums,
+                product.weights, packed,
+            )  # fmt: skip
+            phases.append([(kernels.clear, (sums,), sums.size, 1.0)])
+            phases.append([(kernels.conv_weights_range, arguments, product.weight_items, work)])
         if not whole:
             collect = product.collected, sums, product.groups, dw, c * k
             work = float(LIGHT_WORK * c * k * product.groups)
