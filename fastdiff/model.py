@@ -473,8 +473,9 @@ class Diffusion:
 
     def _use_this_arithmetic(self) -> None:
         """Say once that a file was trained with other bits than those that follow."""
-        before, self._arithmetic = self._arithmetic, checkpoint.ARITHMETIC
-        if before != self._arithmetic:
+        assert self.net is not None
+        before, self._arithmetic = self._arithmetic, max(checkpoint.ARITHMETIC, self.net.arithmetic)
+        if before != self._arithmetic and self.step > 0:
             words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
             log.warning(words, before, self._arithmetic)
 
