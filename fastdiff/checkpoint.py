@@ -41,10 +41,12 @@ FEATURES = frozenset(
     {
         "base",
         "column scale",
+        "covariates",
         "flow schedule",
         "laplace schedule",
         "learned variance",
         "min snr",
+        "null class",
         "series",
         "velocity",
         "zero terminal snr",

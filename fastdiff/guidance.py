@@ -6,7 +6,7 @@ u, and goes on from the one through the other:
     out = u + g (c - u)
 
 g = 1 asks as the data do, g = 0 asks nothing. A g above 1 makes samples more typical of what is asked for, and less
-various. They are not those of the powered law p(x) (p(x | c) / p(x))^g: scores of noised laws do not add up to the score
+various. They are not those of the powered law p(x) (p(x | c) / p(x))^g: scores of noised laws do not add up to that
 of the noised product, and what comes out depends on the sampler (Bradley and Nakkiran 2024).
 """
 
@@ -54,8 +54,8 @@ class Guided:
         Guide at timesteps from the first to the second alone, and take c elsewhere (Kynkaanniemi et al. 2024). By
         default everywhere.
     rescale : float, optional
-        phi from 0 to 1: the output is multiplied by phi std(c) / std(out) + 1 - phi, which takes back what guidance adds
-        to its deviation (Lin et al. 2024).
+        phi from 0 to 1: the output is multiplied by phi std(c) / std(out) + 1 - phi, which takes back what guidance
+        adds to its deviation (Lin et al. 2024).
 
     Raises
     ------

@@ -306,9 +306,7 @@ def log_density(
 # ------------------------------------------------------------------------------------------- what is given
 
 
-def _rows(
-    denoiser: Any, X: Any, asked: tuple[Any, Any], schedule: Schedule | None, backend: str | Backend
-) -> _Rows:
+def _rows(denoiser: Any, X: Any, asked: tuple[Any, Any], schedule: Schedule | None, backend: str | Backend) -> _Rows:
     source = denoiser_of(denoiser)
     if schedule is None:
         schedule = getattr(denoiser, "schedule", None)
@@ -325,9 +323,9 @@ def _rows(
         raise ArgumentError("X", f"shape {X.shape}", f"rows of shape {source.shape}, as the denoiser takes them")
     be = backend_for(backend, X=X)
     rows = be.asarray(X).reshape(len(X), -1)
-    asked = asked_on(be, *checked_asked(source, *asked, len(X), dtype=rows.dtype))
+    told = asked_on(be, *checked_asked(source, *asked, len(X), dtype=rows.dtype))
     on = source.on(be, X.shape[1:])
-    return _Rows(be, on, schedule, source.prediction, rows, asked)
+    return _Rows(be, on, schedule, source.prediction, rows, told)
 
 
 def _checked_draws(name: str, value: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def sample(
         x = be.empty((rows, width))
     asked = checked_asked(source, labels, covariates, n if planned is None else planned.known.count or n, dtype=x.dtype)
     if planned is not None and planned.known.count is not None:
-        asked = tuple(part if part is None else np.repeat(part, n, axis=0) for part in asked)
+        asked = cast(tuple[Any, Any], tuple(part if part is None else np.repeat(part, n, axis=0) for part in asked))
     draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample if planned is None else 0), source.on(be, shape)
     filler = planned.draws if planned is not None else shaped
     if batch is None:

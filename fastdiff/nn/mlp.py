@@ -263,8 +263,9 @@ class MLPRunner(Runner):
         if labels is None or not self.net.asked:
             return None
         if self._asked is None or self._asked[0] is not labels:
-            host = (None if part is None else self.be.to_numpy(part) for part in asked_parts(labels))
-            self._asked = labels, self.be.asarray(self.net.plan.asks(*host, self.net.dtype), self.net.dtype)
+            chosen, numbers = (None if part is None else self.be.to_numpy(part) for part in asked_parts(labels))
+            asked = self.net.plan.asks(chosen, numbers, self.net.dtype)
+            self._asked = labels, self.be.asarray(asked, self.net.dtype)
         return self._asked[1]
 
     def fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None = None) -> None:

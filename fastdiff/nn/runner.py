@@ -503,7 +503,9 @@ def _named(labels: Array | Asked | None) -> dict[str, Array]:
     """What is asked of samples, under the names that a program has for it."""
     chosen, numbers = asked_parts(labels)
     named = {} if chosen is None else {"labels": chosen}
-    return named if numbers is None else named | {"covariates": _shaped(numbers, (len(numbers), 1, 1, numbers.shape[-1]))}
+    return (
+        named if numbers is None else named | {"covariates": _shaped(numbers, (len(numbers), 1, 1, numbers.shape[-1]))}
+    )
 
 
 def _shaped(array: Array, shape: tuple[int, ...]) -> Array:

@@ -340,8 +340,8 @@ def asked_chain_range(
 ):  # fmt: skip
     """`chain_range` of a network that is asked for something, guided where there are `weights`, one a row.
 
-    Samples of a guided tile come twice, asked and not, side by side in the lanes: half as many samples, and every row of
-    a table whose weight is not 1 takes u + w (c - u). `turned` has room for what is asked of a tile, `held` for its
+    Samples of a guided tile come twice, asked and not, side by side in the lanes: half as many samples, and every row
+    of a table whose weight is not 1 takes u + w (c - u). `turned` has room for what is asked of a tile, `held` for its
     state, and `mixed` for its guided output.
     """
     values, columns, weight, room, _ = asked

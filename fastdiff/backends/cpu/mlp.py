@@ -89,10 +89,10 @@ class _MLPSpace:
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
         self.rooms = [np.empty(width if plan.asked else 0, np.float32) for _ in range(threads)]
-        self.turned: list[tuple[Array, Array, Array]] = []
+        self.turned: list[list[Array]] = []
         if plan.asked:
             sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
-            self.turned = [tuple(np.empty(size, np.float32) for size in sizes) for _ in range(threads)]
+            self.turned = [[np.empty(size, np.float32) for size in sizes] for _ in range(threads)]
 
     def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array]:
         """What is asked of samples, as the kernels take it."""

@@ -333,7 +333,7 @@ class LayerOperations(ConvOperations):
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
-        columns = 0 if batch.covariates is None else draws.covariates.shape[1]
+        columns = 0 if draws.covariates is None or batch.covariates is None else draws.covariates.shape[1]
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4],
             draws.covariates if columns else None, batch.covariates, n, size, width, channels, columns, draws.classes,

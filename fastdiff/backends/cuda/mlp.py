@@ -247,7 +247,8 @@ class _Network:
         if plan.asked:
             self.own(n)
             self.buffers |= {
-                "asked": empty((n, plan.asked)), "times": empty((n, plan.time_width)), "sums": empty((plan.time_width,)),
+                "asked": empty((n, plan.asked)), "times": empty((n, plan.time_width)),
+                "sums": empty((plan.time_width,)),
             }  # fmt: skip
         for k, layer in enumerate(plan.layers):
             self.buffers[f"u{k}"] = empty((n, layer.outputs))
