@@ -12,6 +12,7 @@ of the noised product, and what comes out depends on the sampler (Bradley and Na
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from fastdiff.denoiser import (
     checked_asked,
     denoiser_of,
 )
-from fastdiff.errors import ArgumentError, check_array, check_float, check_int, check_timesteps
+from fastdiff.errors import ArgumentError, QualityWarning, check_array, check_float, check_int, check_timesteps
 from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
 
@@ -336,3 +337,122 @@ class _GuidedEvaluator(Evaluator):
         flat = c.reshape(-1, c.shape[-1])
         self.be.guide(flat, self.be.asarray(u, x.dtype).reshape(flat.shape), weight, 0.0, flat)
         return flat.reshape(c.shape)
+
+
+class Product:
+    """A denoiser whose score is the sum of those of two others: see `product`.
+
+    Parameters
+    ----------
+    first, second : Denoiser
+    schedule : Schedule
+    """
+
+    def __init__(self, first: Denoiser, second: Denoiser, schedule: Schedule) -> None:
+        self.parts, self.schedule, self.T = (first, second), schedule, schedule.T
+        self.prediction, self.shape = first.prediction, first.shape or second.shape
+        self.classes = next((part.classes for part in self.parts if part.classes is not None), None)
+        # Every prediction is k x plus a multiple of the score.
+        signal, noise = schedule.signal, schedule.noise
+        with np.errstate(divide="ignore"):
+            self.k = {"noise": 0 * signal, "x0": 1 / signal, "v": -noise / signal, "velocity": -1 / signal}[
+                str(self.prediction)
+            ]
+
+    def predict(self, x: Any, t: int, labels: Any = None, *, backend: str | Backend = "auto") -> Array:
+        """Return the output (n, ...) for x (n, ...) at a timestep."""
+        be = backend_for(backend, x=x)
+        given = check_array("x", x, min_ndim=2)
+        check_timesteps(t, self.T, len(given))
+        asked = asked_on(be, *checked_asked(self, labels, None, len(given)))
+        flat = be.asarray(given, np.float32 if be.name != "numpy" else None).reshape(len(given), -1)
+        out = self.on(be, tuple(given.shape[1:])).evaluate(flat, check_int("t", t), asked)
+        return be.to_numpy(out).reshape(given.shape)
+
+    def affine(self, prediction: str, t: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return A (d, d) and offset (d,) of the output, where both denoisers are affine; see `exact_chain`."""
+        (A, a), (B, b) = (_affine(part, prediction, t) for part in self.parts)
+        return A + B - self.k[t] * np.eye(len(A)), a + b
+
+    def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
+        """Return it on a backend."""
+        return _ProductEvaluator(self, be, [part.on(be, shape) for part in self.parts])
+
+
+class _ProductEvaluator(Evaluator):
+    """A product on a backend."""
+
+    def __init__(self, to: Product, be: Backend, parts: list[Evaluator]) -> None:
+        self.to, self.be, self.parts = to, be, parts
+
+    def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
+        return self._sum("evaluate", x, t, x, labels)
+
+    def vjp(self, x: Array, t: int, cotangent: Array, labels: Array | Asked | None = None) -> Array:
+        return self._sum("vjp", x, t, cotangent, labels, cotangent)
+
+    def jvp(self, x: Array, t: int, tangent: Array, labels: Array | Asked | None = None) -> Array:
+        return self._sum("jvp", x, t, tangent, labels, tangent)
+
+    def _sum(self, name: str, x: Array, t: int, like: Array, labels: Array | Asked | None, *vectors: Array) -> Array:
+        total = -float(self.to.k[t]) * like
+        for part, of in zip(self.to.parts, self.parts, strict=True):
+            asked = labels if part.classes is not None else None
+            out = getattr(of, name)(x, t, *vectors, asked)
+            total = total + self.be.asarray(out if out.ndim == like.ndim else out[0], x.dtype)
+        return self.be.asarray(total, x.dtype)
+
+
+def product(denoiser1: Any, denoiser2: Any, *, schedule: Schedule | None = None) -> Product:
+    """Return a denoiser whose score is the sum of two others': a way towards the product of their densities.
+
+    It is not the denoiser of that product, whose noised score no sum gives, and a table samples something narrower:
+    the product of N(0, 1) with itself is N(0, 1/2), and ddim of the sums ends in a single point. Right in the limit of
+    many draws are samples of the one weighed by the density of the other,
+
+        fd.sample(denoiser1, table, n=4096, given=fd.Weight(log_density2), method="smc")
+
+    Parameters
+    ----------
+    denoiser1, denoiser2 : denoiser
+        With the same timesteps and prediction.
+    schedule : Schedule, optional
+        That of the timesteps, where neither tells it.
+
+    Returns
+    -------
+    Product
+
+    Raises
+    ------
+    ArgumentError
+        They disagree, do not tell what they predict, or know no schedule.
+
+    Warns
+    -----
+    QualityWarning
+        Always, for the reason above.
+    """
+    first, second = denoiser_of(denoiser1), denoiser_of(denoiser2)
+    schedules = [schedule, *(getattr(part, "schedule", None) for part in (first, second))]
+    known = next((found for found in schedules if found is not None), None)
+    if not isinstance(known, Schedule):
+        raise ArgumentError("schedule", repr(known), "a fastdiff.Schedule: neither denoiser tells its own")
+    if any(found is not None and found != known for found in schedules):
+        raise ArgumentError("denoiser2", "another schedule", f"{known!r}, as the first has")
+    for name, ours in (("T", known.T), ("prediction", first.prediction), ("shape", first.shape)):
+        theirs = getattr(second, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ArgumentError("denoiser2", f"{name} {theirs!r}", f"{ours!r}, as the first has")
+    if first.T not in (None, known.T):
+        raise ArgumentError("denoiser1", f"T {first.T}", f"{known.T}, as the schedule has")
+    if first.prediction is None or second.prediction is None:
+        raise ArgumentError("denoiser1, denoiser2", "no prediction", "denoisers that say what their output is")
+    if None not in (first.classes, second.classes) and first.classes != second.classes:
+        raise ArgumentError("denoiser2", f"{second.classes} classes", f"{first.classes}, as the first has")
+    if first.prediction != "noise" and known.signal[-1] == 0:
+        raise ArgumentError("schedule", "one that ends in noise alone", "predictions of the noise, or another")
+    words = "a sum of scores is not the score of the noised product, and its samples are too narrow; for the product "
+    words += "weigh samples of one by the density of the other: given=fd.Weight(...), method='smc'"
+    warnings.warn(words, QualityWarning, stacklevel=2)
+    return Product(first, second, known)
