@@ -47,6 +47,7 @@ FEATURES = frozenset(
         "learned variance",
         "min snr",
         "null class",
+        "rate plan",
         "series",
         "velocity",
         "zero terminal snr",
