@@ -42,10 +42,12 @@ FEATURES = frozenset(
     {
         "base",
         "column scale",
+        "covariates",
         "flow schedule",
         "laplace schedule",
         "learned variance",
         "min snr",
+        "null class",
         "rate plan",
         "series",
         "velocity",

@@ -387,6 +387,15 @@ class Conditioned:
         """How many classes the denoiser has."""
         return self.inner.classes
 
+    @property
+    def covariates(self) -> int | None:
+        """How many covariates the denoiser has."""
+        return getattr(self.inner, "covariates", None)
+
+    @property
+    def asks_nothing(self) -> bool:
+        return bool(getattr(self.inner, "asks_nothing", False))
+
     def on(self, be: Backend, shape: tuple[int, ...]) -> Guided:
         """Return it on a backend."""
         return Guided(self.inner.on(be, shape), self, shape)

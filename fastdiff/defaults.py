@@ -38,12 +38,21 @@ HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so man
 MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little
 
 
-def curve_net(rows: int, points: int, *, T: int, seed: int, base: bool) -> MLP:
+def curve_net(
+    rows: int,
+    points: int,
+    *,
+    T: int,
+    seed: int,
+    base: bool,
+    classes: int | None = None,
+    covariates: int | None = None,
+) -> MLP:
     """Return a perceptron that suits so many curves of so many points, and log what was chosen."""
     width = WIDTH if rows < MANY_ROWS else WIDTH_OF_MANY
     if not base:
         width = min(WIDEST, max(WIDTH, WIDTH_STEP * math.ceil(WIDTH_PER_POINT * points / WIDTH_STEP)))
-    net = MLP(points, hidden=(width,) * 3, T=T, seed=seed)
+    net = MLP(points, hidden=(width,) * 3, T=T, seed=seed, classes=classes, covariates=covariates)
     log.info("chosen for curves of %d points: %r, %d parameters", points, net, net.layout.count)
     return net
 
@@ -54,16 +63,22 @@ def network_kind(ndim: int) -> type[Network]:
 
 
 def network_and_schedule(
-    net: Network | None, levels: Schedule | None, data: tuple[int, ...], classes: int | None, *, base: bool, seed: int
+    net: Network | None,
+    levels: Schedule | None,
+    data: tuple[int, ...],
+    asked: tuple[int | None, int | None],
+    *,
+    base: bool,
+    seed: int,
 ) -> tuple[Network, Schedule]:
-    """Return what was given, and for what was not what suits data of a shape (N, ...)."""
+    """Return what was given, and for what was not what suits data of a shape (N, ...) with classes and covariates."""
     if levels is None:
         levels = schedule(PICTURE_T) if len(data) > 2 else curve_schedule(base=base)
         if len(data) > 2:
             log.info("chosen for the pictures: %r", levels)
     if net is None:
-        at: dict[str, Any] = {"T": levels.T, "seed": seed}
-        net = curve_net(*data, base=base, **at) if len(data) == 2 else picture_net(data[1:], classes=classes, **at)
+        at: dict[str, Any] = {"T": levels.T, "seed": seed, "classes": asked[0], "covariates": asked[1]}
+        net = curve_net(*data, base=base, **at) if len(data) == 2 else picture_net(data[1:], **at)
     return net, levels
 
 
@@ -72,6 +87,7 @@ def picture_net(
     *,
     T: int = PICTURE_T,
     classes: int | None = None,
+    covariates: int | None = None,
     seed: int = 0,
     channels: Iterable[int] | None = None,
     dropout: float = 0.0,
@@ -85,7 +101,8 @@ def picture_net(
     side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
     if channels is None:
         channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
-    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout, outputs=outputs)
+    asked: dict[str, Any] = {"classes": classes, "covariates": covariates}
+    net = UNet(shape, channels=channels, blocks=1, T=T, seed=seed, dropout=dropout, outputs=outputs, **asked)
     log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
     return net
 

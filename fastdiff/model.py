@@ -18,6 +18,7 @@ from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.callbacks import Reporter, listeners
 from fastdiff.conditioning import inside, log_units, put_exact
+from fastdiff.covariates import CovariateScale, checked_covariates, none_known
 from fastdiff.errors import (
     ArgumentError,
     DataWarning,
@@ -26,6 +27,7 @@ from fastdiff.errors import (
     all_finite,
     check_array,
     check_choice,
+    check_float,
     check_int,
     check_seed,
     is_on_device,
@@ -91,8 +93,8 @@ class Diffusion:
     report_ : dict or None
         What the last judgement measured of the samples, after the step named "step": see
         `fastdiff.judgement.Report`.
-    class_names : list of str or None
-        What the classes are called; for the reader only, and saved with the model.
+    class_names, covariate_names : list of str or None
+        What the classes, and the covariates, are called; for the reader only, and saved with the model.
 
     Examples
     --------
@@ -165,6 +167,9 @@ class Diffusion:
         self._average: npt.NDArray[Any] | None = None
         self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
         self.class_names: list[str] | None = None
+        self.covariate_names: list[str] | None = None
+        self._covariates: CovariateScale | None = None
+        self._label_drop: float | None = None  # the share of the last fit; the first one decides
         self.report_: dict[str, Any] | None = None
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
@@ -190,8 +195,10 @@ class Diffusion:
         X: Any,
         y: Any = None,
         *,
+        covariates: Any = None,
         steps: int | None = None,
         batch: int | None = None,
+        label_drop: float | None = None,
         lr: float | Unset = UNSET,
         warmup: int | Unset = UNSET,
         decay_steps: int | Unset | None = UNSET,
@@ -219,13 +226,21 @@ class Diffusion:
         X : (N, points) or (N, height, width, channels) array
             Curves, or pictures.
         y : (N,) int array, optional
-            Class labels, 0 .. classes - 1, for a network that has them. A network that is made for pictures has as many
-            as y needs.
+            Class labels, 0 .. classes - 1, for a network that has them. A network that is made here has as many as y
+            needs.
+        covariates : (N, k) or (N,) array, optional
+            Numbers that belong to every row, a temperature or a price, which samples can be asked for. A network that
+            is made here takes as many; inside each has mean 0 and deviation 1.
         steps : int, optional
             How many more steps to take, at a constant rate unless `decay_steps` is given. By default as many as suit
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
+        label_drop : float, optional
+            The share of positions whose label, and of those whose covariates, are left out, by stream DROP of the noise
+            law, so that the network also learns what is true without them: `guidance` needs that. By default 0.1, or
+            what the fit before had, for a network that can be asked for nothing (new ones with classes or covariates
+            can), and 0 for others.
         lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma, lr_plan
             See `TrainingPlan`, which has the defaults of the first call. Later calls go on with the values before them,
             but for the decay of calls without `steps`, and change those that are named, except the weighting, which
@@ -233,10 +248,10 @@ class Diffusion:
             Warm-up and decay are absolute steps. With `steps` an `lr_plan` "cosine" or "one-cycle" wants `decay_steps`.
         validation : float or array, optional
             A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
-            with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
-            goes to `history` every 100 steps. By default the rows that the first call held out; in that one 5 % where
-            there are 100 rows or more, at most 1,024 (256 pictures): row k where word 0 of stream DATA, step 3, row k,
-            is small enough. It depends on nothing but seed and row number.
+            with labels a pair (rows, labels), and with covariates these come last. Their loss under the averaged
+            weights, with fixed noise and timesteps, goes to `history` every 100 steps. By default the rows that the
+            first call held out; in that one 5 % where there are 100 rows or more, at most 1,024 (256 pictures): row k
+            where word 0 of stream DATA, step 3, row k, is small enough. It depends on nothing but seed and row number.
         patience : int, optional
             Stop where the loss on held-out rows has not been smaller for so many steps, and keep the averaged weights
             that had the smallest, also where training ends before that. It takes the place of the look at samples that
@@ -298,7 +313,13 @@ class Diffusion:
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = split.checked(X, y, self.net, self.noise_shape, be)
+        known, of_unseen = self._known_covariates(covariates, len(X)), None
+        if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
+            *validation, of_unseen = validation
+            validation = validation[0] if len(validation) == 1 else validation
         parts = split.split(X, y, validation, classes, self._held_out, self.seed, be)
+        if known is not None and parts.held is not None:
+            known, of_unseen = known[~parts.held], known[parts.held]
         rows, labels = parts.rows, parts.labels
         kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
@@ -308,7 +329,15 @@ class Diffusion:
         if flip and X.ndim == 2:
             raise ArgumentError("flip", repr(flip), "False for curves")
 
-        self._prepare(parts, classes, plan, data_range)
+        share = self._share_dropped(label_drop, self.net or (classes, None if known is None else known.shape[1]))
+        self._prepare(parts, (classes, None if known is None else known.shape[1]), plan, data_range)
+        if known is not None:
+            self._covariates = self._covariates or CovariateScale.of(known)
+            known = self._covariates.apply(known)
+            if parts.held_out is not None:
+                of_unseen = checked_covariates(of_unseen, known.shape[1], len(parts.held_out[0]))
+                of_unseen = self._covariates.apply(of_unseen)
+        self._label_drop = share
         net, schedule, normaliser = self._fitted()
         assert self._optimizer is not None and self._average is not None  # noqa: PT018
         by_rule = steps is None
@@ -338,15 +367,17 @@ class Diffusion:
         data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
         terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
+        numbers = None if known is None else np.column_stack([known, np.ones(len(known))]).astype(net.dtype)
+        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms, numbers, share, net.classes or 0)
         looks: Validation | None = None
         keeper: judgement.Watch | Patience | None = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            looks = Validation(be, net, x0, parts.held_out[1], schedule, draws)
+            looks = Validation(be, net, x0, (parts.held_out[1], of_unseen), schedule, draws)
+        # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
         if patience is not None and looks is not None:
             keeper = Patience(patience, looks)
-        elif by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
+        elif by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2 and not net.asked:
             keeper = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
@@ -354,8 +385,30 @@ class Diffusion:
         options["reporter"] = Reporter(tell, self.history, optimizer.plan.rate) if tell else None
         train(trainer, self, optimizer.plan, callback=callback, **options)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
-            self._judge(rows, labels, parts.unseen, show=progress)
+            self._judge(rows, (labels, known), parts.unseen, show=progress)
         return self
+
+    def _known_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
+        """Covariates of n rows of data, in their own units."""
+        columns = None if self.net is None else self.net.covariates
+        if covariates is None and columns is None:
+            return None
+        if self.net is not None and columns is None:
+            raise none_known(covariates)
+        return checked_covariates(covariates, columns, n)
+
+    def _share_dropped(self, asked: Any, of: Network | tuple[int | None, int | None]) -> float:
+        """The share of labels and covariates that are left out; `of` a network, or the classes of one to be made."""
+        free = of.asked_freely if isinstance(of, Network) else of != (None, None)
+        if asked is None:
+            return (0.1 if self._label_drop is None else self._label_drop) if free else 0.0
+        share = check_float("label_drop", asked, low=0, high=1)
+        if share and not free:
+            wants = "0 or None: this network has no null class, as new networks with classes have"
+            if isinstance(of, tuple) or not of.asked:
+                wants = "0 or None: nothing is asked of this network; give y or covariates"
+            raise ArgumentError("label_drop", repr(asked), wants)
+        return share
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Samples of some weights of the network, in its own range."""
@@ -365,7 +418,14 @@ class Diffusion:
         return be.to_numpy(drawn)
 
     def evaluate(
-        self, X: Any, y: Any = None, *, training: Any = None, samples: int | None = None, seed: int | None = None
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        covariates: Any = None,
+        training: Any = None,
+        samples: int | None = None,
+        seed: int | None = None,
     ) -> judgement.Evaluation:
         """Draw samples and measure how like the data they are.
 
@@ -376,6 +436,8 @@ class Diffusion:
             that it held out; of others half are taken for training rows.
         y : (N,) int array, optional
             Their labels, for a network that has classes: the samples are asked for in the same shares.
+        covariates : (N, k) array, optional
+            Their covariates, for a network that has them: the samples are asked for these.
         training : (M, ...) array, optional
             The rows that the model has learned from; then X are others.
         samples : int, optional
@@ -397,6 +459,7 @@ class Diffusion:
         """
         self._fitted()
         X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
+        asked = y, self._inner_covariates(covariates, len(X))
         if len(X) < 2:
             raise ArgumentError("X", "1 row", "at least 2 rows")
         if training is not None:
@@ -412,27 +475,38 @@ class Diffusion:
             parts = split.hold_out(X, y, "fraction", 0.5, self.seed)
             learned, held_out = parts.rows, parts.unseen
         samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
-        return self._measured(learned, y, held_out, samples=samples, seed=seed)
+        return self._measured(learned, asked, held_out, samples=samples, seed=seed)
 
-    def _judge(self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, show: bool) -> None:
+    def _judge(
+        self, rows: npt.NDArray[Any], asked: tuple[Any, Any], held_out: npt.NDArray[Any] | None, *, show: bool
+    ) -> None:
         """Draw samples, measure them, and say what was found."""
         if len(rows) < 2:
             return
-        found = self._measured(rows, labels, held_out, samples=judgement.SAMPLES, seed=None)
+        found = self._measured(rows, asked, held_out, samples=judgement.SAMPLES, seed=None)
         self.report_ = {"step": self.step, **found.report.to_dict()}
         say(found.report.sentence, show=show)
         if found.complaint:
             warnings.warn(found.complaint, QualityWarning, stacklevel=3)
 
     def _measured(
-        self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, samples: int, seed: int | None
+        self,
+        rows: npt.NDArray[Any],
+        asked: tuple[Any, Any],
+        held_out: npt.NDArray[Any] | None,
+        *,
+        samples: int,
+        seed: int | None,
     ) -> judgement.Evaluation:
+        """Draw samples, asked for labels and inner covariates as those are, and measure them."""
         assert self.net is not None and self.normaliser is not None  # noqa: PT018
         n, sampler, steps = samples, "auto", None
         if self.net.operations * self.net.T * n > judgement.MOST_WORK or len(self.net.shape) == 3:
             n, sampler, steps = judgement.PICTURES, "ddim", min(judgement.PICTURE_STEPS, self.net.T)
-        asked = None if labels is None else labels[np.arange(n) * len(labels) // n]
-        drawn = self.sample(n, labels=asked, sampler=sampler, steps=steps, seed=seed)
+        labels, numbers = _some(asked, n)
+        if numbers is not None and self._covariates is not None:
+            numbers = numbers * self._covariates.deviation + self._covariates.mean
+        drawn = self.sample(n, labels=labels, covariates=numbers, sampler=sampler, steps=steps, seed=seed)
         drawn = get_backend(self.backend).to_numpy(drawn)
         report = judgement.measure(drawn, rows, held_out, self.normaliser, seed=self.seed)
         found = report.complaints
@@ -440,8 +514,11 @@ class Diffusion:
         complaint = f"{'; '.join(found)}: {remedy}" if found else None
         return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
 
-    def _prepare(self, parts: Split, classes: int | None, plan: TrainingPlan, data_range: Any) -> None:
-        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
+    def _prepare(self, parts: Split, asked: tuple[int | None, int | None], plan: TrainingPlan, data_range: Any) -> None:
+        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it.
+
+        `asked` is how many classes and covariates a network has that is made.
+        """
         X = parts.rows
         normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
         if self.normaliser is not None:
@@ -455,7 +532,7 @@ class Diffusion:
         if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
             check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
         net, schedule = defaults.network_and_schedule(
-            self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
+            self.net, self.schedule, X.shape, asked, base=self.base is not None, seed=self.seed
         )
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
@@ -519,6 +596,10 @@ class Diffusion:
         n: int = 16,
         *,
         labels: Any = None,
+        covariates: Any = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        rescale: float = 0.0,
         sampler: str | Sampler = "auto",
         steps: int | None = None,
         seed: int | None = None,
@@ -540,6 +621,16 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
+        covariates : (k,) or (n, k) array, optional
+            The numbers that each is asked for, in the units of those of `fit`, for a network that has them.
+        guidance : float, optional
+            How much what is asked for counts, of a model that was trained with labels left out at times: see
+            `fastdiff.Guided`. 1 is as in the data, and what is drawn without it; above it samples are more typical and
+            less various; 0 asks for nothing, and needs neither labels nor covariates.
+        guidance_interval : (int, int), optional
+            Guide at timesteps from the first to the second alone.
+        rescale : float, optional
+            From 0 to 1, how far to take back what guidance adds to the deviation of the network's output.
         sampler : str or Sampler, optional
             "auto", a name of `fastdiff.samplers.names` with its defaults, or a table of `fastdiff.samplers` for this
             model's schedule and prediction. Of pictures x0 is clipped to their range, but for "deis" and "lms", which
@@ -587,6 +678,7 @@ class Diffusion:
             The model has not been trained.
         """
         _, schedule, normaliser = self._fitted()
+        self._check_guidance(guidance)
         known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
             if known is not None and method in ("repaint", "smc") and sampler == "auto":
@@ -604,9 +696,12 @@ class Diffusion:
         if normaliser.noise_shape is not None:
             sampling.refuse_clip(sampler)
         be = get_backend(self.backend)
+        asked = n if known is None or known.count is None else known.count
         result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
+            covariates=None if covariates is None else self._inner_covariates(covariates, asked), guidance=guidance,
+            guidance_interval=guidance_interval, rescale=rescale,
             given=None if known is None else inside(known, *normaliser.affine()), method=method,
             return_evidence=return_evidence,
         )  # fmt: skip
@@ -625,6 +720,26 @@ class Diffusion:
             return drawn
         return drawn, other - log_units(known, normaliser.affine()[0])
 
+    def _check_guidance(self, guidance: Any) -> None:
+        """Refuse to guide what was not trained for it."""
+        net, _, _ = self._fitted()
+        if guidance is not None and check_float("guidance", guidance, low=0) != 1 and not self._label_drop:
+            wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
+            if net.asked_freely:
+                wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
+            elif net.asked:
+                wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
+            raise ArgumentError("guidance", repr(guidance), wants)
+
+    def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
+        """Covariates of n samples in the network's range."""
+        net, _, _ = self._fitted()
+        if net.covariates is None and covariates is None:
+            return None
+        if net.covariates is None or self._covariates is None:
+            raise none_known(covariates)
+        return self._covariates.apply(checked_covariates(covariates, net.covariates, n))
+
     def impute(
         self,
         X: Any,
@@ -634,6 +749,8 @@ class Diffusion:
         sampler: str | Sampler = "auto",
         steps: int | None = None,
         labels: Any = None,
+        covariates: Any = None,
+        guidance: float | None = None,
         seed: int | None = None,
         first_draw: int = 0,
         ema: bool = True,
@@ -647,10 +764,12 @@ class Diffusion:
             With NaN where nothing is known; what is known is taken as exact.
         draws : int, optional
             How many of each row.
-        method, sampler, steps, seed, ema, progress
+        method, sampler, steps, guidance, seed, ema, progress
             As for `sample`.
         labels : int or (N,) int array, optional
             The class of each row, for a network that has classes.
+        covariates : (k,) or (N, k) array, optional
+            The covariates of each row, for a network that has them.
         first_draw : int, optional
             Draw k of a call is draw ``first_draw + k``: 50 draws are the first 50 of 100.
 
@@ -677,10 +796,11 @@ class Diffusion:
         out = np.empty((draws, len(values), *net.shape), dtype)
         out[...] = values.astype(dtype).reshape(len(values), *net.shape)
         if len(missing):
+            told = None if covariates is None else checked_covariates(covariates, net.covariates, len(values))[missing]
             out[:, missing] = self.sample(
                 draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],
                 sampler=sampler, steps=steps, seed=seed, first_sample=first_draw, ema=ema, progress=progress,
-                given=known.some(missing), method=method,
+                given=known.some(missing), method=method, covariates=told, guidance=guidance,
             )  # fmt: skip
         return out
 
@@ -700,7 +820,14 @@ class Diffusion:
         return float(self.score_samples(X, y, **options).mean())
 
     def log_density(
-        self, X: Any, y: Any = None, *, method: str | None = None, ema: bool = True, **options: Any
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        covariates: Any = None,
+        method: str | None = None,
+        ema: bool = True,
+        **options: Any,
     ) -> LogDensity:
         """Return the log density of rows of data, in nats of their units.
 
@@ -709,6 +836,8 @@ class Diffusion:
         X : (N, points) or (N, height, width, channels) array
         y : (N,) int array, optional
             Their labels, for a network that has classes: the density is that given the class.
+        covariates : (N, k) array, optional
+            Their covariates, for a network that has them: the density is that given these too.
         method : {"table", "denoising"}, optional
             See `fastdiff.likelihood.log_density`. By default "table" for rows of up to 256 values, whose determinants
             are exact, else "denoising", which needs none; the choice is logged.
@@ -731,7 +860,7 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        inside, y, log_det = self._inside(X, y)
+        inside, asked, log_det = self._inside(X, y, covariates)
         if method is None:
             width = inside[0].size
             method = "table" if width <= likelihood.EXACT_VALUES else "denoising"
@@ -739,30 +868,31 @@ class Diffusion:
         options = {"seed": self.seed, **options}
         backend = get_backend(self.backend)
         denoiser = self._sampled(ema)
-        found = likelihood.log_density(denoiser, inside, method=method, labels=y, backend=backend, **options)
+        found = likelihood.log_density(denoiser, inside, method=method, backend=backend, **asked, **options)
         return replace(found, values=found.values + log_det)
 
-    def bound(self, X: Any, y: Any = None, *, ema: bool = True, **options: Any) -> Bound:
+    def bound(self, X: Any, y: Any = None, *, covariates: Any = None, ema: bool = True, **options: Any) -> Bound:
         """Return the variational bound on -log p of rows of data, in nats of their units.
 
         As `log_density`, with the options of `fastdiff.likelihood.bound`. With decoder "bytes" it bounds the
         probability of bytes, which has no units.
         """
-        inside, y, log_det = self._inside(X, y)
-        options = {"seed": self.seed, **options}
-        found = likelihood.bound(self._sampled(ema), inside, labels=y, backend=get_backend(self.backend), **options)
+        inside, asked, log_det = self._inside(X, y, covariates)
+        options = {"seed": self.seed, **asked, **options}
+        found = likelihood.bound(self._sampled(ema), inside, backend=get_backend(self.backend), **options)
         if options.get("decoder") == "bytes":
             return found
         terms = found.terms.copy()
         terms[0] -= log_det
         return replace(found, terms=terms, per_row=found.per_row - log_det)
 
-    def _inside(self, X: Any, y: Any) -> tuple[npt.NDArray[Any], Any, float]:
-        """Rows in the network's range, their labels, and the log of the determinant of the map that brought them."""
+    def _inside(self, X: Any, y: Any, covariates: Any) -> tuple[npt.NDArray[Any], dict[str, Any], float]:
+        """Rows in the network's range, what they are, and the log of the determinant of the map that brought them."""
         net, _, normaliser = self._fitted()
         X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
         normaliser.check("X", X)
-        return normaliser.apply(X, net.dtype), y, normaliser.log_det(int(np.prod(X.shape[1:])))
+        asked = {"labels": y, "covariates": self._inner_covariates(covariates, len(X))}
+        return normaliser.apply(X, net.dtype), asked, normaliser.log_det(int(np.prod(X.shape[1:])))
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.
@@ -791,6 +921,7 @@ class Diffusion:
             base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
             history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
             data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
+            covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
         ).write(path)  # fmt: skip
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
@@ -811,6 +942,11 @@ class Diffusion:
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
+
+
+def _some(asked: tuple[Any, Any], n: int) -> tuple[Any, ...]:
+    """Labels and covariates of n samples, from those of rows: in the same shares."""
+    return tuple(None if part is None else part[np.arange(n) * len(part) // n] for part in asked)
 
 
 def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Diffusion:
@@ -844,5 +980,6 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     model._average, model._optimizer, model.history = saved.average, saved.optimizer, saved.history
     model.step, model.ema_updates, model._arithmetic = saved.step, saved.ema_updates, saved.arithmetic
     model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
-    model.class_names = saved.class_names
+    model.class_names, model.covariate_names = saved.class_names, saved.covariate_names
+    model._covariates, model._label_drop = saved.covariates, saved.label_drop
     return model

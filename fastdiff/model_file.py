@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fastdiff import checkpoint
 from fastdiff.base import GaussianBase
+from fastdiff.covariates import CovariateScale
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -66,6 +67,9 @@ class Saved:
     report: dict[str, Any] | None
     class_names: list[str] | None
     arithmetic: int
+    covariates: CovariateScale | None = None
+    covariate_names: list[str] | None = None
+    label_drop: float = 0.0
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -92,16 +96,19 @@ class Saved:
         if noise_shape is not None:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
         tensors |= normaliser.arrays | ({} if self.base is None else self.base.arrays)
+        tensors |= {} if self.covariates is None else self.covariates.arrays
         header = {
             "network": net.to_dict(), "schedule": self.schedule.to_dict(), "prediction": self.prediction,
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "arithmetic": self.arithmetic,
+            "arithmetic": self.arithmetic, "label_drop": self.label_drop, "covariate_names": self.covariate_names,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
+        features += ["null class"] if net.null_class else []
+        features += ["covariates"] if net.covariates is not None else []
         features += ["series"] if len(net.shape) == 2 else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
         try:
@@ -155,8 +162,11 @@ class Saved:
             held_out=held_out,
             data=data,
             report=report,
-            class_names=_class_names(header, net.classes),
+            class_names=_names("class_names", header, net.classes),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
+            covariates=None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates),
+            covariate_names=_names("covariate_names", header, net.covariates),
+            label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
         )
 
 
@@ -196,12 +206,12 @@ def _history(tensors: Tensors) -> dict[str, list[Any]]:
     return history
 
 
-def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:
-    names = header.get("class_names")
+def _names(key: str, header: dict[str, Any], count: int | None) -> list[str] | None:
+    names = header.get(key)
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
+        raise ArgumentError(key, repr(names), f"a list of {count or 0} names, or null")
     return names
 
 

@@ -28,6 +28,7 @@ class Split(NamedTuple):
     labels: Rows | None
     held_out: tuple[Rows, Rows | None] | None
     rule: tuple[str, float]
+    held: npt.NDArray[np.bool_] | None = None  # which rows are held out, where they are some of the data
 
     @property
     def unseen(self) -> Rows | None:
@@ -65,12 +66,13 @@ def checked(
             f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples",
         )
     classes = getattr(net, "classes", None)
-    if net is None and len(shape) == 3 and y is not None:
+    if net is None and y is not None:
         y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
         classes = int(y.max()) + 1
     if classes is None and y is not None:
         count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
-        wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+        kind = "MLP" if len(shape) == 1 else "UNet"
+        wants = f"None: this network has no classes; use fd.{kind}({given.shape[1:]}, classes={count})"
         raise ArgumentError("y", "labels", wants)
     return given, _labels("y", y, classes, len(given), be), classes
 
@@ -129,7 +131,7 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     if held.all() or not held.any():
         return Split(X, y, None, (rule, part))
     unseen = X[held], None if y is None else y[held]
-    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part))
+    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part), held)
 
 
 def fingerprint(X: Rows) -> list[int]:

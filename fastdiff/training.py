@@ -255,15 +255,23 @@ class Validation:
     ----------
     be : Backend
     net : Network
-    x0, labels : array
-        The rows in the network's range, and their classes or None.
+    x0 : array
+        The rows in the network's range.
+    asked : pair of array
+        Their classes and their covariates, or None.
     schedule : Schedule
     draws : TrainingDraws
         With the targets, the terms of the loss, and the seed.
     """
 
     def __init__(
-        self, be: Backend, net: Network, x0: Array, labels: Array | None, schedule: Schedule, draws: TrainingDraws
+        self,
+        be: Backend,
+        net: Network,
+        x0: Array,
+        asked: tuple[Array | None, Array | None],
+        schedule: Schedule,
+        draws: TrainingDraws,
     ) -> None:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
@@ -272,12 +280,14 @@ class Validation:
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
         target = (of_noise * eps + of_data * x0).astype(x.dtype)
         terms = None if draws.terms is None else draws.terms[t]
-        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms)
+        labels, covariates = asked
+        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms, covariates)
 
     def loss(self, average: Array) -> float:
         """Return the loss of these weights."""
-        x, t, target, labels, terms = self.batch
-        out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
+        x, t, target, labels, terms, covariates = self.batch
+        options: dict[str, Any] = {"covariates": covariates, "backend": self.be, "flat": average}
+        out = self.be.to_numpy(self.net.predict(x, t, labels, **options))
         return squared_error(out, target, terms)[0]
 
     def look(self, model: Counted, average: Array) -> float | None:

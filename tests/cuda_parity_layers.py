@@ -310,13 +310,17 @@ def drawn_batches(be, size):
         tables = np.random.default_rng(2).normal(size=(4, T))
         draws = TrainingDraws(normals(1, rows, *shape), *tables, 2**63 + 5, labels, number % 2 == 1)
         at = 2**32 - 1 - number, (0, 17)[number % 2]
-        want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1)]
+        covariates = np.random.default_rng(4).normal(size=(rows, number + 1)).astype(np.float32)
+        draws = draws._replace(covariates=covariates, drop=(0.0, 0.5, 1.0)[number % 3], classes=9)
+        want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1), None]
+        want.append(unfilled(n, 1, 1, number + 1))
         NUMPY.draw_batch(draws, Batch(*want), *at)
         for given in (be.asarray(labels, np.int64), None):
-            got = [be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            got = [None if array is None else be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            there = draws._replace(data=be.asarray(draws.data), labels=given, covariates=be.asarray(covariates))
             if given is None:
-                got[3] = None
-            be.draw_batch(draws._replace(data=be.asarray(draws.data), labels=given), Batch(*got), *at)
+                got[3] = got[5] = None
+            be.draw_batch(there, Batch(*got), *at)
             for array, wanted in zip(got, want, strict=True):
                 if array is not None:
                     assert_same_bits(be.to_numpy(array), wanted)

@@ -308,7 +308,7 @@ def test_validation_is_the_loss_of_the_average_on_fixed_noise(backend, kind, pre
 
 
 def test_a_fraction_holds_out_the_same_rows_and_they_are_not_trained_on():
-    rows, labels, (held, of_held), _ = split(CURVES, None, 0.3, None, None, 4, get_backend("numpy"))
+    rows, labels, (held, of_held), *_ = split(CURVES, None, 0.3, None, None, 4, get_backend("numpy"))
     assert labels is None
     assert of_held is None
     assert (len(rows), len(held)) == (28, 12)

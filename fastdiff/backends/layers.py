@@ -58,6 +58,7 @@ class Batch(NamedTuple):
     labels : (n,) int64 array or None
     terms : (n, columns) array or None
         As of `LayerBackend.squared_error`; they are not drawn.
+    covariates : (n, columns) array or None
     """
 
     x: Array
@@ -65,6 +66,7 @@ class Batch(NamedTuple):
     target: Array
     labels: Array | None = None
     terms: Array | None = None
+    covariates: Array | None = None
 
 
 class Recording(Protocol):

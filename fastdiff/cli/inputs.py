@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import DataWarning, FastdiffError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,13 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
     )
     table.add_argument(
         "--columns", type=_words, action="extend", metavar="NAME,...", help="read these columns only; 3-20 is a run"
+    )
+    table.add_argument(
+        "--covariates",
+        type=_words,
+        action="extend",
+        metavar="NAME,...",
+        help="these columns are no values of the curves, but numbers that samples can be asked for",
     )
     table.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal sign (default: the point)")
     table.add_argument(
@@ -103,14 +111,42 @@ def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
     """What was said about the file of curves, as arguments of `load_curves`."""
-    return {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
+    given = {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
+    return given | {"drop": [*args.drop, *(args.covariates or ())]}
+
+
+def covariates(args: argparse.Namespace, model: Diffusion | None) -> npt.NDArray[np.float32] | None:
+    """The columns of a table that are covariates, (N, k), in the order in which they were named."""
+    import numpy as np
+
+    from fastdiff.data import load_curves
+
+    known = None if model is None or model.net is None else model.net.covariates
+    if not args.covariates:
+        if known is not None:
+            assert model is not None
+            names = model.covariate_names or [f"{known} columns"]
+            raise FastdiffError(f"--covariates is wanted: the model is asked for {', '.join(names)}")
+        return None
+    if known is None and model is not None:
+        raise FastdiffError("--covariates: this model has none")
+    if known not in (None, len(args.covariates)):
+        raise FastdiffError(f"--covariates: {len(args.covariates)} columns, where the model has {known}")
+    options = reading(args) | {"index": None, "drop": ()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # they are not taken for values of curves
+        columns = [load_curves(args.data, **options | {"columns": name}) for name in args.covariates]
+    for name, column in zip(args.covariates, columns, strict=True):
+        if column.shape[1] != 1:
+            raise FastdiffError(f"--covariates: {name} is {column.shape[1]} columns, name one after the other")
+    return np.hstack(columns)
 
 
 def table_options(args: argparse.Namespace) -> list[str]:
     """What was said about the file of curves, as it was said."""
     header = [] if args.header is None else ["--header" if args.header else "--no-header"]
     index = [] if args.index is None else ["--index", args.index]
-    lists = [("--drop", args.drop), ("--columns", args.columns)]
+    lists = [("--drop", args.drop), ("--columns", args.columns), ("--covariates", args.covariates)]
     signs = [] if args.decimal == "." else ["--decimal", args.decimal]
     signs += [] if args.delimiter is None else ["--delimiter", args.delimiter]
     return [*header, *index, *(word for name, some in lists if some for word in (name, ",".join(some))), *signs]

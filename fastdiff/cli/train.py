@@ -14,6 +14,7 @@ from fastdiff.cli.inputs import (
     add_picture_options,
     add_table_options,
     check_picture,
+    covariates,
     describe_pictures,
     picture_options,
     table_options,
@@ -116,6 +117,12 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="at the end measure samples against held-out rows (default: unless --steps is below 1000)",
     )
+    train.add_argument(
+        "--label-drop",
+        type=float,
+        metavar="SHARE",
+        help="how often a label or covariates are left out, for sample --guidance (default 0.1 where there are any)",
+    )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     add_table_options(train)
     add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
@@ -213,6 +220,7 @@ def run(args: argparse.Namespace) -> int:
         check_picture(_snapshot(output, 0))
     model = _resumed(args) if args.resume else None
     data, labels, names = training_data(args, model)
+    numbers = covariates(args, model) if data.ndim == 2 else None
     if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
         raise FastdiffError(
             f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
@@ -220,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if model is None:
         model = _new_model(args, data.shape[1:], None if names is None else len(names))
-        model.class_names = names
+        model.class_names, model.covariate_names = names, args.covariates
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
     what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data)
@@ -235,6 +243,8 @@ def run(args: argparse.Namespace) -> int:
             model.fit(
                 data,
                 labels,
+                covariates=numbers,
+                label_drop=args.label_drop,
                 steps=steps,
                 batch=batch,
                 **plan,
@@ -417,6 +427,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         ("--batch", args.batch, None),
         ("--accumulate", args.accumulate, 1),
         ("--validation", args.validation, None),
+        ("--label-drop", args.label_drop, None),
         ("--snapshots", args.snapshots, None),
         ("--patience", args.patience, None),
         ("--log", args.log, None),

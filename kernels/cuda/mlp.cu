@@ -103,6 +103,14 @@ FD_KERNEL mlp_add_part(real *y, const real *part, const real *x, const real *res
     }
 }
 
+// rows (n, width) += the rows of the time table that belong to the timesteps.
+FD_KERNEL mlp_add_times(real *rows, const real *table, const int64 *t, int64 n, int64 width) {
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        const int64 i = walk.row * width + walk.item;
+        rows[i] = table[t[walk.row] * width + walk.item] + rows[i];
+    }
+}
+
 // ------------------------------------------------------------------------------------------- the time table
 
 // table (T, width) = features (T, F) W (F, width) + bias.
@@ -257,6 +265,28 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
             target[row * d + j] = target_noise * z[k] + target_data * x0[j];
         }
         if (q == 0) t[row] = s;
+    }
+}
+
+// What is asked of the rows of a training step, asked (n, classes + columns): 1 in the column of the class, then the
+// covariates. labels (N,) are null where there are no classes; words of stream DROP below `limit` leave out the one and
+// the other.
+FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *asked, int64 n, int64 N, int64 classes,
+                         int64 columns, uint64 limit, uint32 step, const uint32 *step_at, RoundKeys keys) {
+    const int64 width = classes + columns;
+    if (step_at) step = *step_at;
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        const int64 row = walk.row, j = walk.item;
+        const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
+        const int64 from = (int64)((data_word * (uint64)N) >> 32);
+        const Words drop = fd_words(row, 0, step, FD_STREAM_DROP, keys);
+        real value = 0;
+        if (j < classes) {
+            if (drop.w0 >= limit && labels[from] == j) value = 1;
+        } else if (drop.w1 >= limit) {
+            value = covariates[from * columns + j - classes];
+        }
+        asked[row * width + j] = value;
     }
 }
 

@@ -199,13 +199,16 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 
 // A part of a training batch of pictures: positions first_row .. first_row + n - 1 of a step, as mlp_draw_batch draws
 // it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side.
-// `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this.
+// `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this. So may `covariates`
+// (N, columns) and `asked`, which takes those of the batch. Words of stream DROP below `limit` make a label `classes`, the
+// null class, and covariates zeros.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
-                     int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen, int64 n, int64 size,
-                     int64 width, int64 channels, int64 N, int64 T, uint64 first_row, uint32 step,
-                     const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
+                     int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen,
+                     const real *__restrict__ covariates, real *__restrict__ asked, int64 n, int64 size, int64 width,
+                     int64 channels, int64 columns, int64 classes, uint64 limit, int64 N, int64 T, uint64 first_row,
+                     uint32 step, const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
     if (step_at) step = *step_at;
     const int64 quarter = (size + 3) / 4;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
@@ -228,7 +231,12 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
         }
         if (walk.item == 0) {
             t[walk.row] = s;
-            if (chosen) chosen[walk.row] = labels[from];
+            Words drop = {0, 0, 0, 0};
+            if (limit) drop = fd_words(row, 0, step, FD_STREAM_DROP, keys);
+            if (chosen) chosen[walk.row] = drop.w0 < limit ? classes : labels[from];
+            for (int64 j = 0; j < columns; j++) {
+                asked[walk.row * columns + j] = drop.w1 < limit ? 0 : covariates[from * columns + j];
+            }
         }
     }
 }

@@ -85,6 +85,17 @@ def embedding_backward(drows: Array, t: Array, rows: int) -> Array:
     return dtable
 
 
+def guided(asked: Array, unasked: Array, weight: float, rescale: float = 0.0) -> Array:
+    """Classifier-free guidance, u + w (c - u), (n, d) each (Ho and Salimans 2022); see `Backend.guide`."""
+    out = asked - unasked
+    out *= out.dtype.type(weight)
+    out += unasked
+    if rescale:
+        wide, narrow = (np.std(array, axis=1, keepdims=True) for array in (out, asked))
+        out *= rescale * narrow / np.where(wide > 0, wide, 1) + out.dtype.type(1 - rescale)
+    return out
+
+
 def squared_error(y: Array, target: Array, terms: Array | None = None) -> tuple[float, Array]:
     """Return the mean of (y - target)^2 over all entries, NaN of none, and its gradient dy = 2 (y - target) / size.
 
