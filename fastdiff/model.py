@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, split
+from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, series, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
@@ -46,24 +46,25 @@ log = logging.getLogger("fastdiff")
 
 
 class Diffusion:
-    """A diffusion model of curves or pictures.
+    """A diffusion model of curves, series of several channels, or pictures.
 
     Parameters
     ----------
     net : MLP or UNet, optional
-        The network; by default one that fits the data, made at the first `fit`: an `MLP` for curves, a `UNet` for
-        pictures (`fastdiff.defaults` has the rules).
+        The network; by default one that fits the data, made at the first `fit`: an `MLP` for curves and series, a
+        `UNet` for pictures (`fastdiff.defaults` has the rules).
     schedule : Schedule, optional
-        The noise levels; by default ``Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)`` for curves (100 without a
-        base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
+        The noise levels; by default ``Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)`` for curves and series (100
+        without a base) and ``Schedule.cosine(200)`` for pictures, or what fits net.T.
     prediction : {"v", "noise", "x0", "velocity"}, optional
         What the network learns to predict; by default v = signal noise - noise x0 (Salimans and Ho 2022), the velocity
         noise - x0 for a flow, or what a network that was read from a file predicts. An error of the noise counts
         1 / signal times in the sample, 14 times at the end of the source text's schedule; a schedule that ends in noise
         alone (a flow, or zero terminal SNR) refuses that prediction.
-    scale : {"auto", "all", "column"}, optional
-        What has a mean and a deviation of its own inside: all values of the curves together, or each column; "auto"
-        scales each column where their deviations differ by more than a factor of 10. Pictures have a `data_range`.
+    scale : {"auto", "all", "column", "channel"}, optional
+        What has a mean and a deviation of its own inside: all values together, each column of curves, or each channel
+        of series. "auto" scales each channel, and each column where their deviations differ by more than a factor of
+        10. Pictures have a `data_range`.
     base : {"auto", "gaussian", None}, optional
         "gaussian": the network starts from the best linear denoiser of the curves and learns what is not Gaussian in
         them (see `fastdiff.base`). "auto" does so where the network is chosen from the data; for perceptrons only.
@@ -90,8 +91,8 @@ class Diffusion:
     report_ : dict or None
         What the last judgement measured of the samples, after the step named "step": see
         `fastdiff.judgement.Report`.
-    class_names : list of str or None
-        What the classes are called; for the reader only, and saved with the model.
+    class_names, channel_names : list of str or None
+        What the classes, and the channels of series, are called; for the reader only, and saved with the model.
 
     Examples
     --------
@@ -125,7 +126,8 @@ class Diffusion:
         if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
             raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
-            wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
+            alone = len(net.shape) == 1
+            wants = f"one of {net.shape[0]} values, as the network has" if alone else "None for series and pictures"
             raise ArgumentError("noise_shape", repr(noise_shape), wants)
         if net is not None and net.outputs != net.image[2] and not net.learned_variance:
             wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
@@ -148,10 +150,8 @@ class Diffusion:
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
         if net is not None and base == "gaussian" and not net.has_linear:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
-        if scale == "channel":
-            raise ArgumentError("scale", "'channel'", "'auto', 'all' or 'column': curves have one channel")
-        if scale == "column" and noise_shape is not None:
-            raise ArgumentError("scale", "'column'", "'all' or 'auto' with a noise_shape: it has the scales")
+        if scale in ("column", "channel") and noise_shape is not None:
+            raise ArgumentError("scale", repr(scale), "'all' or 'auto' with a noise_shape: it has the scales")
         self.seed = check_seed(seed)
         self._own_net = net is None
         self._forget()
@@ -164,6 +164,8 @@ class Diffusion:
         self._average: npt.NDArray[Any] | None = None
         self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
         self.class_names: list[str] | None = None
+        self.channel_names: list[str] | None = None
+        self._frame: series.Frame | None = None  # how frames are made that are like those of the data
         self.report_: dict[str, Any] | None = None
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
@@ -212,8 +214,8 @@ class Diffusion:
 
         Parameters
         ----------
-        X : (N, points) or (N, height, width, channels) array
-            Curves, or pictures.
+        X : (N, points), (N, points, channels) or (N, height, width, channels) array
+            Curves, series, or pictures.
         y : (N,) int array, optional
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made for pictures has as many
             as y needs.
@@ -265,6 +267,7 @@ class Diffusion:
             Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
         """
         be = get_backend(self.backend)
+        X, names, frame = series.taken(X)
         before = TrainingPlan() if self._optimizer is None else self._optimizer.plan
         plan = before.changed(
             lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
@@ -287,10 +290,13 @@ class Diffusion:
         kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
         accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
-        if flip and X.ndim == 2:
-            raise ArgumentError("flip", repr(flip), "False for curves")
+        if flip and X.ndim < 4:
+            raise ArgumentError("flip", repr(flip), f"False for {'curves' if X.ndim == 2 else 'series'}")
 
+        if self.normaliser is None and names is not None and X.ndim == 3:
+            self.channel_names = names
         self._prepare(parts, classes, plan, data_range)
+        self._frame = frame or self._frame
         net, schedule, normaliser = self._fitted()
         assert self._optimizer is not None and self._average is not None  # noqa: PT018
         by_rule = steps is None
@@ -322,8 +328,10 @@ class Diffusion:
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
             validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
-        if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
-            watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
+        if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4:
+            watch = judgement.Watch(
+                be.to_numpy(data).reshape(len(rows), -1), partial(self._drawn_inside, be), self.step, self.end_step
+            )
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
         options: dict[str, Any] = {"validation": validation, "watch": watch, "progress": progress, "callback": callback}
@@ -337,7 +345,7 @@ class Diffusion:
         net, _, _ = self._fitted()
         denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), self.prediction, be)
         drawn = sampling.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
-        return be.to_numpy(drawn)
+        return be.to_numpy(drawn).reshape(len(drawn), -1)
 
     def evaluate(
         self, X: Any, y: Any = None, *, training: Any = None, samples: int | None = None, seed: int | None = None
@@ -418,7 +426,8 @@ class Diffusion:
     def _prepare(self, parts: Split, classes: int | None, plan: TrainingPlan, data_range: Any) -> None:
         """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
         X = parts.rows
-        normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape)
+        names = self.channel_names
+        normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape, names)
         if self.normaliser is not None:
             return
         if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
@@ -427,8 +436,9 @@ class Diffusion:
                 "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
             )
             warnings.warn(words + hint, DataWarning, stacklevel=3)
-        if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
-            check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
+        if X.ndim < 4 and getattr(self.net, "dtype", None) != np.float64:
+            scales = "all" if self.noise_shape is None and self.scale == "all" else "column"
+            check_carried(X.reshape(-1, X.shape[-1]), scales, "column" if X.ndim == 2 else "channel")
         net, schedule = defaults.network_and_schedule(
             self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
         )
@@ -437,7 +447,7 @@ class Diffusion:
         self._gaussian = None
         if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
             normaliser = normaliser.centred(X)
-            self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64))
+            self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
             net.set_linear(self._gaussian.linear(schedule, self.prediction))
         self.schedule, self.net = schedule, net
         zeros = net.layout.zeros
@@ -500,13 +510,14 @@ class Diffusion:
         ema: bool = True,
         trajectory: bool = False,
         round: bool = False,  # noqa: A002 - what it is called everywhere
+        as_frame: bool = False,
         batch: int | None = None,
         progress: bool = False,
         given: Given | None = None,
         method: str = "auto",
         return_evidence: bool = False,
     ) -> Any:
-        """Draw new curves or pictures.
+        """Draw new curves, series or pictures.
 
         Parameters
         ----------
@@ -533,6 +544,10 @@ class Diffusion:
             Also return the states of all steps.
         round : bool, optional
             Round the samples to whole numbers, for data that are; those of bytes always are.
+        as_frame : bool, optional
+            Return a frame as the data were, of pandas, polars or xarray: with the same columns, of series after a
+            column "sample", and with the clock that goes on after the recording's end. Of a model that was fitted on
+            one, in this process: files do not hold frames.
         batch : int, optional
             At most this many at once.
         progress : bool, optional
@@ -547,7 +562,7 @@ class Diffusion:
 
         Returns
         -------
-        x : (n, points) or (n, height, width, channels) float32
+        x : (n, points), (n, points, channels) or (n, height, width, channels) float32
             In the range of the data; uint8, rounded, for a model of bytes. (n, N, ...) for N observations; what is
             known without noise is to the bit what was given, in a dtype that holds it.
         path : (steps + 1, n, ...) float32, if `trajectory`
@@ -560,7 +575,10 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        _, schedule, normaliser = self._fitted()
+        net, schedule, normaliser = self._fitted()
+        if as_frame and (self._frame is None or trajectory or given is not None):
+            wants = "a model fitted on a frame, or on windows of one, in this process; no trajectory, nothing given"
+            raise ArgumentError("as_frame", "True", wants)
         known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
             if known is not None and method in ("repaint", "smc") and sampler == "auto":
@@ -581,7 +599,7 @@ class Diffusion:
         result = sampling.sample(
             self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
-            given=None if known is None else inside(known, *normaliser.affine()), method=method,
+            given=None if known is None else inside(known, *normaliser.affine(net.shape)), method=method,
             return_evidence=return_evidence,
         )  # fmt: skip
         x, other = result if trajectory or return_evidence else (result, None)
@@ -593,11 +611,17 @@ class Diffusion:
         drawn = drawn.round() if round else drawn
         if known is not None:
             drawn = put_exact(drawn, known)
+        if as_frame:
+            return self._as_frame(be.to_numpy(drawn))
         if trajectory:
             return drawn, normaliser.invert(other, be)
         if known is None or not return_evidence:
             return drawn
-        return drawn, other - log_units(known, normaliser.affine()[0])
+        return drawn, other - log_units(known, normaliser.affine(net.shape)[0])
+
+    def _as_frame(self, drawn: npt.NDArray[Any]) -> Any:
+        assert self._frame is not None
+        return self._frame.samples(drawn) if drawn.ndim == 3 else self._frame.rows(drawn)
 
     def impute(
         self,
@@ -680,7 +704,7 @@ class Diffusion:
 
         Parameters
         ----------
-        X : (N, points) or (N, height, width, channels) array
+        X : (N, points), (N, points, channels) or (N, height, width, channels) array
         y : (N,) int array, optional
             Their labels, for a network that has classes: the density is that given the class.
         method : {"table", "denoising"}, optional
@@ -736,7 +760,7 @@ class Diffusion:
         net, _, normaliser = self._fitted()
         X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
         normaliser.check("X", X)
-        return normaliser.apply(X, net.dtype), y, normaliser.log_det(int(np.prod(X.shape[1:])))
+        return normaliser.apply(X, net.dtype), y, normaliser.log_det(X.shape[1:])
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
         """Write a checkpoint; the file appears whole or not at all.
@@ -764,7 +788,8 @@ class Diffusion:
             net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
             base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
             history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
-            data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
+            data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
+            arithmetic=self._arithmetic,
         ).write(path)  # fmt: skip
 
     def __repr__(self) -> str:
@@ -802,5 +827,5 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     model._average, model._optimizer, model.history = saved.average, saved.optimizer, saved.history
     model.step, model.ema_updates, model._arithmetic = saved.step, saved.ema_updates, saved.arithmetic
     model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
-    model.class_names = saved.class_names
+    model.class_names, model.channel_names = saved.class_names, saved.channel_names
     return model

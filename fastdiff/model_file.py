@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Saved:
     data: list[int] | None
     report: dict[str, Any] | None
     class_names: list[str] | None
+    channel_names: list[str] | None
     arithmetic: int
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -97,11 +99,12 @@ class Saved:
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "arithmetic": self.arithmetic,
+            "channel_names": self.channel_names, "arithmetic": self.arithmetic,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
+        features += ["series"] if len(net.shape) == 2 else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
         try:
             stored = json.loads(json.dumps(header, allow_nan=False))
@@ -132,7 +135,7 @@ class Saved:
         noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
         base = None
         if "base" in header.get("features", ()):
-            base = GaussianBase.from_arrays(tensors, net.shape[0])
+            base = GaussianBase.from_arrays(tensors, math.prod(net.shape))
             prediction = check_choice("prediction", header["prediction"], PREDICTIONS)
             net.set_linear(base.linear(schedule, prediction))  # before the weights: of zeros it changes some
         held_out, data, report = _habits(header)
@@ -154,7 +157,8 @@ class Saved:
             held_out=held_out,
             data=data,
             report=report,
-            class_names=_class_names(header, net.classes),
+            class_names=_names(header, "class_names", net.classes),
+            channel_names=_names(header, "channel_names", net.shape[-1] if len(net.shape) == 2 else None),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
         )
 
@@ -195,12 +199,12 @@ def _history(tensors: Tensors) -> dict[str, list[Any]]:
     return history
 
 
-def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:
-    names = header.get("class_names")
+def _names(header: dict[str, Any], key: str, count: int | None) -> list[str] | None:
+    names = header.get(key)
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
+        raise ArgumentError(key, repr(names), f"a list of {count or 0} names, or null")
     return names
 
 

@@ -187,8 +187,8 @@ def plan_by_rule(
 
     `parameters` are those of the network, `rank` is that of its base; `decay` says that the plan's is not to change.
     """
-    if len(shape) == 2:
-        steps = defaults.curve_steps(*shape, batch, parameters, rank)
+    if len(shape) < 4:
+        steps = defaults.curve_steps(shape[0], math.prod(shape[1:]), batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
     if not decay:

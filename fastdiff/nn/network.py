@@ -293,7 +293,7 @@ class Network(ABC):
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
         image = (*self.image[:2], self.outputs)
-        of_output = self.shape if len(self.shape) == 1 and self.outputs == 1 else image
+        of_output = image[3 - len(self.shape) :] if len(self.shape) > 1 else self.shape if self.outputs == 1 else image
         if given is None:
             result = be.empty((n, *image), self.dtype)
             self.runner(be, weights).fill(result, x, steps, labels)
