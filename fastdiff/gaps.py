@@ -1,13 +1,14 @@
 """Rows with missing values, to learn from: the Gaussian that fits what is there, and draws of what is not.
 
 The Gaussian is the maximum of the likelihood of the values that are there (EM, Dempster et al. 1977), with the
-Ledoit-Wolf shrinkage of `fastdiff.base` in every step, so that few rows do not make it too sure. Where values are missing
-at random (whether one is missing may depend on those that are there) it tends to the law of whole rows.
+Ledoit-Wolf shrinkage of `fastdiff.base` in every step, so that few rows do not make it too sure. Where values are
+missing at random (whether one is missing may depend on those that are there) it tends to the law of whole rows.
 
-A network learns from rows whose missing values are drawn from that Gaussian given the others of the row. A state x_t of
-such a row is distributed as it is in sampling, up to what is not Gaussian in the missing values, and these are no part
-of the loss. Of every row there are several copies, drawn anew: the missing values of copy k are made of normals of stream
-DATA, step ``4 + k``, row of the data, by the noise law. That is done on the host, so it is the same for all backends.
+A network learns from rows whose missing values are drawn from that Gaussian given the others of the row. A state x_t
+of such a row is distributed as it is in sampling, up to what is not Gaussian in the missing values, and these are no
+part of the loss. Of every row there are several copies, drawn anew: the missing values of copy k are made of normals
+of stream DATA, step ``4 + k``, row of the data, by the noise law, on the host and so the same for all backends. Row i
+of copy k is row ``k N + i`` for stream BATCH. Rows held out have one copy, of step 20.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +28,11 @@ from fastdiff.noise import Draw, Stream, fill_normal
 log = logging.getLogger("fastdiff")
 
 Array = npt.NDArray[np.float64]
+Index = npt.NDArray[Any]
 
 FIRST_STEP = 4  # of stream DATA: before it there are made data, and rows that are held out
 MOST_COPIES, MOST_VALUES = 16, 1 << 22  # of a row; of all copies together
-ITERATIONS, CLOSE = 40, 1e-4  # of EM; relative change of the covariance
+ITERATIONS, CLOSE = 30, 1e-3  # of EM; relative change of the covariance
 SETTLED = 4  # steps after which the shrinkage stays
 MOST_WORK = 2e11  # operations of EM
 BLOCK_VALUES = 1 << 21  # of covariances at once
@@ -96,7 +99,7 @@ class Gaps:
         cov[np.diag_indices(d)] += share * np.trace(S) / d
         return replace(self, mean=mean, cov=cov, shrinkage=share)
 
-    def _conditionals(self, rows: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+    def _conditionals(self, rows: Array) -> Iterator[tuple[Index, Array, Array, Index]]:
         """Yield parts of the rows: their numbers, means given what is there, covariances, and whose each row has.
 
         Rows and columns of a covariance are 0 where the value is there.
@@ -120,14 +123,26 @@ class Gaps:
             mean = self.mean + np.einsum("nij,nj->ni", gain[of_row], off)
             yield some, np.where(gone[of_row], mean, rows[some]), cov, of_row
 
-    def filled(self, copies: int, rows: Array | None = None) -> Array:
-        """Return so many copies (copies, N, d) of rows, by default those that were fitted, with missing values drawn."""
+    def centred(self, centre: Array | None) -> Gaps:
+        """Return it for rows of which this is taken away."""
+        if centre is None:
+            return self
+        flat = centre.reshape(-1)
+        return replace(self, rows=self.rows - flat, mean=self.mean - flat)
+
+    @property
+    def share(self) -> float:
+        """How much of the rows is there."""
+        return 1 - float(np.isnan(self.rows).mean())
+
+    def filled(self, copies: int, rows: Array | None = None, first: int = 0) -> Array:
+        """Return copies (copies, N, d) of rows, by default those that were fitted, with missing values drawn."""
         rows = self.rows if rows is None else rows
         n, d = rows.shape
         whole = np.empty((copies, n, d))
         normals = np.empty((copies, n, d))
         for copy in range(copies):
-            fill_normal(normals[copy], Draw(self.seed, Stream.DATA, FIRST_STEP + copy))
+            fill_normal(normals[copy], Draw(self.seed, Stream.DATA, FIRST_STEP + first + copy))
         for some, mean, cov, of_row in self._conditionals(rows):
             root = np.linalg.cholesky(cov + (JITTER * np.trace(self.cov) / d) * np.eye(d))
             drawn = mean + np.einsum("nij,knj->kni", root[of_row], normals[:, some])
@@ -144,7 +159,7 @@ class Gaps:
         return data.reshape(copies * n, 2, d)
 
 
-def check_gaps(X: npt.NDArray[np.generic], what: str) -> None:
+def check_gaps(X: npt.NDArray[Any], what: str) -> None:
     """Say how much is missing of rows (N, ...), and refuse what nothing can be learned of.
 
     Raises
@@ -153,7 +168,8 @@ def check_gaps(X: npt.NDArray[np.generic], what: str) -> None:
         A row, a channel or a point in time without any value.
     """
     missing = np.isnan(X)
-    log.info("%.2f %% of the values are missing, in %d of %d rows", 100 * missing.mean(), _in_rows(missing).any(1).sum(), len(X))
+    some = _in_rows(missing).any(axis=1).sum()
+    log.info("%.2f %% of the values are missing, in %d of %d rows", 100 * missing.mean(), some, len(X))
     of_rows = _in_rows(missing).all(axis=1)
     if of_rows.any():
         row = int(np.flatnonzero(of_rows)[0])

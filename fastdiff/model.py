@@ -29,6 +29,7 @@ from fastdiff.errors import (
     check_seed,
     is_on_device,
 )
+from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
 from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
@@ -214,8 +215,10 @@ class Diffusion:
 
         Parameters
         ----------
-        X : (N, points), (N, points, channels) or (N, height, width, channels) array
-            Curves, series, or pictures.
+        X : (N, points), (N, points, channels) or (N, height, width, channels) array, a frame, or windows of one
+            Curves, series, or pictures. Values of curves and series may be missing (NaN): then the loss is that of the
+            others, and the network is given draws in their place: see `fastdiff.gaps`. Of a frame (pandas, polars,
+            xarray) each row is a curve; `fastdiff.data.windows` makes series of a recording.
         y : (N,) int array, optional
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made for pictures has as many
             as y needs.
@@ -284,7 +287,9 @@ class Diffusion:
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        X, y, classes = split.checked(X, y, self.net, self.noise_shape, be)
+        X, y, classes = split.checked(X, y, self.net, self.noise_shape, be, missing=True)
+        if X.dtype.kind == "f" and np.isnan(X).any():
+            check_gaps(X, "X")
         parts = split.split(X, y, validation, classes, self._held_out, self.seed, be)
         rows, labels = parts.rows, parts.labels
         kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
@@ -295,7 +300,7 @@ class Diffusion:
 
         if self.normaliser is None and names is not None and X.ndim == 3:
             self.channel_names = names
-        self._prepare(parts, classes, plan, data_range)
+        gaps = self._prepare(parts, classes, plan, data_range)
         self._frame = frame or self._frame
         net, schedule, normaliser = self._fitted()
         assert self._optimizer is not None and self._average is not None  # noqa: PT018
@@ -320,25 +325,43 @@ class Diffusion:
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
-        data = be.asarray(normaliser.apply(rows, net.dtype), net.dtype)
+        inner = normaliser.apply(rows, net.dtype) if gaps is None else gaps.training_data()
+        data = be.asarray(inner, net.dtype)
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
         terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
-        draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
-        validation = watch = None
+        if gaps is not None:  # the loss is that of what is there
+            terms = (np.ones((schedule.T, 1)) if terms is None else terms) / gaps.share
+            rows = self._whole(gaps.filled(1)[0], rows.shape)
+        repeats = len(data) // len(rows)  # copies of rows with gaps
+        drawn_labels = labels if labels is None or repeats == 1 else np.tile(labels, repeats)
+        draws = TrainingDraws(data, *tables, self.seed, drawn_labels, bool(flip), terms, masked=gaps is not None)
+        validation, watch, unseen = None, None, parts.unseen
         if parts.held_out is not None:
-            x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
+            x0, hidden = normaliser.apply(parts.held_out[0], net.dtype), None
+            if gaps is not None:
+                hidden = np.where(np.isnan(x0), np.nan, 0.0)
+                flat = normaliser.apply(parts.held_out[0], np.float64).reshape(len(x0), -1)
+                x0 = gaps.filled(1, flat, first=MOST_COPIES)[0].reshape(x0.shape)
+                unseen = self._whole(x0, x0.shape)
+            validation = Validation(be, net, x0.astype(net.dtype), parts.held_out[1], schedule, draws, hidden)
         if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4:
+            learned = be.to_numpy(data) if gaps is None else normaliser.apply(rows, net.dtype)
             watch = judgement.Watch(
-                be.to_numpy(data).reshape(len(rows), -1), partial(self._drawn_inside, be), self.step, self.end_step
+                learned.reshape(len(rows), -1), partial(self._drawn_inside, be), self.step, self.end_step
             )
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
         options: dict[str, Any] = {"validation": validation, "watch": watch, "progress": progress, "callback": callback}
         train(trainer, self, optimizer.plan, **options)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
-            self._judge(rows, labels, parts.unseen, show=progress)
+            self._judge(rows, labels, unseen, show=progress)
         return self
+
+    def _whole(self, inner: npt.NDArray[np.float64], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Rows whose missing values were drawn, in the data's units."""
+        assert self.normaliser is not None
+        whole: npt.NDArray[np.float64] = self.normaliser.invert(inner.reshape(shape).copy(), get_backend("numpy"))
+        return whole
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Samples of some weights of the network, in its own range."""
@@ -423,13 +446,25 @@ class Diffusion:
         complaint = f"{'; '.join(found)}: {remedy}" if found else None
         return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
 
-    def _prepare(self, parts: Split, classes: int | None, plan: TrainingPlan, data_range: Any) -> None:
-        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it."""
-        X = parts.rows
+    def _prepare(self, parts: Split, classes: int | None, plan: TrainingPlan, data_range: Any) -> Gaps | None:
+        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it.
+
+        Of rows with missing values return what is known of these.
+        """
+        X, gaps = parts.rows, None
+        missing = X.dtype.kind == "f" and bool(np.isnan(X).any())
+        if missing:
+            check_gaps(X, "X, but for the rows held out")
+            if self.noise_shape is not None or (self.net is not None and self.net.learned_variance):
+                what = "a noise_shape" if self.noise_shape is not None else "a learned variance"
+                raise ArgumentError("X", f"missing values, with {what}", "rows without any")
         names = self.channel_names
         normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape, names)
+        if missing:  # of rows without a centre: the same in later fits, when there is one
+            plain = replace(normaliser, centre=None).apply(X, np.float64)
+            gaps = Gaps.of(plain.reshape(len(X), -1), self.seed)
         if self.normaliser is not None:
-            return
+            return None if gaps is None else gaps.centred(normaliser.centre)
         if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
             words = f"X of shape {X.shape} is taken for pictures of {X.shape[1]} x {X.shape[2]} pixels in {X.shape[3]} "
             hint = (
@@ -438,7 +473,8 @@ class Diffusion:
             warnings.warn(words + hint, DataWarning, stacklevel=3)
         if X.ndim < 4 and getattr(self.net, "dtype", None) != np.float64:
             scales = "all" if self.noise_shape is None and self.scale == "all" else "column"
-            check_carried(X.reshape(-1, X.shape[-1]), scales, "column" if X.ndim == 2 else "channel")
+            there = np.where(np.isnan(X), np.nanmean(X, axis=0), X) if missing else X
+            check_carried(there.reshape(-1, X.shape[-1]), scales, "column" if X.ndim == 2 else "channel")
         net, schedule = defaults.network_and_schedule(
             self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
         )
@@ -446,8 +482,13 @@ class Diffusion:
             raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
         self._gaussian = None
         if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
-            normaliser = normaliser.centred(X)
-            self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
+            if gaps is None:
+                normaliser = normaliser.centred(X)
+                self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
+            else:
+                normaliser = replace(normaliser, centre=gaps.mean.reshape(X.shape[1:]))
+                gaps = gaps.centred(normaliser.centre)
+                self._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
             net.set_linear(self._gaussian.linear(schedule, self.prediction))
         self.schedule, self.net = schedule, net
         zeros = net.layout.zeros
@@ -455,6 +496,7 @@ class Diffusion:
         self._average = net.flat.copy()
         self.normaliser = normaliser
         self._held_out = parts.rule
+        return gaps
 
     def _use_this_arithmetic(self) -> None:
         """Say once that a file was trained with other bits than those that follow."""

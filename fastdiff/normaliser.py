@@ -71,7 +71,7 @@ class Normaliser:
 
     @classmethod
     def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
-        """Return the normaliser of rows (N, d).
+        """Return the normaliser of rows (N, d), of the values that are not missing (NaN).
 
         "auto" takes columns whose deviations differ by more than a factor of 10, or are below a hundredth of that of
         all values (as their means differ), for quantities of different units, and scales each by itself, unless the
@@ -84,7 +84,9 @@ class Normaliser:
         if largest == 0:
             return cls(0.0, 1.0, noise_shape)
         scaled = X / largest  # squares of huge values would overflow
-        centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
+        missing = bool(np.isnan(largest) or np.isnan(np.min(scaled)))
+        mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+        centre, spread = float(mean_of(scaled, dtype=np.float64)), float(std_of(scaled, dtype=np.float64))
         if scale != "all":
             mean, std = _column_moments(X)
             varied = std[std > 0]
@@ -97,11 +99,11 @@ class Normaliser:
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
-            equal = (X[0] == X).all(axis=0)
+            equal = std == 0 if missing else (X[0] == X).all(axis=0)
             if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
                 log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
                 others = cls.of(X[:, ~equal])
-                return cls(np.where(equal, X[0], others.mean), np.where(equal, 0.0, others.std))
+                return cls(np.where(equal, mean if missing else X[0], others.mean), np.where(equal, 0.0, others.std))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
 
     @classmethod
@@ -282,8 +284,12 @@ class Normaliser:
 
 
 def greatest(X: npt.NDArray[Any], axis: int | None = None) -> Any:
-    """Return max |x|, of everything or along an axis, in float64: |x| of the least integer of a type is not in it."""
-    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in (np.min, np.max))
+    """Return max |x|, of everything or along an axis, in float64: |x| of the least integer of a type is not in it.
+
+    Values that are missing (NaN) do not count.
+    """
+    ends = (np.nanmin, np.nanmax) if X.dtype.kind == "f" and np.isnan(np.min(X)) else (np.min, np.max)
+    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in ends)
     largest = np.maximum(-low, high)
     return float(largest) if axis is None else largest
 
@@ -358,9 +364,13 @@ def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.N
     """Mean and deviation (d,) of every column, 0 where it is constant but for rounding."""
     largest = np.asarray(greatest(X, axis=0))
     scaled = X / np.where(largest == 0, 1.0, largest)
-    mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
+    missing = X.dtype.kind == "f" and bool(np.isnan(np.min(scaled)))
+    mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+    mean, std = mean_of(scaled, axis=0, dtype=np.float64), std_of(scaled, axis=0, dtype=np.float64)
     constant = std < np.finfo(np.float32).eps  # which samples could not show
-    return np.where(constant, X[0], mean * largest), np.where(constant, 0.0, std * largest)
+    return np.where(constant, mean * largest if missing else X[0], mean * largest), np.where(
+        constant, 0.0, std * largest
+    )
 
 
 def settled(

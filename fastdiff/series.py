@@ -17,16 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import tables
 from fastdiff.errors import ArgumentError, DataError, check_array, check_choice, check_int, is_on_device
 from fastdiff.files import check_ending, load_npy, naming, writing
 
 log = logging.getLogger("fastdiff")
+
+if TYPE_CHECKING:
+    from fastdiff.tables import Asked
 
 Values = npt.NDArray[Any]
 
@@ -578,6 +580,8 @@ def _parquet(path: Path) -> dict[str, Any]:
 
 
 def _csv(path: Path, index: Any = None, drop: Any = (), columns: Any = None, **reading: Any) -> Columns:
+    from fastdiff import tables
+
     asked = tables.Asked(
         index=[] if index is None else [index], drop=list(drop), columns=columns, missing=True, **reading
     )
@@ -599,7 +603,7 @@ def _csv(path: Path, index: Any = None, drop: Any = (), columns: Any = None, **r
     return Columns(found | dict(zip(names, table.values.T, strict=True)), clock)
 
 
-def _first_cells(path: Path, asked: tables.Asked) -> list[str]:
+def _first_cells(path: Path, asked: Asked) -> list[str]:
     """The first cells of a few lines after the first one."""
     between = r"[;\t,|]" if asked.delimiter is None else re.escape(asked.delimiter)
     with path.open(encoding="utf-8-sig", errors="replace") as file:

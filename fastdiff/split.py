@@ -37,9 +37,12 @@ class Split(NamedTuple):
 
 
 def checked(
-    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend
+    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend, *, missing: bool = False
 ) -> tuple[Rows, Rows | None, int | None]:
-    """Return data and labels on the host, and how many classes the network has or is to have."""
+    """Return data and labels on the host, and how many classes the network has or is to have.
+
+    With `missing` values of curves and series may be NaN.
+    """
     given = check_array("X", _on_host(be, X), finite=False)
     if net is not None:
         shape: tuple[int | None, ...] = net.shape
@@ -54,7 +57,10 @@ def checked(
     if given.ndim == 3 and len(shape) == 1:
         wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
         raise ArgumentError("X", f"shape {given.shape}", wants)
-    given = check_array("X", given, shape=(None, *shape))
+    given = check_array("X", given, shape=(None, *shape), finite=not missing or len(shape) == 3)
+    if given.dtype.kind == "f" and np.isinf(given).any():
+        at = tuple(int(i) for i in np.argwhere(np.isinf(given))[0])
+        raise ArgumentError("X", f"{given[at]} at index {at}", "finite values, or NaN where they are missing")
     if given.size == 0:
         what = KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")

@@ -190,6 +190,9 @@ class TrainingDraws(NamedTuple):
 
     `terms` (T, columns) says what a row's loss is made of at its timestep: see `LayerBackend.squared_error`. None: its
     squared error.
+
+    Where values are missing the data are `masked`, (N, 2, ...): a row is x0, and what is added to its target, 0 or, of
+    a value that has not been seen, NaN. A target of NaN has no error.
     """
 
     data: Array
@@ -201,6 +204,7 @@ class TrainingDraws(NamedTuple):
     labels: Array | None = None
     flip: bool = False
     terms: npt.NDArray[np.float64] | None = None
+    masked: bool = False
 
 
 class TrainState(NamedTuple):

@@ -276,5 +276,6 @@ class MLPRunner(Runner):
         self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
-        draws = draws._replace(data=self._rows(draws.data))
+        lead = (len(draws.data), 2) if draws.masked else (len(draws.data),)
+        draws = draws._replace(data=draws.data.reshape(*lead, self.net.points))
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

@@ -395,7 +395,8 @@ class ProgramRunner(Runner):
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
         terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
-        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels, terms=terms)
+        lead = (-1, 2) if draws.masked else (-1,)
+        draws = draws._replace(data=draws.data.reshape(*lead, *self.net.image), labels=labels, terms=terms)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)
         return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)

@@ -334,8 +334,9 @@ class LayerOperations(ConvOperations):
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         args = (
-            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4], n, size, width, channels,
-            len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
+            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4], n, size,
+            size * (1 + draws.masked), width, channels, len(draws.data), len(draws.signal), first, step,
+            self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 
