@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, series, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
-from fastdiff.conditioning import inside, log_units, put_exact
+from fastdiff.conditioning import DRAWS, inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
     DataWarning,
@@ -38,12 +38,24 @@ from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
 from fastdiff.observations import Given, Known, Observations, observations
 from fastdiff.progress import say
+from fastdiff.recordings import (
+    BLOCK_VALUES,
+    Step,
+    blocks_of,
+    check_quantiles,
+    filled,
+    forecast_plan,
+    steps_of,
+    summary,
+)
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
 from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
 
 log = logging.getLogger("fastdiff")
+
+LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
 
 
 class Diffusion:
@@ -670,6 +682,7 @@ class Diffusion:
         X: Any,
         draws: int = 100,
         *,
+        quantiles: Any = None,
         method: str = "auto",
         sampler: str | Sampler = "auto",
         steps: int | None = None,
@@ -683,10 +696,13 @@ class Diffusion:
 
         Parameters
         ----------
-        X : (N, ...) array
-            With NaN where nothing is known; what is known is taken as exact.
+        X : (N, ...) array, a recording (time,) or (time, channels), or a frame
+            With NaN where nothing is known; what is known is taken as exact. A recording is filled in window by window
+            from left to right, each given what the same draw has finished: see `fastdiff.recordings`.
         draws : int, optional
             How many of each row.
+        quantiles : float or sequence of float, optional
+            Return these quantiles of the draws instead, without holding all of them at once.
         method, sampler, steps, seed, ema, progress
             As for `sample`.
         labels : int or (N,) int array, optional
@@ -696,8 +712,11 @@ class Diffusion:
 
         Returns
         -------
-        (draws, N, ...) array
-            In a dtype that holds what was given, to the bit. Rows where nothing is missing are repeated.
+        (draws, N, ...) or (draws, time, ...) array
+            In a dtype that holds what was given, to the bit. Rows where nothing is missing are repeated. With
+            `quantiles` these instead of the draws, in float64.
+        list of frames, or dict of float to frame
+            Of a frame: copies of it, filled in, a list of draws or, with `quantiles`, one for each of them.
 
         Raises
         ------
@@ -707,22 +726,200 @@ class Diffusion:
             The model has not been trained.
         """
         net, _, _ = self._fitted()
-        draws, seen = check_int("draws", draws, low=1), Known(X)
+        draws, levels = check_int("draws", draws, low=1), check_quantiles(quantiles)
+        options: dict[str, Any] = {
+            "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
+        }  # fmt: skip
+        X, frame, whole = self._asked("X", X)
+        if whole:
+            points, T = len(X), net.shape[0]
+            padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
+            padded[0, :points] = X
+            parts = self._filled(padded, draws, steps_of(padded.shape[1], T), labels, first_draw, options)
+            found = summary(parts, levels, axis=2)[:, 0, :points]
+            return found if frame is None else _answers([frame.filled(_columns(one)) for one in found], levels)
+        seen = Known(X)
         if seen.values.shape[1:] != net.shape:
             raise ArgumentError("X", f"shape {seen.values.shape}", f"rows of shape {net.shape}: (N, ...)")
         known = observations(seen, net.shape)
         values = known.known[0][0]
         missing = np.flatnonzero(np.isnan(values).any(axis=1))
-        dtype = np.result_type(np.float32, known.dtype)
-        out = np.empty((draws, len(values), *net.shape), dtype)
+        dtype = np.dtype(np.float64) if levels else np.result_type(np.float32, known.dtype)
+        out = np.empty((len(levels or range(draws)), len(values), *net.shape), dtype)
         out[...] = values.astype(dtype).reshape(len(values), *net.shape)
-        if len(missing):
-            out[:, missing] = self.sample(
-                draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[missing],
-                sampler=sampler, steps=steps, seed=seed, first_sample=first_draw, ema=ema, progress=progress,
-                given=known.some(missing), method=method,
+        at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (draws * values.shape[1]))
+        for start in range(0, len(missing), max(1, at_once)):
+            some = missing[start : start + at_once]
+            drawn = self.sample(
+                draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[some],
+                first_sample=first_draw, given=known.some(some), **options,
             )  # fmt: skip
-        return out
+            out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
+        return out if frame is None else _answers([frame.filled(one) for one in out], levels)
+
+    def forecast(
+        self,
+        past: Any,
+        horizon: int,
+        draws: int = 100,
+        *,
+        quantiles: Any = None,
+        method: str = "auto",
+        sampler: str | Sampler = "auto",
+        steps: int | None = None,
+        labels: Any = None,
+        seed: int | None = None,
+        first_draw: int = 0,
+        ema: bool = True,
+        progress: bool = False,
+    ) -> Any:
+        """Draw what comes after the past, many times: the end of a window given its beginning.
+
+        Where past and horizon together are longer than a window it rolls on: each draw goes on from what it has drawn,
+        half a window at a time.
+
+        Parameters
+        ----------
+        past : (N, rows, ...) array, a recording (time,) or (time, channels), or a frame
+            NaN where nothing is known. N pasts have no more rows than a window; of a recording the last ones are used.
+        horizon : int
+            How many rows.
+        draws, quantiles, method, sampler, steps, labels, seed, first_draw, ema, progress
+            As for `impute`.
+
+        Returns
+        -------
+        (draws, N, horizon, ...) or (draws, horizon, ...) array
+            With `quantiles` these instead of the draws.
+        list of frames, or dict of float to frame
+            Of a frame: with its columns, and its clock that goes on.
+
+        Raises
+        ------
+        ArgumentError, TrainingError
+            As for `impute`; a horizon below 1, or a past without rows or longer than a window.
+        """
+        net, _, _ = self._fitted()
+        T = net.shape[0]
+        if len(net.shape) > 2:
+            raise ArgumentError("past", "a model of pictures", "a model of curves or series")
+        draws, levels = check_int("draws", draws, low=1), check_quantiles(quantiles)
+        horizon = check_int("horizon", horizon, low=1)
+        options: dict[str, Any] = {
+            "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
+        }  # fmt: skip
+        past, frame, whole = self._asked("past", past)
+        seen = check_array("past", past, finite=False, dtype=np.float64)
+        seen = seen[None] if whole else seen
+        if seen.ndim != len(net.shape) + 1 or seen.shape[2:] != net.shape[1:] or not seen.shape[1]:
+            wants = ("rows", *net.shape[1:]) if whole else ("N", "rows", *net.shape[1:])
+            raise ArgumentError("past", f"shape {seen.shape[whole:]}", f"shape ({', '.join(map(str, wants))})")
+        if np.isinf(seen).any():
+            raise ArgumentError("past", "infinite values", "finite values, or NaN where nothing is known")
+        rows = seen.shape[1]
+        if rows > T and not whole:
+            raise ArgumentError("past", f"{rows} rows", f"at most {T}, as a window has: past[:, -{T}:]")
+        first, windows = forecast_plan(rows, horizon, T)
+        if first > 0:
+            log.info("forecast: the last %d of %d rows are used", rows - first, rows)
+        laid = np.full((len(seen), windows[-1].start + T, *net.shape[1:]), np.nan)
+        laid[:, max(0, -first) : rows - first] = seen[:, max(0, first) :]
+        parts = self._filled(laid, draws, windows, labels, first_draw, options)
+        found = summary(parts, levels, axis=2)[:, :, rows - first : rows - first + horizon]
+        if frame is not None:
+            return _answers([frame.later(_columns(one)) for one in found[:, 0]], levels)
+        return found[:, 0] if whole else found
+
+    def anomaly(self, X: Any, *, block: int | None = None, draws: int = 32, **options: Any) -> Any:
+        """Return how strange each value is, given all that is not in its block.
+
+        The values of a block of rows are drawn given the others; with mean m and deviation s of the draws a value x has
+        (x - m)^2 / (2 s^2), in nats: half on average where the model is right. A recording is looked at in windows that
+        overlap, of which the middle counts.
+
+        Parameters
+        ----------
+        X : (N, ...) array, a recording (time,) or (time, channels), or a frame
+            NaN where nothing is known: there the result is NaN.
+        block : int, optional
+            Rows of a block; by default an eighth of a window.
+        draws : int, optional
+        **options
+            As for `impute`.
+
+        Returns
+        -------
+        array like X, float64, or a frame
+        """
+        net, _, _ = self._fitted()
+        T = net.shape[0]
+        block = max(1, T // 8) if block is None else check_int("block", block, low=1, high=T)
+        draws = check_int("draws", draws, low=2)
+        X, frame, whole = self._asked("X", X)
+        values = check_array("X", X, finite=False, dtype=np.float64)
+        windows = steps_of(len(values), T) if whole and len(values) >= T else []
+        if whole and not windows:
+            raise ArgumentError("X", f"{len(values)} rows", f"at least {T}, as a window has")
+        rows = np.stack([values[step.start : step.start + T] for step in windows]) if whole else values
+        found = np.full(rows.shape, np.nan)
+        least = (
+            LEAST_DEVIATION * np.broadcast_to(self.normaliser.std, net.shape) if self.normaliser is not None else 0.0
+        )
+        for part in blocks_of(T, block):
+            holed = rows.copy()
+            holed[:, part] = np.nan
+            drawn = self.impute(holed, draws, **options)[:, :, part]
+            m, s = drawn.mean(axis=0), np.maximum(drawn.std(axis=0, ddof=1), np.asarray(least)[part])
+            found[:, part] = ((rows[:, part] - m) / s) ** 2 / 2
+        if not whole:
+            return found if frame is None else frame.filled(found)
+        out, done = np.full(values.shape, np.nan), 0
+        for step, one in zip(windows, found, strict=True):
+            out[done : step.finished] = one[done - step.start : step.finished - step.start]
+            done = step.finished
+        return out if frame is None else frame.filled(_columns(out))
+
+    def _asked(self, argument: str, X: Any) -> tuple[Any, series.Frame | None, bool]:
+        """Return what a question is about as an array, the frame that it was, and whether it is one recording."""
+        net, _, _ = self._fitted()
+        if isinstance(X, series.Windows):
+            return X.values, None, False
+        if not series.is_frame(X):
+            return X, None, np.ndim(X) == len(net.shape) < 3
+        frame = series.Frame.of(X, argument)
+        columns = frame.values.shape[1]
+        if len(net.shape) == 1:
+            if columns not in (1, net.shape[0]):
+                raise ArgumentError(
+                    argument, f"{columns} columns", f"curves of {net.shape[0]} columns, or one of values"
+                )
+            return (frame.values, frame, False) if columns > 1 else (frame.values[:, 0], frame, True)
+        if columns != net.shape[-1] or (self.channel_names is not None and frame.names != self.channel_names):
+            wants = f"the {net.shape[-1]} of the model" + (f": {self.channel_names}" if self.channel_names else "")
+            raise ArgumentError(argument, f"the columns {frame.names}", wants)
+        return frame.values, frame, True
+
+    def _filled(
+        self,
+        seen: npt.NDArray[np.float64],
+        draws: int,
+        windows: list[Step],
+        labels: Any,
+        first_draw: int,
+        options: dict[str, Any],
+    ) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+        """Yield what has been drawn of recordings: see `fastdiff.recordings.filled`."""
+        net, _, _ = self._fitted()
+        first_draw = check_int("first_draw", first_draw, low=0, high=DRAWS - draws)
+
+        def drawn(known: Observations, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+            chosen = labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[rows]
+            got: npt.NDArray[Any] = get_backend(self.backend).to_numpy(
+                self.sample(1, labels=chosen, given=known, **options)
+            )
+            return got[0]
+
+        return filled(seen, net.shape, draws, drawn, windows, first_draw)
 
     def _observations(self, given: Given) -> Observations:
         """What is known of samples, in the units of the data."""
@@ -836,6 +1033,16 @@ class Diffusion:
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
+
+
+def _columns(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A recording as columns."""
+    return values if values.ndim == 2 else values[:, None]
+
+
+def _answers(frames: list[Any], levels: list[float] | None) -> Any:
+    """Frames of draws as a list, of quantiles under their levels."""
+    return frames if levels is None else dict(zip(levels, frames, strict=True))
 
 
 def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Diffusion:

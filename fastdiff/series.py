@@ -689,3 +689,35 @@ def save_series(path: str | os.PathLike[str], X: Values, names: Sequence[str] | 
     called = list(names or [f"channel {k + 1}" for k in range(channels)])
     table: dict[str, Any] = {"sample": np.repeat(np.arange(n), points), "step": np.tile(np.arange(points), n)}
     save_recording(path, Columns(table | {name: X[..., k].reshape(-1) for k, name in enumerate(called)}))
+
+
+def save_answers(
+    path: str | os.PathLike[str],
+    values: Values,
+    frame: Frame | None,
+    levels: Sequence[float] | None,
+    names: Sequence[str] | None,
+    *,
+    later: bool = True,
+) -> None:
+    """Write draws (draws, rows, ...) of a recording, or its quantiles, which are then columns side by side.
+
+    `later`: rows after those of the frame, instead of these.
+    """
+    if check_ending(path, ENDINGS) == ".npy":
+        with writing(path) as file:
+            np.lib.format.write_array(file, values, allow_pickle=False)
+        return
+    values = values.reshape(*values.shape[:2], -1)
+    count, rows, channels = values.shape
+    called = (None if frame is None else frame.names) or names or [f"channel {k + 1}" for k in range(channels)]
+    table: dict[str, Any] = {}
+    if frame is not None and frame.clock is not None and not (later and _is_text(frame.clock)):
+        table[frame.clock_name] = np.asarray(frame.times(rows) if later else frame.clock)
+    if levels is None:
+        table = {"draw": np.repeat(np.arange(count), rows)} | {k: np.tile(v, count) for k, v in table.items()}
+        table |= {name: values[:, :, k].reshape(-1) for k, name in enumerate(called)}
+    else:
+        for k, name in enumerate(called):
+            table |= {f"{name} {level:g}": values[q, :, k] for q, level in enumerate(levels)}
+    save_recording(path, Columns(table))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_CHANNELS = 8  # that are drawn
+BANDS = (0.025, 0.25, 0.5, 0.75, 0.975)  # quantiles that are drawn where none are named
 
 
 def series(
