@@ -52,14 +52,17 @@ def add(commands: Any) -> None:
         "train",
         "learn the curves of a file, or the pictures of a folder",
         "Learns the curves of a .csv file (one curve a line, all of one length) or an\n"
-        ".npy file (one array, curves x points), or the pictures of a folder, which it\n"
-        "brings to one small size (or, with --size, those of an .npy file of bytes).\n"
+        ".npy file (one array, curves x points); series of several channels, those of an\n"
+        ".npy file (series x points x channels) or windows of a recording (.csv, .parquet);\n"
+        "or the pictures of a folder, which it brings to one small size (or, with --size,\n"
+        "those of an .npy file of bytes).\n"
         "Ctrl-C saves what was learned so far and says how to continue.",
         "examples:\n"
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
         "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
         "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
+        "  fastdiff train weather.csv -o m.safetensors --window 48 --stride 12\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
         "\n"
@@ -163,8 +166,8 @@ def add(commands: Any) -> None:
     )
     model.add_argument(
         "--scale",
-        choices=("auto", "all", "column"),
-        help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
+        choices=("auto", "all", "column", "channel"),
+        help="what has a mean and a deviation of its own (default auto: channels; columns of curves that differ a lot)",
     )
     model.add_argument(
         "--schedule",
@@ -201,6 +204,7 @@ def _widths(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     from fastdiff.callbacks import FileLogger
     from fastdiff.files import check_writable
+    from fastdiff.series import described
 
     output: str | None = args.output or args.resume
     if output is None:
@@ -221,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     model = _resumed(args) if args.resume else None
     data, labels, names = training_data(args, model)
     numbers = covariates(args, model) if data.ndim == 2 else None
-    if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+    if model is None and data.ndim < 4 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
         raise FastdiffError(
             f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
             f"{FEWEST_ROWS}"
@@ -231,7 +235,8 @@ def run(args: argparse.Namespace) -> int:
         model.class_names, model.covariate_names = names, args.covariates
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
-    what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data)
+    what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data) if data.ndim == 4 else ""
+    what = what or described(data.shape[1:], getattr(data, "names", None))
     note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
     plan = {name: getattr(args, name) for name in PLAN if hasattr(args, name)}
@@ -285,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(failure))
     if stopped and done > 0 and model.step < model.end_step:
         # Training that was looked after by the rule goes on by it: so many steps more would not be.
-        rest = None if steps is None and data.ndim == 2 else model.end_step - model.step
+        rest = None if steps is None and data.ndim < 4 else model.end_step - model.step
         note(f"continue with: {_continuation(args, output, rest)}")
     return INTERRUPTED if stopped else 0
 
@@ -352,7 +357,7 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         raise FastdiffError("--learned-variance is for pictures: a perceptron has one output for each point")
     elif args.network == "tutorial":
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
-        net = fd.MLP.tutorial(shape[0], T=schedule.T)
+        net = fd.MLP.tutorial(shape if len(shape) == 2 else shape[0], T=schedule.T)
     scale = args.scale or "auto"
     return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
 
