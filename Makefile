@@ -119,7 +119,7 @@ readme-numbers: $(VENV)/.installed-plot
 
 # The documentation site: docs/_build/html/index.html. GALLERY=0: the examples are shown, and not run.
 docs: $(VENV)/.installed-docs
-	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -j auto docs docs/_build/html
+	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -E docs docs/_build/html
 
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python

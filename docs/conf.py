@@ -44,6 +44,7 @@ autodoc_typehints = "none"  # the docstrings say the types
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 autodoc_default_options = {"members": True, "inherited-members": True}
+suppress_warnings = ["ref.ref"]  # labels of scikit-learn's own site, in what estimators inherit
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -56,6 +57,8 @@ ROOMS = {
     "fastdiff.likelihood": "How likely: the variational bound, and log densities.",
     "fastdiff.covariance": "Similarity, scatter, spectra, reshaping, shrinkage.",
     "fastdiff.metrics": "How good samples and forecasts are.",
+    "fastdiff.sklearn": "Estimators of scikit-learn: a density, and an imputer.",
+    "fastdiff.callbacks": "What may look on while a model is trained.",
     "fastdiff.data": "Curves, tables and pictures: made, read and written.",
     "fastdiff.nn": "Networks, and what makes one.",
     "fastdiff.plots": "Figures.",
@@ -67,11 +70,8 @@ def public(module):
     """The names that a reader may use: those of __all__, else the classes of the module, which errors has."""
     if names := getattr(module, "__all__", None):
         return [name for name in names if not inspect.ismodule(getattr(module, name))]
-    return [
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__ and inspect.isclass(value)
-    ]
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    return [name for name, value in own.items() if inspect.isclass(value) and not name.startswith("_")]
 
 
 def write_reference():
