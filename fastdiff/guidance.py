@@ -65,8 +65,9 @@ class Guided:
 
     Examples
     --------
-    >>> new = fd.sample(fd.Guided(model.denoiser(), 2.0), table, n=16, labels=3)  # model.sample(labels=3, guidance=2.0)
-    >>> strong = fd.Guided(of_class, 3.0, of_all)  # two exact denoisers
+    >>> schedule = fd.Schedule.cosine(100)
+    >>> of_class, of_all = (fd.denoisers.Gaussian(np.zeros(2), v * np.eye(2), schedule) for v in (1.0, 2.0))
+    >>> new = fd.sample(fd.Guided(of_class, 3.0, of_all), fd.samplers.ddim(schedule, 50), n=16)
     """
 
     def __init__(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tolerances import assert_close, assert_same_bits
 import fastdiff as fd
 from fastdiff import checkpoint, noise
 from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.cli import main
 from fastdiff.denoiser import Asked, asked_on, checked_asked
 from fastdiff.denoisers import Gaussian, exact_chain
 from fastdiff.errors import ArgumentError, CheckpointError, QualityWarning
@@ -492,6 +496,47 @@ def test_a_product_is_the_same_in_every_prediction(prediction):
     assert_close(other.predict(x, t), want, terms=10)
     A, offset = other.affine(prediction, t)
     assert_close(x @ A.T + offset, want, terms=10, dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------------------- where users meet it
+
+
+def test_covariates_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = np.column_stack([np.arange(60), LABELS, CURVES])
+    np.savetxt("t.csv", table, "%.6g", ",", header="age,size," + ",".join(f"v{k}" for k in range(12)), comments="")
+    train = ["train", "t.csv", "--steps", "2", "--batch", "8", "--quiet", "--covariates", "age,size"]
+    assert main([*train, "-o", "m.safetensors"]) == 0
+    model = fd.load("m.safetensors")
+    assert (model.net.points, model.net.covariates, model.covariate_names) == (12, 2, ["age", "size"])
+    by_hand = fd.Diffusion(seed=0).fit(CURVES, covariates=table[:, :2], steps=2, batch=8, progress=False)
+    assert_close(model.net.flat, by_hand.net.flat, terms=5000)  # its curves are rounded
+    sample = ["sample", "m.safetensors", "-n", "3", "-o", "new.csv", "--quiet", "--guidance", "2", "--covariates"]
+    for asked in ("30,1", "size=1,age=30", "asked.csv"):
+        np.savetxt("asked.csv", [[30, 1]] * 3, "%g", ",")
+        assert main([*sample, asked]) == 0
+        drawn = fd.data.load_curves("new.csv")
+        assert_close(drawn, model.sample(3, covariates=[30.0, 1.0], guidance=2.0), terms=1000)
+    capsys.readouterr()
+    for words, told in (
+        ([*sample, "30"], "1 numbers, where the model has 2"),
+        ([*sample, "age=30,weight=1"], "'weight=1'"),
+        ([*sample, "30,none"], "'none'"),
+        (["train", "t.csv", "--resume", "m.safetensors", "--steps", "1"], "--covariates is wanted"),
+        (["score", "m.safetensors", "t.csv", "-o", "s.csv"], "--covariates is wanted"),
+    ):
+        assert main(words) == 1
+        assert told in capsys.readouterr().err
+    assert main(["train", "t.csv", "--resume", "m.safetensors", *train[2:]]) == 0
+
+
+def test_the_example_draws_its_picture(tmp_path, capsys):
+    example = Path(__file__).parents[1] / "examples" / "guidance.py"
+    runpy.run_path(str(example))["main"](["-o", str(tmp_path), "-n", "100", "--steps", "40"])
+    printed = capsys.readouterr().out
+    upper = [float(share) for share in re.findall(r"g = \d: ([\d.]+)", printed)]
+    assert upper[1] < upper[2] < upper[3]
+    assert [path.name for path in tmp_path.iterdir()] == ["guidance.png"]
 
 
 # ------------------------------------------------------------------------------------------- what is asked is drawn

@@ -311,8 +311,8 @@ def _apply_columns(rows, d, state, out, m1, m2, m3, row, keep, first, step, stre
 
 
 @kernel
-def _modulate_activate_asked(lanes, rows, layer, arena, params, table, at, room):
-    """`_modulate_activate_columns` where the first `rows` of so many lanes have what is asked times W in `room`."""
+def _modulate_activate_asked(lanes, layer, arena, params, table, at, room):
+    """`_modulate_activate_columns` where `room` (time_width, lanes) has what is asked times W."""
     n, column = layer[OUTPUTS], layer[COLUMN]
     for j in range(n):
         y = arena[layer[Y] + j * lanes : layer[Y] + (j + 1) * lanes]
@@ -322,14 +322,10 @@ def _modulate_activate_asked(lanes, rows, layer, arena, params, table, at, room)
                 y[i] = y[i] + bias
             continue
         gain, shift = table[at + column + j], table[at + column + n + j]
-        gains = room[(column + j) * rows : (column + j + 1) * rows]
-        shifts = room[(column + n + j) * rows : (column + n + j + 1) * rows]
-        for i in range(rows):
+        gains = room[(column + j) * lanes : (column + j + 1) * lanes]
+        shifts = room[(column + n + j) * lanes : (column + n + j + 1) * lanes]
+        for i in range(lanes):
             v = (ONE + (gain + gains[i])) * (y[i] + bias) + (shift + shifts[i])
-            y[i] = v * sigmoid(v)
-        gain, shift = ONE + (gain + ZERO), shift + ZERO
-        for i in range(rows, lanes):
-            v = gain * (y[i] + bias) + shift
             y[i] = v * sigmoid(v)
 
 
@@ -355,9 +351,18 @@ def asked_chain_range(
         for i in range(rows):
             for j in range(d):
                 held[j * rows + i] = x[(begin + i) * d + j]
-            for j in range(columns):
-                turned[j * rows + i] = values[(begin + i) * columns + j]
-        gemm(room, 0, rows, params, weight, 1, width, turned, 0, rows, width, rows, columns, False)
+        # Of lanes with their neighbours that are not asked, and alone.
+        double = 2 * rows if len(weights) > 0 else 0
+        alone, beside = room[: rows * width], room[rows * width : (rows + double) * width]
+        for lanes in (rows, double):
+            for j in range(columns if lanes > 0 else 0):
+                for i in range(rows):
+                    turned[j * lanes + i] = values[(begin + i) * columns + j]
+                for i in range(rows, lanes):
+                    turned[j * lanes + i] = ZERO
+            if lanes > 0:
+                to = alone if lanes == rows else beside
+                gemm(to, 0, lanes, params, weight, 1, width, turned, 0, lanes, width, lanes, columns, False)
         state = held[: d * rows]
         _forget(memory[:depth], d * rows)
         first = first_row + np.uint64(begin)
@@ -378,7 +383,8 @@ def asked_chain_range(
                         arena, layer[Y], lanes, params, layer[WEIGHT], 1, outputs, arena, layer[X], lanes,
                         outputs, lanes, inputs, False,
                     )  # fmt: skip
-                    _modulate_activate_asked(lanes, rows, layer, arena, params, table, slots[t] * width, room)
+                    asked_here = beside if both else alone
+                    _modulate_activate_asked(lanes, layer, arena, params, table, slots[t] * width, asked_here)
                 y = layers[-1, Y]
                 if len(linear[0]) > 0:
                     _linear_part_columns(lanes, d, arena, layers[0, X], y, len(slots), t, linear)
