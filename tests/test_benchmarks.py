@@ -84,6 +84,8 @@ SIZES = {
     "layer-norm-back-64x1024x128": (64, (1, 1024, 128)),
     "gelu-64x1024x256": (64, (1, 1024, 256)),
     "chain-memory-tutorial-1000": (1000, (50,)),
+    "chain-given-tutorial-1000": (1000, (50,)),
+    "chain-given-tutorial-100000": (100_000, (50,)),
 }
 
 

@@ -20,6 +20,7 @@ from fastdiff.backends import (
     MLPPlan,
     Row,
     TimeMode,
+    Told,
     Training,
     TrainingDraws,
     TrainState,
@@ -238,12 +239,25 @@ class MLPRunner(Runner):
     def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
         self.be.mlp_forward(self.net.plan, self.weights, x, t, y.reshape(x.shape))
 
-    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+    def _room(self, x: Array) -> tuple[Array, Array]:
         if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
             self._output = self.be.empty(x.shape, x.dtype), self.be.empty((len(x),), np.int64)
-        out, steps = self._output
+        return self._output
+
+    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        out, steps = self._room(x)
         steps[...] = t
         return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out)
+
+    def pulled(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> tuple[Array, Array]:
+        if x.dtype != self.net.dtype:
+            return super().pulled(x, t, cotangent, labels)
+        out, _ = self._room(x)
+
+        def fill(dx: Array, x: Array, t: Array, dy: Array, labels: Array) -> None:
+            self.be.mlp_vjp(self.net.plan, self.weights, x, t, dy, dx, out)
+
+        return out, self._product("vjp", fill, x, t, cotangent, labels)
 
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
         self.be.mlp_vjp(self.net.plan, self.weights, x, t, dy, dx)
@@ -255,6 +269,9 @@ class MLPRunner(Runner):
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:
         self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw)
+
+    def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
+        return self.be.mlp_chain_told(self.net.plan, self.weights, x, rows, draw, told)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

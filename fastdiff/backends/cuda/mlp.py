@@ -26,6 +26,7 @@ from fastdiff.backends.protocol import (
     LinearPart,
     MLPPlan,
     Row,
+    Told,
     Training,
     TrainingDraws,
     TrainState,
@@ -301,6 +302,11 @@ class MLPOperations(LayerOperations, RecordingOperations):
                 self.mlp_forward(plan, params, x, t, out)
             self.sampler_step(x, out if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        return False
+
     def mlp_gradient(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
     ) -> tuple[float, Array]:
@@ -314,14 +320,25 @@ class MLPOperations(LayerOperations, RecordingOperations):
             self._gradient(net, params, x, t, target, grads, dx)
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
-        self._products(plan, params, x, t, dy, dx, backward=True)
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, y: Array | None = None
+    ) -> None:
+        self._products(plan, params, x, t, dy, dx, backward=True, y=y)
 
     def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
         self._products(plan, params, x, t, dx, dy, backward=False)
 
     def _products(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        given: Array,
+        out: Array,
+        *,
+        backward: bool,
+        y: Array | None = None,
     ) -> None:
         """`mlp_vjp` or `mlp_jvp`, layer by layer; the forward pass runs once for all vectors."""
         if given.size == 0:
@@ -332,6 +349,9 @@ class MLPOperations(LayerOperations, RecordingOperations):
             net.grow(n)
             table = self._time_table(net, params)
             inputs = self._kept(net, params, table, x, t)
+            if y is not None:
+                self.runtime.copy(y, inputs[-1])
+                self._add_part(net, x, y, t, net.room)
             vectors, results = (array.reshape(-1, n, array.shape[-1]) for array in (given, out))
             for i in range(len(vectors)):
                 here, vector, result = vectors[i], vectors[i], results[i]

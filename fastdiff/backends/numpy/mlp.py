@@ -22,7 +22,7 @@ from fastdiff.backends.numpy.functions import (
     squared_error,
 )
 from fastdiff.backends.numpy.step import StepOperations
-from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
@@ -53,9 +53,13 @@ class MLPOperations(StepOperations):
             dx = _mlp_backward(plan, params, dy, t, saved, grads)
             return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, y: Array | None = None
+    ) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dx = ((1 + gain) act'(v) dy) W^T."""
-        _, saved = _mlp_forward(plan, params, x, t)
+        output, saved = _mlp_forward(plan, params, x, t)
+        if y is not None:
+            y[...] = output
         d = dy
         steps = list(zip(plan.layers, _weights(plan, params), saved, strict=False))
         for layer, (w, _), (_, _, v, gain) in reversed(steps):
@@ -90,6 +94,12 @@ class MLPOperations(StepOperations):
         for row in rows:
             out = self.mlp_forward(plan, params, x, np.full(len(x), row.t)) if row.evaluates else None
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
+
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        """Not in one piece: `fastdiff.conditioning` has the formulas."""
+        return False
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
