@@ -229,7 +229,8 @@ class Guided(Evaluator):
         if self.method == "pigdm" and not self.dense:
             log.info("pigdm: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
         if self.method == "smc" and not self.dense:
-            raise ArgumentError("given", f"{self.rows.m} values", f"at most {MOST_DENSE} values for 'smc'")
+            wants = f"at most {MOST_DENSE} values for 'smc', whose weights take the determinant of a dense matrix"
+            raise ArgumentError("given", f"{self.rows.m} values", wants)
         self._told = self._as_told()
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
@@ -259,6 +260,10 @@ class Guided(Evaluator):
     ) -> None:
         if self._told is None or labels is not None or not self.inner.run_told(x, rows, draw, self._told):
             super().run_table(x, rows, clip, draw, labels)
+
+    def whole(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> bool:
+        """Whether the backend runs a table in one piece."""
+        return self._told is not None and self.inner.run_told(x[:0], rows, draw, self._told)
 
     def _as_told(self) -> Told | None:
         """All of it as a backend takes it that runs the chain in one piece."""
@@ -311,7 +316,7 @@ class Guided(Evaluator):
             slope = np.einsum("jnd,nj->nd", back, solved)
             twist = self._log_normal(rest, solved, np.linalg.slogdet(R)[1], which)
         for weight in self.known.weights:
-            twist = twist + weight.log_weights(mean.reshape(-1, *self.shape))
+            twist = twist + weight.log_weights(mean.reshape(-1, *self.shape), self._where(t))
         slope = slope + self._of_weights(x, t, labels, mean)
         return twist, plain + self.be.asarray(self.gain[t] / self.q[t] * slope, x.dtype)
 
@@ -321,7 +326,7 @@ class Guided(Evaluator):
         rest = self.rows.y[which] - self.rows.times(x0, which)
         total = self._log_normal(rest, rest / variance, np.log(variance).sum(axis=1), which)
         for weight in self.known.weights:
-            total = total + weight.log_weights(x0.reshape(-1, *self.shape))
+            total = total + weight.log_weights(x0.reshape(-1, *self.shape), " at the end")
         return total
 
     def _plain(self, x: Array, t: int, labels: Array) -> Array:
@@ -333,6 +338,10 @@ class Guided(Evaluator):
     def _least(self, t: int) -> float:
         """What singular values of a covariance given x_t are to be trusted from."""
         return max(LEAST * float(self.power[t]), TINY)
+
+    @staticmethod
+    def _where(t: int) -> str:
+        return f" of the batch, in the row at t = {t}"
 
     def _blind(self, t: int) -> bool:
         """Whether the state says nothing of x0, or the output nothing of the mean of x0."""
@@ -346,7 +355,7 @@ class Guided(Evaluator):
     def _of_weights(self, x: Array, t: int, labels: Array, mean: Float64) -> Float64:
         slope = np.zeros_like(mean)
         for weight in self.known.weights:
-            gradient = weight.gradients(mean.reshape(-1, *self.shape)).reshape(mean.shape)
+            gradient = weight.gradients(mean.reshape(-1, *self.shape), self._where(t)).reshape(mean.shape)
             slope += self._back(x, t, labels, gradient)
         return slope
 
@@ -570,7 +579,18 @@ class Plan:
         return np.concatenate([particles.run(x[part], draw, labels) for part, draw, labels in parts])
 
     def finished(self, x: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given."""
+        """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given.
+
+        Raises
+        ------
+        ArgumentError
+            Samples that are not finite: a network that is not trained has steep derivatives, of which some methods make
+            more and more.
+        """
+        if not np.isfinite(x).all():
+            other = "" if self.method in ("tmpd", "none") else "'tmpd', which holds back more; or "
+            wants = f"{other}a network that is trained longer, or more steps"
+            raise ArgumentError("method", f"{self.method!r}, whose samples are not finite", wants)
         return put_exact(np.ascontiguousarray(self.shaped(x, shape)), self.known)
 
 

@@ -662,7 +662,8 @@ class Diffusion:
         """What is known of samples, in the units of the data."""
         net, _, normaliser = self._fitted()
         if normaliser.noise_shape is not None:
-            raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
+            wants = "a model of white noise: the derivative tells the covariance of x0 there only"
+            raise ArgumentError("given", "observations, for a model with a noise shape", wants)
         return observations(given, net.shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:

@@ -98,8 +98,8 @@ class Weight:
         if not callable(self.function):
             raise ArgumentError("function", type(self.function).__name__, "a callable x0 -> (log weights, gradients)")
 
-    def log_weights(self, x0: Any) -> Float64:
-        """Return the checked log weights (n,) of samples (n, ...).
+    def log_weights(self, x0: Any, where: str = "") -> Float64:
+        """Return the checked log weights (n,) of samples (n, ...); `where` tells an error what they are of.
 
         Raises
         ------
@@ -111,11 +111,11 @@ class Weight:
         bad = np.flatnonzero(np.isnan(weights) | (weights == np.inf))
         if len(bad):
             wants = "numbers, or minus infinity"
-            raise ArgumentError("Weight.function", f"log weight {weights[bad[0]]} for sample {bad[0]}", wants)
+            raise ArgumentError("Weight.function", f"log weight {weights[bad[0]]} for sample {bad[0]}{where}", wants)
         return weights
 
-    def gradients(self, x0: Any) -> Float64:
-        """Return the checked gradients of the log weights, like x0.
+    def gradients(self, x0: Any, where: str = "") -> Float64:
+        """Return the checked gradients of the log weights, like x0; `where` tells an error what they are of.
 
         Raises
         ------
@@ -126,7 +126,8 @@ class Weight:
         slopes = check_array("Weight.function", given[1], shape=tuple(x0.shape), finite=False, dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(slopes.reshape(len(slopes), -1)).all(axis=1))
         if len(bad):
-            raise ArgumentError("Weight.function", f"a gradient for sample {bad[0]} that is not finite", "finite ones")
+            came = f"a gradient for sample {bad[0]}{where} that is not finite"
+            raise ArgumentError("Weight.function", came, "finite ones")
         return slopes
 
     def _called(self, x0: Any) -> Any:

@@ -62,7 +62,7 @@ def test_in_one_piece_it_is_the_same(make, table, kind, monkeypatch):
     monkeypatch.setattr(conditioning.Guided, "step", None)  # it is not row by row
     got = fd.sample(net, table, backend=CPU, **options)
     assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
-    for other in ({"batch": 7}, {"batch": 64, "backend": ALONE}):
+    for other in ({"batch": 7, "progress": True}, {"batch": 64, "backend": ALONE}):
         assert_same_bits(fd.sample(net, table, **{"backend": CPU, **options, **other}), got)
     assert_same_bits(fd.sample(net, table, backend=CPU, **{**options, "n": 2, "first_sample": 5}), got[2:4])
 

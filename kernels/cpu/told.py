@@ -2,7 +2,8 @@
 
 A tile is stored feature by feature, as in `mlp.chain_range`; what belongs to observations lies row by row too, in
 float64 and with CHAIN_TILE lanes, one for each sample. Each evaluation is one forward pass that keeps the slopes of the
-layers, a backward pass for each product with J^T, and a small solve. What is done with a lane depends on nothing in
+layers, a backward pass for each product with J^T, and a small solve. Where nothing is between layers, and their product
+is smaller than they, a backward pass takes that. What is done with a lane depends on nothing in
 the others, so a sample's bits do not depend on its tile.
 """
 
@@ -53,6 +54,9 @@ PIVOT = 1e-13  # least pivot of a factorisation, relative to the entry that it i
 # What is told of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
 # the square of the least singular value that counts.
 P, Q, GAIN, TO_OUTPUT, LEAST2 = range(5)
+# A run of layers of a backward pass: widths of its input and output, where its weights lie, and the slopes of its
+# output, or -1; its first layer and its last.
+NARROW, WIDE, WEIGHTS, SLOPES, FIRST_LAYER, LAST_LAYER = range(6)
 LANE, COUNT, OBSERVATION, FIRST = range(4)  # of a run of samples of one observation; FIRST is the row of its noise
 
 
@@ -177,24 +181,39 @@ def _forward(rows, layer, arena, params, table, at, slopes, slopes_at):
                 s = ONE if v > ZERO else SLOPE
                 slope[i] = gain * s
                 y[i] = v if v > ZERO else SLOPE * v
-        else:
+        elif mode == SCALED:
             for i in range(rows):
                 slope[i] = gain
 
 
 @kernel
-def _backward(rows, layers, params, slopes, ends, last, here, other, result):
-    """result (D, rows) = J^T here through the layers last ... 0; `here` is changed."""
+def backward_weights(layers, back, params, weights, product, spare):
+    """Fill `weights` with those of the backward pass: each row of `back` is the product of a run of layers."""
+    for k in range(len(back)):
+        first, last = back[k, FIRST_LAYER], back[k, LAST_LAYER]
+        n, m, at = layers[first, INPUTS], layers[first, OUTPUTS], layers[first, WEIGHT]
+        product[: n * m] = params[at : at + n * m]
+        for j in range(first + 1, last + 1):
+            wide = layers[j, OUTPUTS]
+            spare[: n * m] = product[: n * m]
+            gemm(product, 0, wide, spare, 0, m, 1, params, layers[j, WEIGHT], wide, n, wide, m, False)
+            m = wide
+        weights[back[k, WEIGHTS] : back[k, WEIGHTS] + n * m] = product[: n * m]
+
+
+@kernel
+def _backward(rows, back, weights, slopes, last, here, other, result):
+    """result (D, rows) = J^T here through the runs of layers last ... 0; `here` is changed."""
     for k in range(last, -1, -1):
-        layer = layers[k]
-        n, m, at = layer[OUTPUTS] * rows, layer[INPUTS], ends[k]
-        if layer[ACTIVATION] != 0 or layer[MODE] == SCALED:
+        layer = back[k]
+        n, m, at = layer[WIDE] * rows, layer[NARROW], layer[SLOPES]
+        if at >= 0:
             d, s = here[:n], slopes[at : at + n]
             for i in range(n):
                 d[i] *= s[i]
         to = result if k == 0 else other
         gemm(
-            to, 0, rows, params, layer[WEIGHT], layer[OUTPUTS], 1, here, 0, rows, m, rows, layer[OUTPUTS], False
+            to, 0, rows, weights, layer[WEIGHTS], layer[WIDE], 1, here, 0, rows, m, rows, layer[WIDE], False
         )  # fmt: skip
         here, other = other, here
 
@@ -326,9 +345,9 @@ def _normals(rows, d, runs, count, step, stream, keys, words, z, out):
 
 @kernel
 def chain_told(
-    start, stop, x, steps, numbers, depth, told, layers, ends, params, table, width, slots, linear, K, per, first_draw,
-    first, names, matrix, all_places, all_y, all_variance, m, stream, keys, words, z, arena, memory, here, other, f32,
-    f64, at_places,
+    start, stop, x, steps, numbers, depth, told, layers, ends, params, back_layers, weights, table, width, slots,
+    linear, K, per, first_draw, first, names, matrix, all_places, all_y, all_variance, m, stream, keys, words, z,
+    arena, memory, here, other, f32, f64, at_places,
 ):  # fmt: skip
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
@@ -342,7 +361,8 @@ def chain_told(
     observations = len(all_y) // m
     direct = m <= K
     inputs = K if direct else K + 1
-    plain = layers[last, ACTIVATION] == 0 and layers[last, MODE] == 0
+    final = len(back_layers) - 1
+    plain = back_layers[final, SLOPES] < 0
     slope_count = ends[last + 1]
     # Rooms in the two buffers.
     slopes = f32[:slope_count]
@@ -434,18 +454,18 @@ def chain_told(
                             )  # fmt: skip
                         if direct and plain and len(matrix) == 0:
                             # W^T of a unit vector is a column of W.
-                            weight, outputs = layers[last, WEIGHT], layers[last, OUTPUTS]
-                            to = result if last == 0 else here
-                            for e in range(layers[last, INPUTS]):
+                            weight, outputs = back_layers[final, WEIGHTS], back_layers[final, WIDE]
+                            to = result if final == 0 else here
+                            for e in range(back_layers[final, NARROW]):
                                 for c in range(count):
                                     place = places[k * TILE + runs[c, LANE]]
-                                    value = params[weight + e * outputs + place] if place < d else ZERO
+                                    value = weights[weight + e * outputs + place] if place < d else ZERO
                                     beginning = e * rows + runs[c, LANE]
                                     to[beginning : beginning + runs[c, COUNT]] = value
-                            _backward(rows, layers, params, slopes, ends, last - 1, here, other, result)
+                            _backward(rows, back_layers, weights, slopes, final - 1, here, other, result)
                         else:
                             here[: d * rows] = cotangent[: d * rows]
-                            _backward(rows, layers, params, slopes, ends, last, here, other, result)
+                            _backward(rows, back_layers, weights, slopes, final, here, other, result)
                         if len(linear[0]) > 0:
                             gemm(result, 0, rows, B, 0, d, 1, cotangent, 0, rows, d, rows, d, True)
                         for i in range(d * rows):

@@ -41,6 +41,25 @@ class _Table:
         self.evaluated = np.array([row.t for row in rows if row.evaluates], np.int64)
 
 
+def backward_runs(plan: MLPPlan, ends: Array) -> Array:
+    """The runs of layers that a backward pass takes as one, as `told.NARROW` ...: none of their outputs but the last is
+    changed by anything, and their product is smaller than they."""
+    runs: list[list[int]] = []
+    at = 0
+    for k, layer in enumerate(plan.layers):
+        slopes = layer.activation != "none" or layer.time == "scale_shift"
+        if runs and runs[-1][3] < 0:
+            narrow, wide = runs[-1][:2]
+            if narrow * layer.outputs < narrow * wide + layer.inputs * layer.outputs:
+                at -= narrow * wide
+                runs[-1][1:] = layer.outputs, at, int(ends[k]) if slopes else -1, runs[-1][4], k
+                at += narrow * layer.outputs
+                continue
+        runs.append([layer.inputs, layer.outputs, at, int(ends[k]) if slopes else -1, k, k])
+        at += layer.inputs * layer.outputs
+    return np.array(runs, np.int64)
+
+
 class _ToldSpace:
     """What the kernel needs of observations and a table, and a worker's buffers for it."""
 
@@ -58,6 +77,9 @@ class _ToldSpace:
         self.y, self.variance = told.y.reshape(-1), told.variance.reshape(-1)
         widths = [lanes * layer.outputs for layer in plan.layers]
         self.ends = np.concatenate([[0], np.cumsum(widths)])
+        self.back = backward_runs(plan, self.ends)
+        self.weights = np.empty(int(self.back[:, :2].prod(axis=1).sum()), np.float32)
+        self.products = np.empty((2, plan.size), np.float32)
         rank = 0 if plan.linear is None else plan.linear.rank
         singles = int(self.ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
         basis = (K + 1) * m * lanes if m > K else 0
@@ -235,15 +257,16 @@ class MLPOperations(StepOperations):
                 net.told = _ToldSpace(plan, chain, told, self.threads)
             space = net.told
             table, _ = net.time_table(params, chain.evaluated)
+            told_kernels.backward_weights(net.layers, space.back, params, space.weights, *space.products)
 
             def body(worker: int, start: int, stop: int) -> None:
                 told_kernels.chain_told(
                     start, stop, flat, chain.steps, chain.numbers, chain.depth, space.rows, net.layers, space.ends,
-                    params, table, plan.time_width, net.slots, net.linear, told.products, told.per, told.first,
-                    draw.first_row, space.names, space.matrix, space.places, space.y, space.variance,
-                    told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2], net.arenas[worker],
-                    net.memories[worker], *net.deltas[worker][:2], space.f32[worker], space.f64[worker],
-                    space.lanes[worker],
+                    params, space.back, space.weights, table, plan.time_width, net.slots, net.linear, told.products,
+                    told.per, told.first, draw.first_row, space.names, space.matrix, space.places, space.y,
+                    space.variance, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
+                    net.arenas[worker], net.memories[worker], *net.deltas[worker][:2], space.f32[worker],
+                    space.f64[worker], space.lanes[worker],
                 )  # fmt: skip
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
