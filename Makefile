@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check bench asv scaling peers quality precision gate gpu profile compile-time \
-	readme-numbers answers wheel release-check clean
+	readme-numbers answers docs wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,9 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-plot
 	$(BIN)/fastdiff demo -o demo
 
+# PART=--rest: only what make quick leaves out.
 test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers $(VENV)/.installed-cuda-check)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PART)
 
 # The inner loop: the suite without CUDA, peers, benchmarks and what is marked slow. What was left out is counted.
 quick: $(VENV)/.installed-plot $(VENV)/.installed-test
@@ -103,6 +104,7 @@ $(DATA)/.written: benchmarks/real_data.py
 
 quality: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/sines.py
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
@@ -114,6 +116,10 @@ answers: $(VENV)/.installed-plot
 
 readme-numbers: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/readme_numbers.py
+
+# The documentation site: docs/_build/html/index.html. GALLERY=0: the examples are shown, and not run.
+docs: $(VENV)/.installed-docs
+	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -E docs docs/_build/html
 
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python
@@ -132,4 +138,4 @@ release-check: $(VENV)/.installed-release
 		echo "== $$($$python --version)"; sh tests/installed_wheel.sh $$python dist; done
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/gallery docs/reference *.egg-info

@@ -45,6 +45,8 @@ FEATURES = frozenset(
         "laplace schedule",
         "learned variance",
         "min snr",
+        "rate plan",
+        "series",
         "velocity",
         "zero terminal snr",
     }
