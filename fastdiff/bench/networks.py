@@ -275,6 +275,7 @@ class ChainGiven(Chain):
     """Draws of curves that are known at SEEN of their points, 100 of each, by tmpd in half as many rows."""
 
     rows: ClassVar[int] = T // 2
+    draws = T // 2
     peer_name, peer_samples = "torch.func.vjp, torch.linalg", 200
     parity: ClassVar[dict[str, float]] = {"samples": 1e-3}
 
@@ -292,10 +293,6 @@ class ChainGiven(Chain):
     def counts(self) -> tuple[int, int]:
         passes = self.n * (1 + SEEN) * self.forward_operations  # forward, and backward for each value that is known
         return 4 * self.values + 4 * self.parameters, self.rows * (passes + 8 * self.values)
-
-    @property
-    def normals(self) -> int:
-        return self.rows * self.values
 
     def sampler(self) -> Any:
         return fd.samplers.ddpm(self.schedule(), self.rows)
