@@ -20,6 +20,7 @@ from fastdiff.files import check_ending, check_writable, naming, writing
 from fastdiff.metrics import energy_distance
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
+from fastdiff.series import on_grid, windows
 from fastdiff.tables import Column
 
 __all__ = [
@@ -30,10 +31,12 @@ __all__ = [
     "harmonic_curves",
     "load_curves",
     "load_images",
+    "on_grid",
     "picture_files",
     "save_curves",
     "save_images",
     "tiles",
+    "windows",
     "writing",
 ]
 

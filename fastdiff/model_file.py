@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Saved:
     data: list[int] | None
     report: dict[str, Any] | None
     class_names: list[str] | None
+    channel_names: list[str] | None
     arithmetic: int
     covariates: CovariateScale | None = None
     covariate_names: list[str] | None = None
@@ -102,7 +104,8 @@ class Saved:
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "arithmetic": self.arithmetic, "label_drop": self.label_drop, "covariate_names": self.covariate_names,
+            "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
+            "covariate_names": self.covariate_names,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
@@ -140,7 +143,7 @@ class Saved:
         noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
         base = None
         if "base" in header.get("features", ()):
-            base = GaussianBase.from_arrays(tensors, net.shape[0])
+            base = GaussianBase.from_arrays(tensors, math.prod(net.shape))
             prediction = check_choice("prediction", header["prediction"], PREDICTIONS)
             net.set_linear(base.linear(schedule, prediction))  # before the weights: of zeros it changes some
         held_out, data, report = _habits(header)
@@ -162,10 +165,11 @@ class Saved:
             held_out=held_out,
             data=data,
             report=report,
-            class_names=_names("class_names", header, net.classes),
+            class_names=_names(header, "class_names", net.classes),
+            channel_names=_names(header, "channel_names", net.shape[-1] if len(net.shape) == 2 else None),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
             covariates=None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates),
-            covariate_names=_names("covariate_names", header, net.covariates),
+            covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
         )
 
@@ -206,7 +210,7 @@ def _history(tensors: Tensors) -> dict[str, list[Any]]:
     return history
 
 
-def _names(key: str, header: dict[str, Any], count: int | None) -> list[str] | None:
+def _names(header: dict[str, Any], key: str, count: int | None) -> list[str] | None:
     names = header.get(key)
     if names is None:
         return None

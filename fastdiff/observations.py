@@ -178,6 +178,8 @@ class Observations:
         That holds all known values as they were given.
     numbers : tuple of int, optional
         Which observations these are, by the noise law, where they are a part of others.
+    firsts : (N,) int64 array, optional
+        Instead of that, the sample index of the one draw of each.
     """
 
     d: int
@@ -187,6 +189,7 @@ class Observations:
     weights: tuple[Weight, ...]
     dtype: npt.DTypeLike = np.float32
     numbers: tuple[int, ...] | None = None
+    firsts: npt.NDArray[np.int64] | None = None
 
     @property
     def nothing(self) -> bool:

@@ -193,8 +193,8 @@ def plan_by_rule(
 
     `parameters` are those of the network, `rank` is that of its base; `decay` says that the plan's is not to change.
     """
-    if len(shape) == 2:
-        steps = defaults.curve_steps(*shape, batch, parameters, rank)
+    if len(shape) < 4:
+        steps = defaults.curve_steps(shape[0], math.prod(shape[1:]), batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
     falls = plan.lr_plan != "constant"
@@ -262,6 +262,8 @@ class Validation:
     schedule : Schedule
     draws : TrainingDraws
         With the targets, the terms of the loss, and the seed.
+    hidden : array, optional
+        Like the rows, NaN where a value was missing and has no error, and 0 elsewhere.
     """
 
     def __init__(
@@ -272,13 +274,14 @@ class Validation:
         asked: tuple[Array | None, Array | None],
         schedule: Schedule,
         draws: TrainingDraws,
+        hidden: Array | None = None,
     ) -> None:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
         x, eps = forward_noise(x0, t, schedule, seed=draws.seed, backend=be)
         tables = draws.target_noise, draws.target_data
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
-        target = (of_noise * eps + of_data * x0).astype(x.dtype)
+        target = (of_noise * eps + of_data * x0 + (0 if hidden is None else hidden)).astype(x.dtype)
         terms = None if draws.terms is None else draws.terms[t]
         labels, covariates = asked
         self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms, covariates)

@@ -203,6 +203,9 @@ def training_gradients(be, size):
         data = np.random.default_rng(3).normal(size=(1003, net.points)).astype(np.float32)
         of_noise, of_data = np.full((2, net.T), [[0.75], [-0.5]])
         draws = TrainingDraws(data, schedule.signal, schedule.noise, of_noise, of_data, seed=2**63 + 5)
+        if net.has_linear and net.plan.linear is not None:  # and some values have not been seen
+            hidden = np.where(np.random.default_rng(5).random(data.shape) < 0.3, np.float32(np.nan), np.float32(0))
+            draws = draws._replace(data=np.stack([data, hidden], axis=1), masked=True)
         x, t, target = draw_batch(draws, net.T, 12, n)
         want = np.zeros_like(wide)
         want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want)

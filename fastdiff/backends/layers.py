@@ -295,6 +295,8 @@ class LayerBackend(Backend, Protocol):
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
         """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2.
 
+        Where the target is NaN y - target counts as 0.
+
         `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead. One column,
         w, makes it w d^2 with d = y - target. With six, (w, g, h, V, K, A), y and `dy` have twice the channels of the
         target, y = [mean, v], and the loss is ``w d^2 + g (h v + (V + K d^2) exp(-h v) + A)`` with d = mean - target:

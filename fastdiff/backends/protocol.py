@@ -220,6 +220,9 @@ class TrainingDraws(NamedTuple):
     `labels` (N,) and `covariates` (N, columns) are what is asked of every data row, or None. Both are left out of a
     share `drop` of the positions, as stream DROP says, see `fastdiff.noise.dropped`: such a label is `classes`, the
     null class, and such covariates are zeros.
+
+    Where values are missing the data are `masked`, (N, 2, ...): a row is x0, and what is added to its target, 0 or, of
+    a value that has not been seen, NaN. A target of NaN has no error.
     """
 
     data: Array
@@ -234,6 +237,7 @@ class TrainingDraws(NamedTuple):
     covariates: Array | None = None
     drop: float = 0.0
     classes: int = 0
+    masked: bool = False
 
 
 class TrainState(NamedTuple):

@@ -19,8 +19,12 @@ SIZE = 32  # pixels on a side of the pictures
 
 
 def add_table_options(command: argparse.ArgumentParser) -> None:
-    """What `_curves` asks for."""
-    table = command.add_argument_group("a table of curves")
+    """What `_curves` and `recording` ask for."""
+    table = command.add_argument_group("a table of curves, or a recording (a line for each time)")
+    table.add_argument(
+        "--window", type=int, metavar="N", help="DATA is a recording with a column for each channel: cut it so long"
+    )
+    table.add_argument("--stride", type=int, metavar="N", help="lines from one window to the next (default: N)")
     table.add_argument(
         "--index", metavar="NAME", help="leave out this column of names or times; a number counts from 1"
     )
@@ -86,6 +90,8 @@ def training_data(
                 raise FastdiffError(
                     f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
                 )
+        if is_series(args, shape):
+            return series_of(args, shape), None, None
         return _curves(args), None, None
     if table_options(args):
         raise FastdiffError(f"{table_options(args)[0]} is for files of curves")
@@ -107,6 +113,44 @@ def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
     return load_curves(args.data, **reading(args))
+
+
+def is_series(args: argparse.Namespace, shape: tuple[int, ...] | None) -> bool:
+    """Whether DATA is taken for series: by the model's shape, by --window, or by what kind of file it is."""
+    if args.window is not None or (shape is not None and len(shape) == 2):
+        return True
+    if args.stride is not None:
+        raise FastdiffError("--stride is of windows: it needs --window")
+    ending = os.path.splitext(args.data)[1].lower()
+    if ending == ".parquet":
+        raise FastdiffError(f"{args.data}: say how long a window of the recording is: --window N")
+    return ending == ".npy" and dimensions(args.data) == 3
+
+
+def dimensions(path: str) -> int:
+    """How many axes the array of an ``.npy`` file has; 0 where it cannot be read."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).ndim
+    except (OSError, ValueError):
+        return 0
+
+
+def series_of(args: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
+    """Series (N, points, channels) of a file, or windows of the recording that it is."""
+    from fastdiff.errors import check_int
+    from fastdiff.series import load_recording, windows
+
+    X = load_recording(args.data, **reading(args))
+    if getattr(X, "ndim", 0) == 3:
+        if args.window is not None:
+            raise FastdiffError(f"{args.data} has series of {X.shape[1]} points, which are no recording: no --window")
+        return X
+    length = args.window if args.window is not None else None if shape is None else shape[0]
+    length = check_int("--window", length, low=1)
+    stride = None if args.stride is None else check_int("--stride", args.stride, low=1)
+    return windows(X[:, None] if getattr(X, "ndim", 2) == 1 else X, length, stride)
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,6 +193,8 @@ def table_options(args: argparse.Namespace) -> list[str]:
     lists = [("--drop", args.drop), ("--columns", args.columns), ("--covariates", args.covariates)]
     signs = [] if args.decimal == "." else ["--decimal", args.decimal]
     signs += [] if args.delimiter is None else ["--delimiter", args.delimiter]
+    signs += [] if args.window is None else ["--window", str(args.window)]
+    signs += [] if args.stride is None else ["--stride", str(args.stride)]
     return [*header, *index, *(word for name, some in lists if some for word in (name, ",".join(some))), *signs]
 
 

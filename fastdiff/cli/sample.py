@@ -113,20 +113,22 @@ def run(args: argparse.Namespace) -> int:
         options |= {"given": _known(args, model), "method": args.method}
     elif args.mask:
         raise FastdiffError("--mask is of a picture that --known names")
-    return (_sample_curves if len(model.net.shape) == 1 else _sample_pictures)(args, model, options)
+    return (_sample_curves if len(model.net.shape) < 3 else _sample_pictures)(args, model, options)
 
 
 def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
     import numpy as np
 
-    from fastdiff import plots, progress
+    from fastdiff import plots, progress, series
     from fastdiff.data import ENDINGS, save_curves
     from fastdiff.files import check_writable
 
     n = args.n
-    check_writable(args.output, ENDINGS)
+    assert model.net is not None
+    shape = model.net.shape
+    check_writable(args.output, ENDINGS if len(shape) == 1 else series.ENDINGS)
     if args.gif:
-        raise FastdiffError("--gif is for pictures, and this is a model of curves")
+        raise FastdiffError("--gif is for pictures, and this is a model of curves or series")
     labels, numbers = in_turn(model, args.labels, n, args.first_sample), asked_numbers(model, args.covariates, n)
     parts = []
     with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
@@ -137,15 +139,23 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
             parts.append(_as_numpy(args, model.sample(size, **asked, first_sample=first, **options)))
             bar.update(size)
     curves, how = np.concatenate(parts), drawn_by(model, args.sampler, args.sample_steps)
-    save_curves(args.output, curves)
-    print(f"{args.output}: {n} curves of {curves.shape[1]} points")
-    if args.plot:
+    if len(shape) == 1:
+        save_curves(args.output, curves)
+    else:
+        series.save_series(args.output, curves, model.channel_names)
+    what = f"curves of {shape[0]} points" if len(shape) == 1 else series.described(shape, model.channel_names)
+    print(f"{args.output}: {n} {what}")
+    if args.plot and len(shape) == 2:
+        plots.save(plots.series(curves[:SHOWN], names=model.channel_names, title=f"Generated: {how}"), args.plot)
+        print(f"{args.plot}: the first {min(SHOWN, n)} of them")
+    elif args.plot:
         plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
         print(f"{args.plot}: the first {min(SHOWN, n)} of them")
     if args.trace:
         asked = _part(labels, numbers, 0, 1)
         _, path = model.sample(1, **asked, first_sample=args.first_sample, trajectory=True, **options)
-        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0], sampler=how), args.trace)
+        way = _as_numpy(args, path)[:, 0]
+        plots.save(plots.reverse_chain(way if len(shape) == 1 else way[..., 0], sampler=how), args.trace)
         print(f"{args.trace}: the first one's way from noise")
     return 0
 

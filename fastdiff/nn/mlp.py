@@ -1,4 +1,4 @@
-"""Multilayer perceptrons for curves, conditioned on the timestep."""
+"""Multilayer perceptrons for curves and series, conditioned on the timestep."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sinusoidal_features(T: int, width: int = TIME_FEATURES) -> npt.NDArray[np.fl
 
 
 class MLP(Network):
-    """A perceptron on curves of `points` values: x_t and t in, one value a point out.
+    """A perceptron on curves of `points` values, or series of several channels: x_t and t in, one value a value out.
 
     Hidden layer i computes silu((1 + g_i(t)) (x W_i + b_i) + s_i(t)); gain g and shift s are linear in sinusoidal
     features of t, and in what is asked of a sample, its class and covariates (feature-wise modulation, Perez et al.
@@ -64,8 +64,8 @@ class MLP(Network):
 
     Parameters
     ----------
-    points : int
-        Length of a curve.
+    points : int or (int, int)
+        Length of a curve, or (points, channels) of a series, of which a layer sees all values at once.
     hidden : iterable of int, optional
         Widths of the hidden layers.
     T : int, optional
@@ -86,7 +86,9 @@ class MLP(Network):
     params : dict of str to array
         Named views into `flat`: ``layers.0.weight`` (in, out), ``layers.0.bias`` (out,), ...
     shape : tuple of int
-        Shape of one sample, (points,).
+        Shape of one sample, (points,) or (points, channels).
+    points : int
+        How many values a sample has.
     """
 
     widths, usual_batch = "hidden", 256
@@ -94,7 +96,7 @@ class MLP(Network):
 
     def __init__(
         self,
-        points: int,
+        points: int | tuple[int, int],
         *,
         hidden: Iterable[int] = (128, 128, 128),
         T: int = 100,
@@ -109,7 +111,7 @@ class MLP(Network):
         self._build("modulated", points, widths, T, seed, dtype, asked=(classes, covariates))
 
     @classmethod
-    def tutorial(cls, points: int, *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
+    def tutorial(cls, points: int | tuple[int, int], *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
         """Return the source text's network for curves of `points` values.
 
         Linear d -> 2d, LeakyReLU(0.01), Linear 2d -> 4d, add Embedding(T, 4d)[t], Linear 4d -> 2d, LeakyReLU,
@@ -122,7 +124,7 @@ class MLP(Network):
     def _build(
         self,
         kind: str,
-        points: int,
+        points: Any,
         hidden: tuple[int, ...],
         T: int,
         seed: int,
@@ -131,12 +133,17 @@ class MLP(Network):
         asked: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.kind = kind
-        self.points = d = check_int("points", points, low=1, high=MAX_WIDTH)
+        sizes = tuple(points) if isinstance(points, (tuple, list)) else (points,)
+        if len(sizes) not in (1, 2):
+            raise ArgumentError("points", repr(points), "the points of a curve, or (points, channels) of a series")
+        self.shape = tuple(check_int("points", size, low=1, high=MAX_WIDTH) for size in sizes)
+        self.points = d = check_int("points", math.prod(self.shape), low=1, high=MAX_WIDTH)
+        self.image = (1, self.shape[0], self.shape[1] if len(self.shape) == 2 else 1)
+        self.outputs = self.image[2]
         self.hidden = hidden
         self.T = check_int("T", T, low=1, high=1 << 20)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
-        self.shape, self.image, self.outputs = (d,), (1, d, 1), 1
         self.ask(*asked, null_class=asked[0] is not None)
         if self.asked and not hidden:
             raise ArgumentError("hidden", "()", "at least one layer, for a network that is asked for something")
@@ -198,7 +205,7 @@ class MLP(Network):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; the parameters are not in it."""
         return {
-            "kind": self.kind, "points": self.points, "hidden": list(self.hidden), "T": self.T,
+            "kind": self.kind, "points": self._sizes, "hidden": list(self.hidden), "T": self.T,
             "dtype": self.dtype.name, "seed": self.seed,
         } | {name: count for name in ASKED if (count := getattr(self, name)) is not None}  # fmt: skip
 
@@ -234,6 +241,11 @@ class MLP(Network):
         self.plan = replace(self.plan, linear=part)
 
     @property
+    def _sizes(self) -> int | list[int]:
+        """`points` as it is given."""
+        return self.points if len(self.shape) == 1 else list(self.shape)
+
+    @property
     def operations(self) -> int:
         return 2 * self.layout.count
 
@@ -242,10 +254,11 @@ class MLP(Network):
         return min(self.hidden, default=self.points) < self.points
 
     def __repr__(self) -> str:
+        shown = self.points if len(self.shape) == 1 else self.shape
         if self.kind == "tutorial":
-            return f"MLP.tutorial({self.points}, T={self.T})"
+            return f"MLP.tutorial({shown}, T={self.T})"
         asked = "".join(f", {name}={count}" for name in ASKED if (count := getattr(self, name)) is not None)
-        return f"MLP({self.points}, hidden={self.hidden}, T={self.T}{asked})"
+        return f"MLP({shown}, hidden={self.hidden}, T={self.T}{asked})"
 
 
 register(MLP, *KINDS)
@@ -269,7 +282,7 @@ class MLPRunner(Runner):
         return self._asked[1]
 
     def fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None = None) -> None:
-        self.be.mlp_forward(self.net.plan, self.weights, x, t, y.reshape(x.shape), self._asks(labels))
+        self.be.mlp_forward(self.net.plan, self.weights, self._rows(x), t, self._rows(y), self._asks(labels))
 
     def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
         if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
@@ -279,10 +292,17 @@ class MLPRunner(Runner):
         return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out, self._asks(labels))
 
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None = None) -> None:
-        self.be.mlp_vjp(self.net.plan, self.weights, x, t, dy, dx, self._asks(labels))
+        arrays = self._rows(dy, x), self._rows(dx, x)
+        self.be.mlp_vjp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
 
     def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array | Asked | None = None) -> None:
-        self.be.mlp_jvp(self.net.plan, self.weights, x, t, dx, dy, self._asks(labels))
+        arrays = self._rows(dx, x), self._rows(dy, x)
+        self.be.mlp_jvp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
+
+    def _rows(self, array: Array, x: Array = None) -> Array:
+        """An array like x (n, ...), or several (k, n, ...), with its samples as rows."""
+        several = () if x is None else array.shape[: array.ndim - x.ndim]
+        return array.reshape(*several, array.shape[len(several)], self.net.points)
 
     def run_table(
         self,
@@ -307,4 +327,6 @@ class MLPRunner(Runner):
         self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), weights)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+        lead = (len(draws.data), 2) if draws.masked else (len(draws.data),)
+        draws = draws._replace(data=draws.data.reshape(*lead, self.net.points))
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

@@ -99,6 +99,8 @@ class Network(ABC):
         All parameters in one buffer.
     prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where that is known.
+    arithmetic : int
+        Which arithmetic trains it, as files name it: see `fastdiff.checkpoint`.
     """
 
     kind: str
@@ -120,6 +122,7 @@ class Network(ABC):
     layout: Layout
     flat: npt.NDArray[Any]
     prediction: str | None = None
+    arithmetic: int = 1
 
     @abstractmethod
     def runner(self, be: Backend, weights: Array = None) -> Runner:
@@ -423,6 +426,7 @@ class ProgramNetwork(Network):
         probe.plan()
         self.chunk = max(1, CHUNK_VALUES // probe.size)
         self._memories = Memories()
+        self.arithmetic = 2 if probe.convolves_rows else 1
         self.own(Layout(probe.parameters), draw)
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:

@@ -416,7 +416,8 @@ class ProgramRunner(Runner):
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
         terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
         covariates = None if draws.covariates is None else self.be.asarray(draws.covariates, self.net.dtype)
-        data = draws.data.reshape(-1, *self.net.image)
+        lead = (-1, 2) if draws.masked else (-1,)
+        data = draws.data.reshape(*lead, *self.net.image)
         draws = draws._replace(data=data, labels=labels, terms=terms, covariates=covariates)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)

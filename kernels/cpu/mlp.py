@@ -611,10 +611,13 @@ def _weight_gradient(rows, layer, arena, dy, partial, spare):
 
 @kernel
 def _draw_tile(
-    begin, rows, data, indices, t, tables, x, target, step, stream, keys, words, z, segments
+    begin, rows, d, data, indices, t, tables, x, target, step, stream, keys, words, z, segments
 ):  # fmt: skip
-    """Draw a tile's noise; x = signal x0 + noise eps, target = target_noise eps + target_data x0."""
-    d = data.shape[1]
+    """Draw a tile's noise; x = signal x0 + noise eps, target = target_noise eps + target_data x0.
+
+    Rows of data with more than d values have behind x0 what is added to the target.
+    """
+    masked = data.shape[1] > d
     for chunk in range(chunks_of(rows, d)):
         for k in range(draw_chunk(chunk, rows, d, np.uint64(begin), step, stream, keys, words, z, segments)):
             at, length, source = segments[k]
@@ -630,6 +633,10 @@ def _draw_tile(
                 for j in range(count):
                     noisy[j] = signal * x0[j] + noise * eps[j]
                     wanted[j] = of_noise * eps[j] + of_data * x0[j]
+                if masked:
+                    hidden = data[indices[begin + i], d + first : d + first + count]
+                    for j in range(count):
+                        wanted[j] += hidden[j]
                 at += count
                 source += count
 
@@ -657,7 +664,7 @@ def gradient_tile(
         _copy(arena[at:], x[begin * d :], rows * d)
         _copy(target, targets[begin * e :], rows * e)
     else:
-        _draw_tile(begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
+        _draw_tile(begin, rows, d, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
     times = t[begin : begin + rows]
     own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
     forward_tile(rows, layers, arena, params, own, width, slot, places, linear, len(slots), times)
@@ -667,7 +674,7 @@ def gradient_tile(
     dy = _gradient_place(layers[last], width, dtime, d_out if last % 2 else d_in)
     y, squares, sums = arena[layers[last, Y] :], target, d_in if last % 2 else d_out
     for i in range(rows * e):
-        difference = y[i] - target[i]
+        difference = y[i] - target[i] if target[i] == target[i] else ZERO  # NaN: it has not been seen
         dy[i] = difference * scale
         squares[i] = difference * difference
     for i in range(rows if len(tables) > 4 else 0):

@@ -326,7 +326,7 @@ class MLPOperations(StepOperations):
         if draws is None:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
-            data, tables, keys = draws.data, net.tables, net.keys
+            data, tables, keys = draws.data.reshape(len(draws.data), -1), net.tables, net.keys
         turns, total = np.zeros(2, np.int64), np.zeros(1)
 
         def body(worker: int, start: int, stop: int) -> None:

@@ -477,9 +477,10 @@ class MLPOperations(LayerOperations, RecordingOperations):
         assert net.data is not None
         n, d = net.buffers["x"].shape
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, self._step_at(), net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, len(net.data), net.plan.T, step, self._step_at(), net.keys,
         )  # fmt: skip
         return x, t, target
 

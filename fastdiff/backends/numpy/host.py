@@ -55,7 +55,9 @@ class HostBackend:
         n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
         rows = law.scaled_words(n, len(draws.data), of_rows)
         t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
-        x0, eps = draws.data[rows], np.empty_like(x)
+        x0, eps, hidden = draws.data[rows], np.empty_like(x), None
+        if draws.masked:
+            x0, hidden = x0[:, 0], x0[:, 1]
         if draws.flip:
             mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
             x0[mirrored] = x0[mirrored][:, :, ::-1]
@@ -63,6 +65,8 @@ class HostBackend:
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
         target[...] = of_noise * eps + of_data * x0
+        if hidden is not None:
+            target += hidden
         labels, numbers = asked_of_rows(draws, rows, of_rows)
         if chosen is not None:
             chosen[...] = labels

@@ -125,11 +125,15 @@ def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Arr
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
     data, seed = draws.data, draws.seed
     x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    hidden = 0
+    if draws.masked:
+        x0, hidden = x0[:, 0], x0[:, 1]
     t = law.scaled_words(batch, T, Draw(seed, Stream.TRAIN_TIME, step))
-    eps = np.empty_like(x0)
+    eps = np.empty(x0.shape, x0.dtype)
     law.fill_normal(eps, Draw(seed, Stream.TRAIN_NOISE, step))
     signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
-    return signal * x0 + noise * eps, t, target_noise * eps + target_data * x0
+    target = target_noise * eps + target_data * x0
+    return signal * x0 + noise * eps, t, target + hidden if draws.masked else target
 
 
 def asked_batch(plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> Array:
