@@ -47,7 +47,8 @@ def shaped_model(backend="cpu"):
 
 def picture_model(backend="cpu"):
     net = fd.UNet(
-        (3, 2, 1), channels=(2,), attention=(False,), blocks=1, T=8, classes=2, dropout=0.2, groups=1, embedding=2,
+        (3, 2, 1), channels=(2,), attention=(False,), blocks=1, T=8, classes=2, null_class=False, dropout=0.2, groups=1,
+        embedding=2,
         seed=1,
     )  # fmt: skip
     model = fd.Diffusion(net, fd.Schedule.cosine(8), prediction="x0", backend=backend, seed=2)
