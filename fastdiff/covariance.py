@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from fastdiff.errors import (
     check_timesteps,
     is_on_device,
 )
+from fastdiff.forks import cached_property
 from fastdiff.process import BATCH_VALUES, _states, returned
 from fastdiff.schedule import Array, Schedule
 

@@ -29,8 +29,9 @@ from fastdiff.errors import (
     check_seed,
     is_on_device,
 )
+from fastdiff.files import check_writable
 from fastdiff.likelihood import Bound, LogDensity
-from fastdiff.model_file import Saved, naming_faults
+from fastdiff.model_file import Keeper, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
 from fastdiff.noise_shape import NoiseShape
@@ -40,9 +41,22 @@ from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
+from fastdiff.training import (
+    Optimizer,
+    Saves,
+    Trainer,
+    Turns,
+    Validation,
+    alone,
+    empty_history,
+    loss_terms,
+    plan_by_rule,
+    train,
+)
 
 log = logging.getLogger("fastdiff")
+
+SAVED_EVERY = 1000  # steps
 
 
 class Diffusion:
@@ -153,6 +167,7 @@ class Diffusion:
         if scale == "column" and noise_shape is not None:
             raise ArgumentError("scale", "'column'", "'all' or 'auto' with a noise_shape: it has the scales")
         self.seed = check_seed(seed)
+        self._turns = Turns()
         self._own_net = net is None
         self._forget()
 
@@ -171,7 +186,11 @@ class Diffusion:
         self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_frozen": None}
+        with self._turns.looking():
+            return {**vars(self), "_frozen": None, "_turns": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turns=Turns())
 
     def reset(self) -> Self:
         """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped."""
@@ -184,6 +203,7 @@ class Diffusion:
                 self.net.set_linear(None)
         return self
 
+    @alone
     def fit(
         self,
         X: Any,
@@ -205,6 +225,9 @@ class Diffusion:
         data_range: tuple[float, float] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+        keep: int = 1,
     ) -> Self:
         """Train for further steps, on from `step`.
 
@@ -249,6 +272,14 @@ class Diffusion:
             Show a progress bar.
         callback : callable, optional
             ``callback(step, loss)`` after each step; a true result stops.
+        checkpoint : path, optional
+            Save the model there, as `save` does, at every step that is a multiple of `every`, and when training ends,
+            be it by an interrupt or an error.
+        every : int, optional
+            By default 1,000.
+        keep : int, optional
+            How many of these states stay: the last one is `checkpoint`, and with more than 1 the last so many that this
+            call has saved are ``NAME-STEP`` beside it, STEP in six digits.
 
         Returns
         -------
@@ -260,9 +291,11 @@ class Diffusion:
         ArgumentError
             Shape, dtype or value of an argument; another weighting than that of the first call.
         TrainingError
-            A loss or gradient that is not finite: the model keeps the state before that step.
+            A loss or gradient that is not finite: the model keeps the state before that step. Or another thread trains
+            this model.
         KeyboardInterrupt
-            Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
+            Ctrl-C, SIGTERM and SIGHUP take effect after a whole step, so the state is sound; the third Ctrl-C at once.
+            A handler of your own for one of them stays, and is none of ours.
         """
         be = get_backend(self.backend)
         before = TrainingPlan() if self._optimizer is None else self._optimizer.plan
@@ -277,6 +310,12 @@ class Diffusion:
             )
         if steps is not None:
             steps = check_int("steps", steps, low=0)
+        if checkpoint is None and (every is not None or keep != 1):
+            raise ArgumentError("checkpoint", "None", "where to save, with every and keep")
+        keep = check_int("keep", keep, low=1)
+        every = SAVED_EVERY if every is None else check_int("every", every, low=1)
+        if checkpoint is not None:
+            check_writable(checkpoint)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
         if self.normaliser is not None and self._optimizer is None:
@@ -306,7 +345,7 @@ class Diffusion:
         self._data = self._data or split.fingerprint(X)
         judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
         if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
-            warnings.warn(doubt, QualityWarning, stacklevel=2)
+            warnings.warn(doubt, QualityWarning, stacklevel=3)
         decayed = optimizer.plan.decay_steps
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
             words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
@@ -326,10 +365,19 @@ class Diffusion:
             watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
+        trainer.turns, keeper = self._turns, None if checkpoint is None else Keeper(self.save, checkpoint, keep)
+        if keeper is not None:
+            trainer.saves = Saves(every, lambda: keeper(self.step))
         options: dict[str, Any] = {"validation": validation, "watch": watch, "progress": progress, "callback": callback}
-        train(trainer, self, optimizer.plan, **options)
+        try:
+            train(trainer, self, optimizer.plan, **options)
+        finally:
+            if keeper is not None and self.step > first:
+                keeper(self.step)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, labels, parts.unseen, show=progress)
+            if keeper is not None:
+                keeper(self.step)  # with the report
         return self
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -397,7 +445,7 @@ class Diffusion:
         self.report_ = {"step": self.step, **found.report.to_dict()}
         say(found.report.sentence, show=show)
         if found.complaint:
-            warnings.warn(found.complaint, QualityWarning, stacklevel=3)
+            warnings.warn(found.complaint, QualityWarning, stacklevel=4)
 
     def _measured(
         self, rows: npt.NDArray[Any], labels: Any, held_out: npt.NDArray[Any] | None, *, samples: int, seed: int | None
@@ -426,7 +474,7 @@ class Diffusion:
             hint = (
                 "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
             )
-            warnings.warn(words + hint, DataWarning, stacklevel=3)
+            warnings.warn(words + hint, DataWarning, stacklevel=4)
         if X.ndim == 2 and getattr(self.net, "dtype", None) != np.float64:
             check_carried(X, "all" if self.noise_shape is None and self.scale == "all" else "column")
         net, schedule = defaults.network_and_schedule(
@@ -461,11 +509,12 @@ class Diffusion:
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
         net, schedule, _ = self._fitted()
-        flat = self._average if ema and self._average is not None else net.flat
+        with self._turns.looking():
+            flat = (self._average if ema and self._average is not None else net.flat).copy()
         if not all_finite(flat):
             raise TrainingError("the weights of this model are not finite: load one that was saved before, or reset()")
         be = get_backend(self.backend)
-        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
+        return NetworkDenoiser(net, be.asarray(flat, net.dtype), self.prediction, be, schedule)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
@@ -758,14 +807,15 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        net, schedule, normaliser = self._fitted()
-        assert self._average is not None
-        Saved(
-            net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
-            base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
-            history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
-            data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
-        ).write(path)  # fmt: skip
+        with self._turns.looking():  # a fit in another thread goes on when the file is there
+            net, schedule, normaliser = self._fitted()
+            assert self._average is not None
+            Saved(
+                net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
+                base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
+                history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
+                data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
+            ).write(path)  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +19,8 @@ from fastdiff.base import GaussianBase
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
+    DataError,
+    DataWarning,
     check_array,
     check_choice,
     check_float,
@@ -157,6 +161,37 @@ class Saved:
             class_names=_class_names(header, net.classes),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
         )
+
+
+class Keeper:
+    """Saves a model while it trains; the last few of these files stay.
+
+    Parameters
+    ----------
+    save : callable
+        Writes the model under a path.
+    path : path
+        Where the last one is.
+    keep : int
+        With more than 1 the last so many are also called ``NAME-STEP``.
+    """
+
+    def __init__(self, save: Callable[[Path], None], path: str | os.PathLike[str], keep: int) -> None:
+        self.save, self.path, self.keep = save, Path(path), keep
+        self.kept: list[Path] = []
+
+    def __call__(self, step: int) -> None:
+        """Save it as it is after so many steps; what goes wrong costs a warning, and not the training."""
+        one = self.path.with_name(f"{self.path.stem}-{step:06}{self.path.suffix}")
+        try:
+            self.save(self.path)
+            if self.keep > 1 and one not in self.kept:
+                self.save(one)
+                self.kept.append(one)
+            while len(self.kept) > self.keep:
+                self.kept.pop(0).unlink(missing_ok=True)
+        except (CheckpointError, DataError, OSError) as error:
+            warnings.warn(f"not saved after step {step}: {error}", DataWarning, stacklevel=2)
 
 
 def _stored(tensors: Tensors, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -39,7 +39,7 @@ def run(capsys):
     return run
 
 
-TRAIN = "train curves.csv --backend numpy --quiet --batch 16"
+TRAIN = "train curves.csv --backend numpy --quiet --batch 16 --overwrite"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -16,6 +15,7 @@ from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.gaussian import Gaussian, average
 from fastdiff.exact.moments import Moments, frozen, probabilities
 from fastdiff.exact.posterior import condition, impossible, linear_observations
+from fastdiff.forks import cached_property
 from fastdiff.observations import Given
 from fastdiff.schedule import Schedule
 

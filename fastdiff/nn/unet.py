@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from fastdiff.backends.layers import Conv
 from fastdiff.errors import ArgumentError, check_float, check_int
+from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MAX_PERIOD
 from fastdiff.nn.network import MAX_WIDTH, ProgramNetwork, Start, register
