@@ -22,8 +22,9 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-plot
 	$(BIN)/fastdiff demo -o demo
 
+# PART=--rest: only what make quick leaves out.
 test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers $(VENV)/.installed-cuda-check)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PART)
 
 # The inner loop: the suite without CUDA, peers, benchmarks and what is marked slow. What was left out is counted.
 quick: $(VENV)/.installed-plot $(VENV)/.installed-test

@@ -45,6 +45,7 @@ FEATURES = frozenset(
         "laplace schedule",
         "learned variance",
         "min snr",
+        "series",
         "velocity",
         "zero terminal snr",
     }

@@ -106,6 +106,7 @@ class Saved:
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
+        features += ["series"] if len(net.shape) == 2 else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
         try:
             stored = json.loads(json.dumps(header, allow_nan=False))

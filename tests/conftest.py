@@ -1,6 +1,7 @@
 """Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session.
 
-With --quick (`make quick`) whole files, what is marked slow and tests of CUDA are left out, and counted.
+With --quick (`make quick`) whole files, what is marked slow and tests of CUDA are left out, and counted; --rest is what
+--quick leaves out.
 """
 
 from __future__ import annotations
@@ -37,22 +38,37 @@ class AbsentLane(pytest.Directory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="leave out CUDA, peers, benchmarks and slow tests")
+    parts = parser.getgroup("parts of the suite").addoption
+    parts("--quick", action="store_true", help="leave out CUDA, peers, benchmarks and slow tests")
+    parts("--rest", action="store_true", help="only what --quick leaves out")
+
+
+def pytest_configure(config):
+    if config.getoption("quick") and config.getoption("rest"):
+        raise pytest.UsageError("--quick and --rest: take one, or none for the whole suite")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("quick"):
-        left_out = [item for item in items if item.get_closest_marker("slow") or _on_cuda(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    quick, rest = config.getoption("quick"), config.getoption("rest")
+    if quick or rest:
+        parts = {True: [], False: []}
+        for item in items:
+            parts[_is_quick(item)].append(item)
+        items[:] = parts[quick]
+        config.hook.pytest_deselected(items=parts[not quick])
 
 
-def _on_cuda(item):
-    return hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-")
+def _is_quick(item):
+    on_cuda = hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-")
+    return not (item.get_closest_marker("slow") or on_cuda or _in_long_lane(item.path))
+
+
+def _in_long_lane(path):
+    return any(part.match(lane) for part in (path, path.parent) for lane in NOT_QUICK)
 
 
 def pytest_ignore_collect(collection_path, config):
-    if not config.getoption("quick") or not any(collection_path.match(lane) for lane in NOT_QUICK):
+    if not config.getoption("quick") or not _in_long_lane(collection_path):
         return None  # as pytest decides
     config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)
     return True

@@ -235,7 +235,8 @@ def test_the_quick_part_counts_what_it_leaves_out(pytester):
         test_cuda_any="def test_1(): pass",
         test_it="import pytest\n@pytest.mark.slow\ndef test_1(): pass\ndef test_2(): pass",
     )
-    for option, passed, deselected in (("--quick", 1, 1), ("-ra", 3, 0)):
+    for option, passed, deselected in (("--quick", 1, 1), ("--rest", 2, 1), ("-ra", 3, 0)):
         result = pytester.runpytest_subprocess(option, "-o", "markers=slow", "-p", "no:cacheprovider")
         result.assert_outcomes(passed=passed, deselected=deselected)
-        assert ("--quick: 1 files left out (" in result.stdout.str()) == bool(deselected)
+        assert ("--quick: 1 files left out (" in result.stdout.str()) == (option == "--quick")
+    assert pytester.runpytest_subprocess("--quick", "--rest").ret == pytest.ExitCode.USAGE_ERROR

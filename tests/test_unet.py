@@ -32,6 +32,7 @@ NUMPY = get_backend("numpy")
 NETS = {
     "plain": {"shape": (3, 5, 1), "channels": (2, 3)},
     "curves": {"shape": (7,), "channels": (4, 2, 3), "classes": 3},
+    "series": {"shape": (5, 3), "channels": (3, 4), "classes": 2, "outputs": 6},
     "scale and shift": {
         "shape": (2, 3, 2), "channels": (4, 6), "scale_shift": True, "dropout": 0.3, "groups": 2, "eps": 0.1,
     },
@@ -285,6 +286,9 @@ def test_losses_of_two_networks_do_not_mix():
         ((1, 1, 1), (4,)),
         ((9, 4, 3), (4, 6)),
         ((50,), (4, 4, 4)),
+        ((24, 5), (4, 6, 8)),
+        ((13, 1), (4, 4)),
+        ((1, 7), (4,)),
         ((1, 13, 2), (3, 5)),
         ((4, 4, 1), (2, 3, 4)),
         ((8, 1, 2), (7,)),
@@ -298,6 +302,19 @@ def test_shapes(shape, channels, backend):
     assert y.shape == x.shape
     assert not y.any()  # the last layer starts at zero
     assert_same_bits(net.predict(x, 3, backend=backend), net.predict(x, [3, 3], backend=backend))
+
+
+def test_a_series_is_an_image_of_height_one(backend):
+    """Of the same weights, bit for bit: in what it predicts, and in both products with the Jacobian."""
+    series, image = (made({"shape": shape, "channels": (4, 6)}, "float32") for shape in ((7, 3), (1, 7, 3)))
+    assert {view.shape[:2] for view in series.params.values() if view.ndim == 4} == {(1, 1), (1, 3)}
+    image.flat[...] = series.flat
+    x, t, _, _ = batch_of(series, 3)
+    for call, *vector in (("predict",), ("vjp", x[::-1]), ("jvp", np.stack([x, x + 1]))):
+        y = getattr(series, call)(x, t, *vector, backend=backend)
+        want = getattr(image, call)(x[:, None], t, *(v[..., None, :, :] for v in vector), backend=backend)
+        assert y.shape[-3:] == x.shape
+        assert_same_bits(y, want.reshape(y.shape))
 
 
 def test_padding_is_of_zeros():
@@ -433,7 +450,8 @@ def test_a_backend_without_layers_says_what_to_do():
 
 
 BAD_OPTIONS = [
-    ("shape", {"shape": (8, 8)}), ("shape", {"shape": (0, 8, 1)}), ("shape", {"shape": 8}),
+    ("shape", {"shape": (8, 8, 1, 1)}), ("shape", {"shape": ()}), ("shape", {"shape": (3, 8)}),
+    ("shape", {"shape": (0, 8, 1)}), ("shape", {"shape": 8}), ("shape", {"shape": (8, 0)}),
     ("shape", {"shape": (3, 8, 1)}), ("shape", {"shape": (3,)}), ("shape", {"shape": (8, 8.5, 1)}),
     ("channels", {"channels": ()}), ("channels", {"channels": 32}), ("channels", {"channels": (1, 2, 3)}),
     ("channels", {"channels": (65536,) * 3}), ("channels", {"channels": (4,) * 13}),

@@ -160,10 +160,12 @@ class Network(ABC):
         ArgumentError
             A value is not what it should be.
         """
-        if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 3):
-            raise ArgumentError("shape", repr(shape), "(height, width, channels) of an image, or (points,) of a curve")
+        if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 2, 3):
+            wants = "(height, width, channels) of an image, (points, channels) of a series or (points,) of a curve"
+            raise ArgumentError("shape", repr(shape), wants)
         self.shape = tuple(check_int("shape", size, low=1, high=MAX_WIDTH) for size in shape)
-        height, width, channels = self.shape if len(self.shape) == 3 else (1, *self.shape, 1)
+        points_and_channels = (*self.shape, 1)[:2]
+        height, width, channels = self.shape if len(self.shape) == 3 else (1, *points_and_channels)
         self.image = height, width, channels
         self.T = check_int("T", T, low=1, high=MAX_T)
         self.classes = None if classes is None else check_int("classes", classes, low=1, high=MAX_CLASSES)
@@ -293,7 +295,7 @@ class Network(ABC):
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
         image = (*self.image[:2], self.outputs)
-        of_output = self.shape if len(self.shape) == 1 and self.outputs == 1 else image
+        of_output = image[3 - len(self.shape) :] if len(self.shape) > 1 else self.shape if self.outputs == 1 else image
         if given is None:
             result = be.empty((n, *image), self.dtype)
             self.runner(be, weights).fill(result, x, steps, labels)

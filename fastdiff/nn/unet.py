@@ -1,4 +1,4 @@
-"""U-Nets for images and long curves, conditioned on the timestep and, where there are classes, on a label."""
+"""U-Nets for images, series and curves, conditioned on the timestep and, where there are classes, on a label."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class UNet(ProgramNetwork):
     The blocks are those of Ho et al. 2020 (appendix B), in the form of diffusers' UNet2DModel: residual blocks of two
     GroupNorm, SiLU and 3x3 convolutions with the time embedding added between them, self-attention where asked for,
     strided convolutions down, nearest upsampling and a convolution up, skip connections by concatenation. A size that
-    the depth does not divide is padded with zeros inside, and cropped again. Images of height 1, curves among them,
-    have kernels of height 1.
+    the depth does not divide is padded with zeros inside, and cropped again. Of series, curves, and images of height 1
+    the kernels have three taps along time, and a level has half as many points as the one before.
 
     Parameters
     ----------
     shape : tuple of int
-        Of one image, (height, width, channels); (1, points, channels) or (points,) of one curve.
+        Of one image, (height, width, channels); (points, channels) of one series, or (points,) of one curve.
     channels : iterable of int, optional
         Widths of the levels, each of half the size of the one before.
     blocks : int, optional
@@ -88,7 +88,7 @@ class UNet(ProgramNetwork):
         Named views into `flat`, with UNet2DModel's names; convolutions are (rows, columns, in, out), linear layers
         (1, 1, in, out), and queries, keys and values are one layer, ``to_qkv``.
     shape : tuple of int
-        Shape of one image.
+        Shape of one sample.
     prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where a file that the network came from said so.
     """
