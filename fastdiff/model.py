@@ -29,7 +29,7 @@ from fastdiff.errors import (
     check_seed,
     is_on_device,
 )
-from fastdiff.files import check_writable
+from fastdiff.files import check_path, check_writable
 from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Keeper, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
@@ -315,6 +315,7 @@ class Diffusion:
         keep = check_int("keep", keep, low=1)
         every = SAVED_EVERY if every is None else check_int("every", every, low=1)
         if checkpoint is not None:
+            check_path("checkpoint", checkpoint)
             check_writable(checkpoint)
         if judge not in (None, True, False):
             raise ArgumentError("judge", repr(judge), "True, False or None")
@@ -841,6 +842,7 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
         The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
         not here.
     """
+    path = check_path("path", path)
     with naming_faults(path):
         saved = Saved.read(path)
         model = Diffusion(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -128,9 +129,6 @@ class Saved:
         # Shapes first: a header that claims a huge network must not make us allocate one.
         for name, shape in net.layout.shapes.items():
             _stored(tensors, f"net.{name}", shape)
-        for name in tensors:
-            if name.startswith("net.") and name[4:] not in net.layout.shapes:
-                raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
         kind = "white" if header["format"] == 1 else header["noise_shape"]
         prefix = "noise_shape."
         arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -143,18 +141,26 @@ class Saved:
         held_out, data, report = _habits(header)
         net.flat = _buffer(net, tensors, "net")
         average, plan = _buffer(net, tensors, "ema"), header["training"]
-        moments = () if plan is None else (_buffer(net, tensors, name) for name in ("adam.m", "adam.v"))
+        moments = [] if plan is None else [_buffer(net, tensors, name) for name in ("adam.m", "adam.v")]
+        if plan is not None and (moments[1] < 0).any():
+            raise ArgumentError("adam.v", str(moments[1].min()), "averages of squares, at least 0")
+        normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
+        step, history = check_int("step", header["step"], low=0, high=MOST_STEPS), _history(tensors)
+        _check_steps(history, step)
+        others = {f"noise_shape.{name}" for name in (() if noise_shape is None else noise_shape.arrays)}
+        others |= {*normaliser.arrays, *(() if base is None else base.arrays)}
+        _check_names(tensors, net, plan is not None, others)
         return cls(
             net=net,
             schedule=schedule,
             prediction=check_choice("prediction", header["prediction"], PREDICTIONS),
             seed=check_seed(header["seed"]),
-            normaliser=Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape),
+            normaliser=normaliser,
             base=base,
             average=average,
             optimizer=None if plan is None else Optimizer(TrainingPlan.from_dict(plan), *moments),
-            history=_history(tensors),
-            step=check_int("step", header["step"], low=0, high=MOST_STEPS),
+            history=history,
+            step=step,
             ema_updates=check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS),
             held_out=held_out,
             data=data,
@@ -229,6 +235,27 @@ def _history(tensors: Tensors) -> dict[str, list[Any]]:
             got, wants = (f"{len(history[name])} values" for name in (losses, steps))
             raise ArgumentError(f"history.{losses}", got, f"{wants}, as history.{steps} has")
     return history
+
+
+def _check_steps(history: dict[str, list[Any]], step: int) -> None:
+    """Refuse a history that is of another number of steps."""
+    taken, looked = history["step"], history["validation_step"]
+    if taken != list(range(len(taken))) or len(taken) != step:
+        raise ArgumentError("history.step", f"{len(taken)} steps", f"0 to {step - 1}, as the model has taken {step}")
+    if any(later <= earlier for earlier, later in pairwise(looked)) or (
+        looked and not 0 <= looked[0] <= looked[-1] <= step
+    ):
+        raise ArgumentError("history.validation_step", "other numbers", f"rising ones from 0 to {step}")
+
+
+def _check_names(tensors: Tensors, net: Network, training: bool, others: set[str]) -> None:
+    """Refuse tensors that are no part of the model."""
+    prefixes = ("net", "ema", *(("adam.m", "adam.v") if training else ()))
+    known = {f"{prefix}.{name}" for prefix in prefixes for name in net.layout.shapes} | others
+    known |= {f"history.{name}" for name in empty_history()}
+    for name in sorted(tensors, key=lambda name: not name.startswith("net.")):
+        if name not in known:
+            raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
 
 
 def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:

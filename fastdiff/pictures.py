@@ -29,7 +29,7 @@ from fastdiff.errors import (
     check_int,
     check_seed,
 )
-from fastdiff.files import check_writable, load_npy, naming, writing
+from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -121,7 +121,7 @@ def load_images(
     BackendError
         Pillow is missing.
     """
-    path = Path(folder)
+    path = check_path("folder", folder)
     wanted = _check_size(size)
     check_choice("mode", mode, _MODES)
     between = None if data_range is None else _check_range(data_range)
@@ -335,7 +335,7 @@ def _opened(file: Path) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file, formats=_PICTURE_FORMATS) as image:
+        with reading(file) as content, Image.open(content, formats=_PICTURE_FORMATS) as image:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise DataError(f"{image.height} x {image.width} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {most}")
@@ -506,8 +506,8 @@ def tiles(
     check_choice("mode", mode, _MODES)
     check_pillow()
     if isinstance(pictures, (str, os.PathLike)):
-        files, _, _ = _listed(Path(pictures))
-        whole = list(_decoded(Path(pictures), files, None, mode))
+        folder = check_path("pictures", pictures)
+        whole = list(_decoded(folder, _listed(folder)[0], None, mode))
     else:
         arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]
         gray = _wants_gray(mode, all(one.shape[2] == 1 for _, one in arrays))
@@ -596,7 +596,7 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     The folder is made; see `save_images` for the arguments.
     """
     check_pillow()
-    first, path = check_int("first", first, low=0), Path(folder)
+    first, path = check_int("first", first, low=0), check_path("folder", folder)
     digits = max(4, len(str(first + n - 1)))
     files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]
     with naming(path, "cannot be made as a folder"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import logging
 import re
 from array import array
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from fastdiff import doubts
 from fastdiff.errors import ArgumentError, DataError, check_choice, check_int
-from fastdiff.files import load_npy
+from fastdiff.files import load_npy, reading
 
 Column = int | str
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # what tables write where there is no value
@@ -127,7 +128,7 @@ def read_csv(path: Path, asked: Asked) -> Table:
     lines: list[int] = []  # the line of each row, for messages
     layout: _Layout | None = None  # until the first line is seen
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with reading(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 text = line.strip("\r\n" if asked.delimiter == "\t" else " \r\n")
                 if not text.strip() or text.startswith("#"):

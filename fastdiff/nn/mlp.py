@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +31,7 @@ from fastdiff.nn.runner import Runner
 from fastdiff.noise import Draw
 
 TIME_FEATURES = 32
+MAX_LAYERS = 1000  # hidden ones
 MAX_PERIOD = 10_000.0
 KINDS = ("modulated", "tutorial")
 TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
@@ -137,6 +138,8 @@ class MLP(Network):
             kinds = [*(hidden_kind for _ in hidden), ("none", "none")]
         columns = [TIME_COLUMNS[mode] * outputs for (_, mode), outputs in zip(kinds, widths[1:], strict=True)]
         shapes: dict[str, tuple[int, ...]] = {}
+        check_int("the number of hidden layers", len(hidden), low=0, high=MAX_LAYERS)
+        before = [0, *accumulate(columns)]
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             shapes[f"layers.{i}.weight"] = (inputs, outputs)
             shapes[f"layers.{i}.bias"] = (outputs,)
@@ -149,9 +152,7 @@ class MLP(Network):
         at = layout.offsets
         self.plan = MLPPlan(
             layers=tuple(
-                DenseLayer(
-                    inputs, outputs, at[f"layers.{i}.weight"], at[f"layers.{i}.bias"], *kinds[i], sum(columns[:i])
-                )
+                DenseLayer(inputs, outputs, at[f"layers.{i}.weight"], at[f"layers.{i}.bias"], *kinds[i], before[i])
                 for i, (inputs, outputs) in enumerate(pairwise(widths))
             ),
             T=self.T,
@@ -159,7 +160,7 @@ class MLP(Network):
             time_width=sum(columns),
             time_weight=at.get("time.weight", 0),
             time_bias=at.get("time.bias", 0),
-            features=None if embedded or not sum(columns) else sinusoidal_features(self.T),
+            features_of=None if embedded or not sum(columns) else sinusoidal_features,
         )
         self.own(layout, draw)
 

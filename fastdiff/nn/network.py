@@ -43,6 +43,7 @@ from fastdiff.errors import (
     check_timesteps,
     is_on_device,
 )
+from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Memories, ProgramRunner, Runner
@@ -346,8 +347,12 @@ class ProgramNetwork(Network):
     Its constructor calls `describe`, sets what `record` needs, and calls `build`.
     """
 
-    chunk: int
-    """Samples that go through it at once."""
+    @cached_property
+    def chunk(self) -> int:
+        """Samples that go through it at once."""
+        probe = Program(1, "output")
+        self.record(probe)
+        return _chunk(probe)
 
     @abstractmethod
     def record(self, p: Program) -> None:
@@ -364,14 +369,19 @@ class ProgramNetwork(Network):
         """Find out by `record` which tensors there are, and have them."""
         probe = Program(1, "output")
         self.record(probe)
-        probe.plan()
-        self.chunk = max(1, CHUNK_VALUES // probe.size)
+        if draw:  # else it is a file's, which says anything
+            self.chunk = _chunk(probe)
         self._memories = Memories()
         self.own(Layout(probe.parameters), draw)
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         weights = be.asarray(self.flat if weights is None else weights, self.dtype)
         return ProgramRunner(self, be, weights, self._memories.on(be))
+
+
+def _chunk(probe: Program) -> int:
+    probe.plan()
+    return max(1, CHUNK_VALUES // probe.size)
 
 
 def check_keys(config: Any, keys: set[str]) -> None:
