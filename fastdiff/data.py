@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import tables
-from fastdiff.errors import DataWarning, check_array, check_float, check_int, check_seed
+from fastdiff.errors import (
+    ArgumentError,
+    DataWarning,
+    check_array,
+    check_flags,
+    check_float,
+    check_int,
+    check_seed,
+    shown,
+)
 from fastdiff.files import check_ending, check_writable, naming, writing
 from fastdiff.metrics import energy_distance
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
@@ -164,6 +173,13 @@ def load_curves(
         or the first one like column names: what was seen, and the remedy. The values are as in the file.
     """
     suffix = check_ending(path, ENDINGS)
+    check_flags(missing=missing, header=bool(header) if header is None else header)
+    for name, some in (("drop", drop), ("columns", columns)):
+        known = some is None or isinstance(some, (int, str, list, tuple))
+        if not known or (isinstance(some, (list, tuple)) and not all(isinstance(one, (int, str)) for one in some)):
+            raise ArgumentError(name, shown(some), "a name or number of a column, or a list of them")
+    if not (index is None or isinstance(index, (int, str))):
+        raise ArgumentError("index", shown(index), "a name or number of a column")
     of_index = [] if index is None else [index]
     dropped, only = ([some] if isinstance(some, (int, str)) else some for some in (drop, columns))
     asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LONGEST = 300  # characters of what came
+
 
 class FastdiffError(Exception):
     """Base of every exception that fastdiff raises on purpose."""
@@ -34,6 +36,8 @@ class ArgumentError(FastdiffError, ValueError):
     """
 
     def __init__(self, argument: str, got: str, wants: str) -> None:
+        got = " ".join(got.split("\n"))
+        got = got if len(got) <= LONGEST else f"{got[: LONGEST - 3]}..."
         super().__init__(argument, got, wants)
         self.argument, self.got, self.wants = argument, got, wants
 
@@ -83,6 +87,9 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+LARGEST = (1 << 63) - 1  # integer that arrays hold
+
+
 def check_int(argument: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """Return `value` as an int within ``low..high`` (both inclusive), or raise `ArgumentError`."""
     if low is not None and high is not None:
@@ -97,7 +104,8 @@ def check_int(argument: str, value: Any, *, low: int | None = None, high: int | 
         number = operator.index(value)
     except TypeError:
         raise ArgumentError(argument, shown(value), wants) from None
-    if (low is not None and number < low) or (high is not None and number > high):
+    too_high = number > (LARGEST if high is None else high)
+    if (low is not None and number < low) or number < -LARGEST or too_high:
         raise ArgumentError(argument, shown(number), wants)
     return number
 
@@ -137,6 +145,19 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ArgumentError(argument, shown(value), f"one of {', '.join(map(repr, known))}")
     return value
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise `ArgumentError` for the first of these arguments that is not True or False (1 and 0 are)."""
+    for argument, value in flags.items():
+        if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
+            raise ArgumentError(argument, shown(value), "True or False")
+
+
+def check_callable(argument: str, value: Any) -> None:
+    """Raise `ArgumentError` for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise ArgumentError(argument, shown(value), "a function, or None")
 
 
 def check_seed(value: Any, argument: str = "seed") -> int:

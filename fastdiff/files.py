@@ -153,8 +153,7 @@ def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[I
     DataError
         If a folder is missing, or a path cannot be written or is something else than a file.
     """
-    for path in paths:
-        check_path("path", path)
+    paths = [check_path("path", path) for path in paths]
     with ExitStack() as removals:
         files: list[tuple[IO[bytes], Path, Path]] = []
         for path in paths:
@@ -262,7 +261,7 @@ def check_ending(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     ending = check_path("path", path).suffix.lower()
     if ending not in known:
         wanted = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
-        raise ArgumentError("path", repr(os.fspath(path)), f"a file name that ends in {wanted}")
+        raise ArgumentError("path", shown(os.fspath(path)), f"a file name that ends in {wanted}")
     return ending
 
 

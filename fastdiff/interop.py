@@ -230,15 +230,19 @@ def options_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     ArgumentError
         A block or an option that `UNet` does not have, or one that makes no sense.
     """
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ArgumentError("config", shown(config), "a mapping of names to values")
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise ArgumentError("_class_name", repr(kind), "'UNet2DModel', the only network of diffusers that fastdiff has")
+        raise ArgumentError(
+            "_class_name", shown(kind), "'UNet2DModel', the only network of diffusers that fastdiff has"
+        )
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     for name in sorted(given.keys() - DEFAULTS.keys() - FIXED.keys()):
         log.warning("%s = %r in a configuration of diffusers: unknown, left out", name, given[name])
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise ArgumentError(name, repr(given[name]), f"{value!r}: fastdiff does not have the other")
+            raise ArgumentError(name, shown(given[name]), f"{value!r}: fastdiff does not have the other")
     c = {**DEFAULTS, **given}
     check_choice("act_fn", c["act_fn"], ["silu", "swish"])
     mode = check_choice("resnet_time_scale_shift", c["resnet_time_scale_shift"], ["default", "scale_shift"])
@@ -265,7 +269,7 @@ def options_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attends(argument: str, blocks: Any, plain: str, attending: str) -> tuple[bool, ...]:
     if not isinstance(blocks, (list, tuple)):
-        raise ArgumentError(argument, repr(blocks), f"a list of {plain} and {attending}")
+        raise ArgumentError(argument, shown(blocks), f"a list of {plain} and {attending}")
     names = [str(block).removeprefix("UNetRes") for block in blocks]
     return tuple(check_choice(argument, name, [plain, attending]) == attending for name in names)
 

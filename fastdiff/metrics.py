@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_array
+from fastdiff.errors import ArgumentError, check_array, check_flags
 
 BLOCK_ROWS = 256  # whose distances to all others are held at once
 
@@ -35,6 +35,7 @@ def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike, *, unbiased: bool = Fals
     float
         In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
     """
+    check_flags(unbiased=unbiased)
     x = check_array("X", X, shape=(None, None), dtype=np.float64)
     y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)
     least = 2 if unbiased else 1

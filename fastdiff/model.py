@@ -24,10 +24,13 @@ from fastdiff.errors import (
     TrainingError,
     all_finite,
     check_array,
+    check_callable,
     check_choice,
+    check_flags,
     check_int,
     check_seed,
     is_on_device,
+    shown,
 )
 from fastdiff.files import check_path, check_writable
 from fastdiff.likelihood import Bound, LogDensity
@@ -140,19 +143,19 @@ class Diffusion:
             raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             wants = f"one of {net.shape[0]} values, as the network has" if len(net.shape) == 1 else "None for pictures"
-            raise ArgumentError("noise_shape", repr(noise_shape), wants)
+            raise ArgumentError("noise_shape", shown(noise_shape), wants)
         if net is not None and net.outputs != net.image[2] and not net.learned_variance:
             wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
             raise ArgumentError("net", f"{net.outputs} outputs", wants)
         if net is not None and net.learned_variance and noise_shape is not None:
             raise ArgumentError(
-                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+                "noise_shape", shown(noise_shape), "None: this network learns the variance of white noise"
             )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
         if net is not None and net.prediction not in (None, prediction):
-            raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
+            raise ArgumentError("prediction", shown(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
@@ -315,10 +318,10 @@ class Diffusion:
         keep = check_int("keep", keep, low=1)
         every = SAVED_EVERY if every is None else check_int("every", every, low=1)
         if checkpoint is not None:
-            check_path("checkpoint", checkpoint)
+            checkpoint = check_path("checkpoint", checkpoint)
             check_writable(checkpoint)
-        if judge not in (None, True, False):
-            raise ArgumentError("judge", repr(judge), "True, False or None")
+        check_flags(judge=False if judge is None else judge, flip=flip, progress=progress)
+        check_callable("callback", callback)
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = split.checked(X, y, self.net, self.noise_shape, be)
@@ -328,7 +331,7 @@ class Diffusion:
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
         accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
         if flip and X.ndim == 2:
-            raise ArgumentError("flip", repr(flip), "False for curves")
+            raise ArgumentError("flip", shown(flip), "False for curves")
 
         self._prepare(parts, classes, plan, data_range)
         net, schedule, normaliser = self._fitted()
@@ -482,7 +485,7 @@ class Diffusion:
             self.net, self.schedule, X.shape, classes, base=self.base is not None, seed=self.seed
         )
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
-            raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
+            raise ArgumentError("backend", shown(self.backend), "'numpy': this network has float64 parameters")
         self._gaussian = None
         if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
             normaliser = normaliser.centred(X)
@@ -510,6 +513,7 @@ class Diffusion:
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
         net, schedule, _ = self._fitted()
+        check_flags(ema=ema)
         with self._turns.looking():
             flat = (self._average if ema and self._average is not None else net.flat).copy()
         if not all_finite(flat):
@@ -519,6 +523,7 @@ class Diffusion:
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
+        check_flags(ema=ema)
         if not ema or self._average is None:
             return self.denoiser(ema=ema)  # anybody may have changed these weights
         now = self.step, get_backend(self.backend)
@@ -528,7 +533,10 @@ class Diffusion:
 
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
         """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        check_flags(given=given)
         net, schedule, normaliser = self._fitted()
+        if not isinstance(name, str):
+            raise ArgumentError("sampler", shown(name), "a name, or a table of fastdiff.samplers")
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
@@ -610,13 +618,14 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
+        check_flags(round=round, ema=ema)
         _, schedule, normaliser = self._fitted()
         known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
-            if known is not None and method in ("repaint", "smc") and sampler == "auto":
-                sampler = "ddpm"
+            if known is not None and isinstance(sampler, str) and sampler == "auto":
+                sampler = "ddpm" if isinstance(method, str) and method in ("repaint", "smc") else sampler
             sampler = self.named_sampler(sampler, steps, given=known is not None)
-            if known is not None and method not in ("replace", "repaint"):
+            if known is not None and not (isinstance(method, str) and method in ("replace", "repaint")):
                 sampler = sampler.unclipped()
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
@@ -808,6 +817,7 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
+        check_flags(training=training)
         with self._turns.looking():  # a fit in another thread goes on when the file is there
             net, schedule, normaliser = self._fitted()
             assert self._average is not None

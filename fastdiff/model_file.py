@@ -27,6 +27,7 @@ from fastdiff.errors import (
     check_float,
     check_int,
     check_seed,
+    shown,
 )
 from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
@@ -263,7 +264,7 @@ def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("class_names", repr(names), f"a list of {count or 0} names, or null")
+        raise ArgumentError("class_names", shown(names), f"a list of {count or 0} names, or null")
     return names
 
 
@@ -271,14 +272,14 @@ def _habits(header: dict[str, Any]) -> tuple[tuple[str, float], list[int] | None
     """What a file says of rows held out, of the data, and of the samples; files of 0.1.0 say nothing."""
     held_out = header.get("held_out") or ["fraction", 0.0]
     if not isinstance(held_out, list) or len(held_out) != 2:
-        raise ArgumentError("held_out", repr(held_out), "a rule and a share")
+        raise ArgumentError("held_out", shown(held_out), "a rule and a share")
     rule = check_choice("held_out", held_out[0], ["fraction", "share"])
     part = check_float("held_out", held_out[1], low=0, high=1, high_open=True)
     data, report = header.get("data"), header.get("report")
     if data is not None:
         if not isinstance(data, list) or len(data) != 2:
-            raise ArgumentError("data", repr(data), "a number of rows and a checksum, or null")
+            raise ArgumentError("data", shown(data), "a number of rows and a checksum, or null")
         data = [check_int("data", value, low=0) for value in data]
     if report is not None and not isinstance(report, dict):
-        raise ArgumentError("report", repr(report), "names and numbers, or null")
+        raise ArgumentError("report", shown(report), "names and numbers, or null")
     return (rule, part), data, report

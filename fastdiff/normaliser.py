@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastdiff import process
 from fastdiff.backends import Backend
-from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device
+from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device, shown
 from fastdiff.noise_shape import NoiseShape
 
 log = logging.getLogger("fastdiff")
@@ -113,10 +113,10 @@ class Normaliser:
                 log.info("data_range: (%g, %g), as the pictures have it", low, high)
         else:
             if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-                raise ArgumentError("data_range", repr(data_range), wants)
+                raise ArgumentError("data_range", shown(data_range), wants)
             low, high = (check_float("data_range", end) for end in data_range)
             if not low < high:
-                raise ArgumentError("data_range", repr(data_range), wants)
+                raise ArgumentError("data_range", shown(data_range), wants)
         least, most = float(X.min()), float(X.max())
         if 0 < 8 * (most - least) < high - low:
             words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
@@ -224,7 +224,7 @@ class Normaliser:
             raise ArgumentError("normaliser", type(config).__name__, "names and values")
         data_range = config.get("data_range")  # neither in files of format 1
         if (data_range is not None) != (len(shape) == 3):
-            raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
+            raise ArgumentError("normaliser.data_range", shown(data_range), "a range for pictures, null for curves")
         centre = tensors.get("normaliser.centre")
         if centre is not None:
             centre = check_array("normaliser.centre", centre, shape=shape, dtype=np.float64)
@@ -340,15 +340,15 @@ def settled(
 ) -> Normaliser:
     """Return the normaliser of a fit, the known one or else that of its rows, to which both kinds of rows are held."""
     if X.ndim == 2 and data_range is not None:
-        raise ArgumentError("data_range", repr(data_range), "None for curves: they have mean 0 and deviation 1 inside")
+        raise ArgumentError("data_range", shown(data_range), "None for curves: they have mean 0 and deviation 1 inside")
     found = known
     if found is None or data_range is not None:
         if X.ndim > 2 and scale not in ("auto", "all"):
-            raise ArgumentError("scale", repr(scale), "'auto' for pictures: they have a data_range")
+            raise ArgumentError("scale", shown(scale), "'auto' for pictures: they have a data_range")
         found = Normaliser.of(X, noise_shape, scale) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
     if known is not None and found.data_range != known.data_range:
         wants = f"{known.data_range}, that of the first fit; reset() starts anew"
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     found.check("X", X)
     if held_out is not None:
         found.check("validation", held_out)

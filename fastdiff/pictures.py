@@ -25,9 +25,11 @@ from fastdiff.errors import (
     DataError,
     check_array,
     check_choice,
+    check_flags,
     check_float,
     check_int,
     check_seed,
+    shown,
 )
 from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
@@ -124,6 +126,7 @@ def load_images(
     path = check_path("folder", folder)
     wanted = _check_size(size)
     check_choice("mode", mode, _MODES)
+    check_flags(labels=labels, skip_bad=skip_bad)
     between = None if data_range is None else _check_range(data_range)
     check_pillow()
     if path.suffix.lower() == ".npy" and not path.is_dir():
@@ -165,7 +168,7 @@ def _check_size(size: Any) -> tuple[int, int] | None:
         return None
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2:
-        raise ArgumentError("size", repr(size), "an integer, a pair (height, width) or None")
+        raise ArgumentError("size", shown(size), "an integer, a pair (height, width) or None")
     height, width = (check_int("size", side, low=1, high=_LARGEST) for side in sides)
     return height, width
 
@@ -173,10 +176,10 @@ def _check_size(size: Any) -> tuple[int, int] | None:
 def _check_range(data_range: Any) -> tuple[float, float]:
     wants = "a pair of numbers (low, high), low below high"
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     low, high = (check_float("data_range", end) for end in data_range)
     if not low < high:
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     return low, high
 
 
@@ -509,6 +512,8 @@ def tiles(
         folder = check_path("pictures", pictures)
         whole = list(_decoded(folder, _listed(folder)[0], None, mode))
     else:
+        if not isinstance(pictures, (list, tuple, np.ndarray)):
+            raise ArgumentError("pictures", shown(pictures), "a folder, or a list of pictures")
         arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]
         gray = _wants_gray(mode, all(one.shape[2] == 1 for _, one in arrays))
         whole = [(name, _pixels(to_pillow(one), None, gray)) for name, one in arrays]
@@ -596,6 +601,7 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     The folder is made; see `save_images` for the arguments.
     """
     check_pillow()
+    check_flags(overwrite=overwrite)
     first, path = check_int("first", first, low=0), check_path("folder", folder)
     digits = max(4, len(str(first + n - 1)))
     files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]
@@ -630,7 +636,7 @@ def as_uint8(
     except (TypeError, ValueError):
         low = high = 0.0
     if not low < high:
-        raise ArgumentError("data_range", repr(data_range), "a pair of numbers (low, high), low below high")
+        raise ArgumentError("data_range", shown(data_range), "a pair of numbers (low, high), low below high")
     if array.dtype == np.uint8 and (low, high) == (0, 255):
         return array
     with np.errstate(over="ignore"):

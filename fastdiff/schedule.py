@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int, shown
 
 log = logging.getLogger("fastdiff")
 
@@ -362,6 +362,7 @@ class Schedule:
         ArgumentError
             The noise, where the schedule ends in noise alone: of such a state it says nothing of x0.
         """
+        check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "noise" and self.signal[-1] == 0:
             wants = f"'v', 'velocity' or 'x0': at t = {self.T - 1} the signal is 0, and the noise says nothing of x0"
             raise ArgumentError("prediction", "'noise'", wants)
@@ -631,7 +632,7 @@ def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
     if pure:
         log_ratio = log_ratio[:-1] if spacing == "beta" else log_ratio[log_ratio <= math.log(LOUDEST)]
     if len(log_ratio) == 0:
-        raise ArgumentError("spacing", repr(spacing), "one that counts timesteps, for so few levels")
+        raise ArgumentError("spacing", shown(spacing), "one that counts timesteps, for so few levels")
     top, low, ramp = log_ratio[-1], log_ratio[0], np.linspace(0, 1, n - pure)
     if spacing == "beta":
         from scipy.special import betaincinv

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff import samplers
-from fastdiff.errors import ArgumentError, ConversionWarning, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, ConversionWarning, check_choice, check_float, check_int, shown
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
@@ -63,7 +63,7 @@ class _Config:
     def flag(self, key: str, usual: bool = False) -> bool:
         value = self.take(key, usual)
         if not isinstance(value, bool | None):
-            raise ArgumentError(key, repr(value), "true or false")
+            raise ArgumentError(key, shown(value), "true or false")
         return bool(value)
 
     def differs(self, key: str, what: str, usual: Any = None) -> None:
@@ -75,13 +75,13 @@ class _Config:
     def refuse(self, key: str, wants: Any) -> None:
         value = self.take(key, wants)
         if value != wants and not (value in OFF and wants in OFF):
-            raise ArgumentError(key, repr(value), f"{wants!r}: fastdiff does not have the other")
+            raise ArgumentError(key, shown(value), f"{wants!r}: fastdiff does not have the other")
 
     def rest(self) -> None:
         """Refuse keys that nobody knows and that ask for something."""
         for key in sorted(self.content.keys() - self.asked):
             if self.content[key] not in OFF:
-                raise ArgumentError(key, repr(self.content[key]), "a key that fastdiff knows, or none")
+                raise ArgumentError(key, shown(self.content[key]), "a key that fastdiff knows, or none")
             log.info("%s = %r in a scheduler's configuration: unknown, left out", key, self.content[key])
 
 
@@ -264,7 +264,7 @@ def check_class(content: Mapping[str, Any]) -> None:
     check_choice("_class_name", content.get("_class_name", "DDPMScheduler"), [*METHODS, *LEVELS_ONLY])
     for key in ("use_flow_sigmas", "use_dynamic_shifting"):
         if content.get(key):
-            raise ArgumentError(key, repr(content[key]), "false: fastdiff reads no flow from a scheduler")
+            raise ArgumentError(key, shown(content[key]), "false: fastdiff reads no flow from a scheduler")
 
 
 def table(
@@ -278,7 +278,7 @@ def table(
     known = (make.__kwdefaults__ or {}).keys() - {"prediction"}
     for name in options.keys() - known:
         wants = f"an option of {make.__name__}: {', '.join(sorted(known))}"
-        raise ArgumentError(name, repr(options[name]), wants)
+        raise ArgumentError(name, shown(options[name]), wants)
     return make(schedule, steps, prediction=prediction, **{**chosen, **options}), c.notes
 
 
@@ -306,7 +306,7 @@ def config_of(sampler: Sampler) -> dict[str, Any]:
             for note in notes:
                 warnings.warn(note, ConversionWarning, stacklevel=3)
             return {**content, **levels}
-    raise ArgumentError("sampler", repr(sampler), "a table that a scheduler of diffusers stands for")
+    raise ArgumentError("sampler", shown(sampler), "a table that a scheduler of diffusers stands for")
 
 
 def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:

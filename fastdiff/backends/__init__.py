@@ -32,7 +32,7 @@ from fastdiff.backends.protocol import (
     TrainingDraws,
     TrainState,
 )
-from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device
+from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device, shown
 from fastdiff.signals import delayed
 
 __all__ = [
@@ -176,14 +176,14 @@ def get_backend(
         if name != "cpu":
             raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
     if kernels is not None and name != "cuda":
-        raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
+        raise ArgumentError("kernels", shown(kernels), "None: only the cuda backend has a choice of kernels")
     if precision is not None and name != "cuda":
-        raise ArgumentError("precision", repr(precision), "None: only the cuda backend has a choice of precision")
+        raise ArgumentError("precision", shown(precision), "None: only the cuda backend has a choice of precision")
     if convolutions is not None and name != "cuda":
-        raise ArgumentError("convolutions", repr(convolutions), "None: only the cuda backend has a choice of them")
+        raise ArgumentError("convolutions", shown(convolutions), "None: only the cuda backend has a choice of them")
     if graphs is not None and (name != "cuda" or not isinstance(graphs, bool)):
         wants = "True or False" if name == "cuda" else "None: only the cuda backend has graphs"
-        raise ArgumentError("graphs", repr(graphs), wants)
+        raise ArgumentError("graphs", shown(graphs), wants)
     kernels = check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"])
     precision = check_choice("precision", "float32" if precision is None else precision, PRECISIONS)
     convolutions = check_choice("convolutions", "own" if convolutions is None else convolutions, CONVOLUTIONS)

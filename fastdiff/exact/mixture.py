@@ -102,6 +102,8 @@ class Mixture(Exact):
         ArgumentError
             If the components disagree, or a weight is negative, or they do not sum to 1.
         """
+        if not isinstance(components, (list, tuple)):
+            raise ArgumentError("components", type(components).__name__, "a list of Gaussians")
         self = cls.__new__(cls)
         for k, component in enumerate(components):
             if not isinstance(component, Gaussian):

@@ -24,7 +24,7 @@ from fastdiff.backends import (
     TrainingDraws,
     TrainState,
 )
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, shown
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Runner
@@ -95,8 +95,8 @@ class MLP(Network):
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
-        if not isinstance(hidden, Iterable):
-            raise ArgumentError("hidden", repr(hidden), "layer widths, as in (128, 128)")
+        if not isinstance(hidden, Iterable) or np.ndim(hidden) == 0:  # type: ignore[arg-type]
+            raise ArgumentError("hidden", shown(hidden), "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build("modulated", points, widths, T, seed, dtype)
 
@@ -199,7 +199,7 @@ class MLP(Network):
         kind = check_choice("kind", config["kind"], KINDS)
         hidden = config["hidden"]
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
-            raise ArgumentError("hidden", repr(hidden), "a list of layer widths, empty for the tutorial network")
+            raise ArgumentError("hidden", shown(hidden), "a list of layer widths, empty for the tutorial network")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
         return self

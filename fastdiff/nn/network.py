@@ -37,11 +37,13 @@ from fastdiff.errors import (
     ArgumentError,
     check_array,
     check_choice,
+    check_flags,
     check_indices,
     check_int,
     check_seed,
     check_timesteps,
     is_on_device,
+    shown,
 )
 from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program
@@ -163,7 +165,7 @@ class Network(ABC):
         """
         if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 2, 3):
             wants = "(height, width, channels) of an image, (points, channels) of a series or (points,) of a curve"
-            raise ArgumentError("shape", repr(shape), wants)
+            raise ArgumentError("shape", shown(shape), wants)
         self.shape = tuple(check_int("shape", size, low=1, high=MAX_WIDTH) for size in shape)
         points_and_channels = (*self.shape, 1)[:2]
         height, width, channels = self.shape if len(self.shape) == 3 else (1, *points_and_channels)
@@ -314,7 +316,7 @@ class Network(ABC):
     def check_backend(self, be: Backend) -> None:
         """Refuse a backend that cannot compute in the network's dtype."""
         if self.dtype == np.float64 and be.name != "numpy":
-            raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
+            raise ArgumentError("backend", shown(be.name), "'numpy': this network has float64 parameters")
 
     # ------------------------------------------------------------------------------------------- configuration
 
@@ -408,7 +410,7 @@ def register(cls: Kind, *kinds: str) -> Kind:
     for kind in kinds or (cls.kind,):
         known = _kinds.setdefault(kind, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ArgumentError("kind", repr(kind), f"another name: {known.__module__}.{known.__qualname__} has it")
+            raise ArgumentError("kind", shown(kind), f"another name: {known.__module__}.{known.__qualname__} has it")
         _kinds[kind] = cls
     return cls
 
@@ -421,6 +423,7 @@ def network_of(config: Any, *, draw: bool = True) -> Network:
     ArgumentError
         Its kind is not registered, or as of `Network.from_dict`.
     """
+    check_flags(draw=draw)
     if not isinstance(config, Mapping) or "kind" not in config:
         check_keys(config, {"kind"})
     return _kinds[check_choice("kind", config["kind"], sorted(_kinds))].from_dict(config, draw=draw)

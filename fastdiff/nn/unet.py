@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.layers import Conv
-from fastdiff.errors import ArgumentError, check_float, check_int
+from fastdiff.errors import ArgumentError, check_float, check_int, shown
 from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MAX_PERIOD
@@ -304,7 +304,7 @@ def _groups(widths: tuple[int, ...], groups: int | None) -> int:
 
 def _several(argument: str, value: Any, wants: str) -> tuple[Any, ...]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        raise ArgumentError(argument, repr(value), wants)
+        raise ArgumentError(argument, shown(value), wants)
     return tuple(value)
 
 
@@ -317,7 +317,7 @@ def _flags(argument: str, value: Any, levels: int) -> tuple[bool, ...]:
 
 def _flag(argument: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(argument, repr(value), "True or False")
+        raise ArgumentError(argument, shown(value), "True or False")
     return bool(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, check_choice, check_float, check_int, shown
 from fastdiff.samplers.levels import (
     Levels,
     Table,
@@ -138,7 +138,7 @@ def dpmpp_3m(
     grid = levels(schedule, steps, spacing, final)
     eta = check_float("eta", eta, low=0)
     if not isinstance(published, bool):
-        raise ArgumentError("published", repr(published), "True or False")
+        raise ArgumentError("published", shown(published), "True or False")
     orders = row_orders(grid, 3, lower_order_final, final)
     refuse_infinite_step(orders, final)
     memory = np.zeros((len(grid.t), 3))
@@ -329,7 +329,7 @@ def _data_moments(growth: float, count: int, variant: str = "bh2") -> Array:
 def _refuse_clip(name: str, clip: object) -> None:
     if clip is not None:
         wants = f"None: {name} remembers the noise, which has no bounds; dpmpp_2m, dpmpp_3m and unipc clip"
-        raise ArgumentError("clip", str(clip), wants)
+        raise ArgumentError("clip", shown(clip), wants)
 
 
 def _noise_table(table: Table, grid: Levels, orders: npt.NDArray[np.int64], memory: Array) -> Sampler:

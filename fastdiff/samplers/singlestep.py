@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_choice, check_float
+from fastdiff.errors import ArgumentError, check_choice, check_float, shown
 from fastdiff.samplers.levels import Levels, Table, check_growth, gap_variance, levels, sampler
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
 from fastdiff.schedule import Array, Schedule
@@ -187,7 +187,7 @@ def _implicit(
 ) -> Sampler:
     eta = check_float("eta", eta, low=0, high=1)
     if not isinstance(reclip, bool):
-        raise ArgumentError("reclip", repr(reclip), "True or False")
+        raise ArgumentError("reclip", shown(reclip), "True or False")
     ancestral = gap_variance(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
     p, q = x0_from_output(grid.signal, grid.noise, prediction)
@@ -349,8 +349,8 @@ def _slopes_in_lambda(grid: Levels, middle: Levels) -> tuple[Array, Array]:
 def _churned(schedule: Schedule, grid: Levels, churn: float, s_tmin: float, s_tmax: float) -> npt.NDArray[np.int64]:
     """Where churn leads from every timestep."""
     churn, s_tmin = check_float("churn", churn, low=0), check_float("s_tmin", s_tmin, low=0)
-    if s_tmax != math.inf:
-        check_float("s_tmax", s_tmax, low=s_tmin)
+    if not (isinstance(s_tmax, float) and s_tmax == math.inf):
+        s_tmax = check_float("s_tmax", s_tmax, low=s_tmin)
     inside = (grid.ratio >= s_tmin) & (grid.ratio <= s_tmax)
     gain = math.log1p(min(churn / len(grid.t), MOST_CHURN))
     raised = grid.t.copy()
