@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
-	compile-time readme-numbers answers wheel release-check clean
+	compile-time readme-numbers answers docs wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +108,7 @@ $(DATA)/.written: benchmarks/real_data.py
 
 quality: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/sines.py
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples
@@ -119,6 +120,10 @@ answers: $(VENV)/.installed-plot
 
 readme-numbers: $(VENV)/.installed-plot
 	$(BIN)/python benchmarks/readme_numbers.py
+
+# The documentation site: docs/_build/html/index.html. GALLERY=0: the examples are shown, and not run.
+docs: $(VENV)/.installed-docs
+	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -E docs docs/_build/html
 
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python
@@ -137,4 +142,4 @@ release-check: $(VENV)/.installed-release
 		echo "== $$($$python --version)"; sh tests/installed_wheel.sh $$python dist; done
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/gallery docs/reference *.egg-info

@@ -534,6 +534,41 @@ class QualityReport(Report):
         return [*lines, "", *markdown(["curves of the source text", "value", "target"], rows)] if rows else lines
 
 
+# -- sines.py --------------------------------------------------------------------------------------------------
+
+
+class Told(NamedTuple):
+    """A measure of real and drawn series, the same of two real sets, and how far above that it may be."""
+
+    name: str
+    ours: Estimate
+    floor: Estimate
+    bound: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether it is within its bound."""
+        return self.bound is None or self.ours.mean <= self.floor.mean + self.bound
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        shown = [f"{one.mean:.4f}" + (f" ± {one.error:.4f}" if one.error else "") for one in (self.ours, self.floor)]
+        target = "" if self.bound is None else f"floor + {self.bound:g}{'' if self.met else MISSED}"
+        return [self.name, f"**{shown[0]}**", shown[1], target]
+
+
+@dataclass
+class SinesReport(Report):
+    """Whether networks tell drawn series from real ones."""
+
+    what: str
+    rows: list[Told]
+
+    def lines(self) -> list[str]:
+        table = markdown(["measure", "fastdiff", "floor", "target"], [row.cells() for row in self.rows])
+        return [f"{self.header.line()} {self.what}", "", *table]
+
+
 # -- scaling.py ------------------------------------------------------------------------------------------------
 
 
@@ -555,4 +590,5 @@ class ScalingReport(Report):
 REPORTS: dict[str, type[Report]] = {
     "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
     "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
+    "sines": SinesReport,
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Ask a model for the rest of a curve of which 8 of 50 points are known, and draw 200 answers beside the exact ones.
+"""The rest of a curve
+===================
+
+Ask a model for the rest of a curve of which 8 of 50 points are known, and draw 200 answers beside the exact ones.
 
 Run it with ``python examples/answers.py [-o FOLDER]``: less than a minute on a laptop, no GPU, one picture.
 """
@@ -17,7 +20,7 @@ SEEN = np.array([2, 9, 14, 20, 27, 33, 41, 47])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("answers"), help="folder of the picture")
     parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
     parser.add_argument("--draws", type=int, default=200, help="answers (default 200)")

@@ -1,4 +1,7 @@
-"""See diffusion as covariance being replaced: reshape noise into curves, then judge samplers against exact answers.
+"""Covariance being replaced
+=========================
+
+See diffusion as covariance being replaced: reshape noise into curves, then judge samplers against exact answers.
 
 Run it with ``python examples/covariance.py [-o FOLDER]``: seconds on a laptop, no GPU, four pictures.
 """
@@ -16,7 +19,7 @@ from fastdiff.denoisers import Gaussian, convergence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("covariance"), help="folder of the pictures")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Learn the tutorial's single curve, then a family of curves, and draw what the models make of noise.
+"""One curve, and a family
+=======================
+
+Learn the tutorial's single curve, then a family of curves, and draw what the models make of noise.
 
 Run it with ``python examples/curves.py [-o FOLDER]``: seconds on a laptop, no GPU, three pictures.
 """
@@ -15,7 +18,7 @@ from fastdiff.data import harmonic_curves
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("curves"), help="folder of the pictures")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of each model (default 3000)")
     args = parser.parse_args(argv)

@@ -1,4 +1,7 @@
-"""Learn pictures, and draw new ones: handwritten digits, or tiles of a few photographs.
+"""Pictures: digits and tiles
+==========================
+
+Learn pictures, and draw new ones: handwritten digits, or tiles of a few photographs.
 
 ``python examples/images.py`` learns scikit-learn's 1,797 digits of 8 x 8 pixels, some four minutes on two cores, and
 judges what it draws with a classifier. ``python examples/images.py tiles [--folder FOLDER]`` cuts tiles out of the
@@ -33,7 +36,7 @@ Named = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # pictures and their classes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="?", choices=("digits", "tiles"), default="digits")
     parser.add_argument("--folder", type=Path, help="tiles of these pictures, not of scikit-learn's photographs")
     parser.add_argument("-o", "--output", type=Path, default=Path("images"), help="folder of the pictures")

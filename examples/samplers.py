@@ -1,4 +1,7 @@
-"""Which sampler for how many evaluations: exact distances on three laws, and samples of a trained network.
+"""Which sampler, for how many evaluations
+=======================================
+
+Which sampler for how many evaluations: exact distances on three laws, and samples of a trained network.
 
 Run it with ``python examples/samplers.py [-o FOLDER]``: a minute or two on a laptop, no GPU, one picture.
 """
@@ -31,7 +34,7 @@ def measured(make: Callable[[str, int], samplers.Sampler], distance: Callable[[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("samplers"), help="folder of the picture")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of the network (default 3000)")
     parser.add_argument("--draws", type=int, default=4000, help="samples for each point of its panel (default 4000)")

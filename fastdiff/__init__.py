@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import covariance, errors, likelihood, nn, noise, samplers
+from fastdiff import callbacks, covariance, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.conditioning import condition
 from fastdiff.model import Diffusion, load
@@ -25,7 +25,7 @@ from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 if TYPE_CHECKING:
-    from fastdiff import data, denoisers
+    from fastdiff import data, denoisers, metrics
     from fastdiff.interop import load_diffusers
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "UNet",
     "Weight",
     "available_backends",
+    "callbacks",
     "condition",
     "covariance",
     "data",
@@ -53,6 +54,7 @@ __all__ = [
     "likelihood",
     "load",
     "load_diffusers",
+    "metrics",
     "nn",
     "noise",
     "normal",
@@ -61,7 +63,12 @@ __all__ = [
     "samplers",
 ]
 
-_LATER = {"data": "fastdiff.data", "denoisers": "fastdiff.denoisers", "load_diffusers": "fastdiff.interop"}
+_LATER = {
+    "data": "fastdiff.data",
+    "denoisers": "fastdiff.denoisers",
+    "load_diffusers": "fastdiff.interop",
+    "metrics": "fastdiff.metrics",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,7 @@ FEATURES = frozenset(
         "laplace schedule",
         "learned variance",
         "min snr",
+        "rate plan",
         "series",
         "velocity",
         "zero terminal snr",

@@ -30,6 +30,21 @@ from fastdiff.forks import cached_property
 from fastdiff.process import BATCH_VALUES, _states, returned
 from fastdiff.schedule import Array, Schedule
 
+__all__ = [
+    "EmpiricalMoments",
+    "Reshaping",
+    "ShrunkMoments",
+    "effective_rank",
+    "empirical",
+    "ledoit_wolf",
+    "propagate",
+    "propagate_chain",
+    "reshaping",
+    "scatter",
+    "similarity",
+    "spectrum",
+]
+
 Form = Literal["spectrum", "transport"]
 FORMS = ("spectrum", "transport")
 KINDS = ("entropy", "participation")

@@ -139,6 +139,12 @@ def check_float(
     return number
 
 
+def check_bool(argument: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, shown(value), "True or False")
+    return value
+
+
 def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or raise an `ArgumentError` that lists them."""
     known = list(choices)

@@ -30,7 +30,6 @@ from fastdiff.files import check_path, naming, reading, writing, writing_togethe
 from fastdiff.nn.unet import UNet
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
-from fastdiff.scheduler_config import PREDICTIONS
 from fastdiff.tensor_file import TensorFile
 
 log = logging.getLogger("fastdiff")
@@ -349,22 +348,8 @@ def _pair(place: Path) -> tuple[list[TensorFile], bytes]:
 
 def _schedule(path: Path) -> tuple[Schedule, str]:
     """Schedule and prediction of a scheduler's configuration."""
-    c = {
-        "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
-        "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False, **_read_json(path),
-    }  # fmt: skip
     try:
-        scheduler_config.check_class(c)
-        prediction = PREDICTIONS[check_choice("prediction_type", c["prediction_type"], PREDICTIONS)]
-        kinds = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
-        kind, T = check_choice("beta_schedule", c["beta_schedule"], kinds), c["num_train_timesteps"]
-        if c["trained_betas"] is not None:
-            schedule = Schedule.from_betas(c["trained_betas"])
-        elif kind == "squaredcos_cap_v2":
-            schedule = Schedule.cosine(T)
-        else:
-            schedule = getattr(Schedule, kind)(T, beta_start=c["beta_start"], beta_end=c["beta_end"])
-        return schedule.zero_terminal_snr() if c["rescale_betas_zero_snr"] else schedule, prediction
+        return scheduler_config.schedule_of(_read_json(path))
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -26,6 +26,7 @@ MOST_WORK = 1e12  # operations of a network, beyond which curves are drawn as pi
 LOOKS, LOOK_EVERY = 20, 100  # at samples while a model trains by the rule; steps
 SLACK = 0.25  # standard errors by which an earlier look may be worse than the best: with 1, most sets stopped too early
 NEAREST = 0.95  # of the training rows' distances from each other
+CROWDED = 4000  # parameters for each row: by default there are at most half as many
 FEWEST_ROWS = 8  # that can be told from a Gaussian, or from copies, at all
 
 Rows = npt.NDArray[Any]
@@ -243,6 +244,14 @@ def doubt(rows: Rows, *, by_rule: bool, judged: bool) -> str | None:
     if by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
         return "all rows are the same, and so will all samples be"
     return None
+
+
+def crowded(rows: int, parameters: int) -> str | None:
+    """Return why so many parameters would learn so few rows by heart; None: they need not."""
+    if rows < FEWEST_ROWS or parameters <= CROWDED * rows:
+        return None
+    words = f"{rows} rows meet {parameters} parameters, which can learn them by heart"
+    return f"{words}: patience= stops before that, fewer units help, or let Diffusion choose network and steps"
 
 
 class Watch:

@@ -34,6 +34,8 @@ from fastdiff.samplers.table import x0_from_output
 from fastdiff.sampling import check_agreement, checked_labels
 from fastdiff.schedule import Schedule
 
+__all__ = ["Bound", "LogDensity", "bound", "log_density"]
+
 log = logging.getLogger("fastdiff")
 
 EXACT_VALUES = 256  # of a row, up to which determinants are exact

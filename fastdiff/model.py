@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
+from fastdiff.callbacks import Reporter, listeners
 from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.errors import (
     ArgumentError,
@@ -46,6 +47,7 @@ from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
 from fastdiff.training import (
     Optimizer,
+    Patience,
     Saves,
     Trainer,
     Turns,
@@ -221,7 +223,9 @@ class Diffusion:
         ema: float | Unset | None = UNSET,
         weighting: str | Unset = UNSET,
         snr_gamma: float | Unset = UNSET,
+        lr_plan: str | Unset = UNSET,
         validation: Any = None,
+        patience: int | None = None,
         judge: bool | None = None,
         flip: bool = False,
         accumulate: int = 1,
@@ -231,6 +235,7 @@ class Diffusion:
         checkpoint: str | os.PathLike[str] | None = None,
         every: int | None = None,
         keep: int = 1,
+        callbacks: Any = (),
     ) -> Self:
         """Train for further steps, on from `step`.
 
@@ -248,17 +253,21 @@ class Diffusion:
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
         batch : int, optional
             Rows drawn at a step, with replacement; by default 256 curves, or 64 for a U-Net.
-        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma
+        lr, warmup, decay_steps, clip_norm, ema, weighting, snr_gamma, lr_plan
             See `TrainingPlan`, which has the defaults of the first call. Later calls go on with the values before them,
             but for the decay of calls without `steps`, and change those that are named, except the weighting, which
             says what is learned: moments and averages stay, the change is logged, and files keep the latest plan.
-            Warm-up and decay are absolute steps.
+            Warm-up and decay are absolute steps. With `steps` an `lr_plan` "cosine" or "one-cycle" wants `decay_steps`.
         validation : float or array, optional
             A fraction of the rows to hold out (the same rows at each call with the same X; 0: none), or other rows,
             with labels a pair (rows, labels). Their loss under the averaged weights, with fixed noise and timesteps,
             goes to `history` every 100 steps. By default the rows that the first call held out; in that one 5 % where
             there are 100 rows or more, at most 1,024 (256 pictures): row k where word 0 of stream DATA, step 3, row k,
             is small enough. It depends on nothing but seed and row number.
+        patience : int, optional
+            Stop where the loss on held-out rows has not been smaller for so many steps, and keep the averaged weights
+            that had the smallest, also where training ends before that. It takes the place of the look at samples that
+            calls without `steps` keep weights by. That loss is looked at every 100 steps.
         judge : bool, optional
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
@@ -283,6 +292,9 @@ class Diffusion:
         keep : int, optional
             How many of these states stay: the last one is `checkpoint`, and with more than 1 the last so many that this
             call has saved are ``NAME-STEP`` beside it, STEP in six digits.
+        callbacks : list, optional
+            Loggers, which do not slow the training down: `fastdiff.callbacks.FileLogger`, a SummaryWriter of
+            TensorBoard, the module mlflow, ...: see `fastdiff.callbacks`.
 
         Returns
         -------
@@ -304,7 +316,7 @@ class Diffusion:
         before = TrainingPlan() if self._optimizer is None else self._optimizer.plan
         plan = before.changed(
             lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
-            snr_gamma=snr_gamma,
+            snr_gamma=snr_gamma, lr_plan=lr_plan,
         )  # fmt: skip
         aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
         if self._optimizer is not None and aims[0] != aims[1]:
@@ -313,6 +325,9 @@ class Diffusion:
             )
         if steps is not None:
             steps = check_int("steps", steps, low=0)
+            plan.check_named(lr_plan, decay_steps)
+        patience = None if patience is None else check_int("patience", patience, low=1)
+        tell = listeners(callbacks)
         if checkpoint is None and (every is not None or keep != 1):
             raise ArgumentError("checkpoint", "None", "where to save, with every and keep")
         keep = check_int("keep", keep, low=1)
@@ -330,6 +345,8 @@ class Diffusion:
         kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
         batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
         accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
+        if patience is not None and parts.held_out is None:
+            raise ArgumentError("patience", str(patience), "rows that are held out: validation=0.1, or rows")
         if flip and X.ndim == 2:
             raise ArgumentError("flip", shown(flip), "False for curves")
 
@@ -350,7 +367,10 @@ class Diffusion:
         judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
         if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
             warnings.warn(doubt, QualityWarning, stacklevel=3)
-        decayed = optimizer.plan.decay_steps
+        careless = not by_rule and patience is None and not self.step and steps >= defaults.JUDGED_STEPS
+        if careless and (crowd := judgement.crowded(len(rows), net.layout.count)):
+            warnings.warn(crowd, QualityWarning, stacklevel=3)
+        decayed = None if optimizer.plan.lr_plan == "constant" else optimizer.plan.decay_steps
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
             words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
             log.info(words, optimizer.plan.rate(self.step), decayed)
@@ -361,27 +381,31 @@ class Diffusion:
         tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
         terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
         draws = TrainingDraws(data, *tables, self.seed, labels, bool(flip), terms)
-        validation = watch = None
+        looks: Validation | None = None
+        keeper: judgement.Watch | Patience | None = None
         if parts.held_out is not None:
             x0 = normaliser.apply(parts.held_out[0], net.dtype)
-            validation = Validation(be, net, x0, parts.held_out[1], schedule, draws)
-        if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
-            watch = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
+            looks = Validation(be, net, x0, parts.held_out[1], schedule, draws)
+        if patience is not None and looks is not None:
+            keeper = Patience(patience, looks)
+        elif by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim == 2:
+            keeper = judgement.Watch(be.to_numpy(data), partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
-        trainer.turns, keeper = self._turns, None if checkpoint is None else Keeper(self.save, checkpoint, keep)
-        if keeper is not None:
-            trainer.saves = Saves(every, lambda: keeper(self.step))
-        options: dict[str, Any] = {"validation": validation, "watch": watch, "progress": progress, "callback": callback}
+        trainer.turns, saver = self._turns, None if checkpoint is None else Keeper(self.save, checkpoint, keep)
+        if saver is not None:
+            trainer.saves = Saves(every, lambda: saver(self.step))
+        options: dict[str, Any] = {"validation": looks, "keeper": keeper, "progress": progress}
+        options["reporter"] = Reporter(tell, self.history, optimizer.plan.rate) if tell else None
         try:
-            train(trainer, self, optimizer.plan, **options)
+            train(trainer, self, optimizer.plan, callback=callback, **options)
         finally:
-            if keeper is not None and self.step > first:
-                keeper(self.step)
+            if saver is not None and self.step > first:
+                saver(self.step)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, labels, parts.unseen, show=progress)
-            if keeper is not None:
-                keeper(self.step)  # with the report
+            if saver is not None:
+                saver(self.step)  # with the report
         return self
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -827,6 +851,22 @@ class Diffusion:
                 history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
                 data=self._data, report=self.report_, class_names=self.class_names, arithmetic=self._arithmetic,
             ).write(path)  # fmt: skip
+
+    def history_table(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the history as columns of one length, which ``pandas.DataFrame(...)`` and others take.
+
+        Returns
+        -------
+        dict of str to array
+            "step" (int64), "loss" and "validation_loss" (float64), NaN where there is none: a row for every step, and
+            one for what was evaluated after the last.
+        """
+        step = np.union1d(*(np.array(self.history[name], np.int64) for name in ("step", "validation_step")))
+        table: dict[str, npt.NDArray[Any]] = {"step": step}
+        for at, name in (("step", "loss"), ("validation_step", "validation_loss")):
+            table[name] = np.full(len(step), np.nan)
+            table[name][np.searchsorted(step, np.array(self.history[at], np.int64))] = self.history[name]
+        return table
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"

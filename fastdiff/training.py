@@ -20,6 +20,7 @@ from fastdiff import defaults
 from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy.functions import squared_error
+from fastdiff.callbacks import Reporter
 from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite
 from fastdiff.forks import at_fork, free
 from fastdiff.judgement import LOOK_EVERY, Watch
@@ -185,6 +186,7 @@ class Trainer:
         look: Callable[[Array], bool] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
         """Take so many steps.
 
@@ -199,6 +201,8 @@ class Trainer:
             Called with the averaged weights at every step that is a multiple of `LOOK_EVERY`; a true result stops.
         progress, callback
             As of `Diffusion.fit`.
+        reporter : Reporter, optional
+            It reports whenever losses have been read.
         """
         be, results, saves, turns = self.be, self.results, self.saves, self.turns
         first = issued = model.step
@@ -258,6 +262,8 @@ class Trainer:
                 if not (late or callback is not None or interrupted() or issued == end):
                     continue
                 settle()
+                if reporter is not None:
+                    reporter.report()
                 if callback is not None:
                     self.bring_back()
                     with turns.pause() if turns is not None else nullcontext():
@@ -282,10 +288,11 @@ def plan_by_rule(
         steps = defaults.curve_steps(*shape, batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
-    if not decay:
+    falls = plan.lr_plan != "constant"
+    if not decay and falls:
         plan = replace(plan, decay_steps=max(step + steps, plan.warmup + 1))
-    what = "x".join(map(str, shape[1:]))
-    log.info("chosen for %d rows of %s values: %d steps of %d, a falling rate", shape[0], what, steps, batch)
+    what, goes = "x".join(map(str, shape[1:])), "a falling rate" if falls else "a constant rate"
+    log.info("chosen for %d rows of %s values: %d steps of %d, %s", shape[0], what, steps, batch, goes)
     return steps, plan
 
 
@@ -358,14 +365,49 @@ class Validation:
         terms = None if draws.terms is None else draws.terms[t]
         self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms)
 
-    def look(self, model: Counted, average: Array) -> None:
-        """Write the loss of these weights into the history."""
-        if model.history["validation_step"][-1:] == [model.step]:
-            return  # an earlier fit ended here
+    def loss(self, average: Array) -> float:
+        """Return the loss of these weights."""
         x, t, target, labels, terms = self.batch
         out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
+        return squared_error(out, target, terms)[0]
+
+    def look(self, model: Counted, average: Array) -> float | None:
+        """Write the loss of these weights into the history, and return it."""
+        if model.history["validation_step"][-1:] == [model.step]:
+            return None  # an earlier fit ended here
         model.history["validation_step"].append(model.step)
-        model.history["validation_loss"].append(squared_error(out, target, terms)[0])
+        model.history["validation_loss"].append(self.loss(average))
+        return float(model.history["validation_loss"][-1])
+
+
+class Patience:
+    """Waits for a smaller loss on held-out rows, and keeps the averaged weights that had the smallest.
+
+    Parameters
+    ----------
+    steps : int
+        How long to wait.
+    validation : Validation
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether it has ended the training.
+    """
+
+    def __init__(self, steps: int, validation: Validation) -> None:
+        self.steps, self.validation, self.stopped = steps, validation, False
+        self.best: tuple[float, int, npt.NDArray[Any]] | None = None  # loss, step, weights
+
+    def look(self, step: int, average: Array, loss: float | None = None) -> bool:
+        """Look at the weights after so many steps, or at their loss; true where it has waited long enough."""
+        if self.best is not None and step == self.best[1]:
+            return False
+        loss = self.validation.loss(average) if loss is None else loss
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, step, np.array(self.validation.be.to_numpy(average))
+        self.stopped = step - self.best[1] >= self.steps
+        return self.stopped
 
 
 def train(
@@ -374,30 +416,45 @@ def train(
     plan: TrainingPlan,
     *,
     validation: Validation | None = None,
-    watch: Watch | None = None,
+    keeper: Watch | Patience | None = None,
     progress: bool = True,
     callback: Callable[[int, float], Any] | None = None,
+    reporter: Reporter | None = None,
 ) -> None:
-    """Train a model up to its `end_step`, looking at held-out rows and at samples; of watched weights the best stay."""
+    """Train a model up to its `end_step`, looking at held-out rows and at weights; of those the best stay.
+
+    The `keeper` is what looks: at samples (`Watch`), or at held-out rows (`Patience`).
+    """
     be, average = trainer.be, trainer.host.average
-    if watch is not None:
-        watch.look(model.step, average)
+    if isinstance(keeper, Watch):
+        keeper.look(model.step, average)
 
     def look(average: Any) -> bool:
-        if validation is not None:
-            validation.look(model, average)
-        return watch is not None and watch.look(model.step, be.to_numpy(average))
+        loss = None if validation is None else validation.look(model, average)
+        if isinstance(keeper, Patience):
+            return keeper.look(model.step, average, loss)
+        return keeper is not None and keeper.look(model.step, be.to_numpy(average))
 
-    looking = look if validation is not None or watch is not None else None
+    looking = look if validation is not None or keeper is not None else None
     steps = model.end_step - model.step
-    trainer.run(model, steps, plan.options, look=looking, progress=progress, callback=callback)
-    if watch is None:
+    try:
+        trainer.run(model, steps, plan.options, look=looking, progress=progress, callback=callback, reporter=reporter)
+    finally:
+        if reporter is not None:
+            reporter.report(end=True)
+    if keeper is None:
         return
-    if model.step == model.end_step and not watch.stopped:
-        watch.look(model.step, average)
-    if watch.stopped:
+    if model.step == model.end_step and not keeper.stopped:
+        keeper.look(model.step, be.asarray(average) if isinstance(keeper, Patience) else average)
+    if keeper.stopped:
         model.end_step = model.step
-    if watch.looks:
-        step, average[...] = watch.best()
-        if step < model.step and watch.reason:
-            log.info("of %d steps the averaged weights after %d are kept: %s", model.step, step, watch.reason)
+    if isinstance(keeper, Patience):
+        assert keeper.best is not None
+        loss, step, average[...] = keeper.best
+        if step < model.step:
+            words = "of %d steps the averaged weights after %d are kept: their loss on held-out rows is the least, %.4g"
+            log.info(words, model.step, step, loss)
+    elif keeper.looks:
+        step, average[...] = keeper.best()
+        if step < model.step and keeper.reason:
+            log.info("of %d steps the averaged weights after %d are kept: %s", model.step, step, keeper.reason)

@@ -21,8 +21,8 @@ from fastdiff.bench.networks import Network, Pictures, Save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-peers, quality, readme_numbers, report, workloads = map(
-    importlib.import_module, ("peers", "quality", "readme_numbers", "report", "workloads")
+peers, quality, readme_numbers, report, sines, workloads = map(
+    importlib.import_module, ("peers", "quality", "readme_numbers", "report", "sines", "workloads")
 )
 
 TINY = 1e-3
@@ -532,6 +532,29 @@ def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().out == "README.md: filled\na.md: filled\n"
     (tmp_path / "docs" / "a.md").write_text("<!-- numbers:peers-cpu -->\n<!-- /numbers -->\n")
     assert readme_numbers.main(["--check"]) == 1
+
+
+# --------------------------------------------------------------------------------------- sines
+
+
+def test_sines_are_measured_against_their_floor():
+    """Of rows that no sine looks like the score is far above it."""
+    real, others = sines.sines(300, 0), sines.sines(300, 1)
+    assert real.shape == (300, 24, 5)
+    assert 0.5 < real.min() < 0.51 < 0.99 < real.max() <= 1
+    options = {"networks": 2, "steps": 60}
+    rows = sines.measured(real, others, others - 0.4, [2, 8], options)
+    assert [row.name for row in rows][:3] == [
+        "discriminative score, GRU of 2", "discriminative score, GRU of 8", "predictive score",
+    ]  # fmt: skip
+    assert [row.bound for row in rows] == [0.006, *[None] * 5]
+    energy, autocorrelation = rows[3], rows[4]
+    assert energy.ours.mean > 1 > abs(energy.floor.mean)
+    assert autocorrelation.ours.mean == pytest.approx(autocorrelation.floor.mean)  # a constant changes none
+    told = report.Told("score", report.Estimate(0.02, 0.001), report.Estimate(0.01, 0.0), 0.006)
+    assert not told.met
+    assert told.cells() == ["score", "**0.0200 ± 0.0010**", "0.0100", "floor + 0.006: **missed**"]
+    assert told._replace(bound=0.011).met
 
 
 # --------------------------------------------------------------------------------------- quality

@@ -68,7 +68,7 @@ def test_what_the_code_imports_is_declared():
     """Every third-party module is a dependency, or belongs to an extra."""
     project = PYPROJECT["project"]
     extras = [line for extra in project["optional-dependencies"].values() for line in extra]
-    declared = " ".join([*project["dependencies"], *extras, "PIL"])
+    declared = " ".join([*project["dependencies"], *extras, "PIL", "sklearn"])  # of pillow and scikit-learn
     for path in sources("fastdiff", "kernels"):
         for name, _ in imports(path):
             top = name.split(".")[0]
@@ -81,7 +81,7 @@ def test_what_the_code_imports_is_declared():
 
 def test_an_import_loads_nothing_heavy():
     loaded = python("import sys, fastdiff; print(*sys.modules)").split()
-    heavy = {"numba", "llvmlite", "scipy", "cupy", "matplotlib", "PIL", "torch", "pandas", "IPython"}
+    heavy = {"numba", "llvmlite", "scipy", "cupy", "matplotlib", "PIL", "torch", "pandas", "sklearn", "IPython"}
     assert not heavy & {name.split(".")[0] for name in loaded}
     assert not [name for name in loaded if name.startswith("fastdiff.kernels")]
 

@@ -12,6 +12,7 @@ from scipy.integrate import quad
 
 from fastdiff import samplers
 from fastdiff.denoisers import Gaussian, convergence, exact_chain
+from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 V = 0.3
@@ -63,7 +64,22 @@ MULTISTEP = {
     "lms2": (lambda n: samplers.lms(EVEN, n, order=2, spacing="linspace_open"), 2, 2),
     "lms3": (lambda n: samplers.lms(EVEN, n, order=3, spacing="linspace_open"), 2, 3),
     "lms4": (lambda n: samplers.lms(EVEN, n, spacing="linspace_open"), 2, 4),
-}
+    "dpmsolver1": (lambda n: samplers.dpmsolver(EVEN, n, order=1), 2, 1),
+    "dpmsolver2": (lambda n: samplers.dpmsolver(EVEN, n), 2, 2),
+    "dpmsolver2 heun": (lambda n: samplers.dpmsolver(EVEN, n, solver="heun"), 2, 2),
+    "dpmsolver3": (lambda n: samplers.dpmsolver(EVEN, n, order=3), 2, 3),
+    "dpmsolver3 published": (lambda n: samplers.dpmsolver(EVEN, n, order=3, published=True), 2, 2),
+    "ipndm1": (lambda n: samplers.ipndm(EVEN, n, order=1, spacing="linspace_open"), 2, 1),
+    "ipndm2": (lambda n: samplers.ipndm(EVEN, n, order=2, spacing="linspace_open"), 2, 2),
+    "ipndm3": (lambda n: samplers.ipndm(EVEN, n, order=3, spacing="linspace_open"), 2, 2),
+    "ipndm4": (lambda n: samplers.ipndm(EVEN, n, spacing="linspace_open"), 2, 2),
+    "sa_solver1": (lambda n: samplers.sa_solver(EVEN, n, tau=0, predictor=1, corrector=0), 1, 1),
+    "sa_solver2": (lambda n: samplers.sa_solver(EVEN, n, tau=0, predictor=2, corrector=0), 1, 2),
+    "sa_solver3": (lambda n: samplers.sa_solver(EVEN, n, tau=0, predictor=3, corrector=0), 1, 3),
+    "sa_solver3 noise": (
+        lambda n: samplers.sa_solver(EVEN, n, tau=0, predictor=3, corrector=0, predict_x0=False), 2, 3,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
@@ -99,6 +115,25 @@ def test_one_step_of_two_stages(name):
     assert table.order == 2
     local = slope(errors, STEPS)
     assert abs(local - 3) < 0.15 or (name == "dpm2" and local > 3)  # 4.03: the middle suits a Gaussian
+
+
+@pytest.mark.parametrize("predict_x0", [True, False])
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_one_turn(order, solver, predict_x0):
+    """As many rows as the order, from the exact state of the first of them near lambda = 2: h^(p + 1)."""
+    errors = []
+    for n in STEPS:
+        t = EVEN.timesteps(n, spacing="linspace_open")
+        table = samplers.dpmsolver_single(EVEN, n, order=order, solver=solver, predict_x0=predict_x0)
+        i = int(0.4 * n) // order * order
+        x, memory = solution(t[i])[0], (0.0, 0.0, 0.0)
+        for row in table.rows[i : i + order]:
+            x, m = one_row(row, x, memory)
+            memory = (m, *memory[:2])
+        errors.append(x - solution(t[i + order])[0])
+    assert table.order == order
+    assert abs(slope(errors, STEPS) - (order + 1)) < 0.15
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
@@ -185,7 +220,29 @@ WHOLE = {
     "heun": (lambda s, n: samplers.heun(s, n, spacing="linspace_open"), 2, 2.01),
     "dpm2": (samplers.dpm2, 2, 2.52),
     "dpmpp_2s": (samplers.dpmpp_2s, 2, 1.99),
-}
+    "dpmsolver2": (samplers.dpmsolver, 2, 2),
+    "dpmsolver3": (lambda s, n: samplers.dpmsolver(s, n, order=3), 3, 3.9),
+    "dpmsolver3 published": (lambda s, n: samplers.dpmsolver(s, n, order=3, published=True), 2, 2),
+    "unipc1 noise": (lambda s, n: samplers.unipc(s, n, order=1, predict_x0=False), 2, 2),
+    "unipc2 noise": (lambda s, n: samplers.unipc(s, n, predict_x0=False), 3, 3),
+    "unipc3 noise": (lambda s, n: samplers.unipc(s, n, order=3, predict_x0=False), 4, 4.17),
+    "sa_solver22": (lambda s, n: samplers.sa_solver(s, n, tau=0), 2, 2.12),
+    "sa_solver33": (lambda s, n: samplers.sa_solver(s, n, tau=0, predictor=3, corrector=3), 3, 3.8),
+    "sa_solver34": (lambda s, n: samplers.sa_solver(s, n, tau=0, predictor=3, corrector=4), 4, 3.77),
+    "sa_solver34 noise": (
+        lambda s, n: samplers.sa_solver(s, n, tau=0, predictor=3, corrector=4, predict_x0=False), 4, 4.17,
+    ),
+    "single1": (lambda s, n: samplers.dpmsolver_single(s, n, order=1), 1, 1),
+    "single2": (samplers.dpmsolver_single, 2, 2),
+    "single2 heun": (lambda s, n: samplers.dpmsolver_single(s, n, solver="heun"), 2, 2),
+    "single3": (lambda s, n: samplers.dpmsolver_single(s, n, order=3), 3, 3),
+    "single3 heun": (lambda s, n: samplers.dpmsolver_single(s, n, order=3, solver="heun"), 3, 3),
+    "single2 noise": (lambda s, n: samplers.dpmsolver_single(s, n, predict_x0=False), 2, 2),
+    "single3 noise": (lambda s, n: samplers.dpmsolver_single(s, n, order=3, predict_x0=False), 3, 3),
+    "pndm": (lambda s, n: samplers.pndm(s, n), 2, 2),
+    "ipndm": (lambda s, n: samplers.ipndm(s, n), 2, 2),
+    "tcd": (lambda s, n: samplers.tcd(s, n, eta=0), 1, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -199,4 +256,59 @@ def test_whole_runs_converge(name):
     gaussian = Gaussian(np.zeros(9), np.diag(np.logspace(-2, 1, 9)), EVEN)
     far, near = convergence(gaussian, lambda n: make(EVEN, n), [256, 512])
     assert make(EVEN, 64).order == order
+    assert np.log2(far / near) == pytest.approx(measured, abs=0.05)
+
+
+@pytest.mark.parametrize("name", samplers.names())
+def test_from_noise_alone(name):
+    """The first step begins at a level that no logarithm has; in 200 steps the data are near, but for leaps."""
+    for schedule in (Schedule.flow(400), Schedule.linear().zero_terminal_snr()):
+        gaussian = Gaussian([0.5, -0.3], [[0.3, 0.1], [0.1, 0.2]], schedule, prediction="v")
+        spacing = {} if name == "ddpm" else {"spacing": "trailing"}
+        table = samplers.named(name, schedule, 200, prediction="v", **spacing)
+        assert np.isfinite(np.array(table.rows)).all()
+        distance = exact_chain(gaussian, table).w2()
+        assert distance < (0.5 if name in ("lcm", "tcd") else 0.03)
+
+
+STOCHASTIC = {
+    "dpm2_ancestral": samplers.dpm2_ancestral,
+    "dpmpp_sde": samplers.dpmpp_sde,
+    "dpmsolver eta": lambda s, n: samplers.dpmsolver(s, n, eta=1.0),
+    "single eta": lambda s, n: samplers.dpmsolver_single(s, n, eta=1.0),
+    "sa_solver": samplers.sa_solver,
+    "sa_solver noise": lambda s, n: samplers.sa_solver(s, n, predictor=3, corrector=4, predict_x0=False),
+    "tcd": samplers.tcd,
+    "lcm": samplers.lcm,
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_drawn_covariances(name):
+    """200,000 draws of 5 steps have the covariance of the exact chain, within 4 of their standard errors."""
+    gaussian = Gaussian([0.3, -0.2], [[0.5, 0.4], [0.4, 0.9]], Schedule.linear())
+    table = STOCHASTIC[name](gaussian.schedule, 5)
+    expected, n = exact_chain(gaussian, table), 200_000
+    x = sample(gaussian, table, n=n, seed=3, backend="numpy")
+    deviations = np.sqrt(np.diag(expected.cov))
+    assert (np.abs(x.mean(axis=0) - expected.mean) < 4 * deviations / np.sqrt(n)).all()
+    spread = np.sqrt((np.outer(deviations, deviations) ** 2 + expected.cov**2) / n)
+    assert (np.abs(np.cov(x.T) - expected.cov) < 4 * spread).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("dpm2_ancestral", 2.02),
+        ("dpmpp_sde", 2.94),
+        ("dpmsolver eta", 1.98),
+        ("single eta", 0.89),
+        ("sa_solver", 2.13),
+        ("tcd", 0.05),
+    ],
+)
+def test_weak_orders(name, measured):
+    """W2 of the exact law of 256 steps over that of 512; `tcd` leaps below every level, however many there are."""
+    gaussian = Gaussian(np.zeros(9), np.diag(np.logspace(-2, 1, 9)), EVEN)
+    far, near = convergence(gaussian, lambda n: STOCHASTIC[name](EVEN, n), [256, 512])
     assert np.log2(far / near) == pytest.approx(measured, abs=0.05)

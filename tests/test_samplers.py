@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -286,6 +287,20 @@ MAKERS = {
     "deis2": lambda s, **options: samplers.deis(s, 30, **options),
     "deis3": lambda s, **options: samplers.deis(s, 30, order=3, **options),
     "lms": lambda s, **options: samplers.lms(s, 30, **options),
+    "pndm": lambda s, **options: samplers.pndm(s, 30, **options),
+    "ipndm": lambda s, **options: samplers.ipndm(s, 30, **options),
+    "dpmsolver": lambda s, **options: samplers.dpmsolver(s, 30, order=3, **options),
+    "dpmsolver sde": lambda s, **options: samplers.dpmsolver(s, 30, eta=1.0, **options),
+    "unipc noise": lambda s, **options: samplers.unipc(s, 30, order=3, predict_x0=False, **options),
+    "single3": lambda s, **options: samplers.dpmsolver_single(s, 30, order=3, **options),
+    "single3 noise": lambda s, **options: samplers.dpmsolver_single(s, 30, order=3, predict_x0=False, **options),
+    "single sde": lambda s, **options: samplers.dpmsolver_single(s, 30, eta=1.0, **options),
+    "sa_solver": lambda s, **options: samplers.sa_solver(s, 30, predictor=3, corrector=4, **options),
+    "sa_solver noise": lambda s, **options: samplers.sa_solver(s, 30, predict_x0=False, **options),
+    "dpmpp_sde": lambda s, **options: samplers.dpmpp_sde(s, 30, **options),
+    "dpm2_ancestral": lambda s, **options: samplers.dpm2_ancestral(s, 30, **options),
+    "lcm": lambda s, **options: samplers.lcm(s, 30, timestep_scaling=0.01, **options),
+    "tcd": lambda s, **options: samplers.tcd(s, 30, **options),
     "ddpm": lambda s, **options: samplers.ddpm(s, 30, **options),
     "ddpm large": lambda s, **options: samplers.ddpm(s, 30, variance="large", **options),
     "ddim": lambda s, **options: samplers.ddim(s, 30, **options),
@@ -296,8 +311,31 @@ MAKERS = {
 
 
 STOCHASTIC = ("ddpm", "ddpm large", "ddim eta", "ddim reclip", "euler_ancestral", "dpmpp_2m sde", "dpmpp_3m published")
-UNCLIPPED = ("deis2", "deis3", "lms")  # they remember the noise
-TWO_STAGES = ("heun", "heun churn", "dpm2", "dpmpp_2s")
+STOCHASTIC += (
+    "dpmsolver sde",
+    "single sde",
+    "sa_solver",
+    "sa_solver noise",
+    "dpmpp_sde",
+    "dpm2_ancestral",
+    "lcm",
+    "tcd",
+)
+UNCLIPPED = (
+    "deis2",
+    "deis3",
+    "lms",
+    "pndm",
+    "ipndm",
+    "dpmsolver",
+    "dpmsolver sde",
+    "unipc noise",
+    "single3 noise",
+    "single sde",
+    "sa_solver noise",
+    "dpmpp_sde",
+)  # fmt: skip - they remember the noise, or a mixture
+TWO_STAGES = ("heun", "heun churn", "dpm2", "dpmpp_2s", "dpm2_ancestral", "dpmpp_sde")
 
 
 @pytest.mark.parametrize(
@@ -314,6 +352,41 @@ def test_all_predictions_give_one_trajectory(maker, clip):
         np.testing.assert_allclose(path, paths[0], rtol=0, atol=1e-10 * max(1, np.abs(paths[0]).max()))
 
 
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 12])
+def test_pndm_is_a_loop(steps, prediction):
+    """With the noise of every evaluation kept: what the table reads back from the state is what the loop remembers."""
+    for schedule in (LINEAR, LINEAR.zero_terminal_snr()) if prediction == "v" else (LINEAR,):
+        model, t = as_prediction(schedule, prediction), schedule.timesteps(steps)
+        with np.errstate(divide="ignore"):
+            ratio = np.append(schedule.noise[t] / schedule.signal[t], 0.0)
+        alpha = np.append(schedule.signal[t], 1.0)
+        pure = int(np.isinf(ratio[0]))
+
+        def noise_of(x, t, model=model, schedule=schedule):
+            out, signal, sigma = model(x, t), schedule.signal[t], schedule.noise[t]
+            return out if prediction == "noise" else sigma * x + signal * out
+
+        x, kept = START, []
+        for i in range(steps):
+            if i < pure:
+                x = alpha[1] * -model(x, t[0]) + ratio[1] * alpha[1] * noise_of(x, t[0])
+                continue
+            kept = [noise_of(x, t[i]), *kept]
+            if i == pure + 1:  # Heun's method, and the second timestep anew
+                step = ratio[i] - ratio[i - 1]
+                x = alpha[i] * (before + step * (kept[0] + kept[1]) / 2)  # noqa: F821 - of the round before
+                kept[0] = noise_of(x, t[i])
+            w = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12]}.get(len(kept), [55, -59, 37, -9])
+            w = np.array(w) / (24 if len(kept) > 3 else 1)
+            before = x / alpha[i]
+            x = alpha[i + 1] * (before + (ratio[i + 1] - ratio[i]) * sum(a * b for a, b in zip(w, kept, strict=False)))
+        table = samplers.pndm(schedule, steps, prediction=prediction)
+        assert table.evaluations == steps + (steps > 1 + pure)
+        found = run(table, model, START)[-1]
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-9 * max(1, np.abs(x).max()))
+
+
 @pytest.mark.parametrize("steps", [1000, 37])
 @pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
 def test_ddim_with_eta_1_is_ddpm(prediction, steps):
@@ -328,7 +401,7 @@ def test_ddim_with_eta_1_is_ddpm(prediction, steps):
     [
         (maker, spacing)
         for maker in MAKERS
-        if maker not in TWO_STAGES
+        if maker not in (*TWO_STAGES, "pndm", "tcd")
         for spacing in SPACINGS
         if maker != "dpmpp_2m sigma_min"
         or spacing in ("trailing", "linspace_open", "lambda")  # the others end at t = 0
@@ -338,10 +411,37 @@ def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing
     table = MAKERS[maker](LINEAR, spacing=spacing)
     s = [row.s for row in table.rows]
     assert s[-1] == 0
-    assert all((value > 0) is (maker in STOCHASTIC) for value in s[:-1])
+    noisy = [maker in STOCHASTIC and (not maker.startswith("sa_") or 200 <= row.t <= 800) for row in table.rows]
+    assert [value > 0 for value in s[:-1]] == noisy[:-1]
     assert table.timesteps.tolist() == LINEAR.timesteps(30, spacing=spacing).tolist()
-    if maker not in ("dpmpp_2m sigma_min", *UNCLIPPED):  # what comes out is x0 itself
+    if maker not in ("dpmpp_2m sigma_min", "lcm", *UNCLIPPED):  # what comes out is x0 itself
         assert table.rows[-1][3:] == (0, 1, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_heun_of_the_velocity():
+    """x' = x + step (slope + slope') / 2 of straight paths, for every prediction; nothing but that."""
+    schedule = Schedule.flow(50, shift=2.0)
+    slope = as_prediction(schedule, "velocity")
+    x, t = START, schedule.timesteps(10)
+    for first, last in pairwise(t):
+        step = schedule.noise[last] - schedule.noise[first]
+        half = slope(x, first)
+        x = x + step / 2 * (half + slope(x + step * half, last))
+    x = x - schedule.noise[t[-1]] * slope(x, t[-1])
+    for prediction in ("velocity", "x0", "v"):
+        table = samplers.heun(schedule, 10, velocity=True, spacing="trailing", prediction=prediction)
+        assert table.evaluations == 19
+        found = run(table, as_prediction(schedule, prediction), START)[-1]
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
+    for wrong, words in (
+        ({"churn": 3}, "churn: got 3 with velocity=True"),
+        ({"clip": 1}, "clip: got 1 with"),
+        ({"velocity": 1}, "velocity: got 1, wants True or False"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            samplers.heun(schedule, 10, prediction="v", **{"velocity": True, **wrong})
+    with pytest.raises(ArgumentError, match="velocity: got True, wants False for a schedule that is no flow"):
+        samplers.heun(LINEAR, 10, velocity=True)
 
 
 def test_zero_coefficients_are_plain_zeros():
@@ -379,9 +479,10 @@ def test_any_schedule_makes_finite_tables_that_keep_a_perfect_guess(betas, steps
     except ArgumentError:
         assume(False)
     for name in samplers.names():
-        if name in ("ddpm", "euler_ancestral"):
+        options = {"tau": 0.0} if name == "sa_solver" else {"eta": 0.0} if name == "tcd" else {}
+        table = getattr(samplers, name)(schedule, steps, spacing=spacing, prediction=prediction, **options)
+        if name in ("ddpm", "lcm") or any(row.s > 0 for row in table.rows):
             continue
-        table = getattr(samplers, name)(schedule, steps, spacing=spacing, prediction=prediction)
         first = table.rows[0].t
         x = schedule.signal[first] * x0 + schedule.noise[first] * z
 
@@ -620,7 +721,7 @@ def test_named():
         table = samplers.named(name, LINEAR, 7, prediction="v", final="sigma_min", spacing="linspace_open")
         assert table == make(LINEAR, 7, prediction="v", final="sigma_min", spacing="linspace_open")
         assert table.name == name
-        if name not in ("deis", "lms"):
+        if name not in samplers.UNCLIPPED:
             assert samplers.named(name, LINEAR, 7, clip=1.5) == make(LINEAR, 7, clip=1.5)
         assert 2 <= len(samplers.named(name, Schedule.cosine(10))) <= 19
         assert 20 < len(samplers.about(name)) < 85
@@ -647,6 +748,12 @@ def test_order_is_declared_for_deterministic_samplers():
         "deis2": 2,
         "deis3": 3,
         "lms": 4,
+        "pndm": 2,
+        "ipndm": 2,
+        "dpmsolver": 3,
+        "unipc noise": 4,
+        "single3": 3,
+        "single3 noise": 3,
     }
     assert samplers.dpmpp_3m(LINEAR, 20, published=True).order == 2
 

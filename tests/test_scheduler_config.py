@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastdiff.interop import load_diffusers, load_scheduler, save_scheduler
 from fastdiff.schedule import Schedule
 
 LINEAR = Schedule.linear()
+LATENT = Schedule.linear(beta_start=0.00085, beta_end=0.012)
 BENT = Schedule(np.linspace(1e-4, 0.02, 1000) ** 1.01)
 
 
@@ -37,11 +39,23 @@ TABLES = {
     "dpmpp_3m": lambda s, **o: samplers.dpmpp_3m(s, 12, published=True, **o),
     "unipc": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, **o),
     "unipc3": lambda s, **o: samplers.unipc(s, 20, order=3, variant="bh1", final="sigma_min", **o),
+    "unipc noise": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, predict_x0=False, **o),
+    "dpmsolver": lambda s, **o: samplers.dpmsolver(s, 20, final="sigma_min", **o),
+    "dpmsolver sde": lambda s, **o: samplers.dpmsolver(s, 20, eta=1.0, solver="heun", final="sigma_min", **o),
+    "single": lambda s, **o: samplers.dpmsolver_single(s, 10, **o),
+    "single3": lambda s, **o: samplers.dpmsolver_single(s, 12, order=3, solver="heun", **o),
+    "single noise": lambda s, **o: samplers.dpmsolver_single(s, 12, predict_x0=False, final="sigma_min", **o),
+    "single sde": lambda s, **o: samplers.dpmsolver_single(s, 12, eta=1.0, **o),
+    "sa_solver": lambda s, **o: samplers.sa_solver(s, 20, corrector=3, lower_order_final=2, final="sigma_min", **o),
+    "pndm": lambda s, **o: samplers.pndm(s, 20, spacing="leading", **o),
+    "dpm2_ancestral": lambda s, **o: samplers.dpm2_ancestral(s, 20, **o),
+    "lcm": lambda s, **o: samplers.lcm(s, 5, timestep_scaling=3.0, clip=1.0, **o),
+    "tcd": lambda s, **o: samplers.tcd(s, 5, final="sigma_min", **o),
     "deis": lambda s, **o: samplers.deis(s, 10, order=3, final="sigma_min", lower_order_final=2, **o),
 }
 WARNED = {  # what diffusers does otherwise
     "dpm2": (lambda s, **o: samplers.dpm2(s, 20, **o), "the middle of a step becomes a timestep"),
-    "dpmpp_2s": (lambda s, **o: samplers.dpmpp_2s(s, 10, **o), "a step there is one evaluation"),
+    "dpmpp_sde": (lambda s, **o: samplers.dpmpp_sde(s, 20, **o), "the middle of a step becomes a timestep"),
     "karras": (lambda s, **o: samplers.dpmpp_2m(s, 20, spacing="karras", **o), "use_karras_sigmas: its levels become"),
     "karras heun": (lambda s, **o: samplers.heun(s, 18, **o), "use_karras_sigmas: its levels become"),
     "clipped": (lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, clip=1.0, **o), "clip = "),
@@ -53,8 +67,83 @@ WARNED = {  # what diffusers does otherwise
 def test_what_is_written_is_read(name, prediction, tmp_path):
     for schedule in (LINEAR, BENT, LINEAR.zero_terminal_snr())[: 3 if prediction == "v" else 2]:
         table = TABLES[name](schedule, prediction=prediction)
+        steps = {"heun": 25, "pndm": 20, "dpm2_ancestral": 20}.get(name, len(table.rows))
+        with warnings.catch_warnings():  # of pndm with v, which theirs remembers
+            warnings.simplefilter("ignore" if name == "pndm" and prediction == "v" else "error", ConversionWarning)
+            save_scheduler(table, tmp_path)
+            assert load_scheduler(tmp_path, steps) == table
+
+
+FLOW = Schedule.flow(1000, shift=3.0)
+FLOWS = {
+    "euler": lambda **o: samplers.euler(FLOW, 10, spacing="linspace", **o),
+    "heun": lambda **o: samplers.heun(FLOW, 10, spacing="linspace", velocity=True, **o),
+    "stochastic": lambda **o: samplers.lcm(FLOW, 10, spacing="linspace", timestep_scaling=np.inf, **o),
+    "unipc": lambda **o: samplers.unipc(FLOW, 10, lower_order_final=2, **o),
+    "dpmpp_2m": lambda **o: samplers.dpmpp_2m(FLOW, 20, **o),
+    "single": lambda **o: samplers.dpmsolver_single(FLOW, 10, **o),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*shifted twice:fastdiff.errors.ConversionWarning")
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_are_written_and_read(name, tmp_path):
+    table = FLOWS[name](prediction="velocity")
+    with pytest.warns(ConversionWarning, match="a network is told T sigma there"):
         save_scheduler(table, tmp_path)
-        assert load_scheduler(tmp_path, len(table.rows) if name != "heun" else 25) == table
+    content = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert 3.0 in (content.get("shift"), content.get("flow_shift"))
+    with pytest.warns(ConversionWarning, match="a network is told T sigma there"):
+        found = load_scheduler(tmp_path, 20 if name == "dpmpp_2m" else 10)
+    assert found.rows == table.rows
+    assert found.schedule == FLOW
+    assert found.prediction == "velocity"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: samplers.ddim(LINEAR, 10, eta=0.5), r"eta: got 0.5, wants 0.0"),
+        (lambda: samplers.ddim(LINEAR, 10, clip=1.0, reclip=True), r"reclip: got True, wants False"),
+        (lambda: samplers.ddim(LINEAR, 9, final="sigma_min"), r"final: got 'sigma_min', wants 'zero'"),
+        (lambda: samplers.ddim(LINEAR, 10, clip=(-1, 2)), r"clip: got \(-1, 2\), wants None"),
+        (lambda: samplers.heun(LINEAR, 12, churn=4), r"churn: got 4, wants 0.0"),
+        (lambda: samplers.heun(LINEAR, 12, churn=4, s_noise=1.1), r"churn: got 4, wants 0.0"),
+        (lambda: samplers.ddim(LINEAR, 9, eta=0.5, spacing="lambda"), r"eta, spacing: got ddim with eta=0.5, spacing="),
+        (lambda: samplers.lms(LINEAR, 12, order=3), r"order: got 3, wants 4"),
+        (lambda: samplers.dpmpp_3m(LINEAR, 12), r"published: got False, wants True"),
+        (lambda: samplers.dpmpp_2m(LINEAR, 12, spacing="lambda"), r"spacing: got 'lambda', wants 'linspace_open'"),
+        (
+            lambda: samplers.sa_solver(LINEAR, 12, tau=0.5, final="sigma_min", lower_order_final=2),
+            r"tau: got 0.5, wants 1.0",
+        ),
+        (lambda: samplers.dpmpp_2s(LINEAR, 12), r"sampler: got .*dpmpp_2s.*no scheduler of it is dpmpp_2s"),
+        (lambda: samplers.ipndm(LINEAR, 12), r"sampler: got .*ipndm.*no scheduler of it is ipndm"),
+        (lambda: samplers.ddim(LINEAR, 10, prediction="velocity"), r"prediction: got 'velocity'.*for flows only"),
+        (
+            lambda: samplers.euler(FLOW, 10, spacing="linspace", prediction="v"),
+            r"prediction: got 'v', wants 'velocity'",
+        ),
+        (
+            lambda: samplers.ddim(FLOW, 10, eta=0.5, spacing="linspace", prediction="velocity"),
+            r"eta: got 0.5, wants 0.0",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::fastdiff.errors.ConversionWarning")
+def test_the_option_that_is_not_written_is_named(make, words, tmp_path):
+    with pytest.raises(ArgumentError, match=words):
+        save_scheduler(make(), tmp_path / "not made")
+    assert not (tmp_path / "not made").exists()
+
+
+def test_a_table_says_what_made_it():
+    table = samplers.heun(LINEAR, 12, churn=4, clip=1.0, prediction="v")
+    assert dict(table.options) == {"steps": 12, "churn": 4, "clip": 1.0}
+    assert pickle.loads(pickle.dumps(table)).options == table.options
+    assert dict(table.unclipped().options) == {"steps": 12, "churn": 4}
+    assert dict(samplers.ddpm(LINEAR).options) == {"steps": 1000}
+    assert not samplers.Sampler(table.rows, LINEAR).options
 
 
 @pytest.mark.parametrize("name", WARNED)
@@ -64,7 +153,7 @@ def test_what_is_written_with_a_warning_is_read(name, tmp_path):
     with pytest.warns(ConversionWarning, match=words) as caught:
         save_scheduler(table, tmp_path)
     assert caught[0].filename == __file__
-    steps = {"dpm2": 20, "dpmpp_2s": 10, "karras": 20, "karras heun": 18, "clipped": 10}[name]
+    steps = {"dpm2": 20, "dpmpp_sde": 20, "karras": 20, "karras heun": 18, "clipped": 10}[name]
     with warnings.catch_warnings(action="ignore", category=ConversionWarning):
         assert load_scheduler(tmp_path, steps, **({"clip": 1.0} if name == "clipped" else {})) == table
 
@@ -81,7 +170,9 @@ def test_the_defaults_are_theirs(tmp_path):
         "DDIMScheduler": samplers.ddim(LINEAR, 10, clip=1.0, spacing="leading"),
         "EulerDiscreteScheduler": samplers.euler(LINEAR, 10, spacing="linspace"),
         "EulerAncestralDiscreteScheduler": samplers.euler_ancestral(LINEAR, 10, spacing="linspace"),
-        "HeunDiscreteScheduler": samplers.heun(LINEAR, 10, spacing="linspace"),
+        "HeunDiscreteScheduler": samplers.heun(LATENT, 10, spacing="linspace"),
+        "DDIMParallelScheduler": samplers.ddim(LINEAR, 10, clip=1.0, spacing="leading"),
+        "DPMSolverSinglestepScheduler": samplers.dpmsolver_single(LINEAR, 10),
         "DPMSolverMultistepScheduler": samplers.dpmpp_2m(LINEAR, 10),
         "UniPCMultistepScheduler": samplers.unipc(LINEAR, 10),
         "DEISMultistepScheduler": samplers.deis(LINEAR, 10, lower_order_final=2, final="sigma_min"),
@@ -135,15 +226,20 @@ def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0},
+        {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},  # of the noise, at a level of noise
+        {"_class_name": "DDPMScheduler", "variance_type": "learned"},
+        {"_class_name": "SASolverScheduler", "tau_func": "some"},
+        {"_class_name": "IPNDMScheduler"},
         {"_class_name": "EDMEulerScheduler"},
         {"_class_name": ["DDPMScheduler"]},
-        {"_class_name": "PNDMScheduler"},  # its levels are known, its method is not
-        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
-        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        {"_class_name": "RePaintScheduler"},  # its levels are known, its method is no table
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "deis"},
         {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4},
-        {"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3},
-        {"_class_name": "UniPCMultistepScheduler", "predict_x0": False},
+        {"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
         {"_class_name": "UniPCMultistepScheduler", "solver_p": "DDIMScheduler"},
         {"_class_name": "DDPMScheduler", "variance_type": "fixed"},
         {"_class_name": "DDPMScheduler", "clip_sample_range": 0},
@@ -176,17 +272,8 @@ def test_other_errors(tmp_path, caplog):
     for option in ("churn", "prediction", "schedule"):
         with pytest.raises(ArgumentError, match=f"{option}: got 1, wants an option of ddim: clip, eta"):
             load_scheduler(tmp_path, 10, **{option: 1})
-    for table in (
-        samplers.dpmpp_3m(LINEAR, 12),  # the corrected one
-        samplers.dpmpp_2m(LINEAR, 12, spacing="lambda"),
-        samplers.heun(LINEAR, 12, churn=4),
-        samplers.ddim(LINEAR, 10, clip=(-1, 2)),
-        samplers.Sampler(samplers.ddim(LINEAR, 10).rows, LINEAR),
-        samplers.ddim(LINEAR, 10, prediction="velocity"),
-        samplers.euler(Schedule.flow(100), 10, prediction="v"),
-    ):
-        with pytest.raises(ArgumentError, match=r"(sampler|prediction): got"):
-            save_scheduler(table, tmp_path / "not made")
+    with pytest.raises(ArgumentError, match=r"sampler: got <Sampler custom.*, wants a table that a scheduler"):
+        save_scheduler(samplers.Sampler(samplers.ddim(LINEAR, 10).rows, LINEAR), tmp_path / "not made")
     with pytest.raises(ArgumentError, match="sampler: got str"):
         save_scheduler("ddim", tmp_path / "not made")
     assert not (tmp_path / "not made").exists()
@@ -198,8 +285,8 @@ def test_networks_are_not_loaded_with_levels_that_are_not_theirs(tmp_path):
     net = fd.UNet((8, 8, 1), channels=(8,), blocks=1, T=50, groups=4)
     net.save_diffusers(tmp_path / "unet")
     (tmp_path / "scheduler").mkdir()
-    written(tmp_path / "scheduler", _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=50)
-    with pytest.raises(CheckpointError, match="_class_name: got 'FlowMatchEulerDiscreteScheduler'"):
+    written(tmp_path / "scheduler", _class_name="EDMEulerScheduler", num_train_timesteps=50)
+    with pytest.raises(CheckpointError, match="_class_name: got 'EDMEulerScheduler'"):
         load_diffusers(tmp_path)
     written(tmp_path / "scheduler", _class_name="PNDMScheduler", num_train_timesteps=50, beta_end=0.3)
     assert load_diffusers(tmp_path)[1].T == 50

@@ -24,6 +24,7 @@ from fastdiff.cli.messages import PatientInterrupt, fail, note, uninterrupted
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
+from fastdiff.nn.optim import LR_PLANS
 from fastdiff.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ SCHEDULES: dict[str, tuple[int, float | None, float | None]] = {
     "laplace": (1000, None, None),
     "flow": (1000, None, None),
 }
-PLAN = ("lr", "warmup", "decay_steps", "clip_norm", "ema", "weighting", "snr_gamma")  # may change with --resume
+# What may change with --resume.
+PLAN = ("lr", "warmup", "decay_steps", "clip_norm", "ema", "weighting", "snr_gamma", "lr_plan")
 FEWEST_ROWS = 8  # as fastdiff.judgement has it
 
 
@@ -78,6 +80,11 @@ def add(commands: Any) -> None:
         help="the step by which the rate has fallen (default: the last one, or with --steps it stays)",
     )
     plan(
+        "--lr-plan",
+        choices=LR_PLANS,
+        help="how the rate goes: down by a cosine (default), or up and down, until --decay-steps; or constant",
+    )
+    plan(
         "--weighting",
         choices=("uniform", "min_snr"),
         help="what an error counts: 1, or as one of x0 the smaller of SNR and --snr-gamma (default uniform)",
@@ -91,6 +98,13 @@ def add(commands: Any) -> None:
         metavar="FRACTION",
         help="hold out this part of the data, and report its loss (default: 0.05 of 100 rows or more; 0: none)",
     )
+    train.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop where the loss on held-out data has not fallen for N steps, and keep the best weights",
+    )
+    train.add_argument("--log", metavar="FILE", help="add loss and rate of every 10 steps to this .csv or .jsonl file")
     train.add_argument(
         "--resume",
         metavar="MODEL",
@@ -179,6 +193,7 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastdiff.callbacks import FileLogger
     from fastdiff.files import check_writable
 
     output: str | None = args.output or args.resume
@@ -199,6 +214,8 @@ def run(args: argparse.Namespace) -> int:
         saves["keep"] = check_int("--keep", args.keep, low=1)
     if args.loss_plot:
         check_picture(args.loss_plot)
+    if args.log:
+        check_writable(args.log, (".csv", ".jsonl"))
     if args.snapshots is not None:
         check_int("--snapshots", args.snapshots, low=1)
         check_picture(_snapshot(output, 0))
@@ -230,6 +247,8 @@ def run(args: argparse.Namespace) -> int:
                 batch=batch,
                 **plan,
                 validation=args.validation,
+                patience=args.patience,
+                callbacks=[FileLogger(args.log)] if args.log else [],
                 judge=args.judge,
                 flip=args.flip,
                 accumulate=args.accumulate,
@@ -388,6 +407,8 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         ("--snapshots", args.snapshots, None),
         ("--save-every", args.save_every, None),
         ("--keep", args.keep, None),
+        ("--patience", args.patience, None),
+        ("--log", args.log, None),
         ("--backend", args.backend, "auto"),
         ("--loss-plot", args.loss_plot, None),
     ):

@@ -15,6 +15,9 @@ MOST_STEPS = 1 << 53  # they become floats
 FLOOR = 0.01  # of the peak rate, where the decay ends
 FASTEST = 1e15  # rate: beyond it one step can take float32 weights to infinity
 WEIGHTINGS = ("uniform", "min_snr")
+LR_PLANS = ("cosine", "constant", "one-cycle")
+RISE, LOWEST, LAST = 0.3, 1 / 25, 1e-4 / 25  # of one cycle: share of its steps; rates at both ends over the peak's
+LATER = {"weighting": "uniform", "snr_gamma": 5.0, "lr_plan": "cosine"}  # what 0.1.0 had not, and its meaning there
 
 
 class Unset(Enum):
@@ -41,7 +44,7 @@ class TrainingPlan:
         The rate grows linearly over the steps 0 .. warmup - 1.
     decay_steps : int or None
         Absolute step at which a half cosine, which starts where the warm-up ends, reaches a hundredth of `lr`; it
-        stays there. None: no decay.
+        stays there. None: no decay. With "one-cycle" the step where the cycle, which starts at step 0, ends.
     clip_norm : float or None
         Bound on the norm of the gradient; None: no clipping.
     ema : float or None
@@ -53,6 +56,10 @@ class TrainingPlan:
         Every squared error of the prediction counts 1; or what makes that of x0 count min(SNR, snr_gamma), with
         SNR = signal^2 / noise^2 (Hang et al. 2023, arXiv 2303.09556).
     snr_gamma : float
+    lr_plan : {"cosine", "constant", "one-cycle"}
+        How the rate goes: as `decay_steps` says; constant after the warm-up, whatever `decay_steps` is; or up from a
+        25th of `lr` by half a cosine over the warm-up, by default 0.3 of the steps, and down by another one to a
+        ten-thousandth of that (Smith and Topin 2019, with the numbers of PyTorch's OneCycleLR, and constant momentum).
     """
 
     lr: float = 1e-3
@@ -66,6 +73,7 @@ class TrainingPlan:
     weight_decay: float = 0.01
     weighting: str = "uniform"
     snr_gamma: float = 5.0
+    lr_plan: str = "cosine"
 
     def __post_init__(self) -> None:
         def settle(name: str, check: Callable[..., Any], *args: Any, **bounds: Any) -> None:
@@ -85,10 +93,20 @@ class TrainingPlan:
         settle("weight_decay", check_float, low=0)
         settle("weighting", check_choice, WEIGHTINGS)
         settle("snr_gamma", check_float, low=0, low_open=True)
+        settle("lr_plan", check_choice, LR_PLANS)
 
     def changed(self, **options: Any) -> Self:
         """Return this plan with the options that are not `UNSET`."""
         return replace(self, **{name: value for name, value in options.items() if value is not UNSET})
+
+    def check_named(self, lr_plan: Any, decay_steps: Any) -> None:
+        """Refuse what was named (else `UNSET`) together with a number of steps, if it would do nothing."""
+        if lr_plan == "constant" and isinstance(decay_steps, int):
+            raise ArgumentError("decay_steps", str(decay_steps), "None with lr_plan='constant'")
+        if self.decay_steps is None and (self.lr_plan == "one-cycle" or lr_plan == "cosine"):
+            raise ArgumentError(
+                "decay_steps", "None", f"with steps and lr_plan={self.lr_plan!r} the step where it ends"
+            )
 
     def difference(self, other: TrainingPlan) -> str:
         """Return what another plan has that differs: ``lr 0.0001 (0.001 before)``."""
@@ -97,9 +115,14 @@ class TrainingPlan:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
+        if self.lr_plan == "one-cycle" and self.decay_steps is not None:
+            rise = self.warmup or math.ceil(RISE * self.decay_steps)
+            if step < rise:
+                return self.lr * _half_cosine(LOWEST, 1.0, step / rise)
+            return self.lr * _half_cosine(1.0, LAST, (step - rise) / max(1, self.decay_steps - rise))
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        if self.decay_steps is None:
+        if self.decay_steps is None or self.lr_plan == "constant":
             return self.lr
         progress = min(1.0, (step - self.warmup) / (self.decay_steps - self.warmup))
         return self.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -119,21 +142,33 @@ class TrainingPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON types; without the weighting where it is the usual one, as 0.1.0 wrote it."""
-        plan = asdict(self)
-        if not self.features:
-            del plan["weighting"], plan["snr_gamma"]
-        return plan
+        """Return the plan as JSON types; of what 0.1.0 had not, only what is not its usual value."""
+        told = asdict(self)
+        for names in (("weighting", "snr_gamma"), ("lr_plan",)):
+            if _is_usual(self, *names):
+                for name in names:
+                    del told[name]
+        return told
 
     @property
     def features(self) -> list[str]:
         """What a file that has this plan asks of its reader: names out of `fastdiff.checkpoint.FEATURES`."""
-        return [] if (self.weighting, self.snr_gamma) == ("uniform", 5.0) else ["min snr"]
+        names = [] if _is_usual(self, "weighting", "snr_gamma") else ["min snr"]
+        return names if _is_usual(self, "lr_plan") else [*names, "rate plan"]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Return the plan of `to_dict`; an unknown or missing name raises `ArgumentError`."""
         known = [field.name for field in fields(cls)]
-        if sorted({"weighting", "snr_gamma", *config}) != sorted(known):
+        if sorted({*LATER, *config}) != sorted(known):
             raise ArgumentError("training plan", f"keys {sorted(config)}", f"the keys {sorted(known)}")
         return cls(**config)
+
+
+def _half_cosine(first: float, last: float, progress: float) -> float:
+    """From the first value to the last, as half a cosine goes, and the last beyond."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _is_usual(plan: TrainingPlan, *names: str) -> bool:
+    return all(getattr(plan, name) == LATER[name] for name in names)

@@ -23,9 +23,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastdiff.errors import check_choice
-from fastdiff.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, lms, unipc
-from fastdiff.samplers.singlestep import ddim, ddpm, dpm2, dpmpp_2s, euler, euler_ancestral, heun
-from fastdiff.samplers.table import Clip, Sampler, check_schedule
+from fastdiff.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, dpmsolver, ipndm, lms, pndm, sa_solver, unipc
+from fastdiff.samplers.singlestep import (
+    ddim,
+    ddpm,
+    dpm2,
+    dpm2_ancestral,
+    dpmpp_2s,
+    dpmpp_sde,
+    dpmsolver_single,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    tcd,
+)
+from fastdiff.samplers.table import Clip, Sampler, check_schedule, options_of
 from fastdiff.schedule import PREDICTIONS, Schedule
 
 __all__ = [
@@ -36,15 +49,25 @@ __all__ = [
     "ddpm",
     "deis",
     "dpm2",
+    "dpm2_ancestral",
     "dpmpp_2m",
     "dpmpp_2s",
     "dpmpp_3m",
+    "dpmpp_sde",
+    "dpmsolver",
+    "dpmsolver_single",
     "euler",
     "euler_ancestral",
     "heun",
+    "ipndm",
+    "lcm",
     "lms",
     "named",
     "names",
+    "options_of",
+    "pndm",
+    "sa_solver",
+    "tcd",
     "unipc",
 ]
 
@@ -66,13 +89,31 @@ _SAMPLERS = {
     "lms": _Named(lms, 20, "continues the noise in noise / signal, order 4; no clipping"),
     "heun": _Named(heun, 18, "EDM's, second order, two evaluations a step; has churn"),
     "dpm2": _Named(dpm2, 20, "midpoint rule, second order, two evaluations a step"),
+    "pndm": _Named(pndm, 20, "continues the noise with fixed weights, second order; no clipping"),
+    "ipndm": _Named(ipndm, 20, "pndm without its second evaluation at the start; no clipping"),
+    "dpmsolver": _Named(dpmsolver, 20, "dpmpp_2m before its improvement, of the noise; no clipping"),
+    "dpmsolver_single": _Named(dpmsolver_single, 20, "orders 1 to 3 that begin anew every so many rows"),
+    "sa_solver": _Named(sa_solver, 20, "predictor and corrector with noise on the way: for 20 and more"),
+    "dpmpp_sde": _Named(dpmpp_sde, 20, "stochastic, two evaluations a step; no clipping"),
+    "dpm2_ancestral": _Named(dpm2_ancestral, 20, "midpoint rule with ancestral noise"),
+    "lcm": _Named(lcm, 4, "only for networks distilled to jump to the data"),
+    "tcd": _Named(tcd, 8, "ddim that noises anew: for networks distilled along trajectories"),
     "euler": _Named(euler, 50, "ddim by another name; on flow schedules straight paths"),
     "euler_ancestral": _Named(euler_ancestral, 50, "ddim with ancestral noise: forgets errors, wants steps"),
 }
 
-UNCLIPPED = ("deis", "lms")  # they remember the noise
-RECLIPPED = ("ddim", "euler", "euler_ancestral")  # they take ``reclip``
-_OPEN = (dpmpp_2m, dpmpp_3m, dpmpp_2s, unipc, deis)  # by default they leave out t = 0
+UNCLIPPED = ("deis", "lms", "pndm", "ipndm", "dpmsolver", "dpmpp_sde")  # they remember the noise, or a mixture
+RECLIPPED = ("ddim", "euler", "euler_ancestral", "tcd")  # they take ``reclip``
+_OPEN = (
+    dpmpp_2m,
+    dpmpp_3m,
+    dpmpp_2s,
+    unipc,
+    deis,
+    dpmsolver,
+    dpmsolver_single,
+    sa_solver,
+)  # by default they leave out t = 0
 
 
 def names() -> list[str]:

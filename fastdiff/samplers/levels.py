@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from fastdiff.backends import Row
 from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int
-from fastdiff.samplers.table import Clip, Sampler, check_schedule
+from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
 from fastdiff.schedule import END_LIMIT, Array, Schedule, power
 
 FINALS = ("zero", "sigma_min")
 SERIES_BELOW, SERIES_TERMS = 1.0, 20  # of H: 1 / 20! is below rounding
 FEW_ROWS = 15
+MEMORY = ("b", "c1", "c2", "c3")  # columns of m, m1, m2, m3
 
 
 class Levels(NamedTuple):
@@ -45,6 +46,9 @@ class Levels(NamedTuple):
     noise_next: Array
     half_log_snr: Array
     growth: Array
+
+    def at(self, rows: npt.NDArray[np.int64]) -> Levels:
+        return Levels(self.t[rows], *(column[rows] for column in self[1:]))
 
     @property
     def ratio(self) -> Array:
@@ -69,7 +73,7 @@ def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
             f"{spacing!r} spacing begins at t = {t[0]}, where {what} {start:.3g}: sampling starts there "
             "from pure noise and misses. Take spacing='trailing', or pass an initial state of that noise.",
             ScheduleWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     signal, noise, half_log_snr = schedule.signal[t], schedule.noise[t], schedule.log_snr[t] / 2
     if final == "zero":
@@ -168,3 +172,39 @@ def sampler(table: Table, t: npt.ArrayLike, **columns: npt.ArrayLike) -> Sampler
     return Sampler(
         rows, table.schedule, prediction=table.prediction, clip=table.clip, name=table.name, order=table.order
     )
+
+
+def noise_table(
+    table: Table,
+    grid: Levels,
+    first: npt.NDArray[np.bool_],
+    memory: Array,
+    *,
+    keeps: Array | float = 1.0,
+    s: Array | float = 0.0,
+    also: Array | float = 0.0,
+) -> Sampler:
+    """The table of x' / alpha' = keeps x / alpha + memory @ (noise, earlier noise ..) + s z / alpha'.
+
+    Rows that are `first` keep x, and rho' - rho is added to their weight of the noise here. x / alpha is x0 + rho
+    noise, and written so where the network does not predict the noise: nothing is divided by a small signal, or none.
+    `also` is what is remembered of x besides the noise.
+    """
+    ratio, keeps = grid.ratio, np.broadcast_to(keeps, len(grid.t))
+    f, g = noise_from_output(grid.signal, grid.noise, table.prediction)
+    p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
+    if table.prediction == "noise":
+        memory[first, 0] += (grid.ratio_next - ratio)[first]
+        a, e = grid.signal_next / grid.signal * keeps, np.zeros_like(ratio)
+    else:
+        memory[~first, 0] += (ratio * keeps)[~first]
+        memory[first, 0] += grid.ratio_next[first]
+        a, e = grid.signal_next * p * keeps, grid.signal_next * q * keeps
+    memory *= grid.signal_next[:, None]
+    return sampler(table, grid.t, p=f + also, q=g, a=a, e=e, s=s, **dict(zip(MEMORY, memory.T, strict=False)))
+
+
+def refuse_clip(name: str, clip: object) -> None:
+    if clip is not None:
+        wants = f"None: {name} remembers the noise, which has no bounds; dpmpp_2m, dpmpp_3m and unipc clip"
+        raise ArgumentError("clip", str(clip), wants)

@@ -9,17 +9,32 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_choice, check_float, shown
-from fastdiff.samplers.levels import Levels, Table, check_growth, gap_variance, levels, sampler
-from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
+from fastdiff.backends import Row
+from fastdiff.errors import ArgumentError, check_bool, check_choice, check_float, check_int
+from fastdiff.samplers.levels import (
+    Levels,
+    Table,
+    check_growth,
+    gap_variance,
+    kernel_moments,
+    levels,
+    noise_table,
+    refuse_clip,
+    sampler,
+    weights,
+)
+from fastdiff.samplers.table import Clip, Sampler, check_schedule, constructor, noise_from_output, x0_from_output
 from fastdiff.schedule import Array, Schedule
 
 log = logging.getLogger("fastdiff")
+
+Columns = tuple[Array, Array, Array, Array]
 
 VARIANCE_FLOOR = 1e-20
 MOST_CHURN = math.sqrt(2) - 1  # of a level at a time, as in Karras et al. 2022, algorithm 2
 
 
+@constructor
 def ddpm(
     schedule: Schedule,
     steps: int | None = None,
@@ -89,6 +104,7 @@ def ddpm(
     return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=np.where(grid.noise_next > 0, deviation, 0.0), r=r)
 
 
+@constructor
 def ddim(
     schedule: Schedule,
     steps: int,
@@ -145,6 +161,7 @@ def ddim(
     return _implicit("ddim", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
 
+@constructor
 def euler(
     schedule: Schedule,
     steps: int,
@@ -163,6 +180,7 @@ def euler(
     return _implicit("euler", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
 
+@constructor
 def euler_ancestral(
     schedule: Schedule,
     steps: int,
@@ -186,24 +204,112 @@ def _implicit(
     name: str, grid: Levels, schedule: Schedule, eta: float, reclip: bool, clip: Clip, prediction: str
 ) -> Sampler:
     eta = check_float("eta", eta, low=0, high=1)
-    if not isinstance(reclip, bool):
-        raise ArgumentError("reclip", shown(reclip), "True or False")
     ancestral = gap_variance(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
-    p, q = x0_from_output(grid.signal, grid.noise, prediction)
+    table = Table(name, schedule, prediction, clip, 1 if eta == 0 else None)
+    return _towards(table, grid, direction, eta * np.sqrt(ancestral), reclip)
+
+
+def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: bool) -> Sampler:
+    """The table of x' = alpha' x0 + direction noise + s z, the noise taken from x0 where it is to be `reclip`."""
+    check_bool("reclip", reclip)
+    p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
     if reclip:
         a = direction / grid.noise
         b, e = grid.signal_next - grid.signal * a, np.zeros_like(a)
     else:
-        along_x, along_out = noise_from_output(grid.signal, grid.noise, prediction)
+        along_x, along_out = noise_from_output(grid.signal, grid.noise, table.prediction)
         a, b, e = direction * along_x, grid.signal_next, direction * along_out
-    table = Table(name, schedule, prediction, clip, 1 if eta == 0 else None)
-    return sampler(table, grid.t, p=p, q=q, a=a, b=b, e=e, s=eta * np.sqrt(ancestral))
+    return sampler(table, grid.t, p=p, q=q, a=a, b=b, e=e, s=s)
+
+
+@constructor
+def lcm(
+    schedule: Schedule,
+    steps: int,
+    *,
+    timestep_scaling: float = 10.0,
+    clip: Clip = None,
+    prediction: str = "noise",
+    spacing: str = "trailing",
+    final: str = "zero",
+) -> Sampler:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1; LCM, Luo et al. 2023, arXiv 2310.04378).
+
+    For networks that were distilled to jump to the data: x0 is taken for a sample, and noised anew to the next level::
+
+        x' = alpha' (c_out x0 + c_skip x) + sigma' z
+
+    with c_skip = 0.25 / (u^2 + 0.25), c_out = u / sqrt(u^2 + 0.25) and u = timestep_scaling t. Of another network,
+    whose x0 is a mean, the samples lack variance.
+
+    Parameters
+    ----------
+    schedule, steps, clip, prediction, spacing, final
+        As of `ddpm`.
+    timestep_scaling : float, optional
+        At least 0: how soon x0 counts for all; infinity is x0 alone, at t = 0 too.
+
+    Returns, errors and warnings as of `ddpm`.
+    """
+    grid = levels(schedule, steps, spacing, final)
+    if timestep_scaling != math.inf:
+        timestep_scaling = check_float("timestep_scaling", timestep_scaling, low=0)
+    with np.errstate(invalid="ignore"):
+        u = np.where(timestep_scaling == math.inf, np.inf, timestep_scaling * grid.t)
+        skip, out = 0.25 / (u**2 + 0.25), np.where(np.isinf(u), 1.0, u / np.sqrt(u**2 + 0.25))
+    p, q = x0_from_output(grid.signal, grid.noise, prediction)
+    table = Table("lcm", schedule, prediction, clip, None)
+    a, b, s = grid.signal_next * skip, grid.signal_next * out, grid.noise_next.copy()
+    s[-1] = 0.0
+    return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=s)
+
+
+@constructor
+def tcd(
+    schedule: Schedule,
+    steps: int,
+    *,
+    eta: float = 0.3,
+    reclip: bool = False,
+    clip: Clip = None,
+    prediction: str = "noise",
+    spacing: str = "trailing",
+    final: str = "zero",
+) -> Sampler:
+    """Strategic stochastic sampling (TCD, Zheng et al. 2024, arXiv 2402.19159, algorithm 4).
+
+    A step of `ddim` to the timestep s = floor((1 - eta) t') below the next one, t', and forward noise up to it::
+
+        x' = (alpha' / alpha_s) (alpha_s x0 + sigma_s noise) + sqrt(sigma'^2 - (alpha' / alpha_s)^2 sigma_s^2) z
+
+    Made for networks that were distilled along trajectories. With others a leap of `ddim` below every level remains,
+    however many there are: more steps do not come nearer.
+
+    Parameters
+    ----------
+    schedule, steps, reclip, clip, prediction, spacing, final
+        As of `ddim`.
+    eta : float, optional
+        0 to 1: 0 is `ddim`; with 1 all is noised anew from t = 0. The authors' gamma.
+
+    Returns, errors and warnings as of `ddpm`.
+    """
+    grid = levels(schedule, steps, spacing, final)
+    eta = check_float("eta", eta, low=0, high=1)
+    below = np.append(np.floor((1 - eta) * grid.t[1:]).astype(np.int64), 0)
+    signal, noise = schedule.signal[below], schedule.noise[below]
+    signal[-1], noise[-1] = grid.signal_next[-1], grid.noise_next[-1]
+    rise = grid.signal_next / signal
+    s = np.sqrt(np.maximum(grid.noise_next**2 - (rise * noise) ** 2, 0.0))
+    table = Table("tcd", schedule, prediction, clip, 1 if eta == 0 else None)
+    return _towards(table, grid, rise * noise, s, reclip)
 
 
 # -- two stages ----------------------------------------------------------------------------------------------
 
 
+@constructor
 def heun(
     schedule: Schedule,
     steps: int,
@@ -212,6 +318,7 @@ def heun(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    velocity: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
     spacing: str = "karras",
@@ -241,6 +348,9 @@ def heun(
         Levels rho between which there is churn.
     s_noise : float, optional
         Factor of the standard deviation of what churn adds; EDM takes 1.003 or 1.007.
+    velocity : bool, optional
+        On a flow schedule: Heun's method in sigma, with slopes noise - x0, which are finite at both ends, so that the
+        first step from noise alone has two stages as well. Without churn and clip.
     clip : float or (float, float), optional
         Bounds of x0, see `Sampler`.
     prediction : str, optional
@@ -265,12 +375,37 @@ def heun(
         If the first timestep is far from noise.
     """
     grid = levels(schedule, steps, spacing, final)
+    if check_bool("velocity", velocity):
+        return _heun_of_velocity(schedule, grid, prediction, churn, clip)
     raised = _churned(schedule, grid, churn, s_tmin, s_tmax)
     s_noise = check_float("s_noise", s_noise, low=0)
     table = Table("heun", schedule, prediction, clip, 2 if churn == 0 else None)
     return _two_stages(table, grid, np.append(grid.t[1:], 0), _slopes_in_ratio, raised, s_noise)
 
 
+def _heun_of_velocity(schedule: Schedule, grid: Levels, prediction: str, churn: float, clip: Clip) -> Sampler:
+    if schedule.kind != "flow":
+        raise ArgumentError("velocity", "True", "False for a schedule that is no flow")
+    if churn != 0:
+        raise ArgumentError("churn", f"{churn!r} with velocity=True", "0 there")
+    if clip is not None:
+        raise ArgumentError("clip", f"{clip!r} with velocity=True", "None there: what is remembered is the velocity")
+    two = grid.noise_next > 0
+    stages = np.stack([np.ones_like(two), two], axis=1)
+    t = np.stack([grid.t, np.append(grid.t[1:], 0)], axis=1)[stages]
+    step = grid.noise_next - grid.noise
+    b, c1 = np.stack([step, step / 2], axis=1)[stages], np.stack([0 * step, -step / 2], axis=1)[stages]
+    signal, noise = schedule.signal[t], schedule.noise[t]
+    p, q = (
+        of_noise - of_x0
+        for of_noise, of_x0 in zip(
+            noise_from_output(signal, noise, prediction), x0_from_output(signal, noise, prediction), strict=True
+        )
+    )
+    return sampler(Table("heun", schedule, prediction, None, 2), t, p=p, q=q, a=1.0, b=b, c1=c1)
+
+
+@constructor
 def dpm2(
     schedule: Schedule,
     steps: int,
@@ -296,6 +431,7 @@ def dpm2(
     return _two_stages(table, grid, _middles(schedule, grid), _slopes_in_ratio)
 
 
+@constructor
 def dpmpp_2s(
     schedule: Schedule,
     steps: int,
@@ -319,6 +455,148 @@ def dpmpp_2s(
     return _two_stages(table, grid, _middles(schedule, grid), _slopes_in_lambda)
 
 
+@constructor
+def dpm2_ancestral(
+    schedule: Schedule,
+    steps: int,
+    *,
+    clip: Clip = None,
+    prediction: str = "noise",
+    spacing: str = "trailing",
+    final: str = "zero",
+) -> Sampler:
+    """The midpoint method in rho to below the next level, and noise up to it (Karras' ``sample_dpm_2_ancestral``).
+
+    It leads to rho_down = rho'^2 / rho, and noise of deviation sqrt(rho'^2 - rho_down^2) leads back. The middle in the
+    logarithm between rho and rho_down is rho' itself: the next timestep is evaluated twice, and no middle is rounded::
+
+        x' / alpha' = x / alpha + (rho_down - rho) slope_m + sqrt(rho'^2 - rho_down^2) z
+
+    A step from noise alone is one of `euler`.
+
+    Arguments, result, errors and warnings as of `heun`.
+    """
+    grid = levels(schedule, steps, spacing, final)
+    table = Table("dpm2_ancestral", schedule, prediction, clip, None)
+    return _two_stages(table, grid, np.append(grid.t[1:], 0), _slopes_to_below)
+
+
+@constructor
+def dpmpp_sde(
+    schedule: Schedule,
+    steps: int,
+    *,
+    clip: None = None,
+    prediction: str = "noise",
+    spacing: str = "trailing",
+    final: str = "zero",
+) -> Sampler:
+    """DPM-Solver++ for the reverse stochastic equation in two stages (Karras' ``sample_dpmpp_sde``).
+
+    With rho = sigma / alpha and x0_m that of the timestep m nearest to the middle of the step in lambda, to which the
+    first stage leads as the second one leads to the end::
+
+        x' / alpha' = (rho' / rho)^2 x / alpha + (1 - (rho' / rho)^2) x0_m + rho' sqrt(1 - (rho' / rho)^2) z
+
+    The two stages share the noise of a Brownian motion in rho: that of the first is in z with a correlation of
+    sqrt((rho - rho_m) / (rho - rho')). A step from noise alone is one of `euler`.
+
+    Parameters
+    ----------
+    schedule, steps, prediction, spacing, final
+        As of `heun`.
+    clip : None
+        What is remembered is a mixture of x and x0, which has no bounds.
+
+    Returns, errors and warnings as of `heun`.
+    """
+    grid = levels(schedule, steps, spacing, final)
+    check_growth(grid)
+    refuse_clip("dpmpp_sde", clip)
+    middles = _middles(schedule, grid)
+    middle, two = _moved(schedule, grid, middles), np.isfinite(grid.growth)
+    p, q = x0_from_output(grid.signal, grid.noise, prediction)
+    columns = np.zeros((2, len(Row._fields), len(grid.t)))
+    first, second = (dict(zip(Row._fields, stage, strict=True)) for stage in columns)
+    first["t"][:], second["t"][:] = grid.t, middles
+    with np.errstate(divide="ignore", invalid="ignore"):  # where there is no second stage
+        keep_m, keep = (middle.ratio / grid.ratio) ** 2, (grid.ratio_next / grid.ratio) ** 2
+        up_m, up = middle.ratio * np.sqrt(1 - keep_m), grid.ratio_next * np.sqrt(1 - keep)
+        share = np.sqrt(np.minimum((grid.ratio - middle.ratio) / (grid.ratio - grid.ratio_next), 1.0))
+        again = up * share / up_m  # of the state in the middle, for its noise
+        of_x, of_x0 = (keep - again * keep_m) / grid.signal, -again * (1 - keep_m)
+        first["p"][:], first["q"][:] = of_x + of_x0 * p, of_x0 * q
+        first["a"][:] = middle.signal * (keep_m / grid.signal + (1 - keep_m) * p)
+        first["e"][:], first["s"][:] = middle.signal * (1 - keep_m) * q, middle.signal * up_m
+    one = ~two
+    straight = grid.noise_next / grid.noise
+    first["p"][one], first["q"][one], first["e"][one], first["s"][one] = p[one], q[one], 0.0, 0.0
+    first["a"][one], first["b"][one] = straight[one], (grid.signal_next - grid.signal * straight)[one]
+    second["p"][:], second["q"][:] = x0_from_output(middle.signal, middle.noise, prediction)
+    second["a"][:], second["b"][:] = again * grid.signal_next / middle.signal, grid.signal_next * (1 - keep)
+    second["c1"][:], second["s"][:] = grid.signal_next, grid.signal_next * up * np.sqrt(1 - share**2)
+    rows = columns.transpose(2, 0, 1)[np.stack([np.ones_like(two), two], axis=1)]
+    table = Table("dpmpp_sde", schedule, prediction, None, None)
+    return sampler(table, rows[:, 0], **dict(zip(Row._fields[1:], rows.T[1:], strict=True)))
+
+
+@constructor
+def dpmsolver_single(
+    schedule: Schedule,
+    steps: int,
+    *,
+    order: int = 2,
+    eta: float = 0.0,
+    solver: str = "midpoint",
+    predict_x0: bool = True,
+    clip: Clip = None,
+    prediction: str = "noise",
+    spacing: str = "linspace_open",
+    final: str = "zero",
+) -> Sampler:
+    """DPM-Solver and DPM-Solver++, single step, along given timesteps (Lu et al. 2022, 2206.00927 and 2211.01095).
+
+    `order` rows in turn begin from the state x of the first of them, with the polynomial through what the network said
+    at the first two and then three of their timesteps; x is read back from the state that was reached, in which only
+    what is remembered was added. What is left of the rows at the end, at least one, is of lower order.
+
+    With ``solver="midpoint"`` a straight line has half of its first moment, and what follows the third timestep is a
+    straight line as well, through the first and the last: right for three steps of equal lengths in lambda.
+    "heun" has the moments of the polynomial. See `dpmpp_2s` for steps that have timesteps of their own inside.
+
+    Parameters
+    ----------
+    schedule, steps, prediction, spacing, final
+        As of `dpmpp_2m`; a row is one evaluation.
+    order : {1, 2, 3}, optional
+        How many rows begin from one state.
+    eta : float, optional
+        0, or 1 for orders 1 and 2: SDE-DPM-Solver++. Noise of a row that is not the last of its turn is in what the
+        network sees, and then left behind.
+    solver : {"midpoint", "heun"}, optional
+    predict_x0 : bool, optional
+        Whether x0 is continued (DPM-Solver++), or the noise (DPM-Solver), without a clip.
+    clip : float or (float, float), optional
+        Bounds of x0, see `Sampler`; None for the noise, and with eta = 1 and order 2, which remember something else.
+
+    Returns, errors and warnings as for `dpmpp_2m`.
+    """
+    grid = levels(schedule, steps, spacing, final)
+    check_growth(grid)
+    order, eta = check_int("order", order, low=1, high=3), check_float("eta", eta, low=0, high=1)
+    check_choice("solver", solver, ("midpoint", "heun"))
+    check_bool("predict_x0", predict_x0)
+    if eta and (order == 3 or eta < 1 or not predict_x0):
+        raise ArgumentError(
+            "eta", f"{eta:g} for order {order}, predict_x0={predict_x0}", "0, or 1 for x0 and order 1, 2"
+        )
+    if not check_bool("predict_x0", predict_x0) or (eta and order == 2):
+        refuse_clip("dpmsolver_single that remembers something else", clip)
+    name = Table("dpmsolver_single", schedule, prediction, clip, None if eta else order)
+    turn = _turns(grid, order, final)
+    return _turns_with_noise(name, grid, turn, solver) if eta else _turns_in(name, grid, turn, solver, predict_x0)
+
+
 def _middles(schedule: Schedule, grid: Levels) -> npt.NDArray[np.int64]:
     """Of every step the timestep below its first one that is nearest to its middle in lambda."""
     half_log_snr = schedule.log_snr / 2
@@ -330,27 +608,35 @@ def _middles(schedule: Schedule, grid: Levels) -> npt.NDArray[np.int64]:
     return middles
 
 
-def _slopes_in_ratio(grid: Levels, middle: Levels) -> tuple[Array, Array]:
-    """(b, c1) of the second stage of a method in rho."""
+def _slopes_in_ratio(grid: Levels, middle: Levels) -> Columns:
+    """(a, b, c1, s) of the second stage of a method in rho."""
     step = grid.ratio_next - grid.ratio
     c = (middle.ratio - grid.ratio) / step
     pull = -grid.signal_next * step / middle.ratio
-    return pull / (2 * c), pull * (1 - c - 1 / (2 * c))
+    return grid.noise_next / middle.noise, pull / (2 * c), pull * (1 - c - 1 / (2 * c)), np.zeros_like(c)
 
 
-def _slopes_in_lambda(grid: Levels, middle: Levels) -> tuple[Array, Array]:
-    """(b, c1) of the second stage of a method in lambda."""
+def _slopes_to_below(grid: Levels, middle: Levels) -> Columns:
+    """(a, b, c1, s) of the second stage of `dpm2_ancestral`."""
+    fall = grid.ratio_next / grid.ratio
+    noise = grid.noise_next * np.sqrt(1 - fall**2)
+    return fall, grid.signal_next * (1 / fall - fall), grid.signal_next * (1 - 1 / fall), noise
+
+
+def _slopes_in_lambda(grid: Levels, middle: Levels) -> Columns:
+    """(a, b, c1, s) of the second stage of a method in lambda."""
     r = (middle.half_log_snr - grid.half_log_snr) / grid.growth
     pull = grid.signal_next * -np.expm1(-grid.growth)
     first_stage = middle.signal - grid.signal * middle.noise / grid.noise
-    return pull / (2 * r), pull * (1 - 1 / (2 * r)) - grid.noise_next / middle.noise * first_stage
+    a = grid.noise_next / middle.noise
+    return a, pull / (2 * r), pull * (1 - 1 / (2 * r)) - a * first_stage, np.zeros_like(a)
 
 
 def _churned(schedule: Schedule, grid: Levels, churn: float, s_tmin: float, s_tmax: float) -> npt.NDArray[np.int64]:
     """Where churn leads from every timestep."""
     churn, s_tmin = check_float("churn", churn, low=0), check_float("s_tmin", s_tmin, low=0)
-    if not (isinstance(s_tmax, float) and s_tmax == math.inf):
-        s_tmax = check_float("s_tmax", s_tmax, low=s_tmin)
+    if s_tmax != math.inf:
+        check_float("s_tmax", s_tmax, low=s_tmin)
     inside = (grid.ratio >= s_tmin) & (grid.ratio <= s_tmax)
     gain = math.log1p(min(churn / len(grid.t), MOST_CHURN))
     raised = grid.t.copy()
@@ -379,7 +665,7 @@ def _two_stages(
     table: Table,
     grid: Levels,
     middles: npt.NDArray[np.int64],
-    slopes: Callable[[Levels, Levels], tuple[Array, Array]],
+    slopes: Callable[[Levels, Levels], Columns],
     raised: npt.NDArray[np.int64] | None = None,
     s_noise: float = 1.0,
 ) -> Sampler:
@@ -394,11 +680,96 @@ def _two_stages(
     a, b, c1, s = np.zeros((4, *t.shape))
     with np.errstate(divide="ignore", invalid="ignore"):  # where there is no second stage
         a[:, 0] = start.signal / grid.signal
-        b[:, 2], c1[:, 2] = slopes(start, middle)
+        a[:, 2], b[:, 2], c1[:, 2], s[:, 2] = slopes(start, middle)
     s[:, 0] = s_noise * np.sqrt(np.maximum(start.noise**2 - (a[:, 0] * grid.noise) ** 2, 0.0))
-    a[:, 1], a[:, 2] = ends[1] / start.noise, grid.noise_next / middle.noise
+    a[:, 1] = ends[1] / start.noise
     b[:, 1] = ends[0] - start.signal * a[:, 1]
     t, a, b, c1, s = (column[stages] for column in (t, a, b, c1, s))
     p, q = x0_from_output(table.schedule.signal[t], table.schedule.noise[t], table.prediction)
     evaluates = np.broadcast_to([False, True, True], stages.shape)[stages]
     return sampler(table, t, p=p * evaluates, q=q * evaluates, a=a, b=b, c1=c1, s=s)
+
+
+# -- turns of rows that begin from one state ----------------------------------------------------------------
+
+
+def _turns(grid: Levels, order: int, final: str) -> npt.NDArray[np.int64]:
+    """Of every row how many of its turn have come, with itself; 1 from noise alone, and in the last row to none.
+
+    As the authors' code has it: turns are whole, but for the last, which has less by one at least, and goes alone.
+    """
+    start = int(np.isinf(grid.half_log_snr[0]))
+    count = len(grid.t) - start
+    whole = count // order if final == "sigma_min" and count % order == 0 else (count - 1) // order
+    rest = count - whole * order
+    lengths = [1] * start + [order] * whole + ([order - 1, 1] if rest == order else [rest])
+    turn = np.concatenate([np.arange(1, length + 1) for length in lengths])
+    if final == "zero":
+        turn[-1] = 1
+    return turn
+
+
+def _turn_step(grid: Levels, i: int, turn: int, solver: str, sign: float) -> tuple[float, Array]:
+    """(growth, weights) from the first row of a turn to the end of row i: of what rows i, i - 1 .. said.
+
+    `sign` is 1 + eta for x0, and -1 for the noise.
+    """
+    base = i + 1 - turn
+    growth = float(grid.growth[base : i + 1].sum())
+    if turn == 1:
+        return growth, -np.expm1(-np.array([sign * growth]))
+    places = (grid.half_log_snr[i - np.arange(turn)] - grid.half_log_snr[base]) / growth
+    moments = kernel_moments(sign * growth, turn)
+    if solver == "heun":
+        return growth, weights(places, moments)
+    if turn == 2:
+        moments[1] = moments[0] / 2
+    found = np.zeros(turn)
+    found[[0, -1]] = weights(places[[0, -1]], moments[:2])
+    return growth, found
+
+
+def _turns_in(table: Table, grid: Levels, turn: npt.NDArray[np.int64], solver: str, predict_x0: bool) -> Sampler:
+    """The deterministic table: from the state of row i back to the first of its turn, and on."""
+    memory, a = np.zeros((len(turn), 3)), np.ones(len(turn))
+    before, kept = np.zeros(3), 1.0
+    for i, width in enumerate(turn):
+        if width == 1:
+            before, kept = np.zeros(3), 1.0
+        step, keep = np.zeros(3), 1.0
+        if predict_x0:
+            keep = grid.noise_next[i] / grid.noise[i + 1 - width]
+            step[:width] = grid.signal_next[i] * _turn_step(grid, i, width, solver, 1.0)[1]
+        elif width > 1:
+            step[:width] = grid.ratio_next[i] * _turn_step(grid, i, width, solver, -1.0)[1]
+        elif np.isfinite(grid.growth[i]):
+            step[0] = grid.ratio_next[i] - grid.ratio[i]
+        a[i] = keep / kept
+        memory[i] = step - a[i] * np.append(0.0, before[:-1])
+        before, kept = step, keep
+    if not predict_x0:
+        memory[turn == 1] = 0.0  # filled in there
+        return noise_table(table, grid, turn == 1, memory)
+    p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
+    return sampler(table, grid.t, p=p, q=q, a=a, **dict(zip(("b", "c1", "c2"), memory.T, strict=True)))
+
+
+def _turns_with_noise(table: Table, grid: Levels, turn: npt.NDArray[np.int64], solver: str) -> Sampler:
+    """The stochastic table: the first row of a turn of two remembers the part of the second step that it knows."""
+    p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
+    rows = np.zeros((len(turn), len(Row._fields)))
+    for i, width in enumerate(turn):
+        growth, found = _turn_step(grid, i, width, solver, 2.0)
+        found = grid.signal_next[i] * found
+        keep = grid.noise_next[i] / grid.noise[i + 1 - width] * math.exp(-growth)
+        s = grid.noise_next[i] * math.sqrt(-math.expm1(-2 * growth))
+        columns = {"t": grid.t[i], "p": p[i], "q": q[i], "a": keep, "b": found[0], "s": s}
+        if width == 2:
+            columns |= {"a": 0.0, "c1": 1.0}
+            earlier = rows[i - 1]
+            of = {name: Row._fields.index(name) for name in "pqabe"}
+            earlier[of["a"]] += earlier[of["b"]] * p[i - 1]
+            earlier[of["e"]], earlier[of["b"]] = earlier[of["b"]] * q[i - 1], 0.0
+            earlier[of["p"]], earlier[of["q"]] = keep + found[1] * p[i - 1], found[1] * q[i - 1]
+        rows[i] = [columns.get(name, 0.0) for name in Row._fields]
+    return sampler(table, rows[:, 0], **dict(zip(Row._fields[1:], rows.T[1:], strict=True)))

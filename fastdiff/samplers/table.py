@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from inspect import Parameter, signature
+from types import MappingProxyType
+from typing import Any, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +63,9 @@ class Sampler:
         Lower and upper bound.
     schedule, prediction, name, order
         As given.
+    options : dict
+        Of a table that one of `fastdiff.samplers` made, by name: its number of steps, and the options that are not the
+        usual ones. Not part of what makes two tables equal.
 
     Raises
     ------
@@ -74,6 +80,7 @@ class Sampler:
     name: str
     order: int | None
     timesteps: npt.NDArray[np.int64]
+    options: Mapping[str, Any]
 
     def __init__(
         self,
@@ -103,6 +110,7 @@ class Sampler:
             "name": name,
             "order": None if order is None else check_int("order", order, low=1),
             "timesteps": timesteps,
+            "options": MappingProxyType({}),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -123,7 +131,8 @@ class Sampler:
 
     def unclipped(self) -> Sampler:
         """Return the table without its clip."""
-        return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order)
+        options = {name: value for name, value in self.options.items() if name != "clip"}
+        return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order, options)
 
     @property
     def label(self) -> str:
@@ -149,7 +158,8 @@ class Sampler:
         return f"<Sampler {self.name}: {takes}{clip}>"
 
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[Any, ...]]:
-        return _restored, (self.rows, self.schedule, self.prediction, self.clip, self.name, self.order)
+        given = self.rows, self.schedule, self.prediction, self.clip, self.name, self.order, dict(self.options)
+        return _restored, given
 
 
 def x0_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
@@ -249,5 +259,35 @@ def _restored(
     clip: tuple[float, float] | None,
     name: str,
     order: int | None,
+    options: Mapping[str, Any],
 ) -> Sampler:
-    return Sampler(rows, schedule, prediction=prediction, clip=clip, name=name, order=order)
+    sampler = Sampler(rows, schedule, prediction=prediction, clip=clip, name=name, order=order)
+    object.__setattr__(sampler, "options", MappingProxyType(dict(options)))
+    return sampler
+
+
+def options_of(make: Callable[..., Sampler]) -> dict[str, Any]:
+    """The options of a constructor, with their defaults."""
+    return {
+        name: each.default for name, each in signature(make).parameters.items() if each.kind is Parameter.KEYWORD_ONLY
+    }
+
+
+P = ParamSpec("P")
+
+
+def constructor(make: Callable[P, Sampler]) -> Callable[P, Sampler]:
+    """Write down with a table what made it."""
+    usual = options_of(make)
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Sampler:
+        sampler = make(*args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name in usual and value != usual[name]}
+        given.pop("prediction", None)
+        steps = args[1] if len(args) > 1 else kwargs.get("steps")
+        options = {"steps": sampler.schedule.T if steps is None else steps, **given}
+        object.__setattr__(sampler, "options", MappingProxyType(options))
+        return sampler
+
+    return made

@@ -7,7 +7,9 @@ test (torch 2.13 and diffusers 0.42 on a CPU).
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from fastdiff.schedule import Schedule
 pytestmark = [
     pytest.mark.peers,
     pytest.mark.filterwarnings("ignore::fastdiff.errors.ScheduleWarning"),  # some begin or end far from noise
+    pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning"),  # "dpmsolver", which theirs wants to give up
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # theirs, between NumPy and torch
 ]
 
@@ -78,12 +81,13 @@ def theirs_run(scheduler, steps, model, options, signal=None, schedule=None):
         scheduler.alphas_cumprod = torch.tensor(schedule.alphas_bar)
 
     scheduler.set_timesteps(steps)
-    if schedule is not None:
+    if schedule is not None and hasattr(scheduler, "sigmas"):
         scheduler.sigmas = scheduler.sigmas.double()
     x = torch.from_numpy(START if signal is None else START / signal)
     for i, t in enumerate(scheduler.timesteps):
         shown = x if signal is None else scheduler.scale_model_input(x, t)
-        x = scheduler.step(torch.from_numpy(model(shown.numpy(), int(t))), t, x, **options(i)).prev_sample
+        out = torch.from_numpy(model(shown.numpy(), round(float(t))))
+        x = scheduler.step(out, t, x, **options(i)).prev_sample
     return x.numpy(), scheduler.timesteps.tolist()
 
 
@@ -296,11 +300,244 @@ def test_methods_in_ratio(name, seed):
         assert_near(ours_run(table, model, [0.0] * len(table)), expected)
 
 
+def run_once(name, kind, schedule, arguments, steps, ours, theirs, *, normals=None, signal=None, options=None):
+    """Compare a whole run; `normals` are those that theirs draws, by row of theirs."""
+    import diffusers
+
+    prediction = ours["prediction"]
+    scheduler = getattr(diffusers, kind)(**arguments, prediction_type=PREDICTIONS[prediction], **theirs)
+    model = network(schedule, prediction)
+    table = getattr(samplers, name)(schedule, steps, **ours)
+    expected, timesteps = theirs_run(scheduler, steps, model, options or (lambda i: {}), signal, schedule)
+    assert table.timesteps.tolist() == np.rint(timesteps).tolist()
+    zeros = [0.0] * len(table)
+    assert_near(ours_run(table, model, zeros if normals is None else normals), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dpmsolver(seed):
+    """In the noise, to the noise of t = 0, which is all that theirs does."""
+    rng = np.random.default_rng((seed, 2))
+    for kind, T, steps, spacing, prediction in configurations(9, ["linspace_open", "trailing"], seed):
+        schedule, arguments = schedules(kind, T)
+        order, solver = int(rng.integers(1, 4)), str(rng.choice(["midpoint", "heun"]))
+        noisy = order < 3 and bool(rng.integers(2))
+        drawn = torch_normals(steps)
+        ours = {"order": order, "solver": solver, "published": True, "eta": float(noisy), "final": "sigma_min"}
+        theirs = {
+            "algorithm_type": "sde-dpmsolver" if noisy else "dpmsolver", "solver_order": order, "solver_type": solver,
+            "final_sigmas_type": "sigma_min", "timestep_spacing": spacing.removesuffix("_open"),
+        }  # fmt: skip
+        ours["lower_order_final"] = 2 if steps < 15 else 0
+        run_once(
+            "dpmsolver", "DPMSolverMultistepScheduler", schedule, arguments, steps,
+            {**ours, "spacing": spacing, "prediction": prediction}, theirs,
+            normals=[z.numpy() for z in drawn] if noisy else None,
+            options=(lambda i: {"variance_noise": drawn[i]}) if noisy else None,  # noqa: B023
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unipc_of_the_noise(seed):
+    rng = np.random.default_rng((seed, 3))
+    for kind, T, steps, spacing, prediction in configurations(9, ["linspace_open", "trailing"], seed):
+        schedule, arguments = schedules(kind, T)
+        order, variant = int(rng.integers(1, 4)), str(rng.choice(["bh1", "bh2"]))
+        ours = {"order": order, "variant": variant, "predict_x0": False, "final": "sigma_min", "lower_order_final": 2}
+        theirs = {
+            "predict_x0": False, "solver_order": order, "solver_type": variant, "final_sigmas_type": "sigma_min",
+            "timestep_spacing": spacing.removesuffix("_open"),
+        }  # fmt: skip
+        run_once(
+            "unipc", "UniPCMultistepScheduler", schedule, arguments, steps,
+            {**ours, "spacing": spacing, "prediction": prediction}, theirs,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_singlestep(seed):
+    rng = np.random.default_rng((seed, 4))
+    for kind, T, steps, _, prediction in configurations(9, ["linspace_open"], seed):
+        schedule, arguments = schedules(kind, T)
+        order, solver = int(rng.integers(1, 4)), str(rng.choice(["midpoint", "heun"]))
+        algorithm = str(rng.choice(["dpmsolver++", "dpmsolver"] + ["sde-dpmsolver++"] * (order < 3)))
+        final = "sigma_min" if algorithm == "dpmsolver" else str(rng.choice(["zero", "sigma_min"]))
+        ours = {"order": order, "solver": solver, "predict_x0": algorithm != "dpmsolver", "final": final}
+        theirs = {
+            "algorithm_type": algorithm, "solver_order": order, "solver_type": solver, "final_sigmas_type": final,
+            "lower_order_final": final == "zero" or steps % order > 0,
+        }  # fmt: skip
+        noisy = algorithm.startswith("sde")
+        normals = [z.numpy() for z in torch_normals(steps)]
+        run_once(
+            "dpmsolver_single", "DPMSolverSinglestepScheduler", schedule, arguments, steps,
+            {**ours, "eta": float(noisy), "prediction": prediction}, theirs,
+            normals=normals if noisy else None, options=(lambda i: {"generator": generator(i)}) if noisy else None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sa_solver(seed):
+    rng = np.random.default_rng((seed, 5))
+    for kind, T, steps, spacing, prediction in configurations(9, ["linspace_open", "trailing"], seed):
+        schedule, arguments = schedules(kind, T)
+        predictor, corrector = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+        predict_x0, tau = bool(rng.integers(2)), float(rng.choice([0, 0.7, 1]))
+        ours = {
+            "predictor": predictor, "corrector": corrector, "predict_x0": predict_x0, "tau": tau, "final": "sigma_min",
+            "lower_order_final": 2,
+        }  # fmt: skip
+        low, high = 0.2 * T, 0.8 * T
+        theirs = {
+            "predictor_order": predictor, "corrector_order": corrector,
+            "algorithm_type": "data_prediction" if predict_x0 else "noise_prediction",
+            "tau_func": lambda t: tau if low <= t <= high else 0,  # noqa: B023
+            "timestep_spacing": spacing.removesuffix("_open"),
+        }  # fmt: skip
+        run_once(
+            "sa_solver", "SASolverScheduler", schedule, arguments, steps,
+            {**ours, "spacing": spacing, "prediction": prediction}, theirs,
+            normals=[z.numpy() for z in torch_normals(steps)], options=lambda i: {"generator": generator(i)},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pndm(seed):
+    """Of the noise; for v theirs takes a mean of v at several levels, and the noise from it and the present state."""
+    for kind, T, steps, _, _ in configurations(9, ["leading"], seed):
+        schedule, arguments = schedules(kind, T)
+        run_once(
+            "pndm", "PNDMScheduler", schedule, arguments, steps, {"spacing": "leading", "prediction": "noise"},
+            {"skip_prk_steps": True, "set_alpha_to_one": True, "timestep_spacing": "leading"},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ipndm(seed):
+    """Theirs has levels of its own and predicts v; it is given ours, which are visited in all rows."""
+    import torch
+    from diffusers import IPNDMScheduler
+
+    for kind, T, steps, spacing, _ in configurations(9, ["leading", "trailing"], seed):
+        schedule, _ = schedules(kind, T)
+        model = network(schedule, "v")
+        table = samplers.ipndm(schedule, steps, spacing=spacing, prediction="v")
+        scheduler = IPNDMScheduler()
+        scheduler.set_timesteps(steps)
+        scheduler.betas = torch.tensor([*schedule.noise[table.timesteps], 0.0])
+        scheduler.alphas = torch.tensor([*schedule.signal[table.timesteps], 1.0])
+        scheduler.timesteps = torch.tensor(table.timesteps.tolist())
+        x = torch.from_numpy(START)
+        for t in table.timesteps.tolist():
+            x = scheduler.step(torch.from_numpy(model(x.numpy(), t)), t, x).prev_sample
+        assert_near(ours_run(table, model, [0.0] * steps), x.numpy())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dpm2_ancestral(seed):
+    """Theirs draws in every second row, and does not know x0 prediction."""
+    for kind, T, steps, spacing, prediction in configurations(9, ["trailing", "leading"], seed):
+        if prediction == "x0":
+            continue
+        schedule, arguments = schedules(kind, T)
+        first = schedule.timesteps(steps, spacing=spacing)[0]
+        run_once(
+            "dpm2_ancestral", "KDPM2AncestralDiscreteScheduler", schedule, arguments, steps,
+            {"spacing": spacing, "prediction": prediction}, {"timestep_spacing": spacing},
+            normals=[z.numpy() for z in torch_normals(2 * steps)], signal=schedule.signal[first],
+            options=lambda i: {"generator": generator(i)},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_dpmpp_sde(prediction, monkeypatch):
+    """With levels even in the logarithm, so that middles are timesteps, and given increments of a Brownian motion."""
+    import torch
+
+    monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))  # only for noise of its own
+    from diffusers.schedulers import scheduling_dpmsolver_sde
+
+    ratio = np.exp(np.linspace(-3, 3, 31))
+    abar = 1 / (1 + ratio**2)
+    schedule = Schedule(1 - abar / np.append(1, abar[:-1]))
+    table = samplers.dpmpp_sde(schedule, 16, spacing="linspace", prediction=prediction)
+    scheduler = scheduling_dpmsolver_sde.DPMSolverSDEScheduler(
+        num_train_timesteps=31, trained_betas=schedule.betas.tolist(), prediction_type=PREDICTIONS[prediction]
+    )
+    rng, steps = np.random.default_rng(0), ratio[::-1]
+    increments = rng.normal(size=(30, *SHAPE)) * np.sqrt(steps[:-1] - steps[1:])[:, None, None, None]
+
+    def between(sigma, sigma_next):
+        i, j = (int(np.abs(np.log(steps) - np.log(float(level))).argmin()) for level in (sigma, sigma_next))
+        return torch.from_numpy(increments[i:j].sum(axis=0) / np.sqrt(steps[i] - steps[j]))
+
+    monkeypatch.setattr(scheduling_dpmsolver_sde, "BrownianTreeNoiseSampler", lambda *_: between)
+    normals = []
+    for i in range(0, 30, 2):  # the second stage has noise of its own beside that of the first
+        first, whole = between(steps[i], steps[i + 1]).numpy(), between(steps[i], steps[i + 2]).numpy()
+        share = np.sqrt((steps[i] - steps[i + 1]) / (steps[i] - steps[i + 2]))
+        normals += [first, (whole - share * first) / np.sqrt(1 - share**2)]
+    model = network(schedule, prediction)
+    expected, timesteps = theirs_run(scheduler, 16, model, lambda i: {}, schedule.signal[-1], schedule)
+    assert table.timesteps.tolist() == np.rint(timesteps).tolist()
+    assert_near(ours_run(table, model, [*normals, 0.0]), expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [5, 10, 25])
+def test_methods_of_distilled_networks(prediction, steps):
+    schedule, arguments = schedules("scaled_linear", 1000)
+    drawn = {"normals": [z.numpy() for z in torch_normals(steps)], "options": lambda i: {"generator": generator(i)}}
+    for scaling in (10.0, 1e-3):
+        run_once(
+            "lcm", "LCMScheduler", schedule, arguments, steps,
+            {"prediction": prediction, "timestep_scaling": scaling}, {"timestep_scaling": scaling}, **drawn,
+        )  # fmt: skip
+    for eta in (0.0, 0.3, 1.0):
+        drawn["options"] = lambda i: {"generator": generator(i), "eta": eta}  # noqa: B023
+        run_once(
+            "tcd", "TCDScheduler", schedule, arguments, steps,
+            {"prediction": prediction, "eta": eta, "final": "sigma_min"}, {}, **drawn,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["euler", "heun", "lcm"])
+def test_flow_matching(name, shift):
+    """They are given our levels; their state is float32."""
+    import diffusers
+    import torch
+
+    schedule, steps = Schedule.flow(1000, shift=shift), 20
+    options = {"lcm": {"timestep_scaling": np.inf}, "heun": {"velocity": True}}.get(name, {})
+    table = getattr(samplers, name)(schedule, steps, prediction="velocity", spacing="trailing", **options)
+    if name == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+        scheduler.sigma_min = 1 / steps  # it takes no levels, but those between two
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=name == "lcm")
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+
+    def model(x, t):
+        x0 = np.tanh(0.6 * x + np.cos(3 * x) * t / schedule.T)
+        return (x - x0) / schedule.noise[t]
+
+    x = torch.from_numpy(START)
+    for i, t in enumerate(scheduler.timesteps):
+        at = int(np.abs(schedule.noise - float(t) / 1000).argmin())
+        x = scheduler.step(torch.from_numpy(model(x.numpy(), at)), t, x, generator=generator(i)).prev_sample
+    normals = [torch.randn(SHAPE, generator=generator(i)).numpy() for i in range(2 * steps)]
+    assert_near(ours_run(table, model, normals), x.numpy())
+
+
 @pytest.mark.parametrize("name", list(scheduler_config.METHODS))
 def test_configurations_that_they_write_are_read(name, tmp_path):
     """With every key of theirs, the unusual defaults of some classes among them."""
     import diffusers
 
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
     getattr(diffusers, name)().save_pretrained(tmp_path)
     with warnings.catch_warnings(action="ignore", category=ConversionWarning):
         table = load_scheduler(tmp_path, 10)

@@ -1,0 +1,146 @@
+"""Where the numbers of a training go while it runs: files, and the loggers of other libraries as they are.
+
+``model.fit(X, callbacks=[...])`` takes any of these, and tells each of them numbers by name at a step: the mean "loss"
+of the last `EVERY` steps with the "lr" of the last of them, and the "validation_loss" where there is one.
+
+- ``FileLogger("run.csv")`` or ``FileLogger("run.jsonl")``;
+- a SummaryWriter of TensorBoard, or anything else with its ``add_scalar(name, value, step)``;
+- the module mlflow, or anything else with its ``log_metrics(numbers, step=step)``;
+- ``wandb.init()``, or anything else with its ``log(numbers, step=step)``;
+- a function of ``(step, numbers)``.
+
+TensorBoard::
+
+    from torch.utils.tensorboard import SummaryWriter  # or tensorboardX
+
+    with SummaryWriter("runs/1") as board:
+        model.fit(X, callbacks=[board])
+
+MLflow::
+
+    import mlflow
+
+    with mlflow.start_run():
+        model.fit(X, callbacks=[mlflow])
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fastdiff.errors import ArgumentError, DataError
+
+EVERY = 10  # steps
+NUMBERS = ("loss", "lr", "validation_loss")
+
+Told = Callable[[int, dict[str, float]], Any]
+
+
+class FileLogger:
+    """Write the numbers of a training into a file, line by line.
+
+    Parameters
+    ----------
+    path : path
+        A ``.csv`` file with the columns step, loss, lr and validation_loss, empty where there is none, or a ``.jsonl``
+        file with an object a line. To a file that is there lines are added: a training that goes on goes on there.
+
+    Raises
+    ------
+    ArgumentError
+        Another ending.
+    DataError
+        While training: the file cannot be written, or is a ``.csv`` file with other columns.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in (".csv", ".jsonl"):
+            raise ArgumentError("path", str(path), "a .csv or .jsonl file")
+
+    def __call__(self, step: int, numbers: dict[str, float]) -> None:
+        try:
+            with self.path.open("a+", encoding="utf-8", newline="") as file:
+                file.write(self._line(file, step, numbers))  # whole: a reader sees no half of it
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def _line(self, file: io.TextIOWrapper, step: int, numbers: dict[str, float]) -> str:
+        if self.path.suffix == ".jsonl":
+            return json.dumps({"step": step, **numbers}) + "\n"
+        header = ["step", *NUMBERS]
+        file.seek(0)
+        there = file.readline()
+        if there and there.strip() != ",".join(header):
+            raise DataError(f"{self.path}: has the columns {there.strip()!r}, wants {','.join(header)!r}")
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        if not there:
+            lines.writerow(header)
+        lines.writerow([step, *(numbers.get(name, "") for name in NUMBERS)])
+        return text.getvalue()
+
+
+def listeners(callbacks: Any) -> list[Told]:
+    """Return functions of (step, numbers) that tell each of the callbacks in its own way."""
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, (str, bytes)):
+        raise ArgumentError("callbacks", type(callbacks).__name__, "a list of loggers or functions")
+    return [_listener(each) for each in callbacks]
+
+
+def _listener(logger: Any) -> Told:
+    if hasattr(logger, "log_metrics"):
+        return lambda step, numbers: logger.log_metrics(numbers, step=step)
+    if hasattr(logger, "add_scalar"):
+        return lambda step, numbers: [logger.add_scalar(name, value, step) for name, value in numbers.items()]
+    if hasattr(logger, "log"):
+        return lambda step, numbers: logger.log(numbers, step=step)
+    if callable(logger):
+        told: Told = logger
+        return told
+    wants = "a fastdiff.callbacks.FileLogger, an object with log_metrics, add_scalar or log, or a function"
+    raise ArgumentError("callbacks", type(logger).__name__, wants)
+
+
+class Reporter:
+    """Tells listeners what is new in a history.
+
+    Parameters
+    ----------
+    tell : list of callable
+        Of (step, numbers).
+    history : dict
+        See `Diffusion.history`.
+    rate : callable
+        The learning rate of a step.
+    """
+
+    def __init__(self, tell: list[Told], history: dict[str, list[Any]], rate: Callable[[int], float]) -> None:
+        self.tell, self.history, self.rate = tell, history, rate
+        self.losses, self.held = len(history["loss"]), len(history["validation_loss"])
+
+    def report(self, *, end: bool = False) -> None:
+        """Tell of steps that are whole tens since the last report, and at the end of the rest."""
+        steps, losses = self.history["step"], self.history["loss"]
+        while self.losses < len(losses):
+            until = self.losses + EVERY - steps[self.losses] % EVERY
+            if until > len(losses):
+                if not end:
+                    break
+                until = len(losses)
+            some, self.losses = losses[self.losses : until], until  # first counted: one that raises is told no more
+            step = steps[until - 1]
+            self._say(step, {"loss": sum(some) / len(some), "lr": self.rate(step)})
+        while self.held < len(self.history["validation_loss"]):
+            at, self.held = self.held, self.held + 1
+            self._say(self.history["validation_step"][at], {"validation_loss": self.history["validation_loss"][at]})
+
+    def _say(self, step: int, numbers: dict[str, float]) -> None:
+        for tell in self.tell:
+            tell(step, dict(numbers))
