@@ -38,6 +38,7 @@ from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Keeper, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
+from fastdiff.noise import MAX_STEP
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
 from fastdiff.observations import Given, Known, Observations, observations
@@ -374,6 +375,9 @@ class Diffusion:
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
             words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
             log.info(words, optimizer.plan.rate(self.step), decayed)
+        if self.step + steps > MAX_STEP + 1:
+            wants = f"at most {MAX_STEP + 1 - self.step}: after {MAX_STEP + 1} steps in all the draws would repeat"
+            raise ArgumentError("steps", str(steps), wants)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()

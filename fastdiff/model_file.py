@@ -31,6 +31,7 @@ from fastdiff.errors import (
 )
 from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
+from fastdiff.noise import MAX_STEP
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser
 from fastdiff.schedule import PREDICTIONS, Schedule
@@ -146,7 +147,7 @@ class Saved:
         if plan is not None and (moments[1] < 0).any():
             raise ArgumentError("adam.v", str(moments[1].min()), "averages of squares, at least 0")
         normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
-        step, history = check_int("step", header["step"], low=0, high=MOST_STEPS), _history(tensors)
+        step, history = check_int("step", header["step"], low=0, high=MAX_STEP + 1), _history(tensors)
         _check_steps(history, step)
         others = {f"noise_shape.{name}" for name in (() if noise_shape is None else noise_shape.arrays)}
         others |= {*normaliser.arrays, *(() if base is None else base.arrays)}

@@ -397,3 +397,49 @@ def test_ctrl_c_in_a_compilation_takes_effect_after_it(folder, monkeypatch):
         one(1, 2.0)
     assert len(one.overloads) == 1
     assert one(1, 2.0) == 3
+
+
+# ------------------------------------------------------------------------------------------- what any shape leads to
+
+
+@pytest.mark.parametrize("shape", [(28, 1, 1), (1, 28, 1), (1, 1, 3), (2, 2, 1), (5, 3, 3), (1,), (2,)])
+def test_what_is_chosen_fits_every_shape(shape):
+    rows = np.random.default_rng(0).normal(size=(9, *shape)).astype(np.float32)
+    model = fd.Diffusion(backend="numpy").fit(rows, steps=1, judge=False, **FIT)
+    assert model.sample(2, sampler="ddim", steps=2).shape == (2, *shape)
+
+
+def test_a_network_of_other_outputs_is_refused():
+    net = fd.UNet((4, 4, 1), channels=(4,), T=10, outputs=3)
+    with pytest.raises(ArgumentError, match="denoiser: got a network of 3 outputs, wants 1, as many as there are"):
+        fd.sample(net, fd.samplers.ddim(fd.Schedule.cosine(10), 2), n=2)
+
+
+def test_steps_whose_draws_would_repeat_are_refused():
+    model = new().fit(X, steps=1, **FIT)
+    with pytest.raises(ArgumentError, match="steps: got 4294967296, wants at most 4294967295: "):
+        model.fit(X, steps=1 << 32, **FIT)
+    assert model.step == 1
+
+
+CPUS = """
+import zlib, numpy as np, fastdiff as fd
+be = fd.get_backend("cpu", threads=2)
+z = fd.normal((200, 13), seed=3, backend=be)
+x, _ = fd.forward_noise(z, 5, fd.Schedule.sigmoid(20, beta_start=1e-4, beta_end=0.1), seed=1, backend=be)
+print(zlib.crc32(z.tobytes()), zlib.crc32(x.tobytes()))
+"""
+
+
+@pytest.mark.slow
+def test_noise_has_the_same_bits_on_cpus_of_other_types(tmp_path):
+    """Also where there is no fused multiply-add: weights and samples, which are products, may differ in last bits."""
+    import subprocess
+    import sys
+
+    printed = set()
+    for cpu in ({}, {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}):
+        env = os.environ | cpu | {"NUMBA_CACHE_DIR": str(tmp_path / (cpu.get("NUMBA_CPU_NAME", "own")))}
+        run = subprocess.run([sys.executable, "-c", CPUS], env=env, capture_output=True, text=True, check=True)
+        printed.add(run.stdout)
+    assert len(printed) == 1
