@@ -175,13 +175,15 @@ def load_curves(
     suffix = check_ending(path, ENDINGS)
     check_flags(missing=missing, header=bool(header) if header is None else header)
     for name, some in (("drop", drop), ("columns", columns)):
-        known = some is None or isinstance(some, (int, str, list, tuple))
-        if not known or (isinstance(some, (list, tuple)) and not all(isinstance(one, (int, str)) for one in some)):
+        known = some is None or isinstance(some, (int, np.integer, str, list, tuple))
+        if not known or (
+            isinstance(some, (list, tuple)) and not all(isinstance(k, (int, np.integer, str)) for k in some)
+        ):
             raise ArgumentError(name, shown(some), "a name or number of a column, or a list of them")
-    if not (index is None or isinstance(index, (int, str))):
+    if not (index is None or isinstance(index, (int, np.integer, str))):
         raise ArgumentError("index", shown(index), "a name or number of a column")
     of_index = [] if index is None else [index]
-    dropped, only = ([some] if isinstance(some, (int, str)) else some for some in (drop, columns))
+    dropped, only = ([some] if isinstance(some, (int, np.integer, str)) else some for some in (drop, columns))
     asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)
     with naming(path, "cannot be read"):
         table = (tables.read_csv if suffix == ".csv" else tables.read_npy)(Path(path), asked)

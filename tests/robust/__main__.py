@@ -12,7 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
-from . import accidents, calls, hostile
+from robust import accidents, calls, hostile
 
 FULL = (
     (accidents.loads_beside_a_saver, 20_000), (accidents.killed_saves, 300), (accidents.forks, 200),

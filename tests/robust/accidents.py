@@ -16,8 +16,7 @@ import numpy as np
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
-
-from .count import Count, bits
+from robust.count import Count, bits
 
 SECONDS = 60  # after which a process hangs
 FIT = {"batch": 8, "progress": False, "validation": 0, "judge": False}

@@ -17,9 +17,8 @@ import numpy as np
 import fastdiff as fd
 from fastdiff import covariance, denoisers, interop, likelihood, samplers
 from fastdiff.errors import ArgumentError, FastdiffError
-
-from .accidents import FIT, PICTURES, X
-from .count import Count
+from robust.accidents import FIT, PICTURES, X
+from robust.count import Count
 
 SECONDS = 10  # that a call may take
 

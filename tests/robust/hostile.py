@@ -18,9 +18,8 @@ import numpy as np
 import fastdiff as fd
 from fastdiff import interop
 from fastdiff.errors import CheckpointError, FastdiffError
-
-from .accidents import FIT, PICTURES, X
-from .count import Count
+from robust.accidents import FIT, PICTURES, X
+from robust.count import Count
 
 warnings.simplefilter("ignore")
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from . import accidents, calls, hostile
+from robust import accidents, calls, hostile
 
 forks = pytest.mark.skipif(sys.platform == "win32", reason="this platform has no fork")
 forking = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
