@@ -101,6 +101,8 @@ COMPARISONS = (
     Comparison("unet-forward-64px-4"),
     Comparison("unet-train-wide-16"),
     Comparison("unet-forward-wide-16"),
+    Comparison("unet-series-train-32", 2.0),
+    Comparison("unet-series-ddim-32", 2.0),
     Comparison("conv-forward", 1.5),
     Comparison("conv-input-gradient", 1.5),
     Comparison("conv-weight-gradient", 1.2),

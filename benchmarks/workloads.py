@@ -14,7 +14,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +22,20 @@ import numpy as np
 
 import fastdiff as fd
 from fastdiff import bench
+from fastdiff.bench.arrays import IMAGE_T, drawn, white
 from fastdiff.bench.layers import Conv, channels_last, conv_gradients
 from fastdiff.bench.networks import (
+    EMA,
+    PEER_DDIM,
+    PEER_STEPS,
+    UNET,
     Chain,
     PicturesForward,
+    PicturesSampling,
     PicturesTraining,
     chain_noise,
+    perturbed,
+    training_draws,
     training_only,
     untrained,
     weights_of,
@@ -36,6 +44,7 @@ from fastdiff.bench.table import CURVE, PICTURE
 from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, fills
 
 HERE = Path(__file__).parent
+SERIES = 1000  # that training draws from
 
 
 def process(*arguments: str, **environment: str) -> str:
@@ -162,6 +171,67 @@ class ConvWeightGradient(ConvInputGradient):
         return PeerWork(gradient, channels_last(torch, given))
 
 
+class Series:
+    """A U-Net on series (points, channels), and the same layers in PyTorch."""
+
+    def network(self) -> Any:
+        return perturbed(fd.UNet(self.shape, T=IMAGE_T, channels=self.channels, **UNET))
+
+    def pictures(self, n: int = SERIES) -> Any:
+        return white(n, self.shape)
+
+    def weights_of(self, net: Any) -> Arrays:
+        """Return the parameters by name, and the table of features of the timesteps."""
+        return {f"w/{name}": view.copy() for name, view in net.params.items()} | dict(net.constants())
+
+    def peer_network(self, nets: Any, inputs: Arrays) -> Any:
+        weights = {name[2:]: nets.tensor(value) for name, value in inputs.items() if name.startswith("w/")}
+        net = fd.UNet(self.shape, T=IMAGE_T, channels=self.channels, draw=False, **UNET)
+        return nets.Series(net, weights, nets.tensor(inputs["features"]))
+
+
+class SeriesTraining(Series, PicturesTraining):
+    """A training step."""
+
+    peer_name = "the same layers in torch, fused AdamW, clipping"
+
+    def ours(self, be: Any) -> Work:
+        return self.fitting(be, self.pictures(), EMA if self.ema else None)
+
+    def compare(self, be: Any, folder: Path) -> tuple[Arrays, Arrays]:
+        X, inputs = self.pictures(), self.weights_of(self.network())
+        model = self.few_steps(be, X)
+        inputs |= training_draws(be, self.n, self.shape, len(X), IMAGE_T) | {"betas": self.schedule().betas}
+        inputs["X"] = model.normaliser.apply(X, np.float32)
+        return inputs, {"losses": np.array(model.history["loss"])}
+
+    def peer_side(self, nets: Any, inputs: Arrays, folder: Path, variant: str) -> tuple[Arrays, list[Run]]:
+        net, X = self.peer_network(nets, inputs), nets.channels_first(inputs["X"])
+        trainer = nets.Trainer(net, X, inputs["betas"], self.n, fused=True, ema=EMA if self.ema else None)
+        draws = {name: map(nets.tensor, inputs[name]) for name in ("rows", "t")}
+        run = self.peer_training(trainer, draws | {"eps": map(nets.channels_first, inputs["eps"])})
+        return {"losses": np.array(trainer.losses[:PEER_STEPS])}, [run]
+
+
+class SeriesSampling(Series, PicturesSampling):
+    """Sampling by DDIM, x0 clipped."""
+
+    peer_name = "the same layers in torch, DDIMScheduler"
+
+    def compare(self, be: Any, folder: Path) -> tuple[Arrays, Arrays]:
+        inputs = {"x": drawn(be, (self.n, *self.shape), "init"), "betas": self.schedule().betas}
+        inputs |= self.weights_of(self.network())
+        return inputs, {"series": replace(self, steps=PEER_DDIM).setup(be).run()}
+
+    parity: ClassVar[dict[str, float]] = {"series": 1e-4}
+
+    def peer_side(self, nets: Any, inputs: Arrays, folder: Path, variant: str) -> tuple[Arrays, list[Run]]:
+        net, first = self.peer_network(nets, inputs), (self.n, *self.shape[::-1])
+        few, ddim = (nets.ddim(net, inputs["betas"], steps) for steps in (PEER_DDIM, self.steps))
+        series = few(nets.channels_first(inputs["x"])).transpose(1, 2).numpy()
+        return {"series": series}, [lambda: ddim(nets.torch.randn(*first))]
+
+
 CONV_CHANNELS, CONV_SIZES = (64, 128, 256), (8, 16, 32, 64)
 LARGE = 64  # pixels: pictures of this size come in batches of a quarter
 
@@ -225,6 +295,8 @@ WORKLOADS: tuple[Workload, ...] = (
 LARGE_PICTURES = {"shape": (LARGE, LARGE, 3), "forward": 4_473_094_144}
 WIDE = {"shape": PICTURE, "channels": (128, 128, 128), "weights": 9_092_483, "forward": 6_044_254_208}
 ON_LARGE, ON_WIDE = "U-Net, 64 x 64 x 3, batch 4", "U-Net of 128 channels, 32 x 32 x 3, batch 16"
+LONG_SERIES = {"shape": (128, 5), "channels": (64, 128, 256, 512), "weights": 27_351_173, "forward": 1_100_972_032}
+ON_SERIES = "U-Net of 64 to 512 channels, 128 x 5, batch 32"
 # fmt: off
 FOR_PEERS: tuple[Workload, ...] = (
     PicturesTraining(
@@ -234,6 +306,8 @@ FOR_PEERS: tuple[Workload, ...] = (
     PicturesForward("unet-forward-64px-4", f"forward pass, {ON_LARGE}", 4, **LARGE_PICTURES),
     PicturesTraining("unet-train-wide-16", f"training step, {ON_WIDE}", 16, **WIDE),
     PicturesForward("unet-forward-wide-16", f"forward pass, {ON_WIDE}", 16, **WIDE),
+    SeriesTraining("unet-series-train-32", f"training step, {ON_SERIES}", 32, units=2, **LONG_SERIES),
+    SeriesSampling("unet-series-ddim-32", f"20 DDIM steps, {ON_SERIES}", 32, **LONG_SERIES),
     ConvSweep("conv-forward", "conv 3x3, forward", 16, ()),
     ConvSweep("conv-input-gradient", "conv 3x3, input gradient", 16, (), layer=ConvInputGradient),
     ConvSweep("conv-weight-gradient", "conv 3x3, weight and bias gradient", 16, (), layer=ConvWeightGradient),

@@ -18,8 +18,11 @@ from fastdiff.data import harmonic_curves
 from fastdiff.denoisers import Gaussian, exact_chain
 from fastdiff.metrics import energy_distance
 
-# euler is ddim by another name, and euler_ancestral nearly ddpm.
-SHOWN = ["unipc", "dpmpp_2m", "dpmpp_3m", "deis", "lms", "dpm2", "dpmpp_2s", "heun", "ddim", "ddpm"]
+# euler is ddim by another name, euler_ancestral nearly ddpm, ipndm nearly pndm, and dpmsolver nearly deis; lcm and tcd
+# are for networks that were distilled, and dpm2_ancestral and dpmpp_sde lie where ddpm does.
+SHOWN = [
+    "unipc", "dpmpp_2m", "dpmpp_3m", "deis", "lms", "dpm2", "dpmpp_2s", "heun", "ddim", "ddpm", "pndm", "sa_solver",
+]  # fmt: skip
 TWO_EVALUATIONS = ("dpm2", "dpmpp_2s", "heun")  # a step, but for the last one
 COUNTS = np.array([5, 7, 9, 11, 15, 21, 31, 51, 75, 99])
 

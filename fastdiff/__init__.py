@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastdiff import callbacks, covariance, errors, likelihood, nn, noise, samplers
 from fastdiff.backends import Backend, available_backends, get_backend
 from fastdiff.conditioning import condition
+from fastdiff.guidance import Guided, product
 from fastdiff.model import Diffusion, load
 from fastdiff.nn import MLP, UNet
 from fastdiff.noise import normal
@@ -34,6 +35,7 @@ __all__ = [
     "MLP",
     "Backend",
     "Diffusion",
+    "Guided",
     "Known",
     "Linear",
     "NoiseShape",
@@ -59,6 +61,7 @@ __all__ = [
     "noise",
     "normal",
     "posterior",
+    "product",
     "sample",
     "samplers",
 ]

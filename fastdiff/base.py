@@ -54,10 +54,20 @@ class GaussianBase:
     rest: float
 
     @classmethod
-    def of(cls, rows: npt.ArrayLike) -> GaussianBase:
-        """Fit rows (N, d), whose means are taken for zero."""
+    def of(cls, rows: npt.ArrayLike, cov: Array | None = None) -> GaussianBase:
+        """Fit rows (N, d), whose means are taken for zero; with a covariance (d, d) only its shrinkage by them."""
         moments = ledoit_wolf(rows)
+        if cov is not None:
+            values, vectors = np.linalg.eigh(cov)
+            factor = (vectors * np.sqrt(np.maximum(values, 0.0))).T[::-1]
+            share = _least_share(np.asarray(rows, np.float64))
+            moments = ShrunkMoments(moments.mean, factor, moments.shrinkage * share, float(np.trace(cov)) / len(cov))
+            return cls._of(moments)
         moments = replace(moments, shrinkage=moments.shrinkage * _least_share(np.asarray(rows, np.float64)))
+        return cls._of(moments)
+
+    @classmethod
+    def _of(cls, moments: ShrunkMoments) -> GaussianBase:
         n, d = moments.factor.shape
         rest = moments.shrinkage * moments.variance
         if d <= MOST_AXES:

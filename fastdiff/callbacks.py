@@ -26,8 +26,6 @@ MLflow::
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -38,6 +36,7 @@ from fastdiff.errors import ArgumentError, DataError
 
 EVERY = 10  # steps
 NUMBERS = ("loss", "lr", "validation_loss")
+HEADER = ",".join(["step", *NUMBERS])
 
 Told = Callable[[int, dict[str, float]], Any]
 
@@ -56,35 +55,32 @@ class FileLogger:
     ArgumentError
         Another ending.
     DataError
-        While training: the file cannot be written, or is a ``.csv`` file with other columns.
+        The file is a ``.csv`` file with other columns; while training: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".csv", ".jsonl"):
             raise ArgumentError("path", str(path), "a .csv or .jsonl file")
+        if self.path.suffix == ".csv" and self.path.exists():
+            with self.path.open(encoding="utf-8", errors="replace") as file:
+                there = file.readline().strip()
+            if there and there != HEADER:
+                raise DataError(f"{self.path}: has the columns {there!r}, wants {HEADER!r}")
 
     def __call__(self, step: int, numbers: dict[str, float]) -> None:
         try:
-            with self.path.open("a+", encoding="utf-8", newline="") as file:
-                file.write(self._line(file, step, numbers))  # whole: a reader sees no half of it
+            with self.path.open("a", encoding="utf-8") as file:
+                if self.path.suffix == ".jsonl":
+                    line = json.dumps({"step": step, **numbers})
+                else:
+                    line = ",".join(
+                        [str(step), *(repr(float(numbers[name])) if name in numbers else "" for name in NUMBERS)]
+                    )
+                    line = line if file.tell() else f"{HEADER}\n{line}"
+                file.write(line + "\n")  # whole: a reader sees no half of it
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-
-    def _line(self, file: io.TextIOWrapper, step: int, numbers: dict[str, float]) -> str:
-        if self.path.suffix == ".jsonl":
-            return json.dumps({"step": step, **numbers}) + "\n"
-        header = ["step", *NUMBERS]
-        file.seek(0)
-        there = file.readline()
-        if there and there.strip() != ",".join(header):
-            raise DataError(f"{self.path}: has the columns {there.strip()!r}, wants {','.join(header)!r}")
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        if not there:
-            lines.writerow(header)
-        lines.writerow([step, *(numbers.get(name, "") for name in NUMBERS)])
-        return text.getvalue()
 
 
 def listeners(callbacks: Any) -> list[Told]:

@@ -13,7 +13,8 @@ features
     What the file uses of `FEATURES`, sorted; absent: nothing. An unknown one is refused by name, so a new feature needs
     no new format.
 arithmetic
-    Which `ARITHMETIC` trained the weights; absent: 1.
+    Which one trained the weights; absent: 1. 2 is that of networks that convolve along rows, curves among them, since
+    these convolutions are Winograd's on the CPU. Others have `ARITHMETIC`.
 digest
     Checksum of the tensors, against accidents; absent: they are not checked.
 """
@@ -38,15 +39,17 @@ from fastdiff.tensor_file import TensorFile
 
 FORMAT_VERSION = 3
 ARITHMETIC = 1
-"""Of training: with another number the same steps may end in other last bits, on the same CPU."""
+"""Of training, at least: with another number the same steps may end in other last bits, on the same CPU."""
 FEATURES = frozenset(
     {
         "base",
         "column scale",
+        "covariates",
         "flow schedule",
         "laplace schedule",
         "learned variance",
         "min snr",
+        "null class",
         "rate plan",
         "series",
         "velocity",

@@ -25,6 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -128,12 +129,15 @@ class Draws:
         Which draw comes first.
     numbers : tuple of int, optional
         Which observations they are; by default 0, 1, ...
+    firsts : (count,) int64 array, optional
+        Of one draw each: its sample index.
     """
 
     count: int
     n: int
     first: int = 0
     numbers: tuple[int, ...] | None = None
+    firsts: npt.NDArray[np.int64] | None = None
 
     @property
     def rows(self) -> int:
@@ -148,6 +152,12 @@ class Draws:
 
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` with the noise of rows from `draw.first_row` on."""
+        if self.firsts is not None:
+            index = self.firsts[draw.first_row : draw.first_row + len(out)]
+            ends = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(out)]
+            for start, stop in pairwise(ends):  # samples that follow each other are drawn at once
+                be.normal(out[start:stop], draw._replace(first_row=int(index[start])))
+            return
         done = 0
         while done < len(out):
             i, k = divmod(draw.first_row + done, self.n)
@@ -387,6 +397,15 @@ class Conditioned:
         """How many classes the denoiser has."""
         return self.inner.classes
 
+    @property
+    def covariates(self) -> int | None:
+        """How many covariates the denoiser has."""
+        return getattr(self.inner, "covariates", None)
+
+    @property
+    def asks_nothing(self) -> bool:
+        return bool(getattr(self.inner, "asks_nothing", False))
+
     def on(self, be: Backend, shape: tuple[int, ...]) -> Guided:
         """Return it on a backend."""
         return Guided(self.inner.on(be, shape), self, shape)
@@ -561,7 +580,7 @@ def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n
     count = 1 if known.count is None else known.count
     if known.count is not None:
         check_int("first_sample", first_sample, low=0, high=DRAWS - n)
-    draws = Draws(count, n, first_sample, known.numbers)
+    draws = Draws(count, n, first_sample, known.numbers, known.firsts)
     if known.nothing:
         return Plan(known, "none", draws, sampler, source)
     method = "tmpd" if method == "auto" else method

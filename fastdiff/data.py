@@ -29,23 +29,28 @@ from fastdiff.files import check_ending, check_writable, naming, writing
 from fastdiff.metrics import energy_distance
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 from fastdiff.pictures import as_uint8, load_images, picture_files, save_images, tiles
+from fastdiff.series import on_grid, windows
 from fastdiff.tables import Column
 
 __all__ = [
     "as_uint8",
     "check_writable",
+    "circles",
     "energy_distance",
     "harmonic_curves",
     "load_curves",
     "load_images",
+    "on_grid",
     "picture_files",
     "save_curves",
     "save_images",
     "tiles",
+    "windows",
     "writing",
 ]
 
 ENDINGS = (".csv", ".npy")
+CIRCLES_STEP = 2  # of stream DATA
 
 # --------------------------------------------------------------------------------------- made
 
@@ -215,3 +220,57 @@ def save_curves(path: str | os.PathLike[str], X: npt.ArrayLike) -> None:
             np.lib.format.write_array(file, curves, allow_pickle=False)
         else:
             np.savetxt(file, curves, fmt="%.9g", delimiter=",")  # 9 digits: float32 comes back exactly
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def circles(
+    n: int,
+    size: int = 32,
+    *,
+    radius: tuple[float, float] = (0.15, 0.4),
+    seed: int = 0,
+    first_sample: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Draw pictures of one filled circle each, white on black, with a soft edge of one pixel.
+
+    Radius and centre are uniform, the centre where the circle is whole. A pixel is as bright as the share of it that
+    the circle covers, up to the curvature of the edge within it.
+
+    Parameters
+    ----------
+    n : int
+        Number of pictures.
+    size : int, optional
+        Pixels on a side, at least 8.
+    radius : (float, float), optional
+        Smallest and largest radius, as shares of the side; at least 0.05, and below 0.5.
+    seed : int, optional
+        Seed of the noise law. Picture k of a seed has the same bytes whatever `n` is.
+    first_sample : int, optional
+        Index of the first picture.
+
+    Returns
+    -------
+    ndarray
+        (n, size, size, 1) uint8.
+
+    Raises
+    ------
+    ArgumentError
+        A value is not what it should be.
+    """
+    n, size = check_int("n", n, low=0), check_int("size", size, low=8)
+    if not isinstance(radius, (tuple, list)) or len(radius) != 2:
+        raise ArgumentError("radius", shown(radius), "the smallest and the largest, as in (0.15, 0.4)")
+    least, most = (check_float("radius", share, low=0.05, high=0.5, high_open=True) for share in radius)
+    if least > most:
+        raise ArgumentError("radius", shown(radius), "the smaller one first")
+    draw = Draw(check_seed(seed), Stream.DATA, CIRCLES_STEP, check_rows(first_sample, n))
+    uniform = philox_words(n, 1, draw)[:, 0, :3] * 2.0**-32
+    r = size * (least + (most - least) * uniform[:, 0, None, None])
+    x, y = (r + 0.5 + (size - 1 - 2 * r) * uniform[:, axis, None, None] for axis in (1, 2))
+    at = np.arange(size) + 0.5
+    distance = np.hypot(at - x, at[:, None] - y)
+    return np.round(255 * np.clip(r + 0.5 - distance, 0, 1)).astype(np.uint8)[..., None]

@@ -38,32 +38,50 @@ HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so man
 MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little
 
 
-def curve_net(rows: int, points: int, *, T: int, seed: int, base: bool) -> MLP:
-    """Return a perceptron that suits so many curves of so many points, and log what was chosen."""
+def curve_net(
+    rows: int,
+    shape: tuple[int, ...],
+    *,
+    T: int,
+    seed: int,
+    base: bool,
+    classes: int | None = None,
+    covariates: int | None = None,
+) -> MLP:
+    """Return a perceptron that suits so many curves (points,) or series (points, channels), and log what was chosen."""
+    points = math.prod(shape)
     width = WIDTH if rows < MANY_ROWS else WIDTH_OF_MANY
     if not base:
         width = min(WIDEST, max(WIDTH, WIDTH_STEP * math.ceil(WIDTH_PER_POINT * points / WIDTH_STEP)))
-    net = MLP(points, hidden=(width,) * 3, T=T, seed=seed)
-    log.info("chosen for curves of %d points: %r, %d parameters", points, net, net.layout.count)
+    sizes = points if len(shape) == 1 else (shape[0], shape[1])
+    net = MLP(sizes, hidden=(width,) * 3, T=T, seed=seed, classes=classes, covariates=covariates)
+    what = f"curves of {points} points" if len(shape) == 1 else f"series of {shape[0]} points in {shape[1]} channels"
+    log.info("chosen for %s: %r, %d parameters", what, net, net.layout.count)
     return net
 
 
 def network_kind(ndim: int) -> type[Network]:
     """Return which kind of network suits data of so many dimensions, that of the rows included."""
-    return MLP if ndim == 2 else UNet
+    return MLP if ndim < 4 else UNet
 
 
 def network_and_schedule(
-    net: Network | None, levels: Schedule | None, data: tuple[int, ...], classes: int | None, *, base: bool, seed: int
+    net: Network | None,
+    levels: Schedule | None,
+    data: tuple[int, ...],
+    asked: tuple[int | None, int | None],
+    *,
+    base: bool,
+    seed: int,
 ) -> tuple[Network, Schedule]:
-    """Return what was given, and for what was not what suits data of a shape (N, ...)."""
+    """Return what was given, and for what was not what suits data of a shape (N, ...) with classes and covariates."""
     if levels is None:
-        levels = schedule(PICTURE_T) if len(data) > 2 else curve_schedule(base=base)
-        if len(data) > 2:
+        levels = schedule(PICTURE_T) if len(data) > 3 else curve_schedule(base=base)
+        if len(data) > 3:
             log.info("chosen for the pictures: %r", levels)
     if net is None:
-        at: dict[str, Any] = {"T": levels.T, "seed": seed}
-        net = curve_net(*data, base=base, **at) if len(data) == 2 else picture_net(data[1:], classes=classes, **at)
+        at: dict[str, Any] = {"T": levels.T, "seed": seed, "classes": asked[0], "covariates": asked[1]}
+        net = picture_net((*data[1:],), **at) if len(data) > 3 else curve_net(data[0], data[1:], base=base, **at)
     return net, levels
 
 
@@ -72,18 +90,22 @@ def picture_net(
     *,
     T: int = PICTURE_T,
     classes: int | None = None,
+    covariates: int | None = None,
     seed: int = 0,
     channels: Iterable[int] | None = None,
     dropout: float = 0.0,
+    learned_variance: bool = False,
 ) -> UNet:
     """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
 
     By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
     """
+    outputs = 2 * shape[-1] if learned_variance else None
     side = shape[1] if shape[0] == 1 else min(shape[:2])  # a height of 1 is not halved
     if channels is None:
         channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
-    net = UNet(shape, channels=channels, blocks=1, T=T, classes=classes, seed=seed, dropout=dropout)
+    asked: dict[str, Any] = {"classes": classes, "covariates": covariates}
+    net = UNet(shape, channels=channels, blocks=1, T=T, seed=seed, dropout=dropout, outputs=outputs, **asked)
     log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
     return net
 

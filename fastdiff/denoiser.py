@@ -8,17 +8,98 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
+import numpy as np
+import numpy.typing as npt
+
 from fastdiff.backends import Array, Backend, Row
-from fastdiff.errors import ArgumentError, check_array
+from fastdiff.errors import ArgumentError, check_array, check_indices, is_on_device
 from fastdiff.noise import Draw
 
 ANY_CLASSES = 1 << 62  # of a denoiser that does not say how many it has, or whether it has any
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What samples are asked for besides a label: passed as `labels` where a denoiser has covariates.
+
+    Attributes
+    ----------
+    labels : (n,) int64 array or None
+    covariates : (n, k + 1) array
+        The numbers, and 1; or zeros, where nothing is asked.
+    """
+
+    labels: Array | None
+    covariates: Array
+
+    def __len__(self) -> int:
+        return len(self.covariates)
+
+    def __getitem__(self, part: slice) -> Asked:
+        return Asked(None if self.labels is None else self.labels[part], self.covariates[part])
+
+
+def asked_parts(labels: Array | Asked | None) -> tuple[Array | None, Array | None]:
+    """Return labels, and covariates with the 1 after them, of what is passed as labels."""
+    return (labels.labels, labels.covariates) if isinstance(labels, Asked) else (labels, None)
+
+
+def checked_asked(
+    denoiser: Any, labels: Any, covariates: Any, n: int, *, dtype: npt.DTypeLike = np.float32
+) -> tuple[Any, Any]:
+    """Return the classes of n samples (n,) int64 and their covariates (n, k), or None, as a denoiser wants them.
+
+    Raises
+    ------
+    ArgumentError
+        Something is asked for that it does not know, or is missing, or of another shape or range.
+    """
+    classes, columns = denoiser.classes, getattr(denoiser, "covariates", None)
+    free = getattr(denoiser, "asks_nothing", False)
+    if labels is not None:
+        if classes is None:
+            raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
+        labels = check_indices("labels", labels, classes, n)
+    elif classes not in (None, ANY_CLASSES) and not free:
+        wants = f"a class from 0 to {classes - 1} for each sample: this one has classes"
+        raise ArgumentError("labels", "None", wants)
+    if covariates is None:
+        if columns is not None and not free:
+            raise ArgumentError("covariates", "None", f"{columns} numbers for each sample: this one has covariates")
+        return labels, None
+    if columns is None:
+        raise ArgumentError("covariates", type(covariates).__name__, "None: this network has no covariates")
+    return labels, check_covariates(covariates, columns, n, dtype)
+
+
+def check_covariates(covariates: Any, columns: int | None, n: int, dtype: npt.DTypeLike = np.float64) -> Any:
+    """Return covariates as (n, columns): given so, as (n,) numbers for one column, or one row for all samples."""
+    array = check_array("covariates", covariates, dtype=dtype)
+    if array.ndim == 1 and len(array) == n and columns in (None, 1):
+        array = array.reshape(n, 1)
+    elif array.ndim < 2 and array.size == columns and not is_on_device(array):
+        array = np.broadcast_to(array.reshape(1, -1), (n, array.size))
+    if array.ndim != 2 or len(array) != n or array.shape[1] not in ((columns,) if columns else range(1, 1 << 16)):
+        wants = f"shape ({n}, {columns or 'k'}): so many numbers for each sample"
+        raise ArgumentError("covariates", f"shape {array.shape}", wants)
+    return array
+
+
+def asked_on(be: Backend, labels: Any, covariates: Any) -> Array | Asked | None:
+    """Return what is asked of samples as a denoiser on a backend takes it, from (n,) labels and (n, k) covariates."""
+    labels = None if labels is None else be.asarray(labels, np.int64)
+    if covariates is None:
+        return labels
+    numbers = be.empty((len(covariates), covariates.shape[1] + 1), covariates.dtype)
+    numbers[:, :-1], numbers[:, -1] = be.asarray(covariates, covariates.dtype), 1
+    return Asked(labels, numbers)
+
+
 class Evaluator(ABC):
     """A denoiser on a backend, on flat states (n, D).
 
-    Arrays are the backend's own and are not checked; labels are (n,) int64. A subclass has `be`, and `evaluate`.
+    Arrays are the backend's own and are not checked; labels are (n,) int64, or `Asked`. A subclass has `be`, and
+    `evaluate`.
     """
 
     be: Backend
@@ -107,7 +188,9 @@ class Denoiser(Protocol):
     classes : int or None
         How many classes there are; None: it takes no labels. `ANY_CLASSES`: not known.
 
-    It may have an attribute `learned_variance`: whether its output is (2, n, D), as tables with an r want it.
+    It may have an attribute `learned_variance`: whether its output is (2, n, D), as tables with an r want it; and
+    `covariates`: how many numbers it is asked for beside a label, where it is not None; and `asks_nothing`: whether it
+    does without both.
     """
 
     @property

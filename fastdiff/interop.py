@@ -252,6 +252,7 @@ def options_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         "channels": c["block_out_channels"], "blocks": c["layers_per_block"], "attention": down,
         "up_attention": up[::-1], "middle_attention": c["add_attention"], "classes": c["num_class_embeds"],
+        "null_class": False,
         "T": 1000 if c["num_train_timesteps"] is None else c["num_train_timesteps"],
         "head_width": c["attention_head_dim"], "groups": c["norm_num_groups"], "dropout": c["dropout"],
         "scale_shift": mode == "scale_shift", "outputs": c["out_channels"], "embedding": c["time_embedding_dim"],

@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend, Row, backend_for
 from fastdiff.backends.protocol import VISIT
-from fastdiff.denoiser import Evaluator, denoiser_of
+from fastdiff.denoiser import Asked, Evaluator, asked_on, checked_asked, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_flags, check_int, check_seed
 from fastdiff.noise import Draw, Stream
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler, ddim
 from fastdiff.samplers.table import x0_from_output
-from fastdiff.sampling import check_agreement, checked_labels
+from fastdiff.sampling import check_agreement
 from fastdiff.schedule import Schedule
 
 __all__ = ["Bound", "LogDensity", "bound", "log_density"]
@@ -112,7 +112,7 @@ class _Rows(NamedTuple):
     schedule: Schedule
     prediction: str
     x0: Array
-    labels: Array | None
+    labels: Array | Asked | None
     first: int = 0
 
     def parts(self, values: int) -> Iterator[tuple[slice, _Rows]]:
@@ -153,6 +153,7 @@ def bound(
     seed: int = 0,
     decoder: str = "noise",
     labels: Any = None,
+    covariates: Any = None,
     schedule: Schedule | None = None,
     backend: str | Backend = "auto",
     progress: bool = False,
@@ -179,7 +180,8 @@ def bound(
         signal_0^2, so that the bound is one on a density. "bytes": for pictures in -1 .. 1 of 256 levels, that Gaussian
         summed over the width of a level, the outermost ones taking all beyond them (Ho et al. 2020, eq. 13), so that
         the bound is one on a probability.
-    labels : int or (N,) int array, optional
+    labels, covariates : optional
+        What every row is, of a denoiser that knows it: as of `fastdiff.sample`.
     schedule : Schedule, optional
         By default the denoiser's own.
     backend : str or Backend, optional
@@ -204,7 +206,7 @@ def bound(
     """
     check_choice("decoder", decoder, ["noise", "bytes"])
     check_flags(progress=progress)
-    rows = _rows(denoiser, X, labels, schedule, backend)
+    rows = _rows(denoiser, X, (labels, covariates), schedule, backend)
     draws = _checked_draws("draws", draws)
     s, n = rows.schedule, len(rows.x0)
     host = rows.be.to_numpy(rows.x0).astype(np.float64)
@@ -232,6 +234,7 @@ def log_density(
     probes: int = 1,
     seed: int = 0,
     labels: Any = None,
+    covariates: Any = None,
     schedule: Schedule | None = None,
     backend: str | Backend = "auto",
     progress: bool = False,
@@ -259,7 +262,7 @@ def log_density(
         trace of log M^T M, by Lanczos' method with `probes` vectors of signs (Ubaru, Chen & Saad 2017), for any size.
     probes : int, optional
         Vectors of "hutchinson", or noises for each row and timestep of "denoising"; stream PROBE as in `bound`.
-    seed, labels, schedule, backend, progress
+    seed, labels, covariates, schedule, backend, progress
         As of `bound`.
 
     Returns
@@ -290,7 +293,7 @@ def log_density(
     seed, probes = check_seed(seed), _checked_draws("probes", probes)
     if sampler is not None and schedule is None and isinstance(sampler, Sampler):
         schedule = sampler.schedule
-    rows = _rows(denoiser, X, labels, schedule, backend)
+    rows = _rows(denoiser, X, (labels, covariates), schedule, backend)
     if method == "denoising":
         if sampler is not None:
             raise ArgumentError("sampler", "a table", "None for method 'denoising'")
@@ -307,7 +310,7 @@ def log_density(
 # ------------------------------------------------------------------------------------------- what is given
 
 
-def _rows(denoiser: Any, X: Any, labels: Any, schedule: Schedule | None, backend: str | Backend) -> _Rows:
+def _rows(denoiser: Any, X: Any, asked: tuple[Any, Any], schedule: Schedule | None, backend: str | Backend) -> _Rows:
     source = denoiser_of(denoiser)
     if schedule is None:
         schedule = getattr(denoiser, "schedule", None)
@@ -323,10 +326,10 @@ def _rows(denoiser: Any, X: Any, labels: Any, schedule: Schedule | None, backend
     if source.shape not in (None, X.shape[1:]):
         raise ArgumentError("X", f"shape {X.shape}", f"rows of shape {source.shape}, as the denoiser takes them")
     be = backend_for(backend, X=X)
-    chosen = checked_labels(source.classes, labels, len(X))
     rows = be.asarray(X).reshape(len(X), -1)
+    told = asked_on(be, *checked_asked(source, *asked, len(X), dtype=rows.dtype))
     on = source.on(be, X.shape[1:])
-    return _Rows(be, on, schedule, source.prediction, rows, None if chosen is None else be.asarray(chosen, np.int64))
+    return _Rows(be, on, schedule, source.prediction, rows, told)
 
 
 def _checked_draws(name: str, value: int) -> int:

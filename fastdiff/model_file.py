@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from fastdiff import checkpoint
 from fastdiff.base import GaussianBase
+from fastdiff.covariates import CovariateScale
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
@@ -72,7 +74,11 @@ class Saved:
     data: list[int] | None
     report: dict[str, Any] | None
     class_names: list[str] | None
+    channel_names: list[str] | None
     arithmetic: int
+    covariates: CovariateScale | None = None
+    covariate_names: list[str] | None = None
+    label_drop: float = 0.0
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -99,16 +105,20 @@ class Saved:
         if noise_shape is not None:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
         tensors |= normaliser.arrays | ({} if self.base is None else self.base.arrays)
+        tensors |= {} if self.covariates is None else self.covariates.arrays
         header = {
             "network": net.to_dict(), "schedule": self.schedule.to_dict(), "prediction": self.prediction,
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "arithmetic": self.arithmetic,
+            "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
+            "covariate_names": self.covariate_names,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
+        features += ["null class"] if net.null_class else []
+        features += ["covariates"] if net.covariates is not None else []
         features += ["series"] if len(net.shape) == 2 else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
         try:
@@ -137,7 +147,7 @@ class Saved:
         noise_shape = None if kind == "white" else NoiseShape(kind, arrays)
         base = None
         if "base" in header.get("features", ()):
-            base = GaussianBase.from_arrays(tensors, net.shape[0])
+            base = GaussianBase.from_arrays(tensors, math.prod(net.shape))
             prediction = check_choice("prediction", header["prediction"], PREDICTIONS)
             net.set_linear(base.linear(schedule, prediction))  # before the weights: of zeros it changes some
         held_out, data, report = _habits(header)
@@ -167,8 +177,12 @@ class Saved:
             held_out=held_out,
             data=data,
             report=report,
-            class_names=_class_names(header, net.classes),
+            class_names=_names(header, "class_names", net.classes),
+            channel_names=_names(header, "channel_names", net.shape[-1] if len(net.shape) == 2 else None),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
+            covariates=None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates),
+            covariate_names=_names(header, "covariate_names", net.covariates),
+            label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
         )
 
 
@@ -260,12 +274,12 @@ def _check_names(tensors: Tensors, net: Network, training: bool, others: set[str
             raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
 
 
-def _class_names(header: dict[str, Any], count: int | None) -> list[str] | None:
-    names = header.get("class_names")
+def _names(header: dict[str, Any], key: str, count: int | None) -> list[str] | None:
+    names = header.get(key)
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("class_names", shown(names), f"a list of {count or 0} names, or null")
+        raise ArgumentError(key, shown(names), f"a list of {count or 0} names, or null")
     return names
 
 

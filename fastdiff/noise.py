@@ -262,6 +262,21 @@ def flips(n: int, draw: Draw) -> npt.NDArray[np.bool_]:
     return scaled_words(n, 2, draw) == 0
 
 
+def drop_limit(share: float) -> int:
+    """Return below which word something is dropped that is to be dropped in this share of all cases."""
+    return round(share * 2.0**32)
+
+
+def dropped(n: int, share: float, draw: Draw) -> npt.NDArray[np.bool_]:
+    """Return of n positions of a training batch whether labels, and covariates, are left out, (n, 2) bool.
+
+    Stream DROP: labels are where word 0 of block 0 is below `share` 2^32, and covariates where word 1 is. The row is
+    the position in the batch, the step the training step, as for BATCH.
+    """
+    words = philox_words(n, 1, draw)[:, 0, :2]
+    return words.astype(np.uint64) < np.uint64(drop_limit(share))
+
+
 def check_rows(first_sample: Any, n: int) -> int:
     """Return `first_sample` as an int such that the n rows after it exist in the noise law."""
     first = check_int("first_sample", first_sample, low=0, high=MAX_ROW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,16 +35,18 @@ class Normaliser:
 
     Attributes
     ----------
-    mean, std : float or (d,) float64
-        Of all values, or of each column. The deviation of a constant column is 0: inside it is 0, and it comes back as
-        the constant.
+    mean, std : float, (d,) float64, or (channels,) float64 of series
+        Of all values, or of each column or channel. The deviation of a constant column is 0: inside it is 0, and it
+        comes back as the constant.
     noise_shape : NoiseShape or None
         With one, x is first L^-1 x, where the noise is white.
     data_range : pair of float or None
         Of pictures: becomes [-1, 1].
     whole : bool
         Whether pictures are bytes, as which they come back.
-    centre : (d,) float64 or None
+    series : bool
+        Whether rows are series (points, channels).
+    centre : (d,) or (points, channels) float64 or None
         Subtracted from what comes out of all this, so that every column has mean zero.
     """
 
@@ -54,6 +56,7 @@ class Normaliser:
     data_range: tuple[float, float] | None = None
     whole: bool = False
     centre: npt.NDArray[np.float64] | None = None
+    series: bool = False
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Normaliser):
@@ -63,12 +66,12 @@ class Normaliser:
 
     @property
     def scale(self) -> str:
-        """What has a mean and a deviation of its own: "all" values together, or each "column"."""
-        return "column" if np.ndim(self.std) else "all"
+        """What has a mean and a deviation of its own: "all" values together, each "column", or each "channel"."""
+        return ("channel" if self.series else "column") if np.ndim(self.std) else "all"
 
     @classmethod
     def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
-        """Return the normaliser of rows (N, d).
+        """Return the normaliser of rows (N, d), of the values that are not missing (NaN).
 
         "auto" takes columns whose deviations differ by more than a factor of 10, or are below a hundredth of that of
         all values (as their means differ), for quantities of different units, and scales each by itself, unless the
@@ -81,7 +84,9 @@ class Normaliser:
         if largest == 0:
             return cls(0.0, 1.0, noise_shape)
         scaled = X / largest  # squares of huge values would overflow
-        centre, spread = float(np.mean(scaled, dtype=np.float64)), float(np.std(scaled, dtype=np.float64))
+        missing = bool(np.isnan(largest) or np.isnan(np.min(scaled)))
+        mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+        centre, spread = float(mean_of(scaled, dtype=np.float64)), float(std_of(scaled, dtype=np.float64))
         if scale != "all":
             mean, std = _column_moments(X)
             varied = std[std > 0]
@@ -94,12 +99,34 @@ class Normaliser:
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
-            equal = (X[0] == X).all(axis=0)
+            equal = std == 0 if missing else (X[0] == X).all(axis=0)
             if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
                 log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
                 others = cls.of(X[:, ~equal])
-                return cls(np.where(equal, X[0], others.mean), np.where(equal, 0.0, others.std))
+                return cls(np.where(equal, mean if missing else X[0], others.mean), np.where(equal, 0.0, others.std))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
+
+    @classmethod
+    def of_series(cls, X: npt.NDArray[Any], scale: str = "auto", names: Sequence[str] | None = None) -> Normaliser:
+        """Return the normaliser of series (N, points, channels): of each channel its own, or one for "all" values.
+
+        Raises
+        ------
+        ArgumentError
+            A channel without any value but one, of which there is nothing to learn.
+        """
+        channels = X.shape[2]
+        of_channels = X.reshape(-1, channels)
+        mean, std = _column_moments(of_channels)
+        flat = np.flatnonzero(std == 0)
+        if flat.size and channels > 1:
+            k = int(flat[0])
+            called = f"channel {k + 1}" + (f" ({names[k]})" if names else "")
+            raise ArgumentError("X", f"{called} that is {mean[k]:g} everywhere", "channels that vary: leave it out")
+        if scale == "all" or channels == 1:
+            return replace(cls.of(X.reshape(-1, 1)), series=True)
+        log.info("scale: each of %d channels its own", channels)
+        return cls(mean, std, series=True)
 
     @classmethod
     def of_pictures(cls, X: npt.NDArray[Any], data_range: Any = None) -> Normaliser:
@@ -170,23 +197,26 @@ class Normaliser:
         self.noise_shape.apply(be, rows, out)
         return process.returned(be, out.reshape(x.shape), is_on_device(x))
 
-    def affine(self) -> tuple[Any, Any]:
-        """Return factor and offset of `invert`, numbers or one of each value: data = factor x + offset."""
-        return self.std, self.mean + (0.0 if self.centre is None else self.std * self.centre)
+    def affine(self, shape: tuple[int, ...] | None = None) -> tuple[Any, Any]:
+        """Return factor and offset of `invert`, data = factor x + offset, as they are or for each value of a sample."""
+        offset = self.mean + (0.0 if self.centre is None else self.std * self.centre)
+        return (
+            (self.std, offset) if shape is None else (np.broadcast_to(self.std, shape), np.broadcast_to(offset, shape))
+        )
 
-    def log_det(self, points: int) -> float:
-        """Return log |det| of `apply` for curves of so many points: log density of data less that of its image.
+    def log_det(self, shape: int | tuple[int, ...]) -> float:
+        """Return log |det| of `apply` for samples of a shape: log density of data less that of its image.
 
         A constant column has no density: it is left out.
         """
-        stds = np.broadcast_to(self.std, points)
+        stds = np.broadcast_to(self.std, shape)
         of_shape = 0.0 if self.noise_shape is None else self.noise_shape.log_det
         return -float(np.sum(np.log(stds[stds > 0]))) - of_shape
 
     @property
     def features(self) -> list[str]:
         """What a file of it uses of `fastdiff.checkpoint.FEATURES`."""
-        return [] if self.scale == "all" else ["column scale"]
+        return ["column scale"] if self.scale == "column" else []
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[np.float64]]:
@@ -228,19 +258,22 @@ class Normaliser:
         centre = tensors.get("normaliser.centre")
         if centre is not None:
             centre = check_array("normaliser.centre", centre, shape=shape, dtype=np.float64)
-        if check_choice("normaliser.scale", config.get("scale", "all"), ["all", "column"]) == "column":
+        series = len(shape) == 2
+        scales = ["all", "channel" if series else "column"]
+        if check_choice("normaliser.scale", config.get("scale", "all"), scales) != "all":
             moments = []
+            of_each = shape[-1:]  # the columns of curves, the channels of series
             for name in ("normaliser.mean", "normaliser.std"):
                 if name not in tensors:
-                    raise ArgumentError(name, "no such tensor", f"shape {shape}, as the scale is that of a column")
-                moments.append(check_array(name, tensors[name], shape=shape, dtype=np.float64))
+                    raise ArgumentError(name, "no such tensor", f"shape {of_each}, as the scale is not of all values")
+                moments.append(check_array(name, tensors[name], shape=of_each, dtype=np.float64))
             if (moments[1] < 0).any():
                 raise ArgumentError("normaliser.std", str(moments[1].min()), "numbers of at least 0")
-            return cls(moments[0], moments[1], noise_shape, centre=centre)
+            return cls(moments[0], moments[1], noise_shape, centre=centre, series=series)
         mean = check_float("normaliser.mean", config["mean"])
         std = check_float("normaliser.std", config["std"], low=0, low_open=True)
         if data_range is None:
-            return cls(mean, std, noise_shape, centre=centre)
+            return cls(mean, std, noise_shape, centre=centre, series=series)
         low, high = check_array("normaliser.data_range", data_range, shape=(2,)).tolist()
         return cls(mean, std, noise_shape, (low, high), config["bytes"] is True)
 
@@ -251,14 +284,20 @@ class Normaliser:
 
 
 def greatest(X: npt.NDArray[Any], axis: int | None = None) -> Any:
-    """Return max |x|, of everything or along an axis, in float64: |x| of the least integer of a type is not in it."""
-    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in (np.min, np.max))
+    """Return max |x|, of everything or along an axis, in float64: |x| of the least integer of a type is not in it.
+
+    Values that are missing (NaN) do not count.
+    """
+    ends = (np.nanmin, np.nanmax) if X.dtype.kind == "f" and np.isnan(np.min(X)) else (np.min, np.max)
+    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in ends)
     largest = np.maximum(-low, high)
     return float(largest) if axis is None else largest
 
 
-def check_carried(X: npt.NDArray[Any], scale: str) -> None:
+def check_carried(X: npt.NDArray[Any], scale: str, what: str = "column") -> None:
     """Say what of curves (N, d) their samples, in float32, could not show, or one scale could not.
+
+    `what` is what a column is called.
 
     Raises
     ------
@@ -289,21 +328,21 @@ def check_carried(X: npt.NDArray[Any], scale: str) -> None:
     bad = np.flatnonzero(real & (std < FINE * step) & (std >= SMALLEST))
     if bad.size and not np.can_cast(X.dtype, np.float32, "safe"):
         k = bad[0]
-        got = f"{bad.size} columns like number {k + 1}, which varies by {std[k]:.3g} around {mean[k]:.10g}"
+        got = f"{bad.size} {what}s like number {k + 1}, which varies by {std[k]:.3g} around {mean[k]:.10g}"
         raise ArgumentError(
-            "X", got, f"columns that float32 samples can show, and there its steps are {step[k]:.3g}: {offset}"
+            "X", got, f"{what}s that float32 samples can show, and there its steps are {step[k]:.3g}: {offset}"
         )
     coarse = varied & (std < COARSE * step) & (std >= SMALLEST)
     tiny = real & (std < SMALLEST)
     hidden = real & (std * UNLIKE**2 < total) if scale == "all" else np.zeros_like(real)
     for columns, why in (
         (coarse, f"where float32 has steps of {{step:.3g}}: {offset}"),
-        (tiny, "for which float32 samples have no digits: multiply such columns, and divide their samples"),
-        (hidden, f"and all values together by {total:.3g}: scale='column' (--scale column) gives each its own scale"),
+        (tiny, f"for which float32 samples have no digits: multiply such {what}s, and divide their samples"),
+        (hidden, f"and all values together by {total:.3g}: scale={what!r} (--scale {what}) gives each its own scale"),
     ):
         if columns.any():
             k = int(np.argmax(columns))
-            words = f"{columns.sum()} columns like number {k + 1} vary by {std[k]:.3g} around {mean[k]:.10g}, "
+            words = f"{columns.sum()} {what}s like number {k + 1} vary by {std[k]:.3g} around {mean[k]:.10g}, "
             warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=5)
 
 
@@ -325,9 +364,13 @@ def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.N
     """Mean and deviation (d,) of every column, 0 where it is constant but for rounding."""
     largest = np.asarray(greatest(X, axis=0))
     scaled = X / np.where(largest == 0, 1.0, largest)
-    mean, std = np.mean(scaled, axis=0, dtype=np.float64), np.std(scaled, axis=0, dtype=np.float64)
+    missing = X.dtype.kind == "f" and bool(np.isnan(np.min(scaled)))
+    mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+    mean, std = mean_of(scaled, axis=0, dtype=np.float64), std_of(scaled, axis=0, dtype=np.float64)
     constant = std < np.finfo(np.float32).eps  # which samples could not show
-    return np.where(constant, X[0], mean * largest), np.where(constant, 0.0, std * largest)
+    return np.where(constant, mean * largest if missing else X[0], mean * largest), np.where(
+        constant, 0.0, std * largest
+    )
 
 
 def settled(
@@ -337,15 +380,26 @@ def settled(
     data_range: Any,
     scale: str,
     noise_shape: NoiseShape | None,
+    names: Sequence[str] | None = None,
 ) -> Normaliser:
     """Return the normaliser of a fit, the known one or else that of its rows, to which both kinds of rows are held."""
-    if X.ndim == 2 and data_range is not None:
-        raise ArgumentError("data_range", shown(data_range), "None for curves: they have mean 0 and deviation 1 inside")
+    if X.ndim < 4 and data_range is not None:
+        raise ArgumentError(
+            "data_range", shown(data_range), "None for curves and series: they have mean 0 and deviation 1 inside"
+        )
     found = known
     if found is None or data_range is not None:
-        if X.ndim > 2 and scale not in ("auto", "all"):
+        if X.ndim > 3 and scale not in ("auto", "all"):
             raise ArgumentError("scale", shown(scale), "'auto' for pictures: they have a data_range")
-        found = Normaliser.of(X, noise_shape, scale) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
+        other = {2: "channel", 3: "column"}.get(X.ndim)
+        if scale == other:
+            what = "curves have one channel" if X.ndim == 2 else "series have channels"
+            wants = f"'auto', 'all' or {'column' if X.ndim == 2 else 'channel'!r}: {what}"
+            raise ArgumentError("scale", shown(scale), wants)
+        if X.ndim == 3:
+            found = Normaliser.of_series(X, scale, names)
+        else:
+            found = Normaliser.of(X, noise_shape, scale) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
     if known is not None and found.data_range != known.data_range:
         wants = f"{known.data_range}, that of the first fit; reset() starts anew"
         raise ArgumentError("data_range", shown(data_range), wants)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import backend_for
-from fastdiff.errors import ArgumentError, check_array, is_on_device
+from fastdiff.errors import ArgumentError, check_array, check_float, is_on_device
 
 Float64 = npt.NDArray[np.float64]
 
@@ -90,13 +90,18 @@ class Weight:
     function : callable
         Of samples x0 (n, ...), it returns their log weights (n,) and the gradients (n, ...) of these by x0. A log
         weight of minus infinity excludes a sample.
+    scale : float, optional
+        The weight's power, above 0: log weights and gradients are multiplied by it. With the log probability of a class
+        it is the scale of classifier guidance (Dhariwal and Nichol 2021).
     """
 
     function: Callable[[Any], tuple[Any, Any]]
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ArgumentError("function", type(self.function).__name__, "a callable x0 -> (log weights, gradients)")
+        object.__setattr__(self, "scale", check_float("scale", self.scale, low=0, low_open=True))
 
     def log_weights(self, x0: Any) -> Float64:
         """Return the checked log weights (n,) of samples (n, ...).
@@ -112,7 +117,7 @@ class Weight:
         if len(bad):
             wants = "numbers, or minus infinity"
             raise ArgumentError("Weight.function", f"log weight {weights[bad[0]]} for sample {bad[0]}", wants)
-        return weights
+        return weights if self.scale == 1 else weights * self.scale
 
     def gradients(self, x0: Any) -> Float64:
         """Return the checked gradients of the log weights, like x0.
@@ -127,7 +132,7 @@ class Weight:
         bad = np.flatnonzero(~np.isfinite(slopes.reshape(len(slopes), -1)).all(axis=1))
         if len(bad):
             raise ArgumentError("Weight.function", f"a gradient for sample {bad[0]} that is not finite", "finite ones")
-        return slopes
+        return slopes if self.scale == 1 else slopes * self.scale
 
     def _called(self, x0: Any) -> Any:
         given = self.function(x0)
@@ -173,6 +178,8 @@ class Observations:
         That holds all known values as they were given.
     numbers : tuple of int, optional
         Which observations these are, by the noise law, where they are a part of others.
+    firsts : (N,) int64 array, optional
+        Instead of that, the sample index of the one draw of each.
     """
 
     d: int
@@ -182,6 +189,7 @@ class Observations:
     weights: tuple[Weight, ...]
     dtype: npt.DTypeLike = np.float32
     numbers: tuple[int, ...] | None = None
+    firsts: npt.NDArray[np.int64] | None = None
 
     @property
     def nothing(self) -> bool:

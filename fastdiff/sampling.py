@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
 from fastdiff.conditioning import GUIDED, plan
-from fastdiff.denoiser import ANY_CLASSES, Denoiser, Evaluator, denoiser_of, memory_of
-from fastdiff.errors import (
-    ArgumentError,
-    check_array,
-    check_callable,
-    check_flags,
-    check_indices,
-    check_int,
-    check_seed,
-    is_on_device,
-)
+from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
+from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
+from fastdiff.guidance import guided
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.observations import Given, observations
 from fastdiff.process import BATCH_VALUES, NoiseSource, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
@@ -42,6 +34,10 @@ def sample(
     backend: str | Backend = "auto",
     initial: Any = None,
     labels: Any = None,
+    covariates: Any = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
     trajectory: bool = False,
     callback: Callable[[int, int, Array], Any] | None = None,
     progress: bool = False,
@@ -74,6 +70,10 @@ def sample(
         Start from this state at the table's first timestep, instead of from noise.
     labels : int or (n,) int array, optional
         The class of every sample, for a denoiser that has classes; it gets them as (n,) int64.
+    covariates : (k,) or (n, k) array, optional
+        Numbers that every sample is asked for, in the denoiser's own range, for one that has covariates.
+    guidance, guidance_interval, rescale : optional
+        Take the denoiser `fastdiff.Guided` with this weight, interval and rescaling; see there.
     trajectory : bool, optional
         Also return the states of all rows.
     callback : callable, optional
@@ -115,6 +115,10 @@ def sample(
     check_callable("callback", callback)
     be = backend_for(backend, initial=initial)
     source = denoiser_of(denoiser)
+    if guidance is not None:
+        source = guided(source, guidance, interval=guidance_interval, rescale=rescale)
+    elif guidance_interval is not None or rescale:
+        raise ArgumentError("guidance_interval, rescale", f"{guidance_interval}, {rescale}", "a guidance beside them")
     check_agreement(source, sampler)
     states = None if initial is None else _states("initial", initial, be)
     shape = _sample_shape(source.shape, shape, states)
@@ -145,9 +149,9 @@ def sample(
         x = _copy(be, check_array("initial", states, shape=(n, *shape), finite=False).reshape(n, width))
     else:
         x = be.empty((rows, width))
-    chosen_labels = checked_labels(source.classes, labels, n if planned is None else planned.known.count or n)
-    if planned is not None and chosen_labels is not None and planned.known.count is not None:
-        chosen_labels = np.repeat(chosen_labels, n)
+    asked = checked_asked(source, labels, covariates, n if planned is None else planned.known.count or n, dtype=x.dtype)
+    if planned is not None and planned.known.count is not None:
+        asked = cast(tuple[Any, Any], tuple(part if part is None else np.repeat(part, n, axis=0) for part in asked))
     draw, evaluator = Draw(seed, Stream.STEP, first_row=first_sample if planned is None else 0), source.on(be, shape)
     filler = planned.draws if planned is not None else shaped
     if batch is None:
@@ -162,8 +166,8 @@ def sample(
 
     table, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, rows)) for i in range(0, rows, batch)]
-    classes = [None if chosen_labels is None else be.asarray(chosen_labels[part], np.int64) for part in batches]
-    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, classes, strict=True)]
+    told = [asked_on(be, *(None if array is None else array[part] for array in asked)) for part in batches]
+    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, told, strict=True)]
 
     def finished(states: Array) -> Array:
         if planned is None:
@@ -238,18 +242,6 @@ def check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if any(row.r != 0 for row in sampler.rows) and not getattr(denoiser, "learned_variance", False):
         wants = "one that has: the table says how far a step's noise follows it"
         raise ArgumentError("denoiser", "one without a learned variance", wants)
-
-
-def checked_labels(known: int | None, labels: Any, n: int) -> Any:
-    """The class of every sample (n,) int64, or None, for a denoiser with so many classes."""
-    if labels is None:
-        if known not in (None, ANY_CLASSES):
-            wants = f"a class from 0 to {known - 1} for each sample: this one has classes"
-            raise ArgumentError("labels", "None", wants)
-        return None
-    if known is None:
-        raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-    return check_indices("labels", labels, known, n)
 
 
 def _sample_shape(known: tuple[int, ...] | None, shape: Any, initial: Any) -> tuple[int, ...]:

@@ -27,11 +27,12 @@ from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_c
 log = logging.getLogger("fastdiff")
 
 Array = npt.NDArray[np.float64]
+Spacing = str | npt.ArrayLike  # a name, or timesteps of one's own
 
 MAX_T = 1_000_000  # far above any use; a mistyped T must not ask for terabytes
 END_LIMIT = 0.01  # abar[-1] above this: the chain does not end near noise
 SPACINGS = ("trailing", "leading", "linspace", "linspace_open", "karras", "exponential", "lambda", "beta")
-LOUDEST = 100.0  # of noise / signal: of what comes before pure noise, where levels are placed
+LOUDEST = 160.0  # of noise / signal, where levels are placed: the end of the linear schedule, which is 157
 KARRAS_RHO, BETA_SHAPE = 7.0, 0.6  # Karras et al. 2022, table 1; Lee et al. 2024
 PREDICTIONS = ("noise", "x0", "v", "velocity")
 KINDS = ("variance preserving", "flow")
@@ -384,15 +385,18 @@ class Schedule:
                 return f"{name} {ours[t]:.7g} against {theirs[t]:.7g} at t = {t}"
         return None
 
-    def timesteps(self, steps: int, *, spacing: str = "trailing") -> npt.NDArray[np.int64]:
+    def timesteps(
+        self, steps: int, *, spacing: Spacing = "trailing", sigma_max: float = LOUDEST
+    ) -> npt.NDArray[np.int64]:
         """The timesteps that a sampler of `steps` steps visits, strictly descending.
 
         Parameters
         ----------
         steps : int
             How many, n: 1 to T, or 1 to T - 1 for "linspace_open".
-        spacing : str, optional
-            Which n of the T (Lin et al. 2024, table 2, names the first three):
+        spacing : str or (n,) array_like of int, optional
+            Timesteps of one's own, strictly descending; or which n of the T (Lin et al. 2024, table 2, names the first
+            three):
 
             - "trailing": round(T (n - i) / n) - 1 for i = 0 .. n - 1. Begins at T - 1.
             - "leading": multiples of T // n, from 0. Begins below T - 1, where the state may be far from
@@ -402,12 +406,17 @@ class Schedule:
 
             The others place n levels, at least 2, each of which becomes the nearest timestep. Levels that fall on one
             timestep are visited once, so that fewer than n may be left, which is logged. With rho = noise / signal,
-            and of a schedule that ends in noise alone from T - 1 and then from rho = 100 on:
+            from the timestep nearest to `sigma_max`, or from T - 1 if that is quieter; of a schedule that ends in noise
+            alone from T - 1 and then from there:
 
-            - "karras": rho^(1/7) in equal steps, from that of T - 1 to that of 0 (Karras et al. 2022, equation 5).
+            - "karras": rho^(1/7) in equal steps, down to that of t = 0 (Karras et al. 2022, equation 5).
             - "exponential": log(rho) in equal steps, both ends included.
             - "lambda": n equal steps of lambda = -log(rho), their end at t = 0 left out, as DPM-Solver has it.
             - "beta": quantiles of a Beta(0.6, 0.6) law in t, both ends included (Lee et al. 2024): dense at both.
+        sigma_max : float, optional
+            The loudest level of "karras", "exponential" and "lambda", above 0. The cosine schedule goes on to 20,000,
+            where steps change nothing that can be seen; to begin at sigma_max leaves out 1 / sigma_max of the data.
+            Infinity begins at T - 1, as other programs do.
 
         Returns
         -------
@@ -419,12 +428,16 @@ class Schedule:
         ArgumentError
             If `steps` or `spacing` is none of these, or if fewer than two timesteps are left.
         """
+        if sigma_max != math.inf:
+            sigma_max = check_float("sigma_max", sigma_max, low=0, low_open=True)
+        if not isinstance(spacing, str):
+            return self._own_timesteps(steps, spacing)
         check_choice("spacing", spacing, SPACINGS)
         if spacing in SPACINGS[3:] and self.T == 1:
             wants = f"one of {', '.join(map(repr, SPACINGS[:3]))}, or T of at least 2"
             raise ArgumentError("spacing", f"{spacing!r} for T = 1", wants)
         if spacing in SPACINGS[4:]:
-            return _placed(self, check_int("steps", steps, low=2, high=self.T), spacing)
+            return _placed(self, check_int("steps", steps, low=2, high=self.T), spacing, sigma_max)
         n = check_int("steps", steps, low=1, high=self.T - 1 if spacing == "linspace_open" else self.T)
         if spacing == "trailing":
             ascending = np.rint(self.T * np.arange(1, n + 1) / n) - 1
@@ -435,6 +448,16 @@ class Schedule:
         else:  # linspace_open, and linspace of a single step
             ascending = np.rint(np.linspace(0, self.T - 1, n + 1))[1:]
         return np.asarray(ascending[::-1], dtype=np.int64)
+
+    def _own_timesteps(self, steps: int, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        wants = f"one of {', '.join(map(repr, SPACINGS))}, or timesteps from {self.T - 1} to 0 that fall"
+        if given is None or isinstance(given, int | float):
+            raise ArgumentError("spacing", shown(given), wants)
+        t = check_array("spacing", given, shape=(None,), dtype=np.float64)
+        if not t.size or (t != np.rint(t)).any() or (t < 0).any() or (t >= self.T).any() or (np.diff(t) >= 0).any():
+            raise ArgumentError("spacing", reprlib.repr(t.tolist()), wants)
+        check_int("steps", steps, low=t.size, high=t.size)
+        return np.asarray(t, np.int64)
 
     def diagnose(self) -> list[str]:
         """The doctor: what is legal about this schedule and probably not meant.
@@ -625,14 +648,16 @@ def _exp(values: Array) -> Array:
     return np.array([float(exp(Decimal(value))) for value in values.tolist()])
 
 
-def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
+def _placed(schedule: Schedule, n: int, spacing: str, sigma_max: float) -> npt.NDArray[np.int64]:
     """The timesteps nearest to n levels, descending, each once: see `Schedule.timesteps`."""
     log_ratio = -schedule.log_snr / 2
     pure = int(np.isinf(log_ratio[-1]))  # a last step without signal is always visited, and then the loudest level
-    if pure:
-        log_ratio = log_ratio[:-1] if spacing == "beta" else log_ratio[log_ratio <= math.log(LOUDEST)]
-    if len(log_ratio) == 0:
-        raise ArgumentError("spacing", shown(spacing), "one that counts timesteps, for so few levels")
+    if spacing == "beta":
+        log_ratio = log_ratio[:-1] if pure else log_ratio
+    else:
+        log_ratio = log_ratio[: len(log_ratio) - pure]
+        if log_ratio[-1] > math.log(sigma_max):
+            log_ratio = log_ratio[: np.abs(log_ratio - math.log(sigma_max)).argmin() + 1]
     top, low, ramp = log_ratio[-1], log_ratio[0], np.linspace(0, 1, n - pure)
     if spacing == "beta":
         from scipy.special import betaincinv
@@ -647,7 +672,7 @@ def _placed(schedule: Schedule, n: int, spacing: str) -> npt.NDArray[np.int64]:
         else:
             levels = np.linspace(top, low, n - pure + 1)[:-1]
         placed = np.interp(levels, log_ratio, np.arange(len(log_ratio)))
-    t = np.unique(np.append(np.rint(placed), schedule.T - 1).astype(np.int64))[::-1]
+    t = np.unique(np.append(np.rint(placed), [schedule.T - 1] * pure).astype(np.int64))[::-1]
     if spacing == "lambda":
         t = t[t > 0]
     if len(t) < 2:

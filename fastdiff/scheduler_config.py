@@ -19,7 +19,7 @@ import numpy as np
 from fastdiff import samplers
 from fastdiff.errors import ArgumentError, ConversionWarning, check_choice, check_float, check_int, shown
 from fastdiff.samplers import Sampler, options_of
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import LOUDEST, Schedule
 
 log = logging.getLogger("fastdiff")
 
@@ -430,6 +430,9 @@ def table(
     for name in options.keys() - known:
         wants = f"an option of {make.__name__}: {', '.join(sorted(known))}"
         raise ArgumentError(name, shown(options[name]), wants)
+    if chosen["spacing"] in ("karras", "exponential") and "spacing" not in options:  # theirs begin at T - 1
+        chosen["spacing"] = schedule.timesteps(steps, spacing=chosen["spacing"], sigma_max=math.inf)
+        steps = len(chosen["spacing"])
     return make(schedule, steps, prediction=prediction, **{**chosen, **options}), c.notes
 
 
@@ -458,10 +461,16 @@ def _found(sampler: Sampler) -> tuple[dict[str, Any], list[str]] | None:
     """The first configuration that stands for a table, and what is done otherwise."""
     for content, steps in _candidates(sampler):
         with warnings.catch_warnings(action="ignore"):
+            placed = next((name for key, name in PLACED.items() if key in content), None)
+            usual = options_of(getattr(samplers, sampler.name))["spacing"]
+            capped = sampler.options.get("spacing", usual) == placed
             try:
-                made, notes = table(content, sampler.schedule, sampler.prediction, steps, {})
+                given = {"spacing": placed} if capped and placed else {}
+                made, notes = table(content, sampler.schedule, sampler.prediction, steps, given)
             except ArgumentError:
                 continue
+            if given and placed != "beta":
+                notes.append(f"spacing = {placed!r}: its loudest level is {LOUDEST:g} here, that of T - 1 there")
         if made.rows == sampler.rows and (made.clip == sampler.clip or "clip_sample" not in content):
             if made.clip != sampler.clip:
                 notes.append(f"clip = {sampler.clip}: {content['_class_name']} clips no x0")
@@ -590,11 +599,13 @@ def _spacings(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
         for steps in range(count, most + 1):
             c = _Config(option)
             spacing = _spacing(c, schedule.T, steps, skips_zero=sampler.name in SKIP_ZERO)
-            try:
-                if np.array_equal(schedule.timesteps(steps, spacing=spacing), visited):
-                    yield dict(option), steps
-            except ArgumentError:
-                continue
+            for loudest in (math.inf, LOUDEST):
+                try:
+                    if np.array_equal(schedule.timesteps(steps, spacing=spacing, sigma_max=loudest), visited):
+                        yield dict(option), steps
+                        break
+                except ArgumentError:
+                    continue
 
 
 def _level_keys(schedule: Schedule, prediction: str) -> dict[str, Any]:
@@ -621,7 +632,10 @@ def _betas(schedule: Schedule) -> dict[str, Any]:
     T, ends = schedule.T, {"beta_start": float(schedule.betas[0]), "beta_end": float(schedule.betas[-1])}
     with warnings.catch_warnings(action="ignore"):
         for ours, theirs in (("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")):
-            made = Schedule.cosine(T) if ours == "cosine" else getattr(Schedule, ours)(T, **ends)
+            try:
+                made = Schedule.cosine(T) if ours == "cosine" else getattr(Schedule, ours)(T, **ends)
+            except ArgumentError:  # ends of another law, between which this one has no levels
+                continue
             if np.allclose(made.betas, schedule.betas, rtol=1e-12, atol=0):
                 return {"num_train_timesteps": T, "beta_schedule": theirs, **(ends if ours != "cosine" else {})}
     return {"num_train_timesteps": T, "trained_betas": schedule.betas.tolist()}

@@ -16,6 +16,7 @@ from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import LARGEST, greatest
 
+KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
 
 Rows = npt.NDArray[Any]
@@ -28,6 +29,7 @@ class Split(NamedTuple):
     labels: Rows | None
     held_out: tuple[Rows, Rows | None] | None
     rule: tuple[str, float]
+    held: npt.NDArray[np.bool_] | None = None  # which rows are held out, where they are some of the data
 
     @property
     def unseen(self) -> Rows | None:
@@ -36,27 +38,32 @@ class Split(NamedTuple):
 
 
 def checked(
-    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend
+    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend, *, missing: bool = False
 ) -> tuple[Rows, Rows | None, int | None]:
-    """Return data and labels on the host, and how many classes the network has or is to have."""
+    """Return data and labels on the host, and how many classes the network has or is to have.
+
+    With `missing` values of curves and series may be NaN.
+    """
     given = check_array("X", _on_host(be, X), finite=False)
     if net is not None:
         shape: tuple[int | None, ...] = net.shape
-    elif given.ndim == 4 and noise_shape is None:
+    elif given.ndim in (3, 4) and noise_shape is None:
         shape = given.shape[1:]
     else:
         shape = (getattr(noise_shape, "d", None),)
         if given.ndim != 2:
-            pictures = ", or pictures (N, height, width, channels)" if noise_shape is None else ""
-            hint = "; X.reshape(len(X), -1) makes curves of series" if given.ndim == 3 else ""
-            hint += ", X[..., None] pictures of gray ones" if hint and pictures else ""
-            raise ArgumentError("X", f"shape {given.shape}", f"curves (N, points){pictures}{hint}")
+            others = ", series (N, points, channels), or pictures (N, height, width, channels)"
+            wants = "curves (N, points)" + (others if noise_shape is None else ", as the noise has a shape")
+            raise ArgumentError("X", f"shape {given.shape}", wants)
     if given.ndim == 3 and len(shape) == 1:
         wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
         raise ArgumentError("X", f"shape {given.shape}", wants)
-    given = check_array("X", given, shape=(None, *shape))
+    given = check_array("X", given, shape=(None, *shape), finite=not missing or len(shape) == 3)
+    if given.dtype.kind == "f" and np.isinf(given).any():
+        at = tuple(int(i) for i in np.argwhere(np.isinf(given))[0])
+        raise ArgumentError("X", f"{given[at]} at index {at}", "finite values, or NaN where they are missing")
     if given.size == 0:
-        what = "curve of at least one point" if len(shape) == 1 else "picture"
+        what = KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
     if getattr(net, "dtype", None) != np.float64 and (largest := greatest(given)) > LARGEST:
         raise ArgumentError(
@@ -65,12 +72,13 @@ def checked(
             f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples",
         )
     classes = getattr(net, "classes", None)
-    if net is None and len(shape) == 3 and y is not None:
+    if net is None and y is not None:
         y = check_indices("y", _on_host(be, y), 1 << 20, len(given))
         classes = int(y.max()) + 1
     if classes is None and y is not None:
         count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
-        wants = f"None: this network has no classes; use fd.UNet({given.shape[1:]}, classes={count})"
+        kind = "MLP" if len(shape) == 1 else "UNet"
+        wants = f"None: this network has no classes; use fd.{kind}({given.shape[1:]}, classes={count})"
         raise ArgumentError("y", "labels", wants)
     return given, _labels("y", y, classes, len(given), be), classes
 
@@ -86,7 +94,7 @@ def split(
 ) -> Split:
     """Split rows as `Diffusion.fit` says of `validation`; `known` is the rule of the first fit, if there was one."""
     if validation is None:
-        most = defaults.MOST_HELD_OUT if X.ndim == 2 else defaults.MOST_HELD_OUT_PICTURES
+        most = defaults.MOST_HELD_OUT if X.ndim < 4 else defaults.MOST_HELD_OUT_PICTURES
         rule = known or ("share", defaults.held_out_share(len(X), most))
         return hold_out(X, y, *rule, seed)
     if classes is not None and isinstance(validation, (tuple, list)):
@@ -106,7 +114,9 @@ def split(
         return hold_out(X, y, "fraction", fraction, seed)
     rows = check_array("validation", rows, shape=(None, *X.shape[1:]))
     if len(rows) == 0:
-        raise ArgumentError("validation", f"no {'curves' if X.ndim == 2 else 'pictures'}", "at least one")
+        raise ArgumentError(
+            "validation", f"no {'curves' if X.ndim == 2 else 'series' if X.ndim == 3 else 'pictures'}", "at least one"
+        )
     labels = _labels("the labels of validation", labels, classes, len(rows), be)
     return Split(X, y, (rows, labels), ("fraction", 0.0))
 
@@ -129,7 +139,7 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     if held.all() or not held.any():
         return Split(X, y, None, (rule, part))
     unseen = X[held], None if y is None else y[held]
-    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part))
+    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part), held)
 
 
 def fingerprint(X: Rows) -> list[int]:

@@ -153,6 +153,28 @@ def read_csv(path: Path, asked: Asked) -> Table:
     return Table(path, wide, [k + 1 for k in layout.kept], called, _Rows("line", lines), names)
 
 
+def text_column(path: Path, asked: Asked, table: Table) -> tuple[str, list[str]]:
+    """Return name and cells, as text, of the column that `asked` takes for the index of a CSV file that was read."""
+    lines = {int(where.split()[-1]) for where in table.rows}
+    name, cells, place, separator = "time", [], None, asked.delimiter
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip("\r\n" if asked.delimiter == "\t" else " \r\n")
+            if not text.strip() or text.startswith("#"):
+                continue
+            if place is None:
+                if separator is None:
+                    separator = next((s for s in SIGNS if s in text and not (asked.decimal == "," and s == ",")), None)
+                separator = None if separator == " " else separator
+                top = _cells(text, separator)
+                names = top if number not in lines else []
+                (place,) = _places(path, "index", asked.index, len(top), names)
+                name = (names[place] if names else "") or name
+            if number in lines:
+                cells.append(_cells(text, separator)[place])
+    return name, cells
+
+
 @dataclass(frozen=True)
 class _Rows(Sequence[str]):
     """Where rows stand; the words are made when they are asked for."""

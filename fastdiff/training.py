@@ -284,8 +284,8 @@ def plan_by_rule(
 
     `parameters` are those of the network, `rank` is that of its base; `decay` says that the plan's is not to change.
     """
-    if len(shape) == 2:
-        steps = defaults.curve_steps(*shape, batch, parameters, rank)
+    if len(shape) < 4:
+        steps = defaults.curve_steps(shape[0], math.prod(shape[1:]), batch, parameters, rank)
     else:
         steps = defaults.PICTURE_STEPS
     falls = plan.lr_plan != "constant"
@@ -346,29 +346,42 @@ class Validation:
     ----------
     be : Backend
     net : Network
-    x0, labels : array
-        The rows in the network's range, and their classes or None.
+    x0 : array
+        The rows in the network's range.
+    asked : pair of array
+        Their classes and their covariates, or None.
     schedule : Schedule
     draws : TrainingDraws
         With the targets, the terms of the loss, and the seed.
+    hidden : array, optional
+        Like the rows, NaN where a value was missing and has no error, and 0 elsewhere.
     """
 
     def __init__(
-        self, be: Backend, net: Network, x0: Array, labels: Array | None, schedule: Schedule, draws: TrainingDraws
+        self,
+        be: Backend,
+        net: Network,
+        x0: Array,
+        asked: tuple[Array | None, Array | None],
+        schedule: Schedule,
+        draws: TrainingDraws,
+        hidden: Array | None = None,
     ) -> None:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
         x, eps = forward_noise(x0, t, schedule, seed=draws.seed, backend=be)
         tables = draws.target_noise, draws.target_data
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
-        target = (of_noise * eps + of_data * x0).astype(x.dtype)
+        target = (of_noise * eps + of_data * x0 + (0 if hidden is None else hidden)).astype(x.dtype)
         terms = None if draws.terms is None else draws.terms[t]
-        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms)
+        labels, covariates = asked
+        self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms, covariates)
 
     def loss(self, average: Array) -> float:
         """Return the loss of these weights."""
-        x, t, target, labels, terms = self.batch
-        out = self.be.to_numpy(self.net.predict(x, t, labels, backend=self.be, flat=average))
+        x, t, target, labels, terms, covariates = self.batch
+        options: dict[str, Any] = {"covariates": covariates, "backend": self.be, "flat": average}
+        out = self.be.to_numpy(self.net.predict(x, t, labels, **options))
         return squared_error(out, target, terms)[0]
 
     def look(self, model: Counted, average: Array) -> float | None:

@@ -278,7 +278,9 @@ def _(be: Any) -> Iterator[tuple[str, Any]]:
 
 def unet(options: dict[str, Any], **more: Any) -> Any:
     """With weights of which none is zero, so that everything matters."""
-    net = fd.UNet(**{**NET, "scale_shift": False, "dropout": 0.0, "classes": None, **options, **more})
+    net = fd.UNet(
+        **{**NET, "scale_shift": False, "dropout": 0.0, "classes": None, "null_class": False, **options, **more}
+    )
     for i, name in enumerate(sorted(net.params)):
         view = net.params[name]
         scale = 1.0 if view.ndim < 2 else np.sqrt(view[..., 0].size)

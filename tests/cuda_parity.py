@@ -174,6 +174,20 @@ def step_agrees(be, shape, row, clip, depth):
             assert_same_bits(be.to_numpy(array), wanted)
 
 
+@covers("step", "guide", "guide_rescale")
+def guidance(be, size):
+    for shape in SHAPES[size]:
+        c, u = np.random.default_rng(shape[0]).normal(size=(2, *shape)).astype(np.float32)
+        for weight, rescale in ((0.0, 0.0), (2.5, 0.0), (3.0, 0.7), (1.5, 1.0)):
+            want, out = np.empty_like(c), be.asarray(c.copy())
+            NUMPY.guide(c, u, weight, rescale, want)
+            be.guide(out, be.asarray(u), weight, rescale, out)
+            if rescale:
+                assert_close(be.to_numpy(out), want, terms=2 * shape[1])
+            else:
+                assert_same_bits(be.to_numpy(out), want)
+
+
 @covers("step", "set_row", "step_recorded", "step_recorded_wide", "step_deep_recorded")
 def recorded_sampler_steps(be, size):
     """Steps of a sampler whose denoiser adds two arrays: the same work again and again, with other rows and noise."""

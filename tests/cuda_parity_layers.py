@@ -309,14 +309,21 @@ def drawn_batches(be, size):
         T, labels = 11, np.random.default_rng(3).integers(0, 9, rows)
         tables = np.random.default_rng(2).normal(size=(4, T))
         draws = TrainingDraws(normals(1, rows, *shape), *tables, 2**63 + 5, labels, number % 2 == 1)
+        if number == 2:  # some values have not been seen
+            hidden = np.where(normals(4, rows, *shape) < 0, F(np.nan), F(0))
+            draws = draws._replace(data=np.stack([draws.data, hidden], axis=1), masked=True)
         at = 2**32 - 1 - number, (0, 17)[number % 2]
-        want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1)]
+        covariates = np.random.default_rng(4).normal(size=(rows, number + 1)).astype(np.float32)
+        draws = draws._replace(covariates=covariates, drop=(0.0, 0.5, 1.0)[number % 3], classes=9)
+        want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), np.full(n, -1), None]
+        want.append(unfilled(n, 1, 1, number + 1))
         NUMPY.draw_batch(draws, Batch(*want), *at)
         for given in (be.asarray(labels, np.int64), None):
-            got = [be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            got = [None if array is None else be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            there = draws._replace(data=be.asarray(draws.data), labels=given, covariates=be.asarray(covariates))
             if given is None:
-                got[3] = None
-            be.draw_batch(draws._replace(data=be.asarray(draws.data), labels=given), Batch(*got), *at)
+                got[3] = got[5] = None
+            be.draw_batch(there, Batch(*got), *at)
             for array, wanted in zip(got, want, strict=True):
                 if array is not None:
                     assert_same_bits(be.to_numpy(array), wanted)
@@ -346,6 +353,7 @@ ERRORS = {"small": [(1,), (3, 5), (4097,)], "full": [(64, 32, 32, 3), (3_000_001
 def squared_errors(be, size):
     for shape in ERRORS[size]:
         y, target, want = normals(1, *shape), normals(2, *shape), unfilled(*shape)
+        target[target > 2] = np.nan  # has not been seen
         want_loss = np.empty(1)
         NUMPY.squared_error(y, target, want, want_loss)
         for there, wanted, dy in both_ways(be, y, target, unfilled(*shape)):
@@ -364,6 +372,7 @@ def weighted_errors(be, size):
         for columns in (1, 6):
             outputs = (*shape[:-1], shape[-1] * (2 if columns > 1 else 1))
             given = normals(1, *outputs), normals(2, *shape), normals(3, shape[0], columns)
+            given[1][given[1] > 1.5] = np.nan  # has not been seen
             want, want_loss = wide(unfilled(*outputs)), np.empty(1)
             NUMPY.squared_error(*map(wide, given[:2]), want, want_loss, wide(given[2]))
             for y, target, terms, dy in both_ways(be, *given, unfilled(*outputs)):

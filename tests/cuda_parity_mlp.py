@@ -113,6 +113,56 @@ def chains(be, size):
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 
+@covers("mlp", "mlp_add_times", "mlp_draw_asked")
+def asked_networks(be, size):
+    """Networks that are asked for classes and covariates: forward, chains that are guided, products, and training."""
+    n, schedule = BATCH[size], Schedule.cosine(11)
+    for number, asked in enumerate(({"classes": 3}, {"covariates": 2}, {"classes": 2, "covariates": 1})):
+        net = scatter(MLP(19, hidden=(33, 21), T=11, **asked))
+        net, wide = (with_linear(net) if number == 2 else net), net.flat.astype(np.float64)
+        random, (x, t, target) = np.random.default_rng(number), batch_of(net, n)
+        labels = random.integers(0, net.classes + 1, n) if net.classes else None
+        covariates = random.normal(size=(n, net.covariates + 1)).astype(np.float32) if net.covariates else None
+        told = net.plan.asks(labels, covariates)
+        wide_x, wide_told = x.astype(np.float64), told.astype(np.float64)
+        params, x_there, t_there, there = (be.asarray(a, a.dtype) for a in (net.flat, x, t, told))
+        got = be.to_numpy(be.mlp_forward(net.plan, params, x_there, t_there, asked=there))
+        assert_close(got, NUMPY.mlp_forward(net.plan, wide, wide_x, t, asked=wide_told), terms=terms(net) + 4)
+        alone = [be.asarray(a[3:9], a.dtype) for a in (x, t, told)]
+        assert_same_bits(be.to_numpy(be.mlp_forward(net.plan, params, *alone[:2], asked=alone[2])), got[3:9])
+
+        smp, draw = dpmpp_2m(schedule, 4, prediction="v"), Draw(4, Stream.STEP, first_row=7)
+        for weights in (None, np.array([1, 2, 0.5, 1], np.float32)):
+            want, state = wide_x.copy(), be.asarray(x.copy())
+            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, None, draw, wide_told, weights)
+            be.mlp_chain(net.plan, params, state, smp.rows, None, draw, there, weights)
+            assert_close(be.to_numpy(state), want, terms=12 * terms(net))
+
+        want, grads = np.zeros_like(wide), be.asarray(np.zeros_like(net.flat))
+        loss, _ = NUMPY.mlp_gradient(net.plan, wide, wide_x, t, target.astype(np.float64), want, wide_told)
+        found, _ = be.mlp_gradient(net.plan, params, x_there, t_there, be.asarray(target), grads, there)
+        assert_close(np.float32(found), loss, terms=terms(net))
+        compare_gradients(net, be.to_numpy(grads), want, n)
+        for method in (be.mlp_vjp, be.mlp_jvp):
+            want, got = np.empty((n, net.points)), be.empty((n, net.points))
+            getattr(NUMPY, method.__name__)(net.plan, wide, wide_x, t, target.astype(np.float64), want, wide_told)
+            method(net.plan, params, x_there, t_there, be.asarray(target), got, there)
+            assert_close(be.to_numpy(got), want, terms=terms(net))
+
+        data = random.normal(size=(n, net.points))
+        tables = schedule.signal, schedule.noise, np.ones(11), np.zeros(11)
+        for drop in (0.0, 0.4):
+            draws = TrainingDraws(
+                data, *tables, 2**63 + 5, None if labels is None else labels % net.classes, False, None, covariates,
+                drop, net.classes or 0,
+            )  # fmt: skip
+            want = np.zeros_like(wide)
+            loss = NUMPY.mlp_train_gradient(net.plan, wide, draws, 12, n, want)
+            found = be.mlp_train_gradient(net.plan, params, draws._replace(data=data.astype(np.float32)), 12, n, grads)
+            assert_close(np.float32(found), loss, terms=terms(net))
+            compare_gradients(net, be.to_numpy(grads), want, n)
+
+
 GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times", "mlp_scale", "mlp_add_part")
 TIME_GRADIENT = ("mlp_time_gradient", "mlp_time_table", "mlp_time_table_backward")
 
@@ -153,6 +203,9 @@ def training_gradients(be, size):
         data = np.random.default_rng(3).normal(size=(1003, net.points)).astype(np.float32)
         of_noise, of_data = np.full((2, net.T), [[0.75], [-0.5]])
         draws = TrainingDraws(data, schedule.signal, schedule.noise, of_noise, of_data, seed=2**63 + 5)
+        if net.has_linear and net.plan.linear is not None:  # and some values have not been seen
+            hidden = np.where(np.random.default_rng(5).random(data.shape) < 0.3, np.float32(np.nan), np.float32(0))
+            draws = draws._replace(data=np.stack([data, hidden], axis=1), masked=True)
         x, t, target = draw_batch(draws, net.T, 12, n)
         want = np.zeros_like(wide)
         want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want)

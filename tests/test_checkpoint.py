@@ -373,6 +373,22 @@ def test_training_with_another_arithmetic_is_said_once(file, monkeypatch, caplog
     assert len(caplog.records) == 3
 
 
+def test_networks_along_rows_have_an_arithmetic_of_their_own(caplog, tmp_path):
+    """Files that were trained before are said to go on in other bits; new ones, and other networks, are not."""
+    path, curves = tmp_path / "m.safetensors", fd.data.harmonic_curves(16, points=8)
+    for net, number in ((fd.UNet((8,), channels=(4,), blocks=1, T=5), 2), (fd.MLP(8, T=5), 1)):
+        model = fd.Diffusion(net, fd.Schedule.cosine(5), backend="cpu")
+        model.fit(curves, steps=1, batch=4, progress=False).fit(curves, steps=1, progress=False).save(path)
+        assert checkpoint.describe(path)["arithmetic"] == number
+        rewritten(path, lambda header, tensors: header.pop("arithmetic"))
+        caplog.clear()
+        fd.load(path, backend="cpu").fit(curves, steps=1, progress=False)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [words.split(":")[0] for words in said] == ["trained with arithmetic 1 so far, now with 2"] * (
+            number - 1
+        )
+
+
 @pytest.mark.parametrize("arithmetic", [0, "1", None, 1.0, True])
 def test_a_bad_arithmetic_is_refused(file, arithmetic):
     rewritten(file, lambda header, tensors: header.update(arithmetic=arithmetic))

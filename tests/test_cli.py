@@ -490,7 +490,7 @@ def pixels(path):
 
 def test_a_folder_is_learned_and_drawn(run, pictures):
     code, out, err = run(
-        f"train classes/ant -o p.safetensors --overwrite {LEARN} --flip --steps 4 --validation 0.4 --snapshots 2 --dropout 0.1"
+        f"train classes/ant -o p.safetensors {LEARN} --flip --steps 4 --validation 0.4 --snapshots 2 --dropout 0.1"
     )
     assert code == 0, err
     assert "5 gray pictures of 4 x 4 pixels from classes/ant" in err
@@ -538,6 +538,16 @@ def test_classes_have_names(run, drawer):
     assert "class names" in run("info p.safetensors")[1]
 
 
+@pytest.mark.usefixtures("pictures")
+def test_a_variance_is_learned(run):
+    assert run(f"train classes/ant -o v.safetensors {LEARN} --steps 1 --learned-variance")[0] == 0
+    model = fd.load("v.safetensors")
+    assert model.net.learned_variance
+    assert any(row.r != 0 for row in model.named_sampler("ddpm", None).rows)
+    code, _, err = run("train classes/ant --resume v.safetensors --steps 1 --learned-variance")
+    assert (code, "--learned-variance cannot change with --resume" in err) == (2, True)
+
+
 def test_how_pictures_are_read_is_said(run, pictures):
     deep = np.random.default_rng(0).integers(0, 1 << 12, (3, 8, 8), np.uint16)
     for k, one in enumerate(deep):
@@ -546,7 +556,9 @@ def test_how_pictures_are_read_is_said(run, pictures):
     code, _, err = run(f"train classes -o p.safetensors --overwrite --labels --steps 1 {LEARN}")
     assert code == 2
     assert "skip_bad=True (--skip-bad) leaves out what is bad; 3 of 16 pictures" in err
-    code, _, err = run(f"train classes -o p.safetensors --overwrite --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095")
+    code, _, err = run(
+        f"train classes -o p.safetensors --overwrite --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095"
+    )
     assert code == 0
     assert "3 of 16 pictures left out: cat/bad0.png (not a picture)" in err
     assert "13 gray pictures" in err
@@ -786,6 +798,8 @@ def test_version(capsys):
         ("train curves.csv -o n.safetensors --schedule cosine --beta-end 0.1", r"mean nothing to the cosine"),
         ("train curves.csv -o n.safetensors --schedule cosine --shift 2", r"--shift means nothing to the cosine"),
         ("train curves.csv -o n.safetensors --zero-snr", r"--zero-snr needs --schedule"),
+        ("train curves.csv -o n.safetensors --snr-gamma 3", r"snr_gamma: got 3.0, wants weighting='min_snr'"),
+        ("train curves.csv -o n.safetensors --learned-variance", r"--learned-variance is for pictures"),
         ("train curves.csv -o n.safetensors --schedule flow --prediction noise", r"prediction: got 'noise', wants 'v'"),
         ("train curves.csv -o n.safetensors --schedule linear --timesteps 0", r"--timesteps: got 0"),
         ("train curves.csv -o n.safetensors --schedule linear --beta-end 2", r"--beta-end: got 2"),

@@ -21,7 +21,18 @@ from fastdiff.backends.cpu import CpuBackend, workers
 from fastdiff.backends.cpu import conv as cpu_conv
 from fastdiff.backends.layers import Conv, LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
-from fastdiff.kernels.cpu import attention, conv, gemm, gemm_nested, jit, layer_norm, norm, pointwise, winograd
+from fastdiff.kernels.cpu import (
+    attention,
+    conv,
+    gemm,
+    gemm_nested,
+    jit,
+    layer_norm,
+    norm,
+    pointwise,
+    winograd,
+    winograd_rows,
+)
 from fastdiff.kernels.cpu.gemm import host_width
 from fastdiff.noise import Draw, Stream
 
@@ -70,7 +81,7 @@ GEOMETRIES = {
     "gaps": Conv((2, 1), (3, 2)),
 }
 SHAPES = [(1, 5, 7, 3, 5), (3, 8, 8, 16, 70), (2, 1, 9, 4, 1), (9, 2, 2, 33, 32), (2, 20, 33, 2, 3), (5, 4, 4, 8, 130)]
-SHAPES += [(6, 1, 1, 9, 8), (1, 9, 70, 300, 40), (3, 11, 6, 17, 70), (7, 4, 5, 64, 130)]
+SHAPES += [(6, 1, 1, 9, 8), (3, 1, 37, 130, 144), (1, 9, 70, 300, 40), (3, 11, 6, 17, 70), (7, 4, 5, 64, 130)]
 
 
 def assert_conv(geometry, shape, shifted, residual, add):
@@ -379,7 +390,8 @@ def layers(be, rows, whole=False):
     for geometry, (height, width, c, k) in (
         (SAME, (20, 16, 24, 40)), (SAME, (8, 8, 64, 70)), (SAME, (2, 3, 40, 40)), (Conv(), (16, 16, 40, 48)),
         (Conv(), (1, 1, 300, 200)), (GEOMETRIES["up"], (8, 8, 20, 24)),
-        (GEOMETRIES["down, padded behind"], (16, 16, 8, 9)),
+        (GEOMETRIES["down, padded behind"], (16, 16, 8, 9)), (GEOMETRIES["curve"], (1, 37, 32, 48)),
+        (GEOMETRIES["curve"], (1, 16, 130, 144)),
     ):  # fmt: skip
         x, w, b = images(1, height, width, c), normals(2, *geometry.kernel, c, k), normals(3, k)
         n, size = len(x), geometry.size(height, width)
@@ -461,16 +473,19 @@ def many_pieces(monkeypatch):
     monkeypatch.setattr(workers, "MIN_WORK", 1)
 
 
-@pytest.mark.parametrize(("c", "k"), [(16, 48), (64, 64), (100, 33)])
-def test_winograd_is_nearly_as_exact_as_the_plain_product(c, k, monkeypatch):
+@pytest.mark.parametrize("name", ["3x3", "curve"])
+@pytest.mark.parametrize(("c", "k"), [(16, 48), (64, 64), (100, 33), (160, 130)])
+def test_winograd_is_nearly_as_exact_as_the_plain_product(c, k, name, monkeypatch):
     """Its error in the norm, against float64, is a small multiple of that of one product after another."""
-    x, w, dy, b = normals(1, 3, 12, 12, c), normals(2, 3, 3, c, k), normals(3, 3, 12, 12, k), np.zeros(k, F32)
+    geometry, height = GEOMETRIES[name], 12 if name == "3x3" else 1
+    x, w, dy = normals(1, 3, height, 12, c), normals(2, *geometry.kernel, c, k), normals(3, 3, height, 12, k)
+    b = np.zeros(k, F32)
     monkeypatch.setattr(cpu_conv, "_product", cpu_conv._Product)  # not kept
     errors = []
     for least in (1, 1000):
         monkeypatch.setattr(cpu_conv, "LEAST_CHANNELS", least)
-        (y,), (want,) = both("conv", (SAME, x, w, b, 0), (unfilled(*dy.shape),))
-        grads, wants = both("conv_backward", (SAME, dy, x, w, 0, 1, 2), (x * 0, w * 0, b))
+        (y,), (want,) = both("conv", (geometry, x, w, b, 0), (unfilled(*dy.shape),))
+        grads, wants = both("conv_backward", (geometry, dy, x, w, 0, 1, 2), (x * 0, w * 0, b))
         pairs = zip((y, *grads[:2]), (want, *wants[:2]), strict=True)
         errors.append([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
     for by_winograd, plain in zip(*errors, strict=True):
@@ -492,11 +507,27 @@ def test_the_transforms_are_those_of_the_formula():
         "gradients": (winograd.gradients_tile, outputs), "taps": (winograd.taps_tile, np.vstack([taps, [0, 0, 1]])),
         "weights": (winograd.weights_tile, np.vstack([taps, [0, 0, 1]]).T),
     }  # fmt: skip
+    along_rows = {
+        "inputs": winograd_rows.inputs_line, "gradients": winograd_rows.gradients_line,
+        "taps": winograd_rows.taps_line, "weights": winograd_rows.weights_line,
+    }  # fmt: skip
     for transform, matrix in matrices.values():
         m, n = matrix.shape
         source, target = np.random.default_rng(0).normal(size=(n, n, 3)).astype(F32), np.zeros((m, m, 3), F32)
         run_transform(transform)(source.reshape(-1), 3 * n, target.reshape(-1), 3 * m)
         assert_close(target, np.einsum("in,jk,nkc->ijc", matrix, matrix, source.astype(F64)), scale=10, dtype=F32)
+    for kind, transform in along_rows.items():
+        m, n = (matrix := matrices[kind][1]).shape
+        source, target = np.random.default_rng(0).normal(size=(n, 3)).astype(F32), np.zeros((m, 3), F32)
+        run_transform(transform)(source.reshape(-1), 0, target.reshape(-1), 0)
+        assert_close(target, matrix @ source.astype(F64), scale=10, dtype=F32)
+
+
+@pytest.mark.parametrize("width", range(1, 11))
+def test_short_rows_are_convolved_the_cheaper_way(width):
+    """Six products for a tile, or one for each tap inside the row."""
+    product = cpu_conv._Product(GEOMETRIES["curve"], (1, 1, width, 16), 16, False)
+    assert product.by_rows == (6 * -(-width // 4) < 3 * width - 2)
 
 
 def run_transform(transform):

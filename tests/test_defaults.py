@@ -28,11 +28,11 @@ def test_the_default_predicts_v():
 
 @pytest.mark.parametrize(("points", "width"), [(1, 128), (24, 128), (50, 192), (150, 544), (427, 1024)])
 def test_without_a_base_hidden_layers_are_wider_than_curves(points, width):
-    assert defaults.curve_net(100, points, T=100, seed=0, base=False).hidden == (width,) * 3
+    assert defaults.curve_net(100, (points,), T=100, seed=0, base=False).hidden == (width,) * 3
 
 
 def test_beside_a_base_width_follows_the_rows():
-    widths = [defaults.curve_net(rows, 427, T=100, seed=0, base=True).hidden[0] for rows in (30, 3000, 20_000)]
+    widths = [defaults.curve_net(rows, (427,), T=100, seed=0, base=True).hidden[0] for rows in (30, 3000, 20_000)]
     assert widths == [128, 128, 256]
 
 

@@ -170,7 +170,7 @@ def test_classes_are_learned(backend):
 
 def test_labels_are_held_out_with_their_pictures():
     X = np.broadcast_to(LABELS[:, None, None, None] / 2, (12, 6, 5, 1)).astype(np.float32)
-    rows, labels, (held, of_held), _ = split(X, LABELS, 0.25, 3, None, 4, get_backend("numpy"))
+    rows, labels, (held, of_held), *_ = split(X, LABELS, 0.25, 3, None, 4, get_backend("numpy"))
     np.testing.assert_array_equal(rows[:, 0, 0, 0] * 2, labels)
     np.testing.assert_array_equal(held[:, 0, 0, 0] * 2, of_held)
     assert (len(rows), len(held)) == (9, 3)

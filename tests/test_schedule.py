@@ -15,6 +15,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastdiff import samplers
 from fastdiff.errors import ArgumentError, ScheduleWarning
 from fastdiff.schedule import SPACINGS, Schedule
 
@@ -170,7 +171,8 @@ def test_levels_become_the_nearest_timesteps(T, share, spacing):
     schedule = Schedule.cosine(T)
     n = 2 + round(share * (T - 2))
     ratio = schedule.noise / schedule.signal
-    ends, i = np.array([ratio[-1], ratio[0]]), np.arange(n)
+    top = T - 1 if spacing == "beta" else int(np.abs(np.log(ratio / 160)).argmin())  # its last one is louder
+    ends, i = np.array([ratio[top], ratio[0]]), np.arange(n)
     fractions = i / (n - 1)
     if spacing == "beta":
         ideal = scipy.stats.beta.ppf(1 - fractions, 0.6, 0.6) * (T - 1)
@@ -193,7 +195,7 @@ def test_levels_become_the_nearest_timesteps(T, share, spacing):
     assert (np.diff(steps) < 0).all()
     wanted = near[clear & (near > 0)] if spacing == "lambda" else near[clear]
     assert set(wanted.astype(int)) <= set(steps.tolist())
-    assert steps[0] == T - 1
+    assert steps[0] == top
     assert bool(steps[-1] == 0) is (spacing != "lambda")
 
 
@@ -211,11 +213,41 @@ def test_levels_after_pure_noise(schedule):
         assert steps[0] == 999
         assert (np.diff(steps) < 0).all()
         if spacing != "beta":
-            loudest = steps[1]
-            assert schedule.noise[loudest] <= 100 * schedule.signal[loudest]
-            assert schedule.noise[loudest + 1] > 100 * schedule.signal[loudest + 1]
-    with pytest.raises(ArgumentError, match="spacing: got 'karras'"):
-        Schedule(np.array([1.0 - 1e-9, 1.0])).timesteps(2, spacing="karras")
+            ratio = schedule.noise[:-1] / schedule.signal[:-1]
+            assert steps[1] == np.abs(np.log(ratio / 160)).argmin()
+
+
+def test_the_loudest_level():
+    """Nearest to sigma_max, the last one where that is quieter; levels that are not placed do not ask."""
+    cosine, linear = Schedule.cosine(1000), Schedule.linear()
+    for schedule, loudest, first in (
+        (cosine, 160, 995),
+        (cosine, np.inf, 999),
+        (linear, 20.0, 768),
+        (linear, 1e3, 999),
+    ):
+        for spacing in ("karras", "exponential", "lambda"):
+            assert schedule.timesteps(20, spacing=spacing, sigma_max=loudest)[0] == first
+        assert schedule.timesteps(20, spacing="beta", sigma_max=loudest)[0] == 999
+    ratio = cosine.noise / cosine.signal
+    assert cosine.timesteps(20, spacing="karras")[0] == np.abs(np.log(ratio / 160)).argmin()
+    assert Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1).timesteps(20, spacing="karras")[0] == 99
+    for wrong in (0, -1, np.nan, "80"):
+        with pytest.raises(ArgumentError, match="sigma_max: got"):
+            cosine.timesteps(20, spacing="karras", sigma_max=wrong)
+
+
+def test_timesteps_of_ones_own():
+    schedule = Schedule.linear()
+    assert schedule.timesteps(3, spacing=[900, 500, 20]).tolist() == [900, 500, 20]
+    table = samplers.unipc(schedule, 3, spacing=(900, 500, 20))
+    assert table.timesteps.tolist() == [900, 500, 20]
+    assert table.options["spacing"] == (900, 500, 20)
+    for wrong in ([1000, 3, 2], [5, 5, 3], [3, 4, 5], [2.5, 2, 1], [[3, 2, 1]], [], None, 3):
+        with pytest.raises(ArgumentError, match="spacing: got"):
+            schedule.timesteps(3, spacing=wrong)
+    with pytest.raises(ArgumentError, match="steps: got 4, wants an integer from 3 to 3"):
+        schedule.timesteps(4, spacing=[900, 500, 20])
 
 
 def test_one_step_starts_at_the_noise_end():

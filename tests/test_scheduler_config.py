@@ -53,11 +53,24 @@ TABLES = {
     "tcd": lambda s, **o: samplers.tcd(s, 5, final="sigma_min", **o),
     "deis": lambda s, **o: samplers.deis(s, 10, order=3, final="sigma_min", lower_order_final=2, **o),
 }
+
+
+def loud(schedule, steps):
+    """Karras' levels as other programs have them, from the last timestep."""
+    return schedule.timesteps(steps, spacing="karras", sigma_max=np.inf)
+
+
 WARNED = {  # what diffusers does otherwise
     "dpm2": (lambda s, **o: samplers.dpm2(s, 20, **o), "the middle of a step becomes a timestep"),
     "dpmpp_sde": (lambda s, **o: samplers.dpmpp_sde(s, 20, **o), "the middle of a step becomes a timestep"),
-    "karras": (lambda s, **o: samplers.dpmpp_2m(s, 20, spacing="karras", **o), "use_karras_sigmas: its levels become"),
-    "karras heun": (lambda s, **o: samplers.heun(s, 18, **o), "use_karras_sigmas: its levels become"),
+    "karras": (
+        lambda s, **o: samplers.dpmpp_2m(s, 20, spacing=loud(s, 20), **o),
+        "use_karras_sigmas: its levels",
+    ),
+    "karras heun": (
+        lambda s, **o: samplers.heun(s, 18, spacing=loud(s, 18), **o),
+        "use_karras_sigmas: its levels",
+    ),
     "clipped": (lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, clip=1.0, **o), "clip = "),
 }
 
@@ -65,7 +78,8 @@ WARNED = {  # what diffusers does otherwise
 @pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
 @pytest.mark.parametrize("name", TABLES)
 def test_what_is_written_is_read(name, prediction, tmp_path):
-    for schedule in (LINEAR, BENT, LINEAR.zero_terminal_snr())[: 3 if prediction == "v" else 2]:
+    schedules = [LINEAR, BENT, *([LINEAR.zero_terminal_snr(), Schedule.cosine(1000)] if prediction == "v" else [])]
+    for schedule in schedules:
         table = TABLES[name](schedule, prediction=prediction)
         steps = {"heun": 25, "pndm": 20, "dpm2_ancestral": 20}.get(name, len(table.rows))
         with warnings.catch_warnings():  # of pndm with v, which theirs remembers
@@ -156,6 +170,17 @@ def test_what_is_written_with_a_warning_is_read(name, tmp_path):
     steps = {"dpm2": 20, "dpmpp_sde": 20, "karras": 20, "karras heun": 18, "clipped": 10}[name]
     with warnings.catch_warnings(action="ignore", category=ConversionWarning):
         assert load_scheduler(tmp_path, steps, **({"clip": 1.0} if name == "clipped" else {})) == table
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "dpm2_ancestral"])
+def test_levels_that_begin_below_theirs_are_written_with_a_warning(name, tmp_path):
+    table = getattr(samplers, name)(Schedule.cosine(1000), 18, spacing="karras")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        save_scheduler(table, tmp_path)
+    assert "its loudest level is 160 here, that of T - 1 there" in " ".join(str(each.message) for each in caught)
+    with warnings.catch_warnings(action="ignore", category=ConversionWarning):
+        assert load_scheduler(tmp_path, 18).timesteps[0] == 999
+        assert load_scheduler(tmp_path, 18, spacing="karras") == table
 
 
 def test_the_defaults_are_theirs(tmp_path):

@@ -230,15 +230,41 @@ def test_loggers_are_told_what_the_history_has(backend, every, tmp_path):
 
 def test_a_file_of_other_columns_is_left_alone(tmp_path):
     (tmp_path / "run.csv").write_text("epoch,error\n1,2\n")
-    made = model()
     with pytest.raises(DataError, match=r"run\.csv: has the columns 'epoch,error', wants 'step,loss,lr"):
-        fit(made, 20, callbacks=[FileLogger(tmp_path / "run.csv")])
-    assert (tmp_path / "run.csv").read_text() == "epoch,error\n1,2\n"
-    assert made.step == len(made.history["loss"]) > 0
-    with pytest.raises(DataError, match="cannot be written"):
-        fit(made, 20, callbacks=[FileLogger(tmp_path / "none" / "run.jsonl")])
+        FileLogger(tmp_path / "run.csv")
     with pytest.raises(ArgumentError, match=r"path: got run\.txt, wants a \.csv or \.jsonl file"):
         FileLogger("run.txt")
+
+
+def test_a_file_that_cannot_be_written_leaves_a_sound_model(tmp_path):
+    made = model()
+    with pytest.raises(DataError, match="cannot be written: No such file"):
+        fit(made, 20, callbacks=[FileLogger(tmp_path / "none" / "run.jsonl")])
+    assert made.step == len(made.history["loss"]) > 0
+    assert_same_bits(fit(made, 20 - made.step).net.flat, fit(model(), 20).net.flat)
+
+
+def test_the_command_line_trains_on_without_a_log(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "x.npy", CURVES)
+
+    def full(self, step, numbers):
+        raise DataError("run.csv: cannot be written: No space left on device")
+
+    monkeypatch.setattr(FileLogger, "__call__", full)
+    words = [
+        "train",
+        str(tmp_path / "x.npy"),
+        "-o",
+        str(tmp_path / "m.safetensors"),
+        "--steps",
+        "30",
+        "--backend",
+        "numpy",
+    ]
+    assert cli.main([*words, "--log", str(tmp_path / "run.csv"), "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("no more lines after step 9: run.csv: cannot be written: No space left on device") == 1
+    assert fd.load(tmp_path / "m.safetensors").step == 30
 
 
 def test_the_history_as_columns():

@@ -101,6 +101,14 @@ def test_pictures_are_learned_with_weights(any_backend):
     assert whole.history["loss"] != even.history["loss"]
 
 
+def test_a_bound_that_nothing_uses_is_refused():
+    model = fd.Diffusion(fd.MLP(ROWS.shape[1], hidden=(4,), T=20), Schedule.cosine(20), backend="numpy")
+    for weighting in ({}, {"weighting": "uniform"}):
+        with pytest.raises(ArgumentError, match=r"snr_gamma: got 5\.0, wants weighting='min_snr' with it"):
+            model.fit(ROWS, steps=1, snr_gamma=5.0, **weighting, **QUIET)
+    assert model.step == 0
+
+
 @pytest.mark.parametrize("bad", [{"weighting": "snr"}, {"snr_gamma": 0}, {"snr_gamma": math.nan}])
 def test_bad_weightings(bad):
     with pytest.raises(ArgumentError, match=f"{next(iter(bad))}: got"):

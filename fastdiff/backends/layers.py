@@ -58,6 +58,7 @@ class Batch(NamedTuple):
     labels : (n,) int64 array or None
     terms : (n, columns) array or None
         As of `LayerBackend.squared_error`; they are not drawn.
+    covariates : (n, columns) array or None
     """
 
     x: Array
@@ -65,6 +66,7 @@ class Batch(NamedTuple):
     target: Array
     labels: Array | None = None
     terms: Array | None = None
+    covariates: Array | None = None
 
 
 class Recording(Protocol):
@@ -292,6 +294,8 @@ class LayerBackend(Backend, Protocol):
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:
         """Fill `dy` with 2 (y - target) / size, and `loss` (1,) float64 with the mean of (y - target)^2.
+
+        Where the target is NaN y - target counts as 0.
 
         `terms` (n, columns), for the n rows of the target, say what the loss of a row's values is instead. One column,
         w, makes it w d^2 with d = y - target. With six, (w, g, h, V, K, A), y and `dy` have twice the channels of the

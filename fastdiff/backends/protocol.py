@@ -136,6 +136,12 @@ class MLPPlan:
         Makes sinusoidal features of T timesteps.
     linear : LinearPart or None
         Added to the output of the layers, and not trained.
+    asked : int
+        Columns of what is asked of a sample, its class in `classes` of them and then covariates; 0: nothing is. A
+        sample's row of the time table is that of its timestep, plus what is asked of it times W (asked, time_width).
+    asked_weight : int
+        Offset of that W.
+    classes : int
     """
 
     layers: tuple[DenseLayer, ...]
@@ -146,6 +152,26 @@ class MLPPlan:
     time_bias: int
     features_of: Callable[[int], npt.NDArray[np.float64]] | None
     linear: LinearPart | None = None
+    asked: int = 0
+    asked_weight: int = 0
+    classes: int = 0
+
+    def asks(
+        self, labels: npt.NDArray[Any] | None, covariates: npt.NDArray[Any] | None, dtype: npt.DTypeLike = np.float32
+    ) -> npt.NDArray[Any]:
+        """Return what is asked of samples (n, asked): 1 in the column of its class, none for the null class.
+
+        `labels` are (n,), from 0 to `classes`, the null class; `covariates` (n, asked - classes).
+        """
+        given = labels if labels is not None else covariates
+        assert given is not None
+        out = np.zeros((len(given), self.asked), dtype)
+        if labels is not None:
+            named = np.flatnonzero(labels < self.classes)
+            out[named, labels[named]] = 1
+        if covariates is not None:
+            out[:, self.classes :] = covariates
+        return out
 
     @cached_property
     def features(self) -> npt.NDArray[np.float64] | None:
@@ -192,11 +218,18 @@ class TrainingDraws(NamedTuple):
     TRAIN_TIME and its noise from TRAIN_NOISE. `signal` and `noise` are the schedule's tables (T,), and the target
     is ``target_noise[t] * eps + target_data[t] * x0``: which prediction the network learns is a table too.
 
-    Image networks also have the class of every data row, `labels` (N,), or None; with `flip` a picture is mirrored left
-    to right where stream AUGMENT says so: see `fastdiff.noise.flips`.
+    Of image networks a picture is mirrored left to right with `flip` where stream AUGMENT says so: see
+    `fastdiff.noise.flips`.
 
     `terms` (T, columns) says what a row's loss is made of at its timestep: see `LayerBackend.squared_error`. None: its
     squared error.
+
+    `labels` (N,) and `covariates` (N, columns) are what is asked of every data row, or None. Both are left out of a
+    share `drop` of the positions, as stream DROP says, see `fastdiff.noise.dropped`: such a label is `classes`, the
+    null class, and such covariates are zeros.
+
+    Where values are missing the data are `masked`, (N, 2, ...): a row is x0, and what is added to its target, 0 or, of
+    a value that has not been seen, NaN. A target of NaN has no error.
     """
 
     data: Array
@@ -208,6 +241,10 @@ class TrainingDraws(NamedTuple):
     labels: Array | None = None
     flip: bool = False
     terms: npt.NDArray[np.float64] | None = None
+    covariates: Array | None = None
+    drop: float = 0.0
+    classes: int = 0
+    masked: bool = False
 
 
 class TrainState(NamedTuple):
@@ -308,21 +345,38 @@ class Backend(Protocol):
         output and v, of a denoiser with a learned variance, which rows with an r want.
         """
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
-        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given."""
+    def mlp_forward(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
+    ) -> Array:
+        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given.
+
+        `asked` (n, plan.asked) is what is asked of every sample, as `MLPPlan.asks` returns it, of a network that is
+        asked something; None: nothing. So it is in the operations below.
+        """
 
     def mlp_gradient(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        asked: Array | None = None,
     ) -> tuple[float, Array]:
         """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x.
 
         The padding between the tensors of `grads` must be zero, and stays so.
         """
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+    ) -> None:
         """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`."""
 
-    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+    def mlp_jvp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
+    ) -> None:
         """Fill dy (n, outputs), or (k, n, outputs) for k vectors dx, with J dx: J is the Jacobian of `mlp_forward`."""
 
     def mlp_train_gradient(
@@ -338,8 +392,21 @@ class Backend(Protocol):
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
         draw: Draw,
+        asked: Array | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t."""
+        """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t.
+
+        With `weights` (len(rows),) the denoiser of a row is u + w (c - u), c being the output for what is asked and u
+        that for nothing, in that order of operations; c alone where w is 1.
+        """
+
+    def guide(self, asked: Array, unasked: Array, weight: float, rescale: float, out: Array) -> None:
+        """Fill `out` (n, D) with u + w (c - u), c and u being outputs for what is `asked` and for nothing.
+
+        With `rescale` phi it is multiplied by phi std(c) / std(out) + 1 - phi, deviations being those of a sample's
+        values (Lin et al. 2024, section 3.4). `out` may be c.
+        """
 
     def similarity(self, v: Array, out: Array) -> None:
         """Fill `out` (B, n, n) with exp(-(v_i - v_j)^2) of every row of v (B, n)."""

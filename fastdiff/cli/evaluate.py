@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from fastdiff.cli.facts import aligned, shown
-from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, training_data
+from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
 from fastdiff.cli.messages import note
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.errors import check_int, check_seed
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     training = None
     if args.training is not None:
         training, _, _ = training_data(argparse.Namespace(**{**vars(args), "data": args.training}), model)
-    found = model.evaluate(data, labels, training=training, samples=samples, seed=seed)
+    numbers = covariates(args, model) if data.ndim == 2 else None
+    found = model.evaluate(data, labels, covariates=numbers, training=training, samples=samples, seed=seed)
     report = found.report
     if args.json:
         print(json.dumps({**report.to_dict(), "complaint": found.complaint}, indent=2))

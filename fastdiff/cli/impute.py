@@ -6,10 +6,11 @@ import argparse
 from typing import Any
 
 from fastdiff.cli.inputs import add_table_options, check_picture, reading
-from fastdiff.cli.parser import add_command, add_common, add_method
+from fastdiff.cli.parser import add_command, add_common, add_method, add_quantiles
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
 SHOWN = 6  # rows in the figure
+MOST_SHOWN = 300  # of a recording
 
 
 def add(commands: Any) -> None:
@@ -20,10 +21,12 @@ def add(commands: Any) -> None:
         "Draws the missing values of curves from a trained model, given the values that are\n"
         "there, which stay as they are. Missing are empty cells and the words nan, NA and null.\n"
         "A .csv file gets one line for each curve, all curves of the first draw before those of\n"
-        "the second; an .npy file the array (draws, curves, points).",
+        "the second; an .npy file the array (draws, curves, points). Of a model of windows DATA\n"
+        "is a recording, a line for each time, which is filled in from window to window.",
         "examples:\n"
         "  fastdiff impute m.safetensors holes.csv -o filled.csv\n"
         "  fastdiff impute m.safetensors holes.csv -o draws.npy --draws 100 --plot band.png\n"
+        "  fastdiff impute w.safetensors weather.csv -o filled.csv --draws 100 --quantiles 0.05,0.5,0.95\n"
         "\n"
         "One draw is one guess. The spread of many says how sure the model is.\n",
     )
@@ -32,6 +35,7 @@ def add(commands: Any) -> None:
     add_table_options(impute)
     impute.add_argument("-o", "--output", metavar="FILE", required=True, help="a .csv or .npy file")
     impute.add_argument("--draws", type=int, default=1, metavar="K", help="how often each is filled in (default 1)")
+    add_quantiles(impute)
     impute.add_argument("--first-draw", type=int, default=0, metavar="K", help="index of the first draw")
     impute.add_argument("--plot", metavar="FILE", help="draw the first curves, with bands of the draws, into this .png")
     add_method(impute)
@@ -43,20 +47,25 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     import fastdiff as fd
-    from fastdiff import plots
+    from fastdiff import plots, series
     from fastdiff.data import ENDINGS, load_curves, save_curves
     from fastdiff.files import check_writable, writing
 
     draws = check_int("--draws", args.draws, low=1)
     first = check_int("--first-draw", args.first_draw, low=0)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
-    check_writable(args.output, ENDINGS)
+    check_writable(args.output, series.ENDINGS)
     if args.plot:
         check_picture(args.plot)
     model = fd.load(args.model, backend=args.backend)
     assert model.net is not None
-    if len(model.net.shape) != 1:
+    if len(model.net.shape) > 2:
         raise FastdiffError(f"{args.model} is a model of pictures: fastdiff sample --known fills those in")
+    options: dict[str, Any] = {"method": args.method, "seed": seed, "first_draw": first, "progress": not args.quiet}
+    if len(model.net.shape) == 2:
+        return _recording(args, model, draws, options)
+    if not args.output.endswith(ENDINGS):
+        raise FastdiffError(f"{args.output}: curves go to a .csv or .npy file")
     X = load_curves(args.data, **reading(args), missing=True)
     if X.shape[1:] != model.net.shape:
         wants = f"where those of {args.model} have {model.net.shape[0]}"
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     holes = np.isnan(X)
     if args.plot and not holes.any():
         raise FastdiffError("--plot: there is nothing to show, for no value is missing")
-    filled = model.impute(X, draws, method=args.method, seed=seed, first_draw=first, progress=not args.quiet)
+    filled = model.impute(X, draws, quantiles=args.quantiles, **options)
     if args.output.endswith(".npy"):
         with writing(args.output) as file:
             np.lib.format.write_array(file, filled, allow_pickle=False)
@@ -76,6 +85,38 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot:
         some = np.flatnonzero(holes.any(axis=1))[:SHOWN]
-        plots.save(plots.imputed(X[some], filled[:, some]), args.plot)
+        shown = filled[:, some] if args.quantiles is None else model.impute(X[some], draws, **options)
+        plots.save(plots.imputed(X[some], shown), args.plot)
         print(f"{args.plot}: the first {len(some)} curves with missing values")
+    return 0
+
+
+def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[str, Any]) -> int:
+    """Fill in a recording, or the series (N, points, channels) of an array."""
+    import numpy as np
+
+    from fastdiff import plots, series
+
+    X = series.load_recording(args.data, **reading(args))
+    frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
+    seen = X if frame is None else frame.values
+    holes = np.isnan(seen)
+    if args.plot and (not holes.any() or seen.ndim != 2):
+        raise FastdiffError("--plot: there is nothing to show: it wants a recording with missing values")
+    found = model.impute(seen, draws, quantiles=args.quantiles, **options)
+    if seen.ndim == 2:
+        series.save_answers(args.output, found, frame, args.quantiles, model.channel_names, later=False)
+    else:
+        series.save_series(args.output, found.reshape(-1, *seen.shape[1:]), model.channel_names)
+    what = f"{draws} times" if args.quantiles is None else f"by {len(args.quantiles)} quantiles of {draws} draws"
+    print(f"{args.output}: {holes.sum()} of {holes.size} values filled in, {what}")
+    if args.plot:
+        levels = args.quantiles or plots.BANDS
+        of_levels = found if args.quantiles else np.quantile(found, levels, axis=0)
+        first = int(np.flatnonzero(holes.any(axis=1))[0])
+        part = slice(max(0, first - model.net.shape[0]), max(0, first - model.net.shape[0]) + MOST_SHOWN)
+        lines = {level: one[part] for level, one in zip(levels, of_levels, strict=True)}
+        names = None if frame is None else frame.names
+        plots.save(plots.bands(seen[part], lines, names=names, title="The gaps, given the rest"), args.plot)
+        print(f"{args.plot}: rows {part.start} to {min(part.stop, len(seen)) - 1}")
     return 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import DataWarning, FastdiffError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +19,12 @@ SIZE = 32  # pixels on a side of the pictures
 
 
 def add_table_options(command: argparse.ArgumentParser) -> None:
-    """What `_curves` asks for."""
-    table = command.add_argument_group("a table of curves")
+    """What `_curves` and `recording` ask for."""
+    table = command.add_argument_group("a table of curves, or a recording (a line for each time)")
+    table.add_argument(
+        "--window", type=int, metavar="N", help="DATA is a recording with a column for each channel: cut it so long"
+    )
+    table.add_argument("--stride", type=int, metavar="N", help="lines from one window to the next (default: N)")
     table.add_argument(
         "--index", metavar="NAME", help="leave out this column of names or times; a number counts from 1"
     )
@@ -28,6 +33,13 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
     )
     table.add_argument(
         "--columns", type=_words, action="extend", metavar="NAME,...", help="read these columns only; 3-20 is a run"
+    )
+    table.add_argument(
+        "--covariates",
+        type=_words,
+        action="extend",
+        metavar="NAME,...",
+        help="these columns are no values of the curves, but numbers that samples can be asked for",
     )
     table.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal sign (default: the point)")
     table.add_argument(
@@ -78,6 +90,8 @@ def training_data(
                 raise FastdiffError(
                     f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
                 )
+        if is_series(args, shape):
+            return series_of(args, shape), None, None
         return _curves(args), None, None
     if table_options(args):
         raise FastdiffError(f"{table_options(args)[0]} is for files of curves")
@@ -101,18 +115,86 @@ def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     return load_curves(args.data, **reading(args))
 
 
+def is_series(args: argparse.Namespace, shape: tuple[int, ...] | None) -> bool:
+    """Whether DATA is taken for series: by the model's shape, by --window, or by what kind of file it is."""
+    if args.window is not None or (shape is not None and len(shape) == 2):
+        return True
+    if args.stride is not None:
+        raise FastdiffError("--stride is of windows: it needs --window")
+    ending = os.path.splitext(args.data)[1].lower()
+    if ending == ".parquet":
+        raise FastdiffError(f"{args.data}: say how long a window of the recording is: --window N")
+    return ending == ".npy" and dimensions(args.data) == 3
+
+
+def dimensions(path: str) -> int:
+    """How many axes the array of an ``.npy`` file has; 0 where it cannot be read."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).ndim
+    except (OSError, ValueError):
+        return 0
+
+
+def series_of(args: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
+    """Series (N, points, channels) of a file, or windows of the recording that it is."""
+    from fastdiff.errors import check_int
+    from fastdiff.series import load_recording, windows
+
+    X = load_recording(args.data, **reading(args))
+    if getattr(X, "ndim", 0) == 3:
+        if args.window is not None:
+            raise FastdiffError(f"{args.data} has series of {X.shape[1]} points, which are no recording: no --window")
+        return X
+    length = args.window if args.window is not None else None if shape is None else shape[0]
+    length = check_int("--window", length, low=1)
+    stride = None if args.stride is None else check_int("--stride", args.stride, low=1)
+    return windows(X[:, None] if getattr(X, "ndim", 2) == 1 else X, length, stride)
+
+
 def reading(args: argparse.Namespace) -> dict[str, Any]:
     """What was said about the file of curves, as arguments of `load_curves`."""
-    return {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
+    given = {name: getattr(args, name) for name in ("header", "index", "drop", "columns", "decimal", "delimiter")}
+    return given | {"drop": [*args.drop, *(args.covariates or ())]}
+
+
+def covariates(args: argparse.Namespace, model: Diffusion | None) -> npt.NDArray[np.float32] | None:
+    """The columns of a table that are covariates, (N, k), in the order in which they were named."""
+    import numpy as np
+
+    from fastdiff.data import load_curves
+
+    known = None if model is None or model.net is None else model.net.covariates
+    if not args.covariates:
+        if known is not None:
+            assert model is not None
+            names = model.covariate_names or [f"{known} columns"]
+            raise FastdiffError(f"--covariates is wanted: the model is asked for {', '.join(names)}")
+        return None
+    if known is None and model is not None:
+        raise FastdiffError("--covariates: this model has none")
+    if known not in (None, len(args.covariates)):
+        raise FastdiffError(f"--covariates: {len(args.covariates)} columns, where the model has {known}")
+    options = reading(args) | {"index": None, "drop": ()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # they are not taken for values of curves
+        columns = [load_curves(args.data, **options | {"columns": name}) for name in args.covariates]
+    for name, column in zip(args.covariates, columns, strict=True):
+        if column.shape[1] != 1:
+            raise FastdiffError(f"--covariates: {name} is {column.shape[1]} columns, name one after the other")
+    return np.hstack(columns)
 
 
 def table_options(args: argparse.Namespace) -> list[str]:
     """What was said about the file of curves, as it was said."""
     header = [] if args.header is None else ["--header" if args.header else "--no-header"]
     index = [] if args.index is None else ["--index", args.index]
-    lists = [("--drop", args.drop), ("--columns", args.columns)]
+    lists = [("--drop", args.drop), ("--columns", args.columns), ("--covariates", args.covariates)]
     signs = [] if args.decimal == "." else ["--decimal", args.decimal]
     signs += [] if args.delimiter is None else ["--delimiter", args.delimiter]
+    signs += [] if args.window is None else ["--window", str(args.window)]
+    signs += [] if args.stride is None else ["--stride", str(args.stride)]
     return [*header, *index, *(word for name, some in lists if some for word in (name, ",".join(some))), *signs]
 
 

@@ -43,6 +43,7 @@ SYNONYMS = {
     "evaluate": "eval test judge",
     "score": "likelihood density nll logp bound",
     "impute": "fill inpaint complete interpolate",
+    "forecast": "predict-ahead extrapolate continue future",
     "demo": "example tutorial",
 }
 
@@ -124,6 +125,19 @@ def add_method(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="how what is known is used (default auto: tmpd, which uses what the network knows of the covariance)",
     )
+
+
+def add_quantiles(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quantiles", type=_levels, metavar="Q,Q,...", help="write these quantiles of the draws, as in 0.05,0.5,0.95"
+    )
+
+
+def _levels(text: str) -> list[float]:
+    levels = [float(word) for word in text.split(",")]
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError
+    return levels
 
 
 def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:

@@ -56,6 +56,17 @@ def add(commands: Any) -> None:
     sample.add_argument("--trace", metavar="FILE", help="draw the way from noise into this .png file")
     sample.add_argument("--gif", metavar="FILE", help="show the way of the first 16 pictures in this .gif file")
     sample.add_argument("--labels", metavar="L,L,...", help="classes, by number or name, taken in turn (default: all)")
+    sample.add_argument(
+        "--covariates",
+        metavar="V,V,...",
+        help="the numbers that all samples are asked for, or NAME=V,... or a table with a line for each sample",
+    )
+    sample.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="how much labels and covariates count: 1 as in the data (default), more for typical ones, 0 not at all",
+    )
     sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
     sample.add_argument(
         "--sampler",
@@ -97,43 +108,54 @@ def run(args: argparse.Namespace) -> int:
     model = fd.load(args.model, backend=args.backend)
     assert model.net is not None
     options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
+    options |= {"guidance": args.guidance}
     if args.known:
         options |= {"given": _known(args, model), "method": args.method}
     elif args.mask:
         raise FastdiffError("--mask is of a picture that --known names")
-    return (_sample_curves if len(model.net.shape) == 1 else _sample_pictures)(args, model, options)
+    return (_sample_curves if len(model.net.shape) < 3 else _sample_pictures)(args, model, options)
 
 
 def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
     import numpy as np
 
-    from fastdiff import plots, progress
+    from fastdiff import plots, progress, series
     from fastdiff.data import ENDINGS, save_curves
     from fastdiff.files import check_writable
 
     n = args.n
-    check_writable(args.output, ENDINGS)
+    assert model.net is not None
+    shape = model.net.shape
+    check_writable(args.output, ENDINGS if len(shape) == 1 else series.ENDINGS)
     if args.gif:
-        raise FastdiffError("--gif is for pictures, and this is a model of curves")
-    labels = in_turn(model, args.labels, n, args.first_sample)
+        raise FastdiffError("--gif is for pictures, and this is a model of curves or series")
+    labels, numbers = in_turn(model, args.labels, n, args.first_sample), asked_numbers(model, args.covariates, n)
     parts = []
     with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
         for start in range(0, n, SAMPLES_AT_ONCE):
             size = min(SAMPLES_AT_ONCE, n - start)
-            of_part = None if labels is None else labels[start : start + size]
+            asked = _part(labels, numbers, start, start + size)
             first = args.first_sample + start
-            parts.append(_as_numpy(args, model.sample(size, labels=of_part, first_sample=first, **options)))
+            parts.append(_as_numpy(args, model.sample(size, **asked, first_sample=first, **options)))
             bar.update(size)
     curves, how = np.concatenate(parts), drawn_by(model, args.sampler, args.sample_steps)
-    save_curves(args.output, curves)
-    print(f"{args.output}: {n} curves of {curves.shape[1]} points")
-    if args.plot:
+    if len(shape) == 1:
+        save_curves(args.output, curves)
+    else:
+        series.save_series(args.output, curves, model.channel_names)
+    what = f"curves of {shape[0]} points" if len(shape) == 1 else series.described(shape, model.channel_names)
+    print(f"{args.output}: {n} {what}")
+    if args.plot and len(shape) == 2:
+        plots.save(plots.series(curves[:SHOWN], names=model.channel_names, title=f"Generated: {how}"), args.plot)
+        print(f"{args.plot}: the first {min(SHOWN, n)} of them")
+    elif args.plot:
         plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
         print(f"{args.plot}: the first {min(SHOWN, n)} of them")
     if args.trace:
-        of_first = None if labels is None else labels[:1]
-        _, path = model.sample(1, labels=of_first, first_sample=args.first_sample, trajectory=True, **options)
-        plots.save(plots.reverse_chain(_as_numpy(args, path)[:, 0], sampler=how), args.trace)
+        asked = _part(labels, numbers, 0, 1)
+        _, path = model.sample(1, **asked, first_sample=args.first_sample, trajectory=True, **options)
+        way = _as_numpy(args, path)[:, 0]
+        plots.save(plots.reverse_chain(way if len(shape) == 1 else way[..., 0], sampler=how), args.trace)
         print(f"{args.trace}: the first one's way from noise")
     return 0
 
@@ -146,7 +168,7 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
     from fastdiff.files import check_writable, writing
 
     n, first, output = args.n, args.first_sample, args.output
-    labels = in_turn(model, args.labels, n, first)
+    labels, numbers = in_turn(model, args.labels, n, first), asked_numbers(model, args.covariates, n)
     ending = "" if output.endswith(("/", os.sep)) or os.path.isdir(output) else Path(output).suffix.lower()
     if ending == ".png":
         check_picture(output)
@@ -166,7 +188,7 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
             continue
         drawn = model.sample(
             high - low,
-            labels=None if labels is None else labels[low:high],
+            **_part(labels, numbers, low, high),
             first_sample=first + low,
             batch=PICTURES_AT_ONCE,
             trajectory=high == traced,
@@ -252,6 +274,48 @@ def in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.N
             raise FastdiffError(f"--labels: {word.strip()!r}, where a class from 0 to {classes - 1} is wanted{told}")
     chosen = np.array(numbers or range(classes), np.int64)
     return chosen[(first + np.arange(n)) % len(chosen)]
+
+
+def asked_numbers(model: Diffusion, text: str | None, n: int) -> npt.NDArray[Any] | None:
+    """The covariates of n samples (n, k), of a list like ``1.5,20`` or ``age=30,height=1.8``, or of a table."""
+    import numpy as np
+
+    known = None if model.net is None else model.net.covariates
+    if text is None:
+        return None
+    if known is None:
+        raise FastdiffError("--covariates: this model has none")
+    names = model.covariate_names or []
+    if text.endswith((".csv", ".npy")):
+        from fastdiff.data import load_curves
+
+        table = load_curves(text)
+        if table.shape != (n, known):
+            raise FastdiffError(
+                f"--covariates {text}: {table.shape[0]} x {table.shape[1]}, where {n} x {known} is wanted"
+            )
+        return table
+    values: dict[int, float] = {}
+    for place, word in enumerate(text.split(",")):
+        name, equals, number = word.strip().rpartition("=")
+        at = names.index(name) if equals and name in names else place
+        try:
+            value = float(number)
+        except ValueError:
+            value = np.nan
+        if not np.isfinite(value) or (equals and name not in names) or at in values:
+            told = f": {', '.join(names)}" if names else ""
+            raise FastdiffError(f"--covariates: {word.strip()!r}, where a number for each covariate is wanted{told}")
+        values[at] = value
+    if sorted(values) != list(range(known)):
+        raise FastdiffError(f"--covariates: {len(values)} numbers, where the model has {known}")
+    return np.tile([values[at] for at in range(known)], (n, 1))
+
+
+def _part(labels: Any, numbers: Any, start: int, stop: int) -> dict[str, Any]:
+    """What some samples are asked for."""
+    given = {"labels": labels, "covariates": numbers}
+    return {name: None if array is None else array[start:stop] for name, array in given.items()}
 
 
 def _class_name(model: Diffusion, label: int) -> str:

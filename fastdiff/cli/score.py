@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastdiff.cli.facts import aligned
-from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, training_data
+from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.errors import check_int, check_seed
 
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
     options: dict[str, Any] = {"seed": seed, "progress": not args.quiet}
+    options["covariates"] = covariates(args, model) if data.ndim == 2 else None
     found = model.log_density(data, labels, method=args.method, probes=probes, **options)
     unit, factor = ("bits", 1 / (data[0].size * np.log(2))) if args.bits else ("nats", 1.0)
     table = np.column_stack([-found.values, found.stderr]) * factor

@@ -15,6 +15,7 @@ from fastdiff.cli.inputs import (
     add_picture_options,
     add_table_options,
     check_picture,
+    covariates,
     describe_pictures,
     picture_options,
     table_options,
@@ -28,6 +29,7 @@ from fastdiff.nn.optim import LR_PLANS
 from fastdiff.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
+    from fastdiff.callbacks import FileLogger
     from fastdiff.model import Diffusion
     from fastdiff.schedule import Schedule
 
@@ -51,14 +53,17 @@ def add(commands: Any) -> None:
         "train",
         "learn the curves of a file, or the pictures of a folder",
         "Learns the curves of a .csv file (one curve a line, all of one length) or an\n"
-        ".npy file (one array, curves x points), or the pictures of a folder, which it\n"
-        "brings to one small size (or, with --size, those of an .npy file of bytes).\n"
+        ".npy file (one array, curves x points); series of several channels, those of an\n"
+        ".npy file (series x points x channels) or windows of a recording (.csv, .parquet);\n"
+        "or the pictures of a folder, which it brings to one small size (or, with --size,\n"
+        "those of an .npy file of bytes).\n"
         "Ctrl-C, or SIGTERM, saves what was learned so far and says how to continue.",
         "examples:\n"
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
         "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
         "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
+        "  fastdiff train weather.csv -o m.safetensors --window 48 --stride 12\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
         "\n"
@@ -123,6 +128,12 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="at the end measure samples against held-out rows (default: unless --steps is below 1000)",
     )
+    train.add_argument(
+        "--label-drop",
+        type=float,
+        metavar="SHARE",
+        help="how often a label or covariates are left out, for sample --guidance (default 0.1 where there are any)",
+    )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     add_table_options(train)
     add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
@@ -156,9 +167,15 @@ def add(commands: Any) -> None:
         "--prediction", choices=PREDICTIONS, help="what the network learns (default v; velocity for a flow)"
     )
     model.add_argument(
+        "--learned-variance",
+        action="store_true",
+        default=None,
+        help="for pictures: the network also learns how much noise each step of ddpm adds",
+    )
+    model.add_argument(
         "--scale",
-        choices=("auto", "all", "column"),
-        help="for curves, what has a mean and a deviation of its own (default auto: columns that differ a lot)",
+        choices=("auto", "all", "column", "channel"),
+        help="what has a mean and a deviation of its own (default auto: channels; columns of curves that differ a lot)",
     )
     model.add_argument(
         "--schedule",
@@ -195,6 +212,7 @@ def _widths(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     from fastdiff.callbacks import FileLogger
     from fastdiff.files import check_writable
+    from fastdiff.series import described
 
     output: str | None = args.output or args.resume
     if output is None:
@@ -214,24 +232,28 @@ def run(args: argparse.Namespace) -> int:
         saves["keep"] = check_int("--keep", args.keep, low=1)
     if args.loss_plot:
         check_picture(args.loss_plot)
+    log = None
     if args.log:
         check_writable(args.log, (".csv", ".jsonl"))
+        log = FileLogger(args.log)
     if args.snapshots is not None:
         check_int("--snapshots", args.snapshots, low=1)
         check_picture(_snapshot(output, 0))
     model = _resumed(args) if args.resume else None
     data, labels, names = training_data(args, model)
-    if model is None and data.ndim == 2 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+    numbers = covariates(args, model) if data.ndim == 2 else None
+    if model is None and data.ndim < 4 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
         raise FastdiffError(
             f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
             f"{FEWEST_ROWS}"
         )
     if model is None:
         model = _new_model(args, data.shape[1:], None if names is None else len(names))
-        model.class_names = names
+        model.class_names, model.covariate_names = names, args.covariates
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
-    what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data)
+    what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data) if data.ndim == 4 else ""
+    what = what or described(data.shape[1:], getattr(data, "names", None))
     note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
     plan = {name: getattr(args, name) for name in PLAN if hasattr(args, name)}
@@ -243,12 +265,14 @@ def run(args: argparse.Namespace) -> int:
             model.fit(
                 data,
                 labels,
+                covariates=numbers,
+                label_drop=args.label_drop,
                 steps=steps,
                 batch=batch,
                 **plan,
                 validation=args.validation,
                 patience=args.patience,
-                callbacks=[FileLogger(args.log)] if args.log else [],
+                callbacks=[] if log is None else [_warned(log)],
                 judge=args.judge,
                 flip=args.flip,
                 accumulate=args.accumulate,
@@ -284,9 +308,25 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(failure))
     if stopped and done > 0 and model.step < model.end_step:
         # Training that was looked after by the rule goes on by it: so many steps more would not be.
-        rest = None if steps is None and data.ndim == 2 else model.end_step - model.step
+        rest = None if steps is None and data.ndim < 4 else model.end_step - model.step
         note(f"continue with: {_continuation(args, output, rest)}")
     return stop.code if stopped else 0
+
+
+def _warned(log: FileLogger) -> Callable[[int, dict[str, float]], None]:
+    """A logger that cannot be written any more, and says so once: it is worth less than the training."""
+    lost = False
+
+    def tell(step: int, numbers: dict[str, float]) -> None:
+        nonlocal lost
+        try:
+            if not lost:
+                log(step, numbers)
+        except FastdiffError as error:
+            lost = True
+            note(f"\nfastdiff: warning: no more lines after step {step}: {error}")
+
+    return tell
 
 
 def _snapshot(output: str, step: int) -> str:
@@ -327,10 +367,15 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         if args.network == "tutorial":
             raise FastdiffError("--network tutorial is for curves")
         T = PICTURE_T if schedule is None else schedule.T
-        net = picture_net(shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0)
+        net = picture_net(
+            shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0,
+            learned_variance=bool(args.learned_variance),
+        )  # fmt: skip
+    elif args.learned_variance:
+        raise FastdiffError("--learned-variance is for pictures: a perceptron has one output for each point")
     elif args.network == "tutorial":
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
-        net = fd.MLP.tutorial(shape[0], T=schedule.T)
+        net = fd.MLP.tutorial(shape if len(shape) == 2 else shape[0], T=schedule.T)
     scale = args.scale or "auto"
     return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
 
@@ -353,6 +398,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "shift",
         "zero_snr",
         "prediction",
+        "learned_variance",
         "scale",
     )
     for name in settled:
@@ -404,6 +450,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         ("--batch", args.batch, None),
         ("--accumulate", args.accumulate, 1),
         ("--validation", args.validation, None),
+        ("--label-drop", args.label_drop, None),
         ("--snapshots", args.snapshots, None),
         ("--save-every", args.save_every, None),
         ("--keep", args.keep, None),

@@ -2,6 +2,7 @@
 
 from fastdiff.metrics.distances import Distances, distances, energy_distance, mmd, nearest_distances
 from fastdiff.metrics.ensembles import coverage, crps, crps_normal, crps_sum, energy_score, quantile_crps
+from fastdiff.metrics.outlines import roundness
 from fastdiff.metrics.sequences import (
     Score,
     autocorrelation,
@@ -29,4 +30,5 @@ __all__ = [
     "nearest_distances",
     "predictive_score",
     "quantile_crps",
+    "roundness",
 ]

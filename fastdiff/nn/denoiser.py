@@ -46,6 +46,14 @@ class NetworkDenoiser:
         return self.net.classes
 
     @property
+    def covariates(self) -> int | None:
+        return self.net.covariates
+
+    @property
+    def asked_freely(self) -> bool:
+        return self.net.asked_freely
+
+    @property
     def learned_variance(self) -> bool:
         return self.net.learned_variance
 
@@ -57,17 +65,19 @@ class NetworkDenoiser:
     def shape(self) -> tuple[int, ...]:
         return self.net.shape
 
-    def predict(self, x: Any, t: Any, labels: Any = None) -> Any:
+    def predict(self, x: Any, t: Any, labels: Any = None, *, covariates: Any = None) -> Any:
         """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
-        return self.net.predict(x, t, labels, backend=self.backend, flat=self.flat)
+        return self.net.predict(x, t, labels, covariates=covariates, backend=self.backend, flat=self.flat)
 
-    def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None) -> Any:
+    def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
         """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`."""
-        return self.net.vjp(x, t, cotangent, labels, backend=self.backend, flat=self.flat)
+        options = {"covariates": covariates, "backend": self.backend, "flat": self.flat}
+        return self.net.vjp(x, t, cotangent, labels, **options)
 
-    def jvp(self, x: Any, t: Any, tangent: Any, labels: Any = None) -> Any:
+    def jvp(self, x: Any, t: Any, tangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
         """Return J times a tangent: see `Network.jvp`."""
-        return self.net.jvp(x, t, tangent, labels, backend=self.backend, flat=self.flat)
+        options = {"covariates": covariates, "backend": self.backend, "flat": self.flat}
+        return self.net.jvp(x, t, tangent, labels, **options)
 
     def on(self, be: Backend, shape: tuple[int, ...] | None = None) -> Runner:
         """Return the network with these weights on a backend, always the same one."""

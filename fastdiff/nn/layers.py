@@ -154,6 +154,11 @@ class Program:
         """Shapes of the tensors that the operations use, in the order of their use."""
         return {name: value.shape for name, value in self._tensors.items()}
 
+    @property
+    def convolves_rows(self) -> bool:
+        """Whether a convolution has several taps along rows, and one across."""
+        return any(geometry.kernel[0] == 1 < geometry.kernel[1] for geometry, *_ in self._convs)
+
     def given(self, name: str, shape: tuple[int, ...], *, fixed: bool = False) -> Value:
         """Return an array that every run is given under a name; a `fixed` one is the same in all of them."""
         self._given[name] = value = Value(shape, self._by_input and name == "x")

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons for curves, conditioned on the timestep."""
+"""Multilayer perceptrons for curves and series, conditioned on the timestep."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fastdiff.backends import (
     TrainingDraws,
     TrainState,
 )
+from fastdiff.denoiser import Asked, asked_parts
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, shown
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
@@ -34,6 +35,7 @@ TIME_FEATURES = 32
 MAX_LAYERS = 1000  # hidden ones
 MAX_PERIOD = 10_000.0
 KINDS = ("modulated", "tutorial")
+ASKED = ("classes", "covariates")  # in the configuration of a network that has them
 TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
 
 
@@ -55,19 +57,24 @@ def sinusoidal_features(T: int, width: int = TIME_FEATURES) -> npt.NDArray[np.fl
 
 
 class MLP(Network):
-    """A perceptron on curves of `points` values: x_t and t in, one value a point out.
+    """A perceptron on curves of `points` values, or series of several channels: x_t and t in, one value a value out.
 
     Hidden layer i computes silu((1 + g_i(t)) (x W_i + b_i) + s_i(t)); gain g and shift s are linear in sinusoidal
-    features of t (feature-wise modulation, Perez et al. 2018). `tutorial` builds the source text's network instead.
+    features of t, and in what is asked of a sample, its class and covariates (feature-wise modulation, Perez et al.
+    2018). `tutorial` builds the source text's network instead.
 
     Parameters
     ----------
-    points : int
-        Length of a curve.
+    points : int or (int, int)
+        Length of a curve, or (points, channels) of a series, of which a layer sees all values at once.
     hidden : iterable of int, optional
         Widths of the hidden layers.
     T : int, optional
         Number of timesteps.
+    classes : int, optional
+        Number of classes, beside which there is a null class; None: no labels.
+    covariates : int, optional
+        How many numbers are asked of a sample beside that; None: none.
     seed : int, optional
         The weights are drawn from stream WEIGHTS, one row a tensor.
     dtype : {"float32", "float64"}, optional
@@ -80,7 +87,9 @@ class MLP(Network):
     params : dict of str to array
         Named views into `flat`: ``layers.0.weight`` (in, out), ``layers.0.bias`` (out,), ...
     shape : tuple of int
-        Shape of one sample, (points,).
+        Shape of one sample, (points,) or (points, channels).
+    points : int
+        How many values a sample has.
     """
 
     widths, usual_batch = "hidden", 256
@@ -88,20 +97,22 @@ class MLP(Network):
 
     def __init__(
         self,
-        points: int,
+        points: int | tuple[int, int],
         *,
         hidden: Iterable[int] = (128, 128, 128),
         T: int = 100,
+        classes: int | None = None,
+        covariates: int | None = None,
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
         if not isinstance(hidden, Iterable) or np.ndim(hidden) == 0:  # type: ignore[arg-type]
             raise ArgumentError("hidden", shown(hidden), "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
-        self._build("modulated", points, widths, T, seed, dtype)
+        self._build("modulated", points, widths, T, seed, dtype, asked=(classes, covariates))
 
     @classmethod
-    def tutorial(cls, points: int, *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
+    def tutorial(cls, points: int | tuple[int, int], *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
         """Return the source text's network for curves of `points` values.
 
         Linear d -> 2d, LeakyReLU(0.01), Linear 2d -> 4d, add Embedding(T, 4d)[t], Linear 4d -> 2d, LeakyReLU,
@@ -114,20 +125,29 @@ class MLP(Network):
     def _build(
         self,
         kind: str,
-        points: int,
+        points: Any,
         hidden: tuple[int, ...],
         T: int,
         seed: int,
         dtype: str,
         draw: bool = True,
+        asked: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.kind = kind
-        self.points = d = check_int("points", points, low=1, high=MAX_WIDTH)
+        sizes = tuple(points) if isinstance(points, (tuple, list)) else (points,)
+        if len(sizes) not in (1, 2):
+            raise ArgumentError("points", shown(points), "the points of a curve, or (points, channels) of a series")
+        self.shape = tuple(check_int("points", size, low=1, high=MAX_WIDTH) for size in sizes)
+        self.points = d = check_int("points", math.prod(self.shape), low=1, high=MAX_WIDTH)
+        self.image = (1, self.shape[0], self.shape[1] if len(self.shape) == 2 else 1)
+        self.outputs = self.image[2]
         self.hidden = hidden
         self.T = check_int("T", T, low=1, high=1 << 20)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
-        self.shape, self.image, self.outputs = (d,), (1, d, 1), 1
+        self.ask(*asked, null_class=asked[0] is not None)
+        if self.asked and not hidden:
+            raise ArgumentError("hidden", "()", "at least one layer, for a network that is asked for something")
         hidden_kind: tuple[Activation, TimeMode] = ("silu", "scale_shift")
         kinds: list[tuple[Activation, TimeMode]]
         if kind == "tutorial":
@@ -144,6 +164,8 @@ class MLP(Network):
             shapes[f"layers.{i}.weight"] = (inputs, outputs)
             shapes[f"layers.{i}.bias"] = (outputs,)
         embedded = kind == "tutorial"
+        if self.asked:
+            shapes["asked.weight"] = (self.asked, sum(columns))
         if sum(columns):
             shapes["time.weight"] = (self.T if embedded else TIME_FEATURES, sum(columns))
             if not embedded:
@@ -161,6 +183,9 @@ class MLP(Network):
             time_weight=at.get("time.weight", 0),
             time_bias=at.get("time.bias", 0),
             features_of=None if embedded or not sum(columns) else sinusoidal_features,
+            asked=self.asked,
+            asked_weight=at.get("asked.weight", 0),
+            classes=self.classes or 0,
         )
         self.own(layout, draw)
 
@@ -172,7 +197,7 @@ class MLP(Network):
         if self.kind == "tutorial":
             return "normal" if name == "time.weight" else "uniform"
         last = f"layers.{len(self.hidden)}"
-        still = name.startswith("time.") or name == f"{last}.weight"
+        still = name.startswith(("time.", "asked.")) or name == f"{last}.weight"
         return "zero" if still or (self.plan.linear is not None and name == f"{last}.bias") else "uniform"
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:
@@ -181,9 +206,9 @@ class MLP(Network):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; the parameters are not in it."""
         return {
-            "kind": self.kind, "points": self.points, "hidden": list(self.hidden), "T": self.T,
+            "kind": self.kind, "points": self._sizes, "hidden": list(self.hidden), "T": self.T,
             "dtype": self.dtype.name, "seed": self.seed,
-        }  # fmt: skip
+        } | {name: count for name in ASKED if (count := getattr(self, name)) is not None}  # fmt: skip
 
     @classmethod
     def from_dict(cls, config: Any, *, draw: bool = True) -> Self:
@@ -194,14 +219,17 @@ class MLP(Network):
         ArgumentError
             A key is missing or unknown, or a value is not what it should be.
         """
-        check_keys(config, {"kind", "points", "hidden", "T", "dtype", "seed"})
+        check_keys(config, {"kind", "points", "hidden", "T", "dtype", "seed"}, ASKED)
         self = cls.__new__(cls)
         kind = check_choice("kind", config["kind"], KINDS)
+        asked = config.get("classes"), config.get("covariates")
+        if kind == "tutorial" and asked != (None, None):
+            raise ArgumentError("kind", "'tutorial'", "'modulated', for a network with classes or covariates")
         hidden = config["hidden"]
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
             raise ArgumentError("hidden", shown(hidden), "a list of layer widths, empty for the tutorial network")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
-        self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw)
+        self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw, asked)
         return self
 
     def set_linear(self, part: LinearPart | None) -> None:
@@ -214,6 +242,11 @@ class MLP(Network):
         self.plan = replace(self.plan, linear=part)
 
     @property
+    def _sizes(self) -> int | list[int]:
+        """`points` as it is given."""
+        return self.points if len(self.shape) == 1 else list(self.shape)
+
+    @property
     def operations(self) -> int:
         return 2 * self.layout.count
 
@@ -222,9 +255,11 @@ class MLP(Network):
         return min(self.hidden, default=self.points) < self.points
 
     def __repr__(self) -> str:
+        shown = self.points if len(self.shape) == 1 else self.shape
         if self.kind == "tutorial":
-            return f"MLP.tutorial({self.points}, T={self.T})"
-        return f"MLP({self.points}, hidden={self.hidden}, T={self.T})"
+            return f"MLP.tutorial({shown}, T={self.T})"
+        asked = "".join(f", {name}={count}" for name in ASKED if (count := getattr(self, name)) is not None)
+        return f"MLP({shown}, hidden={self.hidden}, T={self.T}{asked})"
 
 
 register(MLP, *KINDS)
@@ -235,27 +270,64 @@ class MLPRunner(Runner):
 
     net: MLP
     _output: tuple[Array, Array] | None = None
+    _asked: tuple[Any, Array] | None = None  # what was asked last, and as the backend takes it
 
-    def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
-        self.be.mlp_forward(self.net.plan, self.weights, x, t, y.reshape(x.shape))
+    def _asks(self, labels: Array | Asked | None) -> Array | None:
+        """What is asked of samples, as the backend takes it: brought there once for a run of a table."""
+        if labels is None or not self.net.asked:
+            return None
+        if self._asked is None or self._asked[0] is not labels:
+            chosen, numbers = (None if part is None else self.be.to_numpy(part) for part in asked_parts(labels))
+            asked = self.net.plan.asks(chosen, numbers, self.net.dtype)
+            self._asked = labels, self.be.asarray(asked, self.net.dtype)
+        return self._asked[1]
 
-    def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+    def fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None = None) -> None:
+        self.be.mlp_forward(self.net.plan, self.weights, self._rows(x), t, self._rows(y), self._asks(labels))
+
+    def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
         if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
             self._output = self.be.empty(x.shape, x.dtype), self.be.empty((len(x),), np.int64)
         out, steps = self._output
         steps[...] = t
-        return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out)
+        return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out, self._asks(labels))
 
-    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
-        self.be.mlp_vjp(self.net.plan, self.weights, x, t, dy, dx)
+    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None = None) -> None:
+        arrays = self._rows(dy, x), self._rows(dx, x)
+        self.be.mlp_vjp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
 
-    def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array = None) -> None:
-        self.be.mlp_jvp(self.net.plan, self.weights, x, t, dx, dy)
+    def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array | Asked | None = None) -> None:
+        arrays = self._rows(dx, x), self._rows(dy, x)
+        self.be.mlp_jvp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
+
+    def _rows(self, array: Array, x: Array = None) -> Array:
+        """An array like x (n, ...), or several (k, n, ...), with its samples as rows."""
+        several = () if x is None else array.shape[: array.ndim - x.ndim]
+        return array.reshape(*several, array.shape[len(several)], self.net.points)
 
     def run_table(
-        self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
+        self,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Array | Asked | None = None,
     ) -> None:
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw)
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels))
+
+    def run_guided(
+        self,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Array | Asked | None,
+        weights: npt.NDArray[np.float32],
+    ) -> None:
+        """Run the table with a weight of guidance for each row: see `Backend.mlp_chain`."""
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), weights)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+        lead = (len(draws.data), 2) if draws.masked else (len(draws.data),)
+        draws = draws._replace(data=draws.data.reshape(*lead, self.net.points))
         return self.be.mlp_training(self.net.plan, draws, batch, state, results)

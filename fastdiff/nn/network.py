@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -33,12 +33,12 @@ import numpy.typing as npt
 
 from fastdiff import noise
 from fastdiff.backends import Array, Backend, LinearPart, backend_for
+from fastdiff.denoiser import asked_on, checked_asked
 from fastdiff.errors import (
     ArgumentError,
     check_array,
     check_choice,
     check_flags,
-    check_indices,
     check_int,
     check_seed,
     check_timesteps,
@@ -87,6 +87,11 @@ class Network(ABC):
         Number of timesteps.
     classes : int or None
         Number of classes; None: it takes no labels.
+    null_class : bool
+        Whether label `classes` stands for no class.
+    covariates : int or None
+        How many numbers it is asked for beside a label; None: none. It sees them with a 1 after them, or all zeros
+        where they are left out.
     seed : int
         Of the weights.
     dtype : numpy.dtype
@@ -97,6 +102,8 @@ class Network(ABC):
         All parameters in one buffer.
     prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where that is known.
+    arithmetic : int
+        Which arithmetic trains it, as files name it: see `fastdiff.checkpoint`.
     """
 
     kind: str
@@ -111,15 +118,28 @@ class Network(ABC):
     outputs: int
     T: int
     classes: int | None = None
+    null_class: bool = False
+    covariates: int | None = None
     seed: int
     dtype: np.dtype[Any]
     layout: Layout
     flat: npt.NDArray[Any]
     prediction: str | None = None
+    arithmetic: int = 1
 
     @abstractmethod
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         """Return the network on a backend, with its own weights or with others (layout.size,)."""
+
+    @property
+    def asked(self) -> int:
+        """Columns of what is asked of a sample: its class in one of them, and covariates with the 1 after them."""
+        return (self.classes or 0) + (0 if self.covariates is None else self.covariates + 1)
+
+    @property
+    def asked_freely(self) -> bool:
+        """Whether it can be asked for nothing: guidance needs that."""
+        return self.asked > 0 and (self.classes is None or self.null_class)
 
     @property
     def operations(self) -> int:
@@ -152,6 +172,8 @@ class Network(ABC):
         *,
         T: int,
         classes: int | None = None,
+        covariates: int | None = None,
+        null_class: bool = False,
         seed: int = 0,
         dtype: str = "float32",
         outputs: int | None = None,
@@ -171,10 +193,18 @@ class Network(ABC):
         height, width, channels = self.shape if len(self.shape) == 3 else (1, *points_and_channels)
         self.image = height, width, channels
         self.T = check_int("T", T, low=1, high=MAX_T)
-        self.classes = None if classes is None else check_int("classes", classes, low=1, high=MAX_CLASSES)
+        self.ask(classes, covariates, null_class=null_class)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
         self.outputs = channels if outputs is None else check_int("outputs", outputs, low=1, high=MAX_WIDTH)
+
+    def ask(self, classes: Any, covariates: Any, *, null_class: bool) -> None:
+        """Check and set what the network is asked for."""
+        self.classes = None if classes is None else check_int("classes", classes, low=1, high=MAX_CLASSES)
+        self.covariates = None if covariates is None else check_int("covariates", covariates, low=1, high=MAX_WIDTH)
+        self.null_class = null_class
+        if covariates is not None and classes is not None and not null_class:
+            raise ArgumentError("null_class", "False", "True, for a network with classes and covariates")
 
     def own(self, layout: Layout, draw: bool) -> None:
         """Have tensors of this layout, which `redraw` draws, or zeros without `draw`."""
@@ -219,7 +249,16 @@ class Network(ABC):
         """Return the network, with the weights that it has now, as a sampler takes it: see `Denoiser`."""
         return self.runner(be)
 
-    def predict(self, x: Any, t: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None) -> Any:
+    def predict(
+        self,
+        x: Any,
+        t: Any,
+        labels: Any = None,
+        *,
+        covariates: Any = None,
+        backend: str | Backend = "auto",
+        flat: Any = None,
+    ) -> Any:
         """Return the network's output for x at timesteps t.
 
         Parameters
@@ -230,6 +269,8 @@ class Network(ABC):
             Timesteps, 0 .. T - 1.
         labels : int or (n,) int array, optional
             Classes, 0 .. classes - 1, for a network that has them.
+        covariates : (k,) or (n, k) array, optional
+            Numbers, in the network's own range, for a network that is asked for them.
         backend : str or Backend, optional
         flat : (layout.size,) array, optional
             Other parameters than the network's own, for instance their average.
@@ -246,16 +287,24 @@ class Network(ABC):
         BackendError
             The backend does not run such networks.
         """
-        return self._call("fill", x, t, labels, backend, flat)
+        return self._call("fill", x, t, (labels, covariates), backend, flat)
 
     def vjp(
-        self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None
+        self,
+        x: Any,
+        t: Any,
+        cotangent: Any,
+        labels: Any = None,
+        *,
+        covariates: Any = None,
+        backend: str | Backend = "auto",
+        flat: Any = None,
     ) -> Any:
         """Return J^T times a cotangent, J being the Jacobian of the output by x.
 
         Parameters
         ----------
-        x, t, labels, backend, flat
+        x, t, labels, covariates, backend, flat
             As for `predict`.
         cotangent : array like the output, or k of them
             (n, ...) or (k, n, ...).
@@ -270,31 +319,41 @@ class Network(ABC):
         ArgumentError, BackendError
             As of `predict`.
         """
-        return self._call("fill_vjp", x, t, labels, backend, flat, ("cotangent", cotangent))
+        return self._call("fill_vjp", x, t, (labels, covariates), backend, flat, ("cotangent", cotangent))
 
     def jvp(
-        self, x: Any, t: Any, tangent: Any, labels: Any = None, *, backend: str | Backend = "auto", flat: Any = None
+        self,
+        x: Any,
+        t: Any,
+        tangent: Any,
+        labels: Any = None,
+        *,
+        covariates: Any = None,
+        backend: str | Backend = "auto",
+        flat: Any = None,
     ) -> Any:
         """Return J times a tangent (n, *shape) or (k, n, *shape): the derivative of the output along it; see `vjp`."""
-        return self._call("fill_jvp", x, t, labels, backend, flat, ("tangent", tangent))
+        return self._call("fill_jvp", x, t, (labels, covariates), backend, flat, ("tangent", tangent))
 
     def _call(
-        self, name: str, x: Any, t: Any, labels: Any, backend: Any, flat: Any, given: tuple[str, Any] | None = None
+        self,
+        name: str,
+        x: Any,
+        t: Any,
+        asked: tuple[Any, Any],
+        backend: Any,
+        flat: Any,
+        given: tuple[str, Any] | None = None,
     ) -> Any:
         """Check arguments, and let a runner's method of this name fill the result."""
         vectors = {} if given is None else {given[0]: given[1]}
-        be = backend_for(backend, x=x, t=t, labels=labels, flat=flat, **vectors)
+        be = backend_for(backend, x=x, t=t, labels=asked[0], covariates=asked[1], flat=flat, **vectors)
         self.check_backend(be)
         on_device = is_on_device(x)
         x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
         n = len(x)
         steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
-        if self.classes is None and labels is not None:
-            raise ArgumentError("labels", type(labels).__name__, "None: this network has no classes")
-        if self.classes is not None:
-            if labels is None:
-                raise ArgumentError("labels", "None", f"a class from 0 to {self.classes - 1} for each sample")
-            labels = be.asarray(check_indices("labels", labels, self.classes, n), np.int64)
+        labels = asked_on(be, *checked_asked(self, *asked, n, dtype=self.dtype))
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
         image = (*self.image[:2], self.outputs)
@@ -374,6 +433,7 @@ class ProgramNetwork(Network):
         if draw:  # else it is a file's, which says anything
             self.chunk = _chunk(probe)
         self._memories = Memories()
+        self.arithmetic = 2 if probe.convolves_rows else 1
         self.own(Layout(probe.parameters), draw)
 
     def runner(self, be: Backend, weights: Array = None) -> Runner:
@@ -386,9 +446,9 @@ def _chunk(probe: Program) -> int:
     return max(1, CHUNK_VALUES // probe.size)
 
 
-def check_keys(config: Any, keys: set[str]) -> None:
-    """Refuse what is no configuration of these keys."""
-    if not isinstance(config, Mapping) or set(config) != keys:
+def check_keys(config: Any, keys: set[str], optional: Iterable[str] = ()) -> None:
+    """Refuse what is no configuration of these keys; some may be absent."""
+    if not isinstance(config, Mapping) or set(config) - set(optional) != keys:
         shown = sorted(map(str, config)) if isinstance(config, Mapping) else type(config).__name__
         raise ArgumentError("network", str(shown), f"the keys {sorted(keys)}")
 

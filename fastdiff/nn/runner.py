@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
-from fastdiff.denoiser import Evaluator
+from fastdiff.denoiser import Asked, Evaluator, asked_parts
 from fastdiff.errors import BackendError
 from fastdiff.forks import at_fork, free
 from fastdiff.nn.layers import NO_DRAW, Program, Purpose
@@ -30,6 +30,8 @@ from fastdiff.noise import Draw, Stream
 
 if TYPE_CHECKING:
     from fastdiff.nn.network import Network, ProgramNetwork
+
+Forms = Callable[[Program], list[list[Array]]]
 
 MAX_PROGRAMS = 8  # kept for each queue
 MAX_RECORDINGS = 4  # kept of a program, and of a runner's steps
@@ -128,15 +130,16 @@ class Laid(NamedTuple):
     program: Program
     passes: Recordings
 
-    def run(self, be: LayerBackend, *arguments: Any, **options: Any) -> Array:
+    def run(self, be: LayerBackend, *arguments: Any, forms: list[list[Array]] | None = None, **options: Any) -> Array:
         """Do `Program.run`, as it was recorded where it is the same as before."""
+        kept = [] if forms is None else [form for pair in forms[:1] for form in pair]
 
         def record(places: list[Array], body: Callable[[], None]) -> Recording:
-            key = tuple(None if array is None else be.address(array) for array in places)
+            key = tuple(None if array is None else be.address(array) for array in [*places, *kept])
             made: Recording = self.passes.of(key, lambda: be.record(body, places))
             return made
 
-        return self.program.run(be, *arguments, record=record, **options)
+        return self.program.run(be, *arguments, forms=forms, record=record, **options)
 
 
 class Memory:
@@ -235,23 +238,38 @@ class ProgramRunner(Runner):
         return {**given, **self.memory.constants(self.net, self.be)}
 
     def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
-        given = {"x": x.reshape(len(x), *self.net.image), "t": t}
-        if labels is not None:
-            given["labels"] = labels
+        self._fill(y, x, t, labels, None)
+
+    def _fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None, forms: Forms | None) -> None:
+        given = {"x": x.reshape(len(x), *self.net.image), "t": t, **_named(labels)}
         for start in range(0, len(y), self.net.chunk):
             part = slice(start, start + self.net.chunk)
             with self.memory.lock:
                 some = self._given({name: array[part] for name, array in given.items()})
-                y[part] = self._laid(len(some["x"]), "output").run(self.be, self.params, some)
+                laid = self._laid(len(some["x"]), "output")
+                y[part] = laid.run(self.be, self.params, some, forms=forms and forms(laid.program))
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
+        return self._evaluate(x, t, labels, None)
+
+    def evaluate_frozen(self, x: Array, t: int, labels: Array = None) -> Array:
+        """Do `evaluate`, and as `step` does keep forms of the weights."""
+        return self._evaluate(x, t, labels, self._kept_forms)
+
+    def _kept_forms(self, program: Program) -> list[list[Array]]:
+        queue = self.be.queue()
+        if queue not in self._forms:
+            self._forms[queue] = program.prepare(self.be, backward=False).run(program.weights(self.params))
+        return self._forms[queue]
+
+    def _evaluate(self, x: Array, t: int, labels: Array | Asked | None, forms: Forms | None) -> Array:
         n, dtype = len(x), self.net.dtype
         if self._output is None or len(self._output[0]) != n:  # the last batch may be smaller
             shape = (n, *self.net.image[:2], self.net.outputs)
             self._output = self.be.empty(shape, dtype), self.be.empty((n,), np.int64)
         y, steps = self._output
         steps.fill(t)
-        self.fill(y, self.be.asarray(x, dtype), steps, labels)
+        self._fill(y, self.be.asarray(x, dtype), steps, labels, forms)
         return self.be.asarray(_in_parts(self.be, y, self._parts(n)), x.dtype)
 
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
@@ -268,7 +286,7 @@ class ProgramRunner(Runner):
             return
         of_output, of_input = (*net.image[:2], net.outputs), net.image
         given, made = (of_output, of_input) if purpose == "vjp" else (of_input, of_output)
-        named = {"x": x.reshape(n, *of_input), "t": t} | ({} if labels is None else {"labels": labels})
+        named = {"x": x.reshape(n, *of_input), "t": t, **_named(labels)}
         for result, factor in zip(out.reshape(-1, n, *made), vector.reshape(-1, n, *given), strict=True):
             for start in range(0, n, net.chunk):
                 part = slice(start, start + net.chunk)
@@ -315,23 +333,20 @@ class ProgramRunner(Runner):
         t = program.own(be, "t", (n,), np.int64)
         t.fill(row.t)
         given = {"x": own, "t": t}
-        if labels is not None:
-            given["labels"] = program.own(be, "labels", (n,), np.int64)
-            given["labels"][...] = labels
-        queue = be.queue()
-        if queue not in self._forms:
-            self._forms[queue] = program.prepare(be, backward=False).run(program.weights(self.params))
+        for name, array in _named(labels).items():
+            given[name] = program.own(be, name, array.shape, array.dtype)
+            given[name][...] = array
+        queue, forms = be.queue(), self._kept_forms(program)
         of, recorded = self._steps.of((queue, n), lambda: (None, None))
         if of is None or of() is not program:
-            forms, parts = self._forms[queue], self._parts(n)
-            output = _Output(self.memory, self.net, be, self.params, self._given(given), forms, parts)
+            output = _Output(self.memory, self.net, be, self.params, self._given(given), forms, self._parts(n))
             recorded = be.record_sampling(output, own.reshape(n, -1))
             self._steps[queue, n] = weakref.ref(program), recorded
         recorded.run(x, memory, row, clip, draw.at(row.step))
 
     # ------------------------------------------------------------------------------------------- training
 
-    def batch(self, n: int, *, labels: bool, columns: int = 0) -> Batch:
+    def batch(self, n: int, *, labels: bool, columns: int = 0, covariates: bool = False) -> Batch:
         """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
 
         Parameters
@@ -342,6 +357,8 @@ class ProgramRunner(Runner):
             Whether there are labels.
         columns : int, optional
             Of the terms; 0: there are none.
+        covariates : bool, optional
+            Whether there are covariates.
 
         Returns
         -------
@@ -357,6 +374,7 @@ class ProgramRunner(Runner):
                 program.own(be, "target", self._target_shape(n, columns), net.dtype),
                 program.own(be, "labels", (n,), np.int64) if labels else None,
                 program.own(be, "terms", (n, columns), net.dtype) if columns else None,
+                program.own(be, "covariates", (n, 1, 1, (net.covariates or 0) + 1), net.dtype) if covariates else None,
             )
 
     def _target_shape(self, n: int, columns: int) -> tuple[int, ...]:
@@ -381,7 +399,8 @@ class ProgramRunner(Runner):
             The backend's own, valid until the next call.
         """
         n, image = len(batch.x), self.net.image
-        given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t, "labels": batch.labels}
+        given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t}
+        given |= _named(batch.labels if batch.covariates is None else Asked(batch.labels, batch.covariates))
         terms = batch.terms
         target = _shaped(batch.target, self._target_shape(n, 0 if terms is None else terms.shape[1]))
         with self.memory.lock:
@@ -392,7 +411,8 @@ class ProgramRunner(Runner):
     def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
         """Do `gradient` for n positions of a training batch, from `first` on."""
         columns = 0 if draws.terms is None else draws.terms.shape[1]
-        batch = self.batch(n, labels=draws.labels is not None, columns=columns)
+        labels, covariates = draws.labels is not None, draws.covariates is not None
+        batch = self.batch(n, labels=labels, columns=columns, covariates=covariates)
         self.be.draw_batch(draws, batch, step, first)
         if columns:
             self.be.take(draws.terms, batch.t, batch.terms)
@@ -401,7 +421,10 @@ class ProgramRunner(Runner):
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
         terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
-        draws = draws._replace(data=draws.data.reshape(-1, *self.net.image), labels=labels, terms=terms)
+        covariates = None if draws.covariates is None else self.be.asarray(draws.covariates, self.net.dtype)
+        lead = (-1, 2) if draws.masked else (-1,)
+        data = draws.data.reshape(*lead, *self.net.image)
+        draws = draws._replace(data=data, labels=labels, terms=terms, covariates=covariates)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)
         return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)
@@ -481,6 +504,15 @@ def _in_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:
         return y.reshape(len(y), -1)
     be.split(y, *parts)
     return parts.reshape(2, len(y), -1)
+
+
+def _named(labels: Array | Asked | None) -> dict[str, Array]:
+    """What is asked of samples, under the names that a program has for it."""
+    chosen, numbers = asked_parts(labels)
+    named = {} if chosen is None else {"labels": chosen}
+    return (
+        named if numbers is None else named | {"covariates": _shaped(numbers, (len(numbers), 1, 1, numbers.shape[-1]))}
+    )
 
 
 def _shaped(array: Array, shape: tuple[int, ...]) -> Array:

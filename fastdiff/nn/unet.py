@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.layers import Conv
-from fastdiff.errors import ArgumentError, check_float, check_int, shown
+from fastdiff.errors import ArgumentError, check_choice, check_float, check_int, shown
 from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MAX_PERIOD
-from fastdiff.nn.network import MAX_WIDTH, ProgramNetwork, Start, register
+from fastdiff.nn.network import MAX_WIDTH, ProgramNetwork, Start, check_keys, register
 
 log = logging.getLogger("fastdiff")
 
@@ -48,6 +48,10 @@ class UNet(ProgramNetwork):
         Number of timesteps.
     classes : int, optional
         Number of classes; None: no labels.
+    null_class : bool, optional
+        Whether there is a null class beside them, which stands for none of them; by default there is, for guidance.
+    covariates : int, optional
+        How many numbers are asked of a sample beside that; None: none.
     head_width : int, optional
         Channels of an attention head; None: one head has all channels.
     groups : int, optional
@@ -108,6 +112,8 @@ class UNet(ProgramNetwork):
         attention: Iterable[bool] | None = None,
         T: int = 1000,
         classes: int | None = None,
+        null_class: bool | None = None,
+        covariates: int | None = None,
         head_width: int | None = None,
         groups: int | None = None,
         dropout: float = 0.0,
@@ -124,7 +130,9 @@ class UNet(ProgramNetwork):
         eps: float = 1e-5,
         draw: bool = True,
     ) -> None:
-        self.describe(shape, T=T, classes=classes, seed=seed, dtype=dtype, outputs=outputs)
+        null = classes is not None and (True if null_class is None else _flag("null_class", null_class))
+        asked: dict[str, Any] = {"classes": classes, "covariates": covariates, "null_class": null}
+        self.describe(shape, T=T, seed=seed, dtype=dtype, outputs=outputs, **asked)
         several = _several("channels", channels, "widths of the levels, as in (32, 64, 128)")
         self.channels = widths = tuple(check_int("channels", width, low=2, high=MAX_WIDTH) for width in several)
         levels = check_int("the number of channels", len(widths), low=1, high=MAX_LEVELS)
@@ -152,6 +160,21 @@ class UNet(ProgramNetwork):
         height, width = (-(-size // depth) * depth for size in self.image[:2])
         self._padded = (1 if self.flat_images else height, width)
         self.build(draw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration, as JSON types; what only newer networks have is in theirs alone."""
+        newer: dict[str, Any] = {"null_class": True} if self.null_class else {}
+        return super().to_dict() | newer | ({} if self.covariates is None else {"covariates": self.covariates})
+
+    @classmethod
+    def from_dict(cls, config: Any, *, draw: bool = True) -> Self:
+        given = dict(config) if isinstance(config, Mapping) else config
+        newer = {}
+        if isinstance(config, Mapping):
+            newer = {"null_class": given.pop("null_class", False), "covariates": given.pop("covariates", None)}
+        check_keys(given, {"kind", "dtype", *cls.options})
+        check_choice("kind", given.pop("kind"), [cls.kind])
+        return cls(**given, **newer, draw=draw)
 
     @classmethod
     def like_diffusers(cls, config: Mapping[str, Any], **options: Any) -> Self:
@@ -225,11 +248,15 @@ class UNet(ProgramNetwork):
 
         h = p.take(p.given("features", (self.T, self.channels[0]), fixed=True), p.given("t", (p.n,)))
         h = p.silu(p.conv("time_embedding.linear_1", h, self.embedding))
-        label = None
+        label = numbers = None
         if self.classes is not None:
-            table = p.parameter("class_embedding.weight", (self.classes, self.embedding))
+            table = p.parameter("class_embedding.weight", (self.classes + self.null_class, self.embedding))
             label = p.take(table, p.given("labels", (p.n,)))
-        condition = p.silu(p.conv("time_embedding.linear_2", h, self.embedding, shift=label))
+        if self.covariates is not None:
+            numbers = p.given("covariates", (p.n, 1, 1, self.covariates + 1))
+            numbers = p.silu(p.conv("covariate_embedding.linear_1", numbers, self.embedding))
+            numbers = p.conv("covariate_embedding.linear_2", numbers, self.embedding)
+        condition = p.silu(p.conv("time_embedding.linear_2", h, self.embedding, shift=label, residual=numbers))
 
         x = p.resize(p.given("x", (p.n, *self.image)), *self._padded)
         h = p.conv("conv_in", x, self.channels[0], same)
@@ -285,6 +312,7 @@ class UNet(ProgramNetwork):
 
     def __repr__(self) -> str:
         options = "" if self.classes is None else f", classes={self.classes}"
+        options += "" if self.covariates is None else f", covariates={self.covariates}"
         return f"UNet({self.shape}, channels={self.channels}, blocks={self.blocks}, T={self.T}{options})"
 
 

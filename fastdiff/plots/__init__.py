@@ -21,11 +21,13 @@ from fastdiff.plots.evaluation_page import evaluation
 from fastdiff.plots.likelihood import bound
 from fastdiff.plots.pictures import animation, image_grid, image_trace
 from fastdiff.plots.samplers import tradeoff
+from fastdiff.plots.series import BANDS, anomaly, bands, series
 from fastdiff.plots.speed import scaling, shares
 from fastdiff.plots.style import BLUE, ENDINGS, GREY, ORANGE, RED, STYLE, check_available, save, write
 from fastdiff.plots.training import convergence, loss, schedule_factors
 
 __all__ = [
+    "BANDS",
     "BLUE",
     "ENDINGS",
     "GREY",
@@ -33,7 +35,9 @@ __all__ = [
     "RED",
     "STYLE",
     "animation",
+    "anomaly",
     "around_target",
+    "bands",
     "bound",
     "check_available",
     "convergence",
@@ -51,6 +55,7 @@ __all__ = [
     "save",
     "scaling",
     "schedule_factors",
+    "series",
     "shares",
     "spectra",
     "tradeoff",

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREEN, PURPLE, SKY, PINK, BROWN = "#009e73", "#6f42c1", "#56b4e9", "#cc79a7", "#8c564b"
-COLOURS = (RED, BLUE, SKY, GREEN, ORANGE, PURPLE, PINK, BROWN, "#1f2328", GREY)
-MARKERS = "osD^vP*Xd."
+COLOURS = (RED, BLUE, SKY, GREEN, ORANGE, PURPLE, PINK, BROWN, "#1f2328", GREY, "#b3a100", "#2f6f4f")
+MARKERS = "osD^vP*Xd.<>"
 TICKS = (5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -76,5 +76,5 @@ def tradeoff(
             if np.isfinite(low):
                 axes.set_ylim(bottom=low * 0.75)
         figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6))
     return figure

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Row
-from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int
+from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int, shown
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
-from fastdiff.schedule import END_LIMIT, Array, Schedule, power
+from fastdiff.schedule import END_LIMIT, Array, Schedule, Spacing, power
 
 FINALS = ("zero", "sigma_min")
 SERIES_BELOW, SERIES_TERMS = 1.0, 20  # of H: 1 / 20! is below rounding
@@ -61,7 +61,7 @@ class Levels(NamedTuple):
         return np.divide(self.noise_next, self.signal_next)
 
 
-def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
+def levels(schedule: Schedule, steps: int, spacing: Spacing, final: str) -> Levels:
     """The levels that a constructor's arguments name; called by it, so that a warning shows its caller's line."""
     check_schedule(schedule)
     check_choice("final", final, FINALS)
@@ -69,8 +69,9 @@ def levels(schedule: Schedule, steps: int, spacing: str, final: str) -> Levels:
     start = max(schedule.alphas_bar[t[0]], 1 - schedule.noise[t[0]] ** 2)
     if start > END_LIMIT >= schedule.alphas_bar[-1]:
         what = "the noise lacks a variance of" if schedule.kind == "flow" else "abar is"
+        name = repr(spacing) if isinstance(spacing, str) else "this"
         warnings.warn(
-            f"{spacing!r} spacing begins at t = {t[0]}, where {what} {start:.3g}: sampling starts there "
+            f"{name} spacing begins at t = {t[0]}, where {what} {start:.3g}: sampling starts there "
             "from pure noise and misses. Take spacing='trailing', or pass an initial state of that noise.",
             ScheduleWarning,
             stacklevel=4,
@@ -207,4 +208,4 @@ def noise_table(
 def refuse_clip(name: str, clip: object) -> None:
     if clip is not None:
         wants = f"None: {name} remembers the noise, which has no bounds; dpmpp_2m, dpmpp_3m and unipc clip"
-        raise ArgumentError("clip", str(clip), wants)
+        raise ArgumentError("clip", shown(clip), wants)

@@ -20,7 +20,7 @@ from fastdiff.samplers.levels import (
     weights,
 )
 from fastdiff.samplers.table import Clip, Sampler, constructor, x0_from_output
-from fastdiff.schedule import Array, Schedule
+from fastdiff.schedule import Array, Schedule, Spacing
 
 ADAMS = {
     2: np.array([3, -1]) / 2,
@@ -38,7 +38,7 @@ def dpmpp_2m(
     solver: str = "midpoint",
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:
@@ -66,7 +66,7 @@ def dpmpp_2m(
         Bounds of x0, see `Sampler`.
     prediction : str, optional
         What the network predicts, one of `PREDICTIONS`.
-    spacing : str, optional
+    spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
         Where the last row leads: to the clean sample, or to the noise level of t = 0 (the last timestep must
@@ -117,7 +117,7 @@ def dpmpp_3m(
     published: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:
@@ -171,7 +171,7 @@ def unipc(
     predict_x0: bool = True,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:
@@ -220,7 +220,7 @@ def deis(
     order: int = 2,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:
@@ -266,7 +266,7 @@ def lms(
     order: int = 4,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
     lower_order_final: int | None = 0,
 ) -> Sampler:
@@ -307,7 +307,7 @@ def pndm(
     *,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """PNDM's pseudo linear multistep, PLMS (Liu et al. 2022, arXiv 2202.09778, algorithm 2; Rombach et al. 2022).
@@ -344,7 +344,7 @@ def ipndm(
     order: int = 4,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Improved PNDM (Zhang & Chen 2023, arXiv 2204.13902, section 3.3): `pndm` that starts with lower orders.
@@ -377,7 +377,7 @@ def dpmsolver(
     published: bool = False,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:
@@ -441,7 +441,7 @@ def sa_solver(
     predict_x0: bool = True,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
     lower_order_final: int | None = None,
 ) -> Sampler:

@@ -24,7 +24,7 @@ from fastdiff.samplers.levels import (
     weights,
 )
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, constructor, noise_from_output, x0_from_output
-from fastdiff.schedule import Array, Schedule
+from fastdiff.schedule import Array, Schedule, Spacing
 
 log = logging.getLogger("fastdiff")
 
@@ -42,7 +42,7 @@ def ddpm(
     variance: str = "small",
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draws from q(x' | x, x0) with the predicted x0.
@@ -69,7 +69,7 @@ def ddpm(
         Bounds of x0, see `Sampler`.
     prediction : str, optional
         What the network predicts, one of `PREDICTIONS`.
-    spacing : str, optional
+    spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
         Where the last row leads: to the clean sample, or to the noise level of t = 0 (the last timestep must
@@ -113,7 +113,7 @@ def ddim(
     reclip: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Denoising diffusion implicit models (Song, Meng & Ermon 2021, equation 12)::
@@ -139,7 +139,7 @@ def ddim(
         Bounds of x0, see `Sampler`.
     prediction : str, optional
         What the network predicts, one of `PREDICTIONS`.
-    spacing : str, optional
+    spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
         As of `ddpm`.
@@ -170,7 +170,7 @@ def euler(
     reclip: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Euler's method for the probability-flow equation in rho = sigma / alpha: the same table as `ddim`.
@@ -188,7 +188,7 @@ def euler_ancestral(
     reclip: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Euler's method to below the next level, and noise up to it: the same table as `ddim` with eta = 1.
@@ -231,7 +231,7 @@ def lcm(
     timestep_scaling: float = 10.0,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1; LCM, Luo et al. 2023, arXiv 2310.04378).
@@ -274,7 +274,7 @@ def tcd(
     reclip: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """Strategic stochastic sampling (TCD, Zheng et al. 2024, arXiv 2402.19159, algorithm 4).
@@ -321,7 +321,7 @@ def heun(
     velocity: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "karras",
+    spacing: Spacing = "karras",
     final: str = "zero",
 ) -> Sampler:
     """Heun's method in rho = sigma / alpha, with churn (Karras et al. 2022, EDM, algorithms 1 and 2): second order.
@@ -355,7 +355,7 @@ def heun(
         Bounds of x0, see `Sampler`.
     prediction : str, optional
         What the network predicts, one of `PREDICTIONS`.
-    spacing : str, optional
+    spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
         As of `ddpm`.
@@ -412,7 +412,7 @@ def dpm2(
     *,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """The midpoint method in rho = sigma / alpha (Karras et al. 2022, algorithm 3, alpha = 1/2): second order.
@@ -438,7 +438,7 @@ def dpmpp_2s(
     *,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
 ) -> Sampler:
     """DPM-Solver++(2S) (Lu et al. 2022, arXiv 2211.01095, algorithm 1): second order, nothing remembered between steps.
@@ -462,7 +462,7 @@ def dpm2_ancestral(
     *,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """The midpoint method in rho to below the next level, and noise up to it (Karras' ``sample_dpm_2_ancestral``).
@@ -488,7 +488,7 @@ def dpmpp_sde(
     *,
     clip: None = None,
     prediction: str = "noise",
-    spacing: str = "trailing",
+    spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
     """DPM-Solver++ for the reverse stochastic equation in two stages (Karras' ``sample_dpmpp_sde``).
@@ -551,7 +551,7 @@ def dpmsolver_single(
     predict_x0: bool = True,
     clip: Clip = None,
     prediction: str = "noise",
-    spacing: str = "linspace_open",
+    spacing: Spacing = "linspace_open",
     final: str = "zero",
 ) -> Sampler:
     """DPM-Solver and DPM-Solver++, single step, along given timesteps (Lu et al. 2022, 2206.00927 and 2211.01095).
@@ -635,8 +635,8 @@ def _slopes_in_lambda(grid: Levels, middle: Levels) -> Columns:
 def _churned(schedule: Schedule, grid: Levels, churn: float, s_tmin: float, s_tmax: float) -> npt.NDArray[np.int64]:
     """Where churn leads from every timestep."""
     churn, s_tmin = check_float("churn", churn, low=0), check_float("s_tmin", s_tmin, low=0)
-    if s_tmax != math.inf:
-        check_float("s_tmax", s_tmax, low=s_tmin)
+    if not (isinstance(s_tmax, float) and s_tmax == math.inf):
+        s_tmax = check_float("s_tmax", s_tmax, low=s_tmin)
     inside = (grid.ratio >= s_tmin) & (grid.ratio <= s_tmax)
     gain = math.log1p(min(churn / len(grid.t), MOST_CHURN))
     raised = grid.t.copy()

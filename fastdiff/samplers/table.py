@@ -283,8 +283,10 @@ def constructor(make: Callable[P, Sampler]) -> Callable[P, Sampler]:
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Sampler:
         sampler = make(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if name in usual and value != usual[name]}
-        given.pop("prediction", None)
+        given = {name: value for name, value in kwargs.items() if name in usual and name != "prediction"}
+        if not isinstance(given.get("spacing", ""), str):
+            given["spacing"] = tuple(sorted(set(sampler.timesteps.tolist()), reverse=True))
+        given = {name: value for name, value in given.items() if value != usual[name]}
         steps = args[1] if len(args) > 1 else kwargs.get("steps")
         options = {"steps": sampler.schedule.T if steps is None else steps, **given}
         object.__setattr__(sampler, "options", MappingProxyType(options))

@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from fastdiff.kernels.cpu.gemm import TILES, host_width
+from fastdiff.kernels.cpu.gemm import TILES, gemm, host_width
 from fastdiff.kernels.cpu.gemm_nested import gemm_nested
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.transpose import transpose_into
+from fastdiff.kernels.cpu.transpose import transpose_part
 
 # Columns of the table of parts: rows and columns of output pixels; their distances and the first one's offset in the
 # output, the same in the input for the first tap; the distance of kernel rows in the input; how many kernel rows;
@@ -29,6 +29,7 @@ PART_COLUMNS = 14
 FEW = 6  # rows of a tile of the matrix product
 LEAST_SUM = 16  # pixels: a sum over fewer is not worth fetching and storing what it adds to
 PANEL = 80 << 10  # weights that stay in the second-level cache: with more, kernel rows take turns
+TURNED = 16  # rows that are transposed together
 PATTERN = 1024  # values: rows of biases are repeated up to this length
 
 LANES = TILES[host_width()][0]
@@ -49,6 +50,33 @@ def panel_of(panel, panels, channels):
     first = LANES * (panel * (vectors // panels) + min(panel, vectors % panels))
     width = LANES * (vectors // panels + (panel < vectors % panels))
     return first, min(width, channels - first)
+
+
+@kernel
+def pack_range(start, stop, values, rows, columns, packed):
+    """Rows start ... stop - 1 of a matrix (rows, columns), panel by panel, (rows, width of the panel).
+
+    Of rows that are a power of two apart few would stay in a cache.
+    """
+    panels = panels_of(columns)
+    vectors = (columns + LANES - 1) // LANES
+    each, more = vectors // panels, vectors % panels
+    for r in range(start, stop):
+        at = 0
+        for panel in range(panels):
+            n = min(LANES * (each + (panel < more)), columns - at)
+            to, source = at * rows + r * n, r * columns + at
+            for j in range(n):
+                packed[to + j] = values[source + j]
+            at += n
+
+
+@kernel
+def turn_range(start, stop, values, rows, columns, turned):
+    """Blocks start ... stop - 1 of `TURNED` rows of a matrix (rows, columns), in its transpose (columns, rows)."""
+    first = start * TURNED
+    last = min(stop * TURNED, rows)
+    transpose_part(values, first * columns, columns, turned, first, rows, last - first, columns, False)
 
 
 @kernel
@@ -88,13 +116,14 @@ def _start(y, pixels, first_pixel, image_pixels, channels, bias, shift, residual
 
 @kernel
 def conv_range(
-    start, stop, group, sizes, parts, firsts, x, w, y, begin, bias, shift, residual, pattern,
+    start, stop, group, sizes, parts, firsts, x, w, y, begin, bias, shift, residual, pattern, packed,
 ):  # fmt: skip
     """Items start ... stop - 1 of a convolution: `group` images each, one block of output rows of every image.
 
-    `sizes` are images, input pixels and channels, output rows, columns and channels, rows of a block. Parts of block i
-    are firsts[i] ... firsts[i + 1] - 1. With `begin`, y starts from bias + shift + residual (an empty shift or
-    residual is none, an empty bias is 0); else from what it holds.
+    Where w is `packed`, it lies panel by panel, as `pack_range` has it. `sizes` are images, input pixels and channels,
+    output rows, columns and channels, rows of a block. Parts of block i are firsts[i] ... firsts[i + 1] - 1. With
+    `begin`, y starts from bias + shift + residual (an empty shift or residual is none, an empty bias is 0); else from
+    what it holds.
     """
     images, in_pixels, c, height, width, k, block_rows = sizes
     blocks = len(firsts) - 1
@@ -119,6 +148,7 @@ def conv_range(
                     _start(y, rows * width, pixel, height * width, k, bias, shift, residual, pattern)
         for panel in range(panels):
             at, n = panel_of(panel, panels, k)
+            w_first, w_row = (at * (len(w) // k), n) if packed else (at, k)
             for part in range(firsts[block], firsts[block + 1]):
                 p = parts[part]
                 rows, columns, deep = p[ROWS], p[COLUMNS], count
@@ -135,19 +165,21 @@ def conv_range(
                 a_off, c_off = first * in_image + p[IN], first * out_image + p[OUT] + at
                 together = max(1, PANEL // (p[LENGTH] * LANES * VECTORS))
                 for tap in range(0, p[TAPS], together):
-                    taps, to = min(together, p[TAPS] - tap), p[WEIGHT] + at + tap * p[WEIGHT_TAP]
+                    taps, to = min(together, p[TAPS] - tap), w_first + (p[WEIGHT] + tap * p[WEIGHT_TAP]) // k * w_row
                     for i in range(n2):
                         for j in range(n1):
                             gemm_nested(
                                 y, c_off + i * c_2 + j * c_1, c_m,
                                 x, a_off + i * a_2 + j * a_1 + tap * p[IN_TAP], a_m, 1, p[IN_TAP],
-                                w, to, k, p[WEIGHT_TAP], m, n, p[LENGTH], taps,
+                                w, to, w_row, p[WEIGHT_TAP] // k * w_row, m, n, p[LENGTH], taps,
                             )  # fmt: skip
 
 
 @kernel
-def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, sums, size):
+def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, sums, size, packed):
     """Items start ... stop - 1 of the weights' gradient: a group of images, a panel of channels, a slot of kernel rows.
+
+    Where dy is `packed`, it lies panel by panel, as `pack_range` has it.
 
     `sums` (groups, weights) takes for each group the sum over its pixels, image by image and part by part. A kernel
     row belongs to the slot that is its remainder by `slots`: another split of the work and no other order of sums.
@@ -162,6 +194,8 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
         first = (item // (slots * panels)) * group
         count = min(group, images - first)
         to = (item // (slots * panels)) * size + at
+        pixels = height * width
+        row, images_from = (n, (at * images + first * n) * pixels) if packed else (k, first * out_image + at)
         for block in range(blocks):
             for part in range(firsts[block], firsts[block + 1]):
                 p = parts[part]
@@ -175,7 +209,8 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
                     inner, a_k, b_k, outer, a_u, b_u = outer, a_u, b_u, inner, a_k, b_k
                 if inner * outer < LEAST_SUM and around > outer:
                     around, a_n, b_n, outer, a_u, b_u = outer, a_u, b_u, around, a_n, b_n
-                a_off, b_off = first * in_image + p[IN], first * out_image + p[OUT] + at
+                a_off, b_off = first * in_image + p[IN], images_from + p[OUT] // k * row
+                b_n, b_k, b_u = b_n // k * row, b_k // k * row, b_u // k * row
                 for i in range(around):
                     for tap in range(p[TAPS]):
                         if (p[TAP] + tap) % slots == slot:
@@ -187,34 +222,51 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
 
 
 @kernel
+def linear_weights_range(start, stop, group, pixels, c, k, turned, dy, sums):
+    """The same of a linear layer over `pixels` pixels: x is `turned`, (c, pixels), dy packed, a group is of pixels."""
+    panels = panels_of(k)
+    for item in range(start, stop):
+        at, n = panel_of(item % panels, panels, k)
+        first = (item // panels) * group
+        gemm(
+            sums, (item // panels) * c * k + at, k, turned, first, pixels, 1, dy, at * pixels + first * n, n, c, n,
+            min(group, pixels - first), False,
+        )  # fmt: skip
+
+
+@kernel
 def clear(start, stop, values):
     """Values start ... stop - 1 become 0."""
     values[start:stop] = ZERO
 
 
 @kernel
-def spread_weights(start, stop, taps, w, out, c, k, transpose):
+def spread_weights(start, stop, taps, w, out, c, k, transpose, packed):
     """Blocks start ... stop - 1 (c, k) of `out`, or (k, c) with `transpose`: sums of the blocks of w that `taps` lists.
 
-    A row of `taps` is (block of out, block of w or -1 for zeros, whether it is added).
+    A row of `taps` is (block of out, block of w or -1 for zeros, whether it is added). `packed`: as of `pack_range`.
     """
     size = c * k
+    rows, columns = (k, c) if transpose else (c, k)
+    panels = panels_of(columns) if packed else 1
+    total = len(out) // columns
     for t in range(len(taps)):
         if taps[t, 0] < start or taps[t, 0] >= stop:
             continue
-        target = out[taps[t, 0] * size : (taps[t, 0] + 1) * size]
-        if taps[t, 1] < 0:
-            target[:] = ZERO
-            continue
-        source = w[taps[t, 1] * size : (taps[t, 1] + 1) * size]
-        if transpose:
-            transpose_into(source, target, c, k, taps[t, 2] != 0)
-        elif taps[t, 2] != 0:
-            for i in range(size):
-                target[i] += source[i]
-        else:
-            for i in range(size):
-                target[i] = source[i]
+        first, source, add = taps[t, 0] * rows, taps[t, 1] * size, taps[t, 2] != 0
+        for panel in range(panels):
+            at, n = panel_of(panel, panels, columns) if packed else (0, columns)
+            to = at * total + first * n
+            if taps[t, 1] < 0:
+                out[to : to + rows * n] = ZERO
+            elif transpose:
+                transpose_part(w, source + at * k, k, out, to, n, n, k, add)
+            else:
+                for i in range(rows):
+                    here, there = source + i * columns + at, to + i * n
+                    for j in range(n):
+                        old = out[there + j] if add else ZERO
+                        out[there + j] = w[here + j] + old
 
 
 @kernel

@@ -123,16 +123,37 @@ def _linear_part_columns(rows, d, arena, x_at, y_at, steps, step, linear):
 
 
 @kernel
-def forward_tile(rows, layers, arena, params, table, width, slots, t, linear):
+def _times(rows, first, asked, params, table, width, slots, t):
+    """Where a tile's rows of the time table are: table, slots, and the rows' places in these, as t is in others.
+
+    `asked` is what is asked of all samples, flat, its columns, the offset of their W, room for TILE rows of the table,
+    and the numbers 0 to TILE - 1. With columns a row is that of its timestep, plus what is asked times W.
+    """
+    values, columns, weight, room, own = asked
+    if columns == 0:
+        return table, slots, t
+    gemm(
+        room, 0, width, values, first * columns, columns, 1, params, weight, width, rows, width, columns, False,
+    )  # fmt: skip
+    for i in range(rows):
+        at = slots[t[i]] * width
+        source, row = table[at : at + width], room[i * width : (i + 1) * width]
+        for j in range(width):
+            row[j] = source[j] + row[j]
+    return room, own, own[:rows]
+
+
+@kernel
+def forward_tile(rows, layers, arena, params, table, width, slots, places, linear, steps, t):
     """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]].
 
-    The linear part, where there is one, is added to it.
+    Table, slots and places are as `_times` returns them. The linear part, where there is one, is added.
     """
     for k in range(len(layers)):
-        _modulate_activate(rows, layers[k], arena, params, table, width, slots, t)
+        _modulate_activate(rows, layers[k], arena, params, table, width, slots, places)
     if len(linear[0]) > 0:
         d = layers[0, INPUTS]
-        _linear_part(rows, d, arena, layers[0, X], arena, layers[-1, Y], True, arena, len(slots), t, linear)
+        _linear_part(rows, d, arena, layers[0, X], arena, layers[-1, Y], True, arena, steps, t, linear)
 
 
 @kernel
@@ -142,14 +163,16 @@ def _copy(target, source, count):
 
 
 @kernel
-def forward_range(start, stop, x, y, t, layers, params, table, width, slots, linear, arena):
+def forward_range(start, stop, x, y, t, layers, params, table, width, slots, linear, asked, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, t[begin:], linear)
+        times = t[begin : begin + rows]
+        here, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, arena, params, here, width, slot, places, linear, len(slots), times)
         _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
@@ -161,7 +184,7 @@ def _forget(memory, count):
 
 @kernel
 def chain_few(
-    x, steps, numbers, depth, layers, params, table, width, slots, linear, first_row, stream,
+    x, steps, numbers, depth, layers, params, table, width, slots, linear, asked, first_row, stream,
     keys, words, z, segments, arena, memory, t,
 ):  # fmt: skip
     """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
@@ -176,7 +199,8 @@ def chain_few(
             keep = depth
             t[:rows] = steps[r, T]
             _copy(arena[layers[0, X] :], x, rows * d)
-            forward_tile(rows, layers, arena, params, table, width, slots, t, linear)
+            here, slot, places = _times(rows, 0, asked, params, table, width, slots, t[:rows])
+            forward_tile(rows, layers, arena, params, here, width, slot, places, linear, len(slots), t[:rows])
         row, step = numbers[r], steps[r, STEP]
         if row[S] == ZERO:
             apply_row(0, rows * d, x, out, m1, m2, m3, z, 0, row, keep)
@@ -235,7 +259,6 @@ def chain_range(
     """
     d = layers[0, INPUTS]
     n = len(x) // d
-    blocks = (d + 3) // 4
     m1, m2, m3 = memory[0], memory[1], memory[2]
     for tile in range(start, stop):
         begin = tile * CHAIN_TILE
@@ -248,7 +271,6 @@ def chain_range(
         out = arena[layers[-1, Y] : layers[-1, Y] + d * rows]
         _forget(memory[:depth], d * rows)
         first = first_row + np.uint64(begin)
-        together = CHUNK // rows  # blocks of all rows that are drawn at once
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
@@ -263,17 +285,120 @@ def chain_range(
                     _modulate_activate_columns(rows, layer, arena, params, table, slots[t] * width)
                 if len(linear[0]) > 0:
                     _linear_part_columns(rows, d, arena, at, layers[-1, Y], len(slots), t, linear)
-            row, step = numbers[r], steps[r, STEP]
-            if row[S] == ZERO:
-                apply_row(0, d * rows, state, out, m1, m2, m3, z, 0, row, keep)
-                continue
-            for block in range(0, blocks, together):
-                count = min(together, blocks - block)
-                draw(count * rows, block, first, rows, True, step, stream, keys, words, z)
-                for quarter in range(4):
-                    a = (block + quarter * blocks) * rows
-                    b = min(a + count * rows, d * rows)
-                    apply_row(a, b, state, out, m1, m2, m3, z, quarter * QUARTER, row, keep)
+            _apply_columns(
+                rows, d, state, out, m1, m2, m3, numbers[r], keep, first, steps[r, STEP], stream, keys, words, z
+            )
+        for i in range(rows):
+            for j in range(d):
+                x[(begin + i) * d + j] = state[j * rows + i]
+
+
+@kernel
+def _apply_columns(rows, d, state, out, m1, m2, m3, row, keep, first, step, stream, keys, words, z):
+    """A row of a table on a tile that is stored feature by feature."""
+    if row[S] == ZERO:
+        apply_row(0, d * rows, state, out, m1, m2, m3, z, 0, row, keep)
+        return
+    blocks = (d + 3) // 4
+    together = CHUNK // rows  # blocks of all rows that are drawn at once
+    for block in range(0, blocks, together):
+        count = min(together, blocks - block)
+        draw(count * rows, block, first, rows, True, step, stream, keys, words, z)
+        for quarter in range(4):
+            a = (block + quarter * blocks) * rows
+            b = min(a + count * rows, d * rows)
+            apply_row(a, b, state, out, m1, m2, m3, z, quarter * QUARTER, row, keep)
+
+
+@kernel
+def _modulate_activate_asked(lanes, layer, arena, params, table, at, room):
+    """`_modulate_activate_columns` where `room` (time_width, lanes) has what is asked times W."""
+    n, column = layer[OUTPUTS], layer[COLUMN]
+    for j in range(n):
+        y = arena[layer[Y] + j * lanes : layer[Y] + (j + 1) * lanes]
+        bias = params[layer[BIAS] + j]
+        if layer[MODE] != SCALED:
+            for i in range(lanes):
+                y[i] = y[i] + bias
+            continue
+        gain, shift = table[at + column + j], table[at + column + n + j]
+        gains = room[(column + j) * lanes : (column + j + 1) * lanes]
+        shifts = room[(column + n + j) * lanes : (column + n + j + 1) * lanes]
+        for i in range(lanes):
+            v = (ONE + (gain + gains[i])) * (y[i] + bias) + (shift + shifts[i])
+            y[i] = v * sigmoid(v)
+
+
+@kernel
+def asked_chain_range(
+    start, stop, x, steps, numbers, weights, depth, layers, params, table, width, slots, linear, asked, first_row,
+    stream, keys, words, z, arena, memory, turned, held, mixed,
+):  # fmt: skip
+    """`chain_range` of a network that is asked for something, guided where there are `weights`, one a row.
+
+    Samples of a guided tile come twice, asked and not, side by side in the lanes: half as many samples, and every row
+    of a table whose weight is not 1 takes u + w (c - u). `turned` has room for what is asked of a tile, `held` for its
+    state, and `mixed` for its guided output.
+    """
+    values, columns, weight, room, _ = asked
+    d = layers[0, INPUTS]
+    n = len(x) // d
+    m1, m2, m3 = memory[0], memory[1], memory[2]
+    size = CHAIN_TILE // 2 if len(weights) > 0 else CHAIN_TILE
+    for tile in range(start, stop):
+        begin = tile * size
+        rows = min(size, n - begin)
+        for i in range(rows):
+            for j in range(d):
+                held[j * rows + i] = x[(begin + i) * d + j]
+        # Of lanes with their neighbours that are not asked, and alone.
+        double = 2 * rows if len(weights) > 0 else 0
+        alone, beside = room[: rows * width], room[rows * width : (rows + double) * width]
+        for lanes in (rows, double):
+            for j in range(columns if lanes > 0 else 0):
+                for i in range(rows):
+                    turned[j * lanes + i] = values[(begin + i) * columns + j]
+                for i in range(rows, lanes):
+                    turned[j * lanes + i] = ZERO
+            if lanes > 0:
+                to = alone if lanes == rows else beside
+                gemm(to, 0, lanes, params, weight, 1, width, turned, 0, lanes, width, lanes, columns, False)
+        state = held[: d * rows]
+        _forget(memory[:depth], d * rows)
+        first = first_row + np.uint64(begin)
+        out = mixed[: d * rows]
+        for r in range(len(steps)):
+            keep = 0
+            if steps[r, EVALUATES]:
+                keep, t = depth, steps[r, T]
+                both = len(weights) > 0 and weights[r] != ONE
+                lanes = 2 * rows if both else rows
+                for j in range(d):
+                    for half in range(lanes // rows):
+                        _copy(arena[layers[0, X] + j * lanes + half * rows :], state[j * rows :], rows)
+                for k in range(len(layers)):
+                    layer = layers[k]
+                    inputs, outputs = layer[INPUTS], layer[OUTPUTS]
+                    gemm(
+                        arena, layer[Y], lanes, params, layer[WEIGHT], 1, outputs, arena, layer[X], lanes,
+                        outputs, lanes, inputs, False,
+                    )  # fmt: skip
+                    asked_here = beside if both else alone
+                    _modulate_activate_asked(lanes, layer, arena, params, table, slots[t] * width, asked_here)
+                y = layers[-1, Y]
+                if len(linear[0]) > 0:
+                    _linear_part_columns(lanes, d, arena, layers[0, X], y, len(slots), t, linear)
+                if both:
+                    for j in range(d):
+                        c, u = arena[y + j * lanes : y + j * lanes + rows], arena[y + j * lanes + rows :]
+                        to = out[j * rows : (j + 1) * rows]
+                        for i in range(rows):
+                            to[i] = (c[i] - u[i]) * weights[r] + u[i]
+                else:
+                    _copy(out, arena[y:], d * rows)
+            _apply_columns(
+                rows, d, state, out, m1, m2, m3, numbers[r], keep, first, steps[r, STEP], stream, keys, words, z
+            )
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]
@@ -405,7 +530,8 @@ def _times_slope(rows, layer, arena, d, table, width, slots, t):
 
 @kernel
 def vjp_range(
-    start, stop, x, t, dy, dx, layers, params, transposed, table, width, slots, linear, nothing, arena, d_in, d_out
+    start, stop, x, t, dy, dx, layers, params, transposed, table, width, slots, linear, nothing, asked,
+    arena, d_in, d_out
 ):  # fmt: skip
     """Tiles start ... stop - 1: dx = J^T dy, the layers running once for all dy (k, n, outputs) of a tile.
 
@@ -417,13 +543,14 @@ def vjp_range(
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, times, nothing)
+        own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, arena, params, own, width, slot, places, nothing, len(slots), times)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dy[first * e :], rows * e)
             for k in range(len(layers) - 1, -1, -1):
                 inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
-                _times_slope(rows, layers[k], arena, here, table, width, slots, times)
+                _times_slope(rows, layers[k], arena, here, own, width, slot, places)
                 gemm(
                     other, 0, inputs, here, 0, outputs, 1, transposed, layers[k, WEIGHT], inputs, rows, inputs,
                     outputs, False,
@@ -436,7 +563,7 @@ def vjp_range(
 
 @kernel
 def jvp_range(
-    start, stop, x, t, dx, dy, layers, params, table, width, slots, linear, nothing, arena, d_in, d_out
+    start, stop, x, t, dx, dy, layers, params, table, width, slots, linear, nothing, asked, arena, d_in, d_out
 ):  # fmt: skip
     """Tiles start ... stop - 1: dy = J dx, the layers running once for all dx (k, n, inputs) of a tile."""
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
@@ -445,7 +572,8 @@ def jvp_range(
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        forward_tile(rows, layers, arena, params, table, width, slots, times, nothing)
+        own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, arena, params, own, width, slot, places, nothing, len(slots), times)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dx[first * d :], rows * d)
@@ -455,7 +583,7 @@ def jvp_range(
                     other, 0, outputs, here, 0, inputs, 1, params, layers[k, WEIGHT], outputs, rows, outputs, inputs,
                     False,
                 )  # fmt: skip
-                _times_slope(rows, layers[k], arena, other, table, width, slots, times)
+                _times_slope(rows, layers[k], arena, other, own, width, slot, places)
                 here, other = other, here
             _copy(dy[first * e :], here, rows * e)
             if len(linear[0]) > 0:
@@ -483,10 +611,13 @@ def _weight_gradient(rows, layer, arena, dy, partial, spare):
 
 @kernel
 def _draw_tile(
-    begin, rows, data, indices, t, tables, x, target, step, stream, keys, words, z, segments
+    begin, rows, d, data, indices, t, tables, x, target, step, stream, keys, words, z, segments
 ):  # fmt: skip
-    """Draw a tile's noise; x = signal x0 + noise eps, target = target_noise eps + target_data x0."""
-    d = data.shape[1]
+    """Draw a tile's noise; x = signal x0 + noise eps, target = target_noise eps + target_data x0.
+
+    Rows of data with more than d values have behind x0 what is added to the target.
+    """
+    masked = data.shape[1] > d
     for chunk in range(chunks_of(rows, d)):
         for k in range(draw_chunk(chunk, rows, d, np.uint64(begin), step, stream, keys, words, z, segments)):
             at, length, source = segments[k]
@@ -502,6 +633,10 @@ def _draw_tile(
                 for j in range(count):
                     noisy[j] = signal * x0[j] + noise * eps[j]
                     wanted[j] = of_noise * eps[j] + of_data * x0[j]
+                if masked:
+                    hidden = data[indices[begin + i], d + first : d + first + count]
+                    for j in range(count):
+                        wanted[j] += hidden[j]
                 at += count
                 source += count
 
@@ -509,14 +644,16 @@ def _draw_tile(
 @part
 def gradient_tile(
     tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
-    linear, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
+    beside, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
 ):  # fmt: skip
     """One tile of a training step: draws, forward, loss, backward.
 
     With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
     `partial` becomes the gradient of W and bias, loss[0] the sum of squared errors, `dtime` the gradients of the
     tile's rows of the time table. A fifth table, where there is one, weights a row's squared errors by its timestep.
+    `beside` holds the linear part and what is asked of the batch.
     """
+    linear, asked = beside
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
     scale = TWO / F(batch * e)
     loss[0] = 0.0
@@ -527,16 +664,17 @@ def gradient_tile(
         _copy(arena[at:], x[begin * d :], rows * d)
         _copy(target, targets[begin * e :], rows * e)
     else:
-        _draw_tile(begin, rows, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
+        _draw_tile(begin, rows, d, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
     times = t[begin : begin + rows]
-    forward_tile(rows, layers, arena, params, table, width, slots, times, linear)
+    own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
+    forward_tile(rows, layers, arena, params, own, width, slot, places, linear, len(slots), times)
 
     # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
     last = len(layers) - 1
     dy = _gradient_place(layers[last], width, dtime, d_out if last % 2 else d_in)
     y, squares, sums = arena[layers[last, Y] :], target, d_in if last % 2 else d_out
     for i in range(rows * e):
-        difference = y[i] - target[i]
+        difference = y[i] - target[i] if target[i] == target[i] else ZERO  # NaN: it has not been seen
         dy[i] = difference * scale
         squares[i] = difference * difference
     for i in range(rows if len(tables) > 4 else 0):
@@ -553,12 +691,17 @@ def gradient_tile(
     for k in range(last, -1, -1):
         layer, spare = layers[k], d_in if k % 2 else d_out
         n, m = layer[INPUTS], layer[OUTPUTS]
-        _layer_backward(rows, layer, arena, dy, table, width, slots, times, dtime, partial)
+        _layer_backward(rows, layer, arena, dy, own, width, slot, places, dtime, partial)
         _weight_gradient(rows, layer, arena, dy, partial, spare)
         if k > 0 or given:
             dnext = _gradient_place(layers[k - 1], width, dtime, spare) if k > 0 else spare
             gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
             dy = dnext
+    values, columns, weight, _, _ = asked
+    if columns > 0:
+        gemm(
+            partial, weight, width, values, begin * columns, 1, columns, dtime, 0, width, columns, width, rows, False,
+        )  # fmt: skip
     if given:
         to = dx[begin * d : (begin + rows) * d]
         if len(linear[0]) > 0:
@@ -586,7 +729,7 @@ def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
 @kernel
 def gradient_tiles(
     held, turns, total, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
-    width, slots, linear, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments,
+    width, slots, beside, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments,
     arena, target, d_in, d_out,
 ):  # fmt: skip
     """Tiles of a training step, one after another until none is left; returns -1.
@@ -605,7 +748,7 @@ def gradient_tiles(
             sums = partial if held > 0 else grads  # tile 0 needs no sum
             gradient_tile(
                 held, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width,
-                slots, linear, dtime, sums, loss, step, stream, keys, words, z, segments,
+                slots, beside, dtime, sums, loss, step, stream, keys, words, z, segments,
                 arena, target, d_in, d_out,
             )  # fmt: skip
         patience = PATIENCE

@@ -139,13 +139,16 @@ def dropout_range(start, stop, x, out, size, limit, scale, step, stream, first_b
 
 @kernel
 def squared_error_range(start, stop, y, target, dy, scale, sums, lanes):
-    """Blocks start ... stop - 1: dy = (y - target) scale[0], sums[block] = the sum of the squares of y - target."""
+    """Blocks start ... stop - 1: dy = (y - target) scale[0], sums[block] = the sum of the squares of y - target.
+
+    Where the target is NaN, y - target counts as 0.
+    """
     factor = scale[0]
     for block in range(start, stop):
         first, last = block * BLOCK, min(len(y), (block + 1) * BLOCK)
         a, b, to = y[first:last], target[first:last], dy[first:last]
         for i in range(last - first):
-            to[i] = a[i] - b[i]
+            to[i] = a[i] - b[i] if b[i] == b[i] else ZERO
         lanes[:] = 0.0
         for i in range(0, last - first, LANES):
             row = to[i : min(last - first, i + LANES)]
@@ -173,14 +176,16 @@ def weighted_error_range(start, stop, y, target, dy, terms, values, channels, sc
         for pixel in range(values // channels):
             at, to = row * values + pixel * channels, (row * values // channels + pixel) * outputs
             for j in range(channels):
-                difference = y[to + j] - target[at + j]
+                wanted = target[at + j]
+                difference = y[to + j] - wanted if wanted == wanted else ZERO
                 dy[to + j] = difference * factor
                 total += np.float64(weight * (difference * difference))
             if not hybrid:
                 continue
             g, h, V, K, A = terms[row, 1], terms[row, 2], terms[row, 3], terms[row, 4], terms[row, 5]
             for j in range(channels):
-                difference = y[to + j] - target[at + j]
+                wanted = target[at + j]
+                difference = y[to + j] - wanted if wanted == wanted else ZERO
                 hv = h * y[to + channels + j]
                 left = (V + K * (difference * difference)) * exp(min(max(-hv, EXP_LOW), EXP_HIGH))
                 total += np.float64(g * (hv + left + A))

@@ -49,13 +49,21 @@ def _transpose_block(typingctx, source, at, distance, target, to, target_distanc
 
 
 @kernel
-def transpose_into(source, target, rows, columns, add):
-    """target (columns, rows) becomes the transpose of source (rows, columns), or has it added."""
+def transpose_part(source, at, distance, target, to, target_distance, rows, columns, add):
+    """target[to + j target_distance + i] = source[at + i distance + j] for i < rows, j < columns, or has it added."""
     whole_rows, whole_columns = rows - rows % SIDE, columns - columns % SIDE
     for j in range(0, whole_columns, SIDE):
         for i in range(0, whole_rows, SIDE):
-            _transpose_block(source, i * columns + j, columns, target, j * rows + i, rows, add)
+            place = to + j * target_distance + i
+            _transpose_block(source, at + i * distance + j, distance, target, place, target_distance, add)
     for j in range(columns):
         for i in range(whole_rows if j < whole_columns else 0, rows):
-            old = target[j * rows + i] if add else ZERO
-            target[j * rows + i] = source[i * columns + j] + old
+            place = to + j * target_distance + i
+            old = target[place] if add else ZERO
+            target[place] = source[at + i * distance + j] + old
+
+
+@kernel
+def transpose_into(source, target, rows, columns, add):
+    """target (columns, rows) becomes the transpose of source (rows, columns), or has it added."""
+    transpose_part(source, 0, columns, target, 0, rows, rows, columns, add)

@@ -79,7 +79,7 @@ class _Arithmetic:
         return self.add(even, odd), self.sub(even, odd)
 
 
-def _of_inputs(m, d):
+def of_inputs(m, d):
     """B^T d."""
     at_a = m.pair(m.fma(-B2, d[2], d[4]), m.mul(A, m.fma(-B2, d[1], d[3])))
     at_b = m.pair(m.fma(-A2, d[2], d[4]), m.mul(B, m.fma(-A2, d[1], d[3])))
@@ -87,7 +87,7 @@ def _of_inputs(m, d):
     return [zero, *at_a, *at_b, infinity]
 
 
-def _of_outputs(m, v):
+def of_outputs(m, v):
     """A^T v."""
     (even_a, odd_a), (even_b, odd_b) = m.pair(v[1], v[2]), m.pair(v[3], v[4])
     return [
@@ -98,22 +98,22 @@ def _of_outputs(m, v):
     ]
 
 
-def _to_outputs(m, y):
-    """A y, the transpose of `_of_outputs`."""
+def to_outputs(m, y):
+    """A y, the transpose of `of_outputs`."""
     at_a = m.pair(m.fma(A2, y[2], y[0]), m.fma(A * A2, y[3], m.mul(A, y[1])))
     at_b = m.pair(m.fma(B2, y[2], y[0]), m.fma(B * B2, y[3], m.mul(B, y[1])))
     return [y[0], *at_a, *at_b, y[3]]
 
 
-def _of_taps(m, g):
+def of_taps(m, g):
     """G g."""
     at_a = m.pair(m.fma(BY_A * A2, g[2], m.mul(BY_A, g[0])), m.mul(BY_A * A, g[1]))
     at_b = m.pair(m.fma(BY_B * B2, g[2], m.mul(BY_B, g[0])), m.mul(BY_B * B, g[1]))
     return [g[0], *at_a, *at_b, g[2]]
 
 
-def _to_taps(m, u):
-    """G^T u, the transpose of `_of_taps`."""
+def to_taps(m, u):
+    """G^T u, the transpose of `of_taps`."""
     (even_a, odd_a), (even_b, odd_b) = m.pair(u[1], u[2]), m.pair(u[3], u[4])
     return [
         m.fma(BY_A, even_a, m.fma(BY_B, even_b, u[0])),
@@ -122,8 +122,10 @@ def _to_taps(m, u):
     ]
 
 
-def _transform(of_row, size, addends=0):
+def transform_of(of_row, size, addends=0, lines=None):
     """Make an intrinsic for both directions of a square of `size` values, in a vector of channels.
+
+    With one line it is for this alone, and the distances of rows are of no use.
 
     ``transform(x, at, row, column, used, out, to, out_row, out_column)``: value (i, j) of the input is at
     ``x[at + i row + j column]``, of the output likewise; `used` lanes are read and written. With addends, arrays and
@@ -145,9 +147,11 @@ def _transform(of_row, size, addends=0):
 
         rows = [
             of_row(arithmetic, [vec.load(place, 0) for place in line])
-            for line in places(start(0), args[2], args[3], size, size)
+            for line in places(start(0), args[2], args[3], lines or size, size)
         ]
-        columns = [of_row(arithmetic, [row[j] for row in rows]) for j in range(len(rows[0]))]
+        columns = [
+            of_row(arithmetic, [row[j] for row in rows]) if lines is None else [rows[0][j]] for j in range(len(rows[0]))
+        ]
         shape = len(columns[0]), len(columns)
         targets = places(start(5), args[7], args[8], *shape)
         others = places(start(11), args[7], args[8], *shape) if addends > 1 else None
@@ -197,12 +201,12 @@ def _transform(of_row, size, addends=0):
     return transform
 
 
-inputs_tile = _transform(_of_inputs, SEEN)
-outputs_tile = _transform(_of_outputs, SEEN)
-outputs_and_base, outputs_base_other = (_transform(_of_outputs, SEEN, addends) for addends in (1, 2))
-gradients_tile = _transform(_to_outputs, TILE)
-taps_tile = _transform(_of_taps, 3)
-weights_tile, more_weights_tile = (_transform(_to_taps, SEEN, addends) for addends in (0, 2))
+inputs_tile = transform_of(of_inputs, SEEN)
+outputs_tile = transform_of(of_outputs, SEEN)
+outputs_and_base, outputs_base_other = (transform_of(of_outputs, SEEN, addends) for addends in (1, 2))
+gradients_tile = transform_of(to_outputs, TILE)
+taps_tile = transform_of(of_taps, 3)
+weights_tile, more_weights_tile = (transform_of(to_taps, SEEN, addends) for addends in (0, 2))
 
 
 @kernel

@@ -103,6 +103,14 @@ FD_KERNEL mlp_add_part(real *y, const real *part, const real *x, const real *res
     }
 }
 
+// rows (n, width) += the rows of the time table that belong to the timesteps.
+FD_KERNEL mlp_add_times(real *rows, const real *table, const int64 *t, int64 n, int64 width) {
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        const int64 i = walk.row * width + walk.item;
+        rows[i] = table[t[walk.row] * width + walk.item] + rows[i];
+    }
+}
+
 // ------------------------------------------------------------------------------------------- the time table
 
 // table (T, width) = features (T, F) W (F, width) + bias.
@@ -233,10 +241,11 @@ FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order,
 
 // The batch of a training step by the noise law: t, x = signal[t] x0 + noise[t] eps and
 // target = target_noise[t] eps + target_data[t] x0, with x0 a drawn row of data (N, d). tables (4, T) holds signal,
-// noise, target_noise, target_data. Where `step_at` is not null it holds the step. One thread per noise block: it draws
+// noise, target_noise, target_data. A row of data has `pitch` values: where these are more than d, those behind x0 are
+// added to the target. Where `step_at` is not null it holds the step. One thread per noise block: it draws
 // its sample's row and timestep again, which is cheaper than a launch.
 FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *target, int64 *t, int64 n, int64 d,
-                         int64 N, int64 T, uint32 step, const uint32 *step_at, RoundKeys keys) {
+                         int64 pitch, int64 N, int64 T, uint32 step, const uint32 *step_at, RoundKeys keys) {
     const int64 quarter = (d + 3) / 4;
     if (step_at) step = *step_at;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
@@ -244,7 +253,7 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
         const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
         const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
         const int64 s = (int64)((time_word * (uint64)T) >> 32);
-        const real *x0 = data + (int64)((data_word * (uint64)N) >> 32) * d;
+        const real *x0 = data + (int64)((data_word * (uint64)N) >> 32) * pitch;
         const real signal = tables[s], noise = tables[T + s];
         const real target_noise = tables[2 * T + s], target_data = tables[3 * T + s];
         const Normals normals = fd_normals(row, (uint32)q, step, FD_STREAM_TRAIN_NOISE, keys);
@@ -254,9 +263,33 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
             const int64 j = q + k * quarter;
             if (j >= d) break;
             x[row * d + j] = signal * x0[j] + noise * z[k];
-            target[row * d + j] = target_noise * z[k] + target_data * x0[j];
+            real wanted = target_noise * z[k] + target_data * x0[j];
+            if (pitch > d) wanted += x0[d + j];
+            target[row * d + j] = wanted;
         }
         if (q == 0) t[row] = s;
+    }
+}
+
+// What is asked of the rows of a training step, asked (n, classes + columns): 1 in the column of the class, then the
+// covariates. labels (N,) are null where there are no classes; words of stream DROP below `limit` leave out the one and
+// the other.
+FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *asked, int64 n, int64 N, int64 classes,
+                         int64 columns, uint64 limit, uint32 step, const uint32 *step_at, RoundKeys keys) {
+    const int64 width = classes + columns;
+    if (step_at) step = *step_at;
+    for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
+        const int64 row = walk.row, j = walk.item;
+        const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
+        const int64 from = (int64)((data_word * (uint64)N) >> 32);
+        const Words drop = fd_words(row, 0, step, FD_STREAM_DROP, keys);
+        real value = 0;
+        if (j < classes) {
+            if (drop.w0 >= limit && labels[from] == j) value = 1;
+        } else if (drop.w1 >= limit) {
+            value = covariates[from * columns + j - classes];
+        }
+        asked[row * width + j] = value;
     }
 }
 

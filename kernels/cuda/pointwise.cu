@@ -199,13 +199,17 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 
 // A part of a training batch of pictures: positions first_row .. first_row + n - 1 of a step, as mlp_draw_batch draws
 // it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side.
-// `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this.
+// `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this. So may `covariates`
+// (N, columns) and `asked`, which takes those of the batch. Words of stream DROP below `limit` make a label `classes`, the
+// null class, and covariates zeros. A row of data has `pitch` values: where these are more than `size`, those behind x0
+// are added to the target.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
-                     int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen, int64 n, int64 size,
-                     int64 width, int64 channels, int64 N, int64 T, uint64 first_row, uint32 step,
-                     const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
+                     int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen,
+                     const real *__restrict__ covariates, real *__restrict__ asked, int64 n, int64 size, int64 pitch,
+                     int64 width, int64 channels, int64 columns, int64 classes, uint64 limit, int64 N, int64 T,
+                     uint64 first_row, uint32 step, const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
     if (step_at) step = *step_at;
     const int64 quarter = (size + 3) / 4;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
@@ -220,15 +224,22 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
         for (int k = 0; k < 4; k++) {
             const int64 j = walk.item + k * quarter;
             if (j >= size) break;
-            int64 at = from * size + j;
+            int64 at = from * pitch + j;
             if (mirrored) at += (width - 1 - 2 * (j / channels % width)) * channels;
             const real x0 = data[at];
             x[walk.row * size + j] = signal_t[s] * x0 + noise_t[s] * z[k];
-            target[walk.row * size + j] = of_noise_t[s] * z[k] + of_data_t[s] * x0;
+            real wanted = of_noise_t[s] * z[k] + of_data_t[s] * x0;
+            if (pitch > size) wanted += data[at + size];
+            target[walk.row * size + j] = wanted;
         }
         if (walk.item == 0) {
             t[walk.row] = s;
-            if (chosen) chosen[walk.row] = labels[from];
+            Words drop = {0, 0, 0, 0};
+            if (limit) drop = fd_words(row, 0, step, FD_STREAM_DROP, keys);
+            if (chosen) chosen[walk.row] = drop.w0 < limit ? classes : labels[from];
+            for (int64 j = 0; j < columns; j++) {
+                asked[walk.row * columns + j] = drop.w1 < limit ? 0 : covariates[from * columns + j];
+            }
         }
     }
 }
@@ -276,7 +287,7 @@ FD_DEVICE double sum_block(double value, double *sums) {
     return value;
 }
 
-// dy = (y - target) scale, and for every chunk the sum of (y - target)^2.
+// dy = (y - target) scale, and for every chunk the sum of (y - target)^2; where the target is NaN y - target is 0.
 FD_KERNEL squared_error(const real *__restrict__ y, const real *__restrict__ target, real *__restrict__ dy, int64 size,
                         real scale, double *__restrict__ sums_chunks) {
     FD_SHARED_ARRAY(double, sums, SUM_THREADS);
@@ -285,7 +296,7 @@ FD_KERNEL squared_error(const real *__restrict__ y, const real *__restrict__ tar
         const int64 end = min((chunk + 1) * CHUNK, size);
         double sum = 0;
         for (int64 i = chunk * CHUNK + threadIdx.x; i < end; i += SUM_THREADS) {
-            const real difference = y[i] - target[i];
+            const real wanted = target[i], difference = wanted == wanted ? y[i] - wanted : (real)0;
             sum += (double)difference * difference;
             dy[i] = difference * scale;
         }
@@ -307,7 +318,8 @@ FD_KERNEL weighted_error(const real *__restrict__ y, const real *__restrict__ ta
         for (int64 i = chunk * CHUNK + threadIdx.x; i < end; i += SUM_THREADS) {
             const real *of = terms + i / values * columns;
             const int64 at = columns > 1 ? i + i / channels * channels : i;
-            const real difference = y[at] - target[i], square = difference * difference;
+            const real wanted = target[i];
+            const real difference = wanted == wanted ? y[at] - wanted : (real)0, square = difference * difference;
             sum += (double)(of[0] * square);
             dy[at] = difference * (scale * of[0]);
             if (columns == 1) continue;

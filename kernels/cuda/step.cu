@@ -71,6 +71,42 @@ FD_KERNEL step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_
     step_rows_wide(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
 }
 
+// ------------------------------------------------------------------------------------------- guidance
+
+// out = u + weight (c - u), of n values; out may be c.
+FD_KERNEL guide(const real *c, const real *u, real *out, int64 n, real weight) {
+    FD_GRID_STRIDE(i, n) { out[i] = (c[i] - u[i]) * weight + u[i]; }
+}
+
+// Sum of what the lanes of a warp have, the same in all of them.
+FD_DEVICE real guide_sum(real value) {
+    FD_UNROLL
+    for (int mask = FD_WARP / 2; mask > 0; mask /= 2) value = value + fd_shuffle_xor(value, mask);
+    return value;
+}
+
+// Standard deviation of a row of `width` values, by a warp.
+FD_DEVICE real guide_deviation(const real *row, int64 width, int lane) {
+    real sum = 0;
+    for (int64 j = lane; j < width; j += FD_WARP) sum = sum + row[j];
+    const real mean = guide_sum(sum) / (real)width;
+    sum = 0;
+    for (int64 j = lane; j < width; j += FD_WARP) sum = sum + (row[j] - mean) * (row[j] - mean);
+    return sqrtf(guide_sum(sum) / (real)width);
+}
+
+// Rows of out times share std(c) / std(out) + 1 - share. A warp takes a row.
+FD_KERNEL guide_rescale(const real *c, real *out, int64 n, int64 width, real share) {
+    const int lane = threadIdx.x % FD_WARP;
+    const int64 warps = (int64)gridDim.x * blockDim.x / FD_WARP;
+    for (int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / FD_WARP; i < n; i += warps) {
+        real *row = out + i * width;
+        const real narrow = guide_deviation(c + i * width, width, lane), wide = guide_deviation(row, width, lane);
+        const real scale = share * narrow / (wide > 0 ? wide : 1.0f) + (1.0f - share);
+        for (int64 j = lane; j < width; j += FD_WARP) row[j] = row[j] * scale;
+    }
+}
+
 // One thread. What differs from one repetition of a sampling step to the next, where its graph reads it.
 FD_KERNEL set_row(RowRecord record, RowRecord *__restrict__ record_at) { *record_at = record; }
 

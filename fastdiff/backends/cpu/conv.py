@@ -1,8 +1,8 @@
-"""Convolutions on the CPU: how their work is cut, and which of two forms does it.
+"""Convolutions on the CPU: how their work is cut, and which of three forms does it.
 
-A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's form
-(`kernels.cpu.winograd`) takes 3x3 convolutions with stride 1 between enough channels. Both give a sample's values in
-an order of additions that its layer alone decides.
+A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's forms take
+convolutions with stride 1 between enough channels, of 3x3 taps (`kernels.cpu.winograd`) and of 3 taps along rows
+(`kernels.cpu.winograd_rows`). All give a sample's values in an order of additions that its layer alone decides.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ import numpy as np
 from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cpu import conv as kernels
-from fastdiff.kernels.cpu import winograd
+from fastdiff.kernels.cpu import winograd, winograd_rows
 from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
 
 BLOCK = 256  # pixels of an image that are convolved together: they stay in cache for all channels
 MAX_GROUPS = 16  # of images, whose weight gradients are summed apart
 GROUP_BYTES = 1 << 20  # of all groups' sums together
+# A matrix is copied panel by panel where it has so many columns, its rows are used so often, and it is no larger.
+PACKED_CHANNELS, PACKED_USES, PACKED_VALUES = 128, 64, 1 << 22
 LEAST_CHANNELS = 16  # on both sides, for Winograd
 MOST_TILES, CACHED = 64, 8192  # of a Winograd transform: tiles, and tiles times channels
 FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a thread's cache
 GROUP_TILES, MOST_GROUPS = 64, 8  # tiles summed together, at least; sums over groups of tiles, at most
 CACHED_BOTH = 4096  # tiles times channels of input and output that are summed at once
 SUM_TILES = 256  # tiles whose weight gradient is summed at once
+# The same along rows: values of a place, of all places of both sides; tiles, with so many weights for each, for which
+# the transformed weights are read again.
+ROW_TILES, ROW_CACHED, ROW_CACHED_BOTH = 128, 1 << 16, 1 << 14
+LEAST_ROW_TILES, WEIGHTS_OF_A_TILE = 64, 256
+FEW_ROW_SUMS = 128 * 128
+ROW_SAVED = 1.6
 # Floating-point operations of a convolution that last as long, for each value: of a light pass, of a transform.
 LIGHT_WORK, TAPS_WORK = 30, 300
 SAVED = 3  # of the time of a convolution, by Winograd
@@ -125,6 +133,13 @@ class _Product:
         ]
         # Whether Winograd does it: a rule of the layer alone.
         self.by_winograd = geometry == Conv((3, 3), pad=(1, 1, 1, 1)) and min(c, k) >= LEAST_CHANNELS
+        self.across = -(-width // winograd.TILE)
+        # Along rows it takes 6 products for up to 4 outputs, where the taps inside a row are 3 for each but its ends.
+        self.by_rows = (
+            geometry == Conv((1, 3), pad=(0, 0, 1, 1))
+            and min(c, k) >= LEAST_CHANNELS
+            and winograd.SEEN * self.across < 3 * width - 2
+        )
         block_rows = min(height, max(1, BLOCK // max(width, 1)))
         pairs: list[tuple[_Phase, _Phase, int]] = []
         taps: list[tuple[int, int, int]] = []
@@ -159,11 +174,13 @@ class _Product:
         self.parts = np.array(parts, np.int64).reshape(-1, kernels.PART_COLUMNS)
         self.firsts, self.blocks = np.array(firsts, np.int64), len(firsts) - 1
         self.taps = np.array(taps, np.int64).reshape(-1, 3)
-        self.across, self.tile_rows = -(-width // winograd.TILE), images * -(-height // winograd.TILE)
+        self.tile_rows, self.row_tiles = images * -(-height // winograd.TILE), images * height * self.across
         self.plain_sizes = np.array([images, height, width, c, k], np.int64)
         self.adjoint = adjoint
         # Whether the weights can be used as they are.
         self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
+        # Whether it is one matrix product over all pixels.
+        self.linear = geometry == Conv() and self.blocks == 1
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
         self.images, self.channels, self.pixels, self.weights = images, (c, k), height * width, blocks * c * k
         self.sizes = np.array([images, in_height * in_width, c, height, width, k, block_rows], np.int64)
@@ -224,7 +241,9 @@ class ConvOperations(Scripted):
             several = [sums] if dshift is not None or db is not None else []
             if dw is not None and db is not None:
                 sums.append([(kernels.row_sums, (shifts, k, db), k, float(product.images))])
-                weights = self._weights_by_winograd if product.by_winograd else self._weights_by_product
+                weights = self._weights_by_product
+                if product.by_winograd or product.by_rows:
+                    weights = self._weights_by_winograd if product.by_winograd else self._weights_by_rows
                 several.insert(0, weights(product, flat_x, flat_dy, dw.reshape(-1)))
             if dx is not None:
                 adjoint = _product(geometry, x.shape, k, True)
@@ -239,24 +258,32 @@ class ConvOperations(Scripted):
         """
         c, k = product.channels
         phases: Phases = []
-        if not product.direct:
-            taps, (rows, columns) = product.taps, (k, c) if product.adjoint else (c, k)
-            spread = self._scratch("weights", product.weights)
-            arguments = taps, w, spread, rows, columns, product.adjoint
-            phases.append([
-                (kernels.spread_weights, arguments, product.weights // max(c * k, 1), float(LIGHT_WORK * c * k))
-            ])  # fmt: skip
+        by_product = not product.by_winograd and not product.by_rows
+        packed = by_product and k >= PACKED_CHANNELS and product.images * product.pixels >= PACKED_USES
+        if packed or not product.direct:
+            spread, rows = self._scratch("weights", product.weights), product.weights // max(k, 1)
+            if product.direct:
+                work = float(LIGHT_WORK * k)
+                phases.append([(kernels.pack_range, (w, rows, k, spread), rows, work)])
+            else:
+                shape = (k, c) if product.adjoint else (c, k)
+                arguments = product.taps, w, spread, *shape, product.adjoint, packed
+                phases.append([(kernels.spread_weights, arguments, rows // max(c, 1), float(LIGHT_WORK * c * k))])
             w = spread
-        return phases + (self._by_winograd if product.by_winograd else self._by_product)(product, x, w, y, begin)
+        if by_product:
+            return phases + self._by_product(product, x, w, y, begin, packed)
+        return phases + (self._by_winograd if product.by_winograd else self._by_rows)(product, x, w, y, begin)
 
-    def _by_product(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+    def _by_product(
+        self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...], packed: bool
+    ) -> Phases:
         images, k, group = product.images, product.channels[1], 1
         if product.blocks == 1:
             # The bits do not depend on it.
             group = max(1, min(BLOCK // max(product.pixels, 1), -(-images // (2 * self.threads))))
         arguments = (
             group, product.sizes, product.parts, product.firsts, x, w, y, *begin,
-            self._each("pattern", kernels.PATTERN + k),
+            self._each("pattern", kernels.PATTERN + k), packed,
         )  # fmt: skip
         work = (product.work + LIGHT_WORK * product.pixels * k) * group / max(product.blocks, 1)
         return [[(kernels.conv_range, arguments, -(-images // group) * product.blocks, work)]]
@@ -283,18 +310,54 @@ class ConvOperations(Scripted):
             [(winograd.conv_range, arguments, items * shares, work)],
         ]
 
+    def _by_rows(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        (c, k), total = product.channels, product.row_tiles
+        panels, kernel = kernels.panels_of(k), winograd_rows
+        # A place's inputs stay in cache; the weights are read for enough tiles. The bits do not depend on it.
+        least = max(1, min(LEAST_ROW_TILES, c * k // WEIGHTS_OF_A_TILE))
+        most = max(ROW_CACHED_BOTH // (c + k), min(ROW_TILES, ROW_CACHED // c), 1)
+        tiles = min(most, max(least, -(-total // (PIECES * self.threads))))
+        items = -(-total // tiles)
+        shares = max(1, min(panels, self.threads // max(items, 1)))
+        taps = self._scratch("taps", winograd.SEEN * kernel.plane_of(c, k))
+        arguments = (
+            tiles, shares, product.plain_sizes, x, taps, y, *begin, self._each("strip", winograd.SEEN * c),
+            self._each("inputs", winograd.SEEN * kernel.plane_of(tiles, c)),
+            self._each("outputs", winograd.SEEN * kernel.plane_of(tiles, k)),
+            self._each("base", winograd.WIDE), self._each("tile", winograd.WIDE * winograd.TILE),
+        )  # fmt: skip
+        work = product.work * product.images / (ROW_SAVED * max(items * shares, 1))
+        return [
+            [(kernel.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k // winograd.SEEN))],
+            [(kernel.conv_range, arguments, items * shares, work)],
+        ]
+
     def _weights_by_product(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
         c, k = product.channels
         whole = product.direct and product.groups == 1
         sums = dw if whole else self._scratch("sums", product.groups * product.weights)
-        arguments = (
-            product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums, product.weights,
-        )  # fmt: skip
         work = product.work * product.images / max(product.weight_items, 1)
-        phases: Phases = [
-            [(kernels.clear, (sums,), sums.size, 1.0)],
-            [(kernels.conv_weights_range, arguments, product.weight_items, work)],
-        ]
+        pixels = product.images * product.pixels
+        packed = k >= PACKED_CHANNELS and product.weights // k >= PACKED_USES and 0 < pixels * k <= PACKED_VALUES
+        phases: Phases = []
+        if packed:
+            panels = self._scratch("outputs", pixels * k)
+            phases.append([(kernels.pack_range, (dy, pixels, k, panels), pixels, float(LIGHT_WORK * k))])
+            dy = panels
+        if packed and product.linear and c >= PACKED_CHANNELS:
+            turned = self._scratch("inputs", pixels * c)
+            blocks = -(-pixels // kernels.TURNED)
+            turn = kernels.turn_range, (x, pixels, c, turned), blocks, float(LIGHT_WORK * kernels.TURNED * c)
+            phases[0].append(turn)
+            arguments: tuple[Any, ...] = (product.group * product.pixels, pixels, c, k, turned, dy, sums)
+            phases.append([(kernels.linear_weights_range, arguments, product.weight_items, work)])
+        else:
+            arguments = (
+                product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums,
+                product.weights, packed,
+            )  # fmt: skip
+            phases.append([(kernels.clear, (sums,), sums.size, 1.0)])
+            phases.append([(kernels.conv_weights_range, arguments, product.weight_items, work)])
         if not whole:
             collect = product.collected, sums, product.groups, dw, c * k
             work = float(LIGHT_WORK * c * k * product.groups)
@@ -338,3 +401,43 @@ class ConvOperations(Scripted):
         zeros = np.zeros(winograd.LANES, np.float32)
         taps = sums, groups, size, c, k, zeros, dw
         return [*phases, [(winograd.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups))]]
+
+    def _weights_by_rows(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
+        total = product.row_tiles
+        if not total:
+            return [[(kernels.clear, (dw,), dw.size, 1.0)]]
+        (c, k), kernel = product.channels, winograd_rows
+        panels, size = kernels.panels_of(k), winograd.SEEN * kernel.plane_of(c, k)
+        strip = self._each("strip", winograd.SEEN * max(c, k))
+        work_of_a_tile = 2.0 * winograd.SEEN * c * k
+        transforms = float(TAPS_WORK * (c + k) // winograd.SEEN)
+        phases: Phases = []
+        if c * k <= FEW_ROW_SUMS:
+            # Each thread has groups of tiles, and their sums, to itself and in its own cache.
+            group = max(GROUP_TILES, -(-total // MOST_GROUPS))
+            tiles, groups = max(1, min(group, ROW_CACHED_BOTH // (c + k))), -(-total // group)
+            sums = self._scratch("sums", groups * size)
+            arguments: tuple[Any, ...] = (
+                group, tiles, product.plain_sizes, x, dy, strip,
+                self._each("inputs", winograd.SEEN * kernel.plane_of(tiles, c)),
+                self._each("outputs", winograd.SEEN * kernel.plane_of(tiles, k)), sums, size,
+            )  # fmt: skip
+            phases.append([(kernel.gradient_range, arguments, groups, group * (work_of_a_tile + transforms))])
+        else:
+            # All threads transform tiles, and then share out the places; the order of a sum is that of the tiles.
+            groups, step = 1, max(1, min(total, SUM_TILES, max(LEAST_ROW_TILES, ROW_CACHED // c)))
+            sums = self._scratch("sums", size)
+            inputs = self._scratch("inputs", winograd.SEEN * kernel.plane_of(step, c))
+            outputs = self._scratch("outputs", winograd.SEEN * kernel.plane_of(step, k))
+            for first in range(0, total, step):
+                tiles = min(step, total - first)
+                arguments = first, tiles, product.plain_sizes, x, dy, strip, inputs, outputs
+                places = winograd.SEEN * panels
+                phases += [
+                    [(kernel.gradient_tiles_range, arguments, tiles, transforms)],
+                    [(kernel.gradient_sums_range, (tiles, c, k, inputs, outputs, sums, first > 0), places,
+                      tiles * work_of_a_tile / places)],
+                ]  # fmt: skip
+        zeros = np.zeros(winograd.LANES, np.float32)
+        taps = sums, groups, size, c, k, zeros, dw
+        return [*phases, [(kernel.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups // winograd.SEEN))]]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
+from fastdiff.backends.numpy.host import asked_of_rows
 from fastdiff.backends.protocol import DEPTH, LinearPart, MLPPlan, Row, TrainingDraws
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
@@ -84,6 +85,19 @@ class _MLPSpace:
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
+        # What is asked: room for its part of a tile's rows of the time table, and the buffers of a chain.
+        width, d = k.TILE * plan.time_width, plan.layers[0].inputs
+        self.own = np.arange(k.TILE)
+        self.rooms = [np.empty(width if plan.asked else 0, np.float32) for _ in range(threads)]
+        self.turned: list[list[Array]] = []
+        if plan.asked:
+            sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
+            self.turned = [[np.empty(size, np.float32) for size in sizes] for _ in range(threads)]
+
+    def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array]:
+        """What is asked of samples, as the kernels take it."""
+        columns, values = (0, self.nothing) if asked is None else (self.plan.asked, asked)
+        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
         """The table with the rows that t needs, found through `slots`, and how many they are."""
@@ -134,7 +148,9 @@ class MLPOperations(StepOperations):
             space = self._networks[plan] = _MLPSpace(plan, self.threads)
         return space
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+    def mlp_forward(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
+    ) -> Array:
         y = np.empty((len(x), plan.layers[-1].outputs), np.float32) if out is None else out
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
         with self._workers.lock:
@@ -154,6 +170,7 @@ class MLPOperations(StepOperations):
                     plan.time_width,
                     net.slots,
                     net.linear,
+                    net.asked(asked, worker),
                     net.arenas[worker],
                 )
 
@@ -168,6 +185,8 @@ class MLPOperations(StepOperations):
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
         draw: Draw,
+        asked: Array | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
         flat = x.reshape(-1)
         first, _, stream, keys = law_of(draw)
@@ -179,12 +198,25 @@ class MLPOperations(StepOperations):
             table, _ = net.time_table(params, self._table.evaluated)
 
             # The same bits either way; vectors of few samples would be mostly empty.
-            if len(x) <= FEW:
+            if len(x) <= FEW and weights is None:
                 mlp_kernels.chain_few(
                     flat, steps, numbers, depth, net.layers, params, table, plan.time_width, net.slots,
-                    net.linear, first, stream, keys, *self._spaces[0].noise, net.arenas[0], net.memories[0],
-                    net.times[0],
+                    net.linear, net.asked(asked), first, stream, keys, *self._spaces[0].noise, net.arenas[0],
+                    net.memories[0], net.times[0],
                 )  # fmt: skip
+                return
+            if asked is not None:
+                of_rows = np.empty(0, np.float32) if weights is None else weights
+
+                def body(worker: int, start: int, stop: int) -> None:
+                    mlp_kernels.asked_chain_range(
+                        start, stop, flat, steps, numbers, of_rows, depth, net.layers, params, table, plan.time_width,
+                        net.slots, net.linear, net.asked(asked, worker), first, stream, keys,
+                        *self._spaces[worker].noise[:2], net.arenas[worker], net.memories[worker], *net.turned[worker],
+                    )  # fmt: skip
+
+                tile = mlp_kernels.CHAIN_TILE // (1 if weights is None else 2)
+                self._workers.run(body, -(-len(x) // tile), 1)
                 return
 
             def body(worker: int, start: int, stop: int) -> None:
@@ -197,7 +229,14 @@ class MLPOperations(StepOperations):
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
 
     def mlp_gradient(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        asked: Array | None = None,
     ) -> tuple[float, Array]:
         dx = np.empty_like(x)
         with self._workers.lock:
@@ -205,20 +244,32 @@ class MLPOperations(StepOperations):
             net.grow(len(x))
             net.t[:] = t
             loss = self._gradient(
-                net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x)
+                net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x), asked
             )
         return loss, dx
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
-        self._products(plan, params, x, t, dy, dx, backward=True)
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+    ) -> None:
+        self._products(plan, params, (x, t, asked), dy, dx, backward=True)
 
-    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
-        self._products(plan, params, x, t, dx, dy, backward=False)
+    def mlp_jvp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
+    ) -> None:
+        self._products(plan, params, (x, t, asked), dx, dy, backward=False)
 
     def _products(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+        self,
+        plan: MLPPlan,
+        params: Array,
+        at: tuple[Array, Array, Array | None],
+        given: Array,
+        out: Array,
+        *,
+        backward: bool,
     ) -> None:
-        """`mlp_vjp` or `mlp_jvp`, a tile at a time."""
+        """`mlp_vjp` or `mlp_jvp`, a tile at a time, at (x, t, asked)."""
+        x, t, asked = at
         k, arrays = mlp_kernels, (x.reshape(-1), t, given.reshape(-1), out.reshape(-1))
         with self._workers.lock:
             net = self._network(plan)
@@ -232,7 +283,7 @@ class MLPOperations(StepOperations):
             def body(worker: int, start: int, stop: int) -> None:
                 kernel(
                     start, stop, *arrays, net.layers, *weights, table, plan.time_width, net.slots, net.linear,
-                    _packed_part(None), net.arenas[worker], *net.deltas[worker][:2],
+                    _packed_part(None), net.asked(asked, worker), net.arenas[worker], *net.deltas[worker][:2],
                 )  # fmt: skip
 
             self._workers.run(body, -(-len(x) // k.TILE), 1)
@@ -251,8 +302,11 @@ class MLPOperations(StepOperations):
             keys = net.keys
             mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
             mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
-            nothing = net.nothing.reshape(-1)
-            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch)
+            nothing, asked = net.nothing.reshape(-1), None
+            if plan.asked:
+                of_rows = Draw(draws.seed, Stream.BATCH, step)
+                asked = plan.asks(*asked_of_rows(draws, net.indices, of_rows))
+            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch, asked)
 
     def _gradient(
         self,
@@ -263,8 +317,9 @@ class MLPOperations(StepOperations):
         draws: TrainingDraws | None,
         step: int,
         batch: int,
+        asked: Array | None,
     ) -> float:
-        """Gradient of the batch that is `given` or drawn, at the timesteps net.t."""
+        """Gradient of the batch that is `given` or drawn, at the timesteps net.t, with what is asked of it."""
         plan, width = net.plan, net.plan.time_width
         table, count = net.time_table(params, net.t)
         dtable = net.dtable
@@ -275,7 +330,7 @@ class MLPOperations(StepOperations):
         if draws is None:
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
-            data, tables, keys = draws.data, net.tables, net.keys
+            data, tables, keys = draws.data.reshape(len(draws.data), -1), net.tables, net.keys
         turns, total = np.zeros(2, np.int64), np.zeros(1)
 
         def body(worker: int, start: int, stop: int) -> None:
@@ -285,9 +340,10 @@ class MLPOperations(StepOperations):
                 while True:
                     held = mlp_kernels.gradient_tiles(
                         held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
-                        params, net.transposed, table, width, net.slots, net.linear, net.dtime[worker], grads,
-                        net.summed, net.partials[worker], dtable, net.losses[worker], step, int(Stream.TRAIN_NOISE),
-                        keys, *self._spaces[worker].noise, net.arenas[worker], *net.deltas[worker],
+                        params, net.transposed, table, width, net.slots, (net.linear, net.asked(asked, worker)),
+                        net.dtime[worker], grads, net.summed, net.partials[worker], dtable, net.losses[worker], step,
+                        int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise, net.arenas[worker],
+                        *net.deltas[worker],
                     )  # fmt: skip
                     if held < 0:
                         return

@@ -16,7 +16,7 @@ import numpy as np
 from fastdiff.backends.cuda.conv import ConvOperations
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.protocol import TrainingDraws
-from fastdiff.noise import Draw, round_keys
+from fastdiff.noise import Draw, drop_limit, round_keys
 
 Array = Any
 
@@ -333,9 +333,12 @@ class LayerOperations(ConvOperations):
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         n, height, width, channels = batch.x.shape
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
+        columns = 0 if draws.covariates is None or batch.covariates is None else draws.covariates.shape[1]
         args = (
-            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4], n, size, width, channels,
-            len(draws.data), len(draws.signal), first, step, self._step_at(), draws.flip, round_keys(draws.seed),
+            draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4],
+            draws.covariates if columns else None, batch.covariates, n, size, size * (1 + draws.masked), width,
+            channels, columns, draws.classes, drop_limit(draws.drop), len(draws.data), len(draws.signal), first, step,
+            self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
 

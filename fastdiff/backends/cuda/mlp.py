@@ -31,7 +31,7 @@ from fastdiff.backends.protocol import (
 )
 from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
-from fastdiff.noise import Draw, Stream, round_keys
+from fastdiff.noise import Draw, Stream, drop_limit, round_keys
 
 Array = Any
 
@@ -88,7 +88,13 @@ def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
 
 
 def chain_tile(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> Tile | None:
-    """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first."""
+    """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first.
+
+    One that is asked for something goes layer by layer: every sample has a row of the time table of its own, and those
+    of a tile are more than shared memory holds beside its activations.
+    """
+    if plan.asked:
+        return None
     for rows in TILES:
         for staged in (True, False):
             if shared_bytes(plan, Tile(rows, staged)) <= shared_limit:
@@ -103,6 +109,8 @@ def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
         return f"{count / 1024:.0f} KB"
 
     tile = chain_tile(plan, shared_limit)
+    if plan.asked:
+        return "layer by layer: every sample has a row of the time table of its own, by what is asked of it"
     if tile is None:
         least = size(shared_bytes(plan, Tile(TILES[-1], staged=False)))
         return f"layer by layer: {TILES[-1]} samples need {least} of shared memory, a block has {size(shared_limit)}"
@@ -193,7 +201,8 @@ class _Network:
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
         self.sampler = NO_ROWS
-        self.data = self.tables = self.terms = None
+        self.data = self.tables = self.terms = self.labels = self.covariates = None
+        self._own: Array = None
         self.keys: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
     def sampler_of(self, rows: tuple[Row, ...], clip: tuple[float, float] | None) -> _DeviceTable:
@@ -213,7 +222,15 @@ class _Network:
             self.draws, self.keys, self.moves = draws, round_keys(draws.seed), self.moves + 1
             self.data = self.runtime.asarray(draws.data, np.float32)
             self.tables = self.runtime.asarray(np.array(draws[1:5], np.float32))
-            self.terms = None if draws.terms is None else self.runtime.asarray(draws.terms, np.float32)
+            for name, dtype in (("terms", np.float32), ("labels", np.int64), ("covariates", np.float32)):
+                array = getattr(draws, name)
+                setattr(self, name, None if array is None else self.runtime.asarray(array, dtype))
+
+    def own(self, n: int) -> Array:
+        """Return 0 .. n - 1, the places of samples whose rows of the time table are their own."""
+        if self._own is None or len(self._own) < n:
+            self._own = self.runtime.asarray(np.arange(n), np.int64)
+        return self._own[:n]
 
     def grow(self, n: int) -> None:
         """Have buffers for a gradient of n samples."""
@@ -227,6 +244,12 @@ class _Network:
             "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
             "d0": empty((n * widest,)), "d1": empty((n * widest,)),
         }  # fmt: skip
+        if plan.asked:
+            self.own(n)
+            self.buffers |= {
+                "asked": empty((n, plan.asked)), "times": empty((n, plan.time_width)),
+                "sums": empty((plan.time_width,)),
+            }  # fmt: skip
         for k, layer in enumerate(plan.layers):
             self.buffers[f"u{k}"] = empty((n, layer.outputs))
             # u is needed again by the backward pass of these; elsewhere the sign of y is enough.
@@ -240,6 +263,11 @@ class _Network:
 def _weight(layer: DenseLayer, flat: Array) -> Array:
     size = layer.inputs * layer.outputs
     return flat[layer.weight : layer.weight + size].reshape(layer.inputs, layer.outputs)
+
+
+def _of_asked(plan: MLPPlan, flat: Array) -> Array:
+    size = plan.asked * plan.time_width
+    return flat[plan.asked_weight : plan.asked_weight + size].reshape(plan.asked, plan.time_width)
 
 
 def _bias(layer: DenseLayer, flat: Array) -> Array:
@@ -265,7 +293,9 @@ class MLPOperations(LayerOperations, RecordingOperations):
         """Launch a kernel that loops over `items`."""
         self.runtime.launch("mlp", entry, *self.runtime.grid_1d(items), args)
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
+    def mlp_forward(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
+    ) -> Array:
         y = self.runtime.empty((len(x), plan.layers[-1].outputs)) if out is None else out
         if len(x) == 0:
             return y
@@ -274,7 +304,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
             if net.tile is not None:
                 self._tiles(net, params, x, (y, t))
             else:
-                self._forward(net, params, self._time_table(net, params), x, t, y)
+                self._forward(net, params, x, t, y, asked)
         return y
 
     def mlp_chain(
@@ -285,24 +315,44 @@ class MLPOperations(LayerOperations, RecordingOperations):
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
         draw: Draw,
+        asked: Array | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
         if len(x) == 0 or not rows:
             return
+        n = len(x)
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
                 self._tiles(net, params, x, (None, None), rows, clip, draw)
                 return
         memory = tuple(self.runtime.zeros(x.shape) for _ in range(max(row.depth for row in rows)))
-        out, t = self.runtime.empty(x.shape), self.runtime.empty((len(x),), np.int64)
-        for row in rows:
-            if row.evaluates:
+        lanes = n if weights is None else 2 * n  # guided ones come twice, asked and not
+        out, t = self.runtime.empty((lanes, x.shape[1])), self.runtime.empty((lanes,), np.int64)
+        if weights is not None:
+            twice, both = self.runtime.empty(out.shape), self.runtime.zeros((lanes, plan.asked))
+            self.runtime.copy(both[:n], asked)
+        for i, row in enumerate(rows):
+            if row.evaluates and weights is not None and weights[i] != 1:
                 t.fill(row.t)
-                self.mlp_forward(plan, params, x, t, out)
-            self.sampler_step(x, out if row.evaluates else None, memory, row, clip, draw.at(row.step))
+                for half in (twice[:n], twice[n:]):
+                    self.runtime.copy(half, x)
+                self.mlp_forward(plan, params, twice, t, out, both)
+                self.guide(out[:n], out[n:], float(weights[i]), 0.0, out[:n])
+            elif row.evaluates:
+                t.fill(row.t)
+                self.mlp_forward(plan, params, x, t[:n], out[:n], asked)
+            self.sampler_step(x, out[:n] if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
     def mlp_gradient(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        asked: Array | None = None,
     ) -> tuple[float, Array]:
         dx = self.runtime.empty(x.shape)
         if len(x) == 0:
@@ -311,27 +361,39 @@ class MLPOperations(LayerOperations, RecordingOperations):
         with self._lock:
             net = self._network(plan)
             net.grow(len(x))
-            self._gradient(net, params, x, t, target, grads, dx)
+            self._gradient(net, params, (x, t, target, asked), grads, dx)
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
-        self._products(plan, params, x, t, dy, dx, backward=True)
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+    ) -> None:
+        self._products(plan, params, (x, t, asked), dy, dx, backward=True)
 
-    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
-        self._products(plan, params, x, t, dx, dy, backward=False)
+    def mlp_jvp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
+    ) -> None:
+        self._products(plan, params, (x, t, asked), dx, dy, backward=False)
 
     def _products(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, given: Array, out: Array, *, backward: bool
+        self,
+        plan: MLPPlan,
+        params: Array,
+        at: tuple[Array, Array, Array | None],
+        given: Array,
+        out: Array,
+        *,
+        backward: bool,
     ) -> None:
-        """`mlp_vjp` or `mlp_jvp`, layer by layer; the forward pass runs once for all vectors."""
+        """`mlp_vjp` or `mlp_jvp` at (x, t, asked), layer by layer; the forward pass runs once for all vectors."""
+        x, t, asked = at
         if given.size == 0:
             return
         n, layers = len(x), range(len(plan.layers))
         with self._lock:
             net = self._network(plan)
             net.grow(n)
-            table = self._time_table(net, params)
-            inputs = self._kept(net, params, table, x, t)
+            table, places = self._times(net, params, t, asked)
+            inputs = self._kept(net, params, table, x, places)
             vectors, results = (array.reshape(-1, n, array.shape[-1]) for array in (given, out))
             for i in range(len(vectors)):
                 here, vector, result = vectors[i], vectors[i], results[i]
@@ -341,12 +403,12 @@ class MLPOperations(LayerOperations, RecordingOperations):
                     to = result if last else net.buffers[f"d{turn % 2}"][: n * width].reshape(n, width)
                     if not backward:
                         self._dense(here, _weight(layer, params), to)
-                        self._slope(net, k, to, inputs[k + 1], table, t)
+                        self._slope(net, k, to, inputs[k + 1], table, places)
                     else:
                         if turn == 0:  # it is the caller's
                             here = net.buffers["d1"][: vector.size].reshape(vector.shape)
                             self.runtime.copy(here, vector)
-                        self._slope(net, k, here, inputs[k + 1], table, t)
+                        self._slope(net, k, here, inputs[k + 1], table, places)
                         self._dense_backward(here, inputs[k], _weight(layer, params), to, None, None)
                     here = to
                 self._add_part(net, vector, result, t, net.room)
@@ -395,17 +457,30 @@ class MLPOperations(LayerOperations, RecordingOperations):
         if net.terms is not None:
             terms = net.buffers["terms"]
             self.take(net.terms, t, terms)
-        self._gradient(net, params, x, t, target, grads, None, terms)
+        asked = None if not net.plan.asked else self._draw_asked(net, step)
+        self._gradient(net, params, (x, t, target, asked), grads, None, terms)
         return net.loss
+
+    def _draw_asked(self, net: _Network, step: int) -> Array:
+        """What is asked of the rows of a training step, in the network's buffer."""
+        asked, draws, plan = net.buffers["asked"], net.draws, net.plan
+        assert draws is not None
+        self._launch(
+            "mlp_draw_asked", asked.size,
+            net.labels, net.covariates, asked, len(asked), len(draws.data), plan.classes, plan.asked - plan.classes,
+            drop_limit(draws.drop), step, self._step_at(), net.keys,
+        )  # fmt: skip
+        return asked
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
         assert net.data is not None
         n, d = net.buffers["x"].shape
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, len(net.data), net.plan.T, step, self._step_at(), net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, len(net.data), net.plan.T, step, self._step_at(), net.keys,
         )  # fmt: skip
         return x, t, target
 
@@ -422,6 +497,21 @@ class MLPOperations(LayerOperations, RecordingOperations):
             plan.T, net.features.shape[1], plan.time_width,
         )  # fmt: skip
         return net.table
+
+    def _times(
+        self, net: _Network, params: Array, t: Array, asked: Array | None, room: Array | None = None
+    ) -> tuple[Array | None, Array]:
+        """The time table and where samples find their rows in it: their own, of a network that is asked for something.
+
+        These lie in `room` (n, time_width), by default the buffer of gradients.
+        """
+        table, plan = self._time_table(net, params), net.plan
+        if asked is None:
+            return table, t
+        rows, n = net.buffers["times"] if room is None else room, len(t)
+        self._dense(asked, _of_asked(plan, params), rows)
+        self._launch("mlp_add_times", rows.size, rows, table, t, n, plan.time_width)
+        return rows, net.own(n)
 
     def _tiles(
         self,
@@ -462,14 +552,16 @@ class MLPOperations(LayerOperations, RecordingOperations):
             MODES[layer.time], ACTIVATIONS[layer.activation],
         )  # fmt: skip
 
-    def _forward(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array, y: Array) -> None:
+    def _forward(self, net: _Network, params: Array, x: Array, t: Array, y: Array, asked: Array | None) -> None:
         """Layer by layer, keeping nothing."""
+        room = None if asked is None else self.runtime.empty((len(x), net.plan.time_width))
+        table, places = self._times(net, params, t, asked, room)
         h = x
         for layer in net.plan.layers[:-1]:
             u = self.runtime.empty((len(x), layer.outputs))
-            self._layer(layer, params, table, net.plan.time_width, h, t, u, u)
+            self._layer(layer, params, table, net.plan.time_width, h, places, u, u)
             h = u
-        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, t, y, y)
+        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, places, y, y)
         self._add_part(net, x, y, t)
 
     def _part(self, net: _Network) -> tuple[Any, ...]:
@@ -500,17 +592,16 @@ class MLPOperations(LayerOperations, RecordingOperations):
         self,
         net: _Network,
         params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
+        batch: tuple[Array, Array, Array, Array | None],
         grads: Array,
         dx: Array | None,
         terms: Array | None = None,
     ) -> None:
-        """Fill `grads`, net.loss and, where given, dx."""
+        """Fill `grads`, net.loss and, where given, dx, of a batch (x, t, target, asked)."""
+        x, t, target, asked = batch
         plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
-        table = self._time_table(net, params)
-        inputs = self._kept(net, params, table, x, t)
+        table, places = self._times(net, params, t, asked)
+        inputs = self._kept(net, params, table, x, places)
         self._add_part(net, x, inputs[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
@@ -522,7 +613,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
-            self._slope(net, k, du, inputs[k + 1], table, t, buffers["dtime"])
+            self._slope(net, k, du, inputs[k + 1], table, places, buffers["dtime"])
             to = dx
             if k > 0:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)
@@ -530,6 +621,9 @@ class MLPOperations(LayerOperations, RecordingOperations):
             dy, free = free, dy
         if of_output is not None:
             self._add_part(net, of_output, dx, t, net.room)
+        if asked is not None:
+            of_asked = _of_asked(plan, params), None, _of_asked(plan, grads), buffers["sums"]
+            self._dense_backward(buffers["dtime"], asked, *of_asked)
         if width:
             self._time_gradient(net, t, grads)
 

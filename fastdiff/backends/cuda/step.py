@@ -17,6 +17,8 @@ from fastdiff.noise import Draw, round_keys
 
 Array = Any
 
+WARP = 32  # threads that take a row of `guide_rescale`
+
 
 @lru_cache(maxsize=64)
 def _keys(seed: int) -> npt.NDArray[Any]:
@@ -131,3 +133,17 @@ class StepOperations(Device):
             fours = self._aligned(*arrays)
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
             self.runtime.launch("step", "step_quiet", grid, block, (*arrays, plan.record, x.size, fours))
+
+    def guide(self, asked: Array, unasked: Array, weight: float, rescale: float, out: Array) -> None:
+        if out.size == 0:
+            return
+        kept = asked
+        if rescale and asked is out:
+            kept = self.runtime.empty(out.shape)
+            self.runtime.copy(kept, asked)
+        grid, block = self.runtime.grid_1d(out.size)
+        self.runtime.launch("step", "guide", grid, block, (asked, unasked, out, out.size, np.float32(weight)))
+        if rescale:
+            grid, block = self.runtime.grid_1d(len(out) * WARP, 8 * WARP)
+            args = (kept, out, *out.shape, np.float32(rescale))
+            self.runtime.launch("step", "guide_rescale", grid, block, args)

@@ -85,29 +85,47 @@ def embedding_backward(drows: Array, t: Array, rows: int) -> Array:
     return dtable
 
 
+def guided(asked: Array, unasked: Array, weight: float, rescale: float = 0.0) -> Array:
+    """Classifier-free guidance, u + w (c - u), (n, d) each (Ho and Salimans 2022); see `Backend.guide`."""
+    out = asked - unasked
+    out *= out.dtype.type(weight)
+    out += unasked
+    if rescale:
+        wide, narrow = (np.std(array, axis=1, keepdims=True) for array in (out, asked))
+        out *= rescale * narrow / np.where(wide > 0, wide, 1) + out.dtype.type(1 - rescale)
+    return out
+
+
 def squared_error(y: Array, target: Array, terms: Array | None = None) -> tuple[float, Array]:
     """Return the mean of (y - target)^2 over all entries, NaN of none, and its gradient dy = 2 (y - target) / size.
 
+    Where the target is NaN, y - target counts as 0.
     With `terms` it is as `LayerBackend.squared_error` says.
     """
     if target.size == 0:
         return math.nan, np.empty_like(y)
     scale = y.dtype.type(2 / target.size)
     if terms is None:
-        difference = y - target
+        difference = _difference(y, target)
         return float(np.mean(np.square(difference, dtype=np.float64))), difference * scale
     columns = terms.astype(y.dtype).T.reshape(-1, len(y), *(1,) * (y.ndim - 1))
     if len(columns) == 1:
-        difference = y - target
+        difference = _difference(y, target)
         return float(np.mean(columns[0] * np.square(difference, dtype=np.float64))), difference * scale * columns[0]
     w, g, h, V, K, A = columns
     mean, v = np.split(y, 2, axis=-1)
-    difference = mean - target
+    difference = _difference(mean, target)
     square, hv = np.square(difference), h * v
     left = (V + K * square) * np.exp(-hv)
     bound = g * (hv + left + A)
     loss = float(np.mean(w * square + bound, dtype=np.float64))
     return loss, np.concatenate([difference * scale * w, g * h * (1 - left) * (scale / 2)], axis=-1)
+
+
+def _difference(y: Array, target: Array) -> Array:
+    difference: Array = y - target
+    difference[np.isnan(target)] = 0
+    return difference
 
 
 def store(gradient: Array, out: Array, add: bool) -> None:

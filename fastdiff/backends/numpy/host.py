@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fastdiff import noise as law
 from fastdiff.backends.layers import Batch, ConvShapes, LayerBackend, Prepared, Recording, Sampling
+from fastdiff.backends.numpy.functions import guided
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw, Stream
 
@@ -32,6 +33,9 @@ class HostBackend:
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
         return np.empty(shape, dtype)
 
+    def guide(self, asked: Array, unasked: Array, weight: float, rescale: float, out: Array) -> None:
+        out[...] = guided(asked, unasked, weight, rescale)
+
     def queue(self) -> int:
         return 0
 
@@ -47,11 +51,13 @@ class HostBackend:
         out[:, :height, :width] = x[:, :height, :width]
 
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
-        x, t, target, chosen, _ = batch
+        x, t, target, chosen, _, covariates = batch
         n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
         rows = law.scaled_words(n, len(draws.data), of_rows)
         t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
-        x0, eps = draws.data[rows], np.empty_like(x)
+        x0, eps, hidden = draws.data[rows], np.empty_like(x), None
+        if draws.masked:
+            x0, hidden = x0[:, 0], x0[:, 1]
         if draws.flip:
             mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
             x0[mirrored] = x0[mirrored][:, :, ::-1]
@@ -59,8 +65,13 @@ class HostBackend:
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
         target[...] = of_noise * eps + of_data * x0
-        if chosen is not None and draws.labels is not None:
-            chosen[...] = draws.labels[rows]
+        if hidden is not None:
+            target += hidden
+        labels, numbers = asked_of_rows(draws, rows, of_rows)
+        if chosen is not None:
+            chosen[...] = labels
+        if covariates is not None:
+            covariates[...] = np.asarray(numbers).reshape(covariates.shape)
 
     def mlp_training(
         self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
@@ -86,6 +97,18 @@ class HostBackend:
 
     def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
         return PlainSampling(cast(LayerBackend, self), output)
+
+
+def asked_of_rows(draws: TrainingDraws, rows: Array, draw: Draw) -> tuple[Array | None, Array | None]:
+    """Return labels and covariates of data rows at the positions of `draw`, left out where stream DROP says so."""
+    labels, covariates = (None if given is None else given[rows] for given in (draws.labels, draws.covariates))
+    if draws.drop > 0:
+        out = law.dropped(len(rows), draws.drop, draw.of(Stream.DROP))
+        if labels is not None:
+            labels[out[:, 0]] = draws.classes
+        if covariates is not None:
+            covariates[out[:, 1]] = 0
+    return labels, covariates
 
 
 class AsTheyAre:

@@ -15,12 +15,14 @@ from fastdiff.backends.numpy.functions import (
     activate,
     activate_backward,
     embedding_backward,
+    guided,
     linear,
     linear_backward,
     modulate,
     modulate_backward,
     squared_error,
 )
+from fastdiff.backends.numpy.host import asked_of_rows
 from fastdiff.backends.numpy.step import StepOperations
 from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, TrainingDraws
 from fastdiff.noise import Draw, Stream
@@ -32,39 +34,58 @@ Saved = tuple[Array, Array, Array, Array]
 class MLPOperations(StepOperations):
     """Perceptrons: forward, gradient, and a sampling chain."""
 
-    def mlp_forward(self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None) -> Array:
-        y = _mlp_forward(plan, params, x, t)[0]
+    def mlp_forward(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
+    ) -> Array:
+        y = _mlp_forward(plan, params, x, t, asked)[0]
         if out is None:
             return y
         out[...] = y
         return out
 
     def mlp_gradient(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        target: Array,
+        grads: Array,
+        asked: Array | None = None,
     ) -> tuple[float, Array]:
-        return self._gradient(plan, params, x, t, target, grads, None)
+        return self._gradient(plan, params, (x, t, target, asked), grads, None)
 
     def _gradient(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, target: Array, grads: Array, terms: Array | None
+        self,
+        plan: MLPPlan,
+        params: Array,
+        batch: tuple[Array, Array, Array, Array | None],
+        grads: Array,
+        terms: Array | None,
     ) -> tuple[float, Array]:
+        x, t, target, asked = batch
         with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
-            y, saved = _mlp_forward(plan, params, x, t)
+            y, saved = _mlp_forward(plan, params, x, t, asked)
             loss, dy = squared_error(y, target, terms)
-            dx = _mlp_backward(plan, params, dy, t, saved, grads)
+            dx = _mlp_backward(plan, params, dy, (t, asked), saved, grads)
             return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
 
-    def mlp_vjp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array) -> None:
+    def mlp_vjp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+    ) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dx = ((1 + gain) act'(v) dy) W^T."""
-        _, saved = _mlp_forward(plan, params, x, t)
+        _, saved = _mlp_forward(plan, params, x, t, asked)
         d = dy
         steps = list(zip(plan.layers, _weights(plan, params), saved, strict=False))
         for layer, (w, _), (_, _, v, gain) in reversed(steps):
             d = ((1 + gain) * activate_backward(d, v, layer.activation)) @ w.T
         dx[...] = d if plan.linear is None else d + _linear_part(plan.linear, t, dy)
 
-    def mlp_jvp(self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array) -> None:
+    def mlp_jvp(
+        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
+    ) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dy = (1 + gain) act'(v) (dx W)."""
-        _, saved = _mlp_forward(plan, params, x, t)
+        _, saved = _mlp_forward(plan, params, x, t, asked)
         d = dx
         for layer, (w, _), (_, _, v, gain) in zip(plan.layers, _weights(plan, params), saved, strict=False):
             d = activate_backward((1 + gain) * (d @ w), v, layer.activation)
@@ -75,7 +96,8 @@ class MLPOperations(StepOperations):
     ) -> float:
         x, t, target = draw_batch(draws, plan.T, step, batch)
         terms = None if draws.terms is None else draws.terms[t]
-        return self._gradient(plan, params, x, t, target, grads, terms)[0]
+        asked = asked_batch(plan, draws, step, batch) if plan.asked else None
+        return self._gradient(plan, params, (x, t, target, asked), grads, terms)[0]
 
     def mlp_chain(
         self,
@@ -85,10 +107,17 @@ class MLPOperations(StepOperations):
         rows: tuple[Row, ...],
         clip: tuple[float, float] | None,
         draw: Draw,
+        asked: Array | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
         memory = tuple(np.zeros((max(row.depth for row in rows), *x.shape), x.dtype))
-        for row in rows:
-            out = self.mlp_forward(plan, params, x, np.full(len(x), row.t)) if row.evaluates else None
+        for i, row in enumerate(rows):
+            out = None
+            if row.evaluates:
+                t = np.full(len(x), row.t)
+                out = self.mlp_forward(plan, params, x, t, asked=asked)
+                if weights is not None and weights[i] != 1:
+                    out = guided(out, self.mlp_forward(plan, params, x, t), weights[i])
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
 
@@ -96,11 +125,22 @@ def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Arr
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
     data, seed = draws.data, draws.seed
     x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    hidden = 0
+    if draws.masked:
+        x0, hidden = x0[:, 0], x0[:, 1]
     t = law.scaled_words(batch, T, Draw(seed, Stream.TRAIN_TIME, step))
-    eps = np.empty_like(x0)
+    eps = np.empty(x0.shape, x0.dtype)
     law.fill_normal(eps, Draw(seed, Stream.TRAIN_NOISE, step))
     signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
-    return signal * x0 + noise * eps, t, target_noise * eps + target_data * x0
+    target = target_noise * eps + target_data * x0
+    return signal * x0 + noise * eps, t, target + hidden if draws.masked else target
+
+
+def asked_batch(plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> Array:
+    """Return what is asked of the rows of a training step, (batch, plan.asked), of the data's dtype."""
+    of_rows = Draw(draws.seed, Stream.BATCH, step)
+    rows = law.scaled_words(batch, len(draws.data), of_rows)
+    return plan.asks(*asked_of_rows(draws, rows, of_rows), draws.data.dtype)
 
 
 def _weights(plan: MLPPlan, flat: Array) -> list[tuple[Array, Array]]:
@@ -118,9 +158,19 @@ def _time_table(plan: MLPPlan, params: Array) -> Array:
     return linear(plan.features.astype(params.dtype), *_weights(plan, params)[-1])
 
 
-def _mlp_forward(plan: MLPPlan, params: Array, x: Array, t: Array) -> tuple[Array, list[Saved]]:
+def _of_asked(plan: MLPPlan, flat: Array) -> Array:
+    """View W (asked, time_width) in a flat buffer."""
+    end = plan.asked_weight + plan.asked * plan.time_width
+    return flat[plan.asked_weight : end].reshape(plan.asked, plan.time_width)
+
+
+def _mlp_forward(
+    plan: MLPPlan, params: Array, x: Array, t: Array, asked: Array | None = None
+) -> tuple[Array, list[Saved]]:
     """Output, and for every layer (input, u before modulation, v before activation, gain)."""
     time = _time_table(plan, params)[t]
+    if asked is not None:
+        time = time + asked.astype(time.dtype) @ _of_asked(plan, params)
     saved = []
     for layer, (w, b) in zip(plan.layers, _weights(plan, params), strict=False):
         u = linear(x, w, b)
@@ -145,9 +195,11 @@ def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array
     return none, columns[:, :width] if mode == "shift" else none
 
 
-def _mlp_backward(plan: MLPPlan, params: Array, dy: Array, t: Array, saved: list[Saved], grads: Array) -> Array:
-    """Fill `grads`, return the gradient of the network's input."""
-    grads[...] = 0
+def _mlp_backward(
+    plan: MLPPlan, params: Array, dy: Array, given: tuple[Array, Array | None], saved: list[Saved], grads: Array
+) -> Array:
+    """Fill `grads`, return the gradient of the network's input, which was `given` t and what was asked."""
+    grads[...], (t, asked) = 0, given
     weights, dweights = _weights(plan, params), _weights(plan, grads)
     dtime = np.zeros((len(dy), plan.time_width), dy.dtype)
     for i in reversed(range(len(plan.layers))):
@@ -158,6 +210,8 @@ def _mlp_backward(plan: MLPPlan, params: Array, dy: Array, t: Array, saved: list
             parts = [dshift] if layer.time == "shift" else [dgain, dshift]
             dtime[:, layer.time_column : layer.time_column + len(parts) * layer.outputs] = np.hstack(parts)
         dy, dweights[i][0][...], dweights[i][1][...] = linear_backward(du, x, weights[i][0])
+    if asked is not None:
+        _of_asked(plan, grads)[...] = asked.astype(dtime.dtype).T @ dtime
     dtable = embedding_backward(dtime, t, plan.T)
     if plan.features is None:
         grads[plan.time_weight : plan.time_weight + dtable.size] = dtable.ravel()
