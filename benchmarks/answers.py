@@ -5,7 +5,10 @@ by several methods, beside draws from the exact conditional of a Gaussian that w
 draws: how many of the hidden values lie in their bands of 50, 80 and 95 %, and the fair CRPS (Gneiting & Raftery 2007),
 with standard errors over the curves, for the values of a curve are not independent.
 
-Without --quick the table goes to ``results/answers-cpu.md``.
+Then the mixture of MCGdiff (Cardoso et al. 2023), whose posterior is known: the sliced Wasserstein distance of draws by
+several methods to exact ones, and, as the least that can be had, of other exact ones to these.
+
+Without --quick the tables go to ``results/answers-cpu.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from machine import header
-from readme_numbers import RESULTS, place, write
+from report import RESULTS, Answers, AnswersReport, Estimate, Posterior, finish
 
 import fastdiff as fd
 
@@ -29,6 +32,7 @@ WAYS = (
     ("tmpd", "ddpm", 100), ("tmpd", "dpmpp_2m", 50), ("pigdm", "ddpm", 100), ("pigdm", "dpmpp_2m", 50),
     ("replace", "ddpm", 100), ("replace", "dpmpp_2m", 50),
 )  # fmt: skip
+DIMENSIONS, SEEN_THROUGH, OF_MIXTURES = (8, 80), (1, 2, 4), ("tmpd", "pigdm", "dps", "smc")
 WANTED = 1.15  # CRPS through that of the Gaussian
 
 
@@ -93,31 +97,84 @@ def rows(
     return found
 
 
-def table(found: list[tuple[str, dict[str, Array]]], where: dict[str, Any], draws: int) -> str:
-    """The table as Markdown, and what falls short."""
-    base, short = found[0][1]["CRPS"].mean(), []
-    columns = list(found[0][1])
-    lines = [
-        f"{place(where)} {len(found[0][1]['CRPS'])} curves of 50 points, {SEEN} of them seen, {draws} draws each; mean "
-        "and standard error over the curves.",
-        "",
-        f"| draws by | {' | '.join(columns)} | CRPS through the Gaussian's |",
-        f"|---|{'---:|' * (len(columns) + 1)}",
-    ]
+def answers(found: list[tuple[str, dict[str, Array]]]) -> list[Answers]:
+    """Return the records of what was found, with what falls short."""
+    base, records = found[0][1]["CRPS"].mean(), []
     for name, values in found:
-        cells = [f"{v.mean():.4f} ± {v.std(ddof=1) / np.sqrt(len(v)):.4f}" for v in values.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {values['CRPS'].mean() / base:.2f} |")
+        figures = {what: estimate(each) for what, each in values.items()}
         off = [
-            f"{band:.0%} ({values[f'in {band:.0%}'].mean():.1%})"
+            f"{band:.0%} ({figures[f'in {band:.0%}'].mean:.1%})"
             for band in BANDS
-            if abs(values[f"in {band:.0%}"].mean() - band)
-            > 3 * values[f"in {band:.0%}"].std(ddof=1) / np.sqrt(len(values["CRPS"]))
+            if abs(figures[f"in {band:.0%}"].mean - band) > 3 * figures[f"in {band:.0%}"].error
         ]
-        if values["CRPS"].mean() > WANTED * base:
-            off.append(f"a CRPS of at most {WANTED} x the Gaussian's")
-        short += [f"{name}: {', '.join(off)}"] if off else []
-    lines += ["", "Missed (bands by more than three standard errors): " + ("; ".join(short) or "nothing") + "."]
-    return "\n".join(lines) + "\n"
+        ratio = figures["CRPS"].mean / base
+        off += [f"a CRPS of at most {WANTED} x the Gaussian's"] if ratio > WANTED else []
+        records.append(Answers(name, figures, ratio, off))
+    return records
+
+
+def estimate(values: Array) -> Estimate:
+    """The mean of values, and its standard error."""
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+# -- a mixture, whose posterior is known -----------------------------------------------------------------------
+
+
+def mixture(d: int, rng: np.random.Generator) -> fd.denoisers.Mixture:
+    """25 unit Gaussians at (8 i, 8 j, 8 i, ...), i and j from -2 to 2, with weights like squared normals."""
+    grid = 8.0 * np.stack(np.meshgrid(*[np.arange(-2, 3)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+    weights = rng.normal(size=len(grid)) ** 2
+    covs = np.broadcast_to(np.eye(d), (len(grid), d, d))
+    return fd.denoisers.Mixture(weights / weights.sum(), np.tile(grid, (1, d // 2)), covs, fd.Schedule.linear())
+
+
+def drawn(law: fd.denoisers.Mixture, n: int, rng: np.random.Generator) -> Array:
+    """Draws (n, d) of a mixture."""
+    which = rng.choice(len(law.weights), size=n, p=law.weights)
+    roots = [np.linalg.cholesky(one.data.cov + 1e-12 * np.eye(law.shape[0])) for one in law.components]
+    means = np.array([one.data.mean for one in law.components])
+    return means[which] + np.einsum("nij,nj->ni", np.array(roots)[which], rng.normal(size=(n, law.shape[0])))
+
+
+def seen_through(law: fd.denoisers.Mixture, m: int, rng: np.random.Generator) -> fd.Linear:
+    """An observation of a draw through a matrix (m, d) with sorted uniform singular values, and uniform noise."""
+    d = law.shape[0]
+    U, V = np.linalg.qr(rng.normal(size=(m, m)))[0], np.linalg.qr(rng.normal(size=(d, m)))[0]
+    values = np.sort(rng.random(m))[::-1]
+    A, noise = U * values @ V.T, rng.random() * values[0]
+    return fd.Linear(A, A @ drawn(law, 1, rng)[0] + noise * rng.normal(size=m), noise)
+
+
+def sliced_wasserstein(x: Array, y: Array, directions: int = 1000) -> float:
+    """The root of the mean square of W2 over random directions, of as many points each."""
+    along = np.random.default_rng(0).normal(size=(x.shape[1], directions))
+    along /= np.linalg.norm(along, axis=0)
+    return float(np.sqrt(np.mean((np.sort(x @ along, axis=0) - np.sort(y @ along, axis=0)) ** 2)))
+
+
+def posteriors(problems: int, particles: int, steps: int) -> list[Posterior]:
+    """Distances of every method's draws to the exact posterior's, and of other draws of that."""
+    found = []
+    for d in DIMENSIONS:
+        for m in SEEN_THROUGH:
+            each: dict[str, list[float]] = {"exact": [], **{method: [] for method in OF_MIXTURES}}
+            for problem in range(problems):
+                rng = np.random.default_rng((d, m, problem))
+                law = mixture(d, rng)
+                seen = seen_through(law, m, rng)
+                truth = law.given(seen)
+                exact = drawn(truth, particles, rng)
+                each["exact"].append(sliced_wasserstein(drawn(truth, particles, rng), exact))
+                for method in OF_MIXTURES:
+                    x = fd.sample(
+                        law, fd.samplers.ddpm(law.schedule, steps), n=particles, given=seen, method=method,
+                        seed=problem, backend="cpu",
+                    )  # fmt: skip
+                    each[method].append(sliced_wasserstein(x.astype(np.float64), exact))
+            found.append(Posterior(d, m, {name: estimate(np.array(values)) for name, values in each.items()}))
+            print(f"d = {d}, m = {m}:", *found[-1].cells()[2:], file=sys.stderr)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,12 +184,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="training steps (default: what the defaults take)")
     parser.add_argument("--curves", type=int, default=200, help="unseen curves (default 200)")
     parser.add_argument("--draws", type=int, default=79, help="of each (default 79)")
+    parser.add_argument("--problems", type=int, default=10, help="mixtures of each size (default 10)")
+    parser.add_argument("--particles", type=int, default=500, help="draws given each (default 500)")
     parser.add_argument("--quick", action="store_true", help="does it work? The numbers mean nothing")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the table there in any case")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the tables there in any case")
     args = parser.parse_args(argv)
-    fitted, million, steps, curves, draws = 20_000, 1_000_000, args.steps, args.curves, args.draws
+    fitted, million, steps, curves, draws, rows_of_table = 20_000, 1_000_000, args.steps, args.curves, args.draws, 100
+    problems, particles = args.problems, args.particles
     if args.quick:
-        fitted, million, steps, curves, draws = 200, 2000, 4, 3, 8
+        fitted, million, steps, curves, draws, rows_of_table = 200, 2000, 4, 3, 8, 4
+        problems, particles = 2, 8
     if args.model is not None and args.model.exists():
         model = fd.load(args.model, backend="cpu")
     else:
@@ -140,15 +201,13 @@ def main(argv: list[str] | None = None) -> int:
         model.fit(fd.data.harmonic_curves(fitted), steps=steps, judge=False, progress=False)
         if args.model is not None:
             model.save(args.model)
-    where = header(fd.get_backend("cpu").threads)
-    text = table(rows(model, gaussian(million), curves, draws), where, draws)
-    text = text.replace("; mean and", f"; {model.step} training steps; mean and")
-    print(text, end="")
-    output = args.output or (None if args.quick else RESULTS)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "answers-cpu.md", text)
-    return 0
+    found = answers(rows(model, gaussian(million), curves, draws))
+    report = AnswersReport(
+        header(fd.get_backend("cpu").threads), SEEN, draws, curves, model.step, found, problems, particles,
+        rows_of_table, posteriors(problems, particles, rows_of_table),
+    )  # fmt: skip
+    print(report.table(), end="")
+    return finish(report, "answers-cpu", args.output or (None if args.quick else RESULTS), [])
 
 
 if __name__ == "__main__":

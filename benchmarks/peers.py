@@ -83,6 +83,8 @@ COMPARISONS = (
     Comparison("train-default-10"),
     Comparison("train-default-1000"),
     Comparison("train-default-8192"),
+    Comparison("chain-given-tutorial-1000", 3.0),
+    Comparison("chain-given-tutorial-100000", 3.0),
     Comparison("similarity-4096x128", 2.0),
     Comparison("similarity-4096x128", 5.0, variant="numpy"),
     Comparison("reshape-1000000x128", 0.95),

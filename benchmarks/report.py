@@ -534,6 +534,79 @@ class QualityReport(Report):
         return [*lines, "", *markdown(["curves of the source text", "value", "target"], rows)] if rows else lines
 
 
+# -- answers.py ------------------------------------------------------------------------------------------------
+
+
+class Answers(NamedTuple):
+    """A way to draw what is hidden of curves, and what was found of its draws, by name."""
+
+    name: str
+    found: dict[str, Estimate]
+    ratio: float
+    missed: list[str]
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        return [
+            self.name,
+            *(f"{each.mean:.4f} ± {each.error:.4f}" for each in self.found.values()),
+            f"{self.ratio:.2f}",
+        ]
+
+
+class Posterior(NamedTuple):
+    """A mixture of `d` dimensions seen in `m`: distances to draws of its exact posterior, the first of others of it."""
+
+    d: int
+    m: int
+    distances: dict[str, Estimate]
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        return [f"{self.d}", f"{self.m}", *(f"{each.mean:.2f} ± {each.error:.2f}" for each in self.distances.values())]
+
+
+@dataclass
+class AnswersReport(Report):
+    """Draws given observations, beside exact ones."""
+
+    seen: int
+    draws: int
+    curves: int
+    steps: int
+    answers: list[Answers]
+    problems: int
+    particles: int
+    rows: int
+    posteriors: list[Posterior]
+
+    def lines(self) -> list[str]:
+        found = list(self.answers[0].found) if self.answers else []
+        short = [f"{row.name}: {', '.join(row.missed)}" for row in self.answers if row.missed]
+        lines = [self.header.line()]
+        if self.answers:
+            lines += [
+                "",
+                f"{self.curves} unseen curves of 50 points, {self.seen} of them told, {self.draws} draws each, after "
+                f"{self.steps} training steps; mean and standard error over the curves.",
+                "",
+                *markdown(["draws by", *found, "CRPS through the Gaussian's"], [row.cells() for row in self.answers]),
+                "",
+                f"Missed (bands by more than three standard errors): {'; '.join(short) or 'nothing'}.",
+            ]
+        if self.posteriors:
+            names = list(self.posteriors[0].distances)
+            lines += [
+                "",
+                "25 unit Gaussians at (8 i, 8 j, 8 i, ...), seen through a random matrix with noise (Cardoso et al. "
+                f"2023): sliced Wasserstein distance of {self.particles} draws by {self.rows} rows of ddpm to as many "
+                f"of the exact posterior, mean and standard error over {self.problems} problems.",
+                "",
+                *markdown(["dimensions", "seen", *names], [row.cells() for row in self.posteriors], 0),
+            ]
+        return lines
+
+
 # -- sines.py --------------------------------------------------------------------------------------------------
 
 
@@ -590,5 +663,5 @@ class ScalingReport(Report):
 REPORTS: dict[str, type[Report]] = {
     "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
     "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
-    "sines": SinesReport,
+    "sines": SinesReport, "answers": AnswersReport,
 }  # fmt: skip

@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, Row, backend_for
+from fastdiff.backends import Backend, Row, Told, backend_for
+from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
 from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
@@ -49,12 +50,11 @@ Float64 = npt.NDArray[np.float64]
 METHODS = ("tmpd", "pigdm", "dps", "replace", "repaint", "smc")
 GUIDED = ("tmpd", "pigdm", "dps")  # those that are a denoiser
 MOST_DENSE = 64  # observations of a sample up to which R of pigdm and smc is a matrix, and not its row sums
-DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
 KRYLOV = 16  # most vector-Jacobian products of tmpd for a state
-KRYLOV_LEAST = 1e-6  # of a new direction, relative to the image that it is the rest of: float32 products
 REPEATS = 10  # of a row of a table, by RePaint
 TINY = 1e-300
-LEAST = 0.01  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
+LEAST = 0.004  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
+LEAST_OF_TWIST = 0.01  # the same of an eigenvalue, for particles
 FLOOR = 1e-10  # of R, relative to its largest entry: exact values that the prior knows already
 
 
@@ -69,6 +69,10 @@ class Rows:
         Number of rows.
     y, variance : (N, m) float64
         What was seen, and s^2.
+    places : (N, m) int64, or None
+        Which value each row is, D where it says nothing, if that is all that is known.
+    A : (N, m, D) float64, or None
+        Otherwise.
     """
 
     def __init__(self, known: Observations) -> None:
@@ -76,43 +80,43 @@ class Rows:
         self.m, self.d = max(len(group.A) for group in groups), known.d
         self.y, self.variance = np.zeros((n, self.m)), np.ones((n, self.m))
         # Single values are told by where they are: a matrix of them may be large.
-        self._at = None if known.linear else np.full((n, self.m), known.d)
-        self._A = np.zeros((n, self.m, known.d)) if known.linear else None
+        self.places = None if known.linear else np.full((n, self.m), known.d)
+        self.A = np.zeros((n, self.m, known.d)) if known.linear else None
         for group in groups:
             rows = len(group.A)
             self.y[group.indices, :rows], self.variance[group.indices, :rows] = group.y, group.noise**2
-            if self._A is not None:
-                self._A[group.indices, :rows] = group.A
-            elif self._at is not None and rows:
-                self._at[group.indices, :rows] = group.A.argmax(axis=1)
+            if self.A is not None:
+                self.A[group.indices, :rows] = group.A
+            elif self.places is not None and rows:
+                self.places[group.indices, :rows] = group.A.argmax(axis=1)
             _check_consistent(group.A[group.noise == 0], group.y[:, group.noise == 0])
 
     def matrix(self, which: npt.NDArray[np.int64]) -> Float64:
         """Return A (n, m, D) of samples."""
-        if self._A is not None:
-            return self._A[which]
-        assert self._at is not None
-        return np.eye(self.d + 1)[self._at[which], : self.d]
+        if self.A is not None:
+            return self.A[which]
+        assert self.places is not None
+        return np.eye(self.d + 1)[self.places[which], : self.d]
 
     def times(self, x: Float64, which: npt.NDArray[np.int64]) -> Float64:
         """Return A x (n, m) of samples x (n, D)."""
-        if self._at is None:
+        if self.places is None:
             return np.einsum("nmd,nd->nm", self.matrix(which), x)
-        return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), self._at[which], axis=1)
+        return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), self.places[which], axis=1)
 
     def transposed(self, y: Float64, which: npt.NDArray[np.int64]) -> Float64:
         """Return A^T y (n, D) of vectors y (n, m)."""
-        if self._at is None:
+        if self.places is None:
             return np.einsum("nmd,nm->nd", self.matrix(which), y)
         out = np.zeros((len(y), self.d + 1))
-        np.add.at(out, (np.arange(len(y))[:, None], self._at[which]), y)
+        np.add.at(out, (np.arange(len(y))[:, None], self.places[which]), y)
         return out[:, : self.d]
 
     def told(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many rows of samples say something (n,)."""
-        if self._at is None:
+        if self.places is None:
             return np.count_nonzero(self.matrix(which).any(axis=2), axis=1)
-        return np.count_nonzero(self._at[which] < self.d, axis=1)
+        return np.count_nonzero(self.places[which] < self.d, axis=1)
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,34 @@ class Draws:
             done += count
 
 
+def damped(M: Float64, rest: Float64, least: float) -> Float64:
+    """Return w with M w = rest, as far as M can be trusted: least squares, iterated by Tikhonov's method.
+
+    A singular value s of M is divided by where it is well above `least`, up to a relative (least / s)^6, and what it
+    belongs to is left out where it is well below: w = sum_k least^(2k) (M^T M + least^2)^-(k + 1) M^T rest, k = 0 .. 2.
+    M w is then rest with every part lessened, whatever M is.
+
+    Parameters
+    ----------
+    M : (n, i, j) float64
+    rest : (n, i) float64
+    least : float
+        Above 0.
+
+    Returns
+    -------
+    (n, j) float64
+    """
+    normal = np.einsum("nij,nik->njk", M, M) + least**2 * np.eye(M.shape[2])
+    term = np.linalg.solve(normal, np.einsum("nij,ni->nj", M, rest)[..., None])
+    total = term.copy()
+    for _ in range(DAMPED - 1):
+        term = least**2 * np.linalg.solve(normal, term)
+        total += term
+    solved: Float64 = total[..., 0]
+    return solved
+
+
 def _check_consistent(A: Float64, y: Float64) -> None:
     """Exact observations must not contradict each other."""
     if not len(A):
@@ -207,7 +239,9 @@ class Guided(Evaluator):
         if self.method == "pigdm" and not self.dense:
             log.info("pigdm: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
         if self.method == "smc" and not self.dense:
-            raise ArgumentError("given", f"{self.rows.m} values", f"at most {MOST_DENSE} values for 'smc'")
+            wants = f"at most {MOST_DENSE} values for 'smc', whose weights take the determinant of a dense matrix"
+            raise ArgumentError("given", f"{self.rows.m} values", wants)
+        self._told = self._as_told()
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
@@ -231,14 +265,44 @@ class Guided(Evaluator):
         if push is not None and self.method == "dps":
             x += push
 
+    def run_table(
+        self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
+    ) -> None:
+        if self._told is None or labels is not None or not self.inner.run_told(x, rows, draw, self._told):
+            super().run_table(x, rows, clip, draw, labels)
+
+    def whole(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> bool:
+        """Whether the backend runs a table in one piece."""
+        return self._told is not None and self.inner.run_told(x[:0], rows, draw, self._told)
+
+    def _as_told(self) -> Told | None:
+        """All of it as a backend takes it that runs the chain in one piece."""
+        rows, draws = self.rows, self.draws
+        if self.method != "tmpd" or self.known.weights or rows.m == 0:
+            return None
+        blind = np.array([self._blind(t) for t in range(len(self.gain))])
+        least = np.maximum(LEAST * self.power, TINY)
+        return Told(
+            rows.y, rows.variance, rows.places, rows.A, draws.n, draws.first, draws.numbers or (),
+            min(rows.m, KRYLOV), self.p, self.q, np.where(blind, 0.0, self.gain), least,
+        )  # fmt: skip
+
     def moved(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
         """Return the output (n, D), whose mean of x0 is moved for all methods but dps, and the move of x for that."""
-        out = self._plain(x, t, labels)
         if self._blind(t):
-            return out, None
+            return self._plain(x, t, labels), None
+        few = self.method == "tmpd" and 0 < self.rows.m <= KRYLOV
+        if few:  # all products at once, from one forward pass
+            A = self.rows.matrix(which)
+            out, back = self._pulled(x, t, labels, A.transpose(1, 0, 2))
+        else:
+            out = self._plain(x, t, labels)
         mean, rest = self._rest(x, t, out, which)
         slope = self._of_weights(x, t, labels, mean)
-        if rest.shape[1]:
+        if few:
+            M = self.gain[t] * np.einsum("nid,jnd->nij", A, back) + self._diagonal(which)
+            slope = slope + np.einsum("nj,jnd->nd", damped(M, rest, self._least(t)), back)
+        elif rest.shape[1]:
             slope = slope + self._slope(x, t, labels, which, rest)
         if self.method == "dps":
             size = np.linalg.norm(rest, axis=1, keepdims=True) if rest.shape[1] else np.ones((len(mean), 1))
@@ -262,7 +326,7 @@ class Guided(Evaluator):
             slope = np.einsum("jnd,nj->nd", back, solved)
             twist = self._log_normal(rest, solved, np.linalg.slogdet(R)[1], which)
         for weight in self.known.weights:
-            twist = twist + weight.log_weights(mean.reshape(-1, *self.shape))
+            twist = twist + weight.log_weights(mean.reshape(-1, *self.shape), self._where(t))
         slope = slope + self._of_weights(x, t, labels, mean)
         return twist, plain + self.be.asarray(self.gain[t] / self.q[t] * slope, x.dtype)
 
@@ -272,12 +336,22 @@ class Guided(Evaluator):
         rest = self.rows.y[which] - self.rows.times(x0, which)
         total = self._log_normal(rest, rest / variance, np.log(variance).sum(axis=1), which)
         for weight in self.known.weights:
-            total = total + weight.log_weights(x0.reshape(-1, *self.shape))
+            total = total + weight.log_weights(x0.reshape(-1, *self.shape), " at the end")
         return total
 
     def _plain(self, x: Array, t: int, labels: Array) -> Array:
-        out = self.inner.evaluate(x, t, labels)
+        return self._own(x, self.inner.evaluate(x, t, labels))
+
+    def _own(self, x: Array, out: Array) -> Array:
         return self.be.asarray(out if out.ndim == x.ndim else out[0], x.dtype).copy()  # not a learned variance
+
+    def _least(self, t: int) -> float:
+        """What singular values of a covariance given x_t are to be trusted from."""
+        return max(LEAST * float(self.power[t]), TINY)
+
+    @staticmethod
+    def _where(t: int) -> str:
+        return f" of the batch, in the row at t = {t}"
 
     def _blind(self, t: int) -> bool:
         """Whether the state says nothing of x0, or the output nothing of the mean of x0."""
@@ -291,7 +365,7 @@ class Guided(Evaluator):
     def _of_weights(self, x: Array, t: int, labels: Array, mean: Float64) -> Float64:
         slope = np.zeros_like(mean)
         for weight in self.known.weights:
-            gradient = weight.gradients(mean.reshape(-1, *self.shape)).reshape(mean.shape)
+            gradient = weight.gradients(mean.reshape(-1, *self.shape), self._where(t)).reshape(mean.shape)
             slope += self._back(x, t, labels, gradient)
         return slope
 
@@ -300,6 +374,12 @@ class Guided(Evaluator):
         given = self.be.asarray(np.ascontiguousarray(cotangent), x.dtype)
         product = _host(self.be, self.inner.vjp(x, t, given, labels))
         return self.p[t] * cotangent + self.q[t] * product
+
+    def _pulled(self, x: Array, t: int, labels: Array, cotangent: Float64) -> tuple[Array, Float64]:
+        """The output, and J^T times cotangents."""
+        given = self.be.asarray(np.ascontiguousarray(cotangent), x.dtype)
+        out, product = self.inner.pulled(x, t, given, labels)
+        return self._own(x, out), self.p[t] * cotangent + self.q[t] * _host(self.be, product)
 
     def _second_moment(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
         """J^T A^T (m, n, D), and (noise^2 / signal) A J A^T (n, m, m), made symmetric and without negative eigenvalues.
@@ -310,7 +390,7 @@ class Guided(Evaluator):
         back = self._back(x, t, labels, A.transpose(1, 0, 2))
         R = self.gain[t] * np.einsum("nid,jnd->nij", A, back)
         values, vectors = np.linalg.eigh((R + R.transpose(0, 2, 1)) / 2)
-        values = np.maximum(values, LEAST * self.power[t])
+        values = np.maximum(values, LEAST_OF_TWIST * self.power[t])
         return back, (vectors * values[:, None]) @ vectors.transpose(0, 2, 1)
 
     def _slope(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64], rest: Float64) -> Float64:
@@ -350,9 +430,9 @@ class Guided(Evaluator):
             H[:, k + 1, k] = left = np.linalg.norm(image, axis=1)
             # Where nothing is left the answer is found: vectors of 0 add nothing to it.
             basis[k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
-        U, values, V = np.linalg.svd(H, full_matrices=False)
-        factors = size[:, None] * U[:, 0] / np.maximum(values, max(LEAST * self.power[t], TINY))
-        return np.einsum("nj,njk,knd->nd", factors, V, back)
+        first = np.zeros((n, K + 1))
+        first[:, 0] = size
+        return np.einsum("nk,knd->nd", damped(H, first, self._least(t)), back)
 
     def _diagonal(self, which: npt.NDArray[np.int64]) -> Float64:
         variance = self.rows.variance[which]
@@ -518,7 +598,18 @@ class Plan:
         return np.concatenate([particles.run(x[part], draw, labels) for part, draw, labels in parts])
 
     def finished(self, x: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given."""
+        """Return the samples (n, ...), or (n, N, ...) of several observations, with exact values as they were given.
+
+        Raises
+        ------
+        ArgumentError
+            Samples that are not finite: a network that is not trained has steep derivatives, of which some methods make
+            more and more.
+        """
+        if not np.isfinite(x).all():
+            other = "" if self.method in ("tmpd", "none") else "'tmpd', which holds back more; or "
+            wants = f"{other}a network that is trained longer, or more steps"
+            raise ArgumentError("method", f"{self.method!r}, whose samples are not finite", wants)
         return put_exact(np.ascontiguousarray(self.shaped(x, shape)), self.known)
 
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Array, Backend, Row
+from fastdiff.backends import Array, Backend, Row, Told
 from fastdiff.errors import ArgumentError, check_array, check_indices, is_on_device
 from fastdiff.noise import Draw
 
@@ -131,6 +131,11 @@ class Evaluator(ABC):
         """
         raise _no_derivatives("vjp")
 
+    def pulled(self, x: Array, t: int, cotangent: Array, labels: Array = None) -> tuple[Array, Array]:
+        """Return what `evaluate` and `vjp` return, from one forward pass where the denoiser can."""
+        out = self.evaluate(x, t, labels)
+        return out, self.vjp(x, t, cotangent, labels)
+
     def jvp(self, x: Array, t: int, tangent: Array, labels: Array = None) -> Array:
         """Return J times a tangent, the derivative of the output along it; see `vjp`."""
         raise _no_derivatives("jvp")
@@ -158,6 +163,10 @@ class Evaluator(ABC):
         memory = memory_of(self.be, x, rows)
         for row in rows:
             self.step(x, memory, row, clip, draw, labels)
+
+    def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
+        """Change x by all rows of a table as `fastdiff.conditioning` does by tmpd, in one piece; False: not here."""
+        return False
 
 
 def _no_derivatives(name: str) -> ArgumentError:

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, series, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
+from fastdiff.backends.protocol import DRAWS
 from fastdiff.base import GaussianBase
 from fastdiff.callbacks import Reporter, listeners
-from fastdiff.conditioning import DRAWS, inside, log_units, put_exact
+from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.covariates import CovariateScale, checked_covariates, none_known
 from fastdiff.errors import (
     ArgumentError,
@@ -1143,7 +1144,8 @@ class Diffusion:
         """What is known of samples, in the units of the data."""
         net, _, normaliser = self._fitted()
         if normaliser.noise_shape is not None:
-            raise ArgumentError("given", "observations, for a model with a noise shape", "a model of white noise")
+            wants = "a model of white noise: the derivative tells the covariance of x0 there only"
+            raise ArgumentError("given", "observations, for a model with a noise shape", wants)
         return observations(given, net.shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:

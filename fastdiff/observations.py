@@ -103,8 +103,8 @@ class Weight:
             raise ArgumentError("function", type(self.function).__name__, "a callable x0 -> (log weights, gradients)")
         object.__setattr__(self, "scale", check_float("scale", self.scale, low=0, low_open=True))
 
-    def log_weights(self, x0: Any) -> Float64:
-        """Return the checked log weights (n,) of samples (n, ...).
+    def log_weights(self, x0: Any, where: str = "") -> Float64:
+        """Return the checked log weights (n,) of samples (n, ...); `where` tells an error what they are of.
 
         Raises
         ------
@@ -116,11 +116,11 @@ class Weight:
         bad = np.flatnonzero(np.isnan(weights) | (weights == np.inf))
         if len(bad):
             wants = "numbers, or minus infinity"
-            raise ArgumentError("Weight.function", f"log weight {weights[bad[0]]} for sample {bad[0]}", wants)
+            raise ArgumentError("Weight.function", f"log weight {weights[bad[0]]} for sample {bad[0]}{where}", wants)
         return weights if self.scale == 1 else weights * self.scale
 
-    def gradients(self, x0: Any) -> Float64:
-        """Return the checked gradients of the log weights, like x0.
+    def gradients(self, x0: Any, where: str = "") -> Float64:
+        """Return the checked gradients of the log weights, like x0; `where` tells an error what they are of.
 
         Raises
         ------
@@ -131,7 +131,8 @@ class Weight:
         slopes = check_array("Weight.function", given[1], shape=tuple(x0.shape), finite=False, dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(slopes.reshape(len(slopes), -1)).all(axis=1))
         if len(bad):
-            raise ArgumentError("Weight.function", f"a gradient for sample {bad[0]} that is not finite", "finite ones")
+            came = f"a gradient for sample {bad[0]}{where} that is not finite"
+            raise ArgumentError("Weight.function", came, "finite ones")
         return slopes if self.scale == 1 else slopes * self.scale
 
     def _called(self, x0: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.conditioning import DRAWS
+from fastdiff.backends.protocol import DRAWS
 from fastdiff.errors import ArgumentError, check_array, check_float
 from fastdiff.observations import Observations
 

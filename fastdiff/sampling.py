@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.conditioning import GUIDED, plan
+from fastdiff.conditioning import GUIDED, Guided, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
 from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
 from fastdiff.guidance import guided
@@ -134,7 +134,8 @@ def sample(
     planned = None
     if given is not None:
         if shaped is not None:
-            raise ArgumentError("given", "observations, with a noise_shape", "white noise: noise_shape=None")
+            wants = "white noise, noise_shape=None: the derivative tells the covariance of x0 there only"
+            raise ArgumentError("given", "observations, with a noise_shape", wants)
         planned = plan(source, sampler, observations(given, shape), method, n, first_sample)
         source, sampler = planned.source, planned.sampler
     particles = planned is not None and planned.method == "smc"
@@ -181,9 +182,12 @@ def sample(
         return (x, evidence if planned.known.count is not None else float(evidence[0])) if return_evidence else x
     after = None if planned is None else planned.replacement(be)
     own_noise = filler is None or (planned is not None and planned.method in GUIDED)
-    if own_noise and not (trajectory or callback or progress):
-        for part, drawn, chosen in parts:
-            evaluator.run_table(x[part], table, clip, drawn, chosen)
+    whole = not progress or (isinstance(evaluator, Guided) and evaluator.whole(x, table, draw))
+    if own_noise and whole and not (trajectory or callback):
+        with progress_bar(show=progress, total=rows, desc="sampling", leave=False) as bar:
+            for part, drawn, chosen in parts:
+                evaluator.run_table(x[part], table, clip, drawn, chosen)
+                bar.update(len(x[part]))
         return finished(x)
 
     step = evaluator.step if filler is None or own_noise else _shaped_step(evaluator, x[:batch], filler)

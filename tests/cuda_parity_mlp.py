@@ -191,8 +191,12 @@ def products(be, size):
         for method in (be.mlp_vjp, be.mlp_jvp):
             want, got = np.empty((n, net.points)), be.empty((n, net.points))
             getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
-            method(net.plan, *(be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)), got)
+            given, out = [be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)], be.empty(got.shape)
+            method(net.plan, *given, got, *([out] if method == be.mlp_vjp else []))
             assert_close(be.to_numpy(got), want, terms=terms(net))
+            if method == be.mlp_vjp:
+                wanted = NUMPY.mlp_forward(net.plan, wide, x.astype(np.float64), t)
+                assert_close(be.to_numpy(out), wanted, terms=terms(net))
 
 
 @covers("mlp", "mlp_draw_batch", *GRADIENT, *TIME_GRADIENT)

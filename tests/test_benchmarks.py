@@ -84,6 +84,8 @@ SIZES = {
     "layer-norm-back-64x1024x128": (64, (1, 1024, 128)),
     "gelu-64x1024x256": (64, (1, 1024, 256)),
     "chain-memory-tutorial-1000": (1000, (50,)),
+    "chain-given-tutorial-1000": (1000, (50,)),
+    "chain-given-tutorial-100000": (100_000, (50,)),
 }
 
 
@@ -593,3 +595,24 @@ def test_quality_measures_a_data_set():
     assert abs(run["ours"]) < 1
     seen, unseen = quality.halves(X, 0)
     assert len({tuple(row) for row in np.concatenate([seen, unseen])}) == 40
+
+
+def test_answers_measure_draws_of_a_mixture(monkeypatch, tmp_path):
+    """Exact draws are closest to exact draws, and the records come back from their file."""
+    answers = importlib.import_module("answers")
+    monkeypatch.setattr(answers, "DIMENSIONS", (2,))
+    monkeypatch.setattr(answers, "SEEN_THROUGH", (1,))
+    monkeypatch.setattr(answers, "OF_MIXTURES", ("dps",))  # whose steps are too large here
+    found = answers.posteriors(problems=2, particles=40, steps=3)
+    assert found[0].distances["exact"].mean < found[0].distances["dps"].mean
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    moved = answers.sliced_wasserstein(x, x + np.array([3, 0, 4]))
+    assert moved == pytest.approx(5 / np.sqrt(3), rel=0.1)  # the mean square of a projection is |v|^2 / d
+    values = {name: np.linspace(0.5, 0.6, 4) for name in ("CRPS", "in 50%", "in 80%", "in 95%")}
+    records = answers.answers([("exact", values), ("worse", {**values, "CRPS": 2 * values["CRPS"]})])
+    assert "a CRPS of at most 1.15 x the Gaussian's" in records[1].missed
+    made = report.AnswersReport(report.Header(**HEADER), 8, 79, 4, 10, records, 2, 40, 3, found)
+    made.save(tmp_path, "answers-cpu")
+    assert report.load(tmp_path / "answers-cpu.json") == made
+    assert "| 2 | 1 |" in made.table()
+    assert "worse: 80%" in made.table()

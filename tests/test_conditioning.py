@@ -416,8 +416,14 @@ PRIOR = gaussian(4, 0.8)
         ({"given": fd.Known(HOLES), "return_evidence": True}, "return_evidence: got True"),
         ({"return_evidence": True}, "return_evidence: got True"),
         ({"given": fd.Known(HOLES, 1.0), "method": "smc", "trajectory": True}, "method: got 'smc' with a trajectory"),
-        ({"given": fd.Weight(lambda x: (np.full(len(x), np.nan), x)), "method": "smc"}, "log weight nan for sample 0"),
-        ({"given": fd.Weight(lambda x: (np.zeros(len(x)), np.full(x.shape, np.inf)))}, "a gradient for sample 0"),
+        (
+            {"given": fd.Weight(lambda x: (np.full(len(x), np.nan), x)), "method": "smc"},
+            "log weight nan for sample 0 of the batch, in the row at t = 999",
+        ),
+        (
+            {"given": fd.Weight(lambda x: (np.zeros(len(x)), np.full(x.shape, np.inf)))},
+            "a gradient for sample 0 of the batch, in the row at t = 999 that",
+        ),
         ({"given": fd.Weight(lambda x: x)}, r"wants a pair \(log weights, gradients\)"),
     ],
 )
@@ -438,6 +444,23 @@ def test_bad_tables():
         fd.sample(lambda x, t: x, TABLE, n=2, shape=(4,), given=known)
     with pytest.raises(ArgumentError, match="white noise"):
         fd.sample(PRIOR, TABLE, n=2, given=known, noise_shape=fd.NoiseShape.dense(np.eye(4)))
+
+
+def test_draws_that_are_not_finite_are_an_error():
+    """As of a network that has learnt nothing, by a method that trusts its derivative."""
+
+    class Steep:
+        T, prediction, shape = 10, "noise", (4,)
+
+        def predict(self, x, t):
+            return np.float32(1e20) * x
+
+        def vjp(self, x, t, cotangent):
+            return np.float32(1e20) * cotangent
+
+    table = fd.samplers.ddpm(fd.Schedule.cosine(10), 10)
+    with np.errstate(all="ignore"), pytest.raises(ArgumentError, match="method: got 'pigdm', whose samples are not"):
+        fd.sample(Steep(), table, n=2, given=fd.Known(HOLES), method="pigdm", backend="numpy")
 
 
 def test_bad_conditions():

@@ -185,9 +185,12 @@ def test_every_kind_of_dense_layer(lane):
     NUMPY.mlp_jvp(plan, flat, x, t, dx, want[1])
     assert_gradient(inner, x, want[0])
     np.testing.assert_allclose(np.sum(want[0] * dx), np.sum(want[1] * dy), rtol=1e-12)
+    given_x = x, t
     params, x, dy, dx = (be.asarray(a, np.float32) for a in (flat, x, dy, dx))
     t = be.asarray(t, np.int64)
-    be.mlp_vjp(plan, params, x, t, dy, got[0])
+    y = be.empty((6, 5))
+    be.mlp_vjp(plan, params, x, t, dy, got[0], y)
+    assert_close(be.to_numpy(y), NUMPY.mlp_forward(plan, flat, *given_x), terms=TERMS, dtype=np.float32)
     be.mlp_jvp(plan, params, x, t, dx, got[1])
     for k in range(2):
         assert_close(be.to_numpy(got[k]), want[k], terms=TERMS, dtype=np.float32)

@@ -26,6 +26,9 @@ CONVOLUTIONS = ("own", "cudnn")
 VISIT = 1 << 20  # the step of a noise is that many for every earlier draw at its timestep; above any T
 MAX_VISITS = 4096  # steps are below 2^32
 DEPTH = 3  # of a table's memory, at most
+DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
+KRYLOV_LEAST = 1e-6  # of a new direction, relative to the image that it is the rest of: float32 products
+DAMPED = 3  # terms of the sum that leaves out what is below the least singular value
 
 
 class Row(NamedTuple):
@@ -211,6 +214,45 @@ class RowMap:
         return n, n if self.left is None else (self.left if last is None else last).shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a chain is told of its samples, m values of each of N observations y = A x0 + s z: `fastdiff.conditioning`.
+
+    State i of a chain is draw ``first + i % per`` of observation ``i // per``; where N is 1 all are of that one.
+
+    Attributes
+    ----------
+    y, variance : (N, m) float64
+        What was seen, and s^2; 0 and 1 in rows that say nothing.
+    places : (N, m) int64, or None
+        Which value of a sample a row of A is; D: it says nothing.
+    matrix : (N, m, D) float64, or None
+        A, where it is no such choice.
+    per, first : int
+        Draws of each observation, and which comes first.
+    names : tuple of int
+        The numbers of the observations by the noise law; none: 0, 1, ...
+    products : int
+        Vector-Jacobian products of a state and row, at most.
+    p, q, gain, least : (T,) float64
+        The mean of x0 is p x + q out. gain = noise^2 / signal moves it; where it is 0 nothing is moved. `least` is what
+        singular values are trusted from.
+    """
+
+    y: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+    places: npt.NDArray[np.int64] | None
+    matrix: npt.NDArray[np.float64] | None
+    per: int
+    first: int
+    names: tuple[int, ...]
+    products: int
+    p: npt.NDArray[np.float64]
+    q: npt.NDArray[np.float64]
+    gain: npt.NDArray[np.float64]
+    least: npt.NDArray[np.float64]
+
+
 class TrainingDraws(NamedTuple):
     """What a training step draws its batch from: the noise law's TRAIN streams over a data set.
 
@@ -370,9 +412,20 @@ class Backend(Protocol):
         """
 
     def mlp_vjp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        dy: Array,
+        dx: Array,
+        asked: Array | None = None,
+        y: Array | None = None,
     ) -> None:
-        """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`."""
+        """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`.
+
+        One forward pass does for all vectors, and `y` (n, outputs), where it is given, takes its output.
+        """
 
     def mlp_jvp(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
@@ -406,6 +459,14 @@ class Backend(Protocol):
 
         With `rescale` phi it is multiplied by phi std(c) / std(out) + 1 - phi, deviations being those of a sample's
         values (Lin et al. 2024, section 3.4). `out` may be c.
+        """
+
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        """Do `mlp_chain` with every output moved by tmpd, in one piece; x[0] is the state number `draw.first_row`.
+
+        False: the backend cannot, and has done nothing.
         """
 
     def similarity(self, v: Array, out: Array) -> None:

@@ -9,7 +9,7 @@ import weakref
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -25,6 +25,7 @@ UNET: dict[str, Any] = {"blocks": 2, "head_width": 32, "groups": 8}
 EMA = 0.999
 DDIM_STEPS = 20
 PEER_STEPS = 5  # of training, in the example that both sides compute
+SEEN, SEEN_NOISE = 8, 0.1  # points of a curve that are known, and the deviation of their noise
 PEER_DDIM, GPU_DDIM = 4, 2  # of sampling, there and on a GPU: an untrained network about doubles a difference at each
 
 
@@ -268,6 +269,83 @@ class MemoryChain(Chain):
     def counts(self) -> tuple[int, int]:
         moved, work = super().counts()
         return moved, work + 6 * T * self.values  # three more products and sums at every row
+
+
+class ChainGiven(Chain):
+    """Draws of curves that are known at SEEN of their points, 100 of each, by tmpd in half as many rows."""
+
+    rows: ClassVar[int] = T // 2
+    draws = T // 2
+    peer_name, peer_samples = "torch.func.vjp, torch.linalg", 200
+    parity: ClassVar[dict[str, float]] = {"samples": 1e-3}
+
+    @property
+    def draws_of_each(self) -> int:
+        return min(self.n, 100)
+
+    @property
+    def curves_seen(self) -> int:
+        return self.n // self.draws_of_each
+
+    def at(self, scale: float) -> Self:
+        return replace(self, n=max(1, round(self.curves_seen * scale)) * self.draws_of_each)
+
+    def counts(self) -> tuple[int, int]:
+        passes = self.n * (1 + SEEN) * self.forward_operations  # forward, and backward for each value that is known
+        return 4 * self.values + 4 * self.parameters, self.rows * (passes + 8 * self.values)
+
+    def sampler(self) -> Any:
+        return fd.samplers.ddpm(self.schedule(), self.rows)
+
+    def known(self) -> Any:
+        """Return what is known of the curves: (curves, points) with NaN."""
+        curves = fd.data.harmonic_curves(self.curves_seen, points=self.shape[0])
+        hidden = np.random.default_rng(0).random(curves.shape).argsort(axis=1) >= SEEN
+        return np.where(hidden, np.nan, curves)
+
+    def ours(self, be: Any) -> Work:
+        net, sampler, known = self.network(), self.sampler(), fd.Known(self.known(), SEEN_NOISE)
+        check = finite((self.draws_of_each, self.curves_seen, *self.shape), 0.01, 1e4)
+
+        def draw() -> Any:
+            return fd.sample(net, sampler, n=self.draws_of_each, seed=0, given=known, backend=be)
+
+        return Work(draw, check)
+
+    def operation(self, be: Any) -> Run:
+        return self.ours(be).run
+
+    def compare(self, be: Any, folder: Path) -> tuple[Arrays, Arrays]:
+        known, sampler = self.known(), self.sampler()
+        from fastdiff.conditioning import Draws
+
+        draws, stream = Draws(len(known), self.draws_of_each), fd.noise.Stream
+        noise = np.empty((self.rows, self.n, *self.shape), np.float32)
+        draws.fill(be, noise[0], fd.noise.Draw(0, stream.INIT))
+        for out, row in zip(noise[1:], sampler.rows, strict=False):
+            draws.fill(be, out, fd.noise.Draw(0, stream.STEP, row.step))
+        inputs = {"noise": noise, "known": known, **self.told(), **weights_of(self.network())}
+        samples = self.setup(be).run()
+        return inputs, {"samples": samples.swapaxes(0, 1).reshape(self.n, *self.shape)}
+
+    def told(self) -> Arrays:
+        """Return the numbers of the table's rows, and signal and noise there."""
+        schedule, rows = self.schedule(), np.array([row[:11] for row in self.sampler().rows])
+        t = rows[:, 0].astype(int)
+        return {"rows": rows, "levels": np.stack([schedule.signal[t], schedule.noise[t]], axis=1)}
+
+    def peer_side(self, nets: Any, inputs: Arrays, folder: Path, variant: str) -> tuple[Arrays, list[Run]]:
+        net, told = self.peer_network(nets, inputs), self.told()
+
+        def run(known: Any, n: int) -> Any:
+            return nets.told_chain(net, told["rows"], told["levels"], np.repeat(known, n, axis=0), SEEN_NOISE)
+
+        with nets.drawing(inputs["noise"]):
+            samples = run(inputs["known"], inputs["noise"].shape[1] // len(inputs["known"]))
+        return {"samples": samples.numpy()}, [lambda: run(self.known(), self.draws_of_each)]
+
+    def gpu_ways(self, peers: Any, be: Any, run: Run) -> dict[str, Run]:
+        return {}
 
 
 class Training(Perceptron):

@@ -53,6 +53,8 @@ WORKLOADS: tuple[Workload, ...] = (
     layers.LayerNormBackward("layer-norm-back-64x1024x128", "its gradients, 64 x 1024 x 128", 64, (1, 1024, 128)),
     layers.Gelu("gelu-64x1024x256", "GELU, 64 x 1024 x 256", 64, (1, 1024, 256)),
     net.MemoryChain("chain-memory-tutorial-1000", "100 rows of LMS, tutorial MLP, n = 1000", 1000, CURVE),
+    net.ChainGiven("chain-given-tutorial-1000", "10 curves seen at 8 points, 100 draws, 50 rows", 1000, CURVE),
+    net.ChainGiven("chain-given-tutorial-100000", "1,000 curves seen at 8 points, 100 draws, 50 rows", 100_000, CURVE),
 )
 # fmt: on
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

@@ -20,6 +20,7 @@ from fastdiff.backends import (
     MLPPlan,
     Row,
     TimeMode,
+    Told,
     Training,
     TrainingDraws,
     TrainState,
@@ -285,16 +286,31 @@ class MLPRunner(Runner):
     def fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None = None) -> None:
         self.be.mlp_forward(self.net.plan, self.weights, self._rows(x), t, self._rows(y), self._asks(labels))
 
-    def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
+    def _room(self, x: Array) -> tuple[Array, Array]:
         if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
             self._output = self.be.empty(x.shape, x.dtype), self.be.empty((len(x),), np.int64)
-        out, steps = self._output
+        return self._output
+
+    def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
+        out, steps = self._room(x)
         steps[...] = t
         return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out, self._asks(labels))
 
-    def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None = None) -> None:
-        arrays = self._rows(dy, x), self._rows(dx, x)
-        self.be.mlp_vjp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
+    def pulled(self, x: Array, t: int, cotangent: Array, labels: Array | Asked | None = None) -> tuple[Array, Array]:
+        if x.dtype != self.net.dtype:
+            return super().pulled(x, t, cotangent, labels)
+        out, _ = self._room(x)
+
+        def fill(dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None) -> None:
+            self.fill_vjp(dx, x, t, dy, labels, y=out)
+
+        return out, self._product("vjp", fill, x, t, cotangent, labels)
+
+    def fill_vjp(
+        self, dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None = None, y: Array | None = None
+    ) -> None:
+        arrays = self._rows(dy, x), self._rows(dx, x), self._asks(labels)
+        self.be.mlp_vjp(self.net.plan, self.weights, self._rows(x), t, *arrays, None if y is None else self._rows(y))
 
     def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array | Asked | None = None) -> None:
         arrays = self._rows(dx, x), self._rows(dy, x)
@@ -326,6 +342,11 @@ class MLPRunner(Runner):
     ) -> None:
         """Run the table with a weight of guidance for each row: see `Backend.mlp_chain`."""
         self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), weights)
+
+    def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
+        if self.net.asked:  # the kernel knows of no labels
+            return False
+        return self.be.mlp_chain_told(self.net.plan, self.weights, x, rows, draw, told)
 
     def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
         lead = (len(draws.data), 2) if draws.masked else (len(draws.data),)

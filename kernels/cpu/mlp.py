@@ -530,12 +530,12 @@ def _times_slope(rows, layer, arena, d, table, width, slots, t):
 
 @kernel
 def vjp_range(
-    start, stop, x, t, dy, dx, layers, params, transposed, table, width, slots, linear, nothing, asked,
+    start, stop, x, t, dy, dx, y, layers, params, transposed, table, width, slots, linear, nothing, asked,
     arena, d_in, d_out
 ):  # fmt: skip
     """Tiles start ... stop - 1: dx = J^T dy, the layers running once for all dy (k, n, outputs) of a tile.
 
-    Everything is flat; `nothing` is a linear part that there is not.
+    Everything is flat; `nothing` is a linear part that there is not; y takes the output, unless it is empty.
     """
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
@@ -545,6 +545,10 @@ def vjp_range(
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
         own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
         forward_tile(rows, layers, arena, params, own, width, slot, places, nothing, len(slots), times)
+        if len(y) > 0:
+            _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
+            if len(linear[0]) > 0:
+                _linear_part(rows, d, x, begin * d, y, begin * e, True, arena, len(slots), times, linear)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dy[first * e :], rows * e)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
 from fastdiff.backends.numpy.host import asked_of_rows
-from fastdiff.backends.protocol import DEPTH, LinearPart, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.protocol import DEPTH, LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.noise import Draw, Stream, round_keys
@@ -40,6 +40,54 @@ class _Table:
         self.numbers = numbers_of(rows, clip)
         self.depth = max(row.depth for row in rows)
         self.evaluated = np.array([row.t for row in rows if row.evaluates], np.int64)
+
+
+def backward_runs(plan: MLPPlan, ends: Array) -> Array:
+    """The runs of layers that a backward pass takes as one, as `told.NARROW` ...: none of their outputs but the last is
+    changed by anything, and their product is smaller than they."""
+    runs: list[list[int]] = []
+    at = 0
+    for k, layer in enumerate(plan.layers):
+        slopes = layer.activation != "none" or layer.time == "scale_shift"
+        if runs and runs[-1][3] < 0:
+            narrow, wide = runs[-1][:2]
+            if narrow * layer.outputs < narrow * wide + layer.inputs * layer.outputs:
+                at -= narrow * wide
+                runs[-1][1:] = layer.outputs, at, int(ends[k]) if slopes else -1, runs[-1][4], k
+                at += narrow * layer.outputs
+                continue
+        runs.append([layer.inputs, layer.outputs, at, int(ends[k]) if slopes else -1, k, k])
+        at += layer.inputs * layer.outputs
+    return np.array(runs, np.int64)
+
+
+class _ToldSpace:
+    """What the kernel needs of observations and a table, and a worker's buffers for it."""
+
+    def __init__(self, plan: MLPPlan, table: _Table, told: Told, threads: int) -> None:
+        lanes, (_, m), d, K = mlp_kernels.CHAIN_TILE, told.y.shape, plan.layers[0].inputs, told.products
+        self.told, self.table = told, table
+        at = np.array([row.t for row in table.rows])
+        p, q, gain = told.p[at], told.q[at], told.gain[at]
+        to_output = gain / np.where(gain == 0, 1.0, q)
+        self.rows = np.array([p, q, gain, to_output, told.least[at] ** 2]).T.copy()
+        self.rows[gain == 0] = 0
+        self.names = np.array(told.names, np.int64)
+        self.matrix = np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1)
+        self.places = np.empty(0, np.int64) if told.places is None else told.places.reshape(-1)
+        self.y, self.variance = told.y.reshape(-1), told.variance.reshape(-1)
+        widths = [lanes * layer.outputs for layer in plan.layers]
+        self.ends = np.concatenate([[0], np.cumsum(widths)])
+        self.back = backward_runs(plan, self.ends)
+        self.weights = np.empty(int(self.back[:, :2].prod(axis=1).sum()), np.float32)
+        self.products = np.empty((2, plan.size), np.float32)
+        rank = 0 if plan.linear is None else plan.linear.rank
+        singles = int(self.ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
+        basis = (K + 1) * m * lanes if m > K else 0
+        doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 2) + 16 * (K * K + 2 * K) + basis
+        self.f32 = [np.empty(singles, np.float32) for _ in range(threads)]
+        self.f64 = [np.empty(doubles) for _ in range(threads)]
+        self.lanes = [np.empty(lanes * m, np.int64) for _ in range(threads)]
 
 
 class _MLPSpace:
@@ -85,6 +133,7 @@ class _MLPSpace:
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
+        self.told: _ToldSpace | None = None  # the last
         # What is asked: room for its part of a tile's rows of the time table, and the buffers of a chain.
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
@@ -228,6 +277,37 @@ class MLPOperations(StepOperations):
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
 
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        from fastdiff.kernels.cpu import told as told_kernels
+
+        flat = x.reshape(-1)
+        _, _, stream, keys = law_of(draw)
+        with self._workers.lock:
+            net = self._network(plan)
+            if self._table is None or self._table.rows is not rows or self._table.clip is not None:
+                self._table = _Table(rows, None)
+            chain = self._table
+            if net.told is None or net.told.told is not told or net.told.table is not chain:
+                net.told = _ToldSpace(plan, chain, told, self.threads)
+            space = net.told
+            table, _ = net.time_table(params, chain.evaluated)
+            told_kernels.backward_weights(net.layers, space.back, params, space.weights, *space.products)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                told_kernels.chain_told(
+                    start, stop, flat, chain.steps, chain.numbers, chain.depth, space.rows, net.layers, space.ends,
+                    params, space.back, space.weights, table, plan.time_width, net.slots, net.linear, told.products,
+                    told.per, told.first, draw.first_row, space.names, space.matrix, space.places, space.y,
+                    space.variance, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
+                    net.arenas[worker], net.memories[worker], *net.deltas[worker][:2], space.f32[worker],
+                    space.f64[worker], space.lanes[worker],
+                )  # fmt: skip
+
+            self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
+        return True
+
     def mlp_gradient(
         self,
         plan: MLPPlan,
@@ -249,9 +329,17 @@ class MLPOperations(StepOperations):
         return loss, dx
 
     def mlp_vjp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        dy: Array,
+        dx: Array,
+        asked: Array | None = None,
+        y: Array | None = None,
     ) -> None:
-        self._products(plan, params, (x, t, asked), dy, dx, backward=True)
+        self._products(plan, params, (x, t, asked), dy, dx, backward=True, y=y)
 
     def mlp_jvp(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
@@ -267,10 +355,11 @@ class MLPOperations(StepOperations):
         out: Array,
         *,
         backward: bool,
+        y: Array | None = None,
     ) -> None:
         """`mlp_vjp` or `mlp_jvp`, a tile at a time, at (x, t, asked)."""
         x, t, asked = at
-        k, arrays = mlp_kernels, (x.reshape(-1), t, given.reshape(-1), out.reshape(-1))
+        k, arrays = mlp_kernels, [x.reshape(-1), t, given.reshape(-1), out.reshape(-1)]
         with self._workers.lock:
             net = self._network(plan)
             table, _ = net.time_table(params, t)
@@ -278,6 +367,7 @@ class MLPOperations(StepOperations):
             if backward:
                 k.transpose_weights(net.layers, params, net.transposed)
                 weights = params, net.transposed
+                arrays.append(net.nothing[:0].reshape(-1) if y is None else y.reshape(-1))
             kernel = k.vjp_range if backward else k.jvp_range
 
             def body(worker: int, start: int, stop: int) -> None:

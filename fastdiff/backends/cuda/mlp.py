@@ -25,6 +25,7 @@ from fastdiff.backends.protocol import (
     LinearPart,
     MLPPlan,
     Row,
+    Told,
     Training,
     TrainingDraws,
     TrainState,
@@ -344,6 +345,11 @@ class MLPOperations(LayerOperations, RecordingOperations):
                 self.mlp_forward(plan, params, x, t[:n], out[:n], asked)
             self.sampler_step(x, out[:n] if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        return False
+
     def mlp_gradient(
         self,
         plan: MLPPlan,
@@ -365,9 +371,17 @@ class MLPOperations(LayerOperations, RecordingOperations):
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
     def mlp_vjp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        dy: Array,
+        dx: Array,
+        asked: Array | None = None,
+        y: Array | None = None,
     ) -> None:
-        self._products(plan, params, (x, t, asked), dy, dx, backward=True)
+        self._products(plan, params, (x, t, asked), dy, dx, backward=True, y=y)
 
     def mlp_jvp(
         self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
@@ -383,6 +397,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         out: Array,
         *,
         backward: bool,
+        y: Array | None = None,
     ) -> None:
         """`mlp_vjp` or `mlp_jvp` at (x, t, asked), layer by layer; the forward pass runs once for all vectors."""
         x, t, asked = at
@@ -394,6 +409,9 @@ class MLPOperations(LayerOperations, RecordingOperations):
             net.grow(n)
             table, places = self._times(net, params, t, asked)
             inputs = self._kept(net, params, table, x, places)
+            if y is not None:
+                self.runtime.copy(y, inputs[-1])
+                self._add_part(net, x, y, t, net.room)
             vectors, results = (array.reshape(-1, n, array.shape[-1]) for array in (given, out))
             for i in range(len(vectors)):
                 here, vector, result = vectors[i], vectors[i], results[i]

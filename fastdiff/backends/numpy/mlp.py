@@ -24,7 +24,7 @@ from fastdiff.backends.numpy.functions import (
 )
 from fastdiff.backends.numpy.host import asked_of_rows
 from fastdiff.backends.numpy.step import StepOperations
-from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, TrainingDraws
+from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
@@ -71,10 +71,20 @@ class MLPOperations(StepOperations):
             return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
 
     def mlp_vjp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dy: Array, dx: Array, asked: Array | None = None
+        self,
+        plan: MLPPlan,
+        params: Array,
+        x: Array,
+        t: Array,
+        dy: Array,
+        dx: Array,
+        asked: Array | None = None,
+        y: Array | None = None,
     ) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dx = ((1 + gain) act'(v) dy) W^T."""
-        _, saved = _mlp_forward(plan, params, x, t, asked)
+        output, saved = _mlp_forward(plan, params, x, t, asked)
+        if y is not None:
+            y[...] = output
         d = dy
         steps = list(zip(plan.layers, _weights(plan, params), saved, strict=False))
         for layer, (w, _), (_, _, v, gain) in reversed(steps):
@@ -119,6 +129,12 @@ class MLPOperations(StepOperations):
                 if weights is not None and weights[i] != 1:
                     out = guided(out, self.mlp_forward(plan, params, x, t), weights[i])
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
+
+    def mlp_chain_told(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    ) -> bool:
+        """Not in one piece: `fastdiff.conditioning` has the formulas."""
+        return False
 
 
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:

@@ -1,0 +1,118 @@
+"""Chains of a perceptron given observations, in one piece, against the same row by row in NumPy."""
+
+import numpy as np
+import pytest
+from gradcheck import scatter, with_linear
+from tolerances import TOLD, assert_same_bits
+
+import fastdiff as fd
+from fastdiff import conditioning
+from fastdiff.bench import BY_NAME
+from fastdiff.kernels.cpu import told
+from fastdiff.nn import MLP
+
+CPU, ALONE = fd.get_backend("cpu", threads=2), fd.get_backend("cpu", threads=1)
+T = 8
+
+
+def tame(net):
+    """Smaller weights: what a chain makes of a difference grows with them."""
+    net.flat *= 0.5
+    return net
+
+
+NETS = {
+    "default": lambda: scatter(MLP(6, hidden=(5, 9), T=T)),
+    "tutorial": lambda: scatter(MLP.tutorial(5, T=T)),
+    "linear part": lambda: with_linear(scatter(MLP(7, hidden=(6,), T=T))),
+    "part of rank": lambda: with_linear(scatter(MLP(26, hidden=(12,), T=T)), 4),
+    "part alone": lambda: with_linear(scatter(MLP(5, hidden=(), T=T))),
+    "many values": lambda: scatter(MLP(40, hidden=(20,), T=T)),
+}
+TABLES = {
+    "ddpm": lambda s: fd.samplers.ddpm(s, 4, prediction="v"),
+    "memory": lambda s: fd.samplers.dpmpp_2m(s, 5, prediction="v"),
+}
+
+
+def holes(d, count=3, seed=0):
+    """Observations of which some know less than others, and one nothing."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(count, d))
+    values[rng.random((count, d)) < 0.4] = np.nan
+    values[-1] = np.nan
+    return values
+
+
+def observations(kind, d):
+    rng = np.random.default_rng(1)
+    seen = fd.Known(holes(d), 0.3)
+    if kind == "single values":
+        return seen
+    return [seen, fd.Linear(rng.normal(size=(2, d)) / np.sqrt(d), rng.normal(size=2), 0.2)]
+
+
+@pytest.mark.parametrize("kind", ["single values", "linear maps"])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("make", NETS.values(), ids=NETS)
+def test_in_one_piece_it_is_the_same(make, table, kind, monkeypatch):
+    net, table = tame(make()), table(fd.Schedule.cosine(T).zero_terminal_snr())  # whose first row says nothing
+    options = {"n": 30, "given": observations(kind, net.points), "seed": 2, "first_sample": 3}
+    want = fd.sample(net, table, backend="numpy", **options)
+    monkeypatch.setattr(conditioning.Guided, "step", None)  # it is not row by row
+    got = fd.sample(net, table, backend=CPU, **options)
+    assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
+    for other in ({"batch": 7, "progress": True}, {"batch": 64, "backend": ALONE}):
+        assert_same_bits(fd.sample(net, table, **{"backend": CPU, **options, **other}), got)
+    assert_same_bits(fd.sample(net, table, backend=CPU, **{**options, "n": 2, "first_sample": 5}), got[2:4])
+
+
+def test_an_observation_has_its_bits_among_others():
+    net, table = NETS["default"](), TABLES["ddpm"](fd.Schedule.cosine(T))
+    seen = holes(net.points)
+    all_of_them = fd.sample(net, table, n=5, given=fd.Known(seen, 0.3), backend=CPU)
+    known = conditioning.observations(fd.Known(seen, 0.3), net.shape)
+    assert_same_bits(
+        fd.sample(net, table, n=5, given=known.some(np.array([1])), backend=CPU), all_of_them[:, 1:2]
+    )  # fmt: skip
+
+
+def test_what_is_small_is_left_out():
+    """By the singular values of a matrix: divided by where they are large, and left out where they are not."""
+    rng = np.random.default_rng(0)
+    K, rows, least = 5, 20, 1e-3
+    U, V = (np.linalg.qr(rng.normal(size=(rows, K, K)))[0] for _ in range(2))
+    values = np.array([3.0, 1.0, 0.1, 1e-5, 0.0])
+    M, rest = U * values @ V.transpose(0, 2, 1), rng.normal(size=(rows, K))
+    parts = np.einsum("nik,ni->nk", U, rest)
+    filtered = (1 - (least**2 / (values**2 + least**2)) ** 3) / np.maximum(values, 1e-300)
+    want = np.einsum("nik,nk->ni", V, filtered * parts)
+    np.testing.assert_allclose(conditioning.damped(M, rest, least), want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+    H, rhs, w = np.zeros((K, K, told.TILE)), np.zeros((K, told.TILE)), np.zeros((K, told.TILE))
+    H[..., :rows], rhs[:, :rows] = M.transpose(1, 2, 0), rest.T
+    room = [np.empty(K * k * told.LANES) for k in (K, 1, 1)]
+    told.damped(K, K, rows, H.reshape(-1), rhs.reshape(-1), least**2, *room, w.reshape(-1))
+    np.testing.assert_allclose(w[:, :rows].T, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+
+
+def test_one_forward_pass_for_all_products(monkeypatch):
+    """Of few observations the products with J^T, and the output, are one call of the network's backend."""
+    be, calls = fd.get_backend("numpy"), []
+    for name in ("mlp_forward", "mlp_vjp"):
+        original = getattr(type(be), name)
+        monkeypatch.setattr(
+            type(be), name, lambda self, *a, name=name, original=original: (calls.append(name), original(self, *a))[1]
+        )  # fmt: skip
+    net = NETS["default"]()
+    fd.sample(net, fd.samplers.ddpm(fd.Schedule.cosine(T), 3), n=2, given=fd.Known(holes(6)[0]), backend=be)
+    assert calls == ["mlp_vjp"] * 3
+
+
+def test_the_workload_compares_the_same_draws():
+    """Its inputs for the peer hold the noise that ours draws."""
+    workload = BY_NAME["chain-given-tutorial-1000"].at(0.2)
+    assert (workload.curves_seen, workload.draws_of_each) == (2, 100)
+    inputs, outputs = workload.compare(CPU, None)
+    assert outputs["samples"].shape == (200, 50)
+    start = fd.normal((1, 50), seed=0, stream="init", first_sample=2**20)
+    assert_same_bits(inputs["noise"][0, 100:101], start)
