@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test quick coverage oldest check bench asv scaling peers quality precision gate gpu profile compile-time \
-	readme-numbers answers docs wheel release-check clean
+.PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
+	compile-time readme-numbers answers docs wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ check: $(VENV)/.installed-lint $(VENV)/.installed-plot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# What files, kills, forks, interrupts and strange arguments lead to, counted: hours. SHARE=0.1: a tenth of it.
+robust: $(VENV)/.installed-plot $(VENV)/.installed-test
+	cd tests && $(abspath $(BIN))/python -m robust $(or $(SHARE),1)
 
 # Every workload on every backend, against the roofs of this machine.
 bench: $(VENV)/.installed-bench

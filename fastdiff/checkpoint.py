@@ -22,18 +22,20 @@ digest
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff import tensor_file
 from fastdiff.errors import CheckpointError
 from fastdiff.files import writing
 from fastdiff.noise import NOISE_LAW_VERSION
+from fastdiff.tensor_file import TensorFile
 
 FORMAT_VERSION = 3
 ARITHMETIC = 1
@@ -79,8 +81,6 @@ def write(
     features : iterable of str, optional
         Names out of `FEATURES` of what the file uses.
     """
-    from safetensors.numpy import save
-
     used = sorted(set(features))
     assert FEATURES.issuperset(used), used
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -92,9 +92,9 @@ def write(
         "features": used,
         "digest": digest(arrays),
     }
-    content = save(arrays, metadata={_KEY: json.dumps(facts, allow_nan=False)})
+    text = json.dumps(facts, allow_nan=False)
     with writing(path) as file:
-        file.write(content)
+        tensor_file.write(file, arrays, {_KEY: text})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
@@ -106,8 +106,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.ND
         The file is missing, truncated, not a fastdiff checkpoint, of a newer format or another noise law, needs a
         feature that is not there, or has other tensors than were written.
     """
-    with _opened(path) as (file, header):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    file = tensor_file.read(path)
+    header = _checked_header(path, file)
+    tensors = {name: file.array(name) for name in file.tensors}
     if header.get("digest") not in (None, digest(tensors)):
         raise CheckpointError(f"{path}: its content was altered or damaged after it was written: the digest differs")
     return header, tensors
@@ -118,9 +119,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     The header, ``tensors`` (name to shape) and ``parameters`` (their number, of the network alone).
     """
-    with _opened(path) as (file, header):
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    parameters = sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("net."))
+    file = tensor_file.read(path, values=False)
+    header = _checked_header(path, file)
+    shapes = {name: list(one.shape) for name, one in file.tensors.items()}
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("net."))
     return {**header, "parameters": parameters, "tensors": shapes}
 
 
@@ -133,23 +135,9 @@ def digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     return f"crc32:{crc:08x}"
 
 
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file, once, and yield it with its checked header: a file that takes its place meanwhile is not seen."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            yield file, _checked_header(path, file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def _checked_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
-    """The header of an open file that this version can read."""
-    metadata = file.metadata() or {}
+def _checked_header(path: str | os.PathLike[str], file: TensorFile) -> dict[str, Any]:
+    """The header of a file that this version can read."""
+    metadata = file.metadata
     if _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a fastdiff checkpoint (no {_KEY!r} header)")
     try:
@@ -169,7 +157,7 @@ def _checked_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
             f"{path}: noise law {header.get('noise_law')!r}, this fastdiff has {NOISE_LAW_VERSION}: "
             "its samples would differ from those the checkpoint was made for"
         )
-    dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    dtypes = {one.dtype for one in file.tensors.values()}
     if not dtypes <= _DTYPES:
         raise CheckpointError(
             f"{path}: tensors of type {', '.join(sorted(dtypes - _DTYPES))}, wants {', '.join(sorted(_DTYPES))}"

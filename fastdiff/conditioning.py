@@ -34,7 +34,7 @@ import numpy.typing as npt
 from fastdiff.backends import Backend, Row, Told, backend_for
 from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
 from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
 from fastdiff.observations import Given, Observations, Weight, observations
 from fastdiff.process import _stepper as stepper
@@ -546,8 +546,8 @@ def condition(
     known = observations(given, source.shape)
     if known.count not in (None, 1):
         raise ArgumentError("given", f"{known.count} observations", "one; fd.sample(given=...) takes several")
-    if method not in ("auto", *GUIDED):
-        raise ArgumentError("method", repr(method), f"'auto', {', '.join(map(repr, GUIDED))}: others are no denoisers")
+    if not isinstance(method, str) or method not in ("auto", *GUIDED):
+        raise ArgumentError("method", shown(method), f"'auto', {', '.join(map(repr, GUIDED))}: others are no denoisers")
     chosen = "tmpd" if method == "auto" else method
     return Conditioned(source, schedule, known, chosen, Draws(1, DRAWS), prediction, source.shape)
 

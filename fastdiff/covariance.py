@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,13 +17,16 @@ import numpy.typing as npt
 from fastdiff.backends import Backend, RowMap, backend_for
 from fastdiff.errors import (
     ArgumentError,
+    as_array,
     check_array,
     check_choice,
+    check_flags,
     check_float,
     check_int,
     check_timesteps,
     is_on_device,
 )
+from fastdiff.forks import cached_property
 from fastdiff.process import BATCH_VALUES, _states, returned
 from fastdiff.schedule import Array, Schedule
 
@@ -170,6 +172,7 @@ def scatter(X: npt.ArrayLike, centre: bool = False, normalise: bool = False) -> 
     ArgumentError
         Shape, dtype or value; no row.
     """
+    check_flags(centre=centre, normalise=normalise)
     count, _, total = _accumulate(check_array("X", _host("X", X), shape=(None, None), finite=False), centre)
     if count < 1:
         raise ArgumentError("X", "no row", "at least 1 row")
@@ -298,6 +301,7 @@ class Reshaping:
         ArgumentError
             Shape, dtype or value of an argument.
         """
+        check_flags(standardise=standardise)
         be, on_device = backend_for(backend, X=X), is_on_device(X)
         rows = check_array("X", X, shape=(None, len(self.before)), finite=False)
         m, n = rows.shape
@@ -413,9 +417,10 @@ def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
         Shape or value; a matrix that is no covariance.
     """
     start, schedule = check_covariance("S0", S0).cov, _schedule(schedule)
-    steps = check_timesteps(_host("t", t), schedule.T, int(np.size(t)))[..., None, None]
+    t = as_array("t", _host("t", t), "integers")
+    steps = check_timesteps(t, schedule.T, t.size)[..., None, None]
     chain = schedule.alphas_bar[steps] * start + schedule.noise[steps] ** 2 * np.eye(len(start))
-    return chain if np.ndim(t) else chain[0]
+    return chain if t.ndim else chain[0]
 
 
 def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Array]:

@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import tables
-from fastdiff.errors import ArgumentError, DataWarning, check_array, check_float, check_int, check_seed
+from fastdiff.errors import (
+    ArgumentError,
+    DataWarning,
+    check_array,
+    check_flags,
+    check_float,
+    check_int,
+    check_seed,
+    shown,
+)
 from fastdiff.files import check_ending, check_writable, naming, writing
 from fastdiff.metrics import energy_distance
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
@@ -169,8 +178,17 @@ def load_curves(
         or the first one like column names: what was seen, and the remedy. The values are as in the file.
     """
     suffix = check_ending(path, ENDINGS)
+    check_flags(missing=missing, header=bool(header) if header is None else header)
+    for name, some in (("drop", drop), ("columns", columns)):
+        known = some is None or isinstance(some, (int, np.integer, str, list, tuple))
+        if not known or (
+            isinstance(some, (list, tuple)) and not all(isinstance(k, (int, np.integer, str)) for k in some)
+        ):
+            raise ArgumentError(name, shown(some), "a name or number of a column, or a list of them")
+    if not (index is None or isinstance(index, (int, np.integer, str))):
+        raise ArgumentError("index", shown(index), "a name or number of a column")
     of_index = [] if index is None else [index]
-    dropped, only = ([some] if isinstance(some, (int, str)) else some for some in (drop, columns))
+    dropped, only = ([some] if isinstance(some, (int, np.integer, str)) else some for some in (drop, columns))
     asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)
     with naming(path, "cannot be read"):
         table = (tables.read_csv if suffix == ".csv" else tables.read_npy)(Path(path), asked)
@@ -245,10 +263,10 @@ def circles(
     """
     n, size = check_int("n", n, low=0), check_int("size", size, low=8)
     if not isinstance(radius, (tuple, list)) or len(radius) != 2:
-        raise ArgumentError("radius", repr(radius), "the smallest and the largest, as in (0.15, 0.4)")
+        raise ArgumentError("radius", shown(radius), "the smallest and the largest, as in (0.15, 0.4)")
     least, most = (check_float("radius", share, low=0.05, high=0.5, high_open=True) for share in radius)
     if least > most:
-        raise ArgumentError("radius", repr(radius), "the smaller one first")
+        raise ArgumentError("radius", shown(radius), "the smaller one first")
     draw = Draw(check_seed(seed), Stream.DATA, CIRCLES_STEP, check_rows(first_sample, n))
     uniform = philox_words(n, 1, draw)[:, 0, :3] * 2.0**-32
     r = size * (least + (most - least) * uniform[:, 0, None, None])

@@ -101,7 +101,7 @@ def picture_net(
     By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
     """
     outputs = 2 * shape[-1] if learned_variance else None
-    side = max(shape[:2]) if 1 in shape[:2] else min(shape[:2])
+    side = shape[1] if shape[0] == 1 else min(shape[:2])  # a height of 1 is not halved
     if channels is None:
         channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
     asked: dict[str, Any] = {"classes": classes, "covariates": covariates}

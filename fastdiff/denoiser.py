@@ -229,6 +229,10 @@ def denoiser_of(value: Any) -> Denoiser:
     ArgumentError
         It is none of these.
     """
+    outputs, image = getattr(value, "outputs", None), getattr(value, "image", None)
+    if isinstance(outputs, int) and isinstance(image, tuple) and outputs not in (image[-1], 2 * image[-1]):
+        wants = f"{image[-1]}, as many as there are channels, or twice as many for a learned variance"
+        raise ArgumentError("denoiser", f"a network of {outputs} outputs", wants)
     if type(value) in _denoisers or isinstance(value, Denoiser):
         _denoisers.add(type(value))
         known: Denoiser = value

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LONGEST = 300  # characters of what came
+
 
 class FastdiffError(Exception):
     """Base of every exception that fastdiff raises on purpose."""
@@ -34,6 +36,8 @@ class ArgumentError(FastdiffError, ValueError):
     """
 
     def __init__(self, argument: str, got: str, wants: str) -> None:
+        got = " ".join(got.split("\n"))
+        got = got if len(got) <= LONGEST else f"{got[: LONGEST - 3]}..."
         super().__init__(argument, got, wants)
         self.argument, self.got, self.wants = argument, got, wants
 
@@ -73,9 +77,17 @@ class DataWarning(UserWarning):
     """A word on data that can be used and probably is not what it is taken for."""
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """Return a value as a message shows it, in one short line, whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of an object of somebody's, or a number of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    text = text.replace("\n", " ")
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+LARGEST = (1 << 63) - 1  # integer that arrays hold
 
 
 def check_int(argument: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
@@ -87,13 +99,14 @@ def check_int(argument: str, value: Any, *, low: int | None = None, high: int | 
     else:
         wants = "an integer"
     if isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(argument, _shown(value), wants)
+        raise ArgumentError(argument, shown(value), wants)
     try:
         number = operator.index(value)
     except TypeError:
-        raise ArgumentError(argument, _shown(value), wants) from None
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise ArgumentError(argument, str(number), wants)
+        raise ArgumentError(argument, shown(value), wants) from None
+    too_high = number > (LARGEST if high is None else high)
+    if (low is not None and number < low) or number < -LARGEST or too_high:
+        raise ArgumentError(argument, shown(number), wants)
     return number
 
 
@@ -114,21 +127,21 @@ def check_float(
         bounds.append(f"{'below' if high_open else 'at most'} {high:g}")
     wants = "a finite number" + (f", {' and '.join(bounds)}" if bounds else "")
     if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise ArgumentError(argument, _shown(value), wants)
+        raise ArgumentError(argument, shown(value), wants)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ArgumentError(argument, _shown(value), wants) from None
+        raise ArgumentError(argument, shown(value), wants) from None
     too_low = low is not None and (number < low or (low_open and number == low))
     too_high = high is not None and (number > high or (high_open and number == high))
     if not math.isfinite(number) or too_low or too_high:
-        raise ArgumentError(argument, _shown(value), wants)
+        raise ArgumentError(argument, shown(value), wants)
     return number
 
 
 def check_bool(argument: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ArgumentError(argument, repr(value), "True or False")
+        raise ArgumentError(argument, shown(value), "True or False")
     return value
 
 
@@ -136,8 +149,21 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or raise an `ArgumentError` that lists them."""
     known = list(choices)
     if not isinstance(value, str) or value not in known:
-        raise ArgumentError(argument, _shown(value), f"one of {', '.join(map(repr, known))}")
+        raise ArgumentError(argument, shown(value), f"one of {', '.join(map(repr, known))}")
     return value
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise `ArgumentError` for the first of these arguments that is not True or False (1 and 0 are)."""
+    for argument, value in flags.items():
+        if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
+            raise ArgumentError(argument, shown(value), "True or False")
+
+
+def check_callable(argument: str, value: Any) -> None:
+    """Raise `ArgumentError` for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise ArgumentError(argument, shown(value), "a function, or None")
 
 
 def check_seed(value: Any, argument: str = "seed") -> int:
@@ -210,10 +236,10 @@ def _of_objects(argument: str, array: npt.NDArray[Any], *, frame: bool, missing:
                 array[at] = np.nan
                 continue
             raise ArgumentError(
-                argument, f"a missing value ({_shown(one)}){where}", "real floats or integers everywhere"
+                argument, f"a missing value ({shown(one)}){where}", "real floats or integers everywhere"
             )
         if isinstance(one, (bool, np.bool_)) or not isinstance(one, numbers.Real):
-            got = f"dtype object, with {_shown(one)}{where}"
+            got = f"dtype object, with {shown(one)}{where}"
             raise ArgumentError(argument, got, "real floats or integers")
     return array.astype(np.float64) if frame else array
 

@@ -5,19 +5,22 @@ Whatever is wrong with one is a :class:`~fastdiff.errors.DataError` that names i
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import secrets
+import stat
 import tokenize
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, DataError
+from fastdiff.errors import ArgumentError, DataError, shown
 
 # What NumPy's reader of .npy headers, a Python literal, raises on hostile ones.
 _HEADER_ERRORS = (
@@ -31,6 +34,33 @@ _HEADER_ERRORS = (
 )
 
 
+_LEFTOVER = re.compile(r"[0-9a-f]{12}\.tmp")
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+def _kind(mode: int) -> str:
+    return next((f"{words}, not a file" for known, words in _KINDS if known(mode)), "not a file")
+
+
+def check_path(argument: str, value: Any) -> Path:
+    """Return a path, or raise an `ArgumentError` where it is none: another type, or with characters none can have."""
+    wants = "a path: text, bytes or os.PathLike"
+    try:
+        text = os.fspath(value)
+        path = Path(os.fsdecode(text))
+        os.fsencode(path)
+    except (TypeError, ValueError) as error:  # lone surrogates that are no bytes of a name
+        raise ArgumentError(argument, shown(value), wants) from error
+    if "\0" in str(path):
+        raise ArgumentError(argument, shown(value), f"{wants}, without the character 0")
+    return path
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str], failure: str) -> Iterator[None]:
     """Turn an `OSError` of the block into a `DataError`: the path, the failure, the system's reason."""
@@ -41,6 +71,18 @@ def naming(path: str | os.PathLike[str], failure: str) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- read
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file to be read; an `OSError` where it is something else, as a pipe, which is not waited for."""
+    mode = os.stat(path).st_mode  # to open a device may do something
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"is {_kind(mode)}")
+    with os.fdopen(os.open(path, _READ), "rb") as file:
+        if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, f"is {_kind(mode)}")
+        yield file
 
 
 def load_npy(path: Path, ndims: Sequence[int], wants: str) -> npt.NDArray[Any]:
@@ -61,7 +103,7 @@ def load_npy(path: Path, ndims: Sequence[int], wants: str) -> npt.NDArray[Any]:
         Something else is in it, or it is damaged.
     """
     # np.load would fall back to pickle and zip files, and believe a header that promises terabytes.
-    with path.open("rb") as file:
+    with reading(path) as file:
         try:
             version = np.lib.format.read_magic(file)
             if version == (1, 0):
@@ -93,38 +135,100 @@ def load_npy(path: Path, ndims: Sequence[int], wants: str) -> npt.NDArray[Any]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when the block ends well.
+    """Open a file for writing that appears under `path` only when the block ends well: see `writing_together`."""
+    with writing_together([path]) as files:
+        yield files[0]
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed.
-    An exception in the block removes it and leaves whatever was at `path` as it was.
+
+@contextmanager
+def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[IO[bytes]]]:
+    """Open files for writing that appear, all of them, when the block ends well.
+
+    The bytes go to temporary files in the same folders and are flushed to the disk; then the files are renamed. An
+    exception in the block removes them and leaves whatever was there as it was. The mode of a file that is replaced
+    stays. What a process that was killed has left there of the same files is removed.
 
     Raises
     ------
     DataError
-        If the folder is missing or the path cannot be written.
+        If a folder is missing, or a path cannot be written or is something else than a file.
     """
-    # A link is written through, as open() would; the replaced file is the one it points at.
-    target = Path(os.path.realpath(path))
-    # 50 characters are at most 200 bytes, and a name may have 255.
-    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
-    with naming(path, "cannot be written"):
-        if target.is_dir():
-            raise IsADirectoryError(0, "is a folder")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(0, "the file there is read-only")
-        if not target.parent.is_dir():
-            raise FileNotFoundError(0, f"there is no folder {str(target.parent)!r}")
-        file = temporary.open("xb")
-        try:
-            with file:
-                yield file
+    paths = [check_path("path", path) for path in paths]
+    with ExitStack() as removals:
+        files: list[tuple[IO[bytes], Path, Path]] = []
+        for path in paths:
+            with naming(path, "cannot be written"):
+                # A link is written through, as open() would; the replaced file is the one it points at.
+                target = Path(os.path.realpath(path))
+                files.append((*_temporary(target, removals), target))
+        with naming(paths[0], "cannot be written"):
+            yield [file for file, _, _ in files]
+        for path, (file, _, _) in zip(paths, files, strict=True):
+            with naming(path, "cannot be written"):
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
+        for path, (_, temporary, target) in zip(paths, files, strict=True):
+            with naming(path, "cannot be written"):
+                temporary.replace(target)
+
+
+def _temporary(target: Path, removals: ExitStack) -> tuple[IO[bytes], Path]:
+    """A new file beside the target, and its name; it is closed and removed with the stack, if it is still there."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(0, f"there is no folder {str(target.parent)!r}")
+    before = None
+    with suppress(FileNotFoundError):
+        before = os.stat(target)
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(0, f"is {_kind(before.st_mode)}")
+        if not os.access(target, os.W_OK):
+            raise PermissionError(0, "the file there is read-only")
+    # 50 characters are at most 200 bytes, and a name may have 255.
+    start = f".{target.name[:50]}."
+    _remove_leftovers(target.parent, start)
+    while True:
+        temporary = target.with_name(f"{start}{secrets.token_hex(6)}.tmp")
+        mode = 0o666 if before is None else stat.S_IMODE(before.st_mode) & 0o777
+        file = os.fdopen(os.open(temporary, _CREATE, mode), "wb")
+        _lock(file.fileno(), wait=True)
+        if temporary.exists():  # nobody has taken it for a leftover before it was locked
+            break
+        file.close()
+    removals.callback(_remove, temporary)
+    removals.callback(file.close)
+    if before is not None and hasattr(os, "fchmod"):
+        with suppress(OSError):
+            os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+    return file, temporary
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _remove_leftovers(folder: Path, start: str) -> None:
+    """Remove temporary files whose writers are no more: these had a lock on them."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if not (name.startswith(start) and _LEFTOVER.fullmatch(name[len(start) :])):
+                continue
+            with suppress(OSError), open(folder / name, "rb") as file:
+                if _lock(file.fileno(), wait=False):
+                    os.unlink(folder / name)
+
+
+def _lock(file: int, *, wait: bool) -> bool:
+    """Lock an open file until it is closed; False: somebody else has, or nobody can here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where an open file cannot be removed
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def check_writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) -> None:
@@ -154,10 +258,10 @@ def check_writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) ->
 
 def check_ending(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     """Return the ending of a file name in lower case if it is one of `known`, or raise `ArgumentError`."""
-    ending = Path(path).suffix.lower()
+    ending = check_path("path", path).suffix.lower()
     if ending not in known:
         wanted = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
-        raise ArgumentError("path", repr(os.fspath(path)), f"a file name that ends in {wanted}")
+        raise ArgumentError("path", shown(os.fspath(path)), f"a file name that ends in {wanted}")
     return ending
 
 

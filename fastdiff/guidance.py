@@ -31,7 +31,7 @@ from fastdiff.denoiser import (
     checked_asked,
     denoiser_of,
 )
-from fastdiff.errors import ArgumentError, QualityWarning, check_array, check_float, check_int, check_timesteps
+from fastdiff.errors import ArgumentError, QualityWarning, check_array, check_float, check_int, check_timesteps, shown
 from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
 
@@ -92,9 +92,11 @@ class Guided:
                     raise ArgumentError("unconditional", f"{name} {theirs!r}", f"{ours!r}, as the denoiser has")
         elif self._joint and not getattr(source, "asked_freely", False):
             if source.classes is None:
-                raise ArgumentError("guidance", repr(guidance), "None: this network has neither classes nor covariates")
+                raise ArgumentError(
+                    "guidance", shown(guidance), "None: this network has neither classes nor covariates"
+                )
             wants = "None, or a network with a null class, which new ones with classes have: make and train one"
-            raise ArgumentError("guidance", repr(guidance), wants)
+            raise ArgumentError("guidance", shown(guidance), wants)
         elif isinstance(source, Conditioned):
             wants = "a denoiser that is not given observations: fd.condition(fd.Guided(...), given)"
             raise ArgumentError("denoiser", type(source).__name__, wants)
@@ -183,7 +185,7 @@ def guided(denoiser: Denoiser, guidance: Any, *, interval: Any = None, rescale: 
     except ArgumentError as error:
         if error.argument == "unconditional":
             wants = "None: this denoiser takes no labels; fd.Guided takes two denoisers"
-            raise ArgumentError("guidance", repr(guidance), wants) from None
+            raise ArgumentError("guidance", shown(guidance), wants) from None
         names = {"interval": "guidance_interval"}
         raise ArgumentError(names.get(error.argument, error.argument), error.got, error.wants) from None
 
@@ -191,10 +193,10 @@ def guided(denoiser: Denoiser, guidance: Any, *, interval: Any = None, rescale: 
 def _checked_interval(interval: Any, T: int | None) -> tuple[int, int]:
     wants = "two timesteps, the lower one first"
     if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-        raise ArgumentError("interval", repr(interval), wants)
+        raise ArgumentError("interval", shown(interval), wants)
     low, high = (check_int("interval", t, low=0, high=None if T is None else T - 1) for t in interval)
     if low > high:
-        raise ArgumentError("interval", repr(interval), wants)
+        raise ArgumentError("interval", shown(interval), wants)
     return low, high
 
 
@@ -438,7 +440,7 @@ def product(denoiser1: Any, denoiser2: Any, *, schedule: Schedule | None = None)
     schedules = [schedule, *(getattr(part, "schedule", None) for part in (first, second))]
     known = next((found for found in schedules if found is not None), None)
     if not isinstance(known, Schedule):
-        raise ArgumentError("schedule", repr(known), "a fastdiff.Schedule: neither denoiser tells its own")
+        raise ArgumentError("schedule", shown(known), "a fastdiff.Schedule: neither denoiser tells its own")
     if any(found is not None and found != known for found in schedules):
         raise ArgumentError("denoiser2", "another schedule", f"{known!r}, as the first has")
     for name, ours in (("T", known.T), ("prediction", first.prediction), ("shape", first.shape)):

@@ -6,27 +6,45 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import scheduler_config
-from fastdiff.errors import ArgumentError, CheckpointError, ConversionWarning, check_choice, check_int
-from fastdiff.files import naming, writing
+from fastdiff import scheduler_config, tensor_file
+from fastdiff.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConversionWarning,
+    all_finite,
+    check_choice,
+    check_int,
+    shown,
+)
+from fastdiff.files import check_path, naming, reading, writing, writing_together
 from fastdiff.nn.unet import UNet
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
+from fastdiff.tensor_file import TensorFile
 
 log = logging.getLogger("fastdiff")
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+INDEX = ".index.json"
+# In the order in which they are taken: a variant stands between the name and its ending.
+NAMED_WEIGHTS = (WEIGHTS, *(WEIGHTS.replace("model.", f"model.{variant}.") for variant in ("fp32", "fp16", "bf16")))
+PAIRED = "fastdiff.config"  # in the metadata of weights: checksum of the configuration that was written with them
+MOST_JSON = 1 << 24  # bytes
+ATTEMPTS = 5  # to read weights and configuration of one save
 SCHEDULER = "scheduler_config.json"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of layers of attention
 LINEAR = ("linear_1", "linear_2", "time_emb_proj", "to_q", "to_k", "to_v", "to_out.0")
-DTYPES = ("F16", "F32", "F64")
+DTYPES = ("F16", "BF16", "F32", "F64")
 
 # What a configuration that leaves a key out means.
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +71,8 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
     ----------
     folder : path
         With ``unet/`` and ``scheduler/`` in it (a DDPM or DDIM pipeline), or with config.json and
-        diffusion_pytorch_model.safetensors.
+        diffusion_pytorch_model.safetensors. Where that is missing its variants fp32, fp16 and bf16 are taken, and where
+        ``unet`` is, ``unet_ema``, which is logged; weights may be in several files with an index.
     **options
         Of `UNet`, before those of the file, for instance ``shape=(64, 64, 3)`` or ``dtype="float64"``.
 
@@ -70,10 +89,15 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
         A file is missing, damaged or a pickle; the network has parts that `UNet` does not have; a tensor is missing,
         unknown, or does not fit the configuration (the first one is named).
     """
-    folder = Path(folder)
-    pipeline = (folder / "unet").is_dir()
-    place = folder / "unet" if pipeline else folder
-    config = _read_json(place / CONFIG)
+    folder = check_path("folder", folder)
+    pipeline = [name for name in ("unet", "unet_ema") if (folder / name).is_dir()]
+    if pipeline == ["unet", "unet_ema"]:
+        log.info("%s: has unet and unet_ema, the averaged weights; unet is taken, as diffusers does", folder)
+    elif pipeline == ["unet_ema"]:
+        log.warning("%s: there is no unet; unet_ema, the averaged weights, is taken", folder)
+    place = folder / pipeline[0] if pipeline else folder
+    weights, text = _pair(place)
+    config = _parsed(place / CONFIG, text)
     schedule_file = folder / "scheduler" / SCHEDULER
     schedule, prediction = None, None
     if pipeline and schedule_file.exists():
@@ -84,7 +108,7 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
     except ArgumentError as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from error
     net.prediction = prediction
-    _read_weights(place, diffusers_views(net, net.flat))
+    _fill(place, weights, diffusers_views(net, net.flat))
     return net, schedule
 
 
@@ -118,7 +142,7 @@ def load_scheduler(path: str | os.PathLike[str], steps: int, **options: Any) -> 
     ConversionWarning
         For each key that asks for something a table does otherwise.
     """
-    path = Path(path)
+    path = check_path("path", path)
     for inner in ("scheduler", SCHEDULER):
         path = path / inner if path.is_dir() and (path / inner).exists() else path
     schedule, prediction = _schedule(path)
@@ -158,25 +182,27 @@ def save_scheduler(sampler: Sampler, folder: str | os.PathLike[str]) -> None:
         For what diffusers does otherwise.
     """
     text = json.dumps(scheduler_config.config_of(sampler), indent=2)
+    folder = check_path("folder", folder)
     with naming(folder, "cannot be written"):
         os.makedirs(folder, exist_ok=True)
-    with writing(Path(folder) / SCHEDULER) as file:
+    with writing(folder / SCHEDULER) as file:
         file.write(text.encode())
 
 
 def save_diffusers(net: UNet, folder: str | os.PathLike[str]) -> None:
     """Write what `UNet.save_diffusers` says."""
-    from safetensors.numpy import save
-
-    text = json.dumps(_config_for_diffusers(net), indent=2)
+    text = json.dumps(_config_for_diffusers(net), indent=2).encode()
     tensors = {name: np.ascontiguousarray(view) for name, view in diffusers_views(net, net.flat).items()}
-    content = save(tensors, metadata={"format": "pt"})
+    folder = check_path("folder", folder)
     with naming(folder, "cannot be written"):
         os.makedirs(folder, exist_ok=True)
-    # Both are on the disk before either appears.
-    with writing(Path(folder) / CONFIG) as config, writing(Path(folder) / WEIGHTS) as weights:
-        config.write(text.encode())
-        weights.write(content)
+    with writing_together([folder / WEIGHTS, folder / CONFIG]) as (weights, config):
+        tensor_file.write(weights, tensors, {"format": "pt", PAIRED: _checksum(text)})
+        config.write(text)
+
+
+def _checksum(text: bytes) -> str:
+    return f"crc32:{zlib.crc32(text):08x}"
 
 
 def diffusers_views(net: UNet, flat: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -203,15 +229,19 @@ def options_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     ArgumentError
         A block or an option that `UNet` does not have, or one that makes no sense.
     """
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ArgumentError("config", shown(config), "a mapping of names to values")
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise ArgumentError("_class_name", repr(kind), "'UNet2DModel', the only network of diffusers that fastdiff has")
+        raise ArgumentError(
+            "_class_name", shown(kind), "'UNet2DModel', the only network of diffusers that fastdiff has"
+        )
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     for name in sorted(given.keys() - DEFAULTS.keys() - FIXED.keys()):
         log.warning("%s = %r in a configuration of diffusers: unknown, left out", name, given[name])
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise ArgumentError(name, repr(given[name]), f"{value!r}: fastdiff does not have the other")
+            raise ArgumentError(name, shown(given[name]), f"{value!r}: fastdiff does not have the other")
     c = {**DEFAULTS, **given}
     check_choice("act_fn", c["act_fn"], ["silu", "swish"])
     mode = check_choice("resnet_time_scale_shift", c["resnet_time_scale_shift"], ["default", "scale_shift"])
@@ -231,13 +261,15 @@ def options_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if c["sample_size"] is not None:
         size = c["sample_size"] if isinstance(c["sample_size"], (list, tuple)) else [c["sample_size"]] * 2
+        if len(size) != 2:
+            raise ArgumentError("sample_size", shown(size), "one size, or height and width")
         options["shape"] = (*size, channels)
     return options
 
 
 def _attends(argument: str, blocks: Any, plain: str, attending: str) -> tuple[bool, ...]:
     if not isinstance(blocks, (list, tuple)):
-        raise ArgumentError(argument, repr(blocks), f"a list of {plain} and {attending}")
+        raise ArgumentError(argument, shown(blocks), f"a list of {plain} and {attending}")
     names = [str(block).removeprefix("UNetRes") for block in blocks]
     return tuple(check_choice(argument, name, [plain, attending]) == attending for name in names)
 
@@ -264,17 +296,55 @@ def _config_for_diffusers(net: UNet) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    return _parsed(path, _read_text(path))
+
+
+def _read_text(path: Path) -> bytes:
     try:
-        content = json.loads(path.read_bytes())
+        with reading(path) as file:
+            if os.fstat(file.fileno()).st_size > MOST_JSON:
+                raise CheckpointError(f"{path}: more than {MOST_JSON} bytes, which no configuration has")
+            return file.read()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a configuration of diffusers")
     return content
+
+
+def _pair(place: Path) -> tuple[list[TensorFile], bytes]:
+    """Weights and the configuration that was written with them, where they are ours.
+
+    A save in between is waited for. A process that is killed between the renames of both leaves the configuration
+    under its temporary name.
+    """
+    path = place / CONFIG
+    if path.exists() or not any(place.glob(f".{CONFIG}.*.tmp")):
+        _read_json(path)  # whatever is wrong with it is said first
+    for _ in range(ATTEMPTS):
+        weights = _weights(place)
+        checksum = weights[0].metadata.get(PAIRED)
+        text = _read_text(path) if path.exists() or checksum is None else None
+        if checksum is None or (text is not None and checksum == _checksum(text)):
+            assert text is not None
+            return weights, text
+        for other in sorted(place.glob(f".{CONFIG}.*.tmp")):
+            with suppress(CheckpointError):
+                if _checksum(left := _read_text(other)) == checksum:
+                    return weights, left
+        sleep(0.01)
+    text = _read_text(path)
+    log.warning("%s: changed after the weights beside it were written, or of another network", path)
+    return weights, text
 
 
 def _schedule(path: Path) -> tuple[Schedule, str]:
@@ -285,41 +355,65 @@ def _schedule(path: Path) -> tuple[Schedule, str]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_weights(place: Path, views: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Fill the views with the tensors of a file, all of which must be there and fit."""
-    from safetensors import SafetensorError, safe_open
+def _weights(place: Path) -> list[TensorFile]:
+    """The files of weights of a folder: one, or as many as an index names."""
+    tried: list[Path] = []
+    for name in NAMED_WEIGHTS:
+        for path in (place / name, place / f"{name}{INDEX}"):
+            if not path.exists():
+                tried.append(path)
+                continue
+            if name != WEIGHTS:
+                log.warning("%s: there is no %s, taken instead", path, WEIGHTS)
+            if path.name == name:
+                return [tensor_file.read(path)]
+            return [tensor_file.read(place / part) for part in _shards(path)]
+    advice = "there is no such file"
+    if (place / PICKLED).exists():
+        advice = (
+            f"there is only {PICKLED}, a pickle, which may run anything when it is read and which fastdiff does "
+            "not open; diffusers' save_pretrained(folder, safe_serialization=True) writes it anew"
+        )
+    raise CheckpointError(f"{tried[0]}: {advice}")
 
+
+def _shards(path: Path) -> list[str]:
+    """The names of the files that an index has, in order."""
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path}: no weight_map of tensors to files")
+    names = sorted(set(places.values()))
+    if bad := [name for name in names if os.path.basename(name) != name or "\0" in name]:
+        raise CheckpointError(f"{path}: {bad[0]!r} is no file of this folder")
+    return names
+
+
+def _fill(place: Path, files: Sequence[TensorFile], views: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Fill the views with the tensors of files, all of which must be there and fit."""
     path = place / WEIGHTS
-    if not path.exists():
-        advice = "there is no such file"
-        if (place / PICKLED).exists():
-            advice = (
-                f"there is only {PICKLED}, a pickle, which may run anything when it is read and which fastdiff does "
-                "not open; diffusers' save_pretrained(folder, safe_serialization=True) writes it anew"
-            )
-        raise CheckpointError(f"{path}: {advice}")
-    try:
-        with safe_open(path, framework="np") as file:
-            stored = {_new_name(name): name for name in file.keys()}  # noqa: SIM118 - not a mapping
-            for name, view in views.items():
-                if name not in stored:
-                    raise CheckpointError(f"{path}: the configuration wants a tensor {name!r}, which is not there")
-                part = file.get_slice(stored[name])
-                if tuple(part.get_shape()) != view.shape:
-                    raise CheckpointError(
-                        f"{path}: {name!r} has shape {tuple(part.get_shape())}, the configuration wants {view.shape}"
-                    )
-                if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(f"{path}: {name!r} is {part.get_dtype()}, wants {', '.join(DTYPES)}")
-            for name in stored:
-                if name not in views:
-                    raise CheckpointError(f"{path}: the configuration has no place for the tensor {name!r}")
-            for name, view in views.items():
-                view[...] = tensor = file.get_tensor(stored[name])
-                if not np.isfinite(tensor).all():
-                    raise CheckpointError(f"{path}: {name!r} has values that are not finite")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    stored: dict[str, tuple[TensorFile, str]] = {}
+    for file in files:
+        for name in file.tensors:
+            if (new := _new_name(name)) in stored:
+                raise CheckpointError(f"{path}: {name!r} and {stored[new][1]!r} are one tensor, which is there twice")
+            stored[new] = file, name
+    for name, view in views.items():
+        if name not in stored:
+            raise CheckpointError(f"{path}: the configuration wants a tensor {name!r}, which is not there")
+        one = stored[name][0].tensors[stored[name][1]]
+        if one.shape != view.shape:
+            raise CheckpointError(f"{path}: {name!r} has shape {one.shape}, the configuration wants {view.shape}")
+        if one.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name!r} is {one.dtype}, wants {', '.join(DTYPES)}")
+    for name in stored:
+        if name not in views:
+            raise CheckpointError(f"{path}: the configuration has no place for the tensor {name!r}")
+    for name, view in views.items():
+        file, old = stored[name]
+        with np.errstate(over="ignore"):
+            view[...] = file.array(old)
+        if not all_finite(view):
+            raise CheckpointError(f"{path}: {name!r} has values that are not finite in {view.dtype}")
 
 
 def _new_name(name: str) -> str:

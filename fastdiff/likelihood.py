@@ -26,7 +26,7 @@ import numpy.typing as npt
 from fastdiff.backends import Array, Backend, Row, backend_for
 from fastdiff.backends.protocol import VISIT
 from fastdiff.denoiser import Asked, Evaluator, asked_on, checked_asked, denoiser_of
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_flags, check_int, check_seed
 from fastdiff.noise import Draw, Stream
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler, ddim
@@ -205,6 +205,7 @@ def bound(
     and it does not go away with more draws.
     """
     check_choice("decoder", decoder, ["noise", "bytes"])
+    check_flags(progress=progress)
     rows = _rows(denoiser, X, (labels, covariates), schedule, backend)
     draws = _checked_draws("draws", draws)
     s, n = rows.schedule, len(rows.x0)
@@ -288,6 +289,7 @@ def log_density(
     """
     check_choice("method", method, ["table", "denoising"])
     check_choice("trace", trace, ["exact", "hutchinson"])
+    check_flags(progress=progress)
     seed, probes = check_seed(seed), _checked_draws("probes", probes)
     if sampler is not None and schedule is None and isinstance(sampler, Sampler):
         schedule = sampler.schedule

@@ -27,17 +27,22 @@ from fastdiff.errors import (
     TrainingError,
     all_finite,
     check_array,
+    check_callable,
     check_choice,
+    check_flags,
     check_float,
     check_int,
     check_seed,
     is_on_device,
+    shown,
 )
+from fastdiff.files import check_path, check_writable
 from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
 from fastdiff.likelihood import Bound, LogDensity
-from fastdiff.model_file import Saved, naming_faults
+from fastdiff.model_file import Keeper, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
+from fastdiff.noise import MAX_STEP
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
 from fastdiff.observations import Given, Known, Observations, observations
@@ -55,10 +60,23 @@ from fastdiff.recordings import (
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.split import Split
-from fastdiff.training import Optimizer, Patience, Trainer, Validation, empty_history, loss_terms, plan_by_rule, train
+from fastdiff.training import (
+    Optimizer,
+    Patience,
+    Saves,
+    Trainer,
+    Turns,
+    Validation,
+    alone,
+    empty_history,
+    loss_terms,
+    plan_by_rule,
+    train,
+)
 
 log = logging.getLogger("fastdiff")
 
+SAVED_EVERY = 1000  # steps
 LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
 
 
@@ -146,19 +164,19 @@ class Diffusion:
         if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
             alone = len(net.shape) == 1
             wants = f"one of {net.shape[0]} values, as the network has" if alone else "None for series and pictures"
-            raise ArgumentError("noise_shape", repr(noise_shape), wants)
+            raise ArgumentError("noise_shape", shown(noise_shape), wants)
         if net is not None and net.outputs != net.image[2] and not net.learned_variance:
             wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
             raise ArgumentError("net", f"{net.outputs} outputs", wants)
         if net is not None and net.learned_variance and noise_shape is not None:
             raise ArgumentError(
-                "noise_shape", repr(noise_shape), "None: this network learns the variance of white noise"
+                "noise_shape", shown(noise_shape), "None: this network learns the variance of white noise"
             )
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
         if net is not None and net.prediction not in (None, prediction):
-            raise ArgumentError("prediction", repr(prediction), f"{net.prediction!r}, as the network was trained")
+            raise ArgumentError("prediction", shown(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
         self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
@@ -169,8 +187,9 @@ class Diffusion:
         if net is not None and base == "gaussian" and not net.has_linear:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
         if scale in ("column", "channel") and noise_shape is not None:
-            raise ArgumentError("scale", repr(scale), "'all' or 'auto' with a noise_shape: it has the scales")
+            raise ArgumentError("scale", shown(scale), "'all' or 'auto' with a noise_shape: it has the scales")
         self.seed = check_seed(seed)
+        self._turns = Turns()
         self._own_net = net is None
         self._forget()
 
@@ -194,7 +213,11 @@ class Diffusion:
         self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_frozen": None}
+        with self._turns.looking():
+            return {**vars(self), "_frozen": None, "_turns": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turns=Turns())
 
     def reset(self) -> Self:
         """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped."""
@@ -207,6 +230,7 @@ class Diffusion:
                 self.net.set_linear(None)
         return self
 
+    @alone
     def fit(
         self,
         X: Any,
@@ -232,6 +256,9 @@ class Diffusion:
         data_range: tuple[float, float] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+        keep: int = 1,
         callbacks: Any = (),
     ) -> Self:
         """Train for further steps, on from `step`.
@@ -291,6 +318,14 @@ class Diffusion:
             Show a progress bar.
         callback : callable, optional
             ``callback(step, loss)`` after each step; a true result stops.
+        checkpoint : path, optional
+            Save the model there, as `save` does, at every step that is a multiple of `every`, and when training ends,
+            be it by an interrupt or an error.
+        every : int, optional
+            By default 1,000.
+        keep : int, optional
+            How many of these states stay: the last one is `checkpoint`, and with more than 1 the last so many that this
+            call has saved are ``NAME-STEP`` beside it, STEP in six digits.
         callbacks : list, optional
             Loggers, which do not slow the training down: `fastdiff.callbacks.FileLogger`, a SummaryWriter of
             TensorBoard, the module mlflow, ...: see `fastdiff.callbacks`.
@@ -305,9 +340,11 @@ class Diffusion:
         ArgumentError
             Shape, dtype or value of an argument; another weighting than that of the first call.
         TrainingError
-            A loss or gradient that is not finite: the model keeps the state before that step.
+            A loss or gradient that is not finite: the model keeps the state before that step. Or another thread trains
+            this model.
         KeyboardInterrupt
-            Ctrl-C takes effect after a whole step, so the state is sound; the third one at once.
+            Ctrl-C, SIGTERM and SIGHUP take effect after a whole step, so the state is sound; the third Ctrl-C at once.
+            A handler of your own for one of them stays, and is none of ours.
         """
         be = get_backend(self.backend)
         X, names, frame = series.taken(X)
@@ -328,8 +365,15 @@ class Diffusion:
             plan.check_named(lr_plan, decay_steps)
         patience = None if patience is None else check_int("patience", patience, low=1)
         tell = listeners(callbacks)
-        if judge not in (None, True, False):
-            raise ArgumentError("judge", repr(judge), "True, False or None")
+        if checkpoint is None and (every is not None or keep != 1):
+            raise ArgumentError("checkpoint", "None", "where to save, with every and keep")
+        keep = check_int("keep", keep, low=1)
+        every = SAVED_EVERY if every is None else check_int("every", every, low=1)
+        if checkpoint is not None:
+            checkpoint = check_path("checkpoint", checkpoint)
+            check_writable(checkpoint)
+        check_flags(judge=False if judge is None else judge, flip=flip, progress=progress)
+        check_callable("callback", callback)
         if self.normaliser is not None and self._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
         X, y, classes = split.checked(X, y, self.net, self.noise_shape, be, missing=True)
@@ -349,7 +393,7 @@ class Diffusion:
         if patience is not None and parts.held_out is None:
             raise ArgumentError("patience", str(patience), "rows that are held out: validation=0.1, or rows")
         if flip and X.ndim < 4:
-            raise ArgumentError("flip", repr(flip), f"False for {'curves' if X.ndim == 2 else 'series'}")
+            raise ArgumentError("flip", shown(flip), f"False for {'curves' if X.ndim == 2 else 'series'}")
 
         share = self._share_dropped(label_drop, self.net or (classes, None if known is None else known.shape[1]))
         if self.normaliser is None and names is not None and X.ndim == 3:
@@ -378,14 +422,17 @@ class Diffusion:
         self._data = self._data or split.fingerprint(X)
         judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
         if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
-            warnings.warn(doubt, QualityWarning, stacklevel=2)
+            warnings.warn(doubt, QualityWarning, stacklevel=3)
         careless = not by_rule and patience is None and not self.step and steps >= defaults.JUDGED_STEPS
         if careless and (crowd := judgement.crowded(len(rows), net.layout.count)):
-            warnings.warn(crowd, QualityWarning, stacklevel=2)
+            warnings.warn(crowd, QualityWarning, stacklevel=3)
         decayed = None if optimizer.plan.lr_plan == "constant" else optimizer.plan.decay_steps
         if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
             words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
             log.info(words, optimizer.plan.rate(self.step), decayed)
+        if self.step + steps > MAX_STEP + 1:
+            wants = f"at most {MAX_STEP + 1 - self.step}: after {MAX_STEP + 1} steps in all the draws would repeat"
+            raise ArgumentError("steps", str(steps), wants)
         first, self.end_step = self.step, self.step + steps
         if steps > 0:
             self._use_this_arithmetic()
@@ -424,11 +471,20 @@ class Diffusion:
             keeper = judgement.Watch(learned, partial(self._drawn_inside, be), self.step, self.end_step)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
         trainer = Trainer(be, net, draws, host, batch, accumulate)
+        trainer.turns, saver = self._turns, None if checkpoint is None else Keeper(self.save, checkpoint, keep)
+        if saver is not None:
+            trainer.saves = Saves(every, lambda: saver(self.step))
         options: dict[str, Any] = {"validation": looks, "keeper": keeper, "progress": progress}
         options["reporter"] = Reporter(tell, self.history, optimizer.plan.rate) if tell else None
-        train(trainer, self, optimizer.plan, callback=callback, **options)
+        try:
+            train(trainer, self, optimizer.plan, callback=callback, **options)
+        finally:
+            if saver is not None and self.step > first:
+                saver(self.step)
         if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
             self._judge(rows, (labels, known), unseen, show=progress)
+            if saver is not None:
+                saver(self.step)  # with the report
         return self
 
     def _whole(self, inner: npt.NDArray[np.float64], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -456,7 +512,7 @@ class Diffusion:
             wants = "0 or None: this network has no null class, as new networks with classes have"
             if isinstance(of, tuple) or not of.asked:
                 wants = "0 or None: nothing is asked of this network; give y or covariates"
-            raise ArgumentError("label_drop", repr(asked), wants)
+            raise ArgumentError("label_drop", shown(asked), wants)
         return share
 
     def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -536,7 +592,7 @@ class Diffusion:
         self.report_ = {"step": self.step, **found.report.to_dict()}
         say(found.report.sentence, show=show)
         if found.complaint:
-            warnings.warn(found.complaint, QualityWarning, stacklevel=3)
+            warnings.warn(found.complaint, QualityWarning, stacklevel=4)
 
     def _measured(
         self,
@@ -590,7 +646,7 @@ class Diffusion:
             hint = (
                 "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
             )
-            warnings.warn(words + hint, DataWarning, stacklevel=3)
+            warnings.warn(words + hint, DataWarning, stacklevel=4)
         if X.ndim < 4 and getattr(self.net, "dtype", None) != np.float64:
             scales = "all" if self.noise_shape is None and self.scale == "all" else "column"
             there = np.where(np.isnan(X), np.nanmean(X, axis=0), X) if missing else X
@@ -599,7 +655,7 @@ class Diffusion:
             self.net, self.schedule, X.shape, asked, base=self.base is not None, seed=self.seed
         )
         if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
-            raise ArgumentError("backend", repr(self.backend), "'numpy': this network has float64 parameters")
+            raise ArgumentError("backend", shown(self.backend), "'numpy': this network has float64 parameters")
         self._gaussian = None
         if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
             if gaps is None:
@@ -634,14 +690,17 @@ class Diffusion:
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
         """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
         net, schedule, _ = self._fitted()
-        flat = self._average if ema and self._average is not None else net.flat
+        check_flags(ema=ema)
+        with self._turns.looking():
+            flat = (self._average if ema and self._average is not None else net.flat).copy()
         if not all_finite(flat):
             raise TrainingError("the weights of this model are not finite: load one that was saved before, or reset()")
         be = get_backend(self.backend)
-        return NetworkDenoiser(net, be.asarray(flat.copy(), net.dtype), self.prediction, be, schedule)
+        return NetworkDenoiser(net, be.asarray(flat, net.dtype), self.prediction, be, schedule)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""
+        check_flags(ema=ema)
         if not ema or self._average is None:
             return self.denoiser(ema=ema)  # anybody may have changed these weights
         now = self.step, get_backend(self.backend)
@@ -651,7 +710,10 @@ class Diffusion:
 
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
         """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        check_flags(given=given)
         net, schedule, normaliser = self._fitted()
+        if not isinstance(name, str):
+            raise ArgumentError("sampler", shown(name), "a name, or a table of fastdiff.samplers")
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
@@ -752,6 +814,7 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
+        check_flags(round=round, ema=ema)
         net, schedule, normaliser = self._fitted()
         self._check_guidance(guidance)
         if as_frame and (self._frame is None or trajectory or given is not None):
@@ -759,10 +822,10 @@ class Diffusion:
             raise ArgumentError("as_frame", "True", wants)
         known = None if given is None else self._observations(given)
         if not isinstance(sampler, Sampler):
-            if known is not None and method in ("repaint", "smc") and sampler == "auto":
-                sampler = "ddpm"
+            if known is not None and isinstance(sampler, str) and sampler == "auto":
+                sampler = "ddpm" if isinstance(method, str) and method in ("repaint", "smc") else sampler
             sampler = self.named_sampler(sampler, steps, given=known is not None)
-            if known is not None and method not in ("replace", "repaint"):
+            if known is not None and not (isinstance(method, str) and method in ("replace", "repaint")):
                 sampler = sampler.unclipped()
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
@@ -813,7 +876,7 @@ class Diffusion:
                 wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
             elif net.asked:
                 wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
-            raise ArgumentError("guidance", repr(guidance), wants)
+            raise ArgumentError("guidance", shown(guidance), wants)
 
     def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
         """Covariates of n samples in the network's range."""
@@ -1188,16 +1251,18 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        net, schedule, normaliser = self._fitted()
-        assert self._average is not None
-        Saved(
-            net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
-            base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
-            history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
-            data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
-            covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
-            arithmetic=self._arithmetic,
-        ).write(path)  # fmt: skip
+        check_flags(training=training)
+        with self._turns.looking():  # a fit in another thread goes on when the file is there
+            net, schedule, normaliser = self._fitted()
+            assert self._average is not None
+            Saved(
+                net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
+                base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
+                history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
+                data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
+                covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
+                arithmetic=self._arithmetic,
+            ).write(path)  # fmt: skip
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
         """Return the history as columns of one length, which ``pandas.DataFrame(...)`` and others take.
@@ -1254,6 +1319,7 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
         The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
         not here.
     """
+    path = check_path("path", path)
     with naming_faults(path):
         saved = Saved.read(path)
         model = Diffusion(

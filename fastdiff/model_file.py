@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -19,14 +22,18 @@ from fastdiff.covariates import CovariateScale
 from fastdiff.errors import (
     ArgumentError,
     CheckpointError,
+    DataError,
+    DataWarning,
     check_array,
     check_choice,
     check_float,
     check_int,
     check_seed,
+    shown,
 )
 from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
+from fastdiff.noise import MAX_STEP
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser
 from fastdiff.schedule import PREDICTIONS, Schedule
@@ -134,9 +141,6 @@ class Saved:
         # Shapes first: a header that claims a huge network must not make us allocate one.
         for name, shape in net.layout.shapes.items():
             _stored(tensors, f"net.{name}", shape)
-        for name in tensors:
-            if name.startswith("net.") and name[4:] not in net.layout.shapes:
-                raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
         kind = "white" if header["format"] == 1 else header["noise_shape"]
         prefix = "noise_shape."
         arrays = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -149,18 +153,26 @@ class Saved:
         held_out, data, report = _habits(header)
         net.flat = _buffer(net, tensors, "net")
         average, plan = _buffer(net, tensors, "ema"), header["training"]
-        moments = () if plan is None else (_buffer(net, tensors, name) for name in ("adam.m", "adam.v"))
+        moments = [] if plan is None else [_buffer(net, tensors, name) for name in ("adam.m", "adam.v")]
+        if plan is not None and (moments[1] < 0).any():
+            raise ArgumentError("adam.v", str(moments[1].min()), "averages of squares, at least 0")
+        normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
+        step, history = check_int("step", header["step"], low=0, high=MAX_STEP + 1), _history(tensors)
+        _check_steps(history, step)
+        others = {f"noise_shape.{name}" for name in (() if noise_shape is None else noise_shape.arrays)}
+        others |= {*normaliser.arrays, *(() if base is None else base.arrays)}
+        _check_names(tensors, net, plan is not None, others)
         return cls(
             net=net,
             schedule=schedule,
             prediction=check_choice("prediction", header["prediction"], PREDICTIONS),
             seed=check_seed(header["seed"]),
-            normaliser=Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape),
+            normaliser=normaliser,
             base=base,
             average=average,
             optimizer=None if plan is None else Optimizer(TrainingPlan.from_dict(plan), *moments),
-            history=_history(tensors),
-            step=check_int("step", header["step"], low=0, high=MOST_STEPS),
+            history=history,
+            step=step,
             ema_updates=check_int("ema_updates", header["ema_updates"], low=0, high=MOST_STEPS),
             held_out=held_out,
             data=data,
@@ -172,6 +184,37 @@ class Saved:
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
         )
+
+
+class Keeper:
+    """Saves a model while it trains; the last few of these files stay.
+
+    Parameters
+    ----------
+    save : callable
+        Writes the model under a path.
+    path : path
+        Where the last one is.
+    keep : int
+        With more than 1 the last so many are also called ``NAME-STEP``.
+    """
+
+    def __init__(self, save: Callable[[Path], None], path: str | os.PathLike[str], keep: int) -> None:
+        self.save, self.path, self.keep = save, Path(path), keep
+        self.kept: list[Path] = []
+
+    def __call__(self, step: int) -> None:
+        """Save it as it is after so many steps; what goes wrong costs a warning, and not the training."""
+        one = self.path.with_name(f"{self.path.stem}-{step:06}{self.path.suffix}")
+        try:
+            self.save(self.path)
+            if self.keep > 1 and one not in self.kept:
+                self.save(one)
+                self.kept.append(one)
+            while len(self.kept) > self.keep:
+                self.kept.pop(0).unlink(missing_ok=True)
+        except (CheckpointError, DataError, OSError) as error:
+            warnings.warn(f"not saved after step {step}: {error}", DataWarning, stacklevel=2)
 
 
 def _stored(tensors: Tensors, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -210,12 +253,33 @@ def _history(tensors: Tensors) -> dict[str, list[Any]]:
     return history
 
 
+def _check_steps(history: dict[str, list[Any]], step: int) -> None:
+    """Refuse a history that is of another number of steps."""
+    taken, looked = history["step"], history["validation_step"]
+    if taken != list(range(len(taken))) or len(taken) != step:
+        raise ArgumentError("history.step", f"{len(taken)} steps", f"0 to {step - 1}, as the model has taken {step}")
+    if any(later <= earlier for earlier, later in pairwise(looked)) or (
+        looked and not 0 <= looked[0] <= looked[-1] <= step
+    ):
+        raise ArgumentError("history.validation_step", "other numbers", f"rising ones from 0 to {step}")
+
+
+def _check_names(tensors: Tensors, net: Network, training: bool, others: set[str]) -> None:
+    """Refuse tensors that are no part of the model."""
+    prefixes = ("net", "ema", *(("adam.m", "adam.v") if training else ()))
+    known = {f"{prefix}.{name}" for prefix in prefixes for name in net.layout.shapes} | others
+    known |= {f"history.{name}" for name in empty_history()}
+    for name in sorted(tensors, key=lambda name: not name.startswith("net.")):
+        if name not in known:
+            raise ArgumentError(name, "a tensor in the file", "none of this name, by the configuration")
+
+
 def _names(header: dict[str, Any], key: str, count: int | None) -> list[str] | None:
     names = header.get(key)
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ArgumentError(key, repr(names), f"a list of {count or 0} names, or null")
+        raise ArgumentError(key, shown(names), f"a list of {count or 0} names, or null")
     return names
 
 
@@ -223,14 +287,14 @@ def _habits(header: dict[str, Any]) -> tuple[tuple[str, float], list[int] | None
     """What a file says of rows held out, of the data, and of the samples; files of 0.1.0 say nothing."""
     held_out = header.get("held_out") or ["fraction", 0.0]
     if not isinstance(held_out, list) or len(held_out) != 2:
-        raise ArgumentError("held_out", repr(held_out), "a rule and a share")
+        raise ArgumentError("held_out", shown(held_out), "a rule and a share")
     rule = check_choice("held_out", held_out[0], ["fraction", "share"])
     part = check_float("held_out", held_out[1], low=0, high=1, high_open=True)
     data, report = header.get("data"), header.get("report")
     if data is not None:
         if not isinstance(data, list) or len(data) != 2:
-            raise ArgumentError("data", repr(data), "a number of rows and a checksum, or null")
+            raise ArgumentError("data", shown(data), "a number of rows and a checksum, or null")
         data = [check_int("data", value, low=0) for value in data]
     if report is not None and not isinstance(report, dict):
-        raise ArgumentError("report", repr(report), "names and numbers, or null")
+        raise ArgumentError("report", shown(report), "names and numbers, or null")
     return (rule, part), data, report

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastdiff import process
 from fastdiff.backends import Backend
-from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device
+from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device, shown
 from fastdiff.noise_shape import NoiseShape
 
 log = logging.getLogger("fastdiff")
@@ -140,14 +140,14 @@ class Normaliser:
                 log.info("data_range: (%g, %g), as the pictures have it", low, high)
         else:
             if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-                raise ArgumentError("data_range", repr(data_range), wants)
+                raise ArgumentError("data_range", shown(data_range), wants)
             low, high = (check_float("data_range", end) for end in data_range)
             if not low < high:
-                raise ArgumentError("data_range", repr(data_range), wants)
+                raise ArgumentError("data_range", shown(data_range), wants)
         least, most = float(X.min()), float(X.max())
         if 0 < 8 * (most - least) < high - low:
             words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
-            warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=5)
+            warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=6)
         return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
 
     def check(self, argument: str, X: npt.NDArray[Any]) -> None:
@@ -254,7 +254,7 @@ class Normaliser:
             raise ArgumentError("normaliser", type(config).__name__, "names and values")
         data_range = config.get("data_range")  # neither in files of format 1
         if (data_range is not None) != (len(shape) == 3):
-            raise ArgumentError("normaliser.data_range", repr(data_range), "a range for pictures, null for curves")
+            raise ArgumentError("normaliser.data_range", shown(data_range), "a range for pictures, null for curves")
         centre = tensors.get("normaliser.centre")
         if centre is not None:
             centre = check_array("normaliser.centre", centre, shape=shape, dtype=np.float64)
@@ -343,7 +343,7 @@ def check_carried(X: npt.NDArray[Any], scale: str, what: str = "column") -> None
         if columns.any():
             k = int(np.argmax(columns))
             words = f"{columns.sum()} {what}s like number {k + 1} vary by {std[k]:.3g} around {mean[k]:.10g}, "
-            warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=4)
+            warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=5)
 
 
 def _scaled_moments(
@@ -385,24 +385,24 @@ def settled(
     """Return the normaliser of a fit, the known one or else that of its rows, to which both kinds of rows are held."""
     if X.ndim < 4 and data_range is not None:
         raise ArgumentError(
-            "data_range", repr(data_range), "None for curves and series: they have mean 0 and deviation 1 inside"
+            "data_range", shown(data_range), "None for curves and series: they have mean 0 and deviation 1 inside"
         )
     found = known
     if found is None or data_range is not None:
         if X.ndim > 3 and scale not in ("auto", "all"):
-            raise ArgumentError("scale", repr(scale), "'auto' for pictures: they have a data_range")
+            raise ArgumentError("scale", shown(scale), "'auto' for pictures: they have a data_range")
         other = {2: "channel", 3: "column"}.get(X.ndim)
         if scale == other:
             what = "curves have one channel" if X.ndim == 2 else "series have channels"
             wants = f"'auto', 'all' or {'column' if X.ndim == 2 else 'channel'!r}: {what}"
-            raise ArgumentError("scale", repr(scale), wants)
+            raise ArgumentError("scale", shown(scale), wants)
         if X.ndim == 3:
             found = Normaliser.of_series(X, scale, names)
         else:
             found = Normaliser.of(X, noise_shape, scale) if X.ndim == 2 else Normaliser.of_pictures(X, data_range)
     if known is not None and found.data_range != known.data_range:
         wants = f"{known.data_range}, that of the first fit; reset() starts anew"
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     found.check("X", X)
     if held_out is not None:
         found.check("validation", held_out)

@@ -25,11 +25,13 @@ from fastdiff.errors import (
     DataError,
     check_array,
     check_choice,
+    check_flags,
     check_float,
     check_int,
     check_seed,
+    shown,
 )
-from fastdiff.files import check_writable, load_npy, naming, writing
+from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -121,9 +123,10 @@ def load_images(
     BackendError
         Pillow is missing.
     """
-    path = Path(folder)
+    path = check_path("folder", folder)
     wanted = _check_size(size)
     check_choice("mode", mode, _MODES)
+    check_flags(labels=labels, skip_bad=skip_bad)
     between = None if data_range is None else _check_range(data_range)
     check_pillow()
     if path.suffix.lower() == ".npy" and not path.is_dir():
@@ -165,7 +168,7 @@ def _check_size(size: Any) -> tuple[int, int] | None:
         return None
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2:
-        raise ArgumentError("size", repr(size), "an integer, a pair (height, width) or None")
+        raise ArgumentError("size", shown(size), "an integer, a pair (height, width) or None")
     height, width = (check_int("size", side, low=1, high=_LARGEST) for side in sides)
     return height, width
 
@@ -173,10 +176,10 @@ def _check_size(size: Any) -> tuple[int, int] | None:
 def _check_range(data_range: Any) -> tuple[float, float]:
     wants = "a pair of numbers (low, high), low below high"
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     low, high = (check_float("data_range", end) for end in data_range)
     if not low < high:
-        raise ArgumentError("data_range", repr(data_range), wants)
+        raise ArgumentError("data_range", shown(data_range), wants)
     return low, high
 
 
@@ -335,7 +338,7 @@ def _opened(file: Path) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file, formats=_PICTURE_FORMATS) as image:
+        with reading(file) as content, Image.open(content, formats=_PICTURE_FORMATS) as image:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise DataError(f"{image.height} x {image.width} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {most}")
@@ -506,9 +509,11 @@ def tiles(
     check_choice("mode", mode, _MODES)
     check_pillow()
     if isinstance(pictures, (str, os.PathLike)):
-        files, _, _ = _listed(Path(pictures))
-        whole = list(_decoded(Path(pictures), files, None, mode))
+        folder = check_path("pictures", pictures)
+        whole = list(_decoded(folder, _listed(folder)[0], None, mode))
     else:
+        if not isinstance(pictures, (list, tuple, np.ndarray)):
+            raise ArgumentError("pictures", shown(pictures), "a folder, or a list of pictures")
         arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]
         gray = _wants_gray(mode, all(one.shape[2] == 1 for _, one in arrays))
         whole = [(name, _pixels(to_pillow(one), None, gray)) for name, one in arrays]
@@ -596,7 +601,8 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     The folder is made; see `save_images` for the arguments.
     """
     check_pillow()
-    first, path = check_int("first", first, low=0), Path(folder)
+    check_flags(overwrite=overwrite)
+    first, path = check_int("first", first, low=0), check_path("folder", folder)
     digits = max(4, len(str(first + n - 1)))
     files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]
     with naming(path, "cannot be made as a folder"):
@@ -630,7 +636,7 @@ def as_uint8(
     except (TypeError, ValueError):
         low = high = 0.0
     if not low < high:
-        raise ArgumentError("data_range", repr(data_range), "a pair of numbers (low, high), low below high")
+        raise ArgumentError("data_range", shown(data_range), "a pair of numbers (low, high), low below high")
     if array.dtype == np.uint8 and (low, high) == (0, 255):
         return array
     with np.errstate(over="ignore"):

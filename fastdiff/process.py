@@ -16,6 +16,7 @@ from fastdiff.errors import (
     check_seed,
     check_timesteps,
     is_on_device,
+    shown,
 )
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.schedule import Schedule
@@ -237,7 +238,7 @@ def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
     if not isinstance(noise_shape, ShapedNoise):
         raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None for white noise")
     if noise_shape.d != width:
-        raise ArgumentError("noise_shape", repr(noise_shape), f"one of {width} values, as a sample has")
+        raise ArgumentError("noise_shape", shown(noise_shape), f"one of {width} values, as a sample has")
     return noise_shape
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fastdiff.backends import Backend, Row, backend_for
 from fastdiff.conditioning import GUIDED, Guided, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
-from fastdiff.errors import ArgumentError, check_array, check_int, check_seed, is_on_device
+from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
 from fastdiff.guidance import guided
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.observations import Given, observations
@@ -111,6 +111,8 @@ def sample(
     """
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")
+    check_flags(trajectory=trajectory, progress=progress, return_evidence=return_evidence)
+    check_callable("callback", callback)
     be = backend_for(backend, initial=initial)
     source = denoiser_of(denoiser)
     if guidance is not None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int, shown
 
 log = logging.getLogger("fastdiff")
 
@@ -363,6 +363,7 @@ class Schedule:
         ArgumentError
             The noise, where the schedule ends in noise alone: of such a state it says nothing of x0.
         """
+        check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "noise" and self.signal[-1] == 0:
             wants = f"'v', 'velocity' or 'x0': at t = {self.T - 1} the signal is 0, and the noise says nothing of x0"
             raise ArgumentError("prediction", "'noise'", wants)
@@ -451,7 +452,7 @@ class Schedule:
     def _own_timesteps(self, steps: int, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
         wants = f"one of {', '.join(map(repr, SPACINGS))}, or timesteps from {self.T - 1} to 0 that fall"
         if given is None or isinstance(given, int | float):
-            raise ArgumentError("spacing", repr(given), wants)
+            raise ArgumentError("spacing", shown(given), wants)
         t = check_array("spacing", given, shape=(None,), dtype=np.float64)
         if not t.size or (t != np.rint(t)).any() or (t < 0).any() or (t >= self.T).any() or (np.diff(t) >= 0).any():
             raise ArgumentError("spacing", reprlib.repr(t.tolist()), wants)

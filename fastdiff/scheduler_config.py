@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff import samplers
-from fastdiff.errors import ArgumentError, ConversionWarning, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, ConversionWarning, check_choice, check_float, check_int, shown
 from fastdiff.samplers import Sampler, options_of
 from fastdiff.schedule import LOUDEST, Schedule
 
@@ -69,7 +69,7 @@ class _Config:
     def flag(self, key: str, usual: bool = False) -> bool:
         value = self.take(key, usual)
         if not isinstance(value, bool | None):
-            raise ArgumentError(key, repr(value), "true or false")
+            raise ArgumentError(key, shown(value), "true or false")
         return bool(value)
 
     def differs(self, key: str, what: str, usual: Any = None) -> None:
@@ -81,13 +81,13 @@ class _Config:
     def refuse(self, key: str, wants: Any) -> None:
         value = self.take(key, wants)
         if value != wants and not (value in OFF and wants in OFF):
-            raise ArgumentError(key, repr(value), f"{wants!r}: fastdiff does not have the other")
+            raise ArgumentError(key, shown(value), f"{wants!r}: fastdiff does not have the other")
 
     def rest(self) -> None:
         """Refuse keys that nobody knows and that ask for something."""
         for key in sorted(self.content.keys() - self.asked):
             if self.content[key] not in OFF:
-                raise ArgumentError(key, repr(self.content[key]), "a key that fastdiff knows, or none")
+                raise ArgumentError(key, shown(self.content[key]), "a key that fastdiff knows, or none")
             log.info("%s = %r in a scheduler's configuration: unknown, left out", key, self.content[key])
 
 
@@ -429,7 +429,7 @@ def table(
     known = options_of(make).keys() - {"prediction"}
     for name in options.keys() - known:
         wants = f"an option of {make.__name__}: {', '.join(sorted(known))}"
-        raise ArgumentError(name, repr(options[name]), wants)
+        raise ArgumentError(name, shown(options[name]), wants)
     if chosen["spacing"] in ("karras", "exponential") and "spacing" not in options:  # theirs begin at T - 1
         chosen["spacing"] = schedule.timesteps(steps, spacing=chosen["spacing"], sigma_max=math.inf)
         steps = len(chosen["spacing"])
@@ -452,7 +452,7 @@ def config_of(sampler: Sampler) -> dict[str, Any]:
         warnings.warn(note, ConversionWarning, stacklevel=3)
     if content["_class_name"] in FLOWS:
         if sampler.prediction != "velocity":
-            raise ArgumentError("prediction", repr(sampler.prediction), "'velocity', as flows have it there")
+            raise ArgumentError("prediction", shown(sampler.prediction), "'velocity', as flows have it there")
         return {**content, "num_train_timesteps": sampler.schedule.T, "shift": levels["flow_shift"]}
     return {**content, **levels}
 
@@ -483,7 +483,7 @@ def _without(sampler: Sampler) -> ArgumentError:
     known, name = dict(sampler.options), sampler.name
     steps = known.pop("steps", None)
     if name not in samplers.names() or steps is None:
-        return ArgumentError("sampler", repr(sampler), "a table that a scheduler of diffusers stands for")
+        return ArgumentError("sampler", shown(sampler), "a table that a scheduler of diffusers stands for")
     make = getattr(samplers, name)
     usual = {key: value for key, value in options_of(make).items() if key != "prediction"}
     trials = [(key, {**known, key: usual[key]}) for key in known]
@@ -497,11 +497,11 @@ def _without(sampler: Sampler) -> ArgumentError:
                 continue
             if _found(other) is not None:
                 got, wants = known.get(key, usual[key]), f"{options[key]!r}, or another that diffusers has: it has no"
-                return ArgumentError(key, repr(got), f"{wants} {name} with this one")
+                return ArgumentError(key, shown(got), f"{wants} {name} with this one")
     if known:
         got = ", ".join(f"{key}={value!r}" for key, value in known.items())
         return ArgumentError(", ".join(known), f"{name} with {got}", "options that a scheduler of diffusers has")
-    return ArgumentError("sampler", repr(sampler), f"one that diffusers has: no scheduler of it is {name} like this")
+    return ArgumentError("sampler", shown(sampler), f"one that diffusers has: no scheduler of it is {name} like this")
 
 
 def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:

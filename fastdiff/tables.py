@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import logging
 import re
 from array import array
@@ -19,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import doubts
-from fastdiff.errors import ArgumentError, DataError, check_choice, check_int
-from fastdiff.files import load_npy
+from fastdiff.errors import ArgumentError, DataError, check_choice, check_int, shown
+from fastdiff.files import load_npy, reading
 
 Column = int | str
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # what tables write where there is no value
@@ -47,11 +48,13 @@ class Asked:
 
     def __post_init__(self) -> None:
         check_choice("decimal", self.decimal, ".,")
+        if not (self.delimiter is None or isinstance(self.delimiter, str)):
+            raise ArgumentError("delimiter", shown(self.delimiter), "a character, 'tab' or 'space', or None")
         wants = "one character that numbers do not have, 'tab' or 'space', or None: looks"
         sign = DELIMITERS.get(str(self.delimiter), self.delimiter)
         fit = isinstance(sign, str) and len(sign) == 1 and not (sign.isalnum() or sign in f"+-.\"'#_{self.decimal}")
         if sign is not None and not fit:
-            raise ArgumentError("delimiter", repr(self.delimiter), wants)
+            raise ArgumentError("delimiter", shown(self.delimiter), wants)
         object.__setattr__(self, "delimiter", sign)
 
     @property
@@ -127,7 +130,7 @@ def read_csv(path: Path, asked: Asked) -> Table:
     lines: list[int] = []  # the line of each row, for messages
     layout: _Layout | None = None  # until the first line is seen
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with reading(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 text = line.strip("\r\n" if asked.delimiter == "\t" else " \r\n")
                 if not text.strip() or text.startswith("#"):
@@ -217,6 +220,8 @@ class _Layout:
                 raise ValueError
             return array("d", map(float, cells))
         except ValueError:
+            if all(_number(cell) is not None for cell in cells):  # blanks of other scripts are around them
+                return array("d", map(float, cells))
             raise self._bad_cell(cells, line) from None
 
     def _bad_cell(self, cells: Sequence[str], line: int) -> DataError:
@@ -265,7 +270,7 @@ def _layout(path: Path, line: int, text: str, asked: Asked) -> _Layout:
             place = next(k for k in kept if _DECIMAL_COMMA.fullmatch(top[k]))
             raise DataError(f"{where}, column {place + 1}: {top[place]!r} is not a number; {_COMMAS}")
         header = named or any(not top[k] for k in of_index) or _is_header(plain, where)
-    left = [str(k + 1) for k in range(width) if k not in set(kept)]
+    left = [str(k + 1) for k in sorted({*range(width)} - {*kept})]
     _log.info(
         "%s: cells between %s; line %d has %s; %d columns are values%s", path,
         "blanks" if separator is None else SIGNS.get(separator, repr(separator)), line,
@@ -315,8 +320,8 @@ def _kept(path: Path, width: int, asked: Asked, names: Sequence[str] = ()) -> li
 def _called(names: Sequence[str] | None, place: int) -> str:
     """What `index` and `drop` call a column: its name where that is clear, else its number."""
     name = "" if names is None else names[place]
-    clear = names is not None and names.count(name) == 1 and name and not name.isdecimal() and "," not in name
-    return name if clear else str(place + 1)
+    plain = bool(name) and not name.isdecimal() and "," not in name
+    return name if plain and names is not None and names.count(name) == 1 else str(place + 1)
 
 
 def _cells(line: str, separator: str | None) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from functools import wraps
+from time import perf_counter, sleep
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy.functions import squared_error
 from fastdiff.callbacks import Reporter
 from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite
+from fastdiff.forks import at_fork, free
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
 from fastdiff.nn.optim import TrainingPlan
@@ -29,8 +30,11 @@ from fastdiff.process import forward_noise
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers.table import x0_from_output
 from fastdiff.schedule import Schedule
+from fastdiff.signals import held_back
 
 log = logging.getLogger("fastdiff")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BOUND_WEIGHT = 1e-3  # of the variational bound beside the squared error, where a variance is learned
 ANEW = "load one saved before, or reset()"
@@ -48,6 +52,77 @@ class Optimizer(NamedTuple):
     plan: TrainingPlan
     m: npt.NDArray[Any]
     v: npt.NDArray[Any]
+
+
+class Turns:
+    """Who may look at a model, or train it: one fit at a time, and other threads between two of its steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._waiting: list[object] = []
+        self._training: dict[str, object] = {}
+        at_fork(self)
+
+    def renew(self) -> None:
+        self._lock, self._waiting, self._training = free(self._lock), [], {}
+
+    @contextmanager
+    def training(self, model: object) -> Iterator[None]:
+        """Train inside the block; `TrainingError` where a fit of the model is under way."""
+        me = object()
+        if self._training.setdefault("fit", me) is not me:
+            raise TrainingError(f"{model!r} is being trained by another call of fit: wait for it, or train a copy")
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._training.pop("fit", None)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look at the model inside the block: no step of another thread is under way, and none begins."""
+        me = object()
+        self._waiting.append(me)
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._waiting.remove(me)
+
+    def wanted(self) -> bool:
+        """Whether somebody waits for the step to end."""
+        return bool(self._waiting)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let others look inside the block, and until all have looked who wait at its end: called by what trains."""
+        self._lock.release()
+        try:
+            yield
+            waiting = list(self._waiting)
+            while any(one in self._waiting for one in waiting):
+                sleep(1e-4)
+        finally:
+            self._lock.acquire()
+
+
+def alone(fit: Callable[P, R]) -> Callable[P, R]:
+    """Make a method take its turn of ``self._turns`` for training."""
+
+    @wraps(fit)
+    def inside(*args: P.args, **options: P.kwargs) -> R:
+        model: Any = args[0]
+        with model._turns.training(model):
+            return fit(*args, **options)
+
+    return inside
+
+
+class Saves(NamedTuple):
+    """A function that is called after every so many steps."""
+
+    every: int
+    save: Callable[[], None]
 
 
 class Counted(Protocol):
@@ -84,6 +159,8 @@ class Trainer:
         runner = net.runner(be, self.state.params)
         self.steps = runner.training(draws, batch, parts, self.state, self.results)
         self.brought = True  # whether the host has what has been trained
+        self.saves: Saves | None = None
+        self.turns: Turns | None = None  # of whoever is trained
 
     def bring_back(self) -> None:
         """Bring what has been trained to the host."""
@@ -127,9 +204,13 @@ class Trainer:
         reporter : Reporter, optional
             It reports whenever losses have been read.
         """
-        be, results = self.be, self.results
+        be, results, saves, turns = self.be, self.results, self.saves, self.turns
         first = issued = model.step
         read_at = perf_counter()
+
+        def check() -> None:
+            if issued > first and (found := self.unsound()):
+                raise TrainingError(f"{found} not finite after step {issued - 1}: stopped; {ANEW}, try a smaller lr")
 
         def settle() -> None:
             """Wait for the steps that have been issued, and count them."""
@@ -154,13 +235,22 @@ class Trainer:
 
         with (
             ExitStack() as last,
-            _deferred_interrupt() as interrupted,
+            held_back() as interrupted,
             progress_bar(show=progress, total=steps, desc="training") as bar,
         ):
             last.callback(self.bring_back)
             last.callback(settle)
             end = model.step + steps
             while issued < end:
+                if saves is not None and issued > first and issued % saves.every == 0:
+                    settle()
+                    check()
+                    saves.save()
+                if turns is not None and turns.wanted():
+                    settle()
+                    self.bring_back()
+                    with turns.pause():
+                        pass
                 if look is not None and issued % LOOK_EVERY == 0:
                     settle()
                     if look(self.state.average):
@@ -174,14 +264,15 @@ class Trainer:
                 settle()
                 if reporter is not None:
                     reporter.report()
-                if interrupted():
-                    raise KeyboardInterrupt
                 if callback is not None:
                     self.bring_back()
-                    if callback(model.step - 1, model.history["loss"][-1]):
+                    with turns.pause() if turns is not None else nullcontext():
+                        stop = callback(model.step - 1, model.history["loss"][-1])
+                    if stop:
                         break
-            if issued > first and (found := self.unsound()):
-                raise TrainingError(f"{found} not finite after step {issued - 1}: stopped; {ANEW}, try a smaller lr")
+                if interrupted():
+                    raise KeyboardInterrupt
+            check()
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
 
@@ -229,7 +320,7 @@ def loss_terms(
         weight = np.minimum((schedule.signal / schedule.noise) ** 2, plan.snr_gamma) * q**2
     if weight[-1] == 0:
         words = "min_snr gives the last timestep, whose signal is 0, no weight: samples start from what is not learned"
-        warnings.warn(f"{words}. Take weighting='uniform'", ScheduleWarning, stacklevel=3)
+        warnings.warn(f"{words}. Take weighting='uniform'", ScheduleWarning, stacklevel=4)
     if not learned_variance:
         return None if plan.weighting == "uniform" else np.asarray(weight[:, None])
     least, most = learned_range(schedule)
@@ -380,28 +471,3 @@ def train(
         step, average[...] = keeper.best()
         if step < model.step and keeper.reason:
             log.info("of %d steps the averaged weights after %d are kept: %s", model.step, step, keeper.reason)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back two Ctrl-C in the main thread; yields a function that says whether one came.
-
-    A handler that somebody else has set stays: it decides itself what an interrupt does.
-    """
-    seen = 0
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-
-    def hold(number: int, frame: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 2:
-            signal.signal(number, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield lambda: seen > 0
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tolerances import CPU_STEPS, assert_same_bits
 import fastdiff as fd
 from fastdiff import checkpoint
 from fastdiff.errors import CheckpointError, DataError, TrainingError
+from fastdiff.files import reading
 from fastdiff.normaliser import Normaliser
 
 DATA = Path(__file__).parent / "data" / "0.1.0"
@@ -429,13 +431,14 @@ def test_another_digest_is_refused(file, digest):
 def test_a_file_that_is_saved_anew_while_it_is_read_is_read_as_it_was(file, monkeypatch, act):
     later, opened, want = learn(fd.load(file, backend="cpu"), 1), [], act(file)
 
-    def slow(path, framework):
-        found = safe_open(path, framework=framework)
-        opened.append(path)
-        later.save(file)
-        return found
+    @contextmanager
+    def slow(path):
+        with reading(path) as found:
+            opened.append(path)
+            later.save(file)
+            yield found
 
-    monkeypatch.setattr("safetensors.safe_open", slow)
+    monkeypatch.setattr("fastdiff.tensor_file.reading", slow)
     got = act(file)
     assert len(opened) == 1
     if act is fd.load:
@@ -572,6 +575,11 @@ def put(name, array):
         (put("net.layers.0.bias", np.ones(6, np.float32)), r"net\.layers\.0\.bias: got shape \(6,\)"),
         (put("net.layers.0.bias", np.ones(5)), r"net\.layers\.0\.bias: got dtype float64"),
         (put("net.layers.0.bias", np.ones(5, np.int64)), r"net\.layers\.0\.bias: got dtype int64"),
+        (put("adam.v.layers.0.bias", np.full(5, -1, np.float32)), r"adam\.v: got -1\.0"),
+        (put("more", np.ones(3, np.float32)), r"more: got a tensor in the file, wants none"),
+        (put("noise_shape.factor", np.ones(3)), r"noise_shape\.factor: got a tensor in the file, wants none"),
+        (lambda h, t: h.update(step=2), r"history\.step: got 3 steps, wants 0 to 1"),
+        (lambda h, t: t["history.step"].__setitem__(1, 7), r"history\.step: got 3 steps"),
         (put("net.layers.0.bias", np.ones(5, np.float16)), "tensors of type F16, wants F32, F64, I64"),
         (put("ema.layers.0.bias", np.full(5, np.nan, np.float32)), r"ema\.layers\.0\.bias: got nan at index \(0,\)"),
         (put("adam.v.layers.0.bias", np.full(5, np.inf, np.float32)), r"adam\.v\.layers\.0\.bias: got inf"),

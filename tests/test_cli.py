@@ -39,7 +39,7 @@ def run(capsys):
     return run
 
 
-TRAIN = "train curves.csv --backend numpy --quiet --batch 16"
+TRAIN = "train curves.csv --backend numpy --quiet --batch 16 --overwrite"
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +126,16 @@ def test_how_tables_are_read_is_said_and_noted(run):
     lines = [f"{k};" + ";".join(f"{v:.6f}".replace(".", ",") for v in row) for k, row in enumerate(X)]
     Path("comma.csv").write_text("\n".join(["n;" + ";".join("abcdefghijkl"), *lines]) + "\n")
     how = "--decimal , --delimiter ; --columns 3-6 --steps 1 --batch 4 --backend numpy --quiet"
-    code, _, err = run(f"train comma.csv -o c.safetensors {how}")
+    code, _, err = run(f"train comma.csv -o c.safetensors --overwrite {how}")
     assert code == 0
     assert (
         "fastdiff: comma.csv: cells between semicolons; line 1 has column names; 4 columns are values, left out" in err
     )
     assert fd.load("c.safetensors").net.shape == (4,)
-    code, _, err = run("train comma.csv -o c.safetensors --steps 1")
+    code, _, err = run("train comma.csv -o c.safetensors --overwrite --steps 1")
     assert "line 2, column 2" in err
     assert "--decimal , reads decimal commas" in err or "--decimal , reads them" in err
-    code, _, err = run("train flat --size 8 -o p.safetensors --decimal ,")
+    code, _, err = run("train flat --size 8 -o p.safetensors --overwrite --decimal ,")
     assert "--decimal is for files of curves" in err
 
 
@@ -452,7 +452,7 @@ def test_options_of_tables_are_part_of_the_advice_and_for_tables_only(run, years
     assert advice.endswith("--header --index name --drop YEAR,3")
     assert run(f"{advice} --quiet")[0] == 0
     assert fd.load("m.safetensors").step == 9
-    code, _, err = run("train classes/ant -o p.safetensors --drop 1")
+    code, _, err = run("train classes/ant -o p.safetensors --overwrite --drop 1")
     assert code == 2
     assert "--drop is for files of curves" in err
 
@@ -478,7 +478,7 @@ LEARN = "--backend numpy --quiet --size 4 --batch 4 --channels 4 --schedule cosi
 @pytest.fixture
 def drawer(pictures, run):
     """A model of two classes after three steps, long enough ones that the classes differ."""
-    assert run(f"train classes -o p.safetensors {LEARN} --labels --steps 3 --lr 0.1")[0] == 0
+    assert run(f"train classes -o p.safetensors --overwrite {LEARN} --labels --steps 3 --lr 0.1")[0] == 0
     made = fd.load("p.safetensors", backend="numpy")
     assert np.mean(made.sample(5, labels=0) != made.sample(5, labels=1)) > 0.2
     return made
@@ -553,10 +553,12 @@ def test_how_pictures_are_read_is_said(run, pictures):
     for k, one in enumerate(deep):
         pytest.importorskip("PIL.Image").fromarray(one).save(f"classes/ant/deep{k}.png")
         Path(f"classes/cat/bad{k}.png").write_bytes(b"bad")
-    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN}")
+    code, _, err = run(f"train classes -o p.safetensors --overwrite --labels --steps 1 {LEARN}")
     assert code == 2
     assert "skip_bad=True (--skip-bad) leaves out what is bad; 3 of 16 pictures" in err
-    code, _, err = run(f"train classes -o p.safetensors --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095")
+    code, _, err = run(
+        f"train classes -o p.safetensors --overwrite --labels --steps 1 {LEARN} --skip-bad --data-range 0,4095"
+    )
     assert code == 0
     assert "3 of 16 pictures left out: cat/bad0.png (not a picture)" in err
     assert "13 gray pictures" in err
@@ -588,7 +590,7 @@ def test_a_snapshot_that_fails_does_not_cost_the_training(run, pictures, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr(plots, "save", save)
-    code, _, err = run(f"train classes/ant -o p.safetensors {LEARN} --steps 4 --snapshots 2")
+    code, _, err = run(f"train classes/ant -o p.safetensors --overwrite {LEARN} --steps 4 --snapshots 2")
     assert code == 0
     assert err.count("disk full") == 2
     assert fd.load("p.safetensors").step == 4
@@ -670,7 +672,7 @@ def test_figures_of_samples_say_how_they_were_drawn(run, model, drawer, drawn):
     how = "--sampler ddim --sample-steps 5 --quiet --backend numpy"
     assert run(f"sample m.safetensors -o x.csv --plot x.png --trace t.png {how}")[0] == 0
     assert run(f"sample p.safetensors -n 4 -o new --plot x.png --trace t.png {how}")[0] == 0
-    assert run(f"train classes -o q.safetensors {LEARN} --labels --steps 1 --snapshots 1")[0] == 0
+    assert run(f"train classes -o q.safetensors --overwrite {LEARN} --labels --steps 1 --snapshots 1")[0] == 0
     said = {(name, str(options)) for name, options in drawn}
     assert len(said) == len(drawn) == 5
     assert all("ddim, 5 steps" in options for _, options in said - {("image_grid", str(drawn[-1][1]))})

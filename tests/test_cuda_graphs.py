@@ -191,7 +191,7 @@ def test_validation_between_the_steps(be, eager, monkeypatch):
 
 def test_an_interrupt_counts_the_steps_that_have_been_issued(be, eager, monkeypatch):
     answers = iter([False] * 3 + [True] * 2)
-    monkeypatch.setattr("fastdiff.training._deferred_interrupt", lambda: nullcontext(lambda: next(answers)))
+    monkeypatch.setattr("fastdiff.training.held_back", lambda: nullcontext(lambda: next(answers)))
     monkeypatch.setattr("fastdiff.training.READ_SECONDS", np.inf)
     ours = model(be)
     with pytest.raises(KeyboardInterrupt):

@@ -279,7 +279,7 @@ def mixed_plan():
         column += {"none": 0, "shift": 1, "scale_shift": 2}[mode] * outputs
         width = outputs
     return MLPPlan(
-        tuple(layers), T=6, size=at + 6 * column, time_width=column, time_weight=at, time_bias=0, features=None
+        tuple(layers), T=6, size=at + 6 * column, time_width=column, time_weight=at, time_bias=0, features_of=None
     )
 
 

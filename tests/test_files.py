@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 from tolerances import HANG_SECONDS
 
 from fastdiff.errors import ArgumentError, DataError
-from fastdiff.files import check_ending, check_writable, writing
+from fastdiff.files import check_ending, check_writable, writing, writing_together
 
 
 def write(path, content=b"new"):
@@ -241,3 +242,68 @@ def test_endings(tmp_path):
             with pytest.raises(ArgumentError, match=rf"^path: got .*x\.txt', wants a file name that ends in {wants}$"):
                 act(tmp_path / "x.txt", known)
     assert not names(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- what is no file, and rests
+
+
+def test_modes_of_replaced_files_stay(tmp_path):
+    path = tmp_path / "x.bin"
+    for mode in (0o600, 0o640, 0o755):
+        path.write_bytes(b"old")
+        path.chmod(mode)
+        write(path)
+        assert path.stat().st_mode & 0o777 == mode
+        assert path.read_bytes() != b"old"
+
+
+def test_what_is_left_of_killed_writers_is_removed_and_what_is_being_written_is_not(tmp_path):
+    path = tmp_path / "x.bin"
+    for rest in (".x.bin.0123456789ab.tmp", ".x.bin.0123456789ab.txt", ".y.bin.0123456789ab.tmp"):
+        (tmp_path / rest).write_bytes(b"rest")
+    with writing(path) as first:
+        first.write(b"first")
+        write(path)
+    assert path.read_bytes() == b"first"
+    assert sorted(os.listdir(tmp_path)) == [".x.bin.0123456789ab.txt", ".y.bin.0123456789ab.tmp", "x.bin"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no pipes")
+def test_a_pipe_is_neither_replaced_nor_waited_for(tmp_path):
+    import fastdiff as fd
+    from fastdiff import interop
+    from fastdiff.errors import FastdiffError
+
+    for name in ("pipe", "m.safetensors", "x.csv", "x.npy", "config.json", "one.png"):
+        os.mkfifo(tmp_path / name)
+    acts = {
+        "pipe: cannot be written: is a pipe": lambda: write(tmp_path / "pipe"),
+        "m.safetensors: .*is a pipe": lambda: fd.load(tmp_path / "m.safetensors"),
+        "x.csv: cannot be read: is a pipe": lambda: fd.data.load_curves(tmp_path / "x.csv"),
+        "x.npy: cannot be read: is a pipe": lambda: fd.data.load_curves(tmp_path / "x.npy"),
+        "config.json: .*is a pipe": lambda: interop.load_scheduler(tmp_path / "config.json", 5),
+        r"one.png \(is a pipe": lambda: fd.data.load_images(tmp_path, 8),
+    }
+    for message, act in acts.items():
+        with pytest.raises(FastdiffError, match=message):
+            act()
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_two_files_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with writing_together(paths) as (a, b):
+        a.write(b"1")
+        b.write(b"1")
+
+    def fail():
+        with writing_together(paths) as (a, _):
+            a.write(b"2")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with pytest.raises(DataError, match="nowhere"), writing_together([tmp_path / "a", tmp_path / "nowhere" / "b"]):
+        pass
+    assert [path.read_bytes() for path in paths] == [b"1", b"1"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]

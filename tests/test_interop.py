@@ -200,7 +200,7 @@ def edited(folder, change):
         (lambda t: t.pop("mid_block.attentions.0.to_k.bias"), "a tensor 'mid_block.attentions.0.to_k.bias', which"),
         (lambda t: t.update(extra=np.zeros(3, np.float32)), "no place for the tensor 'extra'"),
         (lambda t: t.update({"conv_in.bias": np.zeros(5, np.float32)}), "'conv_in.bias' has shape (5,), the"),
-        (lambda t: t.update({"conv_in.bias": np.zeros(4, np.int64)}), "'conv_in.bias' is I64, wants F16, F32, F64"),
+        (lambda t: t.update({"conv_in.bias": np.zeros(4, np.int64)}), "'conv_in.bias' is I64, wants F16, BF16"),
         (lambda t: t["conv_out.bias"].fill(np.nan), "'conv_out.bias' has values that are not finite"),
     ],
 )  # fmt: skip
@@ -270,3 +270,80 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         made().save_diffusers(tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == [WEIGHTS]
+
+
+# ------------------------------------------------------------------------------------------- files as people have them
+
+
+def bf16(array):
+    """The upper halves, as the format has them."""
+    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def as_bf16(path, tensors):
+    """Write tensors as bfloat16, for which NumPy has no type."""
+    save_file({name: bf16(array) for name, array in tensors.items()}, path)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(b'"U16"', b'"BF16"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_variants_are_taken_and_said(variant, tmp_path, caplog):
+    net = fd.UNet((8, 8, 1), channels=(4,), T=10)
+    net.save_diffusers(tmp_path)
+    whole = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors, path = load_file(whole), tmp_path / f"diffusion_pytorch_model.{variant}.safetensors"
+    if variant == "fp16":
+        save_file({name: array.astype(np.float16) for name, array in tensors.items()}, path)
+        want = net.flat.astype(np.float16).astype(np.float32)
+    else:
+        as_bf16(path, tensors)
+        want = (net.flat.view(np.uint32) >> 16 << 16).view(np.float32)
+    whole.unlink()
+    got, _ = fd.load_diffusers(tmp_path)
+    assert np.array_equal(got.flat, want)
+    assert f"{variant}.safetensors: there is no diffusion_pytorch_model.safetensors, taken instead" in caplog.text
+
+
+def test_weights_in_several_files(tmp_path):
+    net = fd.UNet((8, 8, 1), channels=(4,), T=10)
+    net.save_diffusers(tmp_path)
+    whole = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    parts = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
+    for name, names in parts.items():
+        save_file({one: tensors[one] for one in names}, tmp_path / name)
+    index = {"weight_map": {one: name for name, names in parts.items() for one in names}}
+    place = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    place.write_text(json.dumps(index))
+    assert np.array_equal(fd.load_diffusers(tmp_path)[0].flat, net.flat)
+    place.write_text(json.dumps({"weight_map": {"conv_in.weight": "../a.safetensors"}}))
+    refused(tmp_path, "no file of this folder")
+    save_file(tensors, tmp_path / "b.safetensors")
+    place.write_text(json.dumps(index))
+    refused(tmp_path, "one tensor, which is there twice")
+
+
+def test_averaged_weights_alone_are_taken_and_said(tmp_path, caplog):
+    net = fd.UNet((8, 8, 1), channels=(4,), T=10)
+    net.save_diffusers(tmp_path / "unet_ema")
+    assert np.array_equal(fd.load_diffusers(tmp_path)[0].flat, net.flat)
+    assert "there is no unet; unet_ema, the averaged weights, is taken" in caplog.text
+
+
+def test_a_configuration_of_another_save_is_said_and_one_left_by_a_killed_save_is_taken(tmp_path, caplog):
+    folder, other = tmp_path / "a", tmp_path / "b"
+    net = fd.UNet((8, 8, 1), channels=(4,), T=10)
+    net.save_diffusers(folder)
+    text = (folder / "config.json").read_bytes()
+    fd.UNet((8, 8, 1), channels=(4,), T=10, dropout=0.5).save_diffusers(other)
+    (folder / "config.json").write_bytes((other / "config.json").read_bytes())
+    assert fd.load_diffusers(folder)[0].dropout == 0.5
+    assert "config.json: changed after the weights" in caplog.text
+    (folder / ".config.json.0123456789ab.tmp").write_bytes(text)
+    assert fd.load_diffusers(folder)[0].dropout == 0
+    net.save_diffusers(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]

@@ -135,7 +135,7 @@ def test_kernels_are_imported_under_one_name():
 def test_rooms_depend_one_way():
     """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [
-        "errors", "files", "noise", "pictures", "data",
+        "errors", "signals", "forks", "files", "tensor_file", "noise", "pictures", "data",
         "backends", "observations", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn",
         "defaults", "checkpoint", "normaliser", "judgement", "split", "training", "model_file", "model", "cli",
     ]  # fmt: skip
@@ -154,7 +154,10 @@ def test_rooms_depend_one_way():
                 assert rank.get(other, -1) <= rank[own], f"{path} imports {other}"
     for path in sources("kernels"):
         for module, _ in imports(path):
-            known = room(module) in (None, "kernels", "noise", "errors") or module == "fastdiff.backends.protocol"
+            known = (
+                room(module) in (None, "kernels", "noise", "errors", "signals")
+                or module == "fastdiff.backends.protocol"
+            )
             assert known, f"{path} imports {module}"
 
 

@@ -7,6 +7,8 @@ CUDA C++ on a GPU. Each is a package, imported when it is asked for, with the sa
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -31,7 +33,8 @@ from fastdiff.backends.protocol import (
     TrainingDraws,
     TrainState,
 )
-from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device
+from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device, shown
+from fastdiff.signals import delayed
 
 __all__ = [
     "CONVOLUTIONS",
@@ -62,7 +65,7 @@ log = logging.getLogger("fastdiff")
 
 def available_backends() -> list[str]:
     """Return the names of the backends that work on this machine, the reference first."""
-    return ["numpy", "cpu", *(["cuda"] if _has_cuda() else [])]
+    return ["numpy", *([] if _no_compiler() else ["cpu"]), *(["cuda"] if _has_cuda() else [])]
 
 
 @cache
@@ -88,7 +91,12 @@ def _shared(name: str, threads: int | None, kernels: str, precision: str, graphs
             from fastdiff.backends.cuda import CudaBackend
 
             return CudaBackend(kernels=kernels, precision=precision, graphs=graphs, convolutions=convolutions)
-        from fastdiff.backends.cpu import CpuBackend
+        if _no_compiler():
+            raise BackendError(
+                "NUMBA_DISABLE_JIT is set, and backend 'cpu' compiles its kernels: unset it, or take 'numpy'"
+            )
+        with delayed():  # kernels that others call are compiled, or loaded, when they are imported
+            from fastdiff.backends.cpu import CpuBackend
 
         return CpuBackend(threads=threads)
     except ModuleNotFoundError as error:
@@ -99,11 +107,23 @@ def _shared(name: str, threads: int | None, kernels: str, precision: str, graphs
         ) from error
 
 
+def _no_compiler() -> bool:
+    """Whether Numba has been told to compile nothing."""
+    numba = sys.modules.get("numba")
+    if numba is not None:
+        return bool(numba.config.DISABLE_JIT)
+    try:
+        return int(os.environ.get("NUMBA_DISABLE_JIT", "0") or "0") != 0
+    except ValueError:
+        return False  # as Numba takes it
+
+
 @cache
 def _choose_auto() -> str:
     # Not "cuda", until its speed has been measured on a GPU.
-    log.info("backend 'auto' chose 'cpu'")
-    return "cpu"
+    name = "numpy" if _no_compiler() else "cpu"
+    log.info("backend 'auto' chose %r%s", name, ", as NUMBA_DISABLE_JIT is set" if name == "numpy" else "")
+    return name
 
 
 def get_backend(
@@ -120,7 +140,8 @@ def get_backend(
     Parameters
     ----------
     backend : {"auto", "numpy", "cpu", "cuda"} or Backend
-        A backend object is returned as it is. "auto" is the CPU in this version; it logs once what it chose.
+        A backend object is returned as it is. "auto" is the CPU in this version, or "numpy" where
+        NUMBA_DISABLE_JIT is set; it logs once what it chose.
     threads : int, optional
         For "cpu": how many threads its kernels use; by default one per core this process may run on. Results do not
         depend on it.
@@ -139,7 +160,8 @@ def get_backend(
     ArgumentError
         An unknown name, or an option that the backend does not have.
     BackendError
-        "cuda" where CuPy, a driver or a GPU is missing: the message says what to install.
+        "cuda" where CuPy, a driver or a GPU is missing: the message says what to install. "cpu" where Numba is told
+        to compile nothing.
     """
     if isinstance(backend, Backend) and not isinstance(backend, type):
         options = {"threads": threads, "kernels": kernels, "precision": precision, "graphs": graphs}
@@ -156,14 +178,14 @@ def get_backend(
         if name != "cpu":
             raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
     if kernels is not None and name != "cuda":
-        raise ArgumentError("kernels", repr(kernels), "None: only the cuda backend has a choice of kernels")
+        raise ArgumentError("kernels", shown(kernels), "None: only the cuda backend has a choice of kernels")
     if precision is not None and name != "cuda":
-        raise ArgumentError("precision", repr(precision), "None: only the cuda backend has a choice of precision")
+        raise ArgumentError("precision", shown(precision), "None: only the cuda backend has a choice of precision")
     if convolutions is not None and name != "cuda":
-        raise ArgumentError("convolutions", repr(convolutions), "None: only the cuda backend has a choice of them")
+        raise ArgumentError("convolutions", shown(convolutions), "None: only the cuda backend has a choice of them")
     if graphs is not None and (name != "cuda" or not isinstance(graphs, bool)):
         wants = "True or False" if name == "cuda" else "None: only the cuda backend has graphs"
-        raise ArgumentError("graphs", repr(graphs), wants)
+        raise ArgumentError("graphs", shown(graphs), wants)
     kernels = check_choice("kernels", "raw" if kernels is None else kernels, ["raw", "numba"])
     precision = check_choice("precision", "float32" if precision is None else precision, PRECISIONS)
     convolutions = check_choice("convolutions", "own" if convolutions is None else convolutions, CONVOLUTIONS)

@@ -5,12 +5,14 @@ Arguments are checked where the user calls, not here: a backend may assume C-con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff.forks import cached_property
 from fastdiff.noise import Draw
 
 Array = Any  # the backend's own kind: numpy.ndarray, later cupy.ndarray
@@ -120,7 +122,7 @@ class MLPPlan:
     """What a backend needs to know of an MLP; the numbers are in the flat parameter buffer.
 
     The time table has one row per timestep and `time_width` columns. It is a parameter itself (an embedding) where
-    `features` is None, else features @ W + bias with W (F, time_width) at `time_weight`.
+    `features_of` is None, else features @ W + bias with W (F, time_width) at `time_weight`.
 
     Attributes
     ----------
@@ -133,8 +135,8 @@ class MLPPlan:
         Columns of the time table, 0 for a network without time.
     time_weight, time_bias : int
         Offsets; `time_bias` is unused for an embedding.
-    features : (T, F) float64 or None
-        Sinusoidal features of every timestep.
+    features_of : callable or None
+        Makes sinusoidal features of T timesteps.
     linear : LinearPart or None
         Added to the output of the layers, and not trained.
     asked : int
@@ -151,7 +153,7 @@ class MLPPlan:
     time_width: int
     time_weight: int
     time_bias: int
-    features: npt.NDArray[np.float64] | None
+    features_of: Callable[[int], npt.NDArray[np.float64]] | None
     linear: LinearPart | None = None
     asked: int = 0
     asked_weight: int = 0
@@ -173,6 +175,11 @@ class MLPPlan:
         if covariates is not None:
             out[:, self.classes :] = covariates
         return out
+
+    @cached_property
+    def features(self) -> npt.NDArray[np.float64] | None:
+        """(T, F), made when they are asked for: a file may claim any T."""
+        return None if self.features_of is None else self.features_of(self.T)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,5 +95,5 @@ def _installation() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: installed(name) for name in ("numpy", "numba", "scipy", "safetensors", "matplotlib")},
+        **{name: installed(name) for name in ("numpy", "numba", "scipy", "matplotlib")},
     }

@@ -1,4 +1,4 @@
-"""What is said on stderr: notes, errors, what the library logs and warns of; and Ctrl-C while a model trains."""
+"""What is said on stderr: notes, errors, what the library logs and warns of; and what asks a training to stop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fastdiff.errors import DataWarning, QualityWarning, ScheduleWarning
+from fastdiff.signals import ENDS, handled
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -55,31 +56,48 @@ def plain_messages() -> Iterator[None]:
 
 
 class PatientInterrupt:
-    """Ctrl-C while a model trains.
+    """What asks a training to stop: Ctrl-C, SIGTERM, SIGHUP.
 
-    The first one stops the training after the step, so the state is sound and worth saving. A second one stops at
-    once: an exception in the middle of a step may leave weights and moments that belong to different steps.
+    It stops after the step, so the state is sound and worth saving. A second Ctrl-C stops at once: an exception in the
+    middle of a step may leave weights and moments that belong to different steps.
     """
 
     def __init__(self) -> None:
-        self.presses = 0
+        self.presses = 0  # Ctrl-C
+        self.ended_by = 0  # number of another signal
         self.gave_up = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.presses > 0 or self.ended_by > 0
+
+    @property
+    def code(self) -> int:
+        """What a shell reports for a program that ends so."""
+        return 128 + self.ended_by if self.ended_by else INTERRUPTED
 
     def wanted(self, step: int, loss: float) -> bool:
         """Whether to stop: `fit` asks after each step."""
-        return self.presses > 0
+        return self.asked
 
     def __enter__(self) -> None:
-        self._before = None
-        on_main = threading.current_thread() is threading.main_thread()
-        if on_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job
-            self._before = signal.signal(signal.SIGINT, self._press)
+        self._inside = ExitStack()
+        if threading.current_thread() is threading.main_thread():
+            # SIGINT is ignored in a shell's background job, SIGHUP under nohup.
+            heard = [n for n in (signal.SIGINT, *ENDS) if signal.getsignal(n) is not signal.SIG_IGN]
+            self._inside.enter_context(handled(self._press, heard))
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._inside.close()
 
-    def _press(self, *_: object) -> None:
+    def _press(self, number: int, *_: object) -> None:
+        first = not self.asked
+        if number != signal.SIGINT:
+            self.ended_by = number
+            if first:
+                note(f"\nfastdiff: {signal.Signals(number).name}: stopping after this step")
+            return
         self.presses += 1
         if self.presses > 1:
             self.gave_up = True
@@ -89,12 +107,9 @@ class PatientInterrupt:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C inside the block: an impatient second one must not cost the training."""
+    """Ignore what asks to stop inside the block: an impatient second one must not cost the training."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no Ctrl-C arrives here
+        yield  # no signal arrives here
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with handled(signal.SIG_IGN, [signal.SIGINT, *ENDS]):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from fastdiff.cli.inputs import (
     table_options,
     training_data,
 )
-from fastdiff.cli.messages import INTERRUPTED, PatientInterrupt, fail, note, uninterrupted
+from fastdiff.cli.messages import PatientInterrupt, fail, note, uninterrupted
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
@@ -56,7 +57,7 @@ def add(commands: Any) -> None:
         ".npy file (series x points x channels) or windows of a recording (.csv, .parquet);\n"
         "or the pictures of a folder, which it brings to one small size (or, with --size,\n"
         "those of an .npy file of bytes).\n"
-        "Ctrl-C saves what was learned so far and says how to continue.",
+        "Ctrl-C, or SIGTERM, saves what was learned so far and says how to continue.",
         "examples:\n"
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
         "  fastdiff train curves.csv --resume m.safetensors --steps 2000\n"
@@ -114,6 +115,13 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help="continue this model for --steps more; -o may be left out, then it is updated; how fast it learns goes on "
         "as before where it is not said",
+    )
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is at -o; without it that is an error"
+    )
+    train.add_argument("--save-every", type=int, metavar="N", help="save the model every N steps as well")
+    train.add_argument(
+        "--keep", type=int, metavar="K", help="let the last K of those stay, as MODEL-STEP.safetensors (default 1: -o)"
     )
     train.add_argument(
         "--judge",
@@ -213,6 +221,15 @@ def run(args: argparse.Namespace) -> int:
     batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
     # All that could fail is tried before the minutes of training.
     check_writable(output, (".safetensors",))
+    if os.path.exists(output) and output != args.resume and not args.overwrite:
+        raise FastdiffError(f"{output}: is there; --overwrite replaces it, and --resume {output} goes on training it")
+    saves: dict[str, Any] = {}
+    if args.save_every is not None:
+        saves = {"checkpoint": output, "every": check_int("--save-every", args.save_every, low=1)}
+    if args.keep is not None:
+        if not saves:
+            raise FastdiffError("--keep says how many of the states of --save-every stay")
+        saves["keep"] = check_int("--keep", args.keep, low=1)
     if args.loss_plot:
         check_picture(args.loss_plot)
     log = None
@@ -261,8 +278,9 @@ def run(args: argparse.Namespace) -> int:
                 accumulate=args.accumulate,
                 progress=not args.quiet,
                 callback=stop.wanted if args.snapshots is None else _snapshots(model, output, args.snapshots, stop),
+                **saves,
             )
-        stopped = stop.presses > 0
+        stopped = stop.asked
     except KeyboardInterrupt:
         if stop.gave_up:
             raise
@@ -292,7 +310,7 @@ def run(args: argparse.Namespace) -> int:
         # Training that was looked after by the rule goes on by it: so many steps more would not be.
         rest = None if steps is None and data.ndim < 4 else model.end_step - model.step
         note(f"continue with: {_continuation(args, output, rest)}")
-    return INTERRUPTED if stopped else 0
+    return stop.code if stopped else 0
 
 
 def _warned(log: FileLogger) -> Callable[[int, dict[str, float]], None]:
@@ -434,6 +452,8 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         ("--validation", args.validation, None),
         ("--label-drop", args.label_drop, None),
         ("--snapshots", args.snapshots, None),
+        ("--save-every", args.save_every, None),
+        ("--keep", args.keep, None),
         ("--patience", args.patience, None),
         ("--log", args.log, None),
         ("--backend", args.backend, "auto"),

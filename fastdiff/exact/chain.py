@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError
+from fastdiff.errors import ArgumentError, check_array, check_int, shown
 from fastdiff.exact.gaussian import Gaussian
 from fastdiff.exact.moments import Float64, Moments
 from fastdiff.samplers import Sampler, named
@@ -128,7 +128,7 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     if any(row.r != 0 for row in sampler.rows):
         raise ArgumentError("sampler", "a learned variance", "r = 0 in every row: noise of a known variance")
     if sampler.schedule != gaussian.schedule:
-        raise ArgumentError("sampler", repr(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
+        raise ArgumentError("sampler", shown(sampler.schedule), f"the denoiser's schedule, {gaussian.schedule!r}")
     if sampler.prediction != gaussian.prediction:
         raise ArgumentError("sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}")
     if not isinstance(gaussian, Gaussian):
@@ -215,12 +215,16 @@ def convergence(
     >>> distances = fd.denoisers.convergence(gaussian, "dpmpp_2m", [5, 10, 20, 40])
     """
 
+    if not isinstance(gaussian, Affine):
+        raise ArgumentError("gaussian", type(gaussian).__name__, "a Gaussian of fastdiff.denoisers")
+    numbers = check_array("steps", steps, shape=(None,)).tolist()
+
     def table(n: int) -> Sampler:
         if callable(sampler):
             return sampler(n)
         return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
-    return np.array([exact_chain(gaussian, table(int(n))).w2() for n in steps])
+    return np.array([exact_chain(gaussian, table(check_int("steps", n, low=1))).w2() for n in numbers])
 
 
 def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:

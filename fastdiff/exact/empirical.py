@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from fastdiff.errors import ArgumentError, check_array
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen, probabilities
 from fastdiff.exact.posterior import DISAGREE, impossible
+from fastdiff.forks import cached_property
 from fastdiff.observations import Given, observations
 from fastdiff.schedule import Schedule, target
 

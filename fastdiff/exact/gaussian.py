@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastdiff.errors import ArgumentError, check_array, check_float
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen
 from fastdiff.exact.posterior import condition, impossible, linear_observations
+from fastdiff.forks import cached_property
 from fastdiff.observations import Given
 from fastdiff.schedule import Schedule, target
 

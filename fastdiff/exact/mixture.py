@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -16,6 +15,7 @@ from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.gaussian import Gaussian, average
 from fastdiff.exact.moments import Moments, frozen, probabilities
 from fastdiff.exact.posterior import condition, impossible, linear_observations
+from fastdiff.forks import cached_property
 from fastdiff.observations import Given
 from fastdiff.schedule import Schedule
 
@@ -102,6 +102,8 @@ class Mixture(Exact):
         ArgumentError
             If the components disagree, or a weight is negative, or they do not sum to 1.
         """
+        if not isinstance(components, (list, tuple)):
+            raise ArgumentError("components", type(components).__name__, "a list of Gaussians")
         self = cls.__new__(cls)
         for k, component in enumerate(components):
             if not isinstance(component, Gaussian):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_array, check_float
+from fastdiff.errors import ArgumentError, check_array, check_flags, check_float
 
 BLOCK_ROWS = 256  # whose distances to all others are held at once
 MEDIAN_ROWS = 1000  # whose distances are looked at for a bandwidth
@@ -37,6 +37,7 @@ def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike, *, unbiased: bool = Fals
     float
         In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
     """
+    check_flags(unbiased=unbiased)
     x, y = _checked(X, Y, 2 if unbiased else 1)
 
     def within(a: npt.NDArray[np.float64]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -26,13 +26,14 @@ from fastdiff.backends import (
     TrainState,
 )
 from fastdiff.denoiser import Asked, asked_parts
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, shown
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Runner
 from fastdiff.noise import Draw
 
 TIME_FEATURES = 32
+MAX_LAYERS = 1000  # hidden ones
 MAX_PERIOD = 10_000.0
 KINDS = ("modulated", "tutorial")
 ASKED = ("classes", "covariates")  # in the configuration of a network that has them
@@ -106,8 +107,8 @@ class MLP(Network):
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
-        if not isinstance(hidden, Iterable):
-            raise ArgumentError("hidden", repr(hidden), "layer widths, as in (128, 128)")
+        if not isinstance(hidden, Iterable) or np.ndim(hidden) == 0:  # type: ignore[arg-type]
+            raise ArgumentError("hidden", shown(hidden), "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build("modulated", points, widths, T, seed, dtype, asked=(classes, covariates))
 
@@ -136,7 +137,7 @@ class MLP(Network):
         self.kind = kind
         sizes = tuple(points) if isinstance(points, (tuple, list)) else (points,)
         if len(sizes) not in (1, 2):
-            raise ArgumentError("points", repr(points), "the points of a curve, or (points, channels) of a series")
+            raise ArgumentError("points", shown(points), "the points of a curve, or (points, channels) of a series")
         self.shape = tuple(check_int("points", size, low=1, high=MAX_WIDTH) for size in sizes)
         self.points = d = check_int("points", math.prod(self.shape), low=1, high=MAX_WIDTH)
         self.image = (1, self.shape[0], self.shape[1] if len(self.shape) == 2 else 1)
@@ -158,6 +159,8 @@ class MLP(Network):
             kinds = [*(hidden_kind for _ in hidden), ("none", "none")]
         columns = [TIME_COLUMNS[mode] * outputs for (_, mode), outputs in zip(kinds, widths[1:], strict=True)]
         shapes: dict[str, tuple[int, ...]] = {}
+        check_int("the number of hidden layers", len(hidden), low=0, high=MAX_LAYERS)
+        before = [0, *accumulate(columns)]
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             shapes[f"layers.{i}.weight"] = (inputs, outputs)
             shapes[f"layers.{i}.bias"] = (outputs,)
@@ -172,9 +175,7 @@ class MLP(Network):
         at = layout.offsets
         self.plan = MLPPlan(
             layers=tuple(
-                DenseLayer(
-                    inputs, outputs, at[f"layers.{i}.weight"], at[f"layers.{i}.bias"], *kinds[i], sum(columns[:i])
-                )
+                DenseLayer(inputs, outputs, at[f"layers.{i}.weight"], at[f"layers.{i}.bias"], *kinds[i], before[i])
                 for i, (inputs, outputs) in enumerate(pairwise(widths))
             ),
             T=self.T,
@@ -182,7 +183,7 @@ class MLP(Network):
             time_width=sum(columns),
             time_weight=at.get("time.weight", 0),
             time_bias=at.get("time.bias", 0),
-            features=None if embedded or not sum(columns) else sinusoidal_features(self.T),
+            features_of=None if embedded or not sum(columns) else sinusoidal_features,
             asked=self.asked,
             asked_weight=at.get("asked.weight", 0),
             classes=self.classes or 0,
@@ -227,7 +228,7 @@ class MLP(Network):
             raise ArgumentError("kind", "'tutorial'", "'modulated', for a network with classes or covariates")
         hidden = config["hidden"]
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
-            raise ArgumentError("hidden", repr(hidden), "a list of layer widths, empty for the tutorial network")
+            raise ArgumentError("hidden", shown(hidden), "a list of layer widths, empty for the tutorial network")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
         self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw, asked)
         return self

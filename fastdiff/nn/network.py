@@ -38,11 +38,14 @@ from fastdiff.errors import (
     ArgumentError,
     check_array,
     check_choice,
+    check_flags,
     check_int,
     check_seed,
     check_timesteps,
     is_on_device,
+    shown,
 )
+from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Memories, ProgramRunner, Runner
@@ -184,7 +187,7 @@ class Network(ABC):
         """
         if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 2, 3):
             wants = "(height, width, channels) of an image, (points, channels) of a series or (points,) of a curve"
-            raise ArgumentError("shape", repr(shape), wants)
+            raise ArgumentError("shape", shown(shape), wants)
         self.shape = tuple(check_int("shape", size, low=1, high=MAX_WIDTH) for size in shape)
         points_and_channels = (*self.shape, 1)[:2]
         height, width, channels = self.shape if len(self.shape) == 3 else (1, *points_and_channels)
@@ -372,7 +375,7 @@ class Network(ABC):
     def check_backend(self, be: Backend) -> None:
         """Refuse a backend that cannot compute in the network's dtype."""
         if self.dtype == np.float64 and be.name != "numpy":
-            raise ArgumentError("backend", repr(be.name), "'numpy': this network has float64 parameters")
+            raise ArgumentError("backend", shown(be.name), "'numpy': this network has float64 parameters")
 
     # ------------------------------------------------------------------------------------------- configuration
 
@@ -405,8 +408,12 @@ class ProgramNetwork(Network):
     Its constructor calls `describe`, sets what `record` needs, and calls `build`.
     """
 
-    chunk: int
-    """Samples that go through it at once."""
+    @cached_property
+    def chunk(self) -> int:
+        """Samples that go through it at once."""
+        probe = Program(1, "output")
+        self.record(probe)
+        return _chunk(probe)
 
     @abstractmethod
     def record(self, p: Program) -> None:
@@ -423,8 +430,8 @@ class ProgramNetwork(Network):
         """Find out by `record` which tensors there are, and have them."""
         probe = Program(1, "output")
         self.record(probe)
-        probe.plan()
-        self.chunk = max(1, CHUNK_VALUES // probe.size)
+        if draw:  # else it is a file's, which says anything
+            self.chunk = _chunk(probe)
         self._memories = Memories()
         self.arithmetic = 2 if probe.convolves_rows else 1
         self.own(Layout(probe.parameters), draw)
@@ -432,6 +439,11 @@ class ProgramNetwork(Network):
     def runner(self, be: Backend, weights: Array = None) -> Runner:
         weights = be.asarray(self.flat if weights is None else weights, self.dtype)
         return ProgramRunner(self, be, weights, self._memories.on(be))
+
+
+def _chunk(probe: Program) -> int:
+    probe.plan()
+    return max(1, CHUNK_VALUES // probe.size)
 
 
 def check_keys(config: Any, keys: set[str], optional: Iterable[str] = ()) -> None:
@@ -458,7 +470,7 @@ def register(cls: Kind, *kinds: str) -> Kind:
     for kind in kinds or (cls.kind,):
         known = _kinds.setdefault(kind, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ArgumentError("kind", repr(kind), f"another name: {known.__module__}.{known.__qualname__} has it")
+            raise ArgumentError("kind", shown(kind), f"another name: {known.__module__}.{known.__qualname__} has it")
         _kinds[kind] = cls
     return cls
 
@@ -471,6 +483,7 @@ def network_of(config: Any, *, draw: bool = True) -> Network:
     ArgumentError
         Its kind is not registered, or as of `Network.from_dict`.
     """
+    check_flags(draw=draw)
     if not isinstance(config, Mapping) or "kind" not in config:
         check_keys(config, {"kind"})
     return _kinds[check_choice("kind", config["kind"], sorted(_kinds))].from_dict(config, draw=draw)

@@ -23,6 +23,7 @@ from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraw
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
 from fastdiff.denoiser import Asked, Evaluator, asked_parts
 from fastdiff.errors import BackendError
+from fastdiff.forks import at_fork, free
 from fastdiff.nn.layers import NO_DRAW, Program, Purpose
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
@@ -148,6 +149,11 @@ class Memory:
         self.lock = threading.RLock()
         self.spaces: dict[int, tuple[Array, dict[tuple[int, Purpose], Laid]]] = {}
         self._constants: dict[tuple[int, str], Array] = {}
+        at_fork(self)
+
+    def renew(self) -> None:
+        if (lock := free(self.lock)) is not self.lock:  # somebody was at work in it
+            self.lock, self.spaces, self._constants = lock, {}, {}
 
     def laid(self, net: ProgramNetwork, be: LayerBackend, n: int, purpose: Purpose) -> Laid:
         """Return the program for n samples, recorded where there is none; hold the lock until it has run."""

@@ -6,14 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.layers import Conv
-from fastdiff.errors import ArgumentError, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, check_choice, check_float, check_int, shown
+from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MAX_PERIOD
 from fastdiff.nn.network import MAX_WIDTH, ProgramNetwork, Start, check_keys, register
@@ -332,7 +332,7 @@ def _groups(widths: tuple[int, ...], groups: int | None) -> int:
 
 def _several(argument: str, value: Any, wants: str) -> tuple[Any, ...]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        raise ArgumentError(argument, repr(value), wants)
+        raise ArgumentError(argument, shown(value), wants)
     return tuple(value)
 
 
@@ -345,7 +345,7 @@ def _flags(argument: str, value: Any, levels: int) -> tuple[bool, ...]:
 
 def _flag(argument: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(argument, repr(value), "True or False")
+        raise ArgumentError(argument, shown(value), "True or False")
     return bool(value)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Row
-from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int
+from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int, shown
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
 from fastdiff.schedule import END_LIMIT, Array, Schedule, Spacing, power
 
@@ -208,4 +208,4 @@ def noise_table(
 def refuse_clip(name: str, clip: object) -> None:
     if clip is not None:
         wants = f"None: {name} remembers the noise, which has no bounds; dpmpp_2m, dpmpp_3m and unipc clip"
-        raise ArgumentError("clip", str(clip), wants)
+        raise ArgumentError("clip", shown(clip), wants)

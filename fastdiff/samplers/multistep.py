@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_bool, check_choice, check_float, check_int
+from fastdiff.errors import ArgumentError, check_bool, check_choice, check_float, check_int, shown
 from fastdiff.samplers.levels import (
     MEMORY,
     Levels,
@@ -474,7 +474,7 @@ def sa_solver(
     grid = levels(schedule, steps, spacing, final)
     tau = check_float("tau", tau, low=0)
     if not isinstance(between, (tuple, list)) or len(between) != 2:
-        raise ArgumentError("between", repr(between), "a pair of fractions of T, (low, high)")
+        raise ArgumentError("between", shown(between), "a pair of fractions of T, (low, high)")
     low, high = (check_float("between", end, low=0, high=1) for end in between)
     predictor = check_int("predictor", predictor, low=1, high=3)
     corrector = check_int("corrector", corrector, low=0, high=4)

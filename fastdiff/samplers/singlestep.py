@@ -635,8 +635,8 @@ def _slopes_in_lambda(grid: Levels, middle: Levels) -> Columns:
 def _churned(schedule: Schedule, grid: Levels, churn: float, s_tmin: float, s_tmax: float) -> npt.NDArray[np.int64]:
     """Where churn leads from every timestep."""
     churn, s_tmin = check_float("churn", churn, low=0), check_float("s_tmin", s_tmin, low=0)
-    if s_tmax != math.inf:
-        check_float("s_tmax", s_tmax, low=s_tmin)
+    if not (isinstance(s_tmax, float) and s_tmax == math.inf):
+        s_tmax = check_float("s_tmax", s_tmax, low=s_tmin)
     inside = (grid.ratio >= s_tmin) & (grid.ratio <= s_tmax)
     gain = math.log1p(min(churn / len(grid.t), MOST_CHURN))
     raised = grid.t.copy()

@@ -20,6 +20,7 @@ from fastdiff.errors import (
     check_choice,
     check_float,
     check_int,
+    shown,
 )
 from fastdiff.schedule import PREDICTIONS, Array, Schedule, power
 
@@ -93,7 +94,7 @@ class Sampler:
     ) -> None:
         check_schedule(schedule)
         if not isinstance(name, str) or not name:
-            raise ArgumentError("name", repr(name), "a text")
+            raise ArgumentError("name", shown(name), "a text")
         table = _checked_rows(rows, schedule)
         clip = _checked_clip(clip)
         check_choice("prediction", prediction, PREDICTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -14,14 +15,19 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils, event, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+
+from fastdiff.kernels.cpu.cache import KernelCache
+from fastdiff.signals import delayed
 
 log = logging.getLogger("fastdiff")
 
 # nogil: kernels run on the backend's own threads. No fast-math: every operation rounds once, in the written order.
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 
+FORK_SECONDS = 60  # that a fork waits for a compilation in another thread
 COMPILING = "compiling kernels, once, about 10 s"
 
 
@@ -62,18 +68,44 @@ def _sources_digest() -> str:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a kernel at its first call, and keep the machine code on disk.
-
-    Numba takes a cached kernel for good as long as its own file is unchanged, also when a function that it inlines
-    from another file has changed. Here the stamp is the digest of all kernel sources.
-    """
+    """Compile a kernel at its first call, and keep the machine code on disk: see `fastdiff.kernels.cpu.cache`."""
+    dispatcher = numba.njit(**OPTIONS)(function)
     try:
-        dispatcher = numba.njit(cache=True, **OPTIONS)(function)
-        dispatcher._cache._cache_file._source_stamp = _sources_digest()
+        dispatcher._cache = KernelCache(function, _sources_digest())
     except RuntimeError:  # no folder to write to
-        log.info("kernel %s is not cached: no writable cache folder (NUMBA_CACHE_DIR sets one)", function.__name__)
-        dispatcher = numba.njit(**OPTIONS)(function)
+        _say_uncached(str(Path(__file__).parent))
+    compile_it = dispatcher.compile
+
+    def compile_whole(signature: Any) -> Any:
+        with delayed():  # half of a compilation is of no use, and an exception in one may hang or crash
+            return compile_it(signature)
+
+    dispatcher.compile = compile_whole
     return dispatcher
+
+
+@cache
+def _say_uncached(folder: str) -> None:
+    words = "kernels are compiled in every process: %s cannot be written to; set NUMBA_CACHE_DIR to a folder that can"
+    log.warning(words, folder)
+
+
+_held: list[Any] = []
+
+
+def _wait_for_compilers() -> None:
+    """Let no fork fall into a compilation, whose state a child could not use, nor its locks."""
+    locks = global_compiler_lock._lock, llvm.ffi.lib._lock._lock
+    _held.extend(lock for lock in locks if lock.acquire(timeout=FORK_SECONDS))
+
+
+def _go_on() -> None:
+    while _held:
+        _held.pop().release()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(before=_wait_for_compilers, after_in_parent=_go_on, after_in_child=_go_on)
 
 
 def part(function: Callable[..., Any]) -> Any:

@@ -50,6 +50,10 @@ class CovarianceOperations(StepOperations):
         self._maps: weakref.WeakKeyDictionary[RowMap, _MapSpace] = weakref.WeakKeyDictionary()
         self._arenas = [np.empty(posterior_kernels.LANES, np.float32) for _ in range(threads)]
 
+    def renew(self) -> None:
+        super().renew()
+        self._maps = weakref.WeakKeyDictionary()
+
     def similarity(self, v: Array, out: Array) -> None:
         flat, flat_out, n = v.reshape(-1), out.reshape(-1), max(1, v.shape[1])
 

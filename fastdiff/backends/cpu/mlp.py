@@ -187,6 +187,10 @@ class MLPOperations(StepOperations):
         self._networks: weakref.WeakKeyDictionary[MLPPlan, _MLPSpace] = weakref.WeakKeyDictionary()
         self._table: _Table | None = None  # the last that was run
 
+    def renew(self) -> None:
+        super().renew()
+        self._networks, self._table = weakref.WeakKeyDictionary(), None
+
     def _network(self, plan: MLPPlan) -> _MLPSpace:
         space = self._networks.get(plan)
         if space is None:

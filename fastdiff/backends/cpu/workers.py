@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.layers import Recording
+from fastdiff.forks import at_fork
 from fastdiff.kernels.cpu import crew
 
 Body = Callable[[int, int, int], None]
@@ -123,8 +123,10 @@ class Workers:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._start()
-        if hasattr(os, "register_at_fork"):  # Windows has no fork
-            os.register_at_fork(after_in_child=_forget(weakref.ref(self)))
+        at_fork(self)
+
+    def renew(self) -> None:
+        self._start()  # the parent's threads do not exist in a forked child
 
     def _start(self) -> None:
         self.lock = threading.RLock()
@@ -203,15 +205,6 @@ class _Nobody:
 _NOBODY = _Nobody()
 
 
-def _forget(workers: weakref.ref[Workers]) -> Callable[[], None]:
-    def restart() -> None:
-        alive = workers()
-        if alive is not None:
-            alive._start()  # the parent's threads do not exist in a forked child
-
-    return restart
-
-
 def _dismiss(jobs: list[SimpleQueue[Any]]) -> None:
     for queue in jobs:
         queue.put(None)
@@ -259,6 +252,10 @@ class Scripted:
         self._scratch = _Scratch()
         self._recorded: list[list[list[Task]]] = []
         """Phases that are being written down instead of run, innermost last."""
+        at_fork(self)
+
+    def renew(self) -> None:
+        self._recorded = []
 
     def _each(self, name: str, size: int, shape: tuple[int, ...] = (-1,), dtype: npt.DTypeLike = np.float32) -> Each:
         """Scratch of `size` float32 for every worker."""

@@ -11,7 +11,7 @@ from fastdiff.backends.cuda.covariance import CovarianceOperations
 from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.mlp import MLPOperations
 from fastdiff.backends.protocol import CONVOLUTIONS, PRECISIONS
-from fastdiff.errors import ArgumentError, BackendError, check_choice
+from fastdiff.errors import ArgumentError, BackendError, check_choice, shown
 from fastdiff.kernels.cuda import runtime as runtimes
 
 Array = Any
@@ -66,7 +66,7 @@ class CudaBackend(CovarianceOperations, MLPOperations):
         self.kernels = check_choice("kernels", kernels, ["raw", "numba"])
         self.precision = check_choice("precision", precision, PRECISIONS)
         if not isinstance(graphs, bool):
-            raise ArgumentError("graphs", repr(graphs), "True or False")
+            raise ArgumentError("graphs", shown(graphs), "True or False")
         self.graphs = graphs
         self.convolutions = check_choice("convolutions", convolutions, CONVOLUTIONS)
         super().__init__(runtimes.CupyRuntime() if runtime is None else runtime)

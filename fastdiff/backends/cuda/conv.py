@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.device import Device
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
+from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import STRUCTURES
 
 Array = Any

@@ -7,7 +7,6 @@ depend neither on its batch nor on the device, and `mapped_normal` has those of 
 from __future__ import annotations
 
 import weakref
-from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from fastdiff.backends.cuda.step import StepOperations
 from fastdiff.backends.protocol import RowMap
+from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
 from fastdiff.noise import Draw, round_keys
 

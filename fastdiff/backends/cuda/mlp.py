@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from fastdiff.backends.protocol import (
     TrainingDraws,
     TrainState,
 )
+from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
 from fastdiff.noise import Draw, Stream, drop_limit, round_keys
 
