@@ -129,7 +129,7 @@ def _write(path, text):
 # ------------------------------------------------------------------------------------------- gallery
 
 # A minute each at most; the others are shown without being run, and their pictures are on other pages.
-RUN = ("answers", "covariance", "curves")
+RUN = ("answers", "covariance", "curves", "guidance", "series")
 
 
 sphinx_gallery_conf = {

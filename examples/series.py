@@ -1,4 +1,7 @@
-"""Learn a recording of two channels with gaps, fill them with bands, go on beyond its end, find what is strange.
+"""A recording with gaps
+=====================
+
+Learn a recording of two channels with gaps, fill them with bands, go on beyond its end, find what is strange.
 
 Run it with ``python examples/series.py [-o FOLDER]``: about a minute on a laptop, no GPU, three pictures.
 """
@@ -28,7 +31,7 @@ def recording(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("series"), help="folder of the pictures")
     parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
     parser.add_argument("--draws", type=int, default=100, help="draws (default 100)")

@@ -483,7 +483,7 @@ def test_no_particle_with_a_weight():
 
 
 def test_bad_rows_to_fill_in(model):
-    for shape in ((8,), (2, 7), (2, 8, 1)):
+    for shape in ((2, 7), (2, 8, 1)):
         with pytest.raises(ArgumentError, match=r"X: got shape"):
             model.impute(np.zeros(shape))
     with pytest.raises(ArgumentError, match="draws: got 0"):
