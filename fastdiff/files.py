@@ -261,7 +261,7 @@ def check_ending(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     ending = check_path("path", path).suffix.lower()
     if ending not in known:
         wanted = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
-        raise ArgumentError("path", shown(os.fspath(path)), f"a file name that ends in {wanted}")
+        raise ArgumentError("path", repr(os.fspath(path)), f"a file name that ends in {wanted}")
     return ending
 
 

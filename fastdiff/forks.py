@@ -39,8 +39,12 @@ def _renew() -> None:
         owner.renew()
 
 
+uncut = threading.RLock()
+"""Held while another thread's fork must wait: a child would find a module half imported, and wait for ever."""
+
 if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_renew)
+    os.register_at_fork(before=uncut.acquire, after_in_parent=uncut.release, after_in_child=uncut.release)
 
 
 if TYPE_CHECKING or sys.version_info >= (3, 12):
@@ -55,4 +59,4 @@ else:
             self.lock = contextlib.nullcontext()
 
 
-__all__ = ["at_fork", "cached_property", "free"]
+__all__ = ["at_fork", "cached_property", "free", "uncut"]

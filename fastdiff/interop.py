@@ -278,11 +278,14 @@ def _config_for_diffusers(net: UNet) -> dict[str, Any]:
     height, width, channels = net.image
     if net.flat_images:
         raise ArgumentError("net", f"images of shape {net.shape}", "a height above 1: UNet2DModel has square kernels")
+    if net.covariates is not None:
+        raise ArgumentError("net", f"{net.covariates} covariates", "none: UNet2DModel has labels alone")
+    classes = None if net.classes is None else net.classes + net.null_class  # the null class is one more there
     config = {
         "_class_name": "UNet2DModel", "_diffusers_version": "0.35.0", **FIXED,
         "sample_size": height if height == width else [height, width],
         "in_channels": channels, "out_channels": net.outputs, "block_out_channels": list(net.channels),
-        "layers_per_block": net.blocks, "num_train_timesteps": net.T, "num_class_embeds": net.classes,
+        "layers_per_block": net.blocks, "num_train_timesteps": net.T, "num_class_embeds": classes,
         "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in net.attention],
         "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in net.up_attention[::-1]],
         "add_attention": net.middle_attention, "attention_head_dim": net.head_width, "norm_num_groups": net.groups,

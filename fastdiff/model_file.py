@@ -161,6 +161,8 @@ class Saved:
         _check_steps(history, step)
         others = {f"noise_shape.{name}" for name in (() if noise_shape is None else noise_shape.arrays)}
         others |= {*normaliser.arrays, *(() if base is None else base.arrays)}
+        covariates = None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates)
+        others |= set() if covariates is None else {*covariates.arrays}
         _check_names(tensors, net, plan is not None, others)
         return cls(
             net=net,
@@ -180,7 +182,7 @@ class Saved:
             class_names=_names(header, "class_names", net.classes),
             channel_names=_names(header, "channel_names", net.shape[-1] if len(net.shape) == 2 else None),
             arithmetic=check_int("arithmetic", header.get("arithmetic", 1), low=1),
-            covariates=None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates),
+            covariates=covariates,
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+
+from fastdiff.forks import at_fork, uncut
 
 log = logging.getLogger("fastdiff")
 
@@ -39,11 +42,19 @@ def bar(*, show: bool, **options: Any) -> Iterator[Any]:
 
 @cache
 def _bar() -> Any:
-    from tqdm.auto import tqdm
+    with uncut:
+        from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
+        # tqdm's own lock is shared with forked children: one that ends while it holds it would stop the parent's bars.
+        _lock = threading.RLock()
+        monitor_interval = 0  # no thread that watches the bars
         begun = False
         usual: str | None = None  # what stood before the bar while no kernel was compiled
+
+        @classmethod
+        def renew(cls) -> None:
+            cls._lock = threading.RLock()
 
         def update(self, n: int = 1) -> None:
             if self.begun or self.disable:
@@ -62,6 +73,7 @@ def _bar() -> Any:
                 self.usual = self.desc or ""
                 self.set_description(sys.modules["fastdiff.kernels.cpu.jit"].COMPILING)
 
+    at_fork(Bar)
     return Bar
 
 

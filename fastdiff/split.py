@@ -45,6 +45,9 @@ def checked(
     With `missing` values of curves and series may be NaN.
     """
     given = check_array("X", _on_host(be, X), finite=False)
+    if net is None and given.ndim == 3 and given.dtype == np.uint8:
+        wants = "(N, ..., channels): X[..., None] pictures of gray ones, X.astype(float) a series of channels"
+        raise ArgumentError("X", f"bytes of shape {given.shape}", wants)
     if net is not None:
         shape: tuple[int | None, ...] = net.shape
     elif given.ndim in (3, 4) and noise_shape is None:
@@ -77,8 +80,8 @@ def checked(
         classes = int(y.max()) + 1
     if classes is None and y is not None:
         count = int(check_indices("y", _on_host(be, y), 1 << 20, len(given)).max()) + 1
-        kind = "MLP" if len(shape) == 1 else "UNet"
-        wants = f"None: this network has no classes; use fd.{kind}({given.shape[1:]}, classes={count})"
+        made = f"MLP({shape[0]}" if len(shape) == 1 else f"UNet({given.shape[1:]}"
+        wants = f"None: this network has no classes; use fd.{made}, classes={count})"
         raise ArgumentError("y", "labels", wants)
     return given, _labels("y", y, classes, len(given), be), classes
 

@@ -772,13 +772,13 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train none.csv -o m.safetensors", r"none\.csv: cannot be read: No such file"),
-        ("train empty.csv -o m.safetensors", r"empty\.csv: empty file"),
-        ("train ragged.csv -o m.safetensors", r"ragged\.csv, line 2: 1 cells, where line 1 has 2"),
-        ("train words.csv -o m.safetensors", r"words\.csv, line 2, column 1: 'x' is not a number"),
-        ("train nan.csv -o m.safetensors", r"nan\.csv, line 1, column 2: nan"),
+        ("train none.csv -o n.safetensors", r"none\.csv: cannot be read: No such file"),
+        ("train empty.csv -o n.safetensors", r"empty\.csv: empty file"),
+        ("train ragged.csv -o n.safetensors", r"ragged\.csv, line 2: 1 cells, where line 1 has 2"),
+        ("train words.csv -o n.safetensors", r"words\.csv, line 2, column 1: 'x' is not a number"),
+        ("train nan.csv -o n.safetensors", r"nan\.csv, line 1, column 2: nan"),
         (
-            "train curves.txt -o m.safetensors",
+            "train curves.txt -o n.safetensors",
             r"'curves\.txt', wants a file name that ends in \.csv or \.npy",
         ),
         ("train curves.csv", r"say where the model goes: -o"),

@@ -50,7 +50,12 @@ def test_round_trip(name, tmp_path):
     net.save_diffusers(tmp_path / "new" / "folder")
     again, schedule = fd.load_diffusers(tmp_path / "new" / "folder")
     assert schedule is None
-    assert again.to_dict() == net.to_dict()
+    # diffusers has no null class: it is one class more there.
+    classes = None if net.classes is None else net.classes + net.null_class
+    assert again.to_dict() | {"null_class": net.null_class} == net.to_dict() | {
+        "classes": classes,
+        "null_class": net.null_class,
+    }
     for key, view in net.params.items():
         assert_same_bits(again.params[key], view)
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [CONFIG, WEIGHTS]
@@ -62,7 +67,7 @@ def test_tensors_have_their_names_and_shapes(tmp_path):
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     assert shapes["conv_in.weight"] == (4, 2, 3, 3)
     assert shapes["conv_out.weight"] == (5, 4, 3, 3)
-    assert shapes["class_embedding.weight"] == (3, 16)
+    assert shapes["class_embedding.weight"] == (4, 16)  # the null class is the last
     assert shapes["time_embedding.linear_1.weight"] == (16, 4)
     assert shapes["down_blocks.0.resnets.0.time_emb_proj.weight"] == (4, 16)
     assert shapes["up_blocks.0.resnets.0.conv_shortcut.weight"] == (4, 8, 1, 1)

@@ -569,7 +569,11 @@ def test_what_could_not_be_loaded_is_not_saved(what, tmp_path):
         (CURVES, {"lr": 1e38}, r"lr: got 1e\+38, wants a finite number, above 0 and at most 1e\+15"),
         (CURVES, {"ema": 1}, "ema: got 1"),
         (CURVES, {"warmup": 5, "decay_steps": 5}, "decay_steps: got 5"),
-        (CURVES, {"y": np.zeros(40, int)}, "y: got labels, wants None: this network has no classes; use fd.UNet"),
+        (
+            CURVES,
+            {"y": np.zeros(40, int)},
+            "y: got labels, wants None: this network has no classes; use fd.MLP.9, classes=1",
+        ),
         (CURVES, {"flip": True}, "flip: got True"),
         (CURVES, {"accumulate": 2}, "accumulate: got 2"),
         (CURVES, {"data_range": (0, 1)}, "data_range: got"),

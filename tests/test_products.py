@@ -87,7 +87,7 @@ TERMS = 300  # of a way through one of these networks and back
 def given(net, n=2, seed=1):
     """x, t, labels, and a vector like the output and one like x."""
     random = np.random.default_rng(seed)
-    shape = net.shape if len(net.shape) == 1 else (*net.image[:2], net.outputs)
+    shape = net.shape if len(net.shape) == 1 else (*net.shape[:-1], net.outputs)
     x, tangent = random.normal(size=(2, n, *net.shape)).astype(net.dtype)
     labels = None if net.classes is None else random.integers(0, net.classes, n)
     cotangent = random.normal(size=(n, *shape)).astype(net.dtype)
@@ -189,7 +189,7 @@ def test_every_kind_of_dense_layer(lane):
     params, x, dy, dx = (be.asarray(a, np.float32) for a in (flat, x, dy, dx))
     t = be.asarray(t, np.int64)
     y = be.empty((6, 5))
-    be.mlp_vjp(plan, params, x, t, dy, got[0], y)
+    be.mlp_vjp(plan, params, x, t, dy, got[0], y=y)
     assert_close(be.to_numpy(y), NUMPY.mlp_forward(plan, flat, *given_x), terms=TERMS, dtype=np.float32)
     be.mlp_jvp(plan, params, x, t, dx, got[1])
     for k in range(2):

@@ -122,8 +122,8 @@ def test_one_step_of_two_stages(name):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_one_turn(order, solver, predict_x0):
     """As many rows as the order, from the exact state of the first of them near lambda = 2: h^(p + 1)."""
-    errors = []
-    for n in STEPS:
+    errors, steps = [], [2 * n for n in STEPS] if order == 3 else STEPS  # 4.16 with those: not small enough yet
+    for n in steps:
         t = EVEN.timesteps(n, spacing="linspace_open")
         table = samplers.dpmsolver_single(EVEN, n, order=order, solver=solver, predict_x0=predict_x0)
         i = int(0.4 * n) // order * order
@@ -133,7 +133,7 @@ def test_one_turn(order, solver, predict_x0):
             memory = (m, *memory[:2])
         errors.append(x - solution(t[i + order])[0])
     assert table.order == order
-    assert abs(slope(errors, STEPS) - (order + 1)) < 0.15
+    assert abs(slope(errors, steps) - (order + 1)) < 0.15
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])

@@ -346,5 +346,5 @@ def test_the_command_line_learns_series(tmp_path, capsys):
     assert main(["train", str(tmp_path / "x.npy"), "-o", n, *common]) == 0
     assert main(["sample", n, "-n", "2", "-o", str(tmp_path / "y.npy"), "--quiet"]) == 0
     assert np.load(tmp_path / "y.npy").shape == (2, POINTS, 2)
-    assert main(["train", str(path), "-o", m, "--stride", "2"]) == 2
+    assert main(["train", str(path), "-o", m, "--overwrite", "--stride", "2"]) == 2
     assert "--window" in capsys.readouterr().err

@@ -301,7 +301,7 @@ def test_few_rows_and_many_parameters_are_warned_of():
 def test_the_command_line_takes_care(tmp_path, capsys):
     np.save(tmp_path / "x.npy", CURVES)
     made, log = tmp_path / "m.safetensors", tmp_path / "run.csv"
-    options = ["--backend", "numpy", "--quiet", "--validation", "0.2", "--batch", "4"]
+    options = ["--overwrite", "--backend", "numpy", "--quiet", "--validation", "0.2", "--batch", "4"]
     words = ["train", str(tmp_path / "x.npy"), "-o", str(made), "--steps", "300", "--lr", "0.3", "--clip-norm", "none"]
     care = ["--patience", "100", "--log", str(log), "--lr-plan", "constant", "--network", "tutorial"]
     assert cli.main([*words, *care, *options]) == 0

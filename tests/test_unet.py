@@ -416,7 +416,9 @@ def test_configuration_round_trip(options):
 
 def test_every_option_is_in_the_configuration():
     options = set(inspect.signature(UNet).parameters) - {"draw"}
-    assert set(UNet((4, 4, 1), channels=(4,)).to_dict()) == options | {"kind"}
+    asked = {"classes": 3, "covariates": 2}  # what networks of 0.1.0 had not is in the configuration where it is used
+    assert set(UNet((4, 4, 1), channels=(4,), **asked).to_dict()) == options | {"kind"}
+    assert set(UNet((4, 4, 1), channels=(4,)).to_dict()) == (options | {"kind"}) - {"covariates", "null_class"}
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
