@@ -54,9 +54,9 @@ def add(commands: Any) -> None:
         "learn the curves of a file, or the pictures of a folder",
         "Learns the curves of a .csv file (one curve a line, all of one length) or an\n"
         ".npy file (one array, curves x points); series of several channels, those of an\n"
-        ".npy file (series x points x channels) or windows of a recording; or the pictures\n"
-        "of a folder, which it brings to one small size (or, with --size, those of an .npy\n"
-        "file of bytes).\n"
+        ".npy file (series x points x channels) or windows of a recording; or the\n"
+        "pictures of a folder, which it brings to one small size (or, with --size, those\n"
+        "of an .npy file of bytes).\n"
         "Ctrl-C, or SIGTERM, saves what was learned so far and says how to continue.",
         "examples:\n"
         "  fastdiff train curves.csv -o m.safetensors --steps 3000 --seed 0\n"
