@@ -233,14 +233,7 @@ def cold_interrupts(tries: int, empty: int = 20) -> Count:
 def repeats(tries: int) -> Count:
     """One training and its samples over splits, threads, a busy core and resumes: distinct results beyond one."""
     count, chance = Count("other results over splits, threads, a busy core and resumes"), random.Random(0)
-    stop = threading.Event()
-
-    def busy():
-        while not stop.is_set():
-            sum(range(10_000))
-
-    thread = threading.Thread(target=busy)
-    thread.start()
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     want = None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -259,6 +252,6 @@ def repeats(tries: int) -> Count:
                 want = found if want is None else want
                 count.add(found != want and f"run {k}")
     finally:
-        stop.set()
-        thread.join()
+        busy.kill()
+        busy.wait()
     return count
