@@ -372,9 +372,7 @@ def test_options_of_pictures_are_refused_for_curves(option):
 def test_what_curves_cannot_be_is_answered_with_what_they_can():
     curves, classes = np.eye(12), np.arange(12) % 3
     model = fd.Diffusion(fd.MLP(12, T=T), backend="numpy")
-    with pytest.raises(
-        ArgumentError, match=r"y: got labels, wants None: .*; use (fd\.MLP\(12, classes=3\))$"
-    ) as told:
+    with pytest.raises(ArgumentError, match=r"y: got labels, wants None: .*; use (fd\.MLP\(12, classes=3\))$") as told:
         model.fit(curves, classes)
     net = eval(str(told.value).split("use ")[1].replace("classes", "hidden=(4,), T=9, classes"))
     assert fd.Diffusion(net, backend="numpy").fit(curves, classes, steps=1, **QUIET).step == 1
