@@ -87,8 +87,8 @@ def main() -> None:
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
     tile = (
         0, False, nothing, nothing, nothing, draws.data, space.indices, t, space.tables, rows, layers, net.flat,
-        space.transposed, table, width, slots, space.linear, dtime, partial, space.losses[0], 0, stream, keys,
-        *scratch, arena, target, d_in, d_out,
+        space.transposed, table, width, slots, (space.linear, space.asked(None)), dtime, partial, space.losses[0], 0,
+        stream, keys, *scratch, arena, target, d_in, d_out,
     )  # fmt: skip
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
@@ -102,7 +102,8 @@ def main() -> None:
             forward - 2 * rows * workload.products[0],
         ),
         "biases and activations": (
-            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t, space.linear) - products,
+            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t, space.linear, len(slots), t)
+            - products,
             0,
         ),
         "biases and activations, backward": (
@@ -111,8 +112,8 @@ def main() -> None:
         ),
         "draws": (
             best(
-                mlp._draw_tile, 0, rows, draws.data, space.indices, t, space.tables, arena, target, 0, stream,
-                keys, *scratch,
+                mlp._draw_tile, 0, rows, draws.data.shape[1], draws.data, space.indices, t, space.tables, arena, target,
+                0, stream, keys, *scratch,
             ),
             0,
         ),
