@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from fastdiff import defaults
-from fastdiff.errors import DataError, check_int
+from fastdiff.errors import check_int
 from fastdiff.model import Diffusion
 from fastdiff.nn import MLP
 from fastdiff.observations import Known, observations
@@ -132,7 +132,7 @@ class DiffusionImputer(OneToOneFeatureMixin, TransformerMixin, _Estimator):  # t
     Attributes
     ----------
     model_ : fastdiff.Diffusion
-        Learned from the rows that have no missing value.
+        Learned from all rows; where values are missing, from the others: see `fastdiff.gaps`.
     indicator_ : sklearn.impute.MissingIndicator or None
     n_features_in_ : int
 
@@ -172,12 +172,7 @@ class DiffusionImputer(OneToOneFeatureMixin, TransformerMixin, _Estimator):  # t
     def fit(self, X: Any, y: Any = None) -> Self:
         """Learn from rows X (N, d) with NaN where values are missing; y is ignored."""
         rows = self._validated(X, reset=True, ensure_min_samples=2)
-        whole = rows[~np.isnan(rows).any(axis=1)]
-        if len(whole) < 2:
-            raise DataError(
-                f"X: {len(whole)} of {len(rows)} rows have no missing value, wants at least 2 to learn from"
-            )
-        self._train(whole)
+        self._train(rows)
         self.indicator_ = MissingIndicator(error_on_new=False).fit(rows) if self.add_indicator else None
         return self
 

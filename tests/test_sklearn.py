@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from tolerances import SIGMAS
 
-from fastdiff.errors import ArgumentError, DataError
+from fastdiff.errors import ArgumentError
 from fastdiff.sklearn import DiffusionDensity, DiffusionImputer
 
 SMALL = {"hidden": (4,), "timesteps": 5, "steps": 3, "batch": 8, "backend": "cpu"}
@@ -122,10 +122,20 @@ def test_by_default_the_model_is_chosen():
     assert careful.history["validation_step"]
 
 
+def test_rows_of_which_none_is_whole_are_learned_from():
+    rows = FEW.copy()
+    rows[np.arange(len(rows)), np.arange(len(rows)) % rows.shape[1]] = np.nan
+    made = DiffusionImputer(**SMALL).fit(rows)
+    filled, missing = made.transform(rows), np.isnan(rows)
+    assert made.model_.step == SMALL["steps"]
+    assert np.isfinite(filled).all()
+    np.testing.assert_array_equal(filled[~missing], rows[~missing])
+
+
 def test_what_cannot_be_learned_from_is_refused():
     rows = FEW.copy()
     rows[:, 0] = np.nan
-    with pytest.raises(DataError, match="X: 0 of 80 rows have no missing value, wants at least 2 to learn from"):
+    with pytest.raises(ArgumentError, match="X: got point 0, missing in all rows"):
         DiffusionImputer(**SMALL).fit(rows)
     with pytest.raises(ArgumentError, match="draws: got 0"):
         DiffusionImputer(**SMALL, draws=0).fit(FEW_GAPS).transform(FEW_GAPS)
