@@ -25,6 +25,7 @@ from machine import header
 from report import RESULTS, Answers, AnswersReport, Estimate, Posterior, finish
 
 import fastdiff as fd
+from fastdiff.metrics import crps
 
 Array = npt.NDArray[Any]
 SEEN, BANDS = 8, (0.5, 0.8, 0.95)
@@ -44,14 +45,6 @@ def gaussian(rows: int, points: int = 50) -> fd.denoisers.Gaussian:
         count, first, second = count + len(X), first + X.sum(axis=0), second + X.T @ X
     mean = first / count
     return fd.denoisers.Gaussian(mean, second / count - np.outer(mean, mean), fd.Schedule.cosine(10))
-
-
-def crps(draws: Array, truth: Array) -> Array:
-    """The fair CRPS of draws (n, ...), like the truth (...)."""
-    n = len(draws)
-    ranks = (2 * np.arange(n) - n + 1).reshape(n, *[1] * truth.ndim)
-    spread = (ranks * np.sort(draws, axis=0)).sum(axis=0) / (n * (n - 1))
-    return np.asarray(np.abs(draws - truth).mean(axis=0) - spread)
 
 
 def judged(draws: Array, holes: Array, truth: Array) -> dict[str, Array]:

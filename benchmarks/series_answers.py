@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fastdiff as fd
+from fastdiff.metrics import crps
 
 Array = npt.NDArray[Any]
 BANDS = (0.5, 0.8, 0.95)
@@ -57,14 +58,6 @@ def gaussian_draws(mean: Array, cov: Array, holes: Array, draws: int) -> Array:
         root = np.linalg.cholesky(rest + 1e-10 * np.eye(len(rest)))
         out[:, k, gone] = mean[gone] + gain @ (row - mean)[~gone] + rng.normal(size=(draws, gone.sum())) @ root.T
     return out.reshape(draws, *holes.shape)
-
-
-def crps(draws: Array, truth: Array) -> Array:
-    """The fair CRPS of draws (n, ...), like the truth (...) (Gneiting and Raftery 2007)."""
-    n = len(draws)
-    ranks = (2 * np.arange(n) - n + 1).reshape(n, *[1] * truth.ndim)
-    spread = (ranks * np.sort(draws, axis=0)).sum(axis=0) / (n * (n - 1))
-    return np.asarray(np.abs(draws - truth).mean(axis=0) - spread)
 
 
 def judged(draws: Array, truth: Array, gone: Array) -> dict[str, float]:

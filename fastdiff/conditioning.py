@@ -210,7 +210,7 @@ def _check_consistent(A: Float64, y: Float64) -> None:
         raise ArgumentError("given", f"observations without noise that contradict each other by {off:.3g}", wants)
 
 
-class Guided(Evaluator):
+class ConditionedEvaluator(Evaluator):
     """A denoiser on a backend whose mean of x0 is moved towards observations.
 
     Parameters
@@ -486,9 +486,9 @@ class Conditioned:
     def asks_nothing(self) -> bool:
         return bool(getattr(self.inner, "asks_nothing", False))
 
-    def on(self, be: Backend, shape: tuple[int, ...]) -> Guided:
+    def on(self, be: Backend, shape: tuple[int, ...]) -> ConditionedEvaluator:
         """Return it on a backend."""
-        return Guided(self.inner.on(be, shape), self, shape)
+        return ConditionedEvaluator(self.inner.on(be, shape), self, shape)
 
     def predict(self, x: Any, t: int, labels: Any = None, *, backend: str | Backend = "auto") -> Array:
         """Return the output (n, ...) for x (n, ...), all at the timestep t."""
@@ -565,7 +565,7 @@ class Plan:
     sampler : Sampler
         The table, or RePaint's of it.
     source : Denoiser
-        Guided, or as it was.
+        Conditioned, or as it was.
     """
 
     known: Observations
@@ -782,7 +782,7 @@ class Particles:
         Exact observations, whose density no weight can be; a table that remembers, clips, or adds no noise.
     """
 
-    def __init__(self, guided: Guided, sampler: Sampler, draws: Draws) -> None:
+    def __init__(self, guided: ConditionedEvaluator, sampler: Sampler, draws: Draws) -> None:
         if (guided.rows.variance == 0).any():
             raise ArgumentError("given", "an observation without noise", "noise above 0 for 'smc'")
         rows = sampler.rows

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.conditioning import GUIDED, Guided, plan
+from fastdiff.conditioning import GUIDED, ConditionedEvaluator, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
 from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
 from fastdiff.guidance import guided
@@ -182,7 +182,7 @@ def sample(
         return (x, evidence if planned.known.count is not None else float(evidence[0])) if return_evidence else x
     after = None if planned is None else planned.replacement(be)
     own_noise = filler is None or (planned is not None and planned.method in GUIDED)
-    whole = not progress or (isinstance(evaluator, Guided) and evaluator.whole(x, table, draw))
+    whole = not progress or (isinstance(evaluator, ConditionedEvaluator) and evaluator.whole(x, table, draw))
     if own_noise and whole and not (trajectory or callback):
         with progress_bar(show=progress, total=rows, desc="sampling", leave=False) as bar:
             for part, drawn, chosen in parts:

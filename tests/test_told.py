@@ -59,7 +59,7 @@ def test_in_one_piece_it_is_the_same(make, table, kind, monkeypatch):
     net, table = tame(make()), table(fd.Schedule.cosine(T).zero_terminal_snr())  # whose first row says nothing
     options = {"n": 30, "given": observations(kind, net.points), "seed": 2, "first_sample": 3}
     want = fd.sample(net, table, backend="numpy", **options)
-    monkeypatch.setattr(conditioning.Guided, "step", None)  # it is not row by row
+    monkeypatch.setattr(conditioning.ConditionedEvaluator, "step", None)  # it is not row by row
     got = fd.sample(net, table, backend=CPU, **options)
     assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
     for other in ({"batch": 7, "progress": True}, {"batch": 64, "backend": ALONE}):
