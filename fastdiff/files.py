@@ -146,7 +146,8 @@ def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[I
 
     The bytes go to temporary files in the same folders and are flushed to the disk; then the files are renamed. An
     exception in the block removes them and leaves whatever was there as it was. The mode of a file that is replaced
-    stays. What a process that was killed has left there of the same files is removed.
+    stays. What a process that was killed has left there of the same files is removed: of all but the first only at
+    the end, since a process killed between two renames leaves there what belongs to the first file.
 
     Raises
     ------
@@ -160,6 +161,8 @@ def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[I
             with naming(path, "cannot be written"):
                 # A link is written through, as open() would; the replaced file is the one it points at.
                 target = Path(os.path.realpath(path))
+                if not files:
+                    _remove_leftovers(target)
                 files.append((*_temporary(target, removals), target))
         with naming(paths[0], "cannot be written"):
             yield [file for file, _, _ in files]
@@ -170,6 +173,8 @@ def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[I
         for path, (_, temporary, target) in zip(paths, files, strict=True):
             with naming(path, "cannot be written"):
                 temporary.replace(target)
+        for _, _, target in files[1:]:
+            _remove_leftovers(target)
 
 
 def _temporary(target: Path, removals: ExitStack) -> tuple[IO[bytes], Path]:
@@ -183,11 +188,8 @@ def _temporary(target: Path, removals: ExitStack) -> tuple[IO[bytes], Path]:
             raise OSError(0, f"is {_kind(before.st_mode)}")
         if not os.access(target, os.W_OK):
             raise PermissionError(0, "the file there is read-only")
-    # 50 characters are at most 200 bytes, and a name may have 255.
-    start = f".{target.name[:50]}."
-    _remove_leftovers(target.parent, start)
     while True:
-        temporary = target.with_name(f"{start}{secrets.token_hex(6)}.tmp")
+        temporary = target.with_name(f"{_start(target)}{secrets.token_hex(6)}.tmp")
         mode = 0o666 if before is None else stat.S_IMODE(before.st_mode) & 0o777
         file = os.fdopen(os.open(temporary, _CREATE, mode), "wb")
         _lock(file.fileno(), wait=True)
@@ -207,15 +209,21 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _remove_leftovers(folder: Path, start: str) -> None:
-    """Remove temporary files whose writers are no more: these had a lock on them."""
+def _start(target: Path) -> str:
+    """What the names of a file's temporary files begin with."""
+    return f".{target.name[:50]}."  # at most 200 bytes, and a name may have 255
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of a file whose writers are no more: these had a lock on them."""
+    start = _start(target)
     with suppress(OSError):
-        for name in os.listdir(folder):
+        for name in os.listdir(target.parent):
             if not (name.startswith(start) and _LEFTOVER.fullmatch(name[len(start) :])):
                 continue
-            with suppress(OSError), open(folder / name, "rb") as file:
+            with suppress(OSError), open(target.with_name(name), "rb") as file:
                 if _lock(file.fileno(), wait=False):
-                    os.unlink(folder / name)
+                    os.unlink(file.name)
 
 
 def _lock(file: int, *, wait: bool) -> bool:

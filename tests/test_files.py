@@ -307,3 +307,35 @@ def test_two_files_appear_together_or_not_at_all(tmp_path):
         pass
     assert [path.read_bytes() for path in paths] == [b"1", b"1"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_what_a_killed_process_has_not_renamed_stays_until_both_are_there(tmp_path):
+    """It may be the only half that fits the first file, so a second process that is killed must not take it away."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom fastdiff.files import writing_together\n"
+        "renamed = []\nreplace = Path.replace\n"
+        "def once(self, target):\n"
+        "    if len(renamed) == int(sys.argv[1]):\n        os._exit(9)\n"
+        "    renamed.append(replace(self, target))\n"
+        "Path.replace = once\n"
+        "with writing_together(sys.argv[3:]) as files:\n"
+        "    for file in files:\n        file.write(sys.argv[2].encode())"
+    )
+
+    def killed(renames, text):
+        args = [sys.executable, "-c", code, str(renames), text, *map(str, paths)]
+        assert subprocess.run(args, timeout=HANG_SECONDS, check=False).returncode == 9
+
+    def left():
+        return sorted(path.read_text() for path in tmp_path.glob(".b.*.tmp"))
+
+    killed(1, "1")
+    assert (paths[0].read_text(), left()) == ("1", ["1"])
+    killed(0, "2")
+    assert (paths[0].read_text(), left()) == ("1", ["1", "2"])
+    with writing_together(paths) as files:
+        for file in files:
+            file.write(b"3")
+    assert [path.read_text() for path in paths] == ["3", "3"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
