@@ -17,9 +17,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from fastdiff.errors import ArgumentError, shown
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.network import Network
 from fastdiff.nn.unet import UNet
+from fastdiff.noise_shape import NoiseShape
 from fastdiff.schedule import Schedule
 
 log = logging.getLogger("fastdiff")
@@ -36,6 +38,21 @@ WATCHED_ROWS = 4096  # more are not learned by heart in so few steps
 JUDGED_STEPS = 1000  # a fit of so many ends with a judgement
 HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so many
 MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little
+
+
+def check_parts(net: Network, schedule: Schedule, noise_shape: NoiseShape | None) -> None:
+    """Refuse a network, a schedule and a shape of the noise that do not fit each other."""
+    if net.T != schedule.T:
+        raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
+    if noise_shape is not None and net.shape != (noise_shape.d,):
+        alone = len(net.shape) == 1
+        wants = f"one of {net.shape[0]} values, as the network has" if alone else "None for series and pictures"
+        raise ArgumentError("noise_shape", shown(noise_shape), wants)
+    if net.outputs != net.image[2] and not net.learned_variance:
+        wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
+        raise ArgumentError("net", f"{net.outputs} outputs", wants)
+    if net.learned_variance and noise_shape is not None:
+        raise ArgumentError("noise_shape", shown(noise_shape), "None: this network learns the variance of white noise")
 
 
 def curve_net(

@@ -222,6 +222,19 @@ def measure(drawn: Rows, training: Rows, held_out: Rows | None, normaliser: Norm
     )
 
 
+def how(net: Network, samples: int) -> tuple[int, dict[str, Any]]:
+    """Return how many samples are drawn where so many are asked for, and by which sampler: fewer of slow networks."""
+    if net.operations * net.T * samples > MOST_WORK or len(net.shape) == 3:
+        return PICTURES, {"sampler": "ddim", "steps": min(PICTURE_STEPS, net.T)}
+    return samples, {}
+
+
+def complaint(report: Report, net: Network, prediction: str, *, base: bool) -> str | None:
+    """Return what is off with the samples of a network, with or without a base, and what to try; or None."""
+    found = report.complaints
+    return f"{'; '.join(found)}: {remedy(report, net, prediction, base=base)}" if found else None
+
+
 def remedy(report: Report, net: Network, prediction: str, *, base: bool) -> str:
     """Return what to try where the samples of a network, with or without a base, are not good."""
     if not math.isfinite(report.deviation):

@@ -5,79 +5,45 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, likelihood, samplers, sampling, series, split
-from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
-from fastdiff.backends.protocol import DRAWS
+from fastdiff import answers, checkpoint, defaults, fitting, judgement, likelihood, samplers, sampling, series, split
+from fastdiff.backends import Backend, get_backend
 from fastdiff.base import GaussianBase
-from fastdiff.callbacks import Reporter, listeners
 from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.covariates import CovariateScale, checked_covariates, none_known
 from fastdiff.errors import (
     ArgumentError,
-    DataWarning,
     QualityWarning,
     TrainingError,
     all_finite,
     check_array,
-    check_callable,
     check_choice,
     check_flags,
-    check_float,
     check_int,
     check_seed,
     is_on_device,
     shown,
 )
-from fastdiff.files import check_path, check_writable
-from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
+from fastdiff.files import check_path
 from fastdiff.likelihood import Bound, LogDensity
-from fastdiff.model_file import Keeper, Saved, naming_faults
+from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
-from fastdiff.nn.optim import UNSET, TrainingPlan, Unset
-from fastdiff.noise import MAX_STEP
+from fastdiff.nn.optim import UNSET, Unset
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.normaliser import SCALES, Normaliser, check_carried, settled
-from fastdiff.observations import Given, Known, Observations, observations
+from fastdiff.normaliser import SCALES, Normaliser
+from fastdiff.observations import Given, Observations, observations
 from fastdiff.progress import say
-from fastdiff.recordings import (
-    BLOCK_VALUES,
-    Step,
-    blocks_of,
-    check_quantiles,
-    filled,
-    forecast_plan,
-    steps_of,
-    summary,
-)
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
-from fastdiff.split import Split
-from fastdiff.training import (
-    Optimizer,
-    Patience,
-    Saves,
-    Trainer,
-    Turns,
-    Validation,
-    alone,
-    empty_history,
-    loss_terms,
-    plan_by_rule,
-    train,
-)
+from fastdiff.training import Optimizer, Turns, alone, empty_history, history_table
 
 log = logging.getLogger("fastdiff")
-
-SAVED_EVERY = 1000  # steps
-LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
 
 
 class Diffusion:
@@ -157,21 +123,10 @@ class Diffusion:
             raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
         if net is not None and schedule is None:
             schedule = defaults.schedule(net.T)
-        if net is not None and schedule is not None and net.T != schedule.T:
-            raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
         if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
             raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
-        if net is not None and noise_shape is not None and net.shape != (noise_shape.d,):
-            alone = len(net.shape) == 1
-            wants = f"one of {net.shape[0]} values, as the network has" if alone else "None for series and pictures"
-            raise ArgumentError("noise_shape", shown(noise_shape), wants)
-        if net is not None and net.outputs != net.image[2] and not net.learned_variance:
-            wants = f"{net.image[2]}, as many as there are channels, or twice as many for a learned variance"
-            raise ArgumentError("net", f"{net.outputs} outputs", wants)
-        if net is not None and net.learned_variance and noise_shape is not None:
-            raise ArgumentError(
-                "noise_shape", shown(noise_shape), "None: this network learns the variance of white noise"
-            )
+        if net is not None and schedule is not None:
+            defaults.check_parts(net, schedule, noise_shape)
         if prediction is None:
             usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
             prediction = (None if net is None else net.prediction) or usual
@@ -346,181 +301,17 @@ class Diffusion:
             Ctrl-C, SIGTERM and SIGHUP take effect after a whole step, so the state is sound; the third Ctrl-C at once.
             A handler of your own for one of them stays, and is none of ours.
         """
-        be = get_backend(self.backend)
-        X, names, frame = series.taken(X)
-        before = TrainingPlan() if self._optimizer is None else self._optimizer.plan
-        plan = before.changed(
-            lr=lr, warmup=warmup, decay_steps=decay_steps, clip_norm=clip_norm, ema=ema, weighting=weighting,
-            snr_gamma=snr_gamma, lr_plan=lr_plan,
+        plan = {
+            "lr": lr, "warmup": warmup, "decay_steps": decay_steps, "clip_norm": clip_norm, "ema": ema,
+            "weighting": weighting, "snr_gamma": snr_gamma, "lr_plan": lr_plan,
+        }  # fmt: skip
+        wishes = fitting.Wishes(
+            plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
+            steps=steps, batch=batch, accumulate=accumulate, flip=flip, patience=patience, judge=judge,
+            progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint, every=every, keep=keep,
         )  # fmt: skip
-        if snr_gamma is not UNSET and plan.weighting != "min_snr":
-            raise ArgumentError("snr_gamma", str(snr_gamma), f"weighting='min_snr' with it, not {plan.weighting!r}")
-        aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
-        if self._optimizer is not None and aims[0] != aims[1]:
-            raise ArgumentError(
-                "weighting, snr_gamma", str(aims[0]), f"{aims[1]}, of the first fit; reset() starts anew"
-            )
-        if steps is not None:
-            steps = check_int("steps", steps, low=0)
-            plan.check_named(lr_plan, decay_steps)
-        patience = None if patience is None else check_int("patience", patience, low=1)
-        tell = listeners(callbacks)
-        if checkpoint is None and (every is not None or keep != 1):
-            raise ArgumentError("checkpoint", "None", "where to save, with every and keep")
-        keep = check_int("keep", keep, low=1)
-        every = SAVED_EVERY if every is None else check_int("every", every, low=1)
-        if checkpoint is not None:
-            checkpoint = check_path("checkpoint", checkpoint)
-            check_writable(checkpoint)
-        check_flags(judge=False if judge is None else judge, flip=flip, progress=progress)
-        check_callable("callback", callback)
-        if self.normaliser is not None and self._optimizer is None:
-            raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        X, y, classes = split.checked(X, y, self.net, self.noise_shape, be, missing=True)
-        if X.dtype.kind == "f" and np.isnan(X).any():
-            check_gaps(X, "X")
-        known, of_unseen = self._known_covariates(covariates, len(X)), None
-        if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
-            *validation, of_unseen = validation
-            validation = validation[0] if len(validation) == 1 else validation
-        parts = split.split(X, y, validation, classes, self._held_out, self.seed, be)
-        if known is not None and parts.held is not None:
-            known, of_unseen = known[~parts.held], known[parts.held]
-        rows, labels = parts.rows, parts.labels
-        kind = type(self.net) if self.net is not None else defaults.network_kind(X.ndim)
-        batch = kind.usual_batch if batch is None else check_int("batch", batch, low=1, high=1 << 30)
-        accumulate = check_int("accumulate", accumulate, low=1, high=batch if kind.in_parts else 1)
-        if patience is not None and parts.held_out is None:
-            raise ArgumentError("patience", str(patience), "rows that are held out: validation=0.1, or rows")
-        if flip and X.ndim < 4:
-            raise ArgumentError("flip", shown(flip), f"False for {'curves' if X.ndim == 2 else 'series'}")
-
-        share = self._share_dropped(label_drop, self.net or (classes, None if known is None else known.shape[1]))
-        if self.normaliser is None and names is not None and X.ndim == 3:
-            self.channel_names = names
-        gaps = self._prepare(parts, (classes, None if known is None else known.shape[1]), plan, data_range)
-        self._frame = frame or self._frame
-        if known is not None:
-            self._covariates = self._covariates or CovariateScale.of(known)
-            known = self._covariates.apply(known)
-            if parts.held_out is not None:
-                of_unseen = checked_covariates(of_unseen, known.shape[1], len(parts.held_out[0]))
-                of_unseen = self._covariates.apply(of_unseen)
-        self._label_drop = share
-        net, schedule, normaliser = self._fitted()
-        assert self._optimizer is not None and self._average is not None  # noqa: PT018
-        by_rule = steps is None
-        if steps is None:
-            rank = 0 if self._gaussian is None else len(self._gaussian.variances)
-            decay = decay_steps is not UNSET and decay_steps is not None
-            steps, plan = plan_by_rule(rows.shape, batch, plan, self.step, net.layout.count, rank, decay=decay)
-        if self.step and plan != before:
-            log.info("from step %d on: %s", self.step, plan.difference(before))
-            if plan.warmup > before.warmup and plan.warmup <= self.step:
-                log.warning("warmup=%d has no effect: it is an absolute step, and has passed", plan.warmup)
-        self._optimizer = optimizer = self._optimizer._replace(plan=plan)
-        self._data = self._data or split.fingerprint(X)
-        judged = bool(by_rule or judge or steps >= defaults.JUDGED_STEPS)
-        if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
-            warnings.warn(doubt, QualityWarning, stacklevel=3)
-        careless = not by_rule and patience is None and not self.step and steps >= defaults.JUDGED_STEPS
-        if careless and (crowd := judgement.crowded(len(rows), net.layout.count)):
-            warnings.warn(crowd, QualityWarning, stacklevel=3)
-        decayed = None if optimizer.plan.lr_plan == "constant" else optimizer.plan.decay_steps
-        if not by_rule and steps > 0 and decayed is not None and self.step >= decayed:
-            words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
-            log.info(words, optimizer.plan.rate(self.step), decayed)
-        if self.step + steps > MAX_STEP + 1:
-            wants = f"at most {MAX_STEP + 1 - self.step}: after {MAX_STEP + 1} steps in all the draws would repeat"
-            raise ArgumentError("steps", str(steps), wants)
-        first, self.end_step = self.step, self.step + steps
-        if steps > 0:
-            self._use_this_arithmetic()
-        inner = normaliser.apply(rows, net.dtype) if gaps is None else gaps.training_data()
-        data = be.asarray(inner, net.dtype)
-        tables = schedule.signal, schedule.noise, *schedule.target(self.prediction)
-        terms = loss_terms(schedule, self.prediction, optimizer.plan, learned_variance=net.learned_variance)
-        if gaps is not None:  # the loss is that of what is there
-            terms = (np.ones((schedule.T, 1)) if terms is None else terms) / gaps.share
-            rows = self._whole(gaps.filled(1)[0], rows.shape)
-        repeats = len(data) // len(rows)  # copies of rows with gaps
-        numbers = None if known is None else np.column_stack([known, np.ones(len(known))]).astype(net.dtype)
-        told = (None if part is None else np.concatenate([part] * repeats) for part in (labels, numbers))
-        of_rows, of_numbers = told if repeats > 1 else (labels, numbers)
-        draws = TrainingDraws(
-            data, *tables, self.seed, of_rows, bool(flip), terms, of_numbers, share, net.classes or 0, gaps is not None
-        )
-        unseen = parts.unseen
-        looks: Validation | None = None
-        keeper: judgement.Watch | Patience | None = None
-        if parts.held_out is not None:
-            x0, hidden = normaliser.apply(parts.held_out[0], net.dtype), None
-            if gaps is not None:
-                hidden = np.where(np.isnan(x0), np.nan, 0.0)
-                flat = normaliser.apply(parts.held_out[0], np.float64).reshape(len(x0), -1)
-                x0 = gaps.filled(1, flat, first=MOST_COPIES)[0].reshape(x0.shape)
-                unseen = self._whole(x0, x0.shape)
-            of_held = parts.held_out[1], of_unseen
-            looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
-        # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
-        if patience is not None and looks is not None:
-            keeper = Patience(patience, looks)
-        elif by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and not net.asked:
-            learned = be.to_numpy(data) if gaps is None else normaliser.apply(rows, net.dtype)
-            learned = learned.reshape(len(rows), -1)
-            keeper = judgement.Watch(learned, partial(self._drawn_inside, be), self.step, self.end_step)
-        host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, self._average)
-        trainer = Trainer(be, net, draws, host, batch, accumulate)
-        trainer.turns, saver = self._turns, None if checkpoint is None else Keeper(self.save, checkpoint, keep)
-        if saver is not None:
-            trainer.saves = Saves(every, lambda: saver(self.step))
-        options: dict[str, Any] = {"validation": looks, "keeper": keeper, "progress": progress}
-        options["reporter"] = Reporter(tell, self.history, optimizer.plan.rate) if tell else None
-        try:
-            train(trainer, self, optimizer.plan, callback=callback, **options)
-        finally:
-            if saver is not None and self.step > first:
-                saver(self.step)
-        if judge or (judge is None and (by_rule or self.step - first >= defaults.JUDGED_STEPS)):
-            self._judge(rows, (labels, known), unseen, show=progress)
-            if saver is not None:
-                saver(self.step)  # with the report
+        fitting.fit(self, X, y, wishes)
         return self
-
-    def _whole(self, inner: npt.NDArray[np.float64], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-        """Rows whose missing values were drawn, in the data's units."""
-        assert self.normaliser is not None
-        whole: npt.NDArray[np.float64] = self.normaliser.invert(inner.reshape(shape).copy(), get_backend("numpy"))
-        return whole
-
-    def _known_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
-        """Covariates of n rows of data, in their own units."""
-        columns = None if self.net is None else self.net.covariates
-        if covariates is None and columns is None:
-            return None
-        if self.net is not None and columns is None:
-            raise none_known(covariates)
-        return checked_covariates(covariates, columns, n)
-
-    def _share_dropped(self, asked: Any, of: Network | tuple[int | None, int | None]) -> float:
-        """The share of labels and covariates that are left out; `of` a network, or the classes of one to be made."""
-        free = of.asked_freely if isinstance(of, Network) else of != (None, None)
-        if asked is None:
-            return (0.1 if self._label_drop is None else self._label_drop) if free else 0.0
-        share = check_float("label_drop", asked, low=0, high=1)
-        if share and not free:
-            wants = "0 or None: this network has no null class, as new networks with classes have"
-            if isinstance(of, tuple) or not of.asked:
-                wants = "0 or None: nothing is asked of this network; give y or covariates"
-            raise ArgumentError("label_drop", shown(asked), wants)
-        return share
-
-    def _drawn_inside(self, be: Backend, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Samples of some weights of the network, in its own range."""
-        net, _, _ = self._fitted()
-        denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), self.prediction, be)
-        drawn = sampling.sample(denoiser, self.named_sampler(), n=judgement.SAMPLES, seed=self.seed, backend=be)
-        return be.to_numpy(drawn).reshape(len(drawn), -1)
 
     def evaluate(
         self,
@@ -571,14 +362,8 @@ class Diffusion:
             learned, held_out = check_array("training", training, shape=(None, *X.shape[1:])), X
             if len(learned) < 2:
                 raise ArgumentError("training", f"{len(learned)} rows", "at least 2")
-        elif split.fingerprint(X) == self._data:
-            parts = split.hold_out(X, y, *(self._held_out or ("fraction", 0.0)), self.seed)
-            learned, held_out = parts.rows, parts.unseen
-        elif len(X) < 4:
-            raise ArgumentError("X", f"{len(X)} rows, none of them learned from", "at least 4 rows, or `training`")
         else:
-            parts = split.hold_out(X, y, "fraction", 0.5, self.seed)
-            learned, held_out = parts.rows, parts.unseen
+            learned, held_out = split.compared(X, self._data, self._held_out, self.seed)
         samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
         return self._measured(learned, asked, held_out, samples=samples, seed=seed)
 
@@ -592,7 +377,7 @@ class Diffusion:
         self.report_ = {"step": self.step, **found.report.to_dict()}
         say(found.report.sentence, show=show)
         if found.complaint:
-            warnings.warn(found.complaint, QualityWarning, stacklevel=4)
+            warnings.warn(found.complaint, QualityWarning, stacklevel=5)
 
     def _measured(
         self,
@@ -603,84 +388,17 @@ class Diffusion:
         samples: int,
         seed: int | None,
     ) -> judgement.Evaluation:
-        """Draw samples, asked for labels and inner covariates as those are, and measure them."""
-        assert self.net is not None and self.normaliser is not None  # noqa: PT018
-        n, sampler, steps = samples, "auto", None
-        if self.net.operations * self.net.T * n > judgement.MOST_WORK or len(self.net.shape) == 3:
-            n, sampler, steps = judgement.PICTURES, "ddim", min(judgement.PICTURE_STEPS, self.net.T)
-        labels, numbers = _some(asked, n)
+        """Draw samples, asked for labels and inner covariates in the shares of those, and measure them."""
+        net, _, normaliser = self._fitted()
+        n, how = judgement.how(net, samples)
+        labels, numbers = (None if part is None else part[np.arange(n) * len(part) // n] for part in asked)
         if numbers is not None and self._covariates is not None:
             numbers = numbers * self._covariates.deviation + self._covariates.mean
-        drawn = self.sample(n, labels=labels, covariates=numbers, sampler=sampler, steps=steps, seed=seed)
+        drawn = self.sample(n, labels=labels, covariates=numbers, seed=seed, **how)
         drawn = get_backend(self.backend).to_numpy(drawn)
-        report = judgement.measure(drawn, rows, held_out, self.normaliser, seed=self.seed)
-        found = report.complaints
-        remedy = judgement.remedy(report, self.net, self.prediction, base=self._gaussian is not None)
-        complaint = f"{'; '.join(found)}: {remedy}" if found else None
+        report = judgement.measure(drawn, rows, held_out, normaliser, seed=self.seed)
+        complaint = judgement.complaint(report, net, self.prediction, base=self._gaussian is not None)
         return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
-
-    def _prepare(
-        self, parts: Split, asked: tuple[int | None, int | None], plan: TrainingPlan, data_range: Any
-    ) -> Gaps | None:
-        """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it.
-
-        `asked` is how many classes and covariates a network has that is made. Of rows with missing values return what
-        is known of these.
-        """
-        X, gaps = parts.rows, None
-        missing = X.dtype.kind == "f" and bool(np.isnan(X).any())
-        if missing:
-            check_gaps(X, "X, but for the rows held out")
-            if self.noise_shape is not None or (self.net is not None and self.net.learned_variance):
-                what = "a noise_shape" if self.noise_shape is not None else "a learned variance"
-                raise ArgumentError("X", f"missing values, with {what}", "rows without any")
-        names = self.channel_names
-        normaliser = settled(self.normaliser, X, parts.unseen, data_range, self.scale, self.noise_shape, names)
-        if missing:  # of rows without a centre: the same in later fits, when there is one
-            plain = replace(normaliser, centre=None).apply(X, np.float64)
-            gaps = Gaps.of(plain.reshape(len(X), -1), self.seed)
-        if self.normaliser is not None:
-            return None if gaps is None else gaps.centred(normaliser.centre)
-        if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
-            words = f"X of shape {X.shape} is taken for pictures of {X.shape[1]} x {X.shape[2]} pixels in {X.shape[3]} "
-            hint = (
-                "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
-            )
-            warnings.warn(words + hint, DataWarning, stacklevel=4)
-        if X.ndim < 4 and getattr(self.net, "dtype", None) != np.float64:
-            scales = "all" if self.noise_shape is None and self.scale == "all" else "column"
-            there = np.where(np.isnan(X), np.nanmean(X, axis=0), X) if missing else X
-            check_carried(there.reshape(-1, X.shape[-1]), scales, "column" if X.ndim == 2 else "channel")
-        net, schedule = defaults.network_and_schedule(
-            self.net, self.schedule, X.shape, asked, base=self.base is not None, seed=self.seed
-        )
-        if net.dtype == np.float64 and get_backend(self.backend).name != "numpy":
-            raise ArgumentError("backend", shown(self.backend), "'numpy': this network has float64 parameters")
-        self._gaussian = None
-        if net.has_linear and (self.base == "gaussian" or (self.base == "auto" and self._own_net)):
-            if gaps is None:
-                normaliser = normaliser.centred(X)
-                self._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
-            else:
-                normaliser = replace(normaliser, centre=gaps.mean.reshape(X.shape[1:]))
-                gaps = gaps.centred(normaliser.centre)
-                self._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
-            net.set_linear(self._gaussian.linear(schedule, self.prediction))
-        self.schedule, self.net = schedule, net
-        zeros = net.layout.zeros
-        self._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
-        self._average = net.flat.copy()
-        self.normaliser = normaliser
-        self._held_out = parts.rule
-        return gaps
-
-    def _use_this_arithmetic(self) -> None:
-        """Say once that a file was trained with other bits than those that follow."""
-        assert self.net is not None
-        before, self._arithmetic = self._arithmetic, max(checkpoint.ARITHMETIC, self.net.arithmetic)
-        if before != self._arithmetic and self.step > 0:
-            words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
-            log.warning(words, before, self._arithmetic)
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]:
         if self.net is None or self.schedule is None or self.normaliser is None:
@@ -816,8 +534,9 @@ class Diffusion:
         """
         check_flags(round=round, ema=ema)
         net, schedule, normaliser = self._fitted()
-        self._check_guidance(guidance)
-        if as_frame and (self._frame is None or trajectory or given is not None):
+        fitting.check_guidance(guidance, net, self._label_drop)
+        frame = self._frame if as_frame else None
+        if as_frame and (frame is None or trajectory or given is not None):
             wants = "a model fitted on a frame, or on windows of one, in this process; no trajectory, nothing given"
             raise ArgumentError("as_frame", "True", wants)
         known = None if given is None else self._observations(given)
@@ -855,28 +574,14 @@ class Diffusion:
         drawn = drawn.round() if round else drawn
         if known is not None:
             drawn = put_exact(drawn, known)
-        if as_frame:
-            return self._as_frame(be.to_numpy(drawn))
+        if frame is not None:
+            drawn = be.to_numpy(drawn)
+            return frame.samples(drawn) if drawn.ndim == 3 else frame.rows(drawn)
         if trajectory:
             return drawn, normaliser.invert(other, be)
         if known is None or not return_evidence:
             return drawn
         return drawn, other - log_units(known, normaliser.affine(net.shape)[0])
-
-    def _as_frame(self, drawn: npt.NDArray[Any]) -> Any:
-        assert self._frame is not None
-        return self._frame.samples(drawn) if drawn.ndim == 3 else self._frame.rows(drawn)
-
-    def _check_guidance(self, guidance: Any) -> None:
-        """Refuse to guide what was not trained for it."""
-        net, _, _ = self._fitted()
-        if guidance is not None and check_float("guidance", guidance, low=0) != 1 and not self._label_drop:
-            wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
-            if net.asked_freely:
-                wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
-            elif net.asked:
-                wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
-            raise ArgumentError("guidance", shown(guidance), wants)
 
     def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
         """Covariates of n samples in the network's range."""
@@ -939,42 +644,11 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        net, _, _ = self._fitted()
-        draws, levels = check_int("draws", draws, low=1), check_quantiles(quantiles)
-        options: dict[str, Any] = {
-            "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
-            "guidance": guidance,
+        options = {
+            "method": method, "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "ema": ema,
+            "progress": progress,
         }  # fmt: skip
-        X, frame, whole = self._asked("X", X)
-        if whole:
-            if covariates is not None:
-                raise ArgumentError("covariates", type(covariates).__name__, "None for a recording")
-            points, T = len(X), net.shape[0]
-            padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
-            padded[0, :points] = X
-            parts = self._filled(padded, draws, steps_of(padded.shape[1], T), labels, first_draw, options)
-            found = summary(parts, levels, axis=2)[:, 0, :points]
-            return found if frame is None else _answers([frame.filled(_columns(one)) for one in found], levels)
-        seen = Known(X)
-        if seen.values.shape[1:] != net.shape:
-            raise ArgumentError("X", f"shape {seen.values.shape}", f"rows of shape {net.shape}: (N, ...)")
-        known = observations(seen, net.shape)
-        values = known.known[0][0]
-        missing = np.flatnonzero(np.isnan(values).any(axis=1))
-        dtype = np.dtype(np.float64) if levels else np.result_type(np.float32, known.dtype)
-        out = np.empty((len(levels or range(draws)), len(values), *net.shape), dtype)
-        out[...] = values.astype(dtype).reshape(len(values), *net.shape)
-        told = None if covariates is None else checked_covariates(covariates, net.covariates, len(values))
-        at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (draws * values.shape[1]))
-        for start in range(0, len(missing), max(1, at_once)):
-            some = missing[start : start + at_once]
-            drawn = self.sample(
-                draws, labels=labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[some],
-                covariates=None if told is None else told[some],
-                first_sample=first_draw, given=known.some(some), **options,
-            )  # fmt: skip
-            out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
-        return out if frame is None else _answers([frame.filled(one) for one in out], levels)
+        return answers.impute(self, X, answers.Draws(draws, quantiles, first_draw, labels, covariates, options))
 
     def forecast(
         self,
@@ -1018,36 +692,10 @@ class Diffusion:
         ArgumentError, TrainingError
             As for `impute`; a horizon below 1, or a past without rows or longer than a window.
         """
-        net, _, _ = self._fitted()
-        T = net.shape[0]
-        if len(net.shape) > 2:
-            raise ArgumentError("past", "a model of pictures", "a model of curves or series")
-        draws, levels = check_int("draws", draws, low=1), check_quantiles(quantiles)
-        horizon = check_int("horizon", horizon, low=1)
-        options: dict[str, Any] = {
+        options = {
             "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
         }  # fmt: skip
-        past, frame, whole = self._asked("past", past)
-        seen = check_array("past", past, finite=False, dtype=np.float64)
-        seen = seen[None] if whole else seen
-        if seen.ndim != len(net.shape) + 1 or seen.shape[2:] != net.shape[1:] or not seen.shape[1]:
-            wants = ("rows", *net.shape[1:]) if whole else ("N", "rows", *net.shape[1:])
-            raise ArgumentError("past", f"shape {seen.shape[whole:]}", f"shape ({', '.join(map(str, wants))})")
-        if np.isinf(seen).any():
-            raise ArgumentError("past", "infinite values", "finite values, or NaN where nothing is known")
-        rows = seen.shape[1]
-        if rows > T and not whole:
-            raise ArgumentError("past", f"{rows} rows", f"at most {T}, as a window has: past[:, -{T}:]")
-        first, windows = forecast_plan(rows, horizon, T)
-        if first > 0:
-            log.info("forecast: the last %d of %d rows are used", rows - first, rows)
-        laid = np.full((len(seen), windows[-1].start + T, *net.shape[1:]), np.nan)
-        laid[:, max(0, -first) : rows - first] = seen[:, max(0, first) :]
-        parts = self._filled(laid, draws, windows, labels, first_draw, options)
-        found = summary(parts, levels, axis=2)[:, :, rows - first : rows - first + horizon]
-        if frame is not None:
-            return _answers([frame.later(_columns(one)) for one in found[:, 0]], levels)
-        return found[:, 0] if whole else found
+        return answers.forecast(self, past, horizon, answers.Draws(draws, quantiles, first_draw, labels, None, options))
 
     def anomaly(self, X: Any, *, block: int | None = None, draws: int = 32, **options: Any) -> Any:
         """Return how strange each value is, given all that is not in its block.
@@ -1070,75 +718,7 @@ class Diffusion:
         -------
         array like X, float64, or a frame
         """
-        net, _, _ = self._fitted()
-        T = net.shape[0]
-        block = max(1, T // 8) if block is None else check_int("block", block, low=1, high=T)
-        draws = check_int("draws", draws, low=2)
-        X, frame, whole = self._asked("X", X)
-        values = check_array("X", X, finite=False, dtype=np.float64)
-        windows = steps_of(len(values), T) if whole and len(values) >= T else []
-        if whole and not windows:
-            raise ArgumentError("X", f"{len(values)} rows", f"at least {T}, as a window has")
-        rows = np.stack([values[step.start : step.start + T] for step in windows]) if whole else values
-        found = np.full(rows.shape, np.nan)
-        least = (
-            LEAST_DEVIATION * np.broadcast_to(self.normaliser.std, net.shape) if self.normaliser is not None else 0.0
-        )
-        for part in blocks_of(T, block):
-            holed = rows.copy()
-            holed[:, part] = np.nan
-            drawn = self.impute(holed, draws, **options)[:, :, part]
-            m, s = drawn.mean(axis=0), np.maximum(drawn.std(axis=0, ddof=1), np.asarray(least)[part])
-            found[:, part] = ((rows[:, part] - m) / s) ** 2 / 2
-        if not whole:
-            return found if frame is None else frame.filled(found)
-        out, done = np.full(values.shape, np.nan), 0
-        for step, one in zip(windows, found, strict=True):
-            out[done : step.finished] = one[done - step.start : step.finished - step.start]
-            done = step.finished
-        return out if frame is None else frame.filled(_columns(out))
-
-    def _asked(self, argument: str, X: Any) -> tuple[Any, series.Frame | None, bool]:
-        """Return what a question is about as an array, the frame that it was, and whether it is one recording."""
-        net, _, _ = self._fitted()
-        if isinstance(X, series.Windows):
-            return X.values, None, False
-        if not series.is_frame(X):
-            return X, None, np.ndim(X) == len(net.shape) < 3
-        frame = series.Frame.of(X, argument)
-        columns = frame.values.shape[1]
-        if len(net.shape) == 1:
-            if columns not in (1, net.shape[0]):
-                raise ArgumentError(
-                    argument, f"{columns} columns", f"curves of {net.shape[0]} columns, or one of values"
-                )
-            return (frame.values, frame, False) if columns > 1 else (frame.values[:, 0], frame, True)
-        if columns != net.shape[-1] or (self.channel_names is not None and frame.names != self.channel_names):
-            wants = f"the {net.shape[-1]} of the model" + (f": {self.channel_names}" if self.channel_names else "")
-            raise ArgumentError(argument, f"the columns {frame.names}", wants)
-        return frame.values, frame, True
-
-    def _filled(
-        self,
-        seen: npt.NDArray[np.float64],
-        draws: int,
-        windows: list[Step],
-        labels: Any,
-        first_draw: int,
-        options: dict[str, Any],
-    ) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
-        """Yield what has been drawn of recordings: see `fastdiff.recordings.filled`."""
-        net, _, _ = self._fitted()
-        first_draw = check_int("first_draw", first_draw, low=0, high=DRAWS - draws)
-
-        def drawn(known: Observations, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-            chosen = labels if labels is None or np.ndim(labels) == 0 else np.asarray(labels)[rows]
-            got: npt.NDArray[Any] = get_backend(self.backend).to_numpy(
-                self.sample(1, labels=chosen, given=known, **options)
-            )
-            return got[0]
-
-        return filled(seen, net.shape, draws, drawn, windows, first_draw)
+        return answers.anomaly(self, X, block, draws, options)
 
     def _observations(self, given: Given) -> Observations:
         """What is known of samples, in the units of the data."""
@@ -1273,30 +853,10 @@ class Diffusion:
             "step" (int64), "loss" and "validation_loss" (float64), NaN where there is none: a row for every step, and
             one for what was evaluated after the last.
         """
-        step = np.union1d(*(np.array(self.history[name], np.int64) for name in ("step", "validation_step")))
-        table: dict[str, npt.NDArray[Any]] = {"step": step}
-        for at, name in (("step", "loss"), ("validation_step", "validation_loss")):
-            table[name] = np.full(len(step), np.nan)
-            table[name][np.searchsorted(step, np.array(self.history[at], np.int64))] = self.history[name]
-        return table
+        return history_table(self.history)
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
-
-
-def _some(asked: tuple[Any, Any], n: int) -> tuple[Any, ...]:
-    """Labels and covariates of n samples, from those of rows: in the same shares."""
-    return tuple(None if part is None else part[np.arange(n) * len(part) // n] for part in asked)
-
-
-def _columns(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A recording as columns."""
-    return values if values.ndim == 2 else values[:, None]
-
-
-def _answers(frames: list[Any], levels: list[float] | None) -> Any:
-    """Frames of draws as a list, of quantiles under their levels."""
-    return frames if levels is None else dict(zip(levels, frames, strict=True))
 
 
 def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Diffusion:

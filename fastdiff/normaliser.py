@@ -147,7 +147,7 @@ class Normaliser:
         least, most = float(X.min()), float(X.max())
         if 0 < 8 * (most - least) < high - low:
             words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
-            warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=6)
+            warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=7)
         return cls((low + high) / 2, (high - low) / 2, None, (low, high), whole)
 
     def check(self, argument: str, X: npt.NDArray[Any]) -> None:
@@ -343,7 +343,7 @@ def check_carried(X: npt.NDArray[Any], scale: str, what: str = "column") -> None
         if columns.any():
             k = int(np.argmax(columns))
             words = f"{columns.sum()} {what}s like number {k + 1} vary by {std[k]:.3g} around {mean[k]:.10g}, "
-            warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=5)
+            warnings.warn(words + why.format(step=step[k]), DataWarning, stacklevel=6)
 
 
 def _scaled_moments(

@@ -145,6 +145,19 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     return Split(X[~held], None if y is None else y[~held], unseen, (rule, part), held)
 
 
+def compared(X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int) -> tuple[Rows, Rows | None]:
+    """Return the rows that a model has learned from, and others that its samples are compared with.
+
+    Where X are the data of its first fit, these are the rows that it held out; of others half are taken for learned.
+    """
+    if fingerprint(X) != data:
+        if len(X) < 4:
+            raise ArgumentError("X", f"{len(X)} rows, none of them learned from", "at least 4 rows, or `training`")
+        rule = "fraction", 0.5
+    parts = hold_out(X, None, *(rule or ("fraction", 0.0)), seed)
+    return parts.rows, parts.unseen
+
+
 def fingerprint(X: Rows) -> list[int]:
     """Number of rows, and a checksum: tells whether a data set is the one that was learned from."""
     single = X.astype(np.float32) if X.dtype == np.float64 else X  # as files have it

@@ -46,6 +46,16 @@ def empty_history() -> dict[str, list[Any]]:
     return {"step": [], "loss": [], "validation_step": [], "validation_loss": []}
 
 
+def history_table(history: dict[str, list[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Return a history as columns of one length: see `Diffusion.history_table`."""
+    step = np.union1d(*(np.array(history[name], np.int64) for name in ("step", "validation_step")))
+    table: dict[str, npt.NDArray[Any]] = {"step": step}
+    for at, name in (("step", "loss"), ("validation_step", "validation_loss")):
+        table[name] = np.full(len(step), np.nan)
+        table[name][np.searchsorted(step, np.array(history[at], np.int64))] = history[name]
+    return table
+
+
 class Optimizer(NamedTuple):
     """The moving parts of training, besides the weights; all in the layout of the flat buffer."""
 
@@ -320,7 +330,7 @@ def loss_terms(
         weight = np.minimum((schedule.signal / schedule.noise) ** 2, plan.snr_gamma) * q**2
     if weight[-1] == 0:
         words = "min_snr gives the last timestep, whose signal is 0, no weight: samples start from what is not learned"
-        warnings.warn(f"{words}. Take weighting='uniform'", ScheduleWarning, stacklevel=4)
+        warnings.warn(f"{words}. Take weighting='uniform'", ScheduleWarning, stacklevel=6)
     if not learned_variance:
         return None if plan.weighting == "uniform" else np.asarray(weight[:, None])
     least, most = learned_range(schedule)

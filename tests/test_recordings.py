@@ -150,7 +150,7 @@ def test_quantiles_are_those_of_the_draws(model, of_series, monkeypatch):
     rows = ar(3, seed=9).reshape(3, 4, 2)
     rows[:, 1] = np.nan
     want = np.quantile(of_series.impute(rows, 5).astype(np.float64), levels, axis=0)
-    monkeypatch.setattr("fastdiff.model.BLOCK_VALUES", 1)  # a row at a time
+    monkeypatch.setattr("fastdiff.answers.BLOCK_VALUES", 1)  # a row at a time
     np.testing.assert_allclose(of_series.impute(rows, 5, quantiles=levels), want, rtol=1e-6)
 
 

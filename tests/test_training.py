@@ -154,10 +154,10 @@ def test_patience_keeps_the_last_weights_where_they_are_the_best(backend):
     assert patient.history["validation_step"] == [0, 100]
 
 
-def test_patience_takes_the_place_of_the_look_at_samples():
+def test_patience_takes_the_place_of_the_look_at_samples(monkeypatch):
     """Rows that are held out are worth more than samples: no sample is drawn."""
     made = model()
-    made._drawn_inside = None
+    monkeypatch.setattr("fastdiff.fitting._drawn_inside", None)
     made.fit(CURVES, validation=0.25, patience=100, decay_steps=200, batch=4, lr=0.1, clip_norm=None, **QUIET)
     assert made.step == made.end_step
 

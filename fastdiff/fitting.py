@@ -1,0 +1,451 @@
+"""One call of `Diffusion.fit`: what is asked is checked, rows are split, the first call decides what the model is, and
+what is learned from them goes to the loop in `fastdiff.training`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff import checkpoint, defaults, judgement, sampling, series, split
+from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
+from fastdiff.base import GaussianBase
+from fastdiff.callbacks import Reporter, listeners
+from fastdiff.covariates import CovariateScale, checked_covariates, none_known
+from fastdiff.errors import (
+    ArgumentError,
+    DataWarning,
+    QualityWarning,
+    TrainingError,
+    check_callable,
+    check_flags,
+    check_float,
+    check_int,
+    shown,
+)
+from fastdiff.files import check_path, check_writable
+from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
+from fastdiff.model_file import Keeper
+from fastdiff.nn import Network, NetworkDenoiser
+from fastdiff.nn.optim import UNSET, TrainingPlan
+from fastdiff.noise import MAX_STEP
+from fastdiff.noise_shape import NoiseShape
+from fastdiff.normaliser import Normaliser, check_carried, settled
+from fastdiff.samplers import Sampler
+from fastdiff.schedule import Schedule
+from fastdiff.split import Split
+from fastdiff.training import (
+    Counted,
+    Optimizer,
+    Patience,
+    Saves,
+    Trainer,
+    Turns,
+    Validation,
+    loss_terms,
+    plan_by_rule,
+    train,
+)
+
+log = logging.getLogger("fastdiff")
+
+SAVED_EVERY = 1000  # steps
+
+Float64 = npt.NDArray[np.float64]
+Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a call of `Diffusion.fit` is given beside rows and labels: see there.
+
+    `plan` has the values of `TrainingPlan.changed`.
+    """
+
+    plan: dict[str, Any]
+    covariates: Any
+    validation: Any
+    data_range: tuple[float, float] | None
+    label_drop: float | None
+    steps: int | None
+    batch: int | None
+    accumulate: int
+    flip: bool
+    patience: int | None
+    judge: bool | None
+    progress: bool
+    callback: Callable[[int, float], Any] | None
+    callbacks: Any
+    checkpoint: str | os.PathLike[str] | None
+    every: int | None
+    keep: int
+
+    def checked(self) -> Wishes:
+        """Return it with numbers and paths as they are used."""
+        patience = None if self.patience is None else check_int("patience", self.patience, low=1)
+        tell = listeners(self.callbacks)
+        if self.checkpoint is None and (self.every is not None or self.keep != 1):
+            raise ArgumentError("checkpoint", "None", "where to save, with every and keep")
+        keep = check_int("keep", self.keep, low=1)
+        every = SAVED_EVERY if self.every is None else check_int("every", self.every, low=1)
+        path: Path | None = None
+        if self.checkpoint is not None:
+            path = check_path("checkpoint", self.checkpoint)
+            check_writable(path)
+        check_flags(judge=False if self.judge is None else self.judge, flip=self.flip, progress=self.progress)
+        check_callable("callback", self.callback)
+        return replace(self, patience=patience, callbacks=tell, checkpoint=path, every=every, keep=keep)
+
+
+class Model(Counted, Protocol):
+    """What a fit reads of a `Diffusion`, and changes."""
+
+    net: Network | None
+    schedule: Schedule | None
+    normaliser: Normaliser | None
+    prediction: str
+    scale: str
+    base: str | None
+    backend: str | Backend
+    seed: int
+    noise_shape: NoiseShape | None
+    channel_names: list[str] | None
+    _own_net: bool
+    _turns: Turns
+    _optimizer: Optimizer | None
+    _average: Values | None
+    _gaussian: GaussianBase | None
+    _covariates: CovariateScale | None
+    _label_drop: float | None
+    _frame: series.Frame | None
+    _held_out: tuple[str, float] | None
+    _data: list[int] | None
+    _arithmetic: int
+
+    def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
+    def _judge(self, rows: Values, asked: tuple[Any, Any], held_out: Values | None, *, show: bool) -> None: ...
+    def named_sampler(self) -> Sampler: ...
+    def save(self, path: str | os.PathLike[str]) -> None: ...
+
+
+class Rows(NamedTuple):
+    """All rows, and those learned from and held out, in the units of the data, and what they are asked with."""
+
+    every: Values
+    parts: Split
+    classes: int | None
+    covariates: Float64 | None
+    of_unseen: Float64 | None
+
+    @property
+    def asked(self) -> tuple[int | None, int | None]:
+        """How many classes and covariates a network has that is made for them."""
+        return self.classes, None if self.covariates is None else self.covariates.shape[1]
+
+
+def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
+    """Train a model for further steps, as `Diffusion.fit` says."""
+    be = get_backend(model.backend)
+    X, names, frame = series.taken(X)
+    before, plan = _plan(model, wishes)
+    steps = None if wishes.steps is None else check_int("steps", wishes.steps, low=0)
+    if steps is not None:
+        plan.check_named(wishes.plan["lr_plan"], wishes.plan["decay_steps"])
+    wishes = wishes.checked()
+    if model.normaliser is not None and model._optimizer is None:
+        raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
+    found = _rows(model, X, y, wishes, be)
+    parts = found.parts
+    kind = type(model.net) if model.net is not None else defaults.network_kind(parts.rows.ndim)
+    batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
+    accumulate = check_int("accumulate", wishes.accumulate, low=1, high=batch if kind.in_parts else 1)
+    if wishes.patience is not None and parts.held_out is None:
+        raise ArgumentError("patience", str(wishes.patience), "rows that are held out: validation=0.1, or rows")
+    if wishes.flip and parts.rows.ndim < 4:
+        raise ArgumentError("flip", shown(wishes.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}")
+
+    share = _share_dropped(model, wishes.label_drop, model.net or found.asked)
+    if model.normaliser is None and names is not None and parts.rows.ndim == 3:
+        model.channel_names = names
+    gaps = _prepare(model, parts, found.asked, plan, wishes.data_range)
+    model._frame = frame or model._frame
+    found = _scaled(model, found)
+    model._label_drop = share
+    net, _, _ = model._fitted()
+    assert model._optimizer is not None and model._average is not None  # noqa: PT018
+    by_rule = steps is None
+    if steps is None:
+        rank = 0 if model._gaussian is None else len(model._gaussian.variances)
+        asked = wishes.plan["decay_steps"]
+        decay = asked is not UNSET and asked is not None
+        steps, plan = plan_by_rule(parts.rows.shape, batch, plan, model.step, net.layout.count, rank, decay=decay)
+    if model.step and plan != before:
+        log.info("from step %d on: %s", model.step, plan.difference(before))
+        if plan.warmup > before.warmup and plan.warmup <= model.step:
+            log.warning("warmup=%d has no effect: it is an absolute step, and has passed", plan.warmup)
+    model._optimizer = optimizer = model._optimizer._replace(plan=plan)
+    model._data = model._data or split.fingerprint(found.every)
+    _doubts(model, parts.rows, steps, by_rule=by_rule, wishes=wishes)
+    first, model.end_step = model.step, model.step + steps
+    if steps > 0:
+        _use_this_arithmetic(model)
+    lessons = _lessons(model, found, gaps, share, flip=bool(wishes.flip))
+    keeper = _keeper(model, lessons, gaps, wishes.patience, by_rule=by_rule)
+    host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
+    trainer = Trainer(be, net, lessons.draws, host, batch, accumulate)
+    trainer.turns = model._turns
+    saver = None if wishes.checkpoint is None else Keeper(model.save, wishes.checkpoint, wishes.keep)
+    if saver is not None:
+        assert wishes.every is not None
+        trainer.saves = Saves(wishes.every, lambda: saver(model.step))
+    options: dict[str, Any] = {"validation": lessons.looks, "keeper": keeper, "progress": wishes.progress}
+    tell = wishes.callbacks
+    options["reporter"] = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
+    try:
+        train(trainer, model, optimizer.plan, callback=wishes.callback, **options)
+    finally:
+        if saver is not None and model.step > first:
+            saver(model.step)
+    judge = wishes.judge
+    if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
+        model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=wishes.progress)
+        if saver is not None:
+            saver(model.step)  # with the report
+
+
+def _plan(model: Model, wishes: Wishes) -> tuple[TrainingPlan, TrainingPlan]:
+    """The plan before this call, and that of it."""
+    before = TrainingPlan() if model._optimizer is None else model._optimizer.plan
+    plan = before.changed(**wishes.plan)
+    gamma = wishes.plan["snr_gamma"]
+    if gamma is not UNSET and plan.weighting != "min_snr":
+        raise ArgumentError("snr_gamma", str(gamma), f"weighting='min_snr' with it, not {plan.weighting!r}")
+    aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
+    if model._optimizer is not None and aims[0] != aims[1]:
+        raise ArgumentError("weighting, snr_gamma", str(aims[0]), f"{aims[1]}, of the first fit; reset() starts anew")
+    return before, plan
+
+
+def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
+    """Check rows and what they are asked with, and split them."""
+    X, y, classes = split.checked(X, y, model.net, model.noise_shape, be, missing=True)
+    if X.dtype.kind == "f" and np.isnan(X).any():
+        check_gaps(X, "X")
+    known, of_unseen, validation = _known_covariates(model, wishes.covariates, len(X)), None, wishes.validation
+    if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
+        *validation, of_unseen = validation
+        validation = validation[0] if len(validation) == 1 else validation
+    parts = split.split(X, y, validation, classes, model._held_out, model.seed, be)
+    if known is not None and parts.held is not None:
+        known, of_unseen = known[~parts.held], known[parts.held]
+    return Rows(X, parts, classes, known, of_unseen)
+
+
+def _known_covariates(model: Model, covariates: Any, n: int) -> Float64 | None:
+    """Covariates of n rows of data, in their own units."""
+    columns = None if model.net is None else model.net.covariates
+    if covariates is None and columns is None:
+        return None
+    if model.net is not None and columns is None:
+        raise none_known(covariates)
+    return checked_covariates(covariates, columns, n)
+
+
+def _scaled(model: Model, rows: Rows) -> Rows:
+    """Rows with covariates in the network's range."""
+    if rows.covariates is None:
+        return rows
+    model._covariates = model._covariates or CovariateScale.of(rows.covariates)
+    known, of_unseen = model._covariates.apply(rows.covariates), rows.of_unseen
+    if rows.parts.held_out is not None:
+        of_unseen = checked_covariates(of_unseen, known.shape[1], len(rows.parts.held_out[0]))
+        of_unseen = model._covariates.apply(of_unseen)
+    return rows._replace(covariates=known, of_unseen=of_unseen)
+
+
+def _share_dropped(model: Model, asked: Any, of: Network | tuple[int | None, int | None]) -> float:
+    """The share of labels and covariates that are left out; `of` a network, or the classes of one to be made."""
+    free = of.asked_freely if isinstance(of, Network) else of != (None, None)
+    if asked is None:
+        return (0.1 if model._label_drop is None else model._label_drop) if free else 0.0
+    share = check_float("label_drop", asked, low=0, high=1)
+    if share and not free:
+        wants = "0 or None: this network has no null class, as new networks with classes have"
+        if isinstance(of, tuple) or not of.asked:
+            wants = "0 or None: nothing is asked of this network; give y or covariates"
+        raise ArgumentError("label_drop", shown(asked), wants)
+    return share
+
+
+def check_guidance(guidance: Any, net: Network, label_drop: float | None) -> None:
+    """Refuse to guide what was not trained for it."""
+    if guidance is not None and check_float("guidance", guidance, low=0) != 1 and not label_drop:
+        wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
+        if net.asked_freely:
+            wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
+        elif net.asked:
+            wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
+        raise ArgumentError("guidance", shown(guidance), wants)
+
+
+def _doubts(model: Model, rows: Values, steps: int, *, by_rule: bool, wishes: Wishes) -> None:
+    """Say what makes it doubtful that so many steps teach what is in the rows; refuse too many."""
+    net, _, _ = model._fitted()
+    assert model._optimizer is not None
+    plan = model._optimizer.plan
+    judged = bool(by_rule or wishes.judge or steps >= defaults.JUDGED_STEPS)
+    if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
+        warnings.warn(doubt, QualityWarning, stacklevel=5)
+    careless = not by_rule and wishes.patience is None and not model.step and steps >= defaults.JUDGED_STEPS
+    if careless and (crowd := judgement.crowded(len(rows), net.layout.count)):
+        warnings.warn(crowd, QualityWarning, stacklevel=5)
+    decayed = None if plan.lr_plan == "constant" else plan.decay_steps
+    if not by_rule and steps > 0 and decayed is not None and model.step >= decayed:
+        words = "the rate has fallen to %g by step %d and stays there; give decay_steps, or leave steps out"
+        log.info(words, plan.rate(model.step), decayed)
+    if model.step + steps > MAX_STEP + 1:
+        wants = f"at most {MAX_STEP + 1 - model.step}: after {MAX_STEP + 1} steps in all the draws would repeat"
+        raise ArgumentError("steps", str(steps), wants)
+
+
+def _prepare(
+    model: Model, parts: Split, asked: tuple[int | None, int | None], plan: TrainingPlan, data_range: Any
+) -> Gaps | None:
+    """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it.
+
+    `asked` is how many classes and covariates a network has that is made. Of rows with missing values return what
+    is known of these.
+    """
+    X, gaps = parts.rows, None
+    missing = X.dtype.kind == "f" and bool(np.isnan(X).any())
+    if missing:
+        check_gaps(X, "X, but for the rows held out")
+        if model.noise_shape is not None or (model.net is not None and model.net.learned_variance):
+            what = "a noise_shape" if model.noise_shape is not None else "a learned variance"
+            raise ArgumentError("X", f"missing values, with {what}", "rows without any")
+    names = model.channel_names
+    normaliser = settled(model.normaliser, X, parts.unseen, data_range, model.scale, model.noise_shape, names)
+    if missing:  # of rows without a centre: the same in later fits, when there is one
+        plain = replace(normaliser, centre=None).apply(X, np.float64)
+        gaps = Gaps.of(plain.reshape(len(X), -1), model.seed)
+    if model.normaliser is not None:
+        return None if gaps is None else gaps.centred(normaliser.centre)
+    if X.ndim == 4 and X.shape[1] in (1, 3) and min(X.shape[2:]) > 4:
+        words = f"X of shape {X.shape} is taken for pictures of {X.shape[1]} x {X.shape[2]} pixels in {X.shape[3]} "
+        hint = "channels; of (N, channels, height, width) X.transpose(0, 2, 3, 1) makes (N, height, width, channels)"
+        warnings.warn(words + hint, DataWarning, stacklevel=5)
+    if X.ndim < 4 and getattr(model.net, "dtype", None) != np.float64:
+        scales = "all" if model.noise_shape is None and model.scale == "all" else "column"
+        there = np.where(np.isnan(X), np.nanmean(X, axis=0), X) if missing else X
+        check_carried(there.reshape(-1, X.shape[-1]), scales, "column" if X.ndim == 2 else "channel")
+    net, schedule = defaults.network_and_schedule(
+        model.net, model.schedule, X.shape, asked, base=model.base is not None, seed=model.seed
+    )
+    if net.dtype == np.float64 and get_backend(model.backend).name != "numpy":
+        raise ArgumentError("backend", shown(model.backend), "'numpy': this network has float64 parameters")
+    model._gaussian = None
+    if net.has_linear and (model.base == "gaussian" or (model.base == "auto" and model._own_net)):
+        if gaps is None:
+            normaliser = normaliser.centred(X)
+            model._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
+        else:
+            normaliser = replace(normaliser, centre=gaps.mean.reshape(X.shape[1:]))
+            gaps = gaps.centred(normaliser.centre)
+            model._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
+        net.set_linear(model._gaussian.linear(schedule, model.prediction))
+    model.schedule, model.net = schedule, net
+    zeros = net.layout.zeros
+    model._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
+    model._average = net.flat.copy()
+    model.normaliser = normaliser
+    model._held_out = parts.rule
+    return gaps
+
+
+def _use_this_arithmetic(model: Model) -> None:
+    """Say once that a file was trained with other bits than those that follow."""
+    assert model.net is not None
+    before, model._arithmetic = model._arithmetic, max(checkpoint.ARITHMETIC, model.net.arithmetic)
+    if before != model._arithmetic and model.step > 0:
+        words = "trained with arithmetic %d so far, now with %d: equal to one run up to rounding, not to the bit"
+        log.warning(words, before, model._arithmetic)
+
+
+class Lessons(NamedTuple):
+    """What a network learns from, in its range, and is looked at with; `rows` and `unseen` are whole, in data units."""
+
+    draws: TrainingDraws
+    looks: Validation | None
+    rows: Values
+    unseen: Values | None
+
+
+def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip: bool) -> Lessons:
+    net, schedule, normaliser = model._fitted()
+    assert model._optimizer is not None
+    be, parts = get_backend(model.backend), found.parts
+    rows, unseen, known = parts.rows, parts.unseen, found.covariates
+    data = be.asarray(normaliser.apply(rows, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
+    tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
+    terms = loss_terms(schedule, model.prediction, model._optimizer.plan, learned_variance=net.learned_variance)
+    if gaps is not None:  # the loss is that of what is there
+        terms = (np.ones((schedule.T, 1)) if terms is None else terms) / gaps.share
+        rows = _whole(normaliser, gaps.filled(1)[0], rows.shape)
+    repeats = len(data) // len(rows)  # copies of rows with gaps
+    numbers = None if known is None else np.column_stack([known, np.ones(len(known))]).astype(net.dtype)
+    told = (None if part is None else np.concatenate([part] * repeats) for part in (parts.labels, numbers))
+    of_rows, of_numbers = told if repeats > 1 else (parts.labels, numbers)
+    draws = TrainingDraws(
+        data, *tables, model.seed, of_rows, flip, terms, of_numbers, share, net.classes or 0, gaps is not None
+    )
+    looks: Validation | None = None
+    if parts.held_out is not None:
+        x0, hidden = normaliser.apply(parts.held_out[0], net.dtype), None
+        if gaps is not None:
+            hidden = np.where(np.isnan(x0), np.nan, 0.0)
+            flat = normaliser.apply(parts.held_out[0], np.float64).reshape(len(x0), -1)
+            x0 = gaps.filled(1, flat, first=MOST_COPIES)[0].reshape(x0.shape)
+            unseen = _whole(normaliser, x0, x0.shape)
+        of_held = parts.held_out[1], found.of_unseen
+        looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
+    return Lessons(draws, looks, rows, unseen)
+
+
+def _keeper(
+    model: Model, lessons: Lessons, gaps: Gaps | None, patience: int | None, *, by_rule: bool
+) -> judgement.Watch | Patience | None:
+    """What looks at the weights of a training, and says which stay."""
+    net, _, normaliser = model._fitted()
+    rows = lessons.rows
+    if patience is not None and lessons.looks is not None:
+        return Patience(patience, lessons.looks)
+    # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
+    if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and not net.asked:
+        be = get_backend(model.backend)
+        learned = be.to_numpy(lessons.draws.data) if gaps is None else normaliser.apply(rows, net.dtype)
+        learned = learned.reshape(len(rows), -1)
+        return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
+    return None
+
+
+def _whole(normaliser: Normaliser, inner: Float64, shape: tuple[int, ...]) -> Float64:
+    """Rows whose missing values were drawn, in the data's units."""
+    whole: Float64 = normaliser.invert(inner.reshape(shape).copy(), get_backend("numpy"))
+    return whole
+
+
+def _drawn_inside(model: Model, be: Backend, weights: Values) -> Values:
+    """Samples of some weights of the network, in its own range."""
+    net, _, _ = model._fitted()
+    denoiser = NetworkDenoiser(net, be.asarray(weights, net.dtype), model.prediction, be)
+    drawn = sampling.sample(denoiser, model.named_sampler(), n=judgement.SAMPLES, seed=model.seed, backend=be)
+    return be.to_numpy(drawn).reshape(len(drawn), -1)
