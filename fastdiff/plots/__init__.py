@@ -1,5 +1,5 @@
-"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it. `animation` and `moving_curves`
-write GIFs.
+"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it. `animation` and
+`moving_curves` write GIFs.
 
 A notebook shows a figure that is the last value of a cell.
 
