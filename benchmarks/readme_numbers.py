@@ -1,7 +1,7 @@
 """Fill README.md and docs from the results of the benchmarks: ``python benchmarks/readme_numbers.py [--check]``.
 
 What stands between ``<!-- numbers:NAME -->`` and ``<!-- /numbers -->`` becomes the table of results/NAME.json, and of
-``<!-- numbers:NAME:short -->`` the rows of it that `SHORT` lists.
+``<!-- numbers:NAME:short -->`` the rows of it that `SHORT` lists, or of quality the data sets alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from report import RESULTS, PeersReport, load, write
+from report import RESULTS, PeersReport, QualityReport, Report, load, write
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- numbers:([\w-]+)(:short)? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
@@ -33,8 +33,10 @@ class NumbersError(Exception):
     """Why a file cannot be filled."""
 
 
-def shortened(name: str, report: PeersReport) -> PeersReport:
+def shortened(name: str, report: PeersReport | QualityReport) -> Report:
     """Return the results with the rows of their short form only, and these without what is more than a line."""
+    if isinstance(report, QualityReport):
+        return replace(report, curves=[])
     if name not in SHORT:
         raise NumbersError(f"{name} has no short form")
     rows = {row.name: row for row in report.rows}

@@ -3,7 +3,7 @@
 
 Learn the tutorial's single curve, then a family of curves, and draw what the models make of noise.
 
-Run it with ``python examples/curves.py [-o FOLDER]``: seconds on a laptop, no GPU, three pictures.
+Run it with ``python examples/curves.py [-o FOLDER]``: seconds on a laptop, no GPU, four pictures.
 """
 
 import argparse
@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # with the training curves is how smooth they are and how far they swing.
     family = harmonic_curves(10_000)
     model = fd.Diffusion(schedule=schedule).fit(family, steps=args.steps)
-    drawn = model.sample(12)
+    drawn, path = model.sample(12, trajectory=True)
     names = (f"Generated: {how}", "Real")
     plots.save(plots.generated(drawn, family, rate=50, names=names), args.output / "family.png")
+    plots.moving_curves(path[:, :8], args.output / "family.gif", frames=32)
     plots.save(plots.loss(model.history), args.output / "family_loss.png")
     print(f"pictures in {args.output}")
 

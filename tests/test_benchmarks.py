@@ -521,6 +521,14 @@ def test_short_forms_are_of_results_that_exist():
         assert len(readme_numbers.shortened(name, results).rows) == len(readme_numbers.SHORT[name])
 
 
+def test_the_short_form_of_quality_is_the_data_sets():
+    results = report.load(report.RESULTS / "quality-cpu.json")
+    assert results.curves
+    lines = readme_numbers.shortened("quality-cpu", results).table().splitlines()
+    assert len(lines) == len(results.quality) + 4
+    assert all("curves of the source text" not in line for line in lines)
+
+
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
     assert names == ["README.md", "performance.md", "quality.md"]

@@ -638,16 +638,15 @@ def test_bad_input_about_pictures_is_one_line(run, drawer, command, message):
     assert {path: path.is_dir() or path.read_bytes() for path in Path().rglob("*")} == before
 
 
-def test_options_of_pictures_are_refused_for_models_of_curves(run, model):
-    for options, message in (
-        ("--gif x.gif", "--gif is for pictures"),
-        ("--labels 1", "--labels: this model has no cl"),
-    ):
-        code, _, err = run(f"sample m.safetensors -o x.csv {options}")
-        assert code == 2
-        assert message in err
-    assert run("sample m.safetensors -o x.csv --trace x.png --quiet")[0] == 0
+def test_the_way_of_curves_from_noise_is_drawn(run, model):
+    code, _, err = run("sample m.safetensors -o x.csv --labels 1")
+    assert code == 2
+    assert "--labels: this model has no cl" in err
+    code, out, _ = run("sample m.safetensors -n 3 -o x.csv --trace x.png --gif x.gif --quiet")
+    assert code == 0
+    assert "x.gif: the first 3 on their way from noise, moving" in out
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("x.gif").read_bytes().startswith(b"GIF89a")
 
 
 @pytest.fixture

@@ -426,9 +426,37 @@ def test_an_animation_needs_no_matplotlib(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.gif"]
 
 
+def test_moving_curves_end_where_the_chains_end(tmp_path):
+    """The line of a flat curve is at its height; frames are in order, and the last one holds."""
+    from PIL import Image
+
+    heights = np.linspace(1, -1, 5)
+    path = np.broadcast_to(heights[:, None, None], (5, 2, 8))
+    plots.moving_curves(path, tmp_path / "x.gif", rows=1, seconds=0.5, hold=1)
+    blue, lines = (0, 114, 178), []
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames == 5
+        for k in range(5):
+            film.seek(k)
+            assert film.info["duration"] == (1100 if k == 4 else 100)
+            shown = np.asarray(film.convert("RGB")).astype(int)
+            drawn = (np.abs(shown - blue).sum(axis=-1) < 8).sum(axis=1)  # pixels of a row
+            lines.append(int(drawn.argmax()))
+            assert drawn.max() > shown.shape[1] / 2
+    assert np.ptp(np.diff(lines)) <= 1  # evenly spaced,
+    assert lines[0] < lines[-1]  # and down
+
+
 @pytest.mark.parametrize(
     ("draw", "named"),
     [
+        (lambda to: plots.moving_curves(np.zeros((3, 2)), to / "x.gif"), "path"),
+        (lambda to: plots.moving_curves(np.zeros((1, 2, 5)), to / "x.gif"), "path"),
+        (lambda to: plots.moving_curves(np.zeros((3, 0, 5)), to / "x.gif"), "path"),
+        (lambda to: plots.moving_curves(np.zeros((3, 2, 5)), to / "x.png"), "path"),
+        (lambda to: plots.moving_curves(np.zeros((3, 2, 5)), to / "x.gif", rows=0), "rows"),
+        (lambda to: plots.moving_curves(np.zeros((3, 2, 5)), to / "x.gif", frames=1), "frames"),
+        (lambda to: plots.moving_curves(np.zeros((3, 2, 5)), to / "x.gif", hold=-1), "hold"),
         (lambda to: plots.image_grid(COLOUR[0]), "images"),
         (lambda to: plots.image_grid(COLOUR[:0]), "images"),
         (lambda to: plots.image_grid(COLOUR[..., :2]), "images"),

@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
     )
     sample.add_argument("--plot", metavar="FILE", help="draw the first 16 into this .png file")
     sample.add_argument("--trace", metavar="FILE", help="draw the way from noise into this .png file")
-    sample.add_argument("--gif", metavar="FILE", help="show the way of the first 16 pictures in this .gif file")
+    sample.add_argument("--gif", metavar="FILE", help="show the way of the first 16 in this .gif file")
     sample.add_argument("--labels", metavar="L,L,...", help="classes, by number or name, taken in turn (default: all)")
     sample.add_argument(
         "--covariates",
@@ -128,7 +128,7 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
     shape = model.net.shape
     check_writable(args.output, ENDINGS if len(shape) == 1 else series.ENDINGS)
     if args.gif:
-        raise FastdiffError("--gif is for pictures, and this is a model of curves or series")
+        check_writable(args.gif, (".gif",))
     labels, numbers = in_turn(model, args.labels, n, args.first_sample), asked_numbers(model, args.covariates, n)
     parts = []
     with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
@@ -151,12 +151,18 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
     elif args.plot:
         plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
         print(f"{args.plot}: the first {min(SHOWN, n)} of them")
-    if args.trace:
-        asked = _part(labels, numbers, 0, 1)
-        _, path = model.sample(1, **asked, first_sample=args.first_sample, trajectory=True, **options)
-        way = _as_numpy(args, path)[:, 0]
-        plots.save(plots.reverse_chain(way if len(shape) == 1 else way[..., 0], sampler=how), args.trace)
-        print(f"{args.trace}: the first one's way from noise")
+    if args.trace or args.gif:
+        traced = min(n, SHOWN) if args.gif else 1
+        asked = _part(labels, numbers, 0, traced)
+        _, path = model.sample(traced, **asked, first_sample=args.first_sample, trajectory=True, **options)
+        way = _as_numpy(args, path)
+        way = way if len(shape) == 1 else way[..., 0]
+        if args.trace:
+            plots.save(plots.reverse_chain(way[:, 0], sampler=how), args.trace)
+            print(f"{args.trace}: the first one's way from noise")
+        if args.gif:
+            plots.moving_curves(way, args.gif, title=f"From noise to curves: {how}")
+            print(f"{args.gif}: the first {traced} on their way from noise, moving")
     return 0
 
 

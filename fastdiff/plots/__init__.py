@@ -1,4 +1,5 @@
-"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it, `animation` a GIF.
+"""Figures: each function takes arrays and returns a matplotlib ``Figure``; `save` writes it. `animation` and
+`moving_curves` write GIFs.
 
 A notebook shows a figure that is the last value of a cell.
 
@@ -14,6 +15,7 @@ from fastdiff.plots.curves import (
     forward_diffusion,
     generated,
     imputed,
+    moving_curves,
     reverse_chain,
     reverse_lines,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "image_trace",
     "imputed",
     "loss",
+    "moving_curves",
     "reshaped",
     "reverse_chain",
     "reverse_lines",

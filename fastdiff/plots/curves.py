@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, check_array, check_int
+from fastdiff.files import check_ending
+from fastdiff.pictures import check_pillow
 from fastdiff.plots.layout import blank, blues, heading, horizontal, legend, named_by, one_axes, whole_numbers
-from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, styled
+from fastdiff.plots.pictures import check_times, write_gif
+from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, STYLE, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -318,3 +322,81 @@ def around_target(
         )
         legend(top)
     return figure
+
+
+def moving_curves(
+    path: npt.ArrayLike,
+    file: str | os.PathLike[str],
+    *,
+    rows: int = 2,
+    frames: int = 50,
+    seconds: float = 4.0,
+    hold: float = 2.0,
+    title: str = "From noise to curves",
+) -> None:
+    """Write chains from noise to curve as an animated GIF that repeats for ever; needs Pillow as well.
+
+    Each curve has a panel, on axes that hold the curves at the end and nearly all of the noise.
+
+    Parameters
+    ----------
+    path : array_like
+        (steps + 1, n, points), noise first: a trajectory, whose n chains run side by side.
+    file : path
+        A file name that ends in .gif. It appears whole or not at all.
+    rows : int, optional
+        Rows of panels.
+    frames : int, optional
+        States shown, at least 2, evenly spaced over the steps; all of them where there are fewer.
+    seconds, hold : float, optional
+        Time for all frames, and how much longer the last one stands.
+    title : str, optional
+        The heading.
+    """
+    check_pillow()
+    check_ending(file, (".gif",))
+    states = check_array("path", path, shape=(None, None, None))
+    if len(states) < 2 or not states.shape[1] or not states.shape[2]:
+        raise ArgumentError("path", f"shape {states.shape}", "(steps + 1, n, points) with at least one step")
+    rows = min(check_int("rows", rows, low=1), states.shape[1])
+    steps = np.unique(np.linspace(0, len(states) - 1, check_int("frames", frames, low=2)).round().astype(int))
+    times = check_times(seconds, hold, len(steps))
+    columns = -(-states.shape[1] // rows)
+    with styled():
+        from PIL import Image
+
+        figure = blank(max(3.2, 1.15 * columns + 0.3), 0.95 * rows + 0.5)
+        figure.set_dpi(100)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        x, _ = horizontal(states.shape[2], None)
+        lines = [
+            axes.plot(x, curve, color=BLUE, linewidth=1.3)[0] for axes, curve in zip(grid.flat, states[0], strict=False)
+        ]
+        low = min(float(states[-1].min()), float(np.quantile(states[0], 0.005)))
+        high = max(float(states[-1].max()), float(np.quantile(states[0], 0.995)))
+        margin = 0.06 * (high - low) or 1.0
+        for axes in grid.flat:
+            axes.set(ylim=(low - margin, high + margin), xticks=[])
+            axes.tick_params(labelleft=False, length=0)
+        for axes in grid.flat[len(lines) :]:
+            axes.set_visible(False)
+        figure.suptitle(title, x=0.02, ha="left", fontsize=10.5, fontweight="bold")
+        words = figure.text(0.99, 0.985, "", ha="right", va="top", fontsize=8.5)
+        images, few = [], Image.new("P", (1, 1))
+        few.putpalette(_paints(BLUE, STYLE["text.color"], STYLE["axes.edgecolor"]))
+        for step in steps:
+            for line, curve in zip(lines, states[step], strict=True):
+                line.set_ydata(curve)
+            words.set_text(f"step {step:>4} of {steps[-1]}")
+            figure.canvas.draw()
+            frame = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba())
+            images.append(frame.convert("RGB").quantize(palette=few, dither=Image.Dither.NONE))
+            figure.set_layout_engine("none")  # panels stand still from the first frame on
+    write_gif(images, file, times)
+
+
+def _paints(*colours: str) -> bytes:
+    """A palette of 16 on white: five tints of each colour, which smooth edges need."""
+    dark = np.array([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in colours])
+    tints = 255 - np.linspace(0.2, 1, 5)[:, None, None] * (255 - dark)
+    return np.concatenate([np.full((1, 3), 255), tints.reshape(-1, 3)]).round().astype(np.uint8).tobytes()

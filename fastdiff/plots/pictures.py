@@ -117,16 +117,24 @@ def animation(
     check_ending(file, (".gif",))
     pixels, steps = _frames(path, frames, data_range)
     columns = min(check_int("columns", columns, low=1), pixels.shape[1])
-    # GIF counts hundredths of a second, and many viewers take less than two of them for ten.
-    each = max(20, round(1000 * check_float("seconds", seconds, low=0, low_open=True) / len(steps)))
-    last = each + round(1000 * check_float("hold", hold, low=0, high=600))
+    times = check_times(seconds, hold, len(steps))
     scale = _enlargement(pixels.shape[2:4], columns, 96)
-    images = [_indexed(frame, columns, scale) for frame in pixels]
+    write_gif([_indexed(frame, columns, scale) for frame in pixels], file, times)
+
+
+def check_times(seconds: float, hold: float, frames: int) -> list[int]:
+    """How long each of so many frames stands, in milliseconds."""
+    # GIF counts hundredths of a second, and many viewers take less than two of them for ten.
+    each = max(20, round(1000 * check_float("seconds", seconds, low=0, low_open=True) / frames))
+    return [each] * (frames - 1) + [each + round(1000 * check_float("hold", hold, low=0, high=600))]
+
+
+def write_gif(images: Sequence[Any], file: str | os.PathLike[str], times: Sequence[int]) -> None:
+    """Write pictures of Pillow as a GIF that repeats for ever, each for so many milliseconds."""
     with writing(file) as out:
         images[0].save(
-            out, format="GIF", save_all=True, append_images=images[1:], loop=0, optimize=False,
-            duration=[each] * (len(images) - 1) + [last],
-        )  # fmt: skip
+            out, format="GIF", save_all=True, append_images=images[1:], loop=0, optimize=False, duration=list(times)
+        )
 
 
 def _enlargement(size: Sequence[int], columns: int, most: int) -> int:
