@@ -55,8 +55,9 @@ check: $(VENV)/.installed-lint $(VENV)/.installed-plot
 	$(BIN)/codespell
 
 # What files, kills, forks, interrupts and strange arguments lead to, counted: hours. SHARE=0.1: a tenth of it.
+# COUNTS="forks flips": only these, whose rows of the table are replaced.
 robust: $(VENV)/.installed-plot $(VENV)/.installed-test
-	cd tests && $(abspath $(BIN))/python -m robust $(or $(SHARE),1)
+	cd tests && $(abspath $(BIN))/python -m robust --share $(or $(SHARE),1) $(if $(COUNTS),--keep $(COUNTS))
 
 # Every workload on every backend, against the roofs of this machine.
 bench: $(VENV)/.installed-bench

@@ -13,7 +13,7 @@ import secrets
 import stat
 import tokenize
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, DataError, shown
+from fastdiff.signals import delayed
 
 # What NumPy's reader of .npy headers, a Python literal, raises on hostile ones.
 _HEADER_ERRORS = (
@@ -144,10 +145,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[IO[bytes]]]:
     """Open files for writing that appear, all of them, when the block ends well.
 
-    The bytes go to temporary files in the same folders and are flushed to the disk; then the files are renamed. An
-    exception in the block removes them and leaves whatever was there as it was. The mode of a file that is replaced
-    stays. What a process that was killed has left there of the same files is removed: of all but the first only at
-    the end, since a process killed between two renames leaves there what belongs to the first file.
+    The bytes go to temporary files in the same folders and are flushed to the disk; then the files are renamed, one
+    process after the other. An exception in the block removes them and leaves whatever was there as it was. The mode
+    of a file that is replaced stays. What a process that was killed has left there of the same files is removed: of
+    all but the first only at the end, since a process that is killed between two renames leaves there what belongs to
+    the first file. So does one whose second rename fails.
 
     Raises
     ------
@@ -163,22 +165,30 @@ def writing_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[I
                 target = Path(os.path.realpath(path))
                 if not files:
                     _remove_leftovers(target)
-                files.append((*_temporary(target, removals), target))
+                file, temporary = _temporary(target)
+                # One that belongs to a first file which has been renamed stays.
+                removals.callback(_remove, temporary, files[0][1] if files else temporary)
+                removals.callback(file.close)
+                files.append((file, temporary, target))
         with naming(paths[0], "cannot be written"):
             yield [file for file, _, _ in files]
         for path, (file, _, _) in zip(paths, files, strict=True):
             with naming(path, "cannot be written"):
                 file.flush()
                 os.fsync(file.fileno())
-        for path, (_, temporary, target) in zip(paths, files, strict=True):
-            with naming(path, "cannot be written"):
-                temporary.replace(target)
-        for _, _, target in files[1:]:
-            _remove_leftovers(target)
+                if os.name == "nt":  # renames no open file
+                    file.close()
+        # Ctrl-C comes after both renames; another process that writes the same files does its own before or after.
+        with delayed(), _alone(files[0][2].parent) if len(files) > 1 else nullcontext():
+            for path, (_, temporary, target) in zip(paths, files, strict=True):
+                with naming(path, "cannot be written"):
+                    temporary.replace(target)
+            for _, _, target in files[1:]:
+                _remove_leftovers(target)
 
 
-def _temporary(target: Path, removals: ExitStack) -> tuple[IO[bytes], Path]:
-    """A new file beside the target, and its name; it is closed and removed with the stack, if it is still there."""
+def _temporary(target: Path) -> tuple[IO[bytes], Path]:
+    """A new file beside the target, locked, and its name."""
     if not target.parent.is_dir():
         raise FileNotFoundError(0, f"there is no folder {str(target.parent)!r}")
     before = None
@@ -196,17 +206,28 @@ def _temporary(target: Path, removals: ExitStack) -> tuple[IO[bytes], Path]:
         if temporary.exists():  # nobody has taken it for a leftover before it was locked
             break
         file.close()
-    removals.callback(_remove, temporary)
-    removals.callback(file.close)
     if before is not None and hasattr(os, "fchmod"):
         with suppress(OSError):
             os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
     return file, temporary
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, first: Path) -> None:
+    """Remove a temporary file, if the first of those written with it is still one."""
     with suppress(OSError):
-        path.unlink()
+        if first.exists():
+            path.unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same folder, where folders can be locked."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # Windows opens no folder, and some file systems lock none
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, wait=True)
+        yield
 
 
 def _start(target: Path) -> str:
@@ -221,9 +242,9 @@ def _remove_leftovers(target: Path) -> None:
         for name in os.listdir(target.parent):
             if not (name.startswith(start) and _LEFTOVER.fullmatch(name[len(start) :])):
                 continue
-            with suppress(OSError), open(target.with_name(name), "rb") as file:
+            with suppress(OSError), reading(left := target.with_name(name)) as file:
                 if _lock(file.fileno(), wait=False):
-                    os.unlink(file.name)
+                    left.unlink()
 
 
 def _lock(file: int, *, wait: bool) -> bool:

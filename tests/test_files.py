@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -338,4 +339,69 @@ def test_what_a_killed_process_has_not_renamed_stays_until_both_are_there(tmp_pa
         for file in files:
             file.write(b"3")
     assert [path.read_text() for path in paths] == ["3", "3"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_where_the_second_rename_fails_its_file_stays_beside_the_first(error, tmp_path, monkeypatch):
+    paths = [tmp_path / "a", tmp_path / "b"]
+
+    def both(text):
+        with writing_together(paths) as files:
+            for file in files:
+                file.write(text)
+
+    def once(path, target, replace=Path.replace):
+        if target.name == "b":
+            raise error
+        return replace(path, target)
+
+    both(b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", once)
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            both(b"2")
+    left = [path.read_bytes() for path in tmp_path.glob(".b.*.tmp")]
+    assert [paths[0].read_bytes(), paths[1].read_bytes(), left] == [b"2", b"1", [b"2"]]
+    both(b"3")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_ctrl_c_between_two_renames_comes_after_both(tmp_path, monkeypatch):
+    paths = [tmp_path / "a", tmp_path / "b"]
+
+    def interrupted(path, target, replace=Path.replace):
+        replace(path, target)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing_together(paths):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this platform cannot lock a folder")
+def test_two_that_write_the_same_two_files_rename_one_after_the_other(tmp_path, monkeypatch):
+    """Else the second file of the one may come to stand beside the first of the other."""
+    paths, renamed, written_too = [tmp_path / "a", tmp_path / "b"], threading.Event(), threading.Event()
+
+    def slowly(path, target, replace=Path.replace):
+        replace(path, target)
+        if threading.current_thread() is other and not renamed.is_set():
+            renamed.set()
+            written_too.wait(0.2)
+
+    def both(text):
+        with writing_together(paths) as files:
+            for file in files:
+                file.write(text)
+
+    monkeypatch.setattr(Path, "replace", slowly)
+    other = threading.Thread(target=both, args=(b"1",))
+    other.start()
+    assert renamed.wait(HANG_SECONDS)
+    both(b"2")
+    written_too.set()
+    other.join()
+    assert [path.read_bytes() for path in paths] == [b"2", b"2"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]

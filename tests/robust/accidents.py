@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import fastdiff as fd
+from fastdiff import interop, tensor_file
 from fastdiff.errors import FastdiffError
 from robust.count import Count, bits
 
@@ -102,17 +104,29 @@ def killed_saves(tries: int) -> list[Count]:
         models[0].save(path)
         nets[0].save_diffusers(place)
 
-        def save():
+        def save(begun: int, pause: float):
+            replace = Path.replace
+            Path.replace = lambda *paths: (replace(*paths), time.sleep(pause))
             while True:
                 for model, net in zip(models, nets, strict=True):
                     model.save(path)
                     net.save_diffusers(place)
+                    os.write(begun, b"1")
 
-        for _ in range(tries):
-            pid = child(save)
-            time.sleep(chance.uniform(0, 0.05))
+        between = 0
+        for k in range(tries):
+            begun, writes = os.pipe()
+            pid = child(lambda writes=writes, k=k: save(writes, 0.004 * (k % 2)))
+            os.read(begun, 1)
+            start = time.monotonic()
+            os.read(begun, 1)
+            time.sleep(chance.uniform(0, 2) * (time.monotonic() - start))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+            os.close(begun)
+            os.close(writes)
+            written = tensor_file.read(place / interop.WEIGHTS, values=False).metadata[interop.PAIRED]
+            between += written != interop._checksum((place / interop.CONFIG).read_bytes())
             try:
                 lost.add(state(fd.load(path, backend="numpy")) not in whole and "mixed")
             except FastdiffError as error:
@@ -128,6 +142,7 @@ def killed_saves(tries: int) -> list[Count]:
         for rest in [*folder.glob(".*"), *place.glob(".*")]:
             left.add(rest)
         left.tries, left.note = tries, f"{rests} before it"
+        mixed.note = f"{between} found one of both renamed"
     return [lost, mixed, left]
 
 
@@ -197,18 +212,68 @@ fd.Diffusion(fd.MLP(8, hidden=(16,), T=10), backend=be).fit(
 """
 
 
-def cold_interrupts(tries: int, empty: int = 20) -> Count:
-    """Ctrl-C at a random time of a process whose kernels are loaded, or in every `empty`-th compiled, the first time."""
+NURSERY = """
+import json, os, signal, sys, tempfile, time
+import numba, scipy.linalg, scipy.special
+import fastdiff.model
+from robust.accidents import COLD, ended
+
+def forked(wait, warm):  # how a child ends that is interrupted after a share of the time that one takes
+    with tempfile.TemporaryFile() as said:
+        start = time.monotonic()
+        if not (pid := os.fork()):
+            os.dup2(said.fileno(), 2)
+            os.dup2(2, 1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            exec(COLD)
+            sys.exit()
+        if wait is not None:
+            time.sleep(wait * warm)
+            os.kill(pid, signal.SIGINT)
+        code, taken = ended(pid), time.monotonic() - start
+        said.seek(0)
+        return code, said.read().decode(), taken
+
+found, warm = [], forked(None, 0)[2]
+for wait in map(float, sys.argv[1:]):
+    code, said, taken = forked(wait, warm)
+    found.append((code, said[-1000:]))
+    warm = 0.9 * warm + 0.2 * taken if code == 0 else warm  # a machine may become busy, or idle
+print(json.dumps(found))
+"""
+
+
+def cold_interrupts(tries: int, fresh: int = 20) -> Count:
+    """Ctrl-C at a random time of a process in which kernels are loaded for the first time.
+
+    Most are forked from one that has imported nothing but libraries. In every `fresh`-th Python starts too, and every
+    second of these compiles.
+    """
     count, chance = Count("hangs and crashes of cold interrupts"), random.Random(0)
+    subprocess.run([sys.executable, "-c", COLD], check=True, capture_output=True)  # now they are compiled
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", COLD], check=True, capture_output=True)
     warm = time.monotonic() - start
     ends: dict[str, int] = {}
-    for k in range(tries):
+
+    def add(code: int | None, said: str) -> None:
+        # Python itself may leave by the signal, or with 1 and a traceback of KeyboardInterrupt.
+        good = code in (0, -signal.SIGINT, 130) or (code == 1 and "KeyboardInterrupt" in said)
+        ends[str(code)] = ends.get(str(code), 0) + 1
+        count.add(None if good else f"{code}: {said[-300:]}")
+
+    alone = tries // fresh
+    waits = [f"{chance.random():.4f}" for _ in range(tries - alone)]
+    nurseries = [
+        subprocess.Popen([sys.executable, "-c", NURSERY, *some], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        for some in (waits[0::3], waits[1::3], waits[2::3])
+    ]
+    for nursery in nurseries:
+        for code, said in json.loads(nursery.communicate()[0]):
+            add(code, said)
+    for k in range(alone):
         with tempfile.TemporaryDirectory() as folder:
-            environment = dict(os.environ)
-            if k % empty == empty - 1:
-                environment["NUMBA_CACHE_DIR"] = folder
+            environment = dict(os.environ) | ({"NUMBA_CACHE_DIR": folder} if k % 2 == 0 else {})
             process = subprocess.Popen(
                 [sys.executable, "-c", COLD], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -217,15 +282,11 @@ def cold_interrupts(tries: int, empty: int = 20) -> Count:
             process.send_signal(signal.SIGINT)
             try:
                 said = process.communicate(timeout=SECONDS)[1].decode()
-                code = process.returncode
+                add(process.returncode, said)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                code, said = None, "hangs"
-            # Python itself may leave by the signal, or with 1 and a traceback of KeyboardInterrupt.
-            good = code in (0, -signal.SIGINT, 130) or (code == 1 and "KeyboardInterrupt" in said)
-            ends[str(code)] = ends.get(str(code), 0) + 1
-            count.add(None if good else f"{code}: {said[-300:]}")
+                add(None, "hangs")
     count.note = f"exit codes {ends}"
     return count
 

@@ -20,7 +20,7 @@ from fastdiff.errors import ArgumentError, FastdiffError
 from robust.accidents import FIT, PICTURES, X
 from robust.count import Count
 
-SECONDS = 10  # that a call may take
+SECONDS, WAITING = 10, 120  # of the processor, and of the clock, that a call may take
 
 
 class Unshown:
@@ -179,23 +179,26 @@ class Slow(BaseException):
 
 
 @contextlib.contextmanager
-def limited(seconds: int):
+def limited():
     def stop(*_: object) -> None:
         raise Slow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAITING))
+    before = {number: signal.signal(number, stop) for number, _, _ in timers}
     try:
+        for _, timer, seconds in timers:
+            signal.setitimer(timer, seconds)
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, timer, _ in timers:
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def problem(function: Callable[..., Any], arguments: dict[str, Any], changed: str) -> str | None:
     """What is wrong with how a call ends."""
     try:
-        with limited(SECONDS):
+        with limited():
             function(**arguments)
     except FastdiffError as error:
         try:
