@@ -22,17 +22,17 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-plot
 	$(BIN)/fastdiff demo -o demo
 
-# PART=--rest: only what make quick leaves out.
+# PART=quick, cuda, timed or rest: one of the suite's four parts.
 test: $(VENV)/.installed-plot $(VENV)/.installed-test $(if $(REQUIRE_ALL),$(VENV)/.installed-peers $(VENV)/.installed-cuda-check)
-	$(BIN)/python -m pytest $(PART)
+	$(BIN)/python -m pytest $(if $(PART),--part=$(PART))
 
 # The inner loop: the suite without CUDA, peers, benchmarks and what is marked slow. What was left out is counted.
 quick: $(VENV)/.installed-plot $(VENV)/.installed-test
-	$(BIN)/python -m pytest --quick
+	$(BIN)/python -m pytest --part=quick
 
 # Which lines of fastdiff/ make quick runs. Kernels are compiled, and not seen.
 coverage: $(VENV)/.installed-plot $(VENV)/.installed-test $(VENV)/.installed-coverage
-	$(BIN)/python -m coverage run -m pytest --quick -q
+	$(BIN)/python -m coverage run -m pytest --part=quick -q
 	$(BIN)/python -m coverage report
 
 # make quick with the oldest versions that pyproject.toml allows, in an environment of their own. Python 3.11 or 3.12.
@@ -45,7 +45,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 	@touch $@
 
 oldest: $(OLDEST)/.installed
-	NUMBA_CACHE_DIR=$(abspath $(OLDEST))/kernels $(OLDEST)/bin/python -m pytest --quick -q
+	NUMBA_CACHE_DIR=$(abspath $(OLDEST))/kernels $(OLDEST)/bin/python -m pytest --part=quick -q
 
 # Lint, types and spelling. .pre-commit-config.yaml asks the same of a commit, and formats changed lines of kernels.
 check: $(VENV)/.installed-lint $(VENV)/.installed-plot

@@ -1,7 +1,7 @@
 """Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session.
 
-With --quick (`make quick`) whole files, what is marked slow and tests of CUDA are left out, and counted; --rest is what
---quick leaves out.
+The suite has four parts, of which --part runs one: quick (`make quick`), cuda, timed, which wants a machine to itself,
+and rest. What --part=quick leaves out is counted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pytest
 from hypothesis import settings
 
 PEERS = Path(__file__).parent / "peers"
-# Left out by --quick: what compiles and runs CUDA sources on the host, and what times, trains long or asks peers.
-NOT_QUICK = (
-    "peers", "gpu", "test_cuda_*", "test_gpu_*", "test_asv.py", "test_bench.py", "test_benchmarks.py",
-    "test_precision.py", "test_speed_guard.py",
-)  # fmt: skip
+# Files of a part, or of its folder; a test's own mark, or a parameter "cuda", says so too.
+CUDA = ("gpu", "test_cuda_*", "test_gpu_*")
+REST = ("peers", "test_asv.py", "test_bench.py", "test_benchmarks.py", "test_precision.py")
+TIMED = ("test_speed_guard.py",)
+PARTS = ("quick", "cuda", "timed", "rest")
 LEFT_OUT = pytest.StashKey[set[str]]()
 REQUIRE_ALL = os.environ.get("FASTDIFF_REQUIRE_ALL", "0") != "0"
 
@@ -38,37 +38,32 @@ class AbsentLane(pytest.Directory):
 
 
 def pytest_addoption(parser):
-    parts = parser.getgroup("parts of the suite").addoption
-    parts("--quick", action="store_true", help="leave out CUDA, peers, benchmarks and slow tests")
-    parts("--rest", action="store_true", help="only what --quick leaves out")
-
-
-def pytest_configure(config):
-    if config.getoption("quick") and config.getoption("rest"):
-        raise pytest.UsageError("--quick and --rest: take one, or none for the whole suite")
+    parser.getgroup("parts of the suite").addoption("--part", choices=PARTS, help="run one part; by default all")
 
 
 def pytest_collection_modifyitems(config, items):
-    quick, rest = config.getoption("quick"), config.getoption("rest")
-    if quick or rest:
-        parts = {True: [], False: []}
+    if wanted := config.getoption("part"):
+        parts = {part: [] for part in PARTS}
         for item in items:
-            parts[_is_quick(item)].append(item)
-        items[:] = parts[quick]
-        config.hook.pytest_deselected(items=parts[not quick])
+            parts[_part(item)].append(item)
+        items[:] = parts.pop(wanted)
+        config.hook.pytest_deselected(items=sum(parts.values(), []))
 
 
-def _is_quick(item):
-    on_cuda = hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-")
-    return not (item.get_closest_marker("slow") or on_cuda or _in_long_lane(item.path))
+def _part(item):
+    if item.get_closest_marker("timed") or _in(TIMED, item.path):
+        return "timed"
+    if _in(CUDA, item.path) or (hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-")):
+        return "cuda"
+    return "rest" if item.get_closest_marker("slow") or _in(REST, item.path) else "quick"
 
 
-def _in_long_lane(path):
-    return any(part.match(lane) for part in (path, path.parent) for lane in NOT_QUICK)
+def _in(lane, path):
+    return any(part.match(name) for part in (path, path.parent) for name in lane)
 
 
 def pytest_ignore_collect(collection_path, config):
-    if not config.getoption("quick") or not _in_long_lane(collection_path):
+    if config.getoption("part") != "quick" or not _in(CUDA + REST + TIMED, collection_path):
         return None  # as pytest decides
     config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)
     return True
@@ -94,7 +89,8 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     if left_out := config.stash.get(LEFT_OUT, None):
-        terminalreporter.write_line(f"--quick: {len(left_out)} files left out ({', '.join(NOT_QUICK)})")
+        lanes = ", ".join(CUDA + REST + TIMED)
+        terminalreporter.write_line(f"--part=quick: {len(left_out)} files left out ({lanes})")
     skipped = len(_skipped(config))
     if REQUIRE_ALL and skipped:
         terminalreporter.write_line(f"FASTDIFF_REQUIRE_ALL: {skipped} skipped, which counts as failure", red=True)

@@ -184,6 +184,7 @@ def test_the_command_refuses(capsys):
 # ------------------------------------------------------------------------------------------- make bench, make scaling
 
 
+@pytest.mark.timed
 def test_backends_stand_side_by_side(tmp_path, capsys):
     assert run.main(["--quick", "--only", "norm-", "--only", "cold-import", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "bench-cpu.json").read_text())

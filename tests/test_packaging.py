@@ -86,6 +86,7 @@ def test_an_import_loads_nothing_heavy():
     assert not [name for name in loaded if name.startswith("fastdiff.kernels")]
 
 
+@pytest.mark.timed
 def test_an_import_is_quick(monkeypatch, tmp_path):
     """From compiled sources, as every import but the first, also where Python has been told to keep none."""
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
@@ -230,14 +231,17 @@ def test_the_peers_lane_is_one_skip_where_there_are_no_peers(pytester, monkeypat
         result.assert_outcomes(passed=2)
 
 
-def test_the_quick_part_counts_what_it_leaves_out(pytester):
+def test_a_part_counts_what_it_leaves_out(pytester):
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     pytester.makepyfile(
         test_cuda_any="def test_1(): pass",
-        test_it="import pytest\n@pytest.mark.slow\ndef test_1(): pass\ndef test_2(): pass",
+        test_asv="import pytest\ndef test_1(): pass\n@pytest.mark.timed\ndef test_2(): pass",
+        test_it="import pytest\n@pytest.mark.slow\ndef test_1(): pass\n"
+        "@pytest.mark.parametrize('on', ['cpu', 'cuda'])\ndef test_2(on): pass",
     )
-    for option, passed, deselected in (("--quick", 1, 1), ("--rest", 2, 1), ("-ra", 3, 0)):
-        result = pytester.runpytest_subprocess(option, "-o", "markers=slow", "-p", "no:cacheprovider")
+    counts = {"quick": (1, 2), "cuda": (2, 4), "timed": (1, 5), "rest": (2, 4), None: (6, 0)}
+    for part, (passed, deselected) in counts.items():
+        option = f"--part={part}" if part else "-ra"
+        result = pytester.runpytest_subprocess(option, "-o", "markers=slow\n timed", "-p", "no:cacheprovider")
         result.assert_outcomes(passed=passed, deselected=deselected)
-        assert ("--quick: 1 files left out (" in result.stdout.str()) == (option == "--quick")
-    assert pytester.runpytest_subprocess("--quick", "--rest").ret == pytest.ExitCode.USAGE_ERROR
+        assert ("--part=quick: 2 files left out (" in result.stdout.str()) == (part == "quick")
