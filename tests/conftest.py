@@ -43,11 +43,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if wanted := config.getoption("part"):
-        parts = {part: [] for part in PARTS}
-        for item in items:
-            parts[_part(item)].append(item)
-        items[:] = parts.pop(wanted)
-        config.hook.pytest_deselected(items=sum(parts.values(), []))
+        others = [item for item in items if _part(item) != wanted]
+        items[:] = [item for item in items if _part(item) == wanted]
+        config.hook.pytest_deselected(items=others)
 
 
 def _part(item):
