@@ -149,7 +149,13 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or raise an `ArgumentError` that lists them."""
     known = list(choices)
     if not isinstance(value, str) or value not in known:
-        raise ArgumentError(argument, shown(value), f"one of {', '.join(map(repr, known))}")
+        near = []
+        if isinstance(value, str):
+            from difflib import get_close_matches
+
+            near = get_close_matches(value.lower(), known, 1, 0.7)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError(argument, shown(value), f"one of {', '.join(map(repr, known))}{meant}")
     return value
 
 

@@ -17,6 +17,8 @@ from fastdiff.backends import Backend, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.conditioning import inside, log_units, put_exact
 from fastdiff.covariates import CovariateScale, checked_covariates, none_known
+from fastdiff.display import Summary
+from fastdiff.display import summary as summary_of
 from fastdiff.errors import (
     ArgumentError,
     QualityWarning,
@@ -857,6 +859,31 @@ class Diffusion:
 
     def __repr__(self) -> str:
         return f"<Diffusion {self.net!r}, {self.schedule!r}, predicts {self.prediction!r}, step {self.step}>"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> Summary:
+        """Return what the model is and how far: layers and their parameters, schedule, losses, judgement.
+
+        Returns
+        -------
+        fastdiff.display.Summary
+            Lines of text when printed, a table in a notebook, and `facts` as a dictionary.
+
+        Examples
+        --------
+        >>> print(fd.Diffusion(fd.MLP.tutorial(50, T=100), seed=7).summary())  # doctest: +ELLIPSIS
+        Diffusion
+          network       MLP.tutorial(50, T=100)
+          parameters    70,450
+          layers
+            layers.0    5,100 (50 x 100 + 100)
+        ...
+          state         not trained: call fit
+          seed          7
+        """
+        return summary_of(self)
 
 
 def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Diffusion:

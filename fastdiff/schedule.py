@@ -574,6 +574,11 @@ class Schedule:
             f"abar ends at {self.alphas_bar[-1]:.3g}>"
         )
 
+    def _repr_html_(self) -> str:
+        from fastdiff.display import schedule_html
+
+        return schedule_html(self)
+
     def __reduce__(self) -> tuple[Callable[..., Schedule], tuple[Any, ...]]:
         if self.kind == "flow":
             return partial(Schedule, signal=self.signal, noise=self.noise), (None, self.name)

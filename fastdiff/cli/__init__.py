@@ -1,8 +1,9 @@
-"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | info | bench``.
+"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | info | doctor | bench |
+completion``.
 
 Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
-``fastdiff: error: ...`` and exit code 2; Ctrl-C is exit code 130. Each command imports what it needs when it
-runs, so that ``--help`` comes at once.
+``fastdiff: error: ...`` and an exit code, which `EXIT_CODES` has. Nothing is coloured but by Python's own help and by
+bars, where NO_COLOR is heeded. Each command imports what it needs when it runs, so that ``--help`` comes at once.
 
 A command is a module with a function `add`, which adds its arguments to the parser and says what runs it.
 """
@@ -14,12 +15,32 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import bench, demo, evaluate, forecast, impute, info, sample, score, train
-from fastdiff.cli.messages import INTERRUPTED, fail, note, plain_messages
+from fastdiff.cli import bench, completion, demo, doctor, evaluate, forecast, impute, info, sample, score, train
+from fastdiff.cli.messages import BROKEN, INTERRUPTED, REFUSED, fail, note, plain_messages
 from fastdiff.cli.parser import Parser, Version
 from fastdiff.errors import FastdiffError
 
-COMMANDS = (demo, train, sample, impute, forecast, evaluate, score, info, bench)  # in the order of the help
+COMMANDS = (
+    demo,
+    train,
+    sample,
+    impute,
+    forecast,
+    evaluate,
+    score,
+    info,
+    doctor,
+    bench,
+    completion,
+)  # in the order of the help
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    doctor found something bad, or nobody read the output
+  2    refused: bad input, an unknown option, a file that cannot be used
+  130  Ctrl-C, and 128 + N after signal N: a training saves what it has learned
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 2 after an error, or 130 after Ctrl-C. ``--help``, ``--version`` and unknown options leave by
-        ``SystemExit``, as argparse does. Without any argument there is help on stderr, and 2.
+        As `EXIT_CODES` says. ``--help``, ``--version`` and unknown options leave by ``SystemExit``, as argparse does.
+        Without any argument there is help on stderr, and 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         build_parser().print_help(sys.stderr)
-        return 2
+        return REFUSED
     args = build_parser().parse_args(argv)
     try:
         with plain_messages():
@@ -50,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough (`fastdiff info | head -1`). Python flushes stdout once more on
         # its way out, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return BROKEN
     except (FastdiffError, OSError) as error:
         return fail(str(error))
     except MemoryError as error:
@@ -73,10 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
             "  fastdiff train pictures/ -o p.safetensors    learn from a folder of pictures\n"
             "  fastdiff sample p.safetensors -n 16 -o new.png\n"
             "\n"
-            "fastdiff COMMAND --help explains a command."
+            "fastdiff COMMAND --help explains a command.\n"
+            "\n" + EXIT_CODES
         ),
     )
-    parser.add_argument("--version", action=Version, nargs=0, help="print the version and leave")
+    parser.add_argument("--version", action=Version, nargs=0, help="print versions and backends, and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)

@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import Any
 
-from fastdiff.cli.facts import aligned, shown
 from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
 from fastdiff.cli.messages import note
 from fastdiff.cli.parser import add_command, add_common
+from fastdiff.display import aligned, shown
 from fastdiff.errors import check_int, check_seed
 
 

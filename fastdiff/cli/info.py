@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.cli.facts import aligned
-from fastdiff.cli.parser import BACKENDS, add_command, installed_version
+from fastdiff.cli.parser import BACKENDS, add_command, installed, installed_version
+from fastdiff.display import aligned
 
 
 def add(commands: Any) -> None:
@@ -79,15 +79,8 @@ def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _installation() -> dict[str, Any]:
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import fastdiff as fd
-
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
 
     return {
         "version": installed_version(),
@@ -95,5 +88,5 @@ def _installation() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: installed(name) for name in ("numpy", "numba", "scipy", "matplotlib")},
+        **{name: installed(name) or "not installed" for name in ("numpy", "numba", "scipy", "matplotlib")},
     }

@@ -14,6 +14,8 @@ from typing import Any
 from fastdiff.errors import DataWarning, QualityWarning, ScheduleWarning
 from fastdiff.signals import ENDS, handled
 
+BROKEN = 1  # what was looked at does not work
+REFUSED = 2  # bad input, an unknown option: as argparse has it
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -24,7 +26,7 @@ def note(text: str) -> None:
 def fail(text: str) -> int:
     line = text.replace("\n", " ")
     note(f"fastdiff: error: {line}")
-    return 2
+    return REFUSED
 
 
 class _Handler(logging.Handler):

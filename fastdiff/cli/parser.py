@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -45,6 +46,8 @@ SYNONYMS = {
     "impute": "fill inpaint complete interpolate",
     "forecast": "predict-ahead extrapolate continue future",
     "demo": "example tutorial",
+    "doctor": "check diagnose selftest",
+    "completion": "completions autocomplete",
 }
 
 
@@ -65,10 +68,18 @@ class Parser(argparse.ArgumentParser):
         """Leave with the usage and the message, and with what an unknown option or command may mean."""
         commands = [name for action in self._actions if not action.option_strings for name in action.choices or ()]
         if not commands:
-            super().error("; ".join([message, *self._unknown([word for word in self.given if word[:2] == "--"])]))
+            unknown = self._unknown([word for word in self.given if word[:2] == "--"])
+            super().error("; ".join([message + self._meant(message), *unknown]))
         word = next((word for word in self.given if not word.startswith("-")), "")
         near = _nearest(word, commands)
         super().error(f"{message}; did you mean {near}?" if near not in (None, word) else message)
+
+    def _meant(self, message: str) -> str:
+        """What may be meant where the message is of a value that is none of an option's."""
+        found = re.match(r"argument (?:\S+/)?(\S+): invalid choice: '(.*?)'", message)
+        choices = [action.choices for action in self._actions if found and found[1] in action.option_strings]
+        near = _nearest(found[2], list(choices[0])) if found and choices and choices[0] else None
+        return f"; did you mean {near}?" if near else ""
 
     def _unknown(self, words: Sequence[str]) -> list[str]:
         options = [name for action in self._actions for name in action.option_strings]
@@ -96,14 +107,28 @@ class Version(argparse.Action):
     """Looks the version up only when asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import platform
+
+        from fastdiff.backends import available_backends
+
+        packages = ", ".join(f"{name} {installed(name) or 'missing'}" for name in ("numpy", "numba", "scipy"))
         print(f"fastdiff {installed_version()}")
+        print(f"backends: {', '.join(available_backends())}; python {platform.python_version()}, {packages}")
         parser.exit()
 
 
-def installed_version() -> str:
-    from importlib.metadata import version
+def installed(name: str) -> str | None:
+    """The version of a distribution, or None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version("fastdiff-engine")
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def installed_version() -> str:
+    return installed("fastdiff-engine") or "(not installed)"
 
 
 def add_command(commands: Any, name: str, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.facts import aligned
 from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
 from fastdiff.cli.parser import add_command, add_common
+from fastdiff.display import aligned
 from fastdiff.errors import check_int, check_seed
 
 ENDINGS = (".csv",)

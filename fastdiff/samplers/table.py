@@ -157,6 +157,11 @@ class Sampler:
         takes = f"{len(self)} rows of T={self.schedule.T}, {self.prediction} prediction"
         return f"<Sampler {self.name}: {takes}{clip}>"
 
+    def _repr_html_(self) -> str:
+        from fastdiff.display import sampler_html
+
+        return sampler_html(self)
+
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[Any, ...]]:
         given = self.rows, self.schedule, self.prediction, self.clip, self.name, self.order, dict(self.options)
         return _restored, given

@@ -84,6 +84,14 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def cache_folder() -> str | None:
+    """Where the machine code of kernels is kept; None where no folder can be written to."""
+    try:
+        return str(KernelCache(kernel, _sources_digest()).cache_path)
+    except RuntimeError:
+        return None
+
+
 @cache
 def _say_uncached(folder: str) -> None:
     words = "kernels are compiled in every process: %s cannot be written to; set NUMBA_CACHE_DIR to a folder that can"
