@@ -68,7 +68,8 @@ def document(model: Diffusion | None = None, *, name: str = "m.safetensors") -> 
     """
     payload = json.dumps(_of_model(model, name) if model is not None else _of_families(), separators=(",", ":"))
     room = files("fastdiff.page")
-    script = "\n".join(_inlined(room.joinpath(f"{module}.js").read_text("utf-8")) for module in MODULES)
+    modules = [_inlined(module, room.joinpath(f"{module}.js").read_text("utf-8")) for module in MODULES]
+    script = "const modules = {};\n" + "".join(modules)
     parts = {
         "style": room.joinpath("page.css").read_text("utf-8"),
         "payload": payload.replace("</", "<\\/"),
@@ -103,9 +104,12 @@ def save(path: str | os.PathLike[str], model: Diffusion | None = None, *, name: 
         file.write(text)
 
 
-def _inlined(module: str) -> str:
-    """A module's text, to stand beside the others in one script: without imports, exporting nothing."""
-    return re.sub(r"^export ", "", re.sub(r"^import [^;]*;\n", "", module, flags=re.M), flags=re.M)
+def _inlined(name: str, module: str) -> str:
+    """A module as an expression that may stand beside the others in one script: ``modules.name = {its exports}``."""
+    names = re.findall(r"^export (?:function|const|class) (\w+)", module, flags=re.M)
+    text = re.sub(r"^export ", "", module, flags=re.M)
+    text = re.sub(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', r"const \1 = modules.\2;", text, flags=re.M)
+    return f"modules.{name} = (() => {{\n{text}\nreturn {{ {', '.join(names)} }};\n}})();\n"
 
 
 def _of_families() -> dict[str, Any]:
