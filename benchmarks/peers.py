@@ -62,7 +62,11 @@ class Comparison:
         return VARIANTS[self.variant].format(what.replace("AdamW", "fused AdamW") if self.variant else what)
 
 
-VARIANTS = {"": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting"}
+VARIANTS = {
+    "": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting",
+    "jax": "JAX, jit of the whole",
+}  # fmt: skip
+LIBRARIES = {"jax": ("jax",)}  # of variants that are not made of PyTorch: left out where these are not installed
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
     Comparison("normals-960000x50", 5.0),
@@ -77,6 +81,13 @@ COMPARISONS = (
     Comparison("cold-start", 3.0),
     Comparison("train-tutorial-10", variant="fused"),
     Comparison("train-tutorial-1000", variant="fused"),
+    Comparison("chain-tutorial-1", 2.0, "jax"),
+    Comparison("chain-tutorial-16", 1.8, "jax"),
+    Comparison("chain-tutorial-1000", 1.8, "jax"),
+    Comparison("chain-tutorial-100000", 2.5, "jax"),
+    Comparison("train-tutorial-10", 1.8, "jax"),
+    Comparison("train-tutorial-1000", 1.5, "jax"),
+    Comparison("train-tutorial-8192", 1.5, "jax"),
     Comparison("chain-default-1"),
     Comparison("chain-default-1000"),
     Comparison("chain-default-100000"),
@@ -142,13 +153,19 @@ def our_worker(workload: Workload, folder: Path, threads: int) -> tuple[list[Run
 
 def peer_worker(workload: Workload, folder: Path, threads: int, variant: str) -> tuple[list[Run], int]:
     """Compute the example from the inputs in the folder, and return the same of the peer."""
-    import peer_nets
-
-    peer_nets.torch.set_num_threads(threads)
-    peer_nets.torch.manual_seed(0)
     with np.load(folder / "inputs.npz") as file:
         inputs = {name: file[name] for name in file.files}
-    outputs, runs = workload.peer_side(peer_nets, inputs, folder, variant)
+    if variant == "jax":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA has as many threads as cores
+        import peer_jax
+
+        outputs, runs = peer_jax.SIDES[type(workload).__name__](workload, inputs)
+    else:
+        import peer_nets
+
+        peer_nets.torch.set_num_threads(threads)
+        peer_nets.torch.manual_seed(0)
+        outputs, runs = workload.peer_side(peer_nets, inputs, folder, variant)
     np.savez(folder / "peer.npz", **outputs)
     assert "fastdiff.backends.cpu" not in sys.modules
     return runs, workload.units
@@ -170,9 +187,8 @@ def serve(side: str, workload: Workload, folder: Path, threads: int, variant: st
         before = resident("VmRSS")
         runs, units = our_worker(workload, folder, threads)
     else:
-        import diffusers.models  # noqa: F401
-        import torch  # noqa: F401
-
+        for library in LIBRARIES.get(variant, ("torch", "diffusers.models")):
+            importlib.import_module(library)
         before = resident("VmRSS")
         runs, units = peer_worker(workload, folder, threads, variant)
     with contextlib.suppress(OSError):
@@ -417,6 +433,10 @@ def main() -> int:
         print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
         return 2
     chosen = choose(args.only)
+    for library in {library for each in LIBRARIES.values() for library in each}:
+        if importlib.util.find_spec(library) is None:
+            print(f"rows of {library} are left out: pip install {library}")
+            chosen = [each for each in chosen if library not in LIBRARIES.get(each.variant, ())]
     if not chosen:
         parser.error(f"no such workload; there are {', '.join(c.name for c in COMPARISONS)}")
     if args.rounds < 1 or args.threads < 1:

@@ -299,6 +299,7 @@ LONG_SERIES = {"shape": (128, 5), "channels": (64, 128, 256, 512), "weights": 27
 ON_SERIES = "U-Net of 64 to 512 channels, 128 x 5, batch 32"
 # fmt: off
 FOR_PEERS: tuple[Workload, ...] = (
+    Chain("chain-tutorial-16", "100-step chain, tutorial MLP, n = 16", 16, CURVE),
     PicturesTraining(
         "unet-train-ema-16", "training step with average, U-Net, 32 x 32 x 3, batch 16", 16, PICTURE, 4, ema=True,
     ),
