@@ -74,7 +74,7 @@ asv: $(VENV)/.installed-bench
 scaling: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/scaling.py
 
-peers: $(VENV)/.installed-peers
+peers: $(VENV)/.installed-peers $(VENV)/.installed-strong-peers
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/footprint.py
 

@@ -64,9 +64,9 @@ class Comparison:
 
 VARIANTS = {
     "": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting",
-    "jax": "JAX, jit of the whole",
+    "jax": "JAX, jit of the whole", "openvino": "OpenVINO, float32, diffusers UNet2DModel",
 }  # fmt: skip
-LIBRARIES = {"jax": ("jax",)}  # of variants that are not made of PyTorch: left out where these are not installed
+LIBRARIES = {"jax": ("jax",), "openvino": ("diffusers.models", "openvino")}  # of variants: more than PyTorch
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
     Comparison("normals-960000x50", 5.0),
@@ -110,6 +110,9 @@ COMPARISONS = (
     Comparison("unet-train-ema-16", 1.6, variant="compiled"),
     Comparison("unet-forward-16", 1.4, variant="compiled"),
     Comparison("unet-ddim-16", 1.4, variant="compiled"),
+    Comparison("unet-forward-1", 1.5, "openvino"),
+    Comparison("unet-forward-16", 2.0, "openvino"),
+    Comparison("unet-forward-64", 1.7, "openvino"),
     Comparison("unet-train-64px-4"),
     Comparison("unet-forward-64px-4"),
     Comparison("unet-train-wide-16"),
@@ -160,6 +163,10 @@ def peer_worker(workload: Workload, folder: Path, threads: int, variant: str) ->
         import peer_jax
 
         outputs, runs = peer_jax.SIDES[type(workload).__name__](workload, inputs)
+    elif variant == "openvino":
+        import peer_openvino
+
+        outputs, runs = peer_openvino.forward_side(workload, inputs, folder, threads)
     else:
         import peer_nets
 
@@ -433,10 +440,10 @@ def main() -> int:
         print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
         return 2
     chosen = choose(args.only)
-    for library in {library for each in LIBRARIES.values() for library in each}:
-        if importlib.util.find_spec(library) is None:
-            print(f"rows of {library} are left out: pip install {library}")
-            chosen = [each for each in chosen if library not in LIBRARIES.get(each.variant, ())]
+    for variant in {each.variant for each in chosen} & LIBRARIES.keys():
+        if importlib.util.find_spec(variant) is None:
+            print(f"rows of {variant} are left out: pip install {variant}", flush=True)
+            chosen = [each for each in chosen if each.variant != variant]
     if not chosen:
         parser.error(f"no such workload; there are {', '.join(c.name for c in COMPARISONS)}")
     if args.rounds < 1 or args.threads < 1:
@@ -446,7 +453,8 @@ def main() -> int:
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds
     how = {"scale": 0.001, "turn": 0.01, "pause": 0.01} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
-    head = replace(header(args.threads, "torch", "diffusers"), scale=how["scale"])
+    libraries = sorted({each.variant for each in chosen} & LIBRARIES.keys())
+    head = replace(header(args.threads, "torch", "diffusers", *libraries), scale=how["scale"])
     report, failed, begin = PeersReport(head, []), [], time.perf_counter()
     for comparison in chosen:
         try:

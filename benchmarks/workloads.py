@@ -304,6 +304,7 @@ FOR_PEERS: tuple[Workload, ...] = (
         "unet-train-ema-16", "training step with average, U-Net, 32 x 32 x 3, batch 16", 16, PICTURE, 4, ema=True,
     ),
     PicturesTraining("unet-train-64px-4", f"training step, {ON_LARGE}", 4, units=4, **LARGE_PICTURES),
+    PicturesForward("unet-forward-64", "forward pass, U-Net, 32 x 32 x 3, batch 64", 64, PICTURE),
     PicturesForward("unet-forward-64px-4", f"forward pass, {ON_LARGE}", 4, **LARGE_PICTURES),
     PicturesTraining("unet-train-wide-16", f"training step, {ON_WIDE}", 16, **WIDE),
     PicturesForward("unet-forward-wide-16", f"forward pass, {ON_WIDE}", 16, **WIDE),
