@@ -440,14 +440,16 @@ def main() -> int:
         print(f"peers.py: {' and '.join(missing)} not installed: pip install torch diffusers", file=sys.stderr)
         return 2
     chosen = choose(args.only)
-    for variant in {each.variant for each in chosen} & LIBRARIES.keys():
-        if importlib.util.find_spec(variant) is None:
-            print(f"rows of {variant} are left out: pip install {variant}", flush=True)
-            chosen = [each for each in chosen if each.variant != variant]
     if not chosen:
         parser.error(f"no such workload; there are {', '.join(c.name for c in COMPARISONS)}")
+    for variant in {each.variant for each in chosen} & LIBRARIES.keys():
+        if importlib.util.find_spec(variant) is None:
+            print(f"rows of {variant} are left out: pip install {variant}", file=sys.stderr)
+            chosen = [each for each in chosen if each.variant != variant]
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
+    if not chosen:
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing behind
     output = args.output or (RESULTS if not (args.only or args.quick or args.threads != 2) else None)
 

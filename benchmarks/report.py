@@ -51,11 +51,15 @@ class Header:
     safetensors: str = ""
     torch: str | None = None
     diffusers: str | None = None
+    jax: str | None = None
+    openvino: str | None = None
     scale: float = 1.0
 
     def line(self) -> str:
         """Return it as a line of text."""
         peers = f" PyTorch {self.torch}, diffusers {self.diffusers};" if self.torch else ""
+        others = {"JAX": self.jax, "OpenVINO": self.openvino}
+        peers += "".join(f" {name} {version};" for name, version in others.items() if version)
         return (
             f"{self.cpu}, {self.threads} threads on {self.cores} cores, {self.system}; Python {self.python}, "
             f"NumPy {self.numpy}, Numba {self.numba};{peers} {self.date}, commit {self.commit}."

@@ -212,6 +212,13 @@ def test_without_the_peers_one_line_says_what_to_install(monkeypatch, capsys):
     assert printed.err == "peers.py: torch and diffusers not installed: pip install torch diffusers\n"
 
 
+def test_rows_of_a_peer_that_is_not_installed_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name if name != "jax" else None)
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--only", "chain-tutorial-1-jax"])
+    assert peers.main() == 2
+    assert capsys.readouterr().err == "rows of jax are left out: pip install jax\n"
+
+
 def test_parity_is_a_condition(tmp_path):
     workload = bench.BY_NAME["train-tutorial-10"]
     start = {"w/a": np.zeros(4), "w/b": np.ones((2, 2))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -388,8 +388,9 @@ def moving_curves(
             for line, curve in zip(lines, states[step], strict=True):
                 line.set_ydata(curve)
             words.set_text(f"step {step:>4} of {steps[-1]}")
-            figure.canvas.draw()
-            frame = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba())
+            canvas: Any = figure.canvas  # Agg's
+            canvas.draw()
+            frame = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
             images.append(frame.convert("RGB").quantize(palette=few, dither=Image.Dither.NONE))
             figure.set_layout_engine("none")  # panels stand still from the first frame on
     write_gif(images, file, times)
