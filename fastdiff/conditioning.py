@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, Row, Told, backend_for
+from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
 from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
 from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
@@ -325,10 +325,10 @@ class ConditionedEvaluator(Evaluator):
         slope = self._of_weights(x, t, labels, mean)
         if few:
             M = self.gain[t] * np.einsum("nid,jnd->nij", A, back) + self._diagonal(which)
-            slope = slope + np.einsum("nj,jnd->nd", damped(M, rest, self._least(x, t)), back)
+            of_seen = np.einsum("nj,jnd->nd", damped(M, rest, self._least(x, t)), back)
+            slope = slope + self._bounded(of_seen, t, which)
         elif rest.shape[1]:
-            slope = slope + self._slope(x, t, labels, which, rest)
-        slope = self._bounded(slope, t, which)
+            slope = slope + self._bounded(self._slope(x, t, labels, which, rest), t, which)
         if self.method == "dps":
             size = np.linalg.norm(rest, axis=1, keepdims=True) if rest.shape[1] else np.ones((len(mean), 1))
             return out, self.be.asarray(2 * slope / np.maximum(size, TINY), x.dtype)
@@ -948,7 +948,11 @@ def _spread(rows: Float64, noise_shape: NoiseShape | None) -> Float64:
 
 def _whitened(rows: Float64, noise_shape: NoiseShape | None) -> Float64:
     """L^-1 of rows (n, D), for noise L z."""
-    return rows if noise_shape is None else np.asarray(noise_shape.whiten(rows, backend="numpy"), np.float64)
+    if noise_shape is None:
+        return rows
+    out = np.empty_like(rows)
+    noise_shape.apply(get_backend("numpy"), np.ascontiguousarray(rows), out, inverse=True)
+    return out
 
 
 def _solved(R: Float64, variance: Float64, rest: Float64) -> Float64:
