@@ -3,10 +3,15 @@
 The default network learns 20,000 harmonic curves. Of unseen ones 8 points at random are told, and the others are drawn,
 by several methods, beside draws from the exact conditional of a Gaussian that was fitted to a million curves. Of the
 draws: how many of the hidden values lie in their bands of 50, 80 and 95 %, and the fair CRPS (Gneiting & Raftery 2007),
-with standard errors over the curves, for the values of a curve are not independent.
+with standard errors over the curves, for the values of a curve are not independent. The same of curves of which 25
+points in a row are hidden. There the Gaussian continues what it sees from its seventh digit on, which the curves, sums
+of five cosines without noise, have: beside it stands the Gaussian that takes values for right to a hundredth.
 
 Then the mixture of MCGdiff (Cardoso et al. 2023), whose posterior is known: the sliced Wasserstein distance of draws by
 several methods to exact ones, and, as the least that can be had, of other exact ones to these.
+
+Last, what draws cost: processor time of tmpd given 1, 8 and 16 values through that of plain samples, which take turns.
+``--only cost`` measures just that, for a machine must be idle for it.
 
 Without --quick the tables go to ``results/answers-cpu.md`` and ``.json``.
 """
@@ -14,7 +19,9 @@ Without --quick the tables go to ``results/answers-cpu.md`` and ``.json``.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from machine import header
-from report import RESULTS, Answers, AnswersReport, Estimate, Posterior, finish
+from report import RESULTS, Answers, AnswersReport, Cost, Estimate, Posterior, finish, load
 
 import fastdiff as fd
 from fastdiff.metrics import crps
@@ -33,6 +40,9 @@ WAYS = (
     ("tmpd", "ddpm", 100), ("tmpd", "dpmpp_2m", 50), ("pigdm", "ddpm", 100), ("pigdm", "dpmpp_2m", 50),
     ("replace", "ddpm", 100), ("replace", "dpmpp_2m", 50),
 )  # fmt: skip
+GAP_WAYS = (("tmpd", "ddpm", 100), ("tmpd", "dpmpp_2m", 50), ("pigdm", "dpmpp_2m", 50))
+GAP, ROUGH = 25, 0.01  # points that are hidden in a row; noise of the Gaussian that sees less
+TOLD, ROUNDS = (1, 8, 16), 9  # values that are known where costs are measured; turns
 DIMENSIONS, SEEN_THROUGH, OF_MIXTURES = (8, 80), (1, 2, 4), ("tmpd", "pigdm", "dps", "smc")
 WANTED = 1.15  # CRPS through that of the Gaussian
 
@@ -61,24 +71,41 @@ def judged(draws: Array, holes: Array, truth: Array) -> dict[str, Array]:
     return found | {f"in {band:.0%}": mean(np.abs(place - 0.5) < band / 2) for band in BANDS}
 
 
-def exact_draws(law: fd.denoisers.Gaussian, holes: Array, draws: int) -> Array:
+def exact_draws(law: fd.denoisers.Gaussian, holes: Array, draws: int, noise: float = 0.0) -> Array:
     """Draws (draws, N, points) of the conditional of a Gaussian."""
     rng, out = np.random.default_rng(0), np.empty((draws, *holes.shape))
     for k, row in enumerate(holes):
-        data = law.given(fd.Known(row)).data
+        data = law.given(fd.Known(row, noise)).data
         out[:, k] = rng.multivariate_normal(data.mean, data.cov, draws, method="eigh")
     return out
 
 
+def scattered(n: int, points: int) -> Array:
+    """Which points of n curves are seen: SEEN of each at random."""
+    return np.random.default_rng(1).random((n, points)).argsort(axis=1) < SEEN
+
+
+def around_a_gap(n: int, points: int) -> Array:
+    """Which points are seen where half of them are hidden in a row, anywhere."""
+    start = np.random.default_rng(2).integers(0, points - GAP + 1, size=n)[:, None]
+    return (np.arange(points) < start) | (np.arange(points) >= start + GAP)
+
+
 def rows(
-    model: fd.Diffusion, law: fd.denoisers.Gaussian, curves: int, draws: int
+    model: fd.Diffusion,
+    law: fd.denoisers.Gaussian,
+    curves: int,
+    draws: int,
+    seen: Callable[[int, int], Array] = scattered,
+    methods: tuple[tuple[str, str, int], ...] = WAYS,
 ) -> list[tuple[str, dict[str, Array]]]:
     """What was found for every way, the Gaussian's first."""
     truth = fd.data.harmonic_curves(curves, seed=2**20).astype(np.float64)
-    seen = np.random.default_rng(1).random(truth.shape).argsort(axis=1) < SEEN
-    holes = np.where(seen, truth, np.nan)
+    holes = np.where(seen(*truth.shape), truth, np.nan)
     ways: dict[str, Callable[[], Array]] = {"Gaussian, exact": lambda: exact_draws(law, holes, draws)}
-    for method, sampler, steps in WAYS:
+    if seen is around_a_gap:
+        ways[f"Gaussian, to {ROUGH}"] = lambda: exact_draws(law, holes, draws, ROUGH)
+    for method, sampler, steps in methods:
         table = model.named_sampler(sampler, steps)
         ways[f"{method}, {sampler} {steps}"] = lambda m=method, s=table: model.impute(  # type: ignore[misc]
             holes, draws, method=m, sampler=s
@@ -170,15 +197,40 @@ def posteriors(problems: int, particles: int, steps: int) -> list[Posterior]:
     return found
 
 
+# -- costs -----------------------------------------------------------------------------------------------------
+
+
+def costs(model: fd.Diffusion, n: int, rounds: int = ROUNDS) -> list[Cost]:
+    """Processor time of n draws given so many values of a curve, through that of n plain ones: medians of rounds."""
+    curve, table = fd.data.harmonic_curves(1, seed=2**20)[0].astype(np.float64), model.named_sampler("ddpm", 50)
+    places = np.random.default_rng(1).permutation(len(curve))
+    taken: dict[int, list[float]] = {m: [] for m in (0, *TOLD)}
+    for turn in range(rounds + 1):
+        for m, times in taken.items():
+            known = np.full(len(curve), np.nan)
+            known[places[:m]] = curve[places[:m]]
+            start = time.process_time()
+            model.sample(n, given=fd.Known(known) if m else None, sampler=table)
+            times += [time.process_time() - start] if turn else []  # the first compiles
+    found = []
+    for m in TOLD:
+        ratios = [given / plain for given, plain in zip(taken[m], taken[0], strict=True)]
+        found.append(Cost(m, statistics.median(ratios), min(ratios), max(ratios), m + 2))
+        print("cost:", *found[-1].cells(), file=sys.stderr)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Learn, draw, print and write; return the exit code."""
     parser = argparse.ArgumentParser(prog="answers.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", metavar="FILE", type=Path, help="learnt before; written where it is not there")
     parser.add_argument("--steps", type=int, help="training steps (default: what the defaults take)")
-    parser.add_argument("--curves", type=int, default=200, help="unseen curves (default 200)")
-    parser.add_argument("--draws", type=int, default=79, help="of each (default 79)")
-    parser.add_argument("--problems", type=int, default=10, help="mixtures of each size (default 10)")
-    parser.add_argument("--particles", type=int, default=500, help="draws given each (default 500)")
+    parser.add_argument("--curves", type=int, default=150, help="unseen curves (default 150)")
+    parser.add_argument("--draws", type=int, default=39, help="of each (default 39)")
+    parser.add_argument("--problems", type=int, default=5, help="mixtures of each size (default 5)")
+    parser.add_argument("--particles", type=int, default=200, help="draws given each (default 200)")
+    parser.add_argument("--only", choices=("cost",), help="renew a part of the results, where they are")
+    parser.add_argument("--without", choices=("cost",), help="leave out a part, for a machine that is busy")
     parser.add_argument("--quick", action="store_true", help="does it work? The numbers mean nothing")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the tables there in any case")
     args = parser.parse_args(argv)
@@ -194,13 +246,22 @@ def main(argv: list[str] | None = None) -> int:
         model.fit(fd.data.harmonic_curves(fitted), steps=steps, judge=False, progress=False)
         if args.model is not None:
             model.save(args.model)
-    found = answers(rows(model, gaussian(million), curves, draws))
-    report = AnswersReport(
-        header(fd.get_backend("cpu").threads), SEEN, draws, curves, model.step, found, problems, particles,
-        rows_of_table, posteriors(problems, particles, rows_of_table),
-    )  # fmt: skip
+    folder = args.output or (None if args.quick else RESULTS)
+    priced = [] if args.without == "cost" else costs(model, 8 if args.quick else 1000)
+    if args.only:
+        report = load((folder or RESULTS) / "answers-cpu.json")
+        assert isinstance(report, AnswersReport)
+        report.costs = priced
+    else:
+        law = gaussian(million)
+        gaps = answers(rows(model, law, curves, draws, around_a_gap, GAP_WAYS))
+        report = AnswersReport(
+            header(fd.get_backend("cpu").threads), SEEN, draws, curves, model.step,
+            answers(rows(model, law, curves, draws)), problems, particles, rows_of_table,
+            posteriors(problems, particles, rows_of_table), gaps, priced,
+        )  # fmt: skip
     print(report.table(), end="")
-    return finish(report, "answers-cpu", args.output or (None if args.quick else RESULTS), [])
+    return finish(report, "answers-cpu", folder, [])
 
 
 if __name__ == "__main__":

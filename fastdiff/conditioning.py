@@ -10,6 +10,8 @@ with J the Jacobian of the mean of x0 by x_t, and R what is taken for the covari
 - ``tmpd`` (Boys et al. 2023): A (noise^2 / signal) J A^T + s^2 I, the second moment by Tweedie's formula. Exact for
   Gaussian data, but for the steps of the table. J of a network is not symmetric; with A (noise^2 / signal) J^T A^T,
   which is the same where it is, no step leads away from what was seen. GMRES solves with it, by products alone.
+  What a smooth curve hides behind what was seen of it is told by small singular values of R, down to what the
+  derivative errs by.
 - ``pigdm`` (Song et al. 2023): r^2 A A^T + s^2 I with r^2 = noise^2 / (signal^2 + noise^2), as if x0 were N(0, I).
 - ``dps`` (Chung et al. 2023): no R; every row ends with x += 2 J^T A^T (y - A x0) / |y - A x0|.
 
@@ -23,19 +25,21 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, Row, Told, backend_for
+from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
 from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
 from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
+from fastdiff.noise_shape import NoiseShape
 from fastdiff.observations import Given, Observations, Weight, observations
 from fastdiff.process import _stepper as stepper
 from fastdiff.samplers import Sampler
@@ -53,7 +57,9 @@ MOST_DENSE = 64  # observations of a sample up to which R of pigdm and smc is a 
 KRYLOV = 16  # most vector-Jacobian products of tmpd for a state
 REPEATS = 10  # of a row of a table, by RePaint
 TINY = 1e-300
-LEAST = 0.004  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
+LEAST = 1e-4  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
+LEAST_EXACT = 1e-7  # the same of an exact denoiser: normal equations in float64 tell less from nothing
+REACH = 4.0  # farthest move of a network's mean of x0, in root mean square deviations of N(0, I) given x_t
 LEAST_OF_TWIST = 0.01  # the same of an eigenvalue, for particles
 FLOOR = 1e-10  # of R, relative to its largest entry: exact values that the prior knows already
 
@@ -80,8 +86,9 @@ class Rows:
         self.m, self.d = max(len(group.A) for group in groups), known.d
         self.y, self.variance = np.zeros((n, self.m)), np.ones((n, self.m))
         # Single values are told by where they are: a matrix of them may be large.
-        self.places = None if known.linear else np.full((n, self.m), known.d)
-        self.A = np.zeros((n, self.m, known.d)) if known.linear else None
+        single = not known.linear and known.root is None
+        self.places = np.full((n, self.m), known.d) if single else None
+        self.A = None if single else np.zeros((n, self.m, known.d))
         for group in groups:
             rows = len(group.A)
             self.y[group.indices, :rows], self.variance[group.indices, :rows] = group.y, group.noise**2
@@ -90,6 +97,17 @@ class Rows:
             elif self.places is not None and rows:
                 self.places[group.indices, :rows] = group.A.argmax(axis=1)
             _check_consistent(group.A[group.noise == 0], group.y[:, group.noise == 0])
+
+    def scale(self, noise_shape: NoiseShape | None) -> Float64:
+        """Return how large samples (N,) are by what was seen of them, 1 at least: N(0, I) lies within."""
+        if self.places is not None and noise_shape is None:
+            size: Any = 1.0
+        else:
+            A = self.matrix(np.arange(len(self.y)))
+            size = np.sqrt((_spread(A, noise_shape) * A).sum(axis=2))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            largest = np.where(size == 0, 0.0, np.abs(self.y) / size)
+        return np.maximum(largest.max(axis=1, initial=0.0), 1.0)
 
     def matrix(self, which: npt.NDArray[np.int64]) -> Float64:
         """Return A (n, m, D) of samples."""
@@ -135,6 +153,8 @@ class Draws:
         Which observations they are; by default 0, 1, ...
     firsts : (count,) int64 array, optional
         Of one draw each: its sample index.
+    noise_shape : NoiseShape, optional
+        Of the noise that is drawn; by default white.
     """
 
     count: int
@@ -142,6 +162,7 @@ class Draws:
     first: int = 0
     numbers: tuple[int, ...] | None = None
     firsts: npt.NDArray[np.int64] | None = None
+    noise_shape: NoiseShape | None = None
 
     @property
     def rows(self) -> int:
@@ -156,18 +177,19 @@ class Draws:
 
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` with the noise of rows from `draw.first_row` on."""
+        fill = be.normal if self.noise_shape is None else partial(self.noise_shape.fill, be)
         if self.firsts is not None:
             index = self.firsts[draw.first_row : draw.first_row + len(out)]
             ends = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(out)]
             for start, stop in pairwise(ends):  # samples that follow each other are drawn at once
-                be.normal(out[start:stop], draw._replace(first_row=int(index[start])))
+                fill(out[start:stop], draw._replace(first_row=int(index[start])))
             return
         done = 0
         while done < len(out):
             i, k = divmod(draw.first_row + done, self.n)
             count = min(self.n - k, len(out) - done)
             number = i if self.numbers is None else self.numbers[i]
-            be.normal(out[done : done + count], draw._replace(first_row=number * DRAWS + self.first + k))
+            fill(out[done : done + count], draw._replace(first_row=number * DRAWS + self.first + k))
             done += count
 
 
@@ -224,17 +246,19 @@ class ConditionedEvaluator(Evaluator):
 
     def __init__(self, inner: Evaluator, to: Conditioned, shape: tuple[int, ...]) -> None:
         self.be, self.inner, self.shape = inner.be, inner, shape
-        self.known, self.method, self.draws = to.known, to.method, to.draws
+        self.known, self.method, self.draws, self.noise_shape = to.known, to.method, to.draws, to.draws.noise_shape
+        self.exact, self.most = to.exact, to.most
         signal, noise = to.schedule.signal, to.schedule.noise
         with np.errstate(divide="ignore", invalid="ignore"):
             self.p, self.q = x0_from_output(signal, noise, to.prediction)
             self.gain = np.where(signal > 0, noise**2 / signal, 0.0)
         self.power = noise**2 / (signal**2 + noise**2)
         self.rows = Rows(to.known)
+        self.reach = REACH * math.sqrt(to.known.d) * self.rows.scale(self.noise_shape)
         self.dense = self.rows.m <= MOST_DENSE
         self._noise: Array = None  # room for it, and the step that draws it there
         self._take: Any = None
-        if self.method == "tmpd" and self.rows.m > KRYLOV:
+        if self.method == "tmpd" and self.rows.m > self.most:
             log.info("tmpd: %d observations of a sample: %d iterations of GMRES", self.rows.m, KRYLOV)
         if self.method == "pigdm" and not self.dense:
             log.info("pigdm: %d observations of a sample: the covariance is taken by its row sums", self.rows.m)
@@ -278,20 +302,20 @@ class ConditionedEvaluator(Evaluator):
     def _as_told(self) -> Told | None:
         """All of it as a backend takes it that runs the chain in one piece."""
         rows, draws = self.rows, self.draws
-        if self.method != "tmpd" or self.known.weights or rows.m == 0:
+        if self.method != "tmpd" or self.known.weights or rows.m == 0 or self.noise_shape is not None:
             return None
         blind = np.array([self._blind(t) for t in range(len(self.gain))])
-        least = np.maximum(LEAST * self.power, TINY)
+        least, farthest = np.maximum(LEAST * self.power, TINY), np.sqrt(self.power)
         return Told(
             rows.y, rows.variance, rows.places, rows.A, draws.n, draws.first, draws.numbers or (),
-            min(rows.m, KRYLOV), self.p, self.q, np.where(blind, 0.0, self.gain), least,
+            min(rows.m, KRYLOV), self.p, self.q, np.where(blind, 0.0, self.gain), least, farthest, self.reach,
         )  # fmt: skip
 
     def moved(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
         """Return the output (n, D), whose mean of x0 is moved for all methods but dps, and the move of x for that."""
         if self._blind(t):
             return self._plain(x, t, labels), None
-        few = self.method == "tmpd" and 0 < self.rows.m <= KRYLOV
+        few = self.method == "tmpd" and 0 < self.rows.m <= self.most
         if few:  # all products at once, from one forward pass
             A = self.rows.matrix(which)
             out, back = self._pulled(x, t, labels, A.transpose(1, 0, 2))
@@ -301,9 +325,10 @@ class ConditionedEvaluator(Evaluator):
         slope = self._of_weights(x, t, labels, mean)
         if few:
             M = self.gain[t] * np.einsum("nid,jnd->nij", A, back) + self._diagonal(which)
-            slope = slope + np.einsum("nj,jnd->nd", damped(M, rest, self._least(t)), back)
+            of_seen = np.einsum("nj,jnd->nd", damped(M, rest, self._least(x, t)), back)
+            slope = slope + self._bounded(of_seen, t, which)
         elif rest.shape[1]:
-            slope = slope + self._slope(x, t, labels, which, rest)
+            slope = slope + self._bounded(self._slope(x, t, labels, which, rest), t, which)
         if self.method == "dps":
             size = np.linalg.norm(rest, axis=1, keepdims=True) if rest.shape[1] else np.ones((len(mean), 1))
             return out, self.be.asarray(2 * slope / np.maximum(size, TINY), x.dtype)
@@ -345,9 +370,22 @@ class ConditionedEvaluator(Evaluator):
     def _own(self, x: Array, out: Array) -> Array:
         return self.be.asarray(out if out.ndim == x.ndim else out[0], x.dtype).copy()  # not a learned variance
 
-    def _least(self, t: int) -> float:
+    def _least(self, x: Array, t: int) -> float:
         """What singular values of a covariance given x_t are to be trusted from."""
-        return max(LEAST * float(self.power[t]), TINY)
+        least = LEAST if not self.exact else LEAST_EXACT if x.dtype == np.float64 else 32 * np.finfo(np.float32).eps
+        return max(float(least * self.power[t]), TINY)
+
+    def _bounded(self, slope: Float64, t: int, which: npt.NDArray[np.int64]) -> Float64:
+        """The slope (n, D), made smaller where it would move the mean of x0 farther than that can be from where it is.
+
+        The derivatives of a network that has learnt little are of any size; those of an exact denoiser are right.
+        """
+        if self.exact or self.method == "dps":
+            return slope
+        with np.errstate(over="ignore"):
+            size = self.gain[t] * np.linalg.norm(_whitened(slope, self.noise_shape), axis=1)
+        farthest = math.sqrt(self.power[t]) * self.reach[which]
+        return slope * np.minimum(farthest / np.maximum(size, TINY), 1.0)[:, None]
 
     @staticmethod
     def _where(t: int) -> str:
@@ -370,16 +408,21 @@ class ConditionedEvaluator(Evaluator):
         return slope
 
     def _back(self, x: Array, t: int, labels: Array, cotangent: Float64) -> Float64:
-        """J^T times cotangents (n, D) or (k, n, D), J the Jacobian of the mean of x0."""
+        """J^T times cotangents (n, D) or (k, n, D), J the Jacobian of the mean of x0.
+
+        With noise of covariance S = L L^T these are S J^T times them: in whitened states L^-1 x the Jacobian is
+        L^-1 J L and A is A L, and what moves these states moves x by L times that.
+        """
         given = self.be.asarray(np.ascontiguousarray(cotangent), x.dtype)
         product = _host(self.be, self.inner.vjp(x, t, given, labels))
-        return self.p[t] * cotangent + self.q[t] * product
+        return _spread(self.p[t] * cotangent + self.q[t] * product, self.noise_shape)
 
     def _pulled(self, x: Array, t: int, labels: Array, cotangent: Float64) -> tuple[Array, Float64]:
         """The output, and J^T times cotangents."""
         given = self.be.asarray(np.ascontiguousarray(cotangent), x.dtype)
         out, product = self.inner.pulled(x, t, given, labels)
-        return self._own(x, out), self.p[t] * cotangent + self.q[t] * _host(self.be, product)
+        pulled = self.p[t] * cotangent + self.q[t] * _host(self.be, product)
+        return self._own(x, out), _spread(pulled, self.noise_shape)
 
     def _second_moment(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Float64, Float64]:
         """J^T A^T (m, n, D), and (noise^2 / signal) A J A^T (n, m, m), made symmetric and without negative eigenvalues.
@@ -401,10 +444,11 @@ class ConditionedEvaluator(Evaluator):
         if self.method == "pigdm" and self.dense:
             unique, place = np.unique(which, return_inverse=True)
             A = rows.matrix(unique)
-            R = self.power[t] * np.einsum("nid,njd->nij", A, A)
+            R = self.power[t] * np.einsum("nid,njd->nij", A, _spread(A, self.noise_shape))
             rest = _solved(R[place.reshape(-1)], variance, rest)
         elif self.method == "pigdm":
-            squares = rows.times(rows.transposed(np.ones_like(rest), which), which)  # row sums of A A^T
+            sums = _spread(rows.transposed(np.ones_like(rest), which), self.noise_shape)
+            squares = rows.times(sums, which)  # row sums of A A^T
             rest = rest / (self.power[t] * squares + variance)
         return self._back(x, t, labels, rows.transposed(rest, which))
 
@@ -432,7 +476,7 @@ class ConditionedEvaluator(Evaluator):
             basis[k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
         first = np.zeros((n, K + 1))
         first[:, 0] = size
-        return np.einsum("nk,knd->nd", damped(H, first, self._least(t)), back)
+        return np.einsum("nk,knd->nd", damped(H, first, self._least(x, t)), back)
 
     def _diagonal(self, which: npt.NDArray[np.int64]) -> Float64:
         variance = self.rows.variance[which]
@@ -485,6 +529,16 @@ class Conditioned:
     @property
     def asks_nothing(self) -> bool:
         return bool(getattr(self.inner, "asks_nothing", False))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the denoiser's Jacobian is that of a mean of x0 to rounding."""
+        return bool(getattr(self.inner, "exact", False))
+
+    @property
+    def most(self) -> int:
+        """How many vector-Jacobian products are taken of a state at once, at most."""
+        return {"tmpd": MOST_DENSE if self.exact else KRYLOV, "smc": MOST_DENSE}.get(self.method, 0)
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> ConditionedEvaluator:
         """Return it on a backend."""
@@ -578,7 +632,7 @@ class Plan:
     def most(self) -> int:
         """How many states' worth of memory a state takes."""
         m = sum(values.shape[1] for values, _ in self.known.known) + sum(len(A) for A, _, _ in self.known.linear)
-        return 1 + min(m, {"tmpd": KRYLOV, "smc": MOST_DENSE}.get(self.method, 0))
+        return 1 + min(m, self.source.most if isinstance(self.source, Conditioned) else 0)
 
     def shaped(self, x: Array, shape: tuple[int, ...]) -> Array:
         """Return states (..., rows, D) as (..., n, *shape), or (..., n, N, *shape) of several observations."""
@@ -615,6 +669,8 @@ class Plan:
 
 def put_exact(x: npt.NDArray[Any], known: Observations) -> npt.NDArray[Any]:
     """Return samples (n, ...), or (n, N, ...), with the values that are known exactly in place of theirs."""
+    if known.root is not None:  # they are values of other samples
+        return x
     count, flat = 1 if known.count is None else known.count, x.reshape(len(x), -1, known.d)
     for values, noise in known.known:
         exact = np.broadcast_to(~np.isnan(values) & (noise == 0), (count, known.d))
@@ -633,33 +689,64 @@ def log_units(known: Observations, factor: Any) -> Any:
     return total if known.count is not None else float(total[0])
 
 
-def inside(known: Observations, factor: Any, offset: Any) -> Observations:
+def inside(known: Observations, factor: Any, offset: Any, noise_shape: NoiseShape | None = None) -> Observations:
     """Return observations of ``factor x + offset`` as observations of x; factor and offset are numbers, or a sample's.
 
-    Values whose factor is 0 are constants, of which nothing can be learnt.
+    With a noise shape they are of L times that, so A is A L for x. Values whose factor is 0 are constants, of which
+    nothing can be learnt.
     """
     factor, offset = (np.broadcast_to(np.ravel(array), (known.d,)) for array in (factor, offset))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = [
-            (np.where(factor == 0, np.nan, (seen - offset) / factor), np.where(factor == 0, 0.0, noise / factor))
-            for seen, noise in known.known
-        ]
-    linear = [(A * factor, y - A @ offset, noise) for A, y, noise in known.linear]
+    if noise_shape is not None:
+        root = np.asarray(noise_shape.colour(np.eye(known.d), backend="numpy"), np.float64).T
+        values, shift, root = (
+            [(seen - root @ offset, noise) for seen, noise in known.known],
+            root @ offset,
+            root * factor,
+        )
+        linear = [(A, y - A @ shift, noise) for A, y, noise in known.linear]
 
-    def of_data(weight: Weight) -> Weight:
-        def function(x: Any) -> tuple[Any, Any]:
-            at = factor.reshape(x.shape[1:])
-            data = x * at + offset.reshape(x.shape[1:])
-            return weight.log_weights(data), weight.gradients(data) * at
+        def data(x: Any) -> Any:
+            return (x.reshape(-1, known.d) @ root.T + shift).reshape(x.shape)
 
-        return Weight(function)
+        def back(slopes: Any) -> Any:
+            return (slopes.reshape(-1, known.d) @ root).reshape(slopes.shape)
+    else:
+        root = None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = [
+                (np.where(factor == 0, np.nan, (seen - offset) / factor), np.where(factor == 0, 0.0, noise / factor))
+                for seen, noise in known.known
+            ]
+        linear = [(A * factor, y - A @ offset, noise) for A, y, noise in known.linear]
 
-    return replace(
-        known, known=tuple(values), linear=tuple(linear), weights=tuple(of_data(weight) for weight in known.weights)
-    )
+        def data(x: Any) -> Any:
+            return x * factor.reshape(x.shape[1:]) + offset.reshape(x.shape[1:])
+
+        def back(slopes: Any) -> Any:
+            return slopes * factor.reshape(slopes.shape[1:])
+
+    weights = tuple(_through(weight, data, back) for weight in known.weights)
+    return replace(known, known=tuple(values), linear=tuple(linear), weights=weights, root=root)
 
 
-def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n: int, first_sample: int) -> Plan:
+def _through(weight: Weight, data: Callable[[Any], Any], back: Callable[[Any], Any]) -> Weight:
+    """A weight of data(x) as one of x; `back` takes its gradients through the map."""
+
+    def function(x: Any) -> tuple[Any, Any]:
+        return weight.log_weights(data(x)), back(weight.gradients(data(x)))
+
+    return Weight(function)
+
+
+def plan(
+    source: Denoiser,
+    sampler: Sampler,
+    known: Observations,
+    method: str,
+    n: int,
+    first_sample: int,
+    noise_shape: NoiseShape | None = None,
+) -> Plan:
     """Return how n draws for each observation are made.
 
     Raises
@@ -671,7 +758,7 @@ def plan(source: Denoiser, sampler: Sampler, known: Observations, method: str, n
     count = 1 if known.count is None else known.count
     if known.count is not None:
         check_int("first_sample", first_sample, low=0, high=DRAWS - n)
-    draws = Draws(count, n, first_sample, known.numbers, known.firsts)
+    draws = Draws(count, n, first_sample, known.numbers, known.firsts, noise_shape)
     if known.nothing:
         return Plan(known, "none", draws, sampler, source)
     method = "tmpd" if method == "auto" else method
@@ -735,6 +822,8 @@ class Replacement:
     """Overwrites the known values of a state after each row of a table, by what they are at that level of noise."""
 
     def __init__(self, be: Backend, sampler: Sampler, known: Observations, draws: Draws) -> None:
+        if known.root is not None:
+            raise ArgumentError("method", "'replace' or 'repaint', for a model with a noise shape", "another")
         if known.linear or known.weights:
             raise ArgumentError("given", "fd.Linear or fd.Weight", "fd.Known for 'replace' and 'repaint'")
         self.be, self.draws, self.rows = be, draws, sampler.rows
@@ -812,7 +901,8 @@ class Particles:
             be.sampler_step(x, moved, (), row._replace(s=0.0), None, draw)
             draws.fill(be, z, draw.at(row.step))
             be.sampler_step(x, z, (), Row(row.t, p=0, q=0, a=1, b=0, e=row.s), None, draw)
-            weights += -((2 * row.s * _host(be, z) + shift) * shift).sum(axis=1) / (2 * row.s**2)
+            noise, shift = _whitened(_host(be, z), draws.noise_shape), _whitened(shift, draws.noise_shape)
+            weights += -((2 * row.s * noise + shift) * shift).sum(axis=1) / (2 * row.s**2)
         weights += guided.log_likelihood(_host(be, x), which) - before
         return evidence + self._resample(x, (), (weights,), start, len(self.sampler), draw)
 
@@ -849,6 +939,20 @@ class Particles:
 
 def _host(be: Backend, array: Array) -> Float64:
     return np.asarray(be.to_numpy(array), np.float64)
+
+
+def _spread(rows: Float64, noise_shape: NoiseShape | None) -> Float64:
+    """Rows (..., D) times the covariance of the noise."""
+    return rows if noise_shape is None else noise_shape.spread(rows)
+
+
+def _whitened(rows: Float64, noise_shape: NoiseShape | None) -> Float64:
+    """L^-1 of rows (n, D), for noise L z."""
+    if noise_shape is None:
+        return rows
+    out = np.empty_like(rows)
+    noise_shape.apply(get_backend("numpy"), np.ascontiguousarray(rows), out, inverse=True)
+    return out
 
 
 def _solved(R: Float64, variance: Float64, rest: Float64) -> Float64:

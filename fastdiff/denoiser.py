@@ -198,8 +198,8 @@ class Denoiser(Protocol):
         How many classes there are; None: it takes no labels. `ANY_CLASSES`: not known.
 
     It may have an attribute `learned_variance`: whether its output is (2, n, D), as tables with an r want it; and
-    `covariates`: how many numbers it is asked for beside a label, where it is not None; and `asks_nothing`: whether it
-    does without both.
+    `covariates`: how many numbers it is asked for beside a label, where it is not None; `asks_nothing`: whether it
+    does without both; and `exact`: whether it is the mean given x, of which derivatives are covariances.
     """
 
     @property

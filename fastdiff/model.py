@@ -564,7 +564,8 @@ class Diffusion:
             batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
             covariates=None if covariates is None else self._inner_covariates(covariates, asked), guidance=guidance,
             guidance_interval=guidance_interval, rescale=rescale,
-            given=None if known is None else inside(known, *normaliser.affine(net.shape)), method=method,
+            given=None if known is None else inside(known, *normaliser.affine(net.shape), normaliser.noise_shape),
+            method=method,
             return_evidence=return_evidence,
         )  # fmt: skip
         x, other = result if trajectory or return_evidence else (result, None)
@@ -583,6 +584,8 @@ class Diffusion:
             return drawn, normaliser.invert(other, be)
         if known is None or not return_evidence:
             return drawn
+        if normaliser.noise_shape is not None:  # what is seen is in the data's units
+            return drawn, other
         return drawn, other - log_units(known, normaliser.affine(net.shape)[0])
 
     def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
@@ -724,11 +727,7 @@ class Diffusion:
 
     def _observations(self, given: Given) -> Observations:
         """What is known of samples, in the units of the data."""
-        net, _, normaliser = self._fitted()
-        if normaliser.noise_shape is not None:
-            wants = "a model of white noise: the derivative tells the covariance of x0 there only"
-            raise ArgumentError("given", "observations, for a model with a noise shape", wants)
-        return observations(given, net.shape)
+        return observations(given, self._fitted()[0].shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
         """Return the log density of every row, in nats of the data's units: the values of `log_density`."""

@@ -236,6 +236,16 @@ class NoiseShape:
         root = self.colour(np.eye(self.d), backend="numpy")
         return np.asarray(root.T @ root, np.float64)
 
+    def spread(self, x: Float64) -> Float64:
+        """Return rows x (..., d) of float64 times S."""
+        a = self.arrays
+        if self.kind == "dense":
+            return np.asarray(x @ a["root"] @ a["root"].T)
+        if self.kind == "stationary":
+            return np.fft.irfft(np.fft.rfft(x) * a["power"][: self.d // 2 + 1], self.d)
+        across = 0.0 if self.kind == "diagonal" else (x @ a["factor"]) @ a["factor"].T
+        return np.asarray(x * a["variances"] + across)
+
     def colour(self, z: Any, *, backend: str | Backend = "auto") -> Array:
         """Return z L^T: N(0, S) where z is white.
 

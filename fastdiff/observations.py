@@ -181,6 +181,8 @@ class Observations:
         Which observations these are, by the noise law, where they are a part of others.
     firsts : (N,) int64 array, optional
         Instead of that, the sample index of the one draw of each.
+    root : (d, d) float64 array, optional
+        What is seen is ``root x``, of which a row of A, or a known value, takes its part.
     """
 
     d: int
@@ -191,6 +193,7 @@ class Observations:
     dtype: npt.DTypeLike = np.float32
     numbers: tuple[int, ...] | None = None
     firsts: npt.NDArray[np.int64] | None = None
+    root: Float64 | None = None
 
     @property
     def nothing(self) -> bool:
@@ -229,7 +232,8 @@ class Observations:
                 A.append(rows)
                 y.append(np.broadcast_to(values, (n, len(rows)))[indices])
                 noise.append(deviation)
-            yield Group(indices, np.concatenate(A), np.concatenate(y, axis=1), np.concatenate(noise))
+            rows = np.concatenate(A) if self.root is None else np.concatenate(A) @ self.root
+            yield Group(indices, rows, np.concatenate(y, axis=1), np.concatenate(noise))
 
 
 Given = Known | Linear | Weight | Sequence[Known | Linear | Weight] | Observations

@@ -14,6 +14,7 @@ from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, deno
 from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
 from fastdiff.guidance import guided
 from fastdiff.noise import Draw, Stream, check_rows
+from fastdiff.noise_shape import NoiseShape
 from fastdiff.observations import Given, observations
 from fastdiff.process import BATCH_VALUES, NoiseSource, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
 from fastdiff.progress import bar as progress_bar
@@ -84,7 +85,7 @@ def sample(
     noise_shape : NoiseShape, optional
         Covariance S of the noise that the denoiser takes away; by default white. The samples are L times those of the
         white sampler with the denoiser u -> L^-1 denoiser(L u). Denoiser, `initial`, callback and results are in the
-        data's space. The table must not clip.
+        data's space. The table must not clip. Observations are of samples, A being A L for whitened states.
     given : Known, Linear or Weight, or a list of them, optional
         What is known of the samples, in the denoiser's space: n draws are made for each observation. Draw k for
         observation i has the noise of sample ``i 2^20 + first_sample + k``. Labels are one for each observation.
@@ -133,10 +134,9 @@ def sample(
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
     planned = None
     if given is not None:
-        if shaped is not None:
-            wants = "white noise, noise_shape=None: the derivative tells the covariance of x0 there only"
-            raise ArgumentError("given", "observations, with a noise_shape", wants)
-        planned = plan(source, sampler, observations(given, shape), method, n, first_sample)
+        if shaped is not None and not isinstance(shaped, NoiseShape):
+            raise ArgumentError("noise_shape", type(shaped).__name__, "a fastdiff.NoiseShape, with observations")
+        planned = plan(source, sampler, observations(given, shape), method, n, first_sample, shaped)
         source, sampler = planned.source, planned.sampler
     particles = planned is not None and planned.method == "smc"
     if return_evidence and not particles:

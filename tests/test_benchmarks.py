@@ -626,8 +626,14 @@ def test_answers_measure_draws_of_a_mixture(monkeypatch, tmp_path):
     values = {name: np.linspace(0.5, 0.6, 4) for name in ("CRPS", "in 50%", "in 80%", "in 95%")}
     records = answers.answers([("exact", values), ("worse", {**values, "CRPS": 2 * values["CRPS"]})])
     assert "a CRPS of at most 1.15 x the Gaussian's" in records[1].missed
-    made = report.AnswersReport(report.Header(**HEADER), 8, 79, 4, 10, records, 2, 40, 3, found)
+    priced = [report.Cost(8, 3.5, 3.4, 3.6, 10), report.Cost(16, 18.5, 18.4, 19.6, 18)]
+    made = report.AnswersReport(report.Header(**HEADER), 8, 79, 4, 10, records, 2, 40, 3, found, records, priced)
     made.save(tmp_path, "answers-cpu")
     assert report.load(tmp_path / "answers-cpu.json") == made
     assert "| 2 | 1 |" in made.table()
     assert "worse: 80%" in made.table()
+    assert "| 8 | 3.50 | 3.40 .. 3.60 | 10 |" in made.table()
+    assert "| 18: **missed** |" in made.table()
+    seen = answers.around_a_gap(20, 50)
+    assert (seen.sum(axis=1) == 25).all()
+    assert (np.abs(np.diff(seen.astype(int), axis=1)).sum(axis=1) <= 2).all()  # one gap

@@ -114,6 +114,75 @@ def test_tmpd_is_exact_for_a_gaussian_at_every_level():
         np.testing.assert_allclose((x - level * out) / signal, wanted, atol=1e-7)
 
 
+def smooth(d, width):
+    at = np.arange(d)
+    return np.exp(-((at[:, None] - at) ** 2) / (2 * width**2))
+
+
+@pytest.mark.parametrize("seen", [np.arange(12), np.r_[:6, 18:24]], ids=["beyond", "between"])
+def test_what_a_smooth_curve_hides_is_told_by_small_singular_values(seen):
+    """Half of the values are one gap: what lies there is told by a covariance of which 1e-5 counts."""
+    d, noise = 24, 3e-3
+    prior = fd.denoisers.Gaussian(np.zeros(d), smooth(d, 3.0), LINEAR)
+    truth = np.linalg.cholesky(prior.cov + 1e-9 * np.eye(d)) @ np.random.default_rng(3).normal(size=d)
+    known = np.full(d, np.nan)
+    known[seen] = truth[seen]
+    true = prior.given(fd.Known(known, noise)).data
+    found = moments(fd.condition(prior, fd.Known(known, noise)), fd.samplers.ddpm(LINEAR, 200))
+    assert w2(*found, true.mean, true.cov) < 0.025 * np.sqrt(np.trace(true.cov))
+
+
+SHAPES = {
+    "diagonal": lambda: fd.NoiseShape.diagonal([0.5, 1.0, 2.0, 4.0]),
+    "dense": lambda: fd.NoiseShape.dense(2 * correlated(4, 0.6)),
+    "low rank": lambda: fd.NoiseShape.low_rank(np.array([[1.0], [0.5], [-1.0], [2.0]]), [0.5, 1.0, 1.0, 2.0]),
+    "stationary": lambda: fd.NoiseShape.stationary(np.array([1.0, 0.5, 0.2, 0.5])),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_covariance_spreads_rows(shape):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    np.testing.assert_allclose(shape().spread(x), x @ shape().cov(), atol=1e-12)
+
+
+class Coloured:
+    """A denoiser of L x, from one of x, with its derivatives; `root` L."""
+
+    T, prediction, shape = 1000, "noise", (4,)
+
+    def __init__(self, inner, root):
+        self.inner, self.root, self.inverse = inner, root, np.linalg.inv(root)
+
+    def predict(self, x, t):
+        return self.inner.predict(x @ self.inverse.T, t, backend="numpy") @ self.root.T
+
+    def vjp(self, x, t, cotangent):
+        white = self.inner.vjp(x @ self.inverse.T, t, np.ascontiguousarray(cotangent @ self.root), backend="numpy")
+        return white @ self.inverse
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("method", ["tmpd", "pigdm", "dps", "smc"])
+def test_given_with_a_noise_shape_is_given_in_whitened_states(method, shape):
+    """A becomes A L: the samples are L times those of white noise."""
+    shape, white = shape(), gaussian(4, 0.5)
+    root = shape.colour(np.eye(4), backend="numpy").T
+    A, y = np.array([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, -1.0, 0.2]]), np.array([1.0, -0.5])
+    options = {"n": 6, "method": method, "seed": 1, "backend": "numpy"}
+    start = np.random.default_rng(0).normal(size=(6, 4))
+    given, plain = fd.Linear(A, y, 0.2), Coloured(white, np.eye(4))
+    got = fd.sample(
+        Coloured(white, root), TABLE, given=given, noise_shape=shape, initial=start @ root.T, **options
+    )  # fmt: skip
+    want = fd.sample(plain, TABLE, given=fd.Linear(A @ root, y, 0.2), initial=start, **options)
+    np.testing.assert_allclose(got, want @ root.T, atol=1e-5 * np.abs(want).max())
+    if method == "tmpd":
+        first = fd.Known([1.0, np.nan, np.nan, np.nan])
+        x = fd.sample(Coloured(white, root), TABLE, n=300, given=first, noise_shape=shape, backend="numpy")
+        np.testing.assert_array_equal(x[:, 0], 1)
+
+
 def test_the_evidence_of_particles_is_that_of_the_table():
     """50 rows of ddpm sample another law than the data's, whose evidence is -3.51."""
     known = fd.Known(np.tile([1.0, -0.5, np.nan, np.nan], (40, 1)), 0.3)
@@ -328,6 +397,30 @@ def test_the_evidence_of_a_model_is_in_the_units_of_the_data(model):
     np.testing.assert_allclose(evidence, inner - np.array([1, 2]) * np.log(factor))
 
 
+def test_a_model_with_a_noise_shape_takes_observations_of_data():
+    """Of data L u, with rows of L: what is known comes back to the bit, and is told from what correlates with it."""
+    d = 6
+    S = smooth(d, 2.0) + 0.05 * np.eye(d)
+    X = np.random.default_rng(0).multivariate_normal(np.arange(d), S, 600, method="cholesky").astype(np.float32)
+    model = fd.Diffusion(noise_shape=fd.NoiseShape.dense(S), backend="cpu")
+    model.fit(X, steps=60, batch=128, judge=False, progress=False)
+    holes = np.full((2, d), np.nan)
+    holes[0, 0], holes[1, 2:4] = 1.5, (1.0, 5.0)
+    drawn = model.impute(holes, draws=200)
+    np.testing.assert_array_equal(drawn[:, ~np.isnan(holes)], np.tile(holes[~np.isnan(holes)], (200, 1)))
+    law = fd.denoisers.Gaussian(X.mean(axis=0).astype(np.float64), np.cov(X.T), LINEAR)
+    for k, row in enumerate(holes):
+        true = law.given(fd.Known(row)).data
+        spread = np.sqrt(np.diag(true.cov))
+        assert (np.abs(drawn[:, k].mean(axis=0) - true.mean) <= 0.3 * spread + 1e-6).all()
+        np.testing.assert_allclose(drawn[:, k].std(axis=0), spread, rtol=0.25, atol=1e-6)
+    _, evidence = model.sample(64, given=fd.Known(holes, 0.5), method="smc", return_evidence=True)
+    known = fd.denoisers.Gaussian(law.mean, law.cov, LINEAR)
+    np.testing.assert_allclose(evidence, [one.log_evidence for one in known.given(fd.Known(holes, 0.5))], atol=0.3)
+    with pytest.raises(ArgumentError, match="'replace' or 'repaint', for a model with a noise shape"):
+        model.impute(holes, draws=2, method="replace")
+
+
 def test_pictures_are_filled_in():
     rng = np.random.default_rng(0)
     X = (rng.random((40, 4, 4, 1)) * 255).astype(np.uint8)
@@ -442,12 +535,33 @@ def test_bad_tables():
         fd.sample(PRIOR, fd.samplers.dpmpp_2m(LINEAR, 5), n=2, given=known, method="repaint")
     with pytest.raises(ArgumentError, match="one with derivatives"):
         fd.sample(lambda x, t: x, TABLE, n=2, shape=(4,), given=known)
-    with pytest.raises(ArgumentError, match="white noise"):
-        fd.sample(PRIOR, TABLE, n=2, given=known, noise_shape=fd.NoiseShape.dense(np.eye(4)))
+
+
+def test_a_derivative_of_any_size_moves_the_mean_no_farther_than_that_can_be():
+    """pigdm trusts it: of a network whose output says nothing the steps would grow from row to row."""
+    d, reach = 4, conditioning.REACH * 2
+
+    class Steep:
+        T, prediction, shape = 1000, "x0", (d,)
+
+        def predict(self, x, t):
+            return np.zeros_like(x)
+
+        def vjp(self, x, t, cotangent):
+            return np.float32(1e20) * cotangent
+
+    x = np.random.default_rng(0).normal(size=(5, d)).astype(np.float32)
+    for method in ("pigdm", "tmpd"):
+        denoiser = fd.condition(Steep(), fd.Known(HOLES[0], 0.1), method, schedule=LINEAR)
+        for t in (10, 500, 999):
+            power = np.sqrt(LINEAR.noise[t] ** 2 / (LINEAR.signal[t] ** 2 + LINEAR.noise[t] ** 2))
+            moved = np.linalg.norm(denoiser.predict(x, t, backend="numpy"), axis=1)
+            assert (moved <= reach * power * (1 + 1e-5)).all()
+            assert method == "tmpd" or moved == pytest.approx(reach * power)
 
 
 def test_draws_that_are_not_finite_are_an_error():
-    """As of a network that has learnt nothing, by a method that trusts its derivative."""
+    """As of a network that has learnt nothing, by a method that holds nothing back."""
 
     class Steep:
         T, prediction, shape = 10, "noise", (4,)
@@ -459,8 +573,8 @@ def test_draws_that_are_not_finite_are_an_error():
             return np.float32(1e20) * cotangent
 
     table = fd.samplers.ddpm(fd.Schedule.cosine(10), 10)
-    with np.errstate(all="ignore"), pytest.raises(ArgumentError, match="method: got 'pigdm', whose samples are not"):
-        fd.sample(Steep(), table, n=2, given=fd.Known(HOLES), method="pigdm", backend="numpy")
+    with np.errstate(all="ignore"), pytest.raises(ArgumentError, match="method: got 'dps', whose samples are not"):
+        fd.sample(Steep(), table, n=2, given=fd.Known(HOLES), method="dps", backend="numpy")
 
 
 def test_bad_conditions():

@@ -234,9 +234,10 @@ class Told:
         The numbers of the observations by the noise law; none: 0, 1, ...
     products : int
         Vector-Jacobian products of a state and row, at most.
-    p, q, gain, least : (T,) float64
+    p, q, gain, least, farthest : (T,) float64
         The mean of x0 is p x + q out. gain = noise^2 / signal moves it; where it is 0 nothing is moved. `least` is what
-        singular values are trusted from.
+        singular values are trusted from; the mean is moved by ``farthest reach`` at most.
+    reach : (N,) float64
     """
 
     y: npt.NDArray[np.float64]
@@ -251,6 +252,8 @@ class Told:
     q: npt.NDArray[np.float64]
     gain: npt.NDArray[np.float64]
     least: npt.NDArray[np.float64]
+    farthest: npt.NDArray[np.float64]
+    reach: npt.NDArray[np.float64]
 
 
 class TrainingDraws(NamedTuple):

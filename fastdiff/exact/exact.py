@@ -61,6 +61,7 @@ class Exact(ABC):
     """
 
     classes: int | None = None
+    exact = True  # its Jacobian is that of a mean of x0: see `Denoiser`
     log_evidence = 0.0
     _mixes_steps = False  # whether `_expect` and `_log_density` take a t for each row
 

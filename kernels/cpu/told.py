@@ -52,8 +52,8 @@ TILE = CHAIN_TILE
 TINY = 1e-300
 PIVOT = 1e-13  # least pivot of a factorisation, relative to the entry that it is the rest of
 # What is told of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
-# the square of the least singular value that counts.
-P, Q, GAIN, TO_OUTPUT, LEAST2 = range(5)
+# the square of the least singular value that counts; how far a slope may reach.
+P, Q, GAIN, TO_OUTPUT, LEAST2, FARTHEST = range(6)
 # A run of layers of a backward pass: widths of its input and output, where its weights lie, and the slopes of its
 # output, or -1; its first layer and its last.
 NARROW, WIDE, WEIGHTS, SLOPES, FIRST_LAYER, LAST_LAYER = range(6)
@@ -346,14 +346,14 @@ def _normals(rows, d, runs, count, step, stream, keys, words, z, out):
 @kernel
 def chain_told(
     start, stop, x, steps, numbers, depth, told, layers, ends, params, back_layers, weights, table, width, slots,
-    linear, K, per, first_draw, first, names, matrix, all_places, all_y, all_variance, m, stream, keys, words, z,
-    arena, memory, here, other, f32, f64, at_places,
+    linear, K, per, first_draw, first, names, matrix, all_places, all_y, all_variance, all_reach, m, stream, keys,
+    words, z, arena, memory, here, other, f32, f64, at_places,
 ):  # fmt: skip
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
     `told` has for each row P ... LEAST2; a gain of 0 is a row whose state says nothing. State i is draw
     ``(first + i) % per`` of observation ``(first + i) // per``, numbered by `names` where there are any. Observations
-    have rows of `matrix`, or where that is empty `all_places` (m of each), `all_y`, and `all_variance`.
+    have rows of `matrix`, or where that is empty `all_places` (m of each), `all_y`, `all_variance`, and `all_reach`.
     """
     d = layers[0, INPUTS]
     n, last = len(x) // d, len(layers) - 1
@@ -389,6 +389,7 @@ def chain_told(
     rhs, a = f64[a : a + (K + 1) * TILE], a + (K + 1) * TILE
     size, a = f64[a : a + TILE], a + TILE
     whole, a = f64[a : a + TILE], a + TILE
+    reach, a = f64[a : a + TILE], a + TILE
     basis = f64[a:]
     runs = np.zeros((TILE, 4), np.int64)
     places = at_places
@@ -412,6 +413,7 @@ def chain_told(
             of = 0 if observations == 1 else number
             runs[count, OBSERVATION] = of
             runs[count, FIRST] = (names[number] if len(names) > 0 else number) * DRAWS + first_draw + k
+            reach[lane : lane + lanes] = all_reach[of]
             for j in range(m):
                 for i in range(lane, lane + lanes):
                     y[j * TILE + i], variance[j * TILE + i] = all_y[of * m + j], all_variance[of * m + j]
@@ -485,14 +487,29 @@ def chain_told(
                                     image[e] = gain * image[e] + variance[e] * basis[k * vectors + e]
                             _orthogonalise(k, K, m, rows, basis, image, H, part, size, whole)
                     damped(inputs, K, rows, H, rest if direct else rhs, told[r, LEAST2], normal, pivots, v, w)
-                    factor = told[r, TO_OUTPUT]
+                    slope = noise
                     for k in range(K):
                         for i in range(rows):
-                            seen[i] = np.float32(factor * w[k * TILE + i])
+                            seen[i] = np.float32(w[k * TILE + i])
                         for f in range(d):
-                            target, source = out[f * rows :], back[(k * d + f) * rows :]
-                            for i in range(rows):
-                                target[i] += seen[i] * source[i]
+                            target, source = slope[f * rows :], back[(k * d + f) * rows :]
+                            if k == 0:
+                                for i in range(rows):
+                                    target[i] = seen[i] * source[i]
+                            else:
+                                for i in range(rows):
+                                    target[i] += seen[i] * source[i]
+                    whole[:rows] = 0.0
+                    for f in range(d):
+                        for i in range(rows):
+                            whole[i] += np.float64(slope[f * rows + i]) ** 2
+                    for i in range(rows):
+                        bound = min(told[r, FARTHEST] * reach[i] / max(math.sqrt(whole[i]), TINY), 1.0)
+                        seen[i] = np.float32(told[r, TO_OUTPUT] * bound)
+                    for f in range(d):
+                        target, source = out[f * rows :], slope[f * rows :]
+                        for i in range(rows):
+                            target[i] += seen[i] * source[i]
             row = numbers[r]
             if row[S] != ZERO:
                 _normals(rows, d, runs, count, steps[r, STEP], stream, keys, words, z, noise)

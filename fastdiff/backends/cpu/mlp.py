@@ -70,12 +70,13 @@ class _ToldSpace:
         at = np.array([row.t for row in table.rows])
         p, q, gain = told.p[at], told.q[at], told.gain[at]
         to_output = gain / np.where(gain == 0, 1.0, q)
-        self.rows = np.array([p, q, gain, to_output, told.least[at] ** 2]).T.copy()
+        farthest = told.farthest[at] / np.where(gain == 0, 1.0, gain)
+        self.rows = np.array([p, q, gain, to_output, told.least[at] ** 2, farthest]).T.copy()
         self.rows[gain == 0] = 0
         self.names = np.array(told.names, np.int64)
         self.matrix = np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1)
         self.places = np.empty(0, np.int64) if told.places is None else told.places.reshape(-1)
-        self.y, self.variance = told.y.reshape(-1), told.variance.reshape(-1)
+        self.y, self.variance, self.reach = told.y.reshape(-1), told.variance.reshape(-1), told.reach
         widths = [lanes * layer.outputs for layer in plan.layers]
         self.ends = np.concatenate([[0], np.cumsum(widths)])
         self.back = backward_runs(plan, self.ends)
@@ -84,7 +85,7 @@ class _ToldSpace:
         rank = 0 if plan.linear is None else plan.linear.rank
         singles = int(self.ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
         basis = (K + 1) * m * lanes if m > K else 0
-        doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 2) + 16 * (K * K + 2 * K) + basis
+        doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 3) + 16 * (K * K + 2 * K) + basis
         self.f32 = [np.empty(singles, np.float32) for _ in range(threads)]
         self.f64 = [np.empty(doubles) for _ in range(threads)]
         self.lanes = [np.empty(lanes * m, np.int64) for _ in range(threads)]
@@ -300,7 +301,7 @@ class MLPOperations(StepOperations):
                     start, stop, flat, chain.steps, chain.numbers, chain.depth, space.rows, net.layers, space.ends,
                     params, space.back, space.weights, table, plan.time_width, net.slots, net.linear, told.products,
                     told.per, told.first, draw.first_row, space.names, space.matrix, space.places, space.y,
-                    space.variance, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
+                    space.variance, space.reach, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.memories[worker], *net.deltas[worker][:2], space.f32[worker],
                     space.f64[worker], space.lanes[worker],
                 )  # fmt: skip
