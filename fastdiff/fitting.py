@@ -80,6 +80,7 @@ class Wishes:
     batch: int | None
     accumulate: int
     flip: bool
+    crop: int | tuple[int, int] | None
     patience: int | None
     judge: bool | None
     progress: bool
@@ -237,7 +238,9 @@ def _plan(model: Model, wishes: Wishes) -> tuple[TrainingPlan, TrainingPlan]:
 
 def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
     """Check rows and what they are asked with, and split them."""
-    X, y, classes = split.checked(X, y, model.net, model.noise_shape, be, missing=True)
+    larger = wishes.crop is not None
+    X, y, classes = split.checked(X, y, model.net, model.noise_shape, be, missing=True, larger=larger)
+    size = None if wishes.crop is None else split.check_crop(wishes.crop, X, model.net)
     if X.dtype.kind == "f" and np.isnan(X).any():
         check_gaps(X, "X")
     known, of_unseen, validation = _known_covariates(model, wishes.covariates, len(X)), None, wishes.validation
@@ -247,6 +250,7 @@ def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
     parts = split.split(X, y, validation, classes, model._held_out, model.seed, be)
     if known is not None and parts.held is not None:
         known, of_unseen = known[~parts.held], known[parts.held]
+    parts = parts if size is None else parts.cut(size, model.seed)
     return Rows(X, parts, classes, known, of_unseen)
 
 
@@ -333,7 +337,8 @@ def _prepare(
             what = "a noise_shape" if model.noise_shape is not None else "a learned variance"
             raise ArgumentError("X", f"missing values, with {what}", "rows without any")
     names = model.channel_names
-    normaliser = settled(model.normaliser, X, parts.unseen, data_range, model.scale, model.noise_shape, names)
+    whole = X if parts.whole is None else parts.whole
+    normaliser = settled(model.normaliser, whole, parts.unseen, data_range, model.scale, model.noise_shape, names)
     if missing:  # of rows without a centre: the same in later fits, when there is one
         plain = replace(normaliser, centre=None).apply(X, np.float64)
         gaps = Gaps.of(plain.reshape(len(X), -1), model.seed)
@@ -394,7 +399,8 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip
     assert model._optimizer is not None
     be, parts = get_backend(model.backend), found.parts
     rows, unseen, known = parts.rows, parts.unseen, found.covariates
-    data = be.asarray(normaliser.apply(rows, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
+    whole = rows if parts.whole is None else parts.whole
+    data = be.asarray(normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
     tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
     terms = loss_terms(schedule, model.prediction, model._optimizer.plan, learned_variance=net.learned_variance)
     if gaps is not None:  # the loss is that of what is there

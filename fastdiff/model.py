@@ -209,6 +209,7 @@ class Diffusion:
         patience: int | None = None,
         judge: bool | None = None,
         flip: bool = False,
+        crop: int | tuple[int, int] | None = None,
         accumulate: int = 1,
         data_range: tuple[float, float] | None = None,
         progress: bool = True,
@@ -265,6 +266,9 @@ class Diffusion:
             after 1,000 steps or more, and where `steps` is not given.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
+        crop : int or pair of int, optional
+            Height and width of what is learned: at each step another part of every picture, by stream AUGMENT of the
+            noise law. Held-out rows, and those that a judgement compares with, are cut once.
         accumulate : int, optional
             Take a U-Net's batch in so many parts, whose gradients are added: less memory, and the same step up to
             the rounding of those sums.
@@ -309,7 +313,7 @@ class Diffusion:
         }  # fmt: skip
         wishes = fitting.Wishes(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
-            steps=steps, batch=batch, accumulate=accumulate, flip=flip, patience=patience, judge=judge,
+            steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
             progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint, every=every, keep=keep,
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)

@@ -262,6 +262,15 @@ def flips(n: int, draw: Draw) -> npt.NDArray[np.bool_]:
     return scaled_words(n, 2, draw) == 0
 
 
+def cuts(n: int, room: tuple[int, int], draw: Draw) -> npt.NDArray[np.int64]:
+    """Return where n pictures are cut that are larger than wanted by `room`, rows and columns: top and left, (n, 2).
+
+    Words 1 and 2 of block 0, of stream AUGMENT in training: ``(w1 (rows + 1)) >> 32`` and ``(w2 (columns + 1)) >> 32``.
+    """
+    words = philox_words(n, 1, draw)[:, 0, 1:3].astype(np.uint64)
+    return (words * (np.array(room, np.uint64) + np.uint64(1)) >> np.uint64(32)).astype(np.int64)
+
+
 def drop_limit(share: float) -> int:
     """Return below which word something is dropped that is to be dropped in this share of all cases."""
     return round(share * 2.0**32)

@@ -8,10 +8,13 @@ Pillow is imported inside the functions that read or write pictures.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -31,8 +34,9 @@ from fastdiff.errors import (
     check_seed,
     shown,
 )
-from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing
+from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing, writing_together
 from fastdiff.noise import Draw, Stream, check_rows, philox_words
+from fastdiff.progress import bar
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow's names of those formats. It reads many more, some with programs of their own; no file is handed to these.
@@ -40,6 +44,8 @@ _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = ("auto", "gray", "rgb")
 _NAMED = 10  # files that one message names
 _LARGEST = 1 << 14  # pixels on a side that can be asked for
+_LOOKED_AT = 4096  # pictures of a cache, for their range
+_AHEAD = 64  # files that are decoded before they are wanted
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +61,8 @@ def load_images(
     labels: Literal[False] = False,
     data_range: tuple[float, float] | None = None,
     skip_bad: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> npt.NDArray[np.uint8]: ...
 
 
@@ -67,6 +75,8 @@ def load_images(
     labels: Literal[True],
     data_range: tuple[float, float] | None = None,
     skip_bad: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], list[str]]: ...
 
 
@@ -78,6 +88,8 @@ def load_images(
     labels: bool = False,
     data_range: tuple[float, float] | None = None,
     skip_bad: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> Any:
     """Read a folder of pictures, all brought to one size, in the order of their names.
 
@@ -104,11 +116,18 @@ def load_images(
         error. By default all that a file can hold: 0 and 255, or 0 and 65535.
     skip_bad : bool, optional
         Leave pictures out that cannot be used, and log which, instead of an error.
+    cache : path, optional
+        A folder, made where it is missing, for pictures that do not fit into memory: they are written to a file in it,
+        a few at a time, and memory-mapped. A later call with the same files and arguments finds them there. Files of
+        other calls stay.
+    progress : bool, optional
+        Show a progress bar.
 
     Returns
     -------
     images : ndarray
-        (N, H, W, C) uint8, C = 1 or 3. Files are ordered by the code points of their names, on every platform.
+        (N, H, W, C) uint8, C = 1 or 3; with `cache` a memory map that cannot be written to. Files are ordered by the
+        code points of their names, on every platform.
     labels : ndarray
         (N,) int64, with ``labels=True`` only: the class of each picture, a number from 0.
     names : list of str
@@ -116,6 +135,8 @@ def load_images(
 
     Raises
     ------
+    ArgumentError
+        No `cache`, where the pictures take more than the machine's memory.
     DataError
         No folder, no pictures, or pictures that cannot be used (see `skip_bad`), each named, up to ten: damaged or
         foreign files, animations, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, values of no known range (32 bits),
@@ -126,12 +147,14 @@ def load_images(
     path = check_path("folder", folder)
     wanted = _check_size(size)
     check_choice("mode", mode, _MODES)
-    check_flags(labels=labels, skip_bad=skip_bad)
+    check_flags(labels=labels, skip_bad=skip_bad, progress=progress)
     between = None if data_range is None else _check_range(data_range)
     check_pillow()
     if path.suffix.lower() == ".npy" and not path.is_dir():
         if labels:
             raise ArgumentError("labels", "True for an .npy file", "a folder with one folder for each class")
+        if cache is not None:
+            raise ArgumentError("cache", shown(cache), "None for an .npy file: numpy.load(path, mmap_mode='r') maps it")
         return _from_npy(path, wanted, mode, between)
     files, folders, others = _listed(path)
     if labels and (files or not folders):
@@ -152,8 +175,15 @@ def load_images(
         what = "left out, as their names do not end like those of pictures"
         _log.warning("%s: %d files %s: %s", path, len(others), what, _some([_within(path, file) for file in others]))
     kept: list[Path] = []
-    images = _stacked(_decoded(path, files, wanted, mode, between, kept if skip_bad else None), len(files))
-    _say_range(path, images)
+    come = _decoded(path, files, wanted, mode, between, kept if skip_bad else None)
+    if progress:
+        come = _counted(come, len(files))
+    if cache is None:
+        images = _stacked(come, len(files))
+    else:
+        place = _place(check_path("cache", cache), path, files, (wanted, mode, between, skip_bad))
+        images, kept = _cached(come, place, files, kept if skip_bad else None)
+    _say_range(path, images if cache is None else images[:: 1 + len(images) // _LOOKED_AT])
     if not labels:
         return images
     left = set(kept) if skip_bad else set(files)
@@ -249,21 +279,100 @@ def _from_npy(
     return images
 
 
-def _stacked(pictures: Iterable[tuple[str, npt.NDArray[np.uint8]]], count: int) -> npt.NDArray[np.uint8]:
-    """Named pictures as one array; at most `count` come."""
-    images: npt.NDArray[np.uint8] | None = None
-    for i, (name, pixels) in enumerate(pictures):
-        if images is None:
-            first, images = name, np.empty((count, *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            (height, width), (h, w) = pixels.shape[:2], images.shape[1:3]
+Named = Iterator[tuple[str, npt.NDArray[np.uint8]]]  # pictures, and the names of their files
+
+
+def _counted(pictures: Named, count: int) -> Named:
+    with bar(show=True, total=count, desc="pictures") as shown:
+        for one in pictures:
+            yield one
+            shown.update()
+
+
+def _alike(pictures: Named) -> Iterator[npt.NDArray[np.uint8]]:
+    """Named pictures, all of one size."""
+    first: tuple[str, tuple[int, ...]] | None = None
+    for name, pixels in pictures:
+        first = first or (name, pixels.shape)
+        if pixels.shape != first[1]:
+            (height, width), (h, w) = pixels.shape[:2], first[1][:2]
             raise DataError(
-                f"{name}: {height} x {width} pixels (height x width), where {first} has {h} x {w}; "
+                f"{name}: {height} x {width} pixels (height x width), where {first[0]} has {h} x {w}; "
                 "give the size that all of them are to have"
             )
+        yield pixels
+
+
+def _stacked(pictures: Named, count: int) -> npt.NDArray[np.uint8]:
+    """Named pictures as one array; at most `count` come."""
+    images: npt.NDArray[np.uint8] | None = None
+    for i, pixels in enumerate(_alike(pictures)):
+        if images is None:
+            wanted, memory = count * pixels.size, _memory()
+            if wanted > memory:
+                wants = f"a folder: {count} pictures take {wanted / 1e9:.3g} GB, where there are {memory / 1e9:.3g}"
+                raise ArgumentError("cache", "None", wants)
+            images = np.empty((count, *pixels.shape), np.uint8)
         images[i] = pixels
     assert images is not None
     return images[: i + 1]
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine, as far as it says."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def _place(cache: Path, folder: Path, files: Sequence[Path], how: tuple[Any, ...]) -> Path:
+    """The file of a cache for these files, as they are now, read in this way."""
+    import PIL
+
+    with naming(cache, "cannot be made as a folder"):
+        cache.mkdir(exist_ok=True)
+    with naming(folder, "cannot be read"):
+        stats = [(file, os.stat(file)) for file in files]
+    known = [(_within(folder, file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    key = hashlib.sha256(json.dumps([PIL.__version__, how, known]).encode()).hexdigest()[:24]
+    return cache / f"{key}.npy"
+
+
+def _cached(
+    pictures: Named, place: Path, files: Sequence[Path], kept: list[Path] | None
+) -> tuple[npt.NDArray[np.uint8], list[Path]]:
+    """Named pictures memory-mapped from a file, which they are written to first if it is not there; and which came.
+
+    Which ones have been kept, where some may be bad, is in a second file.
+    """
+    beside = place.with_name(f"{place.stem}-kept.npy")
+    if place.exists() and beside.exists():
+        _log.info("%d pictures as they are in %s", len(files), place)
+    else:
+        with writing_together([beside, place]) as (marks, rows):
+            count = 0
+            for count, pixels in enumerate(_alike(pictures), 1):
+                if count == 1:
+                    shape = pixels.shape
+                    start = _header(rows, (len(files), *shape))
+                rows.write(pixels.tobytes())
+            rows.seek(0)
+            if _header(rows, (count, *shape)) != start:  # it has room for any number
+                raise DataError(f"{place}: the header of an .npy file of {count} pictures is not as long as expected")
+            left = set(files if kept is None else kept)
+            np.lib.format.write_array(marks, np.array([file in left for file in files], np.uint8))
+    try:
+        images, marked = np.load(place, mmap_mode="r", allow_pickle=False), np.load(beside, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place}: cannot be read ({error}): remove it, and the pictures are read again") from error
+    return images, [file for file, mark in zip(files, marked.tolist(), strict=True) if mark]
+
+
+def _header(file: Any, shape: tuple[int, ...]) -> int:
+    """Write the header of bytes of a shape; return where the data begin."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return int(file.tell())
 
 
 def _decoded(
@@ -273,7 +382,7 @@ def _decoded(
     mode: str,
     data_range: tuple[float, float] | None = None,
     kept: list[Path] | None = None,
-) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+) -> Named:
     """Decode the pictures of a folder, a few at a time; those that cannot be used raise in the end, together.
 
     With `kept`, a list that gets the others, they are logged.
@@ -295,9 +404,12 @@ def _decoded(
         except DataError as error:
             return str(error)
 
+    def ahead(some: Sequence[Path]) -> Iterator[tuple[Path, npt.NDArray[np.uint8] | str]]:
+        return zip(some, pool.map(decode, some), strict=True)
+
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        for file, pixels in zip(files, pool.map(decode, files), strict=True):
+        for file, pixels in (pair for i in range(0, len(files), _AHEAD) for pair in ahead(files[i : i + _AHEAD])):
             name = str(file.relative_to(folder))
             if isinstance(pixels, str):
                 bad.append(f"{name} ({pixels})")
@@ -327,9 +439,16 @@ def _stored_gray(file: Path) -> bool:
             if image.mode == "P":
                 palette = np.reshape(image.getpalette(), (-1, 3))
                 return bool((palette == palette[:, :1]).all())
-            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            # Pillow reads gray of 16 bits with an alpha channel as RGBA.
+            return image.mode in ("1", "L", "LA") or image.mode.startswith("I") or _stored(image).startswith("LA")
     except DataError:
         return True
+
+
+def _stored(image: Any) -> str:
+    """How Pillow calls the values of a file whose pixels have not been read."""
+    how = image.tile[0][3] if image.tile else ""
+    return str(how[0] if isinstance(how, tuple) and how else how)
 
 
 @contextmanager
@@ -372,13 +491,18 @@ def _pixels(
     """Decode a picture: upright, opaque, 8 bits, of the wanted size; (H, W, 1) or (H, W, 3)."""
     from PIL import Image, ImageOps
 
+    if data_range is not None and ";16" in _stored(image) and not image.mode.startswith("I"):
+        raise DataError("colour of 16 bits, which is read as 8: no data_range")
     if size is not None:
         image.draft(None, (3 * max(size), 3 * max(size)))  # a large JPEG is decoded at a fraction of its size
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         deep = np.asarray(image)
         shallow = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        image, data_range = Image.fromarray(shallow if data_range is None else _as_bytes(deep, data_range)), None
+        shallow = shallow if data_range is None else _as_bytes(deep, data_range)
+        if isinstance(clear := image.info.get("transparency"), int):
+            shallow = np.where(deep == clear, np.uint8(255), shallow)
+        image, data_range = Image.fromarray(shallow), None
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from fastdiff import defaults, noise
 from fastdiff.backends import Backend, backend_for
-from fastdiff.errors import ArgumentError, check_array, check_float, check_indices, is_on_device
+from fastdiff.backends.numpy.functions import cut
+from fastdiff.errors import ArgumentError, check_array, check_float, check_indices, check_int, is_on_device, shown
 from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
@@ -18,6 +19,7 @@ from fastdiff.normaliser import LARGEST, greatest
 
 KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
+CUT_STEP = 21  # of stream DATA, see the table in docs/design.md
 
 Rows = npt.NDArray[Any]
 
@@ -30,26 +32,42 @@ class Split(NamedTuple):
     held_out: tuple[Rows, Rows | None] | None
     rule: tuple[str, float]
     held: npt.NDArray[np.bool_] | None = None  # which rows are held out, where they are some of the data
+    whole: Rows | None = None  # the pictures to learn from, where rows are parts of them
 
     @property
     def unseen(self) -> Rows | None:
         """The rows that are held out, without their labels."""
         return None if self.held_out is None else self.held_out[0]
 
+    def cut(self, size: tuple[int, int], seed: int) -> Split:
+        """Return one of parts of its pictures, those held out numbered after the others."""
+        draw = Draw(seed, Stream.DATA, CUT_STEP)
+        held_out = self.held_out
+        if held_out is not None:
+            held_out = cut(held_out[0], size, draw.after(len(self.rows))), held_out[1]
+        return self._replace(rows=cut(self.rows, size, draw), held_out=held_out, whole=self.rows)
+
 
 def checked(
-    X: Any, y: Any, net: Network | None, noise_shape: NoiseShape | None, be: Backend, *, missing: bool = False
+    X: Any,
+    y: Any,
+    net: Network | None,
+    noise_shape: NoiseShape | None,
+    be: Backend,
+    *,
+    missing: bool = False,
+    larger: bool = False,
 ) -> tuple[Rows, Rows | None, int | None]:
     """Return data and labels on the host, and how many classes the network has or is to have.
 
-    With `missing` values of curves and series may be NaN.
+    With `missing` values of curves and series may be NaN; `larger` pictures may be of any size.
     """
     given = check_array("X", _on_host(be, X), finite=False)
     if net is None and given.ndim == 3 and given.dtype == np.uint8:
         wants = "(N, ..., channels): X[..., None] pictures of gray ones, X.astype(float) a series of channels"
         raise ArgumentError("X", f"bytes of shape {given.shape}", wants)
     if net is not None:
-        shape: tuple[int | None, ...] = net.shape
+        shape: tuple[int | None, ...] = (None, None, net.shape[2]) if larger and len(net.shape) == 3 else net.shape
     elif given.ndim in (3, 4) and noise_shape is None:
         shape = given.shape[1:]
     else:
@@ -84,6 +102,19 @@ def checked(
         wants = f"None: this network has no classes; use fd.{made}, classes={count})"
         raise ArgumentError("y", "labels", wants)
     return given, _labels("y", y, classes, len(given), be), classes
+
+
+def check_crop(crop: Any, X: Rows, net: Network | None) -> tuple[int, int]:
+    """Return the height and width of the parts of pictures that are learned."""
+    if X.ndim < 4:
+        raise ArgumentError("crop", shown(crop), f"None for {'curves' if X.ndim == 2 else 'series'}")
+    sides = tuple(crop) if isinstance(crop, (tuple, list)) else (crop, crop)
+    if len(sides) != 2:
+        raise ArgumentError("crop", shown(crop), "an integer, or a pair (height, width)")
+    height, width = (check_int("crop", side, low=1, high=most) for side, most in zip(sides, X.shape[1:], strict=False))
+    if net is not None and (height, width) != net.shape[:2]:
+        raise ArgumentError("crop", shown(crop), f"{net.shape[:2]}, as the network has")
+    return height, width
 
 
 def split(

@@ -298,7 +298,7 @@ def rows_of_tables(be, size):
 
 # Images, positions of the batch and rows of data.
 DRAWS = {
-    "small": [((1, 1, 1), 1, 1), ((3, 4, 2), 5, 7), ((1, 9, 1), 3, 2), ((5, 3, 3), 4, 100)],
+    "small": [((1, 1, 1), 1, 1), ((3, 4, 2), 5, 7), ((1, 9, 1), 3, 2), ((5, 3, 3), 4, 100), ((3, 5, 2), 6, 3)],
     "full": [((32, 32, 3), 4099, 1000)],
 }
 
@@ -308,7 +308,8 @@ def drawn_batches(be, size):
     for number, (shape, n, rows) in enumerate(DRAWS[size]):
         T, labels = 11, np.random.default_rng(3).integers(0, 9, rows)
         tables = np.random.default_rng(2).normal(size=(4, T))
-        draws = TrainingDraws(normals(1, rows, *shape), *tables, 2**63 + 5, labels, number % 2 == 1)
+        whole = (shape[0] + 4, shape[1] + 7, shape[2]) if number in (3, 4) else shape  # parts are cut out of it
+        draws = TrainingDraws(normals(1, rows, *whole), *tables, 2**63 + 5, labels, number % 2 == 1)
         if number == 2:  # some values have not been seen
             hidden = np.where(normals(4, rows, *shape) < 0, F(np.nan), F(0))
             draws = draws._replace(data=np.stack([draws.data, hidden], axis=1), masked=True)

@@ -519,6 +519,22 @@ def test_a_folder_is_learned_and_drawn(run, pictures):
     assert re.search(r"^    kind +unet$", run("info p.safetensors")[1], re.M)
 
 
+def test_parts_of_larger_pictures_are_learned(run, pictures):
+    learn = LEARN.replace("--size 4", "--size 6x5 --crop 4")
+    code, _, err = run(f"train classes/ant -o p.safetensors --overwrite {learn} --steps 2")
+    assert code == 0, err
+    assert "gray pictures of 6 x 5 pixels" in err
+    made = fd.load("p.safetensors", backend="numpy")
+    assert made.net.shape == (4, 4, 1)
+    X = fd.data.load_images("classes/ant", (6, 5))
+    made.fit(X, crop=4, steps=1, batch=4, progress=False)
+    how = "--size 6x5 --crop 4 --backend numpy --quiet --batch 4"
+    assert run(f"train classes/ant --resume p.safetensors --steps 1 {how}")[0] == 0
+    np.testing.assert_array_equal(fd.load("p.safetensors").net.flat, made.net.flat)
+    code, _, err = run("train curves.csv -o m.safetensors --crop 4")
+    assert (code, "--crop is for pictures" in err) == (2, True)
+
+
 def test_classes_have_names(run, drawer):
     assert drawer.class_names == ["ant", "cat"]
     assert drawer.net.classes == 2

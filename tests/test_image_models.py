@@ -4,6 +4,7 @@ import logging
 import re
 import warnings
 
+import naive
 import numpy as np
 import pytest
 from tolerances import assert_close, assert_same_bits
@@ -76,6 +77,28 @@ def test_a_batch_is_the_noise_law_and_its_parts_are_numbered_through(backend, fl
         assert_same_bits(one, np.concatenate(parts))
 
 
+def test_a_batch_of_parts_is_cut_by_the_noise_law(backend):
+    data = RANDOM.normal(size=(12, 9, 11, 2)).astype(np.float32)
+    tables = RANDOM.normal(size=(4, T))
+    wide = TrainingDraws(data, *tables, 9, flip=True)
+    at = {"seed": 9, "step": 3}
+    rows = [naive.words(0, stream=4, row=row, **at)[0] * 12 >> 32 for row in range(7)]
+    words = [naive.words(0, stream=10, row=row, **at) for row in range(7)]
+    places = [(w1 * 4 >> 32, w2 * 7 >> 32) for _, w1, w2, _ in words]
+    parts = np.stack([data[i, a : a + 6, b : b + 5] for i, (a, b) in zip(rows, places, strict=True)])
+    parts = np.stack([part[:, ::-1] if w[0] < 2**31 else part for part, w in zip(parts, words, strict=True)])
+    made = net(shape=(6, 5, 2))
+    be = fd.get_backend(backend)
+    whole, one = (made.runner(be).batch(n, labels=False) for n in (7, 1))
+    be.draw_batch(wide, whole, 3, 0)
+    signal, level = (table[whole.t].astype(np.float32)[:, None, None, None] for table in tables[:2])
+    eps = fd.normal((7, 60), seed=9, stream="train_noise", step=3, backend="numpy").reshape(parts.shape)
+    assert_close(whole.x, signal * parts + level * eps, scale=10)
+    kept = whole.x[4].copy()
+    be.draw_batch(wide, one, 3, 4)
+    assert_same_bits(one.x[0], kept)
+
+
 def test_labels_go_with_their_pictures():
     data = LABELS.repeat(30).reshape(12, 6, 5, 1).astype(np.float32)
     ones, zeros = np.ones(T), np.zeros(T)
@@ -126,6 +149,40 @@ def test_threads_change_no_bits():
     runs = [model(fd.get_backend("cpu", threads=n)).fit(BYTES, steps=3, flip=True, **QUIET) for n in (1, 2)]
     assert_same_bits(runs[0].net.flat, runs[1].net.flat)
     assert_same_bits(runs[0].sample(5), runs[1].sample(5))
+
+
+def test_parts_of_larger_pictures_are_learned(backend, tmp_path):
+    """On any number of threads, in one run or in two; what is held out and judged is of the parts' size."""
+    large = RANDOM.integers(0, 256, (12, 9, 8, 1), np.uint8)
+    how = {"flip": True, "crop": (6, 5), "validation": 0.25, **QUIET}
+    whole = model(backend).fit(large, steps=4, **how)
+    assert_same_bits(model(backend).fit(large, steps=2, **how).fit(large, steps=2, **how).net.flat, whole.net.flat)
+    corners = model(backend).fit(large[:, :6, :5], steps=4, flip=True, validation=0.25, **QUIET)
+    assert (corners.net.flat != whole.net.flat).any()
+    half = model(backend).fit(large, steps=2, accumulate=2, **how)
+    assert half.history["loss"][0] == pytest.approx(whole.history["loss"][0], rel=1e-6)
+    assert len(whole.history["validation_loss"]) == 1
+    assert whole.sample(2).shape == (2, 6, 5, 1)
+    if backend == "cpu":
+        threads = model(fd.get_backend("cpu", threads=1)).fit(large, steps=4, **how)
+        assert_same_bits(threads.net.flat, whole.net.flat)
+
+
+def test_a_network_is_made_for_the_parts_and_the_range_is_that_of_the_whole():
+    bright = np.zeros((6, 40, 40, 1))
+    bright[:, 0, 0] = 7.0  # hardly ever in a part
+    made = fd.Diffusion(backend="numpy").fit(bright, crop=8, steps=0, progress=False)
+    assert made.net.shape == (8, 8, 1)
+    assert made.normaliser.data_range == (0, 7)
+    parts = split(bright, None, None, None, None, 3, get_backend("numpy")).cut((8, 5), 3)
+    assert parts.rows.shape == (6, 8, 5, 1)
+    assert parts.whole is bright
+    places = fd.noise.cuts(6, (32, 35), Draw(3, Stream.DATA, 21))
+    numbered = np.arange(6 * 1600.0).reshape(6, 40, 40, 1)
+    parts = split(numbered, None, 0.5, None, None, 3, get_backend("numpy")).cut((8, 5), 3)
+    first = np.array([part[0, 0, 0] for part in (*parts.rows, *parts.held_out[0])])
+    of = np.concatenate([parts.whole[:, 0, 0, 0], numbered[parts.held][:, 0, 0, 0]])
+    assert (first - of).tolist() == (places @ [40, 1]).tolist()
 
 
 def test_named_samplers_of_pictures():
@@ -336,6 +393,10 @@ def test_bad_labels_of_samples_are_refused(denoiser, labels, message):
         ({}, BYTES, None, {"validation": BYTES / 255}, "validation: got dtype float64"),
         ({}, BYTES, None, {"accumulate": 6}, "accumulate: got 6, wants an integer from 1 to 5"),
         ({}, BYTES, None, {"accumulate": 0}, "accumulate"),
+        ({}, BYTES, None, {"crop": (7, 5)}, "crop: got 7, wants an integer from 1 to 6"),
+        ({}, BYTES, None, {"crop": 5}, r"crop: got 5, wants \(6, 5\), as the network has"),
+        ({}, BYTES, None, {"crop": (6, 5, 1)}, "crop: .*a pair"),
+        ({}, BYTES, None, {"crop": "6"}, "crop: got '6'"),
     ],
 )
 def test_bad_training_data_is_refused_and_changes_nothing(options, X, y, more, message):
@@ -363,7 +424,7 @@ def test_later_fits_keep_to_the_first_one_s_range():
         made.fit(BYTES / 127.5, steps=1, **QUIET)
 
 
-@pytest.mark.parametrize("option", [{"flip": True}, {"accumulate": 2}, {"data_range": (0, 1)}])
+@pytest.mark.parametrize("option", [{"flip": True}, {"crop": 2}, {"accumulate": 2}, {"data_range": (0, 1)}])
 def test_options_of_pictures_are_refused_for_curves(option):
     with pytest.raises(ArgumentError, match=next(iter(option))):
         fd.Diffusion(backend="numpy").fit(np.eye(8), steps=1, progress=False, **option)

@@ -2,9 +2,11 @@
 
 import io
 import logging
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 
 import naive
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff import data
+from fastdiff import data, pictures
 from fastdiff.data import as_uint8, load_images, save_images, tiles
 from fastdiff.errors import ArgumentError, BackendError, DataError
 
@@ -211,10 +213,159 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     np.testing.assert_array_equal(images, np.broadcast_to(want[None, ..., None], (4, 8, 12, 1)))
 
 
-def test_cmyk_jpeg_is_read_as_colour(tmp_path):
-    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    write(tmp_path, x_jpg=encoded(red, "JPEG", quality=95))
+# --------------------------------------------------------------------------------------- made by hand
+
+
+def png(width, height, depth, colour, rows, **chunks):
+    """The bytes of a PNG from the bytes of its rows (PNG 1.2, sections 3 and 4)."""
+
+    def chunk(name, content):
+        named = name.encode() + content
+        return struct.pack(">I", len(content)) + named + struct.pack(">I", zlib.crc32(named))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    more = b"".join(chunk(name, content) for name, content in chunks.items())
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk("IHDR", header) + more + chunk("IDAT", data) + chunk("IEND", b"")
+
+
+def tiff(width, height, samples, photometric, content, orientation=1):
+    """The bytes of a TIFF of 8 bits (TIFF 6.0, section 2), little endian, in one strip."""
+    at = 8 + 2 + 12 * 10 + 4
+    tags = [
+        (256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, photometric), (273, 4, at + 8),
+        (274, 3, orientation), (277, 3, samples), (278, 4, height), (279, 4, len(content)),
+    ]  # fmt: skip
+    bits = struct.pack("<4H", 8, 8, 8, 8)
+    entries = b""
+    for tag, kind, value in tags:
+        if tag == 258:
+            entries += struct.pack("<HHII", tag, kind, samples, at if samples > 2 else 8)
+        else:
+            entries += struct.pack("<HHII", tag, kind, 1, value)  # a short one is in the lower half
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + bits + content
+
+
+def deep(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def test_pictures_made_by_hand_are_read_as_they_are_meant(tmp_path):
+    gray_alpha = [deep(0x8000, 0xFFFF, 0, 0), deep(0, 0x8000, 0xFFFF, 0x4000)]  # values and alphas
+    colour = [deep(0xFF80, 0x0080, 0x8123, 0, 0, 0)]
+    palette, alphas = bytes([200, 10, 10, 0, 0, 0, 10, 200, 10, 255, 255, 255]), bytes([255, 0, 128])
+    made = {
+        "gray_alpha": (png(2, 2, 16, 4, gray_alpha), [[128, 255], [127, 255]]),
+        "colour": (png(2, 1, 16, 2, colour), [[[255, 0, 129], [0, 0, 0]]]),
+        "gray_key": (png(2, 1, 16, 0, [deep(0x8000, 0x8001)], tRNS=deep(0x8001)), [[128, 255]]),
+        "gray_key_8": (png(2, 1, 8, 0, [bytes([7, 8])], tRNS=deep(8)), [[7, 255]]),
+        "palette": (
+            png(4, 1, 4, 3, [bytes([0x01, 0x23])], PLTE=palette, tRNS=alphas),
+            [[[200, 10, 10], [255, 255, 255], [132, 228, 132], [255, 255, 255]]],
+        ),
+        "palette_1": (
+            png(4, 1, 1, 3, [bytes([0b01100000])], PLTE=palette[:6]),
+            [[[200, 10, 10], [0, 0, 0], [0, 0, 0], [200, 10, 10]]],
+        ),
+        "cmyk": (tiff(2, 1, 4, 5, bytes([0, 255, 255, 0, 0, 0, 0, 255])), [[[255, 0, 0], [0, 0, 0]]]),
+        "white_is_zero": (tiff(2, 1, 1, 0, bytes([0, 250])), [[255, 5]]),
+        # The first row is stored as the right-hand column: 6 in the tables of TIFF.
+        "turned": (tiff(2, 3, 1, 1, bytes([1, 2, 3, 4, 5, 6]), orientation=6), [[5, 3, 1], [6, 4, 2]]),
+    }  # fmt: skip
+    for name, (content, want) in made.items():
+        folder = write(tmp_path / name, **{("x_tif" if content.startswith(b"II") else "x_png"): content})
+        want = np.array(want).reshape(*np.shape(want)[:2], -1)
+        found = load_images(folder, None)
+        assert found.shape == (1, *want.shape), name
+        assert np.abs(found[0].astype(int) - want).max() <= 1, (name, found[0].tolist())
+
+
+def test_a_cmyk_jpeg_of_photoshop_is_not_inverted(tmp_path):
+    """Adobe writes ink as what is left of the paper; Pillow writes so too, which the marker APP14 says."""
+    content = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert b"\xff\xee\x00\x0eAdobe" in content
+    write(tmp_path, x_jpg=content)
     assert np.abs(load_images(tmp_path, 8)[0].astype(int) - [255, 0, 0]).max() <= 3
+
+
+def test_colour_of_sixteen_bits_has_no_range_of_its_own(tmp_path):
+    write(tmp_path, x_png=png(1, 1, 16, 2, [deep(4095, 0, 0)]))
+    with pytest.raises(DataError, match="colour of 16 bits"):
+        load_images(tmp_path, None, data_range=(0, 4095))
+
+
+# --------------------------------------------------------------------------------------- more than fits into memory
+
+
+@pytest.fixture
+def many(tmp_path):
+    rows = RNG.integers(0, 256, (70, 6, 5, 3), np.uint8)
+    return write(tmp_path / "many", **{f"{i:02}_png": encoded(one) for i, one in enumerate(rows)}), rows
+
+
+def test_a_cache_has_the_pictures_and_is_read_again(many, tmp_path, monkeypatch, capsys):
+    folder, rows = many
+    images = load_images(folder, None, cache=tmp_path / "cache", progress=True)
+    assert isinstance(images, np.memmap)
+    assert not images.flags.writeable
+    np.testing.assert_array_equal(images, rows)
+    assert "pictures: 100%" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    decoded = []
+    pixels = pictures._pixels
+    monkeypatch.setattr(pictures, "_pixels", lambda *args: decoded.append(args) or pixels(*args))
+    np.testing.assert_array_equal(load_images(folder, None, cache=tmp_path / "cache"), rows)
+    assert not decoded
+    (folder / "05.png").write_bytes(encoded(rows[6]))
+    assert (load_images(folder, None, cache=tmp_path / "cache")[5] == rows[6]).all()
+    assert load_images(folder, 4, cache=tmp_path / "cache").shape == (70, 4, 4, 3)
+    assert len(decoded) == 140
+    np.testing.assert_array_equal(load_images(folder, 4), load_images(folder, 4, cache=tmp_path / "cache"))
+
+
+def test_a_cache_knows_which_were_left_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    for k, name in enumerate("ab"):
+        levels = {f"{i}_png": encoded(np.full((2, 2), 10 * k + i, np.uint8)) for i in range(k + 2)}
+        write(tmp_path / "in" / name, **levels, bad_png=b"bad")
+    want = load_images(tmp_path / "in", 2, labels=True, skip_bad=True)
+    for _ in range(2):
+        images, labels, names = load_images(tmp_path / "in", 2, labels=True, skip_bad=True, cache=tmp_path / "cache")
+        np.testing.assert_array_equal(images, want[0])
+        assert (labels.tolist(), names) == ([0, 0, 1, 1, 1], ["a", "b"])
+
+
+def test_a_cache_is_whole_or_absent(many, tmp_path, monkeypatch):
+    folder, _ = many
+    write(folder, z_png=b"bad")
+    with pytest.raises(DataError, match="1 of 71 pictures cannot be used"):
+        load_images(folder, None, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    (folder / "z.png").write_bytes(encoded(np.zeros((4, 4, 3), np.uint8)))
+    with pytest.raises(DataError, match=r"z\.png: 4 x 4 pixels"):
+        load_images(folder, None, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    (folder / "z.png").unlink()
+    load_images(folder, None, cache=tmp_path / "cache")
+    place = next(file for file in (tmp_path / "cache").iterdir() if "kept" not in file.name)
+    place.write_bytes(place.read_bytes()[:-9])
+    with pytest.raises(DataError, match="remove it, and the pictures are read again"):
+        load_images(folder, None, cache=tmp_path / "cache")
+
+
+def test_a_cache_is_refused_or_asked_for(many, tmp_path, monkeypatch):
+    folder, rows = many
+    np.save(tmp_path / "x.npy", rows)
+    with pytest.raises(ArgumentError, match=r"cache: .*numpy.load"):
+        load_images(tmp_path / "x.npy", None, cache=tmp_path / "cache")
+    with pytest.raises(ArgumentError, match="cache: got 3"):
+        load_images(folder, None, cache=3)
+    with pytest.raises(DataError, match="cannot be made as a folder"):
+        load_images(folder, None, cache=tmp_path / "x.npy")
+    monkeypatch.setattr(pictures, "_memory", lambda: 6299.0)
+    with pytest.raises(ArgumentError, match="cache: got None, wants a folder: 70 pictures take"):
+        load_images(folder, None)
+    np.testing.assert_array_equal(load_images(folder, None, cache=tmp_path / "cache"), rows)
 
 
 # --------------------------------------------------------------------------------------- folders

@@ -135,6 +135,20 @@ def test_flips_are_the_law():
     assert_estimate(many.mean(), 0.5, 0.5 / len(many) ** 0.5)
 
 
+def test_cuts_are_the_law():
+    at = {"seed": 2**63 + 5, "step": 40_000}
+    room = 3, 2**20
+    words = [naive.words(0, stream=10, row=row, **at) for row in range(64)]
+    want = [[w1 * 4 >> 32, w2 * (2**20 + 1) >> 32] for _, w1, w2, _ in words]
+    drawn = Draw(**at, stream=Stream.AUGMENT)
+    assert noise.cuts(64, room, drawn).tolist() == want
+    assert noise.cuts(60, room, drawn.after(4)).tolist() == want[4:]
+    assert noise.cuts(9, (0, 0), drawn).tolist() == [[0, 0]] * 9
+    many = noise.cuts(40_000, (1, 4), Draw(1, Stream.AUGMENT, 3))
+    assert_estimate(many[:, 0].mean(), 0.5, 0.5 / len(many) ** 0.5)
+    assert_estimate(many[:, 1].mean(), 2, 2**0.5 / len(many) ** 0.5)
+
+
 # ------------------------------------------------------------------------------------------- what bits depend on
 
 

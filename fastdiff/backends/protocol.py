@@ -263,8 +263,8 @@ class TrainingDraws(NamedTuple):
     TRAIN_TIME and its noise from TRAIN_NOISE. `signal` and `noise` are the schedule's tables (T,), and the target
     is ``target_noise[t] * eps + target_data[t] * x0``: which prediction the network learns is a table too.
 
-    Of image networks a picture is mirrored left to right with `flip` where stream AUGMENT says so: see
-    `fastdiff.noise.flips`.
+    Of image networks stream AUGMENT says where a batch of smaller pictures than the data's is cut out of these, and
+    with `flip` which pictures are mirrored left to right: see `fastdiff.noise.cuts` and `fastdiff.noise.flips`.
 
     `terms` (T, columns) says what a row's loss is made of at its timestep: see `LayerBackend.squared_error`. None: its
     squared error.

@@ -85,8 +85,8 @@ def training_data(
     shape: tuple[int, ...] | None = None if model is None or model.net is None else model.net.shape
     learned = shape is not None and len(shape) == 3
     if not (learned or os.path.isdir(args.data) or args.size is not None):
-        for name in ("labels", "gray", "flip", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
-            if getattr(args, name):
+        for name in ("labels", "gray", "flip", "crop", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
+            if getattr(args, name, None):
                 raise FastdiffError(
                     f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
                 )
@@ -98,7 +98,8 @@ def training_data(
     if shape is None:
         size, mode = args.size or SIZE, "gray" if args.gray else "auto"
     elif len(shape) == 3:
-        size, mode = shape[:2], "gray" if shape[2] == 1 else "rgb"
+        cut = getattr(args, "crop", None)
+        size, mode = shape[:2] if cut is None else args.size or SIZE, "gray" if shape[2] == 1 else "rgb"
     else:
         raise FastdiffError(f"{args.resume} is a model of curves, {args.data} a folder")
     options = {"mode": mode, "data_range": args.data_range, "skip_bad": args.skip_bad}

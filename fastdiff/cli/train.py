@@ -148,6 +148,9 @@ def add(commands: Any) -> None:
     )
     pictures.add_argument("--flip", action="store_true", help="also learn the mirror images")
     pictures.add_argument(
+        "--crop", type=_size, metavar="S", help="learn parts of this size, at every step others, of pictures of --size"
+    )
+    pictures.add_argument(
         "--snapshots", type=int, metavar="N", help="every N steps draw 16 pictures into MODEL-STEP.png"
     )
     pictures.add_argument(
@@ -201,6 +204,10 @@ def _size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
@@ -248,7 +255,8 @@ def run(args: argparse.Namespace) -> int:
             f"{FEWEST_ROWS}"
         )
     if model is None:
-        model = _new_model(args, data.shape[1:], None if names is None else len(names))
+        shape = data.shape[1:] if args.crop is None else (*_both(args.crop), data.shape[-1])
+        model = _new_model(args, shape, None if names is None else len(names))
         model.class_names, model.covariate_names = names, args.covariates
     elif names != model.class_names:
         raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
@@ -275,6 +283,7 @@ def run(args: argparse.Namespace) -> int:
                 callbacks=[] if log is None else [_warned(log)],
                 judge=args.judge,
                 flip=args.flip,
+                crop=args.crop,
                 accumulate=args.accumulate,
                 progress=not args.quiet,
                 callback=stop.wanted if args.snapshots is None else _snapshots(model, output, args.snapshots, stop),
@@ -402,7 +411,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "scale",
     )
     for name in settled:
-        if getattr(args, name, None) is not None:
+        if getattr(args, name, None) is not None and (name != "size" or args.crop is None):
             option = "--" + name.replace("_", "-")
             raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
     if args.gray:
@@ -462,6 +471,9 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
+    if args.crop is not None:  # only then the pictures are not of the model's size
+        for option, size in (("--size", args.size or SIZE), ("--crop", args.crop)):
+            words += [option, "x".join(map(str, _both(size)))]
     words += table_options(args) + picture_options(args)
     return shlex.join(words)
 

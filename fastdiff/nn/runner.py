@@ -423,7 +423,8 @@ class ProgramRunner(Runner):
         terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
         covariates = None if draws.covariates is None else self.be.asarray(draws.covariates, self.net.dtype)
         lead = (-1, 2) if draws.masked else (-1,)
-        data = draws.data.reshape(*lead, *self.net.image)
+        whole = draws.data if len(self.net.shape) == 3 else None  # pictures may be larger than what is learned of them
+        data = draws.data.reshape(*lead, *self.net.image) if whole is None else whole
         draws = draws._replace(data=data, labels=labels, terms=terms, covariates=covariates)
         if parts == 1:
             return _Whole(self, draws, batch, state, results)

@@ -198,25 +198,29 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 // ------------------------------------------------------------------------------------------- draws
 
 // A part of a training batch of pictures: positions first_row .. first_row + n - 1 of a step, as mlp_draw_batch draws
-// it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side.
+// it; with `flip`, mirrored where stream AUGMENT says so. A row is `width` pixels of `channels` values side by side, cut
+// out, where stream AUGMENT says, of data of `tall` rows of `wide` pixels.
 // `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this. So may `covariates`
 // (N, columns) and `asked`, which takes those of the batch. Words of stream DROP below `limit` make a label `classes`, the
-// null class, and covariates zeros. A row of data has `pitch` values: where these are more than `size`, those behind x0
-// are added to the target.
+// null class, and covariates zeros. Of `masked` data what is added to the target lies behind x0.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
                      int64 *__restrict__ t, real *__restrict__ target, int64 *__restrict__ chosen,
-                     const real *__restrict__ covariates, real *__restrict__ asked, int64 n, int64 size, int64 pitch,
-                     int64 width, int64 channels, int64 columns, int64 classes, uint64 limit, int64 N, int64 T,
+                     const real *__restrict__ covariates, real *__restrict__ asked, int64 n, int64 size, int64 tall,
+                     int64 wide, int masked, int64 width, int64 channels, int64 columns, int64 classes, uint64 limit, int64 N, int64 T,
                      uint64 first_row, uint32 step, const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
     if (step_at) step = *step_at;
-    const int64 quarter = (size + 3) / 4;
+    const int64 quarter = (size + 3) / 4, height = size / (width * channels), whole = tall * wide * channels;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
         const uint64 row = first_row + walk.row;
         const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
         const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
-        const bool mirrored = flip && fd_words(row, 0, step, FD_STREAM_AUGMENT, keys).w0 < 1u << 31;
+        Words places = {0, 0, 0, 0};
+        if (flip || whole > size) places = fd_words(row, 0, step, FD_STREAM_AUGMENT, keys);
+        const bool mirrored = flip && places.w0 < 1u << 31;
+        const int64 top = (int64)((uint64)places.w1 * (uint64)(tall - height + 1) >> 32);
+        const int64 left = (int64)((uint64)places.w2 * (uint64)(wide - width + 1) >> 32);
         const int64 s = (int64)((time_word * (uint64)T) >> 32), from = (int64)((data_word * (uint64)N) >> 32);
         const Normals normals = fd_normals(row, (uint32)walk.item, step, FD_STREAM_TRAIN_NOISE, keys);
         const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
@@ -224,12 +228,13 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
         for (int k = 0; k < 4; k++) {
             const int64 j = walk.item + k * quarter;
             if (j >= size) break;
-            int64 at = from * pitch + j;
+            int64 at = from * whole * (1 + masked) + ((top + j / (width * channels)) * wide + left) * channels;
+            at += j % (width * channels);
             if (mirrored) at += (width - 1 - 2 * (j / channels % width)) * channels;
             const real x0 = data[at];
             x[walk.row * size + j] = signal_t[s] * x0 + noise_t[s] * z[k];
             real wanted = of_noise_t[s] * z[k] + of_data_t[s] * x0;
-            if (pitch > size) wanted += data[at + size];
+            if (masked) wanted += data[at + whole];
             target[walk.row * size + j] = wanted;
         }
         if (walk.item == 0) {

@@ -332,12 +332,13 @@ class LayerOperations(ConvOperations):
 
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         n, height, width, channels = batch.x.shape
+        tall, wide = draws.data.shape[-3:-1]
         size, labels = height * width * channels, None if batch.labels is None else draws.labels
         columns = 0 if draws.covariates is None or batch.covariates is None else draws.covariates.shape[1]
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4],
-            draws.covariates if columns else None, batch.covariates, n, size, size * (1 + draws.masked), width,
-            channels, columns, draws.classes, drop_limit(draws.drop), len(draws.data), len(draws.signal), first, step,
+            draws.covariates if columns else None, batch.covariates, n, size, tall, wide, draws.masked, width, channels,
+            columns, draws.classes, drop_limit(draws.drop), len(draws.data), len(draws.signal), first, step,
             self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)

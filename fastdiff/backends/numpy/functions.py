@@ -6,12 +6,15 @@ For a scalar loss, ``dy`` is the gradient of the loss with respect to ``y``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff import noise
 from fastdiff.backends.protocol import LEAKY_SLOPE, Activation
+from fastdiff.noise import Draw
 
 Array = npt.NDArray[Any]
 
@@ -131,3 +134,12 @@ def _difference(y: Array, target: Array) -> Array:
 def store(gradient: Array, out: Array, add: bool) -> None:
     """Fill `out` with a gradient, or add it."""
     out[...] = out + gradient if add else gradient
+
+
+def cut(pictures: Array, size: Sequence[int], draw: Draw) -> Array:
+    """Return a part of each picture (n, H, W, C), of a size (h, w), cut out where `fastdiff.noise.cuts` says."""
+    room = pictures.shape[1] - size[0], pictures.shape[2] - size[1]
+    parts = np.empty((len(pictures), *size, pictures.shape[3]), pictures.dtype)
+    for part, whole, (top, left) in zip(parts, pictures, noise.cuts(len(pictures), room, draw).tolist(), strict=True):
+        part[...] = whole[top : top + size[0], left : left + size[1]]
+    return parts

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastdiff import noise as law
 from fastdiff.backends.layers import Batch, ConvShapes, LayerBackend, Prepared, Recording, Sampling
-from fastdiff.backends.numpy.functions import guided
+from fastdiff.backends.numpy.functions import cut, guided
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw, Stream
 
@@ -58,6 +58,8 @@ class HostBackend:
         x0, eps, hidden = draws.data[rows], np.empty_like(x), None
         if draws.masked:
             x0, hidden = x0[:, 0], x0[:, 1]
+        if x0.shape[1:3] != x.shape[1:3]:
+            x0 = cut(x0, x.shape[1:3], of_rows.of(Stream.AUGMENT))
         if draws.flip:
             mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
             x0[mirrored] = x0[mirrored][:, :, ::-1]
