@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | info | bench``.
+"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | page | info | bench``.
 
 Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
 ``fastdiff: error: ...`` and exit code 2; Ctrl-C is exit code 130. Each command imports what it needs when it
@@ -14,12 +14,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import bench, demo, evaluate, forecast, impute, info, sample, score, train
+from fastdiff.cli import bench, demo, evaluate, forecast, impute, info, page, sample, score, train
 from fastdiff.cli.messages import INTERRUPTED, fail, note, plain_messages
 from fastdiff.cli.parser import Parser, Version
 from fastdiff.errors import FastdiffError
 
-COMMANDS = (demo, train, sample, impute, forecast, evaluate, score, info, bench)  # in the order of the help
+COMMANDS = (demo, train, sample, impute, forecast, evaluate, score, page, info, bench)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,7 @@ SYNONYMS = {
     "impute": "fill inpaint complete interpolate",
     "forecast": "predict-ahead extrapolate continue future",
     "demo": "example tutorial",
+    "page": "html web browser interactive",
 }
 
 
