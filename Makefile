@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
-	compile-time readme-numbers answers docs wheel release-check clean
+	compile-time readme-numbers answers docs page page-test wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -126,6 +126,15 @@ readme-numbers: $(VENV)/.installed-plot
 docs: $(VENV)/.installed-docs
 	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -E docs docs/_build/html
 
+# The page where a curve diffuses, page.html; MODEL=m.safetensors: with a model in it.
+page: $(VENV)/.installed-plot
+	$(BIN)/fastdiff page $(MODEL) -o page.html
+
+# The page in node and in Chromium, skipped where they are missing (tests/page/install.sh gets them on Debian).
+# Pictures of it are in build/page.
+page-test: $(VENV)/.installed-test $(VENV)/.installed-page
+	$(BIN)/python -m pytest tests/page
+
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python
 	rm -rf build dist
@@ -143,4 +152,4 @@ release-check: $(VENV)/.installed-release
 		echo "== $$($$python --version)"; sh tests/installed_wheel.sh $$python dist; done
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/gallery docs/reference *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/_page docs/gallery docs/reference *.egg-info

@@ -3,24 +3,25 @@
 import { eigen } from "./algebra.js";
 import { COLUMNS, Chain, Told, evaluates, replacing, startsAnywhere } from "./chain.js";
 import { Empirical, Gaussian } from "./denoisers.js";
-import { Graph, cleared, colour, heatMap, histogram, recolour, short, spectrum } from "./draw.js";
+import { Graph, cleared, colour, heatMap, histogram, mixed, recolour, short, spectrum } from "./draw.js";
 import { STREAM, fillNormal, roundKeys } from "./noise.js";
 import { asked, perceptron, unpacked } from "./payload.js";
 import { backCode, fillCode, forwardCode } from "./python.js";
 
 const $ = (id) => document.getElementById(id);
-const BUDGET = 5; // milliseconds of a frame that are computed in; the rest is drawing
 const MANY = 512; // noised curves at least, of which moments are taken
 const PLACES = 64; // most rows of a matrix that is shown
 const RIDGE = 1e-4; // on the diagonal of a fitted covariance
 const SECONDS = 4; // that a way through all timesteps or rows lasts
 const LIMIT = 3.5; // of values in the histogram
+const MOST = 2 ** 18; // values of those
 const STORED = 2 ** 23; // most values of states that a chain keeps to be shown again
 
 const page = unpacked(JSON.parse($("payload").textContent));
 const { d, schedule, model } = page;
 const channels = page.shape.length > 1 ? page.shape[1] : 1, points = d / channels;
 const network = model && perceptron(page);
+const BUDGET = network ? 10 : 5; // milliseconds of a frame that are computed in; the rest is drawing
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 const state = {
@@ -52,6 +53,11 @@ const state = {
 const factor = model ? model.factor : new Array(d).fill(1), offset = model ? model.offset : new Array(d).fill(0);
 const toData = (value, j) => factor[j] * value + offset[j];
 const toInner = (value, j) => (factor[j] ? (value - offset[j]) / factor[j] : 0);
+/** Whole hundredths of the unit of a value, so that it can be written down. */
+const rounded = (value, j) => {
+  const step = 10 ** Math.floor(Math.log10(0.0144 * (factor[j] || 1)));
+  return +(Math.round(value / step) * step).toPrecision(9);
+};
 const at = (i) => i * channels + state.channel; // value of point i of the channel that is shown
 
 function range() {
@@ -121,7 +127,7 @@ function settle() {
   state.rows = Float64Array.from(all, (value, i) => toInner(value, i % d));
   if (!count()) return;
   state.selected = Math.min(state.selected, count() - 1);
-  state.copies = Math.max(1, Math.ceil(MANY / count()));
+  state.copies = Math.max(1, Math.ceil(Math.min(MANY, MOST / d) / count()));
   noiseOf = momentOf = null;
   for (const chip of $("families").children) chip.setAttribute("aria-pressed", String(chip.textContent === state.family?.title));
   $("remove").disabled = $("vary").disabled = !state.own.length;
@@ -129,7 +135,7 @@ function settle() {
   $("pad-caption").textContent = [what && `${what}${model ? "" : `: ${count() - own} curves`}`, own && `${own} of your own`]
     .filter(Boolean).join(", ") + `, ${points} points each. Curve ${state.selected + 1} is highlighted.`;
   law();
-  repaint(paintPad, paintForward);
+  repaint(paintStrip, paintPad, paintForward);
 }
 
 /** The denoiser of the curves, and all that depends on it. */
@@ -141,12 +147,31 @@ function law() {
 }
 
 function add(values) {
-  const rounded = values.map((value) => Math.round(value * 100) / 100);
   if (state.family) state.own = [];
   state.family = null;
-  state.own.push(rounded);
+  state.own.push(values.map(rounded));
   state.selected = (model ? model.samples.length / d : 0) + state.own.length - 1;
   settle();
+}
+
+/** The curve at a few timesteps, side by side. */
+function paintStrip() {
+  if (!count()) return;
+  const { context, width, height } = cleared($("strip")), parts = width > 700 ? 9 : 5, gap = 14;
+  const wide = (width - gap * (parts - 1)) / parts, { low, high } = range(), z = noises(), k = state.selected;
+  for (let part = 0; part < parts; part++) {
+    const t = part && Math.round((part / (parts - 1)) * schedule.T) - 1;
+    const signal = part ? schedule.signal[t] : 1, noise = part ? schedule.noise[t] : 0;
+    context.strokeStyle = mixed("data", "noise", part / (parts - 1));
+    context.lineWidth = 2;
+    context.beginPath();
+    for (let i = 0; i < points; i++) {
+      const value = toData(signal * state.rows[k * d + at(i)] + noise * z[k * d + at(i)], at(i));
+      const y = ((high - value) / (high - low)) * height;
+      context.lineTo(part * (wide + gap) + (i / (points - 1)) * wide, Math.max(1, Math.min(height - 1, y)));
+    }
+    context.stroke();
+  }
 }
 
 function paintPad() {
@@ -238,12 +263,11 @@ function onPad(canvas) {
 function vary() {
   const values = state.own.at(-1), moves = new Float64Array(22);
   fillNormal(moves, 11, 2, { keys: roundKeys(BigInt(state.seed)), stream: STREAM.FORWARD, step: state.own.length });
-  const { low, high } = range();
   for (let k = 0; k < 11; k++) {
     const shift = Math.round((points / 16) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
     state.own.push(values.map((_, j) => {
       const i = Math.max(0, Math.min(points - 1, Math.floor(j / channels) - shift)), c = j % channels;
-      return Math.round(100 * Math.max(low, Math.min(high, scale * values[i * channels + c]))) / 100;
+      return rounded(toData(scale * toInner(values[i * channels + c], j), j), j);
     }));
   }
   settle();
@@ -331,12 +355,12 @@ function paintForward() {
   formula("propagated", "<var>S<sub>t</sub></var> = ᾱ<sub><var>t</var></sub> <var>S</var><sub>0</sub> + (1 − ᾱ<sub><var>t</var></sub>) <var>I</var>",
     `<var>S</var><sub>${t}</sub> = ${a2} <var>S</var><sub>0</sub> + ${b2} <var>I</var>`,
     `Dots: the spectrum measured on ${now.many} noised curves; line: closed form. Entries differ by ${now.off.toFixed(2)} at most.`);
-  if ($("forward-code").parentElement.open) $("forward-code").textContent = forwardCode(page, state);
+  writeCode("forward-code");
 }
 
 function paintMatrices(canvas, maps, series, n) {
   const { context, width, height } = cleared(canvas), beside = width > 430 || maps.length === 1;
-  const size = Math.min(height - 22, (width - 60) * (maps.length === 1 ? 0.46 : beside ? 0.34 : 0.47)), gap = 12;
+  const size = Math.min(height - (maps.length === 1 ? 2 : 22), maps.length === 1 ? 0.6 * (width - 60) : beside ? 0.34 * (width - 60) : (width - 12) / 2), gap = 12;
   maps.forEach(([matrix, most, name], i) => {
     heatMap(context, matrix, n, most, i * (size + gap), 0, size);
     context.fillStyle = colour("soft");
@@ -345,7 +369,7 @@ function paintMatrices(canvas, maps, series, n) {
     context.fillText(name, i * (size + gap), size + 16);
   });
   const left = beside ? maps.length * (size + gap) + 34 : 34, top = beside ? 6 : size + 28;
-  const box = { x: left, y: top, width: width - left - 6, height: (beside ? size : height - 4) - top - 4, low: 1e-4, high: 1e2 };
+  const box = { x: left, y: top, width: width - left - 6, height: (beside ? size : height - 4) - top - 4, low: maps.length === 1 ? 1e-6 : 1e-3, high: 1e2 };
   if (box.height < 30) return;
   spectrum(context, series, box);
 }
@@ -393,7 +417,7 @@ function restart(play = true) {
 
 function* computing(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 2 : 8);
+    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     const done = which.path.length - 1;
     if (stride > 1 && done > 1 && (done - 1) % stride) which.path[done - 1] = which.path[done - 2]; // shown in its place
     yield;
@@ -446,7 +470,7 @@ function paintBack() {
     term(c3, "<var>m</var><sub>3</sub>"), term(e, "<var>out</var>"), term(s, "<var>z</var>"));
   formula("step", "<var>m</var> = <var>p x</var> + <var>q out</var>,&ensp; <var>x′</var> = <var>a x</var> + <var>b m</var> + <var>c</var><sub>1</sub> <var>m</var><sub>1</sub> + … + <var>e out</var> + <var>s z</var>",
     `${m && `<var>m</var> = ${m},&ensp; `}<var>x′</var> = ${mixed}`);
-  if ($("back-code").parentElement.open) $("back-code").textContent = backCode(page, state);
+  writeCode("back-code");
 }
 
 // ---------------------------------------------------------------------------------------- 4: fill
@@ -484,7 +508,7 @@ function fill() {
 
 function* steps(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 2 : 8);
+    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     which.path = Object.assign(which.path, Array.from({ length: which.path.length - 1 }, () => null)); // the last is shown
     repaint(paintFill);
     yield;
@@ -535,7 +559,7 @@ function paintFill() {
       `${m} values seen, <var>s</var>² = ${s2}: ${Number.isNaN(left) ? "…" : left.toFixed(1)} of ${count()} curves still count`,
       "The exact law of what is erased: the same curves with other weights.");
   }
-  if ($("fill-code").parentElement.open) $("fill-code").textContent = fillCode(page, state);
+  writeCode("fill-code");
 }
 
 function onErase(canvas) {
@@ -573,6 +597,13 @@ function erase(from, to, now = true) {
 
 // ---------------------------------------------------------------------------------------- controls
 
+const codes = { "forward-code": forwardCode, "back-code": backCode, "fill-code": fillCode };
+
+/** The lines of Python of a part, where they are shown or `wanted`. */
+function writeCode(id, wanted = false) {
+  if (wanted || $(id).parentElement.open) $(id).textContent = codes[id](page, state);
+}
+
 function options(id, pairs, chosen) {
   const select = $(id), text = JSON.stringify(pairs);
   if (select.dataset.options !== text) {
@@ -609,7 +640,7 @@ function chooseSeed(text) {
   noiseOf = null;
   restart();
   refill();
-  repaint(paintForward);
+  repaint(paintStrip, paintForward);
 }
 
 function setTheme(name) {
@@ -621,7 +652,7 @@ function setTheme(name) {
 }
 
 function repaintAll() {
-  repaint(paintPad, paintForward, paintBack, paintFill);
+  repaint(paintStrip, paintPad, paintForward, paintBack, paintFill);
 }
 
 function begin() {
@@ -756,19 +787,21 @@ function begin() {
   on("fill-play", "click", fill);
   onErase($("filled"));
 
-  for (const details of document.querySelectorAll("details.code")) details.addEventListener("toggle", repaintAll);
+  for (const id of Object.keys(codes)) $(id).parentElement.addEventListener("toggle", () => writeCode(id));
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", async () => {
       const source = $(button.dataset.copy);
+      writeCode(source.id, true);
       try {
         await navigator.clipboard.writeText(source.textContent);
         button.textContent = "Copied";
       } catch {
+        source.parentElement.open = true; // a page from a file may not write to the clipboard everywhere
         getSelection().selectAllChildren(source);
         button.textContent = "Selected: press Ctrl-C";
       }
       say(button.textContent);
-      setTimeout(() => (button.textContent = "Copy"), 1500);
+      setTimeout(() => (button.textContent = "Copy as Python"), 1500);
     });
   }
   if (!model) state.family = page.families[0];
@@ -792,6 +825,7 @@ function begin() {
 
 function aboutModel() {
   $("data-name").textContent = "The model";
+  $("data-lead").textContent = "A few of its samples. Curves of your own are diffused and filled by it as well.";
   $("lead").textContent = `The page holds ${model.name} and runs it by itself, with the noise and the samplers of the Python library: the normals are the same to the bit, and every picture comes with the lines that reproduce it.`;
   const facts = { File: model.name, Network: model.about, Parameters: model.parameters.toLocaleString("en"), Predicts: page.prediction };
   $("model-facts").hidden = false;

@@ -147,6 +147,12 @@ function rgb(name) {
   return stops.get(text);
 }
 
+/** A colour between two of the theme. */
+export function mixed(from, to, share) {
+  const [a, b] = [rgb(from), rgb(to)];
+  return `rgb(${a.map((value, c) => Math.round(value + share * (b[c] - value))).join(" ")})`;
+}
+
 /** A matrix (n, n) as a picture, at (x, y) of that size; `most` is what has the full colour, of either sign. */
 export function heatMap(context, matrix, n, most, x, y, size) {
   const image = new ImageData(n, n), none = rgb("map0"), plus = rgb("map1"), minus = rgb("map2");
@@ -186,6 +192,7 @@ export function spectrum(context, series, { x, y, width, height, low, high }) {
     context.setLineDash(dash || []);
     context.beginPath();
     values.forEach((value, i) => {
+      if (value < low) return;
       if (dots) context.rect(at(i) - 1.5, place(value) - 1.5, 3, 3);
       else context.lineTo(at(i), place(value));
     });
