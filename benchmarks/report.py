@@ -613,8 +613,8 @@ class AnswersReport(Report):
 class Answered(NamedTuple):
     """Series with values hidden: what was found of draws by a model and by a Gaussian, and the ratio of their CRPS.
 
-    `missed` names bands that are off, where the law of the data is known. `seconds` are those of the longest training,
-    and `spread` is what the models learned of their draws.
+    `missed` names bands that are off, where the law of the data is known. `seconds` of CPU time are those of the longest
+    training, and `spread` is what the models learned of their draws.
     """
 
     data: str
@@ -676,7 +676,7 @@ class SeriesReport(Report):
             f"{self.header.line()} {self.seeds} seeds, {self.unseen} unseen series each, {self.draws} draws; ratio: "
             "mean of the paired ratios and its standard error; of AR(1) the Gaussian is the exact conditional, and a "
             "band misses where it is off by more than three standard errors (the largest in brackets). The longest "
-            f"training took {longest:.0f} s, target at most {self.seconds:g} s{slow}.",
+            f"training took {longest:.0f} s of CPU time, target at most {self.seconds:g} s{slow}.",
             "",
             *markdown(head, [row.cells() for row in self.rows], left=2),
         ]

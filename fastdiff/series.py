@@ -375,8 +375,8 @@ def windows(x: Any, length: int | str, stride: int | None = None) -> Any:
         A recording, or several of the same channels. Of frames (pandas, polars, xarray) columns are channels; an index
         or a column of times is the clock, and dropped.
     length : int or {"day", "week"}
-        Rows of a window; or windows that are whole days, which begin at midnight, or whole weeks, which begin on Monday,
-        by the clock of a frame.
+        Rows of a window; or windows that are whole days, which begin at midnight, or whole weeks, which begin on
+        Monday, by the clock of a frame.
     stride : int, optional
         Rows from one window to the next; by default `length`: they do not overlap.
 
