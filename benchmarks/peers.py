@@ -62,7 +62,13 @@ class Comparison:
         return VARIANTS[self.variant].format(what.replace("AdamW", "fused AdamW") if self.variant else what)
 
 
-VARIANTS = {"": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting"}
+VARIANTS = {
+    "": "{}",
+    "fused": "{}",
+    "compiled": "torch.compile, {}",
+    "numpy": "NumPy broadcasting",
+    "looped": "{}, draw by draw",
+}
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
     Comparison("normals-960000x50", 5.0),
@@ -105,6 +111,8 @@ COMPARISONS = (
     Comparison("unet-forward-wide-16"),
     Comparison("unet-series-train-32", 2.0),
     Comparison("unet-series-ddim-32", 2.0),
+    Comparison("impute-24x5-100", 3.0),
+    Comparison("impute-24x5-100", 10.0, variant="looped"),
     Comparison("conv-forward", 1.5),
     Comparison("conv-input-gradient", 1.5),
     Comparison("conv-weight-gradient", 1.2),

@@ -613,8 +613,8 @@ class AnswersReport(Report):
 class Answered(NamedTuple):
     """Series with values hidden: what was found of draws by a model and by a Gaussian, and the ratio of their CRPS.
 
-    `missed` names bands that are off, where the law of the data is known. `seconds` of CPU time are those of the longest
-    training, and `spread` is what the models learned of their draws.
+    `missed` names bands that are off, where the law of the data is known. `seconds` of CPU time are those of the
+    longest training, and `spread` is what the models learned of their draws.
     """
 
     data: str
