@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
-	compile-time readme-numbers answers docs page page-test wheel release-check clean
+	compile-time readme-numbers answers series docs page page-test wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -109,7 +109,12 @@ $(DATA)/.written: benchmarks/real_data.py
 
 quality: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/series_answers.py --data $(DATA)
 	$(BIN)/python benchmarks/sines.py
+
+# The part of it that fills gaps of series, and forecasts them.
+series: $(VENV)/.installed-plot $(DATA)/.written
+	$(BIN)/python benchmarks/series_answers.py --data $(DATA)
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples

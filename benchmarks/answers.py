@@ -57,7 +57,7 @@ def gaussian(rows: int, points: int = 50) -> fd.denoisers.Gaussian:
     return fd.denoisers.Gaussian(mean, second / count - np.outer(mean, mean), fd.Schedule.cosine(10))
 
 
-def judged(draws: Array, holes: Array, truth: Array) -> dict[str, Array]:
+def judged(draws: Array, holes: Array, truth: Array, bands: tuple[float, ...] = BANDS) -> dict[str, Array]:
     """Of each curve, over its hidden values: the CRPS, and the shares in bands."""
     hidden = np.isnan(holes)
 
@@ -68,7 +68,7 @@ def judged(draws: Array, holes: Array, truth: Array) -> dict[str, Array]:
     # The rank of the truth among n draws is uniform over n + 1 places where the law is right; of 40, 80, ... places the
     # bands have whole numbers.
     place = ((draws < truth).sum(axis=0) + 0.5) / (len(draws) + 1)
-    return found | {f"in {band:.0%}": mean(np.abs(place - 0.5) < band / 2) for band in BANDS}
+    return found | {f"in {band:.0%}": mean(np.abs(place - 0.5) < band / 2) for band in bands}
 
 
 def exact_draws(law: fd.denoisers.Gaussian, holes: Array, draws: int, noise: float = 0.0) -> Array:

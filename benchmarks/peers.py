@@ -64,7 +64,7 @@ class Comparison:
 
 VARIANTS = {
     "": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting",
-    "jax": "JAX, jit of the whole", "openvino": "OpenVINO, float32, diffusers UNet2DModel",
+    "looped": "{}, draw by draw", "jax": "JAX, jit of the whole", "openvino": "OpenVINO, float32, diffusers UNet2DModel",
 }  # fmt: skip
 LIBRARIES = {"jax": ("jax",), "openvino": ("diffusers.models", "openvino")}  # of variants: more than PyTorch
 COMPARISONS = (
@@ -119,6 +119,8 @@ COMPARISONS = (
     Comparison("unet-forward-wide-16"),
     Comparison("unet-series-train-32", 2.0),
     Comparison("unet-series-ddim-32", 2.0),
+    Comparison("impute-24x5-100", 3.0),
+    Comparison("impute-24x5-100", 10.0, variant="looped"),
     Comparison("conv-forward", 1.5),
     Comparison("conv-input-gradient", 1.5),
     Comparison("conv-weight-gradient", 1.2),

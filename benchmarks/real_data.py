@@ -57,6 +57,7 @@ def data_sets() -> dict[str, np.ndarray]:
         "Seattle weather": weather.to_numpy(float),
         "ArrowHead": series("ArrowHead"),
         "JapaneseVowels": series("JapaneseVowels"),
+        "JapaneseVowels_eq": series("JapaneseVowels_eq"),
     }
 
 

@@ -644,6 +644,81 @@ class AnswersReport(Report):
         return lines
 
 
+# -- series_answers.py -----------------------------------------------------------------------------------------
+
+
+class Answered(NamedTuple):
+    """Series with values hidden: what was found of draws by a model and by a Gaussian, and the ratio of their CRPS.
+
+    `missed` names bands that are off, where the law of the data is known. `seconds` of CPU time are those of the
+    longest training, and `spread` is what the models learned of their draws.
+    """
+
+    data: str
+    hidden: str
+    ours: dict[str, Estimate]
+    gaussian: dict[str, Estimate]
+    ratio: Estimate
+    target: float
+    missed: list[str]
+    seconds: float
+    spread: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is within its bound, and its bands hold."""
+        return self.ratio.mean <= self.target and not self.missed
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        crps = [f"{one['CRPS'].mean:.4f}" for one in (self.ours, self.gaussian)]
+        bands = [
+            [f"{each.mean:.1%}" for what, each in one.items() if what != "CRPS"] for one in (self.ours, self.gaussian)
+        ]
+        errors = max(each.error for what, each in self.ours.items() if what != "CRPS")
+        target = f"at most {self.target:g}" + ("" if self.ratio.mean <= self.target else MISSED)
+        target += "".join(f", {band}{MISSED}" for band in self.missed)
+        ours = f"{', '.join(bands[0])} (± {errors:.1%})"
+        return [
+            self.data,
+            self.hidden,
+            *crps,
+            f"**{self.ratio}**",
+            target,
+            ours,
+            ", ".join(bands[1]),
+            f"{self.spread:.2f}",
+        ]
+
+
+@dataclass
+class SeriesReport(Report):
+    """Imputation and forecasts of series, beside a Gaussian's."""
+
+    draws: int
+    unseen: int
+    seeds: int
+    seconds: float
+    rows: list[Answered]
+
+    def lines(self) -> list[str]:
+        bands = " / ".join(what.removeprefix("in ") for what in self.rows[0].ours if what != "CRPS")
+        head = [
+            "data", "hidden", "CRPS", "the Gaussian's", "ratio", "target", f"in bands of {bands}",
+            "the Gaussian's bands", "spread",
+        ]  # fmt: skip
+        longest = max(row.seconds for row in self.rows)
+        slow = "" if longest <= self.seconds else MISSED
+        return [
+            f"{self.header.line()} {self.seeds} seeds, {self.unseen} unseen series each, {self.draws} draws; ratio: "
+            "mean of the paired ratios and its standard error; of AR(1) the Gaussian is the exact conditional, and a "
+            "band misses where it is off by more than three standard errors (the largest in brackets). The longest "
+            f"training took {longest:.0f} s of CPU time, target at most {self.seconds:g} s{slow}.",
+            "",
+            *markdown(head, [row.cells() for row in self.rows], left=2),
+        ]
+
+
 # -- sines.py --------------------------------------------------------------------------------------------------
 
 
@@ -700,5 +775,5 @@ class ScalingReport(Report):
 REPORTS: dict[str, type[Report]] = {
     "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
     "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
-    "sines": SinesReport, "answers": AnswersReport,
+    "sines": SinesReport, "answers": AnswersReport, "series": SeriesReport,
 }  # fmt: skip

@@ -28,8 +28,10 @@ from fastdiff.bench.networks import (
     EMA,
     PEER_DDIM,
     PEER_STEPS,
+    SEEN_NOISE,
     UNET,
     Chain,
+    ChainGiven,
     PicturesForward,
     PicturesSampling,
     PicturesTraining,
@@ -236,6 +238,26 @@ CONV_CHANNELS, CONV_SIZES = (64, 128, 256), (8, 16, 32, 64)
 LARGE = 64  # pixels: pictures of this size come in batches of a quarter
 
 
+class Imputation(ChainGiven):
+    """Series of 24 x 5 values, a tenth of which are known, as the rows of a perceptron."""
+
+    seen: ClassVar[int] = 12
+
+    def peer_side(self, nets: Any, inputs: Arrays, folder: Path, variant: str) -> tuple[Arrays, list[Run]]:
+        samples, runs = super().peer_side(nets, inputs, folder, variant)
+        if variant != "looped":
+            return samples, runs
+        net, told, known = self.peer_network(nets, inputs), self.told(), self.known()
+
+        def run() -> Any:
+            """Draw after draw, as CSDI's evaluation does."""
+            return [
+                nets.told_chain(net, told["rows"], told["levels"], known, SEEN_NOISE) for _ in range(self.draws_of_each)
+            ]
+
+        return samples, [run]
+
+
 @dataclass(frozen=True)
 class ConvSweep(Workload):
     """Convolutions of many shapes, each timed alone: it fills an array that is there, as in a network."""
@@ -310,6 +332,9 @@ FOR_PEERS: tuple[Workload, ...] = (
     PicturesForward("unet-forward-wide-16", f"forward pass, {ON_WIDE}", 16, **WIDE),
     SeriesTraining("unet-series-train-32", f"training step, {ON_SERIES}", 32, units=2, **LONG_SERIES),
     SeriesSampling("unet-series-ddim-32", f"20 DDIM steps, {ON_SERIES}", 32, **LONG_SERIES),
+    Imputation(
+        "impute-24x5-100", "100 series of 24 x 5 seen at 12 values, 100 draws, 50 rows", 10_000, (120,), net="default",
+    ),
     ConvSweep("conv-forward", "conv 3x3, forward", 16, ()),
     ConvSweep("conv-input-gradient", "conv 3x3, input gradient", 16, (), layer=ConvInputGradient),
     ConvSweep("conv-weight-gradient", "conv 3x3, weight and bias gradient", 16, (), layer=ConvWeightGradient),

@@ -63,10 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     strange = truth[1000:1100].copy()
     strange[40, 0] += 0.8  # a spike
-    strange[70:74, 1] = strange[70, 1]  # a stuck sensor
+    strange[63:67, 1] = strange[63, 1]  # a sensor that sticks while the temperature falls
     found = model.anomaly(strange, draws=24)
     plots.save(plots.anomaly(strange, found, names=NAMES), args.output / "strange.png")
-    print(f"the strangest value of the first channel is in row {found[:, 0].argmax()}, where a spike was put: 40")
+    spike, stuck = found.argmax(axis=0)
+    print(
+        f"strangest of all: level in row {spike}, a spike was put into 40; temperature in row {stuck}, stuck from 63 on"
+    )
     print(f"pictures in {args.output}")
 
 

@@ -32,6 +32,7 @@ from fastdiff.recordings import (
     steps_of,
     summary,
 )
+from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 log = logging.getLogger("fastdiff")
@@ -46,9 +47,11 @@ class Model(Protocol):
     """What a question needs of a `Diffusion`."""
 
     backend: str | Backend
+    spread: float
     channel_names: list[str] | None
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
+    def named_sampler(self, name: str, steps: int | None, *, given: bool) -> Sampler: ...
     def impute(self, *args: Any, **options: Any) -> Any: ...
     def sample(self, *args: Any, **options: Any) -> Any: ...
 
@@ -101,12 +104,13 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     out = np.empty((len(levels or range(count)), len(values), *net.shape), dtype)
     out[...] = values.astype(dtype).reshape(len(values), *net.shape)
     told = None if draws.covariates is None else checked_covariates(draws.covariates, net.covariates, len(values))
+    options = _spread(model, draws.options)
     at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (count * values.shape[1]))
     for start in range(0, len(missing), max(1, at_once)):
         some = missing[start : start + at_once]
         drawn = model.sample(
             count, labels=draws.labels_of(some), covariates=None if told is None else told[some],
-            first_sample=draws.first, given=known.some(some), **draws.options,
+            first_sample=draws.first, given=known.some(some), **options,
         )  # fmt: skip
         out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
     return out if frame is None else _frames([frame.filled(one) for one in out], levels)
@@ -195,15 +199,25 @@ def _filled(model: Model, seen: Float64, windows: list[Step], draws: Draws) -> I
     net, _, _ = model._fitted()
     count = check_int("draws", draws.count, low=1)
     first = check_int("first_draw", draws.first, low=0, high=DRAWS - count)
+    options = _spread(model, draws.options)
 
     def drawn(known: Observations, rows: npt.NDArray[np.int64]) -> Values:
         labels = draws.labels_of(rows)
         got: Values = get_backend(model.backend).to_numpy(
-            model.sample(1, labels=labels, covariates=None, given=known, **draws.options)
+            model.sample(1, labels=labels, covariates=None, given=known, **options)
         )
         return got[0]
 
     return filled(seen, net.shape, count, drawn, windows, first)
+
+
+def _spread(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the table that draws as widely as held-out rows ask for, where a table is to be chosen."""
+    name, method = options["sampler"], options["method"]
+    if model.spread == 1 or not isinstance(name, str) or method not in ("auto", "tmpd"):
+        return options
+    table = model.named_sampler(name, options["steps"], given=True).unclipped().widened(model.spread)
+    return {**options, "sampler": table, "steps": None}
 
 
 def _columns(values: Values) -> Values:

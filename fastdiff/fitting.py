@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import checkpoint, defaults, judgement, sampling, series, split
+from fastdiff import calibration, checkpoint, defaults, judgement, sampling, series, split
 from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.callbacks import Reporter, listeners
@@ -131,10 +131,13 @@ class Model(Counted, Protocol):
     _held_out: tuple[str, float] | None
     _data: list[int] | None
     _arithmetic: int
+    spread: float
+    report_: dict[str, Any] | None
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
     def _judge(self, rows: Values, asked: tuple[Any, Any], held_out: Values | None, *, show: bool) -> None: ...
-    def named_sampler(self) -> Sampler: ...
+    def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler: ...
+    def impute(self, X: Any, draws: int, *, labels: Any, covariates: Any) -> Any: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
 
 
@@ -179,7 +182,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         model.channel_names = names
     gaps = _prepare(model, parts, found.asked, plan, wishes.data_range)
     model._frame = frame or model._frame
-    found = _scaled(model, found)
+    asked_plainly, found = found.of_unseen, _scaled(model, found)
     model._label_drop = share
     net, _, _ = model._fitted()
     assert model._optimizer is not None and model._average is not None  # noqa: PT018
@@ -219,6 +222,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     judge = wishes.judge
     if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
         model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=wishes.progress)
+        _calibrate(model, parts.held_out, asked_plainly)
         if saver is not None:
             saver(model.step)  # with the report
 
@@ -441,6 +445,24 @@ def _keeper(
         learned = learned.reshape(len(rows), -1)
         return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
     return None
+
+
+def _calibrate(model: Model, held_out: tuple[Values, Values | None] | None, covariates: Float64 | None) -> None:
+    """Learn from held-out rows how widely a model of curves or series has to draw what is missing."""
+    net, _, normaliser = model._fitted()
+    if held_out is None or held_out[0].ndim > 3 or normaliser.noise_shape is not None or model.report_ is None:
+        return
+    rows = held_out[0][: calibration.most_rows(net, model.named_sampler(given=True).evaluations)]
+    if len(rows) < calibration.FEWEST:
+        return
+    model.spread, (n, labels) = 1.0, (len(rows), held_out[1])
+    holes = calibration.hidden(rows.astype(np.float64), model.seed)
+    asked = {"labels": None if labels is None else labels[:n]}
+    asked["covariates"] = None if covariates is None else covariates[:n]
+    found = calibration.measure(rows, holes, model.impute(holes, calibration.DRAWS, **asked))
+    log.info(found.sentence)
+    model.spread = found.factor
+    model.report_ |= found.to_dict()
 
 
 def _whole(normaliser: Normaliser, inner: Float64, shape: tuple[int, ...]) -> Float64:

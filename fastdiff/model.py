@@ -93,7 +93,10 @@ class Diffusion:
         Where the last call of `fit` was to end.
     report_ : dict or None
         What the last judgement measured of the samples, after the step named "step": see
-        `fastdiff.judgement.Report`.
+        `fastdiff.judgement.Report`, and `fastdiff.calibration.Spread`.
+    spread : float
+        How many times as far from their mean `impute`, `forecast` and `anomaly` draw as the network says, with "tmpd"
+        and a named sampler: learned from held-out rows by a fit that ends with a judgement; see `fastdiff.calibration`.
     class_names, covariate_names, channel_names : list of str or None
         What the classes, the covariates, and the channels of series, are called; for the reader only, and saved with
         the model.
@@ -164,6 +167,7 @@ class Diffusion:
         self.channel_names: list[str] | None = None
         self._frame: series.Frame | None = None  # how frames are made that are like those of the data
         self.report_: dict[str, Any] | None = None
+        self.spread = 1.0
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
         self._gaussian: GaussianBase | None = None
@@ -846,7 +850,7 @@ class Diffusion:
                 history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
                 data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
                 covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
-                arithmetic=self._arithmetic,
+                arithmetic=self._arithmetic, spread=self.spread,
             ).write(path)  # fmt: skip
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
@@ -922,6 +926,6 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     model.step, model.ema_updates, model._arithmetic = saved.step, saved.ema_updates, saved.arithmetic
     model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
     model.class_names, model.channel_names = saved.class_names, saved.channel_names
-    model._covariates, model._label_drop = saved.covariates, saved.label_drop
+    model._covariates, model._label_drop, model.spread = saved.covariates, saved.label_drop, saved.spread
     model.covariate_names = saved.covariate_names
     return model

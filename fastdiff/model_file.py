@@ -79,6 +79,7 @@ class Saved:
     covariates: CovariateScale | None = None
     covariate_names: list[str] | None = None
     label_drop: float = 0.0
+    spread: float = 1.0
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -112,7 +113,7 @@ class Saved:
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
             "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
-            "covariate_names": self.covariate_names,
+            "covariate_names": self.covariate_names, "spread": self.spread,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += ["velocity"] if self.prediction == "velocity" else []
@@ -185,6 +186,7 @@ class Saved:
             covariates=covariates,
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
+            spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True),
         )
 
 

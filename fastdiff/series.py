@@ -35,6 +35,8 @@ Values = npt.NDArray[Any]
 LAST = 8  # rows of a frame that tell how its clock goes on
 EVEN = 1e-6  # by which steps of a clock may differ, relative to the first
 FILLS = ("missing", "linear")
+PERIODS = ("day", "week")  # that windows can be
+DAY = 86_400 * 10**9  # nanoseconds
 ENDINGS = (".csv", ".npy", ".parquet")  # of recordings
 _DATE = re.compile(r"\d{4}-\d{1,2}|\d{1,4}[./]\d{1,2}[./]\d{1,4}|\d{1,2}:\d{2}")
 
@@ -362,18 +364,19 @@ class Windows:
         return self.values.dtype
 
 
-def windows(x: Any, length: int, stride: int | None = None) -> Any:
+def windows(x: Any, length: int | str, stride: int | None = None) -> Any:
     """Cut recordings into windows that all have one length.
 
-    Window k begins `stride` k rows after the first; what is left at the end is logged. Missing values (NaN) stay.
+    Window k begins `stride` k rows after the first; what is left at the ends is logged. Missing values (NaN) stay.
 
     Parameters
     ----------
     x : (time,) or (time, channels) array, a frame, or a list of these
         A recording, or several of the same channels. Of frames (pandas, polars, xarray) columns are channels; an index
         or a column of times is the clock, and dropped.
-    length : int
-        Rows of a window.
+    length : int or {"day", "week"}
+        Rows of a window; or windows that are whole days, which begin at midnight, or whole weeks, which begin on
+        Monday, by the clock of a frame.
     stride : int, optional
         Rows from one window to the next; by default `length`: they do not overlap.
 
@@ -385,7 +388,8 @@ def windows(x: Any, length: int, stride: int | None = None) -> Any:
     Raises
     ------
     ArgumentError
-        A recording shorter than a window, other channels, infinite values, text, or a clock whose steps differ.
+        A recording shorter than a window, other channels, infinite values, text, or a clock whose steps differ; whole
+        days or weeks without a clock of dates, or with a step that does not divide them.
 
     Examples
     --------
@@ -394,8 +398,9 @@ def windows(x: Any, length: int, stride: int | None = None) -> Any:
            [1., 2., 3., 4.],
            [2., 3., 4., 5.]])
     """
-    length = check_int("length", length, low=1)
-    stride = check_int("stride", length if stride is None else stride, low=1)
+    period = check_choice("length", length, PERIODS) if isinstance(length, str) else None
+    rows = None if period else check_int("length", length, low=1)
+    stride = None if stride is None else check_int("stride", stride, low=1)
     recordings = x if isinstance(x, (list, tuple)) and len(x) and not np.isscalar(x[0]) else [x]
     parts: list[Values] = []
     frame = None
@@ -412,15 +417,48 @@ def windows(x: Any, length: int, stride: int | None = None) -> Any:
             names = found
         if parts and values.shape[1:] != parts[0].shape[2:]:
             raise ArgumentError(name, f"shape {values.shape}", "as many channels as the recording before has")
-        if len(values) < length:
-            raise ArgumentError(name, f"{len(values)} rows", f"at least {length}: the length of a window")
-        view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::stride]
+        first = 0
+        if period:
+            first, in_period = _whole_periods(of, period, name)
+            if rows not in (None, in_period):
+                raise ArgumentError(name, f"{in_period} rows a {period}", f"{rows}, as the recording before has")
+            rows = in_period
+        assert rows is not None
+        if len(values) - first < rows:
+            least = f"at least {first + rows}: to the end of the first whole {period}" if period else f"at least {rows}"
+            raise ArgumentError(name, f"{len(values)} rows", least if period else f"{least}: the length of a window")
+        view = np.lib.stride_tricks.sliding_window_view(values[first:], rows, axis=0)[:: stride or rows]
         parts.append(np.ascontiguousarray(np.moveaxis(view, -1, 1)))
-        left = (len(values) - length) % stride
+        if first:
+            log.info("windows: the first %d of %d rows are before the first whole %s", first, len(values), period)
+        left = (len(values) - first - rows) % (stride or rows)
         if left:
             log.info("windows: the last %d of %d rows are in no window", left, len(values))
     cut = np.concatenate(parts)
     return cut if frame is None else Windows(cut, names, frame)
+
+
+def _whole_periods(frame: Frame | None, period: str, argument: str) -> tuple[int, int]:
+    """Return in which row of a frame the first whole day or week begins, and how many rows one has."""
+    wants = f"a frame whose clock has dates, for windows of a whole {period}"
+    if frame is None or frame.clock is None:
+        raise ArgumentError(argument, "a recording without a clock", wants)
+    clock = frame.clock.tz_localize(None) if getattr(frame.clock, "tz", None) is not None else frame.clock
+    times = np.asarray(clock.values if hasattr(clock, "values") else clock)
+    if times.dtype.kind != "M" or len(times) < 2:
+        raise ArgumentError(argument, f"a clock of {len(times)} {times.dtype} values", wants)
+    check_even(times)  # by local time: a day of 23 hours is no day like the others
+    ns = times.astype("M8[ns]").astype(np.int64)
+    # Days and weeks of Mondays since 1970-01-01, which was a Thursday.
+    since, size = (ns, DAY) if period == "day" else (ns + 3 * DAY, 7 * DAY)
+    step = int(ns[1] - ns[0])
+    begins = np.flatnonzero(since % size == 0)
+    if size % step or not len(begins):
+        what = "midnight" if period == "day" else "midnight of a Monday"
+        raise ArgumentError(
+            argument, f"a clock from {times[0]} with steps of {step / 1e9:g} s", f"one that meets {what}"
+        )
+    return int(begins[0]), size // step
 
 
 def _is_text(clock: Any) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -637,3 +638,43 @@ def test_answers_measure_draws_of_a_mixture(monkeypatch, tmp_path):
     seen = answers.around_a_gap(20, 50)
     assert (seen.sum(axis=1) == 25).all()
     assert (np.abs(np.diff(seen.astype(int), axis=1)).sum(axis=1) <= 2).all()  # one gap
+
+
+def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path):
+    """Draws of the law itself miss nothing, and draws of a narrower one do; records come back from their file."""
+    of_series, answers = (importlib.import_module(name) for name in ("series_answers", "answers"))
+    points, _, _, end, _ = of_series.SETS[of_series.AR]
+    law = of_series.data_set(of_series.AR, tmp_path)[2]
+
+    class Model:
+        """What the benchmark asks of a `Diffusion`: it is the law, but for the width of its draws."""
+
+        spread, width = 1.0, 1.0
+
+        def __init__(self, seed):
+            self.seed = seed
+
+        def fit(self, X, **options):
+            return self
+
+        def impute(self, holes, draws):
+            flat = holes.reshape(len(holes), -1)
+            drawn = answers.exact_draws(law, flat, 2 * draws)[draws:]  # others than the Gaussian's
+            return (drawn.mean(axis=0) + self.width * (drawn - drawn.mean(axis=0))).reshape(draws, *holes.shape)
+
+    monkeypatch.setattr(of_series.fd, "Diffusion", Model)
+    options = SimpleNamespace(seeds=2, rows=40, draws=39, steps=None)
+    right = of_series.answered(of_series.AR, tmp_path, options)
+    assert all(row.met and abs(row.ratio.mean - 1) < 0.05 for row in right)
+    monkeypatch.setattr(Model, "width", 0.5)
+    narrow = of_series.answered(of_series.AR, tmp_path, options)
+    assert not any(row.met for row in narrow)
+    assert "in 90%" in narrow[1].missed[2]
+    gone = of_series.hidden_of(np.zeros((3, points, 1)), "end", end, 0)
+    assert gone.sum() == 3 * end
+    assert gone[:, -end:].all()
+    made = report.SeriesReport(report.Header(**HEADER), 39, 40, 2, 1e-9, [*right, *narrow])
+    made.save(tmp_path, "series-cpu")
+    assert report.load(tmp_path / "series-cpu.json") == made
+    assert made.table().count("AR(1)") == 9
+    assert made.table().count("missed") > 4

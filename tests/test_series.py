@@ -237,6 +237,45 @@ def test_a_frame_gives_windows_and_takes_samples():
         fd.Diffusion(backend="cpu").fit(waves(), steps=1, progress=False).sample(1, as_frame=True)
 
 
+@pytest.mark.parametrize(("period", "starts"), [("day", range(12, 396, 24)), ("week", [84])])
+def test_whole_days_and_weeks(period, starts, caplog):
+    """From Thursday noon on: the first midnight is in row 12; with steps of 2 hours the first Monday in row 42."""
+    caplog.set_level(logging.INFO, "fastdiff")
+    hours = np.datetime64("2024-02-29T12", "h") + np.arange(404)
+    frame = Table({"hour": np.arange(404.0)}, hours)
+    cut = fd.data.windows(frame, period)
+    np.testing.assert_array_equal(cut.values[:, 0, 0], starts)
+    np.testing.assert_array_equal(cut.values[0, :, 0], starts[0] + np.arange(24 if period == "day" else 168))
+    assert f"the first {starts[0]} of 404 rows are before the first whole {period}" in caplog.text
+    assert "the last 8 of 404 rows" in caplog.text if period == "day" else "the last 152 of" in caplog.text
+    overlapping = fd.data.windows(frame, period, 12)
+    np.testing.assert_array_equal(overlapping.values[:2, 0, 0], [starts[0], starts[0] + 12])
+    two = fd.data.windows(Table({"x": np.arange(202.0)}, hours[::2]), period)
+    assert two.values[0, 0, 0] == starts[0] / 2
+    np.testing.assert_array_equal(fd.data.windows([frame, frame], period).values[: len(cut.values)], cut.values)
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (np.arange(90.0), "without a clock"),
+        (recording_of(), "without a clock"),
+        (recording_of(np.arange(30) * 0.1), "clock of 30 float64 values"),
+        (recording_of(np.datetime64("2024-01-01T01", "h") + np.arange(20).repeat(2)[:30]), "times that rise"),
+        (recording_of(np.datetime64("2024-01-01T01", "h") + 5 * np.arange(30)), "one that meets midnight"),
+        (recording_of(np.datetime64("2024-01-01T00:30", "m") + 60 * np.arange(30)), "one that meets midnight"),
+        (recording_of(np.datetime64("2024-01-01T01", "h") + np.arange(30)), "got 30 rows, wants at least 47"),
+        (recording_of(np.datetime64("2024-01-01", "h") + np.arange(30) ** 2), "on_grid"),
+        ([recording_of(np.datetime64("2024-01-01", "h") + k * np.arange(30)) for k in (1, 2)], "12 rows a day"),
+    ],
+)
+def test_what_has_no_whole_days(frame, words):
+    with pytest.raises(ArgumentError, match=words):
+        fd.data.windows(frame, "day")
+    with pytest.raises(ArgumentError, match="length"):
+        fd.data.windows(frame, "month")
+
+
 def test_a_frame_of_curves(caplog):
     caplog.set_level(logging.INFO, "fastdiff")
     curves = waves(20)[..., 0]

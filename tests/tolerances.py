@@ -59,6 +59,9 @@ def allowed(want, *, terms=1, scale=None):
     return UNITS * EPS[want.dtype] * (math.sqrt(terms) * scale + magnitude) + FLOOR[want.dtype]
 
 
+SPREAD_LINEAR = 1e-3  # where noise enters linearly: float32 rounding over (f - 1), through 20 rows
+
+
 def assert_close(got, want, *, terms=1, scale=None, dtype=None):
     """Equal shapes, equal dtypes, and values equal up to rounding in `dtype`, by default that of `got`."""
     got, want = np.asarray(got), np.asarray(want)

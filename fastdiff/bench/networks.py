@@ -272,8 +272,9 @@ class MemoryChain(Chain):
 
 
 class ChainGiven(Chain):
-    """Draws of curves that are known at SEEN of their points, 100 of each, by tmpd in half as many rows."""
+    """Draws of curves that are known at a few of their points, 100 of each, by tmpd in half as many rows."""
 
+    seen: ClassVar[int] = SEEN
     rows: ClassVar[int] = T // 2
     draws = T // 2
     peer_name, peer_samples = "torch.func.vjp, torch.linalg", 200
@@ -291,7 +292,9 @@ class ChainGiven(Chain):
         return replace(self, n=max(1, round(self.curves_seen * scale)) * self.draws_of_each)
 
     def counts(self) -> tuple[int, int]:
-        passes = self.n * (1 + SEEN) * self.forward_operations  # forward, and backward for each value that is known
+        passes = (
+            self.n * (1 + self.seen) * self.forward_operations
+        )  # forward, and backward for each value that is known
         return 4 * self.values + 4 * self.parameters, self.rows * (passes + 8 * self.values)
 
     def sampler(self) -> Any:
@@ -300,7 +303,7 @@ class ChainGiven(Chain):
     def known(self) -> Any:
         """Return what is known of the curves: (curves, points) with NaN."""
         curves = fd.data.harmonic_curves(self.curves_seen, points=self.shape[0])
-        hidden = np.random.default_rng(0).random(curves.shape).argsort(axis=1) >= SEEN
+        hidden = np.random.default_rng(0).random(curves.shape).argsort(axis=1) >= self.seen
         return np.where(hidden, np.nan, curves)
 
     def ours(self, be: Any) -> Work:

@@ -22,7 +22,10 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
     """What `_curves` and `recording` ask for."""
     table = command.add_argument_group("a table of curves, or a recording (a line for each time)")
     table.add_argument(
-        "--window", type=int, metavar="N", help="DATA is a recording with a column for each channel: cut it so long"
+        "--window",
+        type=_window,
+        metavar="N",
+        help="DATA is a recording with a column for each channel: cut it so long, or into whole days (day) or weeks",
     )
     table.add_argument("--stride", type=int, metavar="N", help="lines from one window to the next (default: N)")
     table.add_argument(
@@ -59,6 +62,15 @@ def add_picture_options(group: Any) -> None:
         help="the values in the files that are black and white, as 0,4095 for 12 bits (default: all a file can hold)",
     )
     group.add_argument("--skip-bad", action="store_true", help="leave out and list what cannot be read")
+
+
+def _window(text: str) -> int | str:
+    if text in ("day", "week"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines, day or week") from None
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -149,7 +161,7 @@ def series_of(args: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
             raise FastdiffError(f"{args.data} has series of {X.shape[1]} points, which are no recording: no --window")
         return X
     length = args.window if args.window is not None else None if shape is None else shape[0]
-    length = check_int("--window", length, low=1)
+    length = length if isinstance(length, str) else check_int("--window", length, low=1)
     stride = None if args.stride is None else check_int("--stride", args.stride, low=1)
     return windows(X[:, None] if getattr(X, "ndim", 2) == 1 else X, length, stride)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_CHANNELS = 8  # that are drawn
+LEAST_SHOWN = 10.0  # nats, on the scale of strangeness: noise alone stays near its foot
 BANDS = (0.025, 0.25, 0.5, 0.75, 0.975)  # quantiles that are drawn where none are named
 
 
@@ -116,29 +117,32 @@ def bands(
             size = 2.5 if len(seen) <= 200 else 1.2
             axes.plot(at, of(seen), color=ORANGE, marker="o", markersize=size, linewidth=0.8, label="known")
         _finish(figure, panels, title)
-        if at.dtype.kind == "M":
-            figure.autofmt_xdate(rotation=20)
-        else:
-            panels[-1].set_xlabel("row")
+        _label_times(figure, panels, at)
     return figure
 
 
 def anomaly(
     X: npt.ArrayLike, scores: npt.ArrayLike, *, names: Sequence[str] | None = None, times: Any = None
 ) -> Figure:
-    """Draw a recording (time, channels), and below each channel how strange each of its values is."""
+    """Draw a recording (time, channels), and below each channel how strange each of its values is, on one scale."""
     values = check_array("X", X, finite=False)
     found = check_array("scores", scores, shape=values.shape, finite=False)
     values, found = (v[:, None] if v.ndim == 1 else v for v in (values, found))
     at = np.arange(len(values)) if times is None else np.asarray(times)
+    most = max(LEAST_SHOWN, float(np.nanmax(found, initial=0.0)))
     with styled():
         figure, panels = _panels(values.shape[1], names)
         for k, axes in enumerate(panels):
             axes.plot(at, values[:, k], color=BLUE, linewidth=1.0, label="value")
             other = axes.twinx()
+            other.grid(visible=False)
+            other.set_ylim(0, 1.05 * most)
             other.fill_between(at, 0, found[:, k], color=RED, alpha=0.35, lw=0)
+            axes.set_zorder(other.get_zorder() + 1)  # values over it, on a page that shows it
+            axes.patch.set_visible(False)
             axes.fill_between([], [], color=RED, alpha=0.35, lw=0, label="strangeness, nats (right)")
         _finish(figure, panels, "What is strange")
+        _label_times(figure, panels, at)
     return figure
 
 
@@ -149,6 +153,13 @@ def _panels(channels: int, names: Sequence[str] | None) -> tuple[Figure, list[An
     for k, axes in enumerate(panels):
         axes.set_ylabel(names[k] if names else "value" if channels == 1 else f"channel {k + 1}")
     return figure, panels
+
+
+def _label_times(figure: Figure, panels: Sequence[Any], at: npt.NDArray[Any]) -> None:
+    if at.dtype.kind == "M":
+        figure.autofmt_xdate(rotation=20)
+    else:
+        panels[-1].set_xlabel("row")
 
 
 def _finish(figure: Figure, panels: Sequence[Any], title: str) -> None:

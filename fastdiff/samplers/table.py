@@ -134,6 +134,21 @@ class Sampler:
         options = {name: value for name, value in self.options.items() if name != "clip"}
         return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order, options)
 
+    def widened(self, factor: float) -> Sampler:
+        """Return the table with so many times the noise: draws of a normal law are so many times as far from its mean.
+
+        Parameters
+        ----------
+        factor : float
+            Above 0. The state is multiplied by it before the first row, and s in all rows.
+        """
+        factor = check_float("factor", factor, low=0, low_open=True)
+        if any(row.r for row in self.rows):
+            raise ArgumentError("factor", f"{factor:g}, of a table for a learned variance", "another table")
+        first = Row(self.rows[0].t, 0.0, 0.0, factor, *(0.0,) * 7)
+        rows = (first, *(row._replace(s=factor * row.s) for row in self.rows))
+        return _restored(rows, self.schedule, self.prediction, self.clip, self.name, self.order, self.options)
+
     @property
     def label(self) -> str:
         """Name and number of steps, for legends: ``ddim, 50 steps``; of evaluations, where steps have several."""
