@@ -64,7 +64,8 @@ class Comparison:
 
 VARIANTS = {
     "": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting",
-    "looped": "{}, draw by draw", "jax": "JAX, jit of the whole", "openvino": "OpenVINO, float32, diffusers UNet2DModel",
+    "looped": "{}, draw by draw", "jax": "JAX, jit of the whole",
+    "openvino": "OpenVINO, float32, diffusers UNet2DModel",
 }  # fmt: skip
 LIBRARIES = {"jax": ("jax",), "openvino": ("diffusers.models", "openvino")}  # of variants: more than PyTorch
 COMPARISONS = (
