@@ -405,7 +405,7 @@ def test_a_model_with_a_noise_shape_takes_observations_of_data():
     model = fd.Diffusion(noise_shape=fd.NoiseShape.dense(S), backend="cpu")
     model.fit(X, steps=60, batch=128, judge=False, progress=False)
     holes = np.full((2, d), np.nan)
-    holes[0, 0], holes[1, 2:4] = 1.5, (1.0, 5.0)
+    holes[0, 0], holes[1, 2:4] = 1.5, (1.4, 3.0)
     drawn = model.impute(holes, draws=200)
     np.testing.assert_array_equal(drawn[:, ~np.isnan(holes)], np.tile(holes[~np.isnan(holes)], (200, 1)))
     law = fd.denoisers.Gaussian(X.mean(axis=0).astype(np.float64), np.cov(X.T), LINEAR)
@@ -414,9 +414,8 @@ def test_a_model_with_a_noise_shape_takes_observations_of_data():
         spread = np.sqrt(np.diag(true.cov))
         assert (np.abs(drawn[:, k].mean(axis=0) - true.mean) <= 0.3 * spread + 1e-6).all()
         np.testing.assert_allclose(drawn[:, k].std(axis=0), spread, rtol=0.25, atol=1e-6)
-    _, evidence = model.sample(64, given=fd.Known(holes, 0.5), method="smc", return_evidence=True)
-    known = fd.denoisers.Gaussian(law.mean, law.cov, LINEAR)
-    np.testing.assert_allclose(evidence, [one.log_evidence for one in known.given(fd.Known(holes, 0.5))], atol=0.3)
+    _, evidence = model.sample(256, given=fd.Known(holes, 0.5), method="smc", return_evidence=True)
+    np.testing.assert_allclose(evidence, [one.log_evidence for one in law.given(fd.Known(holes, 0.5))], atol=0.3)
     with pytest.raises(ArgumentError, match="'replace' or 'repaint', for a model with a noise shape"):
         model.impute(holes, draws=2, method="replace")
 
@@ -523,6 +522,32 @@ PRIOR = gaussian(4, 0.8)
 def test_bad_observations(options, message):
     with pytest.raises(ArgumentError, match=message):
         fd.sample(PRIOR, TABLE, **{"n": 3, **options})
+
+
+@pytest.mark.parametrize("method", ["tmpd", "pigdm"])
+def test_rows_that_say_the_same_without_noise(method):
+    """A singular A, and values that agree: as if each were told once."""
+    once = fd.Linear([[1.0, 1.0, 0.0, 0.0]], [0.6], 0.0)
+    again = fd.Linear([[1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], [0.6, 1.2, 0.0], 0.0)
+    options = {"n": 5, "method": method, "seed": 2, "backend": "numpy"}
+    x = fd.sample(PRIOR, TABLE, given=again, **options)
+    np.testing.assert_allclose(x, fd.sample(PRIOR, TABLE, given=once, **options), atol=2e-3)
+    if method == "tmpd":
+        np.testing.assert_allclose(x[:, :2].sum(axis=1), 0.6, atol=2e-3)
+    with pytest.raises(ArgumentError, match="contradict each other"):
+        fd.sample(PRIOR, TABLE, n=2, given=fd.Linear(again.A, [0.6, 1.2, 1.0], 0.0), method=method)
+
+
+def test_values_far_outside_of_the_data_are_taken_as_they_are():
+    """A hundred deviations away: the mean follows in closed form, and a network's draws stay finite."""
+    known = fd.Known([100.0, np.nan, np.nan, np.nan])
+    x = fd.sample(PRIOR, fd.samplers.ddpm(LINEAR, 100), n=400, given=known, backend="numpy")
+    np.testing.assert_allclose(x.mean(axis=0), 100 * 0.8 ** np.arange(4), rtol=0.02)
+    net = fd.MLP(4, T=10, hidden=(8,))
+    for method in ("tmpd", "pigdm", "replace"):
+        drawn = fd.sample(net, fd.samplers.ddpm(fd.Schedule.cosine(10)), n=3, given=known, method=method)
+        assert np.isfinite(drawn).all()
+        np.testing.assert_array_equal(drawn[:, 0], 100)
 
 
 def test_bad_tables():

@@ -67,6 +67,19 @@ def test_in_one_piece_it_is_the_same(make, table, kind, monkeypatch):
     assert_same_bits(fd.sample(net, table, backend=CPU, **{**options, "n": 2, "first_sample": 5}), got[2:4])
 
 
+def test_a_mean_that_is_moved_too_far_is_moved_less(monkeypatch):
+    """In the chain in one piece too: a tenth of a deviation, and as many times that as values are large."""
+    net, table = tame(NETS["many values"]()), TABLES["ddpm"](fd.Schedule.cosine(T))
+    options = {"n": 20, "given": fd.Known(4 * holes(net.points), 0.3), "seed": 2}
+    free = fd.sample(net, table, backend=CPU, **options)
+    monkeypatch.setattr(conditioning, "REACH", 0.1)
+    want = fd.sample(net, table, backend="numpy", **options)
+    got = fd.sample(net, table, backend=CPU, **options)
+    assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
+    assert np.abs(got - free)[:, :2].max() > 0.1
+    np.testing.assert_allclose(got[:, 2], free[:, 2], atol=1e-5)  # of which nothing is told
+
+
 def test_an_observation_has_its_bits_among_others():
     net, table = NETS["default"](), TABLES["ddpm"](fd.Schedule.cosine(T))
     seen = holes(net.points)
