@@ -375,6 +375,8 @@ class Schedule:
         Tables of equal formulas may differ in the last bit of float64 from one machine to another; networks and
         samples are float32.
         """
+        if not isinstance(other, Schedule):
+            raise ArgumentError("other", shown(other), "a Schedule")
         if self.T != other.T:
             return f"T = {self.T} against {other.T}"
         for name in ("signal", "noise"):
@@ -545,11 +547,11 @@ class Schedule:
         """
         wants = "a dictionary with the keys 'name' and 'betas', or 'name', 'kind', 'signal' and 'noise'"
         if not isinstance(stored, dict):
-            raise ArgumentError("schedule", type(stored).__name__, wants)
+            raise ArgumentError("stored", type(stored).__name__, wants)
         if set(stored) == {"name", "betas"}:
             return cls(check_array("betas", stored["betas"]), stored["name"])
         if set(stored) != {"name", "kind", "signal", "noise"}:
-            raise ArgumentError("schedule", f"the keys {reprlib.repr(sorted(map(str, stored)))}", wants)
+            raise ArgumentError("stored", f"the keys {reprlib.repr(sorted(map(str, stored)))}", wants)
         check_choice("kind", stored["kind"], ["flow"])
         return cls(name=stored["name"], signal=stored["signal"], noise=stored["noise"])
 
