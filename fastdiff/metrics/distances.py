@@ -82,7 +82,8 @@ def mmd(X: npt.ArrayLike, Y: npt.ArrayLike, *, bandwidth: float | None = None, u
         bandwidth = float(np.median(pdist(picked))) or 1.0  # most rows the same: any will do
         if not math.isfinite(bandwidth):
             raise ArgumentError("X, Y", "rows whose distances overflow", "smaller values: divide them by a constant")
-    scale = -0.5 / check_float("bandwidth", bandwidth, low=0, low_open=True) ** 2
+    bandwidth = check_float("bandwidth", bandwidth, low=0, low_open=True)
+    scale = -0.5 / bandwidth / bandwidth
 
     def mean(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
         alike = sum(float(np.exp(scale * between**2).sum()) for _, between in _blocks(a, b))
