@@ -18,7 +18,7 @@ from fastdiff import series
 from fastdiff.backends import Backend, get_backend
 from fastdiff.backends.protocol import DRAWS
 from fastdiff.covariates import checked_covariates
-from fastdiff.errors import ArgumentError, check_array, check_int
+from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, is_on_device
 from fastdiff.nn import Network
 from fastdiff.normaliser import Normaliser
 from fastdiff.observations import Known, Observations, observations
@@ -38,6 +38,7 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
+MOST_ASKED = 1e30  # of a value that is asked about: float32 holds it, and what it is scaled to
 
 Float64 = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]
@@ -75,11 +76,13 @@ class Draws:
         """The quantiles, checked."""
         return check_quantiles(self.quantiles)
 
-    def labels_of(self, rows: npt.NDArray[np.int64]) -> Any:
-        """The classes of some of the rows."""
-        return self.labels if self.labels is None or np.ndim(self.labels) == 0 else np.asarray(self.labels)[rows]
+    def labels_of(self, rows: npt.NDArray[np.int64], n: int) -> Any:
+        """The classes of some of n rows."""
+        told = None if self.labels is None else check_array("labels", self.labels)
+        return told if told is None or told.ndim == 0 else check_array("labels", told, shape=(n,))[rows]
 
 
+@as_named(first_sample="first_draw", values="X")
 def impute(model: Model, X: Any, draws: Draws) -> Any:
     """Draw what is missing, as `Diffusion.impute` says."""
     net, _, _ = model._fitted()
@@ -101,6 +104,7 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     values = known.known[0][0]
     missing = np.flatnonzero(np.isnan(values).any(axis=1))
     dtype = np.dtype(np.float64) if levels else np.result_type(np.float32, known.dtype)
+    check_room("draws", (count, *values.shape), dtype)
     out = np.empty((len(levels or range(count)), len(values), *net.shape), dtype)
     out[...] = values.astype(dtype).reshape(len(values), *net.shape)
     told = None if draws.covariates is None else checked_covariates(draws.covariates, net.covariates, len(values))
@@ -109,13 +113,14 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     for start in range(0, len(missing), max(1, at_once)):
         some = missing[start : start + at_once]
         drawn = model.sample(
-            count, labels=draws.labels_of(some), covariates=None if told is None else told[some],
+            count, labels=draws.labels_of(some, len(values)), covariates=None if told is None else told[some],
             first_sample=draws.first, given=known.some(some), **options,
         )  # fmt: skip
         out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
     return out if frame is None else _frames([frame.filled(one) for one in out], levels)
 
 
+@as_named(first_sample="first_draw", values="past")
 def forecast(model: Model, past: Any, horizon: int, draws: Draws) -> Any:
     """Draw what comes after the past, as `Diffusion.forecast` says."""
     net, _, _ = model._fitted()
@@ -157,6 +162,8 @@ def anomaly(model: Model, X: Any, block: int | None, draws: int, options: dict[s
     windows = steps_of(len(values), T) if whole and len(values) >= T else []
     if whole and not windows:
         raise ArgumentError("X", f"{len(values)} rows", f"at least {T}, as a window has")
+    if not whole and values.shape[1:] != net.shape:
+        raise ArgumentError("X", f"shape {values.shape}", f"rows of shape {net.shape}: (N, ...)")
     rows = np.stack([values[step.start : step.start + T] for step in windows]) if whole else values
     found = np.full(rows.shape, np.nan)
     least = LEAST_DEVIATION * np.broadcast_to(normaliser.std, net.shape)
@@ -181,7 +188,11 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
     if isinstance(X, series.Windows):
         return X.values, None, False
     if not series.is_frame(X):
-        return X, None, np.ndim(X) == len(net.shape) < 3
+        X = check_array(argument, X, finite=False)
+        most = 0.0 if is_on_device(X) else np.abs(X[np.isfinite(X)]).max(initial=0)
+        if most > MOST_ASKED:
+            raise ArgumentError(argument, f"values up to {most:.3g}", f"values of at most {MOST_ASKED:g}")
+        return X, None, X.ndim == len(net.shape) < 3
     frame = series.Frame.of(X, argument)
     columns = frame.values.shape[1]
     if len(net.shape) == 1:
@@ -197,12 +208,12 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
 def _filled(model: Model, seen: Float64, windows: list[Step], draws: Draws) -> Iterator[tuple[slice, Float64]]:
     """Yield what has been drawn of recordings: see `fastdiff.recordings.filled`."""
     net, _, _ = model._fitted()
-    count = check_int("draws", draws.count, low=1)
+    count = check_int("draws", draws.count, low=1, high=DRAWS)
     first = check_int("first_draw", draws.first, low=0, high=DRAWS - count)
     options = _spread(model, draws.options)
 
     def drawn(known: Observations, rows: npt.NDArray[np.int64]) -> Values:
-        labels = draws.labels_of(rows)
+        labels = draws.labels_of(rows, len(seen))
         got: Values = get_backend(model.backend).to_numpy(
             model.sample(1, labels=labels, covariates=None, given=known, **options)
         )
@@ -216,7 +227,9 @@ def _spread(model: Model, options: dict[str, Any]) -> dict[str, Any]:
     name, method = options["sampler"], options["method"]
     if model.spread == 1 or not isinstance(name, str) or method not in ("auto", "tmpd"):
         return options
-    table = model.named_sampler(name, options["steps"], given=True).unclipped().widened(model.spread)
+    with as_named(name="sampler"):
+        table = model.named_sampler(name, options["steps"], given=True)
+    table = table.unclipped().widened(model.spread)
     return {**options, "sampler": table, "steps": None}
 
 

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from fastdiff import tensor_file
 from fastdiff.errors import CheckpointError
 from fastdiff.files import writing
 from fastdiff.noise import NOISE_LAW_VERSION
-from fastdiff.tensor_file import TensorFile
+from fastdiff.tensor_file import Tensor, TensorFile
 
 FORMAT_VERSION = 3
 ARITHMETIC = 1
@@ -97,8 +97,15 @@ def write(
         tensor_file.write(file, arrays, {_KEY: text})
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+Places = Callable[[dict[str, Any], Mapping[str, Tensor]], Mapping[str, npt.NDArray[Any]]]
+
+
+def read(
+    path: str | os.PathLike[str], places: Places | None = None
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     """Return header and tensors of a checkpoint.
+
+    `places` is given the header and what it says of tensors, and returns arrays to read some of them into.
 
     Raises
     ------
@@ -106,8 +113,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.ND
         The file is missing, truncated, not a fastdiff checkpoint, of a newer format or another noise law, needs a
         feature that is not there, or has other tensors than were written.
     """
-    file = tensor_file.read(path)
-    header = _checked_header(path, file)
+    header: dict[str, Any] = {}
+
+    def placed(file: TensorFile) -> Mapping[str, npt.NDArray[Any]]:
+        header.update(_checked_header(path, file))
+        return {} if places is None else places(header, file.tensors)
+
+    file = tensor_file.read(path, places=placed)
     tensors = {name: file.array(name) for name in file.tensors}
     if header.get("digest") not in (None, digest(tensors)):
         raise CheckpointError(f"{path}: its content was altered or damaged after it was written: the digest differs")

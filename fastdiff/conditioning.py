@@ -671,7 +671,8 @@ def put_exact(x: npt.NDArray[Any], known: Observations) -> npt.NDArray[Any]:
     """Return samples (n, ...), or (n, N, ...), with the values that are known exactly in place of theirs."""
     if known.root is not None:  # they are values of other samples
         return x
-    count, flat = 1 if known.count is None else known.count, x.reshape(len(x), -1, known.d)
+    count = 1 if known.count is None else known.count
+    flat = x.reshape(len(x), count, known.d)
     for values, noise in known.known:
         exact = np.broadcast_to(~np.isnan(values) & (noise == 0), (count, known.d))
         if exact.any():

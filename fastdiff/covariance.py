@@ -375,7 +375,8 @@ def reshaping(
     enough = max(2 * tol, 1e-6) * (here.spectrum[0] or 1.0)
     lift = f"jitter={enough:.2g} on the diagonal of both"
     if r > have:
-        raise ArgumentError("target", f"rank {r} for a source of rank {have}", f"at most rank {have}, or {lift}")
+        got = f"rank {r} for a source of rank {have}, with rank_tol={tol:.2g}"
+        raise ArgumentError("target", got, f"at most rank {have}, or {lift}")
     basis, deviations = there.basis[:, :r], np.sqrt(there.spectrum[:r])
     if form == "spectrum":
         before = here.basis[:, :r].copy()

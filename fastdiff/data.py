@@ -22,6 +22,7 @@ from fastdiff.errors import (
     check_flags,
     check_float,
     check_int,
+    check_room,
     check_seed,
     shown,
 )
@@ -99,6 +100,8 @@ def harmonic_curves(
     first_sample = check_rows(first_sample, n)
 
     blocks = -(-2 * cosines // 4)
+    check_room("points" if points > n else "n", (n, points), np.float64)
+    check_room("cosines" if cosines > n else "n", (n, 4 * blocks), np.float64)
     words = philox_words(n, blocks, Draw(seed, Stream.DATA, first_row=first_sample))
     uniform = (words.reshape(n, 4 * blocks) >> np.uint32(8)) * 2.0**-24  # [0, 1), 24 bits, float64
     turn = 2 * np.pi * max_frequency * uniform[:, :cosines]  # radians a point
@@ -267,6 +270,8 @@ def circles(
     least, most = (check_float("radius", share, low=0.05, high=0.5, high_open=True) for share in radius)
     if least > most:
         raise ArgumentError("radius", shown(radius), "the smaller one first")
+    check_room("size" if size**2 > n else "n", (n, size, size), np.float64)
+    check_room("n", (n, 4), np.uint64)
     draw = Draw(check_seed(seed), Stream.DATA, CIRCLES_STEP, check_rows(first_sample, n))
     uniform = philox_words(n, 1, draw)[:, 0, :3] * 2.0**-32
     r = size * (least + (most - least) * uniform[:, 0, None, None])

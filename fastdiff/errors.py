@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ LONGEST = 300  # characters of what came
 
 class FastdiffError(Exception):
     """Base of every exception that fastdiff raises on purpose."""
+
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", " ")  # a name of a file may have any character
 
 
 class ArgumentError(FastdiffError, ValueError):
@@ -36,13 +41,25 @@ class ArgumentError(FastdiffError, ValueError):
     """
 
     def __init__(self, argument: str, got: str, wants: str) -> None:
-        got = " ".join(got.split("\n"))
+        got = got.replace("\n", " ")
         got = got if len(got) <= LONGEST else f"{got[: LONGEST - 3]}..."
         super().__init__(argument, got, wants)
         self.argument, self.got, self.wants = argument, got, wants
 
     def __str__(self) -> str:
         return f"{self.argument}: got {self.got}, wants {self.wants}"
+
+
+@contextmanager
+def as_named(**names: str) -> Iterator[None]:
+    """Have the errors of a block call arguments as the caller does: ``as_named(values="X")``."""
+    try:
+        yield
+    except ArgumentError as error:
+        name = re.split(r"[.\[]", error.argument)[0]
+        if name not in names:
+            raise
+        raise ArgumentError(names[name] + error.argument[len(name) :], error.got, error.wants) from error
 
 
 class DataError(FastdiffError, ValueError):
@@ -157,6 +174,25 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(argument, shown(value), f"one of {', '.join(map(repr, known))}{meant}")
     return value
+
+
+def check_several(argument: str, value: Any, wants: str) -> tuple[Any, ...]:
+    """Return the items of something that has them and is no text, or raise `ArgumentError`."""
+    try:
+        if not isinstance(value, (str, bytes)):
+            return tuple(value)
+    except TypeError:  # an array without axes as well
+        pass
+    raise ArgumentError(argument, shown(value), wants)
+
+
+def check_room(argument: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> None:
+    """Raise `ArgumentError` where there can be no array of such a shape: no memory is touched."""
+    try:
+        np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        got = f"what takes an array of shape {shown(shape)}"
+        raise ArgumentError(argument, got, "what there is memory for") from error
 
 
 def check_flags(**flags: Any) -> None:

@@ -171,7 +171,10 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     parts = found.parts
     kind = type(model.net) if model.net is not None else defaults.network_kind(parts.rows.ndim)
     batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
-    accumulate = check_int("accumulate", wishes.accumulate, low=1, high=batch if kind.in_parts else 1)
+    accumulate = check_int("accumulate", wishes.accumulate, low=1)
+    if accumulate > (batch if kind.in_parts else 1):
+        wants = f"at most batch = {batch}" if kind.in_parts else f"1, where {kind.__name__} takes a batch whole"
+        raise ArgumentError("accumulate", str(accumulate), wants)
     if wishes.patience is not None and parts.held_out is None:
         raise ArgumentError("patience", str(wishes.patience), "rows that are held out: validation=0.1, or rows")
     if wishes.flip and parts.rows.ndim < 4:

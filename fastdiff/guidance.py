@@ -31,7 +31,16 @@ from fastdiff.denoiser import (
     checked_asked,
     denoiser_of,
 )
-from fastdiff.errors import ArgumentError, QualityWarning, check_array, check_float, check_int, check_timesteps, shown
+from fastdiff.errors import (
+    ArgumentError,
+    QualityWarning,
+    as_named,
+    check_array,
+    check_float,
+    check_int,
+    check_timesteps,
+    shown,
+)
 from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
 
@@ -82,7 +91,8 @@ class Guided:
         self.denoiser = source = denoiser_of(denoiser)
         self.guidance = check_float("guidance", guidance, low=0, high=MOST_GUIDANCE)
         self.rescale = check_float("rescale", rescale, low=0, high=1)
-        self.unconditional = None if unconditional is None else denoiser_of(unconditional)
+        with as_named(denoiser="unconditional"):
+            self.unconditional = None if unconditional is None else denoiser_of(unconditional)
         self._joint = getattr(source, "asked_freely", None) is not None and unconditional is None
         self.interval = None if interval is None else _checked_interval(interval, source.T)
         if self.unconditional is not None:
@@ -436,7 +446,10 @@ def product(denoiser1: Any, denoiser2: Any, *, schedule: Schedule | None = None)
     QualityWarning
         Always, for the reason above.
     """
-    first, second = denoiser_of(denoiser1), denoiser_of(denoiser2)
+    with as_named(denoiser="denoiser1"):
+        first = denoiser_of(denoiser1)
+    with as_named(denoiser="denoiser2"):
+        second = denoiser_of(denoiser2)
     schedules = [schedule, *(getattr(part, "schedule", None) for part in (first, second))]
     known = next((found for found in schedules if found is not None), None)
     if not isinstance(known, Schedule):

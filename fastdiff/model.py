@@ -24,6 +24,7 @@ from fastdiff.errors import (
     QualityWarning,
     TrainingError,
     all_finite,
+    as_named,
     check_array,
     check_choice,
     check_flags,
@@ -441,7 +442,7 @@ class Diffusion:
         check_flags(given=given)
         net, schedule, normaliser = self._fitted()
         if not isinstance(name, str):
-            raise ArgumentError("sampler", shown(name), "a name, or a table of fastdiff.samplers")
+            raise ArgumentError("name", shown(name), "a name, or a table of fastdiff.samplers")
         if name == "auto":
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
@@ -553,7 +554,8 @@ class Diffusion:
         if not isinstance(sampler, Sampler):
             if known is not None and isinstance(sampler, str) and sampler == "auto":
                 sampler = "ddpm" if isinstance(method, str) and method in ("repaint", "smc") else sampler
-            sampler = self.named_sampler(sampler, steps, given=known is not None)
+            with as_named(name="sampler"):
+                sampler = self.named_sampler(sampler, steps, given=known is not None)
             if known is not None and not (isinstance(method, str) and method in ("replace", "repaint")):
                 sampler = sampler.unclipped()
         elif steps is not None:

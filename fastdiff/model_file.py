@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,6 +37,7 @@ from fastdiff.noise import MAX_STEP
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser
 from fastdiff.schedule import PREDICTIONS, Schedule
+from fastdiff.tensor_file import NAMES, Tensor
 from fastdiff.training import Optimizer, empty_history
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -132,13 +133,31 @@ class Saved:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
         """Read a checkpoint."""
-        return cls._of(*checkpoint.read(path))
+        made: list[tuple[Network, Tensors]] = []
+
+        def places(header: dict[str, Any], stored: Mapping[str, Tensor]) -> Tensors:
+            """Flat buffers for tensors that fit; what is wrong with others is said when all are there."""
+            net = network_of(header["network"], draw=False)
+            flats: Tensors = {}
+            made.append((net, flats))
+            known, dtype = net.layout.shapes.items(), NAMES[np.dtype(net.dtype)]
+            for prefix in _prefixes(header):
+                for name, shape in known:
+                    one = stored.get(f"{prefix}.{name}")
+                    if one is None or (one.shape, one.dtype) != (shape, dtype):
+                        return {}
+            flats |= {prefix: net.layout.zeros(net.dtype) for prefix in _prefixes(header)}
+            views = {prefix: net.layout.views(flat) for prefix, flat in flats.items()}
+            return {f"{prefix}.{name}": view for prefix, some in views.items() for name, view in some.items()}
+
+        header, tensors = checkpoint.read(path, places)
+        return cls._of(header, tensors, *made)
 
     @classmethod
-    def _of(cls, header: dict[str, Any], tensors: Tensors) -> Self:
-        """Return what header and tensors of a file say, checked."""
+    def _of(cls, header: dict[str, Any], tensors: Tensors, made: tuple[Network, Tensors] | None = None) -> Self:
+        """Return what header and tensors of a file say, checked; they may have been read into buffers of a network."""
         schedule = Schedule.from_dict(header["schedule"])
-        net = network_of(header["network"], draw=False)
+        net, flats = made or (network_of(header["network"], draw=False), {})
         # Shapes first: a header that claims a huge network must not make us allocate one.
         for name, shape in net.layout.shapes.items():
             _stored(tensors, f"net.{name}", shape)
@@ -152,9 +171,8 @@ class Saved:
             prediction = check_choice("prediction", header["prediction"], PREDICTIONS)
             net.set_linear(base.linear(schedule, prediction))  # before the weights: of zeros it changes some
         held_out, data, report = _habits(header)
-        net.flat = _buffer(net, tensors, "net")
-        average, plan = _buffer(net, tensors, "ema"), header["training"]
-        moments = [] if plan is None else [_buffer(net, tensors, name) for name in ("adam.m", "adam.v")]
+        plan = header["training"]
+        net.flat, average, *moments = (_buffer(net, tensors, name, flats.get(name)) for name in _prefixes(header))
         if plan is not None and (moments[1] < 0).any():
             raise ArgumentError("adam.v", str(moments[1].min()), "averages of squares, at least 0")
         normaliser = Normaliser.from_dict(header["normaliser"], tensors, noise_shape, net.shape)
@@ -164,7 +182,7 @@ class Saved:
         others |= {*normaliser.arrays, *(() if base is None else base.arrays)}
         covariates = None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates)
         others |= set() if covariates is None else {*covariates.arrays}
-        _check_names(tensors, net, plan is not None, others)
+        _check_names(tensors, net, _prefixes(header), others)
         return cls(
             net=net,
             schedule=schedule,
@@ -228,11 +246,16 @@ def _stored(tensors: Tensors, name: str, shape: tuple[int, ...]) -> npt.NDArray[
     return tensor if tensor.shape == shape else check_array(name, tensor, shape=shape)
 
 
-def _buffer(net: Network, tensors: Tensors, prefix: str) -> npt.NDArray[Any]:
-    """The flat buffer of a network out of the tensors of a prefix."""
-    flat = net.layout.zeros(net.dtype)
+def _prefixes(header: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of tensors in the flat layout begin with."""
+    return ("net", "ema", *(() if header["training"] is None else ("adam.m", "adam.v")))
+
+
+def _buffer(net: Network, tensors: Tensors, prefix: str, read: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """The flat buffer of a network out of the tensors of a prefix, or `read`, which they were read into."""
+    flat = net.layout.zeros(net.dtype) if read is None else read
     views = net.layout.views(flat)
-    for name, shape in net.layout.shapes.items():
+    for name, shape in net.layout.shapes.items() if read is None else ():
         tensor = _stored(tensors, f"{prefix}.{name}", shape)
         if tensor.dtype != net.dtype:
             raise ArgumentError(f"{prefix}.{name}", f"dtype {tensor.dtype}", f"{net.dtype}")
@@ -268,9 +291,8 @@ def _check_steps(history: dict[str, list[Any]], step: int) -> None:
         raise ArgumentError("history.validation_step", "other numbers", f"rising ones from 0 to {step}")
 
 
-def _check_names(tensors: Tensors, net: Network, training: bool, others: set[str]) -> None:
+def _check_names(tensors: Tensors, net: Network, prefixes: Iterable[str], others: set[str]) -> None:
     """Refuse tensors that are no part of the model."""
-    prefixes = ("net", "ema", *(("adam.m", "adam.v") if training else ()))
     known = {f"{prefix}.{name}" for prefix in prefixes for name in net.layout.shapes} | others
     known |= {f"history.{name}" for name in empty_history()}
     for name in sorted(tensors, key=lambda name: not name.startswith("net.")):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_choice, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_choice, check_int, check_room, check_seed
 
 NOISE_LAW_VERSION = 1
 """Stored in checkpoints; it changes whenever a bit of any draw changes."""
@@ -340,6 +340,7 @@ def normal(
     seed, stream = check_seed(seed), resolve_stream(stream)
     step = check_int("step", step, low=0, high=MAX_STEP)
     first_sample = check_rows(first_sample, shape[0])
+    check_room("shape", shape)
     be = get_backend(backend)
     out = be.empty((shape[0], int(np.prod(shape[1:], dtype=np.int64))))
     be.normal(out, Draw(seed, stream, step, first_sample))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend, RowMap, backend_for
 from fastdiff.covariance import check_covariance
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_float, is_on_device
+from fastdiff.errors import ArgumentError, as_named, check_array, check_choice, check_float, is_on_device
 from fastdiff.noise import Draw
 from fastdiff.process import BATCH_VALUES, _states, _width, returned
 
@@ -157,7 +157,8 @@ class NoiseShape:
             enough = max(2 * len(c) * eps, 1e-6) * (spectrum[0] or 1)
             wants = f"a positive definite one; jitter={enough:.2g} on the diagonal would make it one"
             raise ArgumentError("cov", got, wants)
-        return cls("dense", {"root": root})
+        with as_named(root="cov, jitter"):
+            return cls("dense", {"root": root})
 
     @classmethod
     def low_rank(cls, factor: npt.ArrayLike, variances: npt.ArrayLike = 1.0) -> NoiseShape:
@@ -185,7 +186,8 @@ class NoiseShape:
         given = check_array("variances", variances)
         if given.shape not in ((), columns.shape[:1]):
             raise ArgumentError("variances", f"shape {given.shape}", f"a number or shape ({len(columns)},)")
-        return cls("low_rank", {"factor": columns, "variances": np.broadcast_to(given, columns.shape[:1])})
+        with as_named(variances="factor, variances"):
+            return cls("low_rank", {"factor": columns, "variances": np.broadcast_to(given, columns.shape[:1])})
 
     @classmethod
     def stationary(
@@ -227,7 +229,8 @@ class NoiseShape:
             enough = 1.1 * (limit - spectrum.min()) + 1e-6 * (spectrum.max() or 1)
             wants = f"more than {limit:.3g} at all of them; jitter={enough:.2g} would lift them"
             raise ArgumentError(name, got, wants)
-        return cls("stationary", {"power": spectrum})
+        with as_named(power=f"{name}, jitter"):
+            return cls("stationary", {"power": spectrum})
 
     # -- what it does --------------------------------------------------------------------------------------
 

@@ -31,7 +31,9 @@ from fastdiff.errors import (
     check_flags,
     check_float,
     check_int,
+    check_room,
     check_seed,
+    check_several,
     shown,
 )
 from fastdiff.files import check_path, check_writable, load_npy, naming, reading, writing, writing_together
@@ -43,6 +45,7 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = ("auto", "gray", "rgb")
 _NAMED = 10  # files that one message names
+MOST_FILES = 1_000_000  # that are written at once
 _LARGEST = 1 << 14  # pixels on a side that can be asked for
 _LOOKED_AT = 4096  # pictures of a cache, for their range
 _AHEAD = 64  # files that are decoded before they are wanted
@@ -636,9 +639,8 @@ def tiles(
         folder = check_path("pictures", pictures)
         whole = list(_decoded(folder, _listed(folder)[0], None, mode))
     else:
-        if not isinstance(pictures, (list, tuple, np.ndarray)):
-            raise ArgumentError("pictures", shown(pictures), "a folder, or a list of pictures")
-        arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(pictures)]
+        several = check_several("pictures", pictures, "a folder, or a list of pictures")
+        arrays = [(f"pictures[{i}]", _check_picture(f"pictures[{i}]", one)) for i, one in enumerate(several)]
         gray = _wants_gray(mode, all(one.shape[2] == 1 for _, one in arrays))
         whole = [(name, _pixels(to_pillow(one), None, gray)) for name, one in arrays]
     if not whole:
@@ -647,8 +649,10 @@ def tiles(
         whole = [(name, _shortened(one, short)) for name, one in whole]
     for name, one in whole:
         if one.shape[0] < height or one.shape[1] < width:
-            raise ArgumentError("size", str((height, width)), f"tiles that fit into {name}, {one.shape[:2]}")
+            scaled = "" if short is None else f" with short={short}"
+            raise ArgumentError("size", str((height, width)), f"tiles that fit into {name}, {one.shape[:2]}{scaled}")
 
+    check_room("count", (count, 4), np.uint64)
     words = philox_words(count, 1, Draw(seed, Stream.DATA, 1, first_sample))[:, 0]
     out = np.empty((count, height, width, whole[0][1].shape[2]), np.uint8)
     for tile, (w0, w1, w2, _) in zip(out, words.tolist(), strict=True):
@@ -726,6 +730,7 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     """
     check_pillow()
     check_flags(overwrite=overwrite)
+    n = check_int("n", n, low=0, high=MOST_FILES)
     first, path = check_int("first", first, low=0), check_path("folder", folder)
     digits = max(4, len(str(first + n - 1)))
     files = [path / f"{k:0{digits}}.png" for k in range(first, first + n)]

@@ -11,7 +11,16 @@ import numpy as np
 from fastdiff.backends import Backend, Row, backend_for
 from fastdiff.conditioning import GUIDED, ConditionedEvaluator, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
-from fastdiff.errors import ArgumentError, check_array, check_callable, check_flags, check_int, check_seed, is_on_device
+from fastdiff.errors import (
+    ArgumentError,
+    check_array,
+    check_callable,
+    check_flags,
+    check_int,
+    check_room,
+    check_seed,
+    is_on_device,
+)
 from fastdiff.guidance import guided
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.noise_shape import NoiseShape
@@ -144,6 +153,7 @@ def sample(
     if particles and (trajectory or callback is not None):
         raise ArgumentError("method", "'smc' with a trajectory or a callback", "another: resampled states have no path")
     rows = n if planned is None else planned.draws.rows
+    check_room("n" if n > width else "shape", (rows, width), np.float64)
     if states is not None and rows != n:
         raise ArgumentError("initial", "a state, with several observations", "None")
     if states is not None:

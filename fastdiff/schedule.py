@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff import rounded
 from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_choice, check_float, check_int, shown
 
 log = logging.getLogger("fastdiff")
@@ -37,7 +38,6 @@ KARRAS_RHO, BETA_SHAPE = 7.0, 0.6  # Karras et al. 2022, table 1; Lee et al. 202
 PREDICTIONS = ("noise", "x0", "v", "velocity")
 KINDS = ("variance preserving", "flow")
 _NAMES = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "flow", "custom")
-EXP_DIGITS = 25  # of exponentials: rounded to float64 they are the same on every machine
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -192,7 +192,7 @@ class Schedule:
             If T is out of range.
         """
         T = check_int("T", T, low=1, high=MAX_T)
-        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * (np.pi / 2)) ** 2
+        f = rounded.cos((np.arange(T + 1) / T + 0.008) / 1.008 * (np.pi / 2)) ** 2
         return _advised(cls(np.minimum(1 - f[1:] / f[:-1], 0.999), "cosine"))
 
     @classmethod
@@ -211,7 +211,7 @@ class Schedule:
         Returns, errors and warnings as for `linear`.
         """
         T, first, last = _checked_ramp(T, beta_start, beta_end)
-        rise = 1 / (1 + _exp(-np.linspace(-6, 6, T)))
+        rise = 1 / (1 + rounded.exp(-np.linspace(-6, 6, T)))
         return _advised(cls(rise * (last - first) + first, "sigmoid"))
 
     @classmethod
@@ -246,9 +246,8 @@ class Schedule:
         T = check_int("T", T, low=2, high=MAX_T)
         mean, scale = check_float("mean", mean), check_float("scale", scale, low=0, low_open=True)
         u = np.arange(1, T) / T
-        log_snr = mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5))
-        with np.errstate(over="ignore"):
-            abar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr)), [0.0]])
+        log_snr = mean - scale * np.sign(0.5 - u) * rounded.log(1 - 2 * np.abs(u - 0.5))
+        abar = np.concatenate([[1.0], 1 / (1 + rounded.exp(np.clip(-log_snr, -700, 700))), [0.0]])
         if (np.diff(abar) >= 0).any():
             raise ArgumentError("mean, scale", f"{mean:g}, {scale:g}", "levels that float64 can tell apart")
         return _advised(cls(np.minimum(1 - abar[1:] / abar[:-1], 0.999), "laplace"))
@@ -375,6 +374,8 @@ class Schedule:
         Tables of equal formulas may differ in the last bit of float64 from one machine to another; networks and
         samples are float32.
         """
+        if not isinstance(other, Schedule):
+            raise ArgumentError("other", shown(other), "a Schedule")
         if self.T != other.T:
             return f"T = {self.T} against {other.T}"
         for name in ("signal", "noise"):
@@ -545,11 +546,11 @@ class Schedule:
         """
         wants = "a dictionary with the keys 'name' and 'betas', or 'name', 'kind', 'signal' and 'noise'"
         if not isinstance(stored, dict):
-            raise ArgumentError("schedule", type(stored).__name__, wants)
+            raise ArgumentError("stored", type(stored).__name__, wants)
         if set(stored) == {"name", "betas"}:
             return cls(check_array("betas", stored["betas"]), stored["name"])
         if set(stored) != {"name", "kind", "signal", "noise"}:
-            raise ArgumentError("schedule", f"the keys {reprlib.repr(sorted(map(str, stored)))}", wants)
+            raise ArgumentError("stored", f"the keys {reprlib.repr(sorted(map(str, stored)))}", wants)
         check_choice("kind", stored["kind"], ["flow"])
         return cls(name=stored["name"], signal=stored["signal"], noise=stored["noise"])
 
@@ -643,14 +644,6 @@ def _flowing(signal: Array, noise: Array) -> dict[str, Array]:
         "betas": (noise - ratio * quieter) * (noise + ratio * quieter), "alphas": ratio**2, "alphas_bar": signal**2,
         "signal": signal, "noise": noise, "variance": noise**2,
     }  # fmt: skip
-
-
-def _exp(values: Array) -> Array:
-    """exp, rounded correctly: NumPy's own differs in last bits between CPUs."""
-    from decimal import Context, Decimal  # takes 2 ms
-
-    exp = Context(prec=EXP_DIGITS).exp
-    return np.array([float(exp(Decimal(value))) for value in values.tolist()])
 
 
 def _placed(schedule: Schedule, n: int, spacing: str, sigma_max: float) -> npt.NDArray[np.int64]:

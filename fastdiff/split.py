@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import zlib
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def split(
         if len(validation) != 2:
             raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
         rows, labels = validation
-    elif np.ndim(validation) > 0:
+    elif not isinstance(validation, numbers.Real) and check_array("validation", validation, finite=False).ndim > 0:
         rows, labels = validation, None
     else:
         fraction = check_float("validation", validation, low=0, high=1, high_open=True)

@@ -2,6 +2,9 @@
 
 A file is opened once, so that one that takes its place meanwhile is not seen. Sizes are checked before memory is taken:
 what costs time or memory out of proportion to the file's length is refused.
+
+Not the library safetensors: `safe_open` takes a path, which it opens itself and maps (a file that is cut meanwhile
+ends the process), its NumPy side reads no bfloat16, and `deserialize` copies twice, after a header of any cost.
 """
 
 from __future__ import annotations
@@ -9,9 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,25 +53,26 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that has been read: `values` are the bytes behind its header, or None."""
+    """A file that has been read, or its header alone: then there are no `arrays`."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Tensor]
-    values: npt.NDArray[np.uint8] | None
+    arrays: dict[str, Array] = field(default_factory=dict)
 
     def array(self, name: str) -> Array:
-        """Return the values of a tensor, which share memory with the file's where they can; bfloat16 as float32."""
-        assert self.values is not None
-        one = self.tensors[name]
-        dtype = np.dtype(DTYPES[one.dtype]).newbyteorder("<")
-        flat = np.frombuffer(self.values[one.start : one.end].data, dtype)
-        if one.dtype == "BF16":
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.reshape(one.shape)
+        """Return the values of a tensor; bfloat16 as float32."""
+        array = self.arrays[name]
+        return array if self.tensors[name].dtype != "BF16" else (array.astype(np.uint32) << 16).view(np.float32)
 
 
-def read(path: str | os.PathLike[str], *, values: bool = True) -> TensorFile:
+Places = Callable[[TensorFile], Mapping[str, Array]]
+
+
+def read(path: str | os.PathLike[str], *, values: bool = True, places: Places | None = None) -> TensorFile:
     """Read a file, or without `values` its header alone.
+
+    `places` is shown the header and gives arrays that tensors are read into, contiguous and of their shape and type;
+    others get new ones. Thus a large file is in memory once.
 
     Raises
     ------
@@ -86,16 +90,27 @@ def read(path: str | os.PathLike[str], *, values: bool = True) -> TensorFile:
                 raise _Bad("it ends within its header")
             if length > MOST_HEADER:
                 raise _Bad(f"a header of {length} bytes, where {MOST_HEADER} are the most")
-            metadata, tensors = _header(file.read(length), size - 8 - length)
-            held = np.fromfile(file, np.uint8, size - 8 - length) if values else None
-            if held is not None and len(held) != size - 8 - length:
-                raise _Bad("it was cut while it was read")
+            found = TensorFile(*_header(file.read(length), size - 8 - length))
+            if values:
+                arrays = {} if places is None else places(found)
+                for name, one in sorted(found.tensors.items(), key=lambda item: item[1].start):
+                    found.arrays[name] = _values(file, one, arrays.get(name))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
     except (_Bad, OSError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: not a whole safetensors file ({reason})") from error
-    return TensorFile(metadata, tensors, held)
+    return found
+
+
+def _values(file: IO[bytes], one: Tensor, place: Array | None) -> Array:
+    """The values of the tensor that comes next in a file."""
+    dtype = np.dtype(DTYPES[one.dtype]).newbyteorder("<")
+    array = np.empty(one.shape, dtype) if place is None else place
+    assert (array.shape, array.dtype) == (one.shape, dtype)
+    if array.size and file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
+        raise _Bad("it was cut while it was read")
+    return array
 
 
 def write(file: Any, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from fastdiff.backends import AdamW, Array, Backend, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy.functions import squared_error
 from fastdiff.callbacks import Reporter
-from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite
+from fastdiff.errors import ArgumentError, ScheduleWarning, TrainingError, all_finite, as_named
 from fastdiff.forks import at_fork, free
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
@@ -379,7 +379,8 @@ class Validation:
     ) -> None:
         self.be, self.net = be, net
         t = np.arange(len(x0)) * schedule.T // len(x0)
-        x, eps = forward_noise(x0, t, schedule, seed=draws.seed, backend=be)
+        with as_named(x0="validation"):
+            x, eps = forward_noise(x0, t, schedule, seed=draws.seed, backend=be)
         tables = draws.target_noise, draws.target_data
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
         target = (of_noise * eps + of_data * x0 + (0 if hidden is None else hidden)).astype(x.dtype)

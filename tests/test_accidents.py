@@ -13,7 +13,7 @@ import zlib
 import numba
 import numpy as np
 import pytest
-from tolerances import HANG_SECONDS
+from tolerances import HANG_SECONDS, assert_close
 
 import fastdiff as fd
 from fastdiff import cli, signals
@@ -422,24 +422,81 @@ def test_steps_whose_draws_would_repeat_are_refused():
     assert model.step == 1
 
 
+OTHER_CPU = {  # one without vectors of 256 bits and fused multiply-add, for Numba, NumPy and the C library
+    "NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_ICL AVX512_SPR",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F,-AVX2_Usable,-FMA_Usable",
+}  # fmt: skip
 CPUS = """
-import zlib, numpy as np, fastdiff as fd
+import sys, warnings, zlib, numpy as np, fastdiff as fd
+warnings.simplefilter("ignore")
+where = sys.argv[1]
 be = fd.get_backend("cpu", threads=2)
 z = fd.normal((200, 13), seed=3, backend=be)
-x, _ = fd.forward_noise(z, 5, fd.Schedule.sigmoid(20, beta_start=1e-4, beta_end=0.1), seed=1, backend=be)
-print(zlib.crc32(z.tobytes()), zlib.crc32(x.tobytes()))
+sigmoid = fd.Schedule.sigmoid(20, beta_start=1e-4, beta_end=0.1)
+x, _ = fd.forward_noise(z, 5, sigmoid, seed=1, backend=be)
+T = 1000
+schedules = [
+    sigmoid, fd.Schedule.linear(T), fd.Schedule.scaled_linear(T), fd.Schedule.cosine(T), fd.Schedule.laplace(T),
+    fd.Schedule.flow(T, shift=3.0), fd.Schedule.linear(T).zero_terminal_snr(),
+]
+tables = [table for s in schedules for table in (s.betas, s.signal, s.noise, s.alphas_bar)]
+print(*(zlib.crc32(array.tobytes()) for array in (z, x, fd.MLP(13, hidden=(8,), T=T).flat, *tables)))
+model = fd.load(f"{where}/made", backend=be)
+model.save(f"{where}/again")
+np.save(f"{where}/samples", model.sample(8, sampler="ddpm", batch=3))
 """
 
 
 @pytest.mark.slow
-def test_noise_has_the_same_bits_on_cpus_of_other_types(tmp_path):
-    """Also where there is no fused multiply-add: weights and samples, which are products, may differ in last bits."""
+def test_what_is_the_same_on_cpus_of_other_types(tmp_path):
+    """Noise, first weights, schedules and files, to the bit; samples, which are sums of products, up to rounding."""
     import subprocess
     import sys
 
-    printed = set()
-    for cpu in ({}, {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}):
-        env = os.environ | cpu | {"NUMBA_CACHE_DIR": str(tmp_path / (cpu.get("NUMBA_CPU_NAME", "own")))}
-        run = subprocess.run([sys.executable, "-c", CPUS], env=env, capture_output=True, text=True, check=True)
-        printed.add(run.stdout)
-    assert len(printed) == 1
+    model = fd.Diffusion(fd.MLP(13, hidden=(8,), T=20), fd.Schedule.cosine(20), backend="numpy")
+    model.fit(fd.data.harmonic_curves(40, points=13), steps=2, **FIT, judge=False)
+    found = []
+    for name, cpu in (("own", {}), ("other", OTHER_CPU)):
+        place = tmp_path / name
+        place.mkdir()
+        model.save(place / "made")
+        env = os.environ | cpu | {"NUMBA_CACHE_DIR": str(place)}
+        run = subprocess.run([sys.executable, "-c", CPUS, str(place)], env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        again, samples = (place / "again").read_bytes(), np.load(place / "samples.npy")
+        assert again == (place / "made").read_bytes()
+        found.append((run.stdout, samples))
+    (printed, samples), (printed_there, samples_there) = found
+    assert printed == printed_there
+    assert_close(samples_there, samples, terms=20 * 13 * 4)  # of 20 rows of the table
+
+
+DAEMON = """
+import sys, threading, time, fastdiff as fd
+model = fd.Diffusion(fd.MLP(16, hidden=(400, 400), T=10), backend="numpy")
+model.fit(fd.data.harmonic_curves(40, points=16), steps=1, batch=8, progress=False, validation=0, judge=False)
+begun = threading.Event()
+
+def save():
+    while True:
+        model.save(sys.argv[1])
+        begun.set()
+
+threading.Thread(target=save, daemon=True).start()
+begun.wait()
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_daemon_thread_that_saves_at_exit_ends_with_the_process(tmp_path):
+    """Without a crash, and with a whole file."""
+    import subprocess
+    import sys
+
+    for wait in (0.0, 0.003, 0.006):
+        run = subprocess.run(
+            [sys.executable, "-c", DAEMON, str(tmp_path / "m"), str(wait)], capture_output=True, text=True, timeout=60
+        )
+        assert (run.returncode, run.stderr) == (0, "")
+        assert fd.load(tmp_path / "m", backend="numpy").step == 1

@@ -335,10 +335,10 @@ def test_bad_configurations_are_refused(bad, argument):
 
 def test_a_configuration_is_complete():
     for key in GOOD:
-        with pytest.raises(ArgumentError, match="network: got"):
+        with pytest.raises(ArgumentError, match="config: got"):
             MLP.from_dict({name: value for name, value in GOOD.items() if name != key})
     for config in (None, [], "modulated"):
-        with pytest.raises(ArgumentError, match="network: got"):
+        with pytest.raises(ArgumentError, match="config: got"):
             MLP.from_dict(config)
 
 

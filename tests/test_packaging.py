@@ -136,7 +136,7 @@ def test_kernels_are_imported_under_one_name():
 def test_rooms_depend_one_way():
     """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [
-        "errors", "signals", "forks", "files", "tensor_file", "noise", "pictures", "data",
+        "errors", "signals", "forks", "rounded", "files", "tensor_file", "noise", "pictures", "data",
         "backends", "observations", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn",
         "defaults", "checkpoint", "normaliser", "judgement", "split", "training", "model_file",
         "recordings", "answers", "calibration", "fitting", "model", "cli",

@@ -507,7 +507,7 @@ def test_bad_configurations(change):
     config = UNet((4, 4, 1), channels=(4,)).to_dict()
     with pytest.raises(ArgumentError):
         UNet.from_dict({**config, **change})
-    with pytest.raises(ArgumentError, match=r"^network: got"):
+    with pytest.raises(ArgumentError, match=r"^config: got"):
         UNet.from_dict({name: config[name] for name in config if name != "T"})
-    with pytest.raises(ArgumentError, match=r"^network: got list"):
+    with pytest.raises(ArgumentError, match=r"^config: got list"):
         UNet.from_dict([])

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_array, check_int, shown
+from fastdiff.errors import ArgumentError, as_named, check_array, check_int, shown
 from fastdiff.exact.gaussian import Gaussian
 from fastdiff.exact.moments import Float64, Moments
 from fastdiff.samplers import Sampler, named
@@ -222,7 +222,8 @@ def convergence(
     def table(n: int) -> Sampler:
         if callable(sampler):
             return sampler(n)
-        return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
+        with as_named(name="sampler"):
+            return named(sampler, gaussian.schedule, n, prediction=gaussian.prediction)
 
     return np.array([exact_chain(gaussian, table(check_int("steps", n, low=1))).w2() for n in numbers])
 

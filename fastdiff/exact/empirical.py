@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array
-from fastdiff.errors import ArgumentError, check_array
+from fastdiff.errors import ArgumentError, as_named, check_array
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen, probabilities
 from fastdiff.exact.posterior import DISAGREE, impossible
@@ -85,6 +85,7 @@ class Empirical(Exact):
         """(N, ...) float32 or float64, read-only: the data."""
         return frozen(self._rows.reshape(-1, *self.shape))
 
+    @as_named(given="obs")
     def given(self, obs: Given) -> Empirical | list[Empirical]:
         """The law of x0 when something of it has been observed: the same rows, with other weights.
 

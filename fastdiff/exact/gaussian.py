@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import Array, RowMap
 from fastdiff.covariance import check_covariance
-from fastdiff.errors import ArgumentError, check_array, check_float
+from fastdiff.errors import ArgumentError, as_named, check_array, check_float
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.moments import Float64, Moments, frozen
 from fastdiff.exact.posterior import condition, impossible, linear_observations
@@ -127,6 +127,7 @@ class Gaussian(Exact):
     def cov(self) -> Float64:
         return frozen(self.data.cov)
 
+    @as_named(given="obs")
     def given(self, obs: Given) -> Gaussian | list[Gaussian]:
         """The law of x0 when something of it has been observed, which is a Gaussian again.
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array
-from fastdiff.errors import ArgumentError, check_array
+from fastdiff.errors import ArgumentError, as_named, check_array
 from fastdiff.exact.exact import Exact, Workspace
 from fastdiff.exact.gaussian import Gaussian, average
 from fastdiff.exact.moments import Moments, frozen, probabilities
@@ -124,6 +124,7 @@ class Mixture(Exact):
         self.weights = frozen(checked)
         self.components = tuple(components)
 
+    @as_named(given="obs")
     def given(self, obs: Given) -> Mixture | list[Mixture]:
         """The law of x0 when something of it has been observed: a mixture again.
 

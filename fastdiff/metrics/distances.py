@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -73,12 +74,16 @@ def mmd(X: npt.ArrayLike, Y: npt.ArrayLike, *, bandwidth: float | None = None, u
     """
     from scipy.spatial.distance import pdist
 
+    check_flags(unbiased=unbiased)
     x, y = _checked(X, Y, 2 if unbiased else 1)
     if bandwidth is None:
         both = np.concatenate([x, y])
         picked = both[np.arange(min(len(both), MEDIAN_ROWS)) * len(both) // min(len(both), MEDIAN_ROWS)]
         bandwidth = float(np.median(pdist(picked))) or 1.0  # most rows the same: any will do
-    scale = -0.5 / check_float("bandwidth", bandwidth, low=0, low_open=True) ** 2
+        if not math.isfinite(bandwidth):
+            raise ArgumentError("X, Y", "rows whose distances overflow", "smaller values: divide them by a constant")
+    bandwidth = check_float("bandwidth", bandwidth, low=0, low_open=True)
+    scale = -0.5 / bandwidth / bandwidth
 
     def mean(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
         alike = sum(float(np.exp(scale * between**2).sum()) for _, between in _blocks(a, b))

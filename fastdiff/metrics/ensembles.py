@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_float
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_flags, check_float, check_several
 
 CHUNK_VALUES = 1 << 21  # of the draws that are sorted at once, in float64: 16 MB
 
@@ -59,6 +59,7 @@ def crps(draws: Any, y: Any, *, fair: bool = True) -> Floats:
     ArgumentError
         Shapes that do not fit, draws that are not finite, or a single draw for a fair score.
     """
+    check_flags(fair=fair)
     draws, y = _checked(draws, y, 2 if fair else 1)
     M = len(draws)
     # Of sorted draws the sum of all |x - x'| is 2 sum_i (2 i - M + 1) x_i, with i from 0.
@@ -91,6 +92,11 @@ def crps_normal(mean: Any, deviation: Any, y: Any) -> Floats:
     value = check_array("y", y, dtype=np.float64, finite=False)
     if (s < 0).any():
         raise ArgumentError("deviation", f"{s.min():g}", "at least 0 everywhere")
+    try:
+        np.broadcast_shapes(m.shape, s.shape, value.shape)
+    except ValueError:
+        got = f"shapes {m.shape}, {s.shape} and {value.shape}"
+        raise ArgumentError("mean, deviation, y", got, "shapes that broadcast") from None
     off = value - m
     z = np.divide(off, s, out=np.zeros(np.broadcast(off, s).shape), where=s > 0)
     of_normal = s * (z * (2 * ndtr(z) - 1) + 2 * np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi) - 1 / math.sqrt(math.pi))
@@ -123,11 +129,10 @@ def quantile_crps(
     -------
     float
     """
+    check_flags(relative=relative)
     draws, y = _checked(draws, y, 1)
     usual, method = CONVENTIONS[check_choice("convention", convention, CONVENTIONS)]
-    at = np.array([check_float("levels", level, low=0, high=1) for level in (usual if levels is None else levels)])
-    if not len(at):
-        raise ArgumentError("levels", "none", "at least one, between 0 and 1")
+    at = _levels(usual if levels is None else levels)
     flat, total = y.reshape(-1), 0.0
     targets = np.isfinite(flat)
     if not targets.any():
@@ -185,6 +190,7 @@ def energy_score(draws: Any, y: Any, *, fair: bool = True) -> Floats:
     """
     from scipy.spatial.distance import cdist, pdist
 
+    check_flags(fair=fair)
     draws, y = _checked(draws, y, 2 if fair else 1)
     if y.ndim < 1:
         raise ArgumentError("y", "a number", "rows (N, ...)")
@@ -220,7 +226,7 @@ def coverage(draws: Any, y: Any, *, levels: Sequence[float] = (0.5, 0.8, 0.95)) 
     """
     draws, y = _checked(draws, y, 1)
     most = (len(draws) - 1) / (len(draws) + 1)
-    inside = np.array([check_float("levels", level, low=0, high=1, high_open=True) for level in levels])
+    inside = _levels(levels)
     if (inside > most + 1e-12).any():
         got, wants = f"{inside.max():g} of {len(draws)} draws", f"at most {most:g}, or more draws"
         raise ArgumentError("levels", got, wants)
@@ -235,6 +241,13 @@ def coverage(draws: Any, y: Any, *, levels: Sequence[float] = (0.5, 0.8, 0.95)) 
         tails = np.quantile(some[:, asked], [(1 - inside) / 2, (1 + inside) / 2], axis=0, method="weibull")
         found += ((tails[0] <= value) & (value <= tails[1])).sum(axis=1)
     return np.asarray(found / targets.sum())
+
+
+def _levels(levels: Any) -> Floats:
+    several = check_several("levels", levels, "numbers between 0 and 1")
+    if not several:
+        raise ArgumentError("levels", "none", "at least one, between 0 and 1")
+    return np.array([check_float("levels", level, low=0, high=1) for level in several])
 
 
 def _checked(draws: Any, y: Any, least: int) -> tuple[npt.NDArray[Any], Floats]:

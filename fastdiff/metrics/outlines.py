@@ -39,7 +39,7 @@ def roundness(images: Any, *, rays: int = 64) -> npt.NDArray[np.float64]:
         array = array[..., 0]
     if array.ndim != 3:
         raise ArgumentError("images", f"shape {array.shape}", "gray pictures (n, height, width)")
-    rays = check_int("rays", rays, low=8)
+    rays = check_int("rays", rays, low=8, high=1 << 16)
     turn = 2 * np.pi * np.arange(rays) / rays
     steps = np.arange(0, np.hypot(*array.shape[1:]), 0.25)
     return np.array([_deviation(picture.astype(np.float64), turn, steps) for picture in array], np.float64)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.errors import ArgumentError, check_array, check_int, check_seed
+from fastdiff.errors import ArgumentError, check_array, check_int, check_room, check_seed
 from fastdiff.metrics.gru import GRUs, sigmoid
 from fastdiff.noise import Draw, Stream, philox_words
 
@@ -154,6 +154,7 @@ def discriminative_score(
     options = check_int("networks", networks, low=1), check_int("batch", batch, low=1)
     networks, batch = options
     units = max(2, both[0].shape[2] // 2) if units is None else check_int("units", units, low=1)
+    _check_size(networks, units, batch, both[0])
     draw = Draw(check_seed(seed), Stream.PROBE)
     splits = [_orders(networks, len(rows), draw.after(networks * k)) for k, rows in enumerate(both)]
     seen = [orders[:, : int(orders.shape[1] * SEEN)] for orders in splits]
@@ -217,6 +218,7 @@ def predictive_score(
     units = max(2, C // 2) if units is None else check_int("units", units, low=1)
     draw = Draw(check_seed(seed), Stream.PROBE)
     given = slice(None) if C == 1 else slice(None, -1)
+    _check_size(networks, units, batch, x)
     nets = GRUs(networks, max(1, C - 1), units, draw.at(1))
 
     def drawn(step: int) -> tuple[Array, Callable[[Array], Array]]:
@@ -237,6 +239,12 @@ def predictive_score(
         sigmoid(out)
         error += np.abs(out - rows[:, 1:, -1]).sum(axis=(1, 2), dtype=np.float64)
     return Score.of(error / (len(x) * (x.shape[1] - 1)))
+
+
+def _check_size(networks: int, units: int, batch: int, x: Array) -> None:
+    """Refuse networks that cannot be, by the larger of their matrices and of their states."""
+    largest = max((networks, "networks"), (units, "units"), (batch, "batch"))[1]
+    check_room(largest, (networks, units, max(3 * units, batch * x.shape[1])))
 
 
 def _series(name: str, X: Any) -> Array:

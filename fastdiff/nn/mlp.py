@@ -26,7 +26,7 @@ from fastdiff.backends import (
     TrainState,
 )
 from fastdiff.denoiser import Asked, asked_parts
-from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, shown
+from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, check_several, shown
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Runner
@@ -107,9 +107,8 @@ class MLP(Network):
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
-        if not isinstance(hidden, Iterable) or np.ndim(hidden) == 0:  # type: ignore[arg-type]
-            raise ArgumentError("hidden", shown(hidden), "layer widths, as in (128, 128)")
-        widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
+        several = check_several("hidden", hidden, "layer widths, as in (128, 128)")
+        widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in several)
         self._build("modulated", points, widths, T, seed, dtype, asked=(classes, covariates))
 
     @classmethod

@@ -450,7 +450,7 @@ def check_keys(config: Any, keys: set[str], optional: Iterable[str] = ()) -> Non
     """Refuse what is no configuration of these keys; some may be absent."""
     if not isinstance(config, Mapping) or set(config) - set(optional) != keys:
         shown = sorted(map(str, config)) if isinstance(config, Mapping) else type(config).__name__
-        raise ArgumentError("network", str(shown), f"the keys {sorted(keys)}")
+        raise ArgumentError("config", str(shown), f"the keys {sorted(keys)}")
 
 
 Kind = TypeVar("Kind", bound=type[Network])

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.layers import Conv
-from fastdiff.errors import ArgumentError, check_choice, check_float, check_int, shown
+from fastdiff.errors import ArgumentError, check_choice, check_float, check_int, check_several, shown
 from fastdiff.forks import cached_property
 from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.mlp import MAX_PERIOD
@@ -133,7 +133,7 @@ class UNet(ProgramNetwork):
         null = classes is not None and (True if null_class is None else _flag("null_class", null_class))
         asked: dict[str, Any] = {"classes": classes, "covariates": covariates, "null_class": null}
         self.describe(shape, T=T, seed=seed, dtype=dtype, outputs=outputs, **asked)
-        several = _several("channels", channels, "widths of the levels, as in (32, 64, 128)")
+        several = check_several("channels", channels, "widths of the levels, as in (32, 64, 128)")
         self.channels = widths = tuple(check_int("channels", width, low=2, high=MAX_WIDTH) for width in several)
         levels = check_int("the number of channels", len(widths), low=1, high=MAX_LEVELS)
         self.blocks = check_int("blocks", blocks, low=1, high=64)
@@ -330,14 +330,8 @@ def _groups(widths: tuple[int, ...], groups: int | None) -> int:
     return groups
 
 
-def _several(argument: str, value: Any, wants: str) -> tuple[Any, ...]:
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        raise ArgumentError(argument, shown(value), wants)
-    return tuple(value)
-
-
 def _flags(argument: str, value: Any, levels: int) -> tuple[bool, ...]:
-    flags = _several(argument, value, "one bool for each level, as in (False, False, True)")
+    flags = check_several(argument, value, "one bool for each level, as in (False, False, True)")
     if len(flags) != levels:
         raise ArgumentError(argument, str(flags), f"one bool for each of the {levels} levels")
     return tuple(_flag(argument, flag) for flag in flags)

@@ -123,7 +123,7 @@ def names() -> list[str]:
 
 def about(name: str) -> str:
     """One line on the sampler of this name: what it is, and when to take it."""
-    return _SAMPLERS[check_choice("sampler", name, _SAMPLERS)].about
+    return _SAMPLERS[check_choice("name", name, _SAMPLERS)].about
 
 
 def named(
@@ -163,7 +163,7 @@ def named(
         If the name is unknown (the message lists those known), or another argument is wrong.
     """
     check_schedule(schedule)
-    make, usual, _ = _SAMPLERS[check_choice("sampler", name, _SAMPLERS)]
+    make, usual, _ = _SAMPLERS[check_choice("name", name, _SAMPLERS)]
     if steps is None and usual is not None:
         steps = max(1, min(usual, schedule.T - 1 if make in _OPEN else schedule.T))
     return make(schedule, steps, prediction=prediction, clip=clip, **options)

@@ -636,7 +636,9 @@ def _churned(schedule: Schedule, grid: Levels, churn: float, s_tmin: float, s_tm
     """Where churn leads from every timestep."""
     churn, s_tmin = check_float("churn", churn, low=0), check_float("s_tmin", s_tmin, low=0)
     if not (isinstance(s_tmax, float) and s_tmax == math.inf):
-        s_tmax = check_float("s_tmax", s_tmax, low=s_tmin)
+        s_tmax = check_float("s_tmax", s_tmax)
+        if s_tmax < s_tmin:
+            raise ArgumentError("s_tmax", f"{s_tmax:g}", f"at least s_tmin = {s_tmin:g}")
     inside = (grid.ratio >= s_tmin) & (grid.ratio <= s_tmax)
     gain = math.log1p(min(churn / len(grid.t), MOST_CHURN))
     raised = grid.t.copy()

@@ -238,7 +238,7 @@ def _checked_rows(rows: npt.ArrayLike | Sequence[Row], schedule: Schedule) -> tu
     t, s = table[:, 0], table[:, 9]
     outside = t[(t != np.rint(t)) | (t < 0) | (t >= schedule.T)]
     if outside.size:
-        raise ArgumentError("rows (t)", f"{outside[0]:g}", f"whole timesteps from 0 to {schedule.T - 1}")
+        raise ArgumentError("rows (t)", f"{outside[0]:g}", f"whole timesteps of the schedule, 0 to {schedule.T - 1}")
     if (s < 0).any():
         raise ArgumentError("rows (s)", f"{s.min():g}", "standard deviations of at least 0")
     made: list[Row] = []
