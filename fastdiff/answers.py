@@ -181,7 +181,8 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
     if isinstance(X, series.Windows):
         return X.values, None, False
     if not series.is_frame(X):
-        return X, None, np.ndim(X) == len(net.shape) < 3
+        values = check_array(argument, X, finite=False)
+        return values, None, values.ndim == len(net.shape) < 3
     frame = series.Frame.of(X, argument)
     columns = frame.values.shape[1]
     if len(net.shape) == 1:
