@@ -6,7 +6,8 @@ the fair CRPS, and the shares of hidden values in bands, means over the unseen s
 CRPS is paired: of every seed, which has its own network, series and hidden values. Of AR(1) data the exact conditional
 is known, and stands in the Gaussian's place.
 
-Exits with 1 where a bound is missed. With all its defaults the results go to ``results/series-cpu.json`` and ``.md``.
+Exits with 1 where a bound is missed. With all its defaults the results go to ``results/series-cpu.json`` and ``.md``;
+with --only beside those of other data sets that the same commit has left there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ BANDS = (0.5, 0.8, 0.9, 0.95)
 SECONDS = 180.0  # of a training, of all threads together
 HIDDEN = ("10 %", "50 %", "90 %", "end")
 AR = "AR(1)"
+NAME, IN_PARTS = "series-cpu", ("data", "output", "only")  # of the results; options that they may be made in parts with
 
 
 class Data(NamedTuple):
@@ -119,6 +121,18 @@ def answered(name: str, folder: Path, args: argparse.Namespace) -> list[Answered
     return rows
 
 
+def others(report: SeriesReport, folder: Path | None) -> dict[str, list[Answered]]:
+    """Results in a folder, by data set, where the same commit has left them there with the same sizes."""
+    path = None if folder is None else folder / f"{NAME}.json"
+    if path is None or not path.exists():
+        return {}
+    before = SeriesReport.read(path)
+    same = ("draws", "unseen", "seeds")
+    if before.header.commit != report.header.commit or any(getattr(before, k) != getattr(report, k) for k in same):
+        return {}
+    return {name: [row for row in before.rows if row.data == name] for name in SETS}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train, draw, judge, print and write; return the exit code."""
     parser = argparse.ArgumentParser(prog="series_answers.py", description=__doc__.split("\n")[0])
@@ -131,14 +145,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the table there in any case")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore", fd.errors.QualityWarning)
-    rows = [row for name in args.only or SETS for row in answered(name, args.data, args)]
-    report = SeriesReport(header(fd.get_backend("cpu").threads), args.draws, args.rows, args.seeds, SECONDS, rows)
+    found = {name: answered(name, args.data, args) for name in args.only or SETS}
+    whole = all(value == parser.get_default(name) for name, value in vars(args).items() if name not in IN_PARTS)
+    folder = args.output or (RESULTS if whole else None)
+    report = SeriesReport(header(fd.get_backend("cpu").threads), args.draws, args.rows, args.seeds, SECONDS, [])
+    found = others(report, folder) | found
+    report.rows += [row for name in SETS for row in found.get(name, [])]
     print(report.table(), end="")
-    whole = all(
-        value == parser.get_default(name) for name, value in vars(args).items() if name not in ("data", "output")
-    )
-    finish(report, "series-cpu", args.output or (RESULTS if whole else None), [])
-    return int(not all(row.met for row in rows) or max(row.seconds for row in rows) > SECONDS)
+    finish(report, NAME, folder, [])
+    return int(not all(row.met for row in report.rows) or max(row.seconds for row in report.rows) > SECONDS)
 
 
 if __name__ == "__main__":

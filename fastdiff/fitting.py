@@ -83,6 +83,7 @@ class Wishes:
     crop: int | tuple[int, int] | None
     patience: int | None
     judge: bool | None
+    calibrate: bool | None
     progress: bool
     callback: Callable[[int, float], Any] | None
     callbacks: Any
@@ -102,7 +103,8 @@ class Wishes:
         if self.checkpoint is not None:
             path = check_path("checkpoint", self.checkpoint)
             check_writable(path)
-        check_flags(judge=False if self.judge is None else self.judge, flip=self.flip, progress=self.progress)
+        judge, calibrate = (False if each is None else each for each in (self.judge, self.calibrate))
+        check_flags(judge=judge, calibrate=calibrate, flip=self.flip, progress=self.progress)
         check_callable("callback", self.callback)
         return replace(self, patience=patience, callbacks=tell, checkpoint=path, every=every, keep=keep)
 
@@ -225,7 +227,8 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     judge = wishes.judge
     if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
         model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=wishes.progress)
-        _calibrate(model, parts.held_out, asked_plainly)
+        if wishes.calibrate or (wishes.calibrate is None and (parts.rows.ndim == 3 or gaps is not None)):
+            _calibrate(model, parts.held_out, asked_plainly)
         if saver is not None:
             saver(model.step)  # with the report
 

@@ -213,6 +213,7 @@ class Diffusion:
         validation: Any = None,
         patience: int | None = None,
         judge: bool | None = None,
+        calibrate: bool | None = None,
         flip: bool = False,
         crop: int | tuple[int, int] | None = None,
         accumulate: int = 1,
@@ -269,6 +270,8 @@ class Diffusion:
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
             after 1,000 steps or more, and where `steps` is not given.
+        calibrate : bool, optional
+            Whether a judgement also learns `spread` from held-out rows: by default of series, and of rows with gaps.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
         crop : int or pair of int, optional
@@ -319,7 +322,8 @@ class Diffusion:
         wishes = fitting.Wishes(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
-            progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint, every=every, keep=keep,
+            calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint,
+            every=every, keep=keep,
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)
         return self

@@ -88,13 +88,13 @@ def test_values_that_are_missing_say_nothing():
 @pytest.fixture(scope="module")
 def model():
     made = fd.Diffusion(fd.MLP(6, hidden=(16,), T=50), SCHEDULE, seed=1, backend="cpu")
-    return made.fit(ar(200), steps=50, validation=2 * ar(60, seed=1), judge=True, **QUIET)
+    return made.fit(ar(200), steps=50, validation=2 * ar(60, seed=1), judge=True, calibrate=True, **QUIET)
 
 
 def test_a_fit_learns_it_and_says_so(model, tmp_path):
     """Rows held out that are wider than those learned from: draws are not wide enough."""
     assert model.spread == model.report_["spread"] > 1.1
-    assert model.report_["rows_hidden"] == 60
+    assert model.report_["rows_hidden"] == np.isnan(calibration.hidden(np.zeros((60, 6)), 1)).any(axis=1).sum()
     assert abs(model.report_["held_spread"] - 0.9) < abs(model.report_["held"] - 0.9)
     model.save(tmp_path / "m.safetensors")
     loaded = fd.load(tmp_path / "m.safetensors")
@@ -102,7 +102,6 @@ def test_a_fit_learns_it_and_says_so(model, tmp_path):
     holes = calibration.hidden(ar(3, seed=9), seed=5)
     np.testing.assert_array_equal(loaded.impute(holes, 4), model.impute(holes, 4))
     assert fd.Diffusion(seed=1).spread == 1
-    assert "spread" not in (fd.Diffusion(seed=1).fit(ar(30), steps=2, judge=True, **QUIET).report_ or {})
 
 
 def test_answers_are_spread_by_it(model):
@@ -121,3 +120,21 @@ def test_answers_are_spread_by_it(model):
         np.testing.assert_array_equal(model.impute(holes, 40), raw)
     finally:
         model.spread = spread
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "measured"),
+    [
+        (ar(60), {}, False),  # curves, of which nobody has asked to fill in anything
+        (ar(60), {"calibrate": True}, True),
+        (ar(60).reshape(60, 3, 2), {}, True),
+        (ar(60).reshape(60, 3, 2), {"calibrate": False}, False),
+        (ar(60).reshape(60, 3, 2), {"judge": False}, False),
+        (calibration.hidden(ar(60), seed=4), {}, True),
+        (ar(20).reshape(20, 3, 2), {}, False),  # 5 rows are held out
+    ],
+)
+def test_what_is_calibrated(rows, options, measured):
+    made = fd.Diffusion(backend="cpu").fit(rows, **{"steps": 2, "validation": 0.25, "judge": True, **options, **QUIET})
+    assert ("held" in (made.report_ or {})) == measured
+    assert measured or made.spread == 1

@@ -187,6 +187,9 @@ def _with(at):
         (_with(7), "1 rows without any value, the first is row 7"),
         (_with((slice(None), slice(None), 1)), "channel 2, never seen"),
         (_with((slice(None), 1, 0)), "point 1 of channel 1, missing in all rows"),
+        (_with(np.s_[:, 2:, 1]) * [1, 0] + [0, 3], "point 2 of channel 2"),
+        (np.nan_to_num(_with(7)) * [1, 0] + [0, 3], "channel 2 that is 3 everywhere"),
+        ([np.ones((4, 2)), np.ones((5, 2))], "rows of different lengths"),
         (np.where(np.arange(60)[:, None, None] == 3, np.inf, _with(0 * 7 + 1)), "inf at index"),
     ],
 )

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from test_series import Index, Table
+from tolerances import assert_estimate
 
 import fastdiff as fd
 from fastdiff import series
@@ -154,6 +155,12 @@ def test_quantiles_are_those_of_the_draws(model, of_series, monkeypatch):
     np.testing.assert_allclose(of_series.impute(rows, 5, quantiles=levels), want, rtol=1e-6)
 
 
+def test_a_row_of_which_nothing_is_known_is_a_sample(model):
+    rows = model.impute(np.full((2, T), np.nan), 2000)
+    assert_estimate(rows.std(axis=0).mean(axis=1), 1, 0.02)
+    assert_estimate((rows[:, 0, 0] * rows[:, 0, 1]).mean(), RHO, (1 + RHO**2) ** 0.5 / 2000**0.5)
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
@@ -164,6 +171,11 @@ def test_quantiles_are_those_of_the_draws(model, of_series, monkeypatch):
         (lambda m: m.forecast(np.ones((2, 2, 2)), 1), "past: got shape"),
         (lambda m: m.impute(np.ones(9), quantiles=2), "quantiles"),
         (lambda m: m.impute(np.ones((2, 9))), "X: got shape"),
+        (lambda m: m.impute([np.ones(8), np.ones(7)]), "different lengths"),
+        (lambda m: m.forecast([np.ones(8), np.ones(7)], 1), "different lengths"),
+        (lambda m: m.impute(np.full((1, 8), np.inf)), "values: got infinity"),
+        (lambda m: m.impute(np.full((1, 8), "x")), "X: got"),
+        (lambda m: m.impute(np.ones((2, 8)), 0), "draws: got 0"),
         (lambda m: m.anomaly(np.ones(5)), "X: got 5 rows"),
         (lambda m: m.anomaly(np.ones((2, 8)), block=9), "block"),
     ],
