@@ -1093,3 +1093,14 @@ def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatc
         if saved:
             assert fd.load(f"m{presses}.safetensors").step <= 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_kept_rows_are_told_and_drawn_beside_samples(run, drawn):
+    train = "train curves.csv -o m.safetensors --steps 2 --batch 4 --quiet --backend numpy"
+    assert run(f"{train} --keep-rows 5 --loss-plot l.png")[0] == 0
+    assert re.search(r"^  kept rows +5 of them are in this file$", run("info m.safetensors")[1], re.M)
+    code, out, _ = run("sample m.safetensors -n 3 -o new.csv --plot new.png --quiet --backend numpy")
+    assert code == 0
+    assert "new.png: the first 3 of them, beside real ones\n" in out
+    assert run(f"{train} --overwrite")[0] == 0
+    assert re.search(r"^  kept rows +none in this file$", run("info m.safetensors")[1], re.M)
