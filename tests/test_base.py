@@ -189,5 +189,5 @@ def test_a_model_knows_the_loss_of_its_base():
     plain.fit(X, steps=1, batch=4, progress=False)
     assert plain.linear_loss(X) == pytest.approx(model.linear_loss(), rel=0.02)
     for given in (None, X[:, :4]):
-        with pytest.raises(fd.errors.ArgumentError, match="^X"):
+        with pytest.raises(fd.errors.ArgumentError, match=r"^X"):
             plain.linear_loss(given)

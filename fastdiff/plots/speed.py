@@ -120,5 +120,7 @@ def _plain_sizes(axes: Axes, sizes: Sequence[float]) -> None:
 
 def _as_duration(seconds: float, _: float | None = None) -> str:
     """10 ms for 0.01."""
+    if seconds == 0:
+        return "0"
     unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= 0.999 * s), ("µs", 1e-6))
     return f"{seconds / size:g} {unit}"
