@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # with the training curves is how smooth they are and how far they swing.
     family = harmonic_curves(10_000)
     model = fd.Diffusion(schedule=schedule).fit(family, steps=args.steps)
-    drawn, path = model.sample(12, trajectory=True)
+    drawn, path = model.sample(200, trajectory=True)
     names = (f"Generated: {how}", "Real")
     plots.save(plots.generated(drawn, family, rate=50, names=names), args.output / "family.png")
     plots.moving_curves(path[:, :8], args.output / "family.gif", frames=32)
-    plots.save(plots.loss(model.history), args.output / "family_loss.png")
+    plots.save(plots.loss(model.history, linear=model.linear_loss()), args.output / "family_loss.png")
     print(f"pictures in {args.output}")
 
 

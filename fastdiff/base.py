@@ -118,6 +118,27 @@ class GaussianBase:
         across = _gains(np.array([self.rest]), schedule, prediction)
         return LinearPart(self.axes, along - across, across[:, 0])
 
+    def loss(self, schedule: Schedule, prediction: str, weight: Array | None = None) -> float:
+        """Return the mean squared error of the best linear prediction, over values and timesteps.
+
+        Along an axis of variance l, the error of f noise + g x0 given x = signal x0 + noise z is that of Gaussians,
+        l (f signal - g noise)^2 / (signal^2 l + noise^2).
+
+        Parameters
+        ----------
+        schedule : Schedule
+        prediction : str
+        weight : (T,) float64, optional
+            What an error at each timestep counts.
+        """
+        d, rank = self.axes.shape
+        variances = np.append(self.variances, self.rest)
+        signal, noise = schedule.signal[:, None], schedule.noise[:, None]
+        of_noise, of_x0 = (factor[:, None] for factor in schedule.target(prediction))
+        errors = variances * (of_noise * signal - of_x0 * noise) ** 2 / (signal**2 * variances + noise**2)
+        at_t = errors @ np.append(np.ones(rank), d - rank) / d
+        return float(np.mean(at_t if weight is None else weight * at_t))
+
 
 def _gains(variances: Array, schedule: Schedule, prediction: str) -> Array:
     """The factors (T, r) of x_t in the best prediction of a value of each variance."""

@@ -46,6 +46,7 @@ FEATURES = frozenset(
         "column scale",
         "covariates",
         "flow schedule",
+        "kept rows",
         "laplace schedule",
         "learned variance",
         "min snr",

@@ -98,7 +98,11 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     chain = fd.forward_chain(curve, schedule, seed=seed, backend=backend)[:, 0]
     path = as_numpy(model.sample(1, trajectory=True)[1])
     timesteps, how = np.arange(schedule.T)[::-1], samplers.ddpm(schedule).label
-    out.draw("curve_forward.png", plots.forward_diffusion(chain, rate=RATE), "the curve on its way to noise")
+    out.draw(
+        "curve_forward.png",
+        plots.forward_diffusion(chain, rate=RATE, schedule=schedule),
+        "the curve on its way to noise",
+    )
     out.draw("curve_loss.png", plots.loss(model.history), "the loss")
     out.draw(
         "curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE, sampler=how), "noise on its way back"
@@ -140,7 +144,7 @@ def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed:
     names = (f"Generated: {samplers.ddpm(schedule).label}", "Unseen in training")
     beside = plots.generated(drawn, unseen, rate=RATE, names=names)
     out.draw("family_generated.png", beside, "generated curves beside unseen ones")
-    out.draw("family_loss.png", plots.loss(model.history), "the loss")
+    out.draw("family_loss.png", plots.loss(model.history, linear=model.linear_loss(seen)), "the loss")
     save_curves(out.file("family.csv", "the generated curves"), drawn)
     model.save(out.file("family.safetensors", "the model"))
 

@@ -90,6 +90,7 @@ class Wishes:
     checkpoint: str | os.PathLike[str] | None
     every: int | None
     keep: int
+    keep_rows: int | None
 
     def checked(self) -> Wishes:
         """Return it with numbers and paths as they are used."""
@@ -106,7 +107,10 @@ class Wishes:
         judge, calibrate = (False if each is None else each for each in (self.judge, self.calibrate))
         check_flags(judge=judge, calibrate=calibrate, flip=self.flip, progress=self.progress)
         check_callable("callback", self.callback)
-        return replace(self, patience=patience, callbacks=tell, checkpoint=path, every=every, keep=keep)
+        keep_rows = None if self.keep_rows is None else check_int("keep_rows", self.keep_rows, low=0)
+        return replace(
+            self, keep_rows=keep_rows, patience=patience, callbacks=tell, checkpoint=path, every=every, keep=keep
+        )
 
 
 class Model(Counted, Protocol):
@@ -135,6 +139,7 @@ class Model(Counted, Protocol):
     _arithmetic: int
     spread: float
     report_: dict[str, Any] | None
+    kept_rows: Values | None
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
     def _judge(self, rows: Values, asked: tuple[Any, Any], held_out: Values | None, *, show: bool) -> None: ...
@@ -189,6 +194,9 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     model._frame = frame or model._frame
     asked_plainly, found = found.of_unseen, _scaled(model, found)
     model._label_drop = share
+    if (most := wishes.keep_rows) is not None:
+        some = parts.rows[np.linspace(0, len(parts.rows) - 1, min(most, len(parts.rows))).astype(int)]
+        model.kept_rows = some.astype(np.float64 if some.dtype == np.float64 else np.float32) if most else None
     net, _, _ = model._fitted()
     assert model._optimizer is not None and model._average is not None  # noqa: PT018
     by_rule = steps is None

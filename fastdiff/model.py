@@ -44,7 +44,7 @@ from fastdiff.observations import Given, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
-from fastdiff.training import Optimizer, Turns, alone, empty_history, history_table
+from fastdiff.training import Optimizer, Turns, alone, empty_history, history_table, loss_terms
 
 log = logging.getLogger("fastdiff")
 
@@ -98,6 +98,8 @@ class Diffusion:
     spread : float
         How many times as far from their mean `impute`, `forecast` and `anomaly` draw as the network says, with "tmpd"
         and a named sampler: learned from held-out rows by a fit that ends with a judgement; see `fastdiff.calibration`.
+    kept_rows : array or None
+        Training rows that `fit` was asked to keep, in the data's units.
     class_names, covariate_names, channel_names : list of str or None
         What the classes, the covariates, and the channels of series, are called; for the reader only, and saved with
         the model.
@@ -172,6 +174,7 @@ class Diffusion:
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
         self._gaussian: GaussianBase | None = None
+        self.kept_rows: npt.NDArray[Any] | None = None
         self._arithmetic = checkpoint.ARITHMETIC  # of the weights; only a file may have another one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,6 +226,7 @@ class Diffusion:
         checkpoint: str | os.PathLike[str] | None = None,
         every: int | None = None,
         keep: int = 1,
+        keep_rows: int | None = None,
         callbacks: Any = (),
     ) -> Self:
         """Train for further steps, on from `step`.
@@ -295,6 +299,9 @@ class Diffusion:
         keep : int, optional
             How many of these states stay: the last one is `checkpoint`, and with more than 1 the last so many that this
             call has saved are ``NAME-STEP`` beside it, STEP in six digits.
+        keep_rows : int, optional
+            Keep so many of the training rows, evenly spaced, in `kept_rows` and in files, for figures that show samples
+            beside real data; 0 forgets them. By default none are kept, for data may be private, or those kept before.
         callbacks : list, optional
             Loggers, which do not slow the training down: `fastdiff.callbacks.FileLogger`, a SummaryWriter of
             TensorBoard, the module mlflow, ...: see `fastdiff.callbacks`.
@@ -322,8 +329,13 @@ class Diffusion:
         wishes = fitting.Wishes(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
+<<<<<<< HEAD
             calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint,
             every=every, keep=keep,
+=======
+            progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint, every=every, keep=keep,
+            keep_rows=keep_rows,
+>>>>>>> manners
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)
         return self
@@ -826,7 +838,7 @@ class Diffusion:
         asked = {"labels": y, "covariates": self._inner_covariates(covariates, len(X))}
         return normaliser.apply(X, net.dtype), asked, normaliser.log_det(X.shape[1:])
 
-    def save(self, path: str | os.PathLike[str], *, training: bool = True) -> None:
+    def save(self, path: str | os.PathLike[str], *, training: bool = True, rows: bool | None = None) -> None:
         """Write a checkpoint; the file appears whole or not at all.
 
         Parameters
@@ -836,6 +848,9 @@ class Diffusion:
         training : bool, optional
             Keep the optimiser's moments, so that training can go on bit for bit. Without them the file is half as
             large, and for sampling only.
+        rows : bool, optional
+            Whether the file has the rows of `kept_rows`; by default with `training` only, so that a file that is made
+            to be passed on has no data in it.
 
         Raises
         ------
@@ -846,7 +861,8 @@ class Diffusion:
         TrainingError
             The model has not been trained.
         """
-        check_flags(training=training)
+        check_flags(training=training, rows=training if rows is None else rows)
+        rows = training if rows is None else rows
         with self._turns.looking():  # a fit in another thread goes on when the file is there
             net, schedule, normaliser = self._fitted()
             assert self._average is not None
@@ -856,8 +872,54 @@ class Diffusion:
                 history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
                 data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
                 covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
-                arithmetic=self._arithmetic, spread=self.spread,
+                arithmetic=self._arithmetic, spread=self.spread, kept_rows=self.kept_rows if rows else None,
             ).write(path)  # fmt: skip
+
+    def linear_loss(self, X: Any = None) -> float:
+        """Return the loss of the best linear denoiser: what a network has to come below, to be of use.
+
+        It is that of a Gaussian with the covariance of the data, in closed form (see `fastdiff.base`), weighted over t
+        as the training was.
+
+        Parameters
+        ----------
+        X : (N, ...) array, optional
+            Rows of the data, for a model without a Gaussian base, which knows that covariance.
+
+        Returns
+        -------
+        float
+            As the losses of `history`: a mean over values and timesteps, in the normalised range.
+
+        Raises
+        ------
+        ArgumentError
+            X is wanted and not given, or has another shape; the network learns its variance, so that its loss is none
+            of squares alone.
+        TrainingError
+            The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(256, points=8)
+        >>> model = fd.Diffusion(fd.MLP(8, hidden=(8,), T=10), backend="numpy").fit(X, steps=1, progress=False)
+        >>> 0 < model.linear_loss(X) < 1
+        True
+        """
+        net, schedule, normaliser = self._fitted()
+        if net.learned_variance:
+            raise ArgumentError("linear_loss", "a network that learns its variance", "one whose loss is of squares")
+        base = self._gaussian
+        if X is not None:
+            inner = normaliser.apply(check_array("X", X, shape=(None, *net.shape)), np.float64)
+            flat = inner.reshape(len(inner), -1)
+            base = GaussianBase.of(flat - flat.mean(axis=0))
+        if base is None:
+            raise ArgumentError("X", "None", "rows of the data: this model has no Gaussian base")
+        terms = None
+        if self._optimizer is not None:
+            terms = loss_terms(schedule, self.prediction, self._optimizer.plan)
+        return base.loss(schedule, self.prediction, None if terms is None else terms[:, 0])
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
         """Return the history as columns of one length, which ``pandas.DataFrame(...)`` and others take.
@@ -886,15 +948,8 @@ class Diffusion:
 
         Examples
         --------
-        >>> print(fd.Diffusion(fd.MLP.tutorial(50, T=100), seed=7).summary())  # doctest: +ELLIPSIS
-        Diffusion
-          network       MLP.tutorial(50, T=100)
-          parameters    70,450
-          layers
-            layers.0    5,100 (50 x 100 + 100)
-        ...
-          state         not trained: call fit
-          seed          7
+        >>> fd.Diffusion(fd.MLP.tutorial(50, T=100)).summary().facts["parameters"]
+        '70,450'
         """
         return summary_of(self)
 
@@ -933,5 +988,5 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
     model.class_names, model.channel_names = saved.class_names, saved.channel_names
     model._covariates, model._label_drop, model.spread = saved.covariates, saved.label_drop, saved.spread
-    model.covariate_names = saved.covariate_names
+    model.covariate_names, model.kept_rows = saved.covariate_names, saved.kept_rows
     return model

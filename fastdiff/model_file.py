@@ -42,6 +42,8 @@ from fastdiff.training import Optimizer, empty_history
 
 Tensors = dict[str, npt.NDArray[Any]]
 
+KEPT = "kept_rows"  # the tensor of training rows, in the data's units; NaN where a value is missing
+
 
 @contextmanager
 def naming_faults(path: str | os.PathLike[str]) -> Iterator[None]:
@@ -81,6 +83,7 @@ class Saved:
     covariate_names: list[str] | None = None
     label_drop: float = 0.0
     spread: float = 1.0
+    kept_rows: npt.NDArray[Any] | None = None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -108,6 +111,7 @@ class Saved:
             tensors |= {f"noise_shape.{name}": array for name, array in noise_shape.arrays.items()}
         tensors |= normaliser.arrays | ({} if self.base is None else self.base.arrays)
         tensors |= {} if self.covariates is None else self.covariates.arrays
+        tensors |= {} if self.kept_rows is None else {KEPT: self.kept_rows}
         header = {
             "network": net.to_dict(), "schedule": self.schedule.to_dict(), "prediction": self.prediction,
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
@@ -115,8 +119,10 @@ class Saved:
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
             "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
             "covariate_names": self.covariate_names, "spread": self.spread,
+            "kept_rows": 0 if self.kept_rows is None else len(self.kept_rows),
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
+        features += [] if self.kept_rows is None else ["kept rows"]
         features += ["velocity"] if self.prediction == "velocity" else []
         features += ["learned variance"] if net.learned_variance else []
         features += ["null class"] if net.null_class else []
@@ -182,6 +188,8 @@ class Saved:
         others |= {*normaliser.arrays, *(() if base is None else base.arrays)}
         covariates = None if net.covariates is None else CovariateScale.from_arrays(tensors, net.covariates)
         others |= set() if covariates is None else {*covariates.arrays}
+        kept = check_int("kept_rows", header.get("kept_rows", 0), low=0)
+        others |= {KEPT} if kept else set()
         _check_names(tensors, net, _prefixes(header), others)
         return cls(
             net=net,
@@ -205,6 +213,7 @@ class Saved:
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
             spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True),
+            kept_rows=_stored(tensors, KEPT, (kept, *net.shape)) if kept else None,
         )
 
 

@@ -22,8 +22,8 @@ ROWS = (RANDOM.normal(size=(60, 9)) @ np.diag(np.linspace(3, 0.2, 9)) @ RANDOM.n
 QUIET = {"progress": False, "judge": False}
 
 
-def untrained(rows=ROWS, **options):
-    return fd.Diffusion(base="gaussian", **options).fit(rows, steps=0, **QUIET)
+def untrained(rows=ROWS, *, validation=None, **options):
+    return fd.Diffusion(base="gaussian", **options).fit(rows, steps=0, validation=validation, **QUIET)
 
 
 @pytest.mark.parametrize("prediction", ["v", "noise", "x0", "velocity"])
@@ -149,3 +149,45 @@ def test_a_file_with_another_base_is_refused(name, value, message, tmp_path):
     checkpoint.write(path, header, tensors, features=header["features"])
     with pytest.raises(CheckpointError, match=message):
         fd.load(path)
+
+
+@pytest.mark.parametrize("prediction", ["v", "noise", "x0", "velocity"])
+def test_the_linear_loss_is_that_of_the_linear_prediction(prediction):
+    """In closed form, against the expectation by covariances: of f z + g x0 - A x with the base's own A at every t."""
+    rng = np.random.default_rng(0)
+    schedule = fd.Schedule.flow(7, shift=1.0) if prediction == "velocity" else fd.Schedule.cosine(7)
+    schedule = fd.Schedule.cosine(7) if prediction == "noise" else schedule
+    axes = np.linalg.qr(rng.standard_normal((5, 5)))[0][:, :3]
+    base = GaussianBase(axes, np.array([3.0, 1.0, 0.2]), 0.05)
+    cov = axes @ np.diag(base.variances - base.rest) @ axes.T + base.rest * np.eye(5)
+    weight = rng.random(7) + 0.5
+    linear, expected = base.linear(schedule, prediction), []
+    of_noise, of_x0 = schedule.target(prediction)
+    for t in range(7):
+        A = axes @ np.diag(linear.gains[t]) @ axes.T + linear.rest[t] * np.eye(5)
+        on_x0 = of_x0[t] * np.eye(5) - schedule.signal[t] * A
+        on_noise = of_noise[t] * np.eye(5) - schedule.noise[t] * A
+        expected.append(np.trace(on_x0 @ cov @ on_x0.T + on_noise @ on_noise.T) / 5)
+    np.testing.assert_allclose(base.loss(schedule, prediction), np.mean(expected), rtol=1e-12)
+    np.testing.assert_allclose(base.loss(schedule, prediction, weight), np.mean(weight * expected), rtol=1e-12)
+
+
+def test_a_model_knows_the_loss_of_its_base():
+    X = fd.data.harmonic_curves(4000, points=8)
+    model = untrained(X, net=fd.MLP(8, hidden=(8,), T=20), backend="numpy", validation=0.0)
+    z, s, errors = model.normaliser.apply(X, np.float64), model.schedule, []
+    denoiser = model.denoiser(ema=False)
+    for t in range(s.T):
+        eps = fd.normal(z.shape, seed=t, backend="numpy")
+        out = denoiser.predict((s.signal[t] * z + s.noise[t] * eps).astype(np.float32), t)
+        errors.append(np.mean((out - (s.signal[t] * eps - s.noise[t] * z)) ** 2))
+    assert np.mean(errors) == pytest.approx(model.linear_loss(), rel=0.01)
+    assert model.linear_loss(X) == pytest.approx(model.linear_loss(), rel=1e-3)
+    plain = fd.Diffusion(fd.MLP(8, hidden=(8,), T=20), fd.Schedule.cosine(20), backend="numpy")
+    with pytest.raises(fd.errors.TrainingError):
+        plain.linear_loss(X)
+    plain.fit(X, steps=1, batch=4, progress=False)
+    assert plain.linear_loss(X) == pytest.approx(model.linear_loss(), rel=0.02)
+    for given in (None, X[:, :4]):
+        with pytest.raises(fd.errors.ArgumentError, match=r"^X"):
+            plain.linear_loss(given)

@@ -22,7 +22,7 @@ from tolerances import CPU_STEPS, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import checkpoint
-from fastdiff.errors import CheckpointError, DataError, TrainingError
+from fastdiff.errors import ArgumentError, CheckpointError, DataError, TrainingError
 from fastdiff.files import reading
 from fastdiff.normaliser import Normaliser
 
@@ -637,3 +637,33 @@ def test_a_header_that_claims_a_huge_network_is_refused(file, network):
         header["network"].update(network)
 
     refusal(rewritten(file, change))
+
+
+def test_training_rows_are_kept_only_if_asked(tmp_path):
+    X = fd.data.harmonic_curves(100, points=6)
+    model = fd.Diffusion(fd.MLP(6, hidden=(4,), T=5), backend="numpy")
+    path = tmp_path / "m.safetensors"
+    model.fit(X, steps=2, batch=4, validation=0.0, progress=False).save(path)
+    assert model.kept_rows is None
+    assert fd.load(path).kept_rows is None
+    assert "kept rows" not in checkpoint.describe(path)["features"]
+    model.fit(X, steps=1, batch=4, keep_rows=4, progress=False).save(path)
+    kept = fd.load(path, backend="numpy")
+    np.testing.assert_array_equal(kept.kept_rows, X[[0, 33, 66, 99]])
+    assert checkpoint.describe(path)["kept_rows"] == 4
+    assert kept.fit(X, steps=1, batch=4, progress=False).kept_rows.shape == (4, 6)  # those kept before
+    model.save(path, training=False)  # to be passed on
+    assert fd.load(path).kept_rows is None
+    model.save(path, training=False, rows=True)
+    assert len(fd.load(path).kept_rows) == 4
+    assert model.fit(X, steps=1, batch=4, keep_rows=0, progress=False).kept_rows is None
+    with pytest.raises(ArgumentError, match="keep_rows"):
+        model.fit(X, steps=1, keep_rows=-1, progress=False)
+
+
+def test_kept_rows_have_gaps_where_the_data_have(tmp_path):
+    X = fd.data.harmonic_curves(40, points=6)
+    X[::2, 1] = np.nan
+    model = fd.Diffusion(fd.MLP(6, hidden=(4,), T=5), backend="numpy")
+    model.fit(X, steps=1, batch=4, validation=0.0, keep_rows=400, progress=False).save(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(fd.load(tmp_path / "m.safetensors").kept_rows, X)

@@ -278,6 +278,7 @@ def test_the_image_example_cuts_tiles_of_a_folder(pictures, capsys):
     assert {"tiles_generated.png", "tiles_trace.png", "tiles_training.png"} < set(os.listdir("new"))
 
 
+@pytest.mark.slow
 def test_the_example_of_answers_draws_them(capsys):
     main = runpy.run_path(str(EXAMPLES / "answers.py"))["main"]
     main(["-o", "pictures", "--steps", "2", "--draws", "20"])
@@ -1032,7 +1033,7 @@ def test_ctrl_c_saves_and_the_advice_continues_the_run_bit_for_bit(run):
     assert f"--steps {10_000_000 - step} " in advice
     assert run(advice.replace(f"--steps {10_000_000 - step} ", "--steps 3 ") + " --quiet")[0] == 0
     if step < 20_000:  # the whole run again, in this process
-        assert run(f"{train} -o whole.safetensors --steps {step + 3}")[0] == 0
+        assert run(f"{train} -o whole.safetensors --no-judge --steps {step + 3}")[0] == 0
         assert Path("whole.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
 
 
@@ -1093,3 +1094,14 @@ def test_a_first_ctrl_c_waits_for_the_step_and_a_second_does_not(run, monkeypatc
         if saved:
             assert fd.load(f"m{presses}.safetensors").step <= 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_kept_rows_are_told_and_drawn_beside_samples(run, drawn):
+    train = "train curves.csv -o m.safetensors --steps 2 --batch 4 --quiet --backend numpy"
+    assert run(f"{train} --keep-rows 5 --loss-plot l.png")[0] == 0
+    assert re.search(r"^  kept rows +5 of them are in this file$", run("info m.safetensors")[1], re.M)
+    code, out, _ = run("sample m.safetensors -n 3 -o new.csv --plot new.png --quiet --backend numpy")
+    assert code == 0
+    assert "new.png: the first 3 of them, beside real ones\n" in out
+    assert run(f"{train} --overwrite")[0] == 0
+    assert re.search(r"^  kept rows +none in this file$", run("info m.safetensors")[1], re.M)

@@ -12,6 +12,7 @@ from fastdiff import covariance, plots
 from fastdiff.data import harmonic_curves
 from fastdiff.errors import ArgumentError, BackendError, DataError
 from fastdiff.plots.pictures import GAP
+from fastdiff.schedule import Schedule
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -21,6 +22,7 @@ RNG = np.random.default_rng(0)
 CHAIN = np.stack([(1 - k / T) * CURVE + k / T * RNG.standard_normal(POINTS) for k in range(T + 1)])
 PATH = CHAIN[::-1]
 SIGNAL = np.linspace(1, 0.1, T)
+LINEAR = Schedule.cosine(T)
 SCHEDULE = SimpleNamespace(signal=SIGNAL, noise=np.sqrt(1 - SIGNAL**2))
 SOURCE, TARGET = np.eye(POINTS), np.exp(-np.square(CURVE[:, None] - CURVE))
 HOLES = np.where(np.arange(POINTS) % 6 == 0, CURVE, np.nan) + np.zeros((3, 1))
@@ -35,12 +37,14 @@ FIGURES = {
     "schedule_factors": lambda: plots.schedule_factors(SCHEDULE),
     "schedule of one step": lambda: plots.schedule_factors(SimpleNamespace(signal=[0.9], noise=[0.4])),
     "forward_diffusion": lambda: plots.forward_diffusion(CHAIN, rate=50),
+    "forward_diffusion of a schedule": lambda: plots.forward_diffusion(CHAIN, schedule=LINEAR),
     "forward_diffusion, 5 panels": lambda: plots.forward_diffusion(CHAIN, [0, 1, 2, 3, 20]),
     "forward_diffusion, 1 panel": lambda: plots.forward_diffusion(CHAIN, [7]),
     "loss": lambda: plots.loss(HISTORY),
     "loss without validation": lambda: plots.loss({"step": [1, 2], "loss": [1.0, 0.5]}),
     "loss of one step": lambda: plots.loss({"step": [1], "loss": [1.0]}),
     "loss with a zero": lambda: plots.loss({"step": [1, 2], "loss": [1.0, 0.0]}),
+    "loss beside the linear": lambda: plots.loss(HISTORY, linear=0.2),
     "loss over decades": lambda: plots.loss({"step": [1, 2], "loss": [1e3, 1e-3]}),
     "reverse_chain": lambda: plots.reverse_chain(PATH, CURVE, rate=50),
     "reverse_chain without target": lambda: plots.reverse_chain(PATH),
@@ -64,6 +68,9 @@ FIGURES = {
     "spectra": lambda: plots.spectra(SOURCE, TARGET),
     "reshaped": lambda: plots.reshaped(CHAIN, PATH, CURVE, rate=50),
     "convergence": lambda: plots.convergence([5, 10, 20], {"ddpm": [2, 1, 0.5], "ddim": [1, np.nan, 0.2]}),
+    "convergence to a plateau": lambda: plots.convergence([5, 10], {"ddpm": [2, 1]}, plateau=(0.8, "the start")),
+    "series": lambda: plots.series(CHAIN[:3, :, None]),
+    "series beside real ones": lambda: plots.series(CHAIN[..., None], PATH[..., None], names=["a"]),
     "tradeoff": lambda: plots.tradeoff(
         {
             "exact": {"a": ([5, 10], [1, 0.1]), "b": ([5, 9], [2, 1])},
@@ -104,7 +111,10 @@ def test_every_axes_is_labelled_and_no_legend_covers_data(name):
         texts = [getattr(part, kind, None) for kind in ("_suptitle", "_supxlabel", "_supylabel")]
         return [text.get_text() for text in texts if text is not None]
 
-    parts = [figure, *figure.subfigs]
+    def within(part):
+        return [part, *(inner for sub in part.subfigs for inner in within(sub))]
+
+    parts = within(figure)
     heading = [text for part in parts for text in words(part)]
     axes = [a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"]
     heading += [a.get_title(loc="left") for a in axes]
@@ -129,17 +139,37 @@ def test_schedule_factors_draws_both():
     np.testing.assert_array_equal(lines[0].get_xdata(), np.arange(T))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "words"), [(LINEAR, "ends at signal 0.0025"), (Schedule.flow(9), "0: noise alone")]
+)
+def test_schedule_factors_say_where_the_chain_ends(schedule, words):
+    axes = plots.schedule_factors(schedule).axes[1]
+    curve, _, end = axes.lines
+    there = schedule.signal > 0
+    np.testing.assert_allclose(curve.get_ydata()[there], schedule.log_snr[there], rtol=1e-9)
+    assert end.get_xdata() == [np.flatnonzero(there)[-1]]
+    assert axes.get_title(loc="right").endswith(words)
+
+
 def test_forward_diffusion_draws_the_rows_it_names():
     axes = plots.forward_diffusion(CHAIN, [0, 3, 20], rate=50).axes
     assert [a.get_title(loc="left") for a in axes] == ["the curve", "after 3 steps", "after 20 steps"]
     np.testing.assert_array_equal(axes[1].lines[1].get_ydata(), CHAIN[3])
     np.testing.assert_allclose(axes[1].lines[1].get_xdata(), np.arange(POINTS) / 50)
     assert all(np.array_equal(a.lines[0].get_ydata(), CURVE) for a in axes)
+    titles = [a.get_title(loc="left") for a in plots.forward_diffusion(CHAIN, [0, 10], schedule=LINEAR).axes]
+    assert titles[0] == "the curve"
+    assert titles[1] == f"after 10 steps: signal {LINEAR.signal[9]:.2f}, noise {LINEAR.noise[9]:.2f}"
 
 
 def test_loss_smooths_by_a_centred_mean():
     axes = plots.loss(HISTORY).axes[0]
-    raw, smooth, held = (line.get_ydata() for line in axes.lines)
+    raw, smooth, held, smallest = (line.get_ydata() for line in axes.lines)
+    assert smallest == [0.15]
+    assert axes.get_xlabel().endswith("the smallest held-out loss, 0.15 at step 300)")
+    assert axes.lines[2].get_label() == "held out, averaged weights"
+    linear = plots.loss(HISTORY, linear=0.2).axes[0].lines[-1]
+    assert (linear.get_label(), set(linear.get_ydata())) == ("best linear denoiser", {0.2})
     np.testing.assert_array_equal(raw, HISTORY["loss"])
     np.testing.assert_allclose(smooth[100], np.mean(raw[97:104]))  # 300 steps: 3 on either side
     np.testing.assert_allclose([smooth[0], smooth[-1]], [np.mean(raw[:4]), np.mean(raw[-4:])])
@@ -154,8 +184,9 @@ def test_reverse_chain_goes_from_light_to_dark_with_the_target_in_red():
     lines.update_scalarmappable()
     brightness = lines.get_edgecolor()[:, :3].mean(axis=1)
     assert (np.diff(brightness) < 0).all()
-    assert len(lines.get_segments()) == T
-    np.testing.assert_allclose(lines.get_segments()[0][:, 1], PATH[0])
+    shown = [0, 2, 4, 5, 7, 9, 11, 13, 15, 16, 18]  # and the result: a dozen of 21 states
+    np.testing.assert_allclose([segment[:, 1] for segment in lines.get_segments()], PATH[shown])
+    np.testing.assert_array_equal(lines.get_array(), shown)
     target, result = axes.lines
     assert matplotlib.colors.to_hex(target.get_color()) == plots.RED
     np.testing.assert_array_equal(target.get_ydata(), CURVE)
@@ -171,6 +202,8 @@ def test_reverse_lines_draws_one_line_a_dimension():
     assert len(segments) == POINTS
     np.testing.assert_allclose(segments[7][:, 1], PATH[:, 7])
     np.testing.assert_array_equal(segments[7][:, 0], np.arange(T, -1, -1))
+    assert [line.get_label() for line in axes.lines] == ["point 8", "point 16", "point 24", "point 33", "point 41"]
+    np.testing.assert_array_equal(axes.lines[1].get_ydata(), PATH[:, 16])
     left, right = axes.get_xlim()
     assert left > right  # noise on the left in either case
     left, right = plots.reverse_lines(PATH).axes[0].get_xlim()
@@ -185,6 +218,18 @@ def test_generated_draws_both_on_one_scale():
     ((low, high),) = limits
     assert low < np.min(drawn)
     assert high > np.max(drawn)
+
+
+def test_many_curves_have_bands_on_the_same_axes():
+    made, real = RNG.standard_normal((300, 7)), RNG.standard_normal((20, 7))
+    axes = plots.generated(made, real, count=2).axes[0]
+    of_real, of_made = axes.collections
+    for band, rows in ((of_real, real), (of_made, made)):
+        low, high = np.quantile(rows, (0.05, 0.95), axis=0)
+        edges = band.get_paths()[0].vertices
+        np.testing.assert_allclose([edges[:, 1].min(), edges[:, 1].max()], [low.min(), high.max()])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["real", "generated"]
+    assert len(plots.generated(made, real[:19], count=2).axes) == 4  # too few for a band
 
 
 def test_around_target_counts_all_curves_in_the_error():
@@ -204,16 +249,57 @@ def test_figures_of_samples_name_the_sampler():
     inside(alone, alone.subfigs[0]._suptitle)
 
 
-def test_covariances_draws_each_matrix_over_its_spectrum():
-    first, second, over, under = (a for a in plots.covariances({"a": SOURCE, "b": TARGET}).axes if a.get_label() == "")
+def test_covariances_share_a_scale_and_the_axes_of_their_spectra():
+    figure = plots.covariances({"a": SOURCE, "b": TARGET})
+    first, second, under = (a for a in figure.axes if a.get_label() == "")
     np.testing.assert_array_equal(second.images[0].get_array(), TARGET)
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 1)
+    assert [a.get_label() for a in figure.axes].count("<colorbar>") == 1
     assert first.get_title(loc="left") == "a"
-    np.testing.assert_allclose(over.lines[0].get_ydata(), np.ones(POINTS))
-    assert over.get_title(loc="left") == "effective rank 50.0 of 50"
-    values = np.sort(np.linalg.eigvalsh(TARGET))[::-1]
-    (shown,) = under.lines
-    assert 3 < len(shown.get_ydata()) < POINTS  # what is drowned in rounding is left out
-    np.testing.assert_allclose(shown.get_ydata(), values[: len(shown.get_ydata())])
+    assert first.get_xlabel() == "effective rank 50.0 of 50"
+    of_source, of_target = (line.get_ydata() for line in under.lines[:2])
+    np.testing.assert_allclose(of_source, np.ones(POINTS))
+    values = np.sort(np.linalg.eigvalsh(TARGET.astype(np.float64)))[::-1]
+    floor = 1e-6 * values[0]
+    assert len(of_target) == POINTS
+    assert of_target.min() == pytest.approx(floor)  # what is drowned in rounding lies on the floor
+    np.testing.assert_allclose(of_target, np.maximum(values, floor), rtol=1e-6)
+
+
+def test_a_plateau_is_named():
+    axes = plots.convergence([5, 10], {"ddpm": [2, 1]}, plateau=(0.8, "the start")).axes[0]
+    assert set(axes.lines[-1].get_ydata()) == {0.8}
+    assert [text.get_text() for text in axes.texts] == ["the start: 0.8"]
+
+
+def test_two_sizes_are_bars_with_their_times():
+    panels = {"a step": {"ours": ([1, 2], [0.0258, 0.013]), "theirs": ([1, 2], [0.04, 0.02])}}
+    axes = plots.scaling(panels, ["threads"]).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [0.0258, 0.013, 0.04, 0.02]
+    assert [text.get_text() for text in axes.texts] == ["26 ms", "13 ms", "40 ms", "20 ms"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+
+
+def test_rates_stand_in_long_bars_and_beside_short_ones():
+    figure = plots.shares({"noise": (0.2, "6 GB/s"), "convolution": (1.3, "600 GF/s")}, "a CPU")
+    figure.draw_without_rendering()
+    for bar, word, inside in zip(figure.axes[0].patches, figure.axes[0].texts, (False, True), strict=True):
+        assert bar.get_window_extent().contains(*word.get_window_extent().get_points()[1]) == inside
+        assert figure.axes[0].bbox.x1 >= word.get_window_extent().x1
+
+
+def test_real_pictures_stand_beside_generated_ones(tmp_path):
+    images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1) * 20
+    figure = plots.image_grid(images, columns=2, reference=255 - images[:1])
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_text()] == ["generated", "real"]
+    mosaic = figure.axes[0].images[0].get_array()
+    side = (mosaic.shape[1] - 4 * GAP) // 5
+    assert mosaic[1, 1, 0] == images[0, 0, 0, 0]
+    assert mosaic[1, 3 * (side + GAP) + 1, 0] == 255 - images[0, 0, 0, 0]
+    with pytest.raises(ArgumentError, match="labels"):
+        plots.image_grid(images, reference=images, labels=[1, 2, 3])
+    with pytest.raises(ArgumentError, match="reference"):
+        plots.image_grid(images, reference=images[:, :1])
 
 
 def test_spectra_draws_the_gain_that_reshaping_has():
@@ -242,6 +328,8 @@ def test_reshaped_draws_the_nearest_darkest_and_last():
         (lambda: plots.forward_diffusion(CHAIN, [T + 1]), "timesteps"),
         (lambda: plots.forward_diffusion(CHAIN, []), "timesteps"),
         (lambda: plots.forward_diffusion(CHAIN, rate=0), "rate"),
+        (lambda: plots.forward_diffusion(CHAIN, schedule=Schedule.cosine(T + 1)), "schedule"),
+        (lambda: plots.convergence([5], {"ddpm": [1.0]}, plateau=(0, "x")), "plateau"),
         (lambda: plots.loss({}), "history"),
         (lambda: plots.loss({"step": [1, 2], "loss": [1.0]}), r"history\['loss'\]"),
         (lambda: plots.reverse_chain(PATH[:1]), "path"),

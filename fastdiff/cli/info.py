@@ -53,7 +53,9 @@ def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters", "digest")}
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
-    return {**brief, "network": network, "training": training}
+    kept = facts.get("kept_rows", 0)
+    private = f"{kept} of them are in this file" if kept else "none in this file"
+    return {**brief, "kept_rows": private, "network": network, "training": training}
 
 
 def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:

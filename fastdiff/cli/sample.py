@@ -145,12 +145,18 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
         series.save_series(args.output, curves, model.channel_names)
     what = f"curves of {shape[0]} points" if len(shape) == 1 else series.described(shape, model.channel_names)
     print(f"{args.output}: {n} {what}")
-    if args.plot and len(shape) == 2:
-        plots.save(plots.series(curves[:SHOWN], names=model.channel_names, title=f"Generated: {how}"), args.plot)
-        print(f"{args.plot}: the first {min(SHOWN, n)} of them")
-    elif args.plot:
-        plots.save(plots.generated(curves, count=SHOWN, names=(f"Generated: {how}", "")), args.plot)
-        print(f"{args.plot}: the first {min(SHOWN, n)} of them")
+    if args.plot:
+        title, real = f"Generated: {how}", model.kept_rows
+        if len(shape) == 2:
+            figure = plots.series(
+                curves if real is not None else curves[:SHOWN], real, names=model.channel_names, title=title
+            )
+        else:
+            whole = None if real is None else real[~np.isnan(real).any(axis=1)]
+            beside = whole if whole is not None and len(whole) else None
+            figure = plots.generated(curves, beside, count=SHOWN, names=(title, "Real" if beside is not None else ""))
+        plots.save(figure, args.plot)
+        print(f"{args.plot}: the first {min(SHOWN, n)} of them" + (", beside real ones" if real is not None else ""))
     if args.trace or args.gif:
         traced = min(n, SHOWN) if args.gif else 1
         asked = _part(labels, numbers, 0, traced)
@@ -213,7 +219,8 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
     def grid(path: str, count: int) -> None:
         columns = max(1, round(count**0.5))
         some, title = words and words[:count], f"Generated pictures: {how}"
-        figure = plots.image_grid(images[:count], columns=columns, labels=some, title=title, **shades)
+        real = model.kept_rows if words is None and path == args.plot else None  # labels have the place of headings
+        figure = plots.image_grid(images[:count], columns=columns, labels=some, title=title, reference=real, **shades)
         plots.save(figure, path)
 
     if ending == ".png":

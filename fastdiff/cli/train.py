@@ -134,6 +134,12 @@ def add(commands: Any) -> None:
         metavar="SHARE",
         help="how often a label or covariates are left out, for sample --guidance (default 0.1 where there are any)",
     )
+    train.add_argument(
+        "--keep-rows",
+        type=int,
+        metavar="N",
+        help="keep N rows of the data in the model, to be drawn beside samples (default: none, or those kept before)",
+    )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     add_table_options(train)
     add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
@@ -226,6 +232,7 @@ def run(args: argparse.Namespace) -> int:
         raise FastdiffError("say where the model goes: -o MODEL.safetensors")
     steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
     batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
+    keep_rows = None if args.keep_rows is None else check_int("--keep-rows", args.keep_rows, low=0)
     # All that could fail is tried before the minutes of training.
     check_writable(output, (".safetensors",))
     if os.path.exists(output) and output != args.resume and not args.overwrite:
@@ -282,6 +289,7 @@ def run(args: argparse.Namespace) -> int:
                 patience=args.patience,
                 callbacks=[] if log is None else [_warned(log)],
                 judge=args.judge,
+                keep_rows=keep_rows,
                 flip=args.flip,
                 crop=args.crop,
                 accumulate=args.accumulate,
@@ -311,7 +319,8 @@ def run(args: argparse.Namespace) -> int:
     if args.loss_plot and done:
         from fastdiff import plots
 
-        plots.save(plots.loss(model.history), args.loss_plot)
+        linear = model.linear_loss() if model.base == "gaussian" else None
+        plots.save(plots.loss(model.history, linear=linear), args.loss_plot)
         (note if stopped else print)(f"{args.loss_plot}: the loss of every step")
     if failure:
         return fail(str(failure))

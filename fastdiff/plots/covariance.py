@@ -17,40 +17,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FLOOR = 1e-6  # of the largest eigenvalue: below it there is rounding, or nothing
+
+
 def covariances(matrices: Mapping[str, npt.ArrayLike]) -> Figure:
-    """Draw matrices as heat maps, each over its spectrum: how much of it lies in how few directions.
+    """Draw matrices as heat maps of one scale, and below them their spectra: how much lies in how few directions.
 
     Parameters
     ----------
     matrices : mapping of str to (n, n) array_like
-        Titles and symmetric matrices, of any sizes. The effective rank (entropy form) stands with the spectrum.
+        Titles and symmetric matrices, of any sizes. The effective rank (entropy form) stands with each. Eigenvalues
+        below a millionth of the largest are drawn at that floor.
     """
     given = {title: check_array("matrices", matrix, shape=(None, None)) for title, matrix in matrices.items()}
     if not given:
         raise ArgumentError("matrices", "none", "at least one")
     with styled():
-        figure = blank(2.9 * len(given) + 0.2, 4.6)
-        top, bottom = figure.subplots(2, len(given), squeeze=False, height_ratios=(3, 2))
-        floor = 1e-6  # of the largest eigenvalue: below it there is rounding, or nothing
-        for axes, title in zip(top, given, strict=True):
-            image = axes.imshow(given[title], cmap="viridis", interpolation="nearest")
+        figure = blank(max(2.6 * len(given) + 0.8, 4.6), 5.0)
+        top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2.4), squeeze=False)[:, 0]
+        panels = top.subplots(1, len(given), squeeze=False)[0]
+        low, high = (float(end([end(matrix) for matrix in given.values()])) for end in (np.min, np.max))
+        for axes, (title, matrix) in zip(panels, given.items(), strict=True):
+            image = axes.imshow(matrix, cmap="viridis", interpolation="nearest", vmin=low, vmax=high)
             axes.grid(visible=False)
             axes.set(title=title, xticks=[], yticks=[])
-            bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-            bar.outline.set_visible(False)
-            bar.ax.tick_params(labelsize=7.5)
-        for axes, matrix in zip(bottom, given.values(), strict=True):
-            values = covariance.spectrum(matrix)
-            shown = values[values > floor * values[0]]
-            axes.semilogy(np.arange(1, len(shown) + 1), shown, color=BLUE)
-            rank = f"effective rank {covariance.effective_rank(matrix):.1f} of {len(values)}"
-            axes.set_title(rank, fontsize=9, fontweight="normal", pad=4)
-            margin = 0.015 * len(values)
-            axes.set(
-                xlabel="eigenvalue", ylim=(floor * values[0], 3 * values[0]), xlim=(1 - margin, len(values) + margin)
-            )
-            whole_numbers(axes)
-        bottom[0].set_ylabel("size")
+            rank = f"effective rank {covariance.effective_rank(matrix):.1f} of {len(matrix)}"
+            axes.set_xlabel(rank, loc="left")
+        bar = top.colorbar(image, ax=list(panels), fraction=0.05, pad=0.02, aspect=25)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7.5)
+        axes = bottom.subplots()
+        spectra = {title: covariance.spectrum(matrix) for title, matrix in given.items()}
+        floor = FLOOR * max(float(values[0]) for values in spectra.values())
+        styles = ("-", "--", ":", "-.") * len(given)
+        colours = (GREY, BLUE, ORANGE, RED) * len(given)
+        for (title, values), colour, style in zip(spectra.items(), colours, styles, strict=False):
+            at = np.arange(1, len(values) + 1)
+            axes.semilogy(at, np.maximum(values, floor), color=colour, linestyle=style, label=title)
+        axes.axhline(floor, color=GREY, linewidth=0.6)
+        axes.set(xlabel="eigenvalue", ylabel="size; floor: rounding", ylim=(0.5 * floor, None))
+        whole_numbers(axes)
+        legend(axes)
     return figure
 
 

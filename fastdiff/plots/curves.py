@@ -19,9 +19,20 @@ from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, STYLE, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fastdiff.schedule import Schedule
+
+STATES = 12  # of a chain that are drawn
+LINES = 5  # of a curve's points that are followed
+QUANTILES = (0.05, 0.95)  # of a band
+FEWEST = 20  # curves that have a band
+
 
 def forward_diffusion(
-    chain: npt.ArrayLike, timesteps: Sequence[int] | None = None, *, rate: float | None = None
+    chain: npt.ArrayLike,
+    timesteps: Sequence[int] | None = None,
+    *,
+    rate: float | None = None,
+    schedule: Schedule | None = None,
 ) -> Figure:
     """Draw one curve on its way into noise, in panels, over the curve itself.
 
@@ -33,6 +44,8 @@ def forward_diffusion(
         Rows of `chain` to draw, 0 to T: how many steps of noise each has seen. By default six, evenly spaced.
     rate : float, optional
         Points a second: the horizontal axis is in seconds. Otherwise it counts points.
+    schedule : Schedule, optional
+        Of the chain; then each panel names what is left of the signal, and how much noise there is.
     """
     states = check_array("chain", chain, shape=(None, None))
     steps = len(states) - 1
@@ -41,6 +54,8 @@ def forward_diffusion(
     shown = [check_int("timesteps", t, low=0, high=steps) for t in timesteps]
     if not shown:
         raise ArgumentError("timesteps", "none", "at least one")
+    if schedule is not None and steps != schedule.T:
+        raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {steps}, as the chain has")
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     with styled():
@@ -52,7 +67,9 @@ def forward_diffusion(
             if t:
                 axes.plot(x, states[t], color=BLUE, linewidth=1.2, label="with noise")
             title = "the curve" if t == 0 else f"after {t} step{'s' if t > 1 else ''}"
-            axes.set_title(title, fontsize=9, fontweight="normal", pad=4)
+            if t and schedule is not None:
+                title = f"{title}: signal {schedule.signal[t - 1]:.2f}, noise {schedule.noise[t - 1]:.2f}"
+            axes.set_title(title, fontsize=8.5, fontweight="normal", pad=4)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
         figure.supxlabel(label, fontsize=9)
@@ -65,12 +82,13 @@ def forward_diffusion(
 def reverse_chain(
     path: npt.ArrayLike, target: npt.ArrayLike | None = None, *, rate: float | None = None, sampler: str | None = None
 ) -> Figure:
-    """Draw all steps of one reverse chain over each other, from light (noise) to dark (the result).
+    """Draw a dozen steps of one reverse chain over each other, from light (noise) to dark (the result).
 
     Parameters
     ----------
     path : array_like
-        (steps + 1, points), noise first: one curve of a trajectory, ``path[:, k]``.
+        (steps + 1, points), noise first: one curve of a trajectory, ``path[:, k]``. Of more than a dozen states some
+        are drawn, evenly spaced.
     target : array_like, optional
         (points,), the curve that was to be reached: a broad red line under the result.
     rate : float, optional
@@ -86,12 +104,13 @@ def reverse_chain(
         from matplotlib.colors import Normalize
 
         x, label = horizontal(states.shape[1], rate)
+        shown = np.unique(np.linspace(0, len(states) - 1, STATES).round().astype(int))[:-1]
         lines = LineCollection(
-            [np.column_stack([x, curve]) for curve in states[:-1]],
+            [np.column_stack([x, curve]) for curve in states[shown]],
             cmap=blues(),
             norm=Normalize(0, len(states) - 1),
-            linewidths=0.7,
-            array=np.arange(len(states) - 1),
+            linewidths=0.8,
+            array=shown,
         )
         axes.add_collection(lines)
         if target is not None:
@@ -108,7 +127,7 @@ def reverse_chain(
 
 
 def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -> Figure:
-    """Draw one reverse chain as one line per dimension against the step.
+    """Draw one reverse chain as one line per dimension against the step, five of them in colour.
 
     Parameters
     ----------
@@ -130,21 +149,18 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
         else:
             left = check_array("timesteps", timesteps, shape=(steps,))
             x, label = np.append(left + 1, 0), "steps of noise left, t + 1"
-        lines = LineCollection(
-            [np.column_stack([x, values]) for values in states.T],
-            cmap="viridis",
-            linewidths=0.9,
-            array=np.arange(states.shape[1]),
-        )
-        axes.add_collection(lines)
+        lines = [np.column_stack([x, values]) for values in states.T]
+        axes.add_collection(LineCollection(lines, colors="#d5dae0", linewidths=0.6))
+        followed = np.unique(np.linspace(0, len(lines) - 1, LINES + 2).round().astype(int)[1:-1])
+        for k, colour in zip(followed, (BLUE, ORANGE, RED, "#009e73", "#6f42c1"), strict=False):
+            axes.plot(x, states[:, k], color=colour, linewidth=1.4, label=f"point {k}")
         axes.autoscale_view()
         if timesteps is not None:
             axes.invert_xaxis()
-        axes.set(title="Each point of the curve finds its value", xlabel=label, ylabel="value")
+        axes.set(xlabel=label, ylabel="value")
+        figure.suptitle("Each point of the curve finds its value", x=0.02, ha="left", fontsize=10.5, fontweight="bold")
         whole_numbers(axes)
-        bar = figure.colorbar(lines, ax=axes, pad=0.02, fraction=0.05, aspect=30)
-        bar.set_label("point of the curve")
-        bar.outline.set_visible(False)
+        legend(axes)
     return figure
 
 
@@ -212,7 +228,9 @@ def generated(
     rate: float | None = None,
     names: tuple[str, str] = ("Generated", "Real"),
 ) -> Figure:
-    """Draw generated curves beside real ones, one small panel each, all on the same axes.
+    """Draw generated curves beside real ones, one small panel each, and below them the bands of both, overlaid.
+
+    A band holds the middle 90 % of all curves of a set at each point: from the 5 % to the 95 % quantile.
 
     Parameters
     ----------
@@ -237,8 +255,14 @@ def generated(
         most = min(count, max(map(len, sets)))
         columns = min(most, 3 if len(sets) == 2 else 4)
         rows = -(-most // columns)
-        figure = blank(max(3.2, 1.45 * columns * len(sets) + 0.9), 0.95 * rows + 1.0)
-        halves = figure.subfigures(1, len(sets), wspace=0.03, squeeze=False)[0]
+        width, height = max(3.2, 1.45 * columns * len(sets) + 0.9), 0.95 * rows + 1.0
+        banded = all(len(half) >= FEWEST for half in sets[-2:]) and len(sets) == 2
+        figure = blank(width, height + 2.3 * banded)
+        above: Any = figure
+        if banded:
+            above, below = figure.subfigures(2, 1, height_ratios=(height, 2.3), squeeze=False)[:, 0]
+            _bands(below, sets, names, rate)
+        halves = above.subfigures(1, len(sets), wspace=0.03, squeeze=False)[0]
         x, label = horizontal(sets[0].shape[1], rate)
         drawn = np.concatenate([half[:most] for half in sets])
         low, high = float(drawn.min()), float(drawn.max())
@@ -257,6 +281,19 @@ def generated(
             half.supxlabel(label, fontsize=9)
         halves[0].supylabel("value", fontsize=9)
     return figure
+
+
+def _bands(below: Any, sets: Sequence[npt.NDArray[Any]], names: Sequence[str], rate: float | None) -> None:
+    """The bands of generated curves and of real ones on the same axes, with their medians."""
+    axes = below.subplots()
+    x, label = horizontal(sets[0].shape[1], rate)
+    for values, colour, name, style in zip(sets[::-1], (GREY, BLUE), names[::-1], ("-", "--"), strict=True):
+        low, middle, high = np.quantile(values, (QUANTILES[0], 0.5, QUANTILES[1]), axis=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label=name.partition(":")[0].lower())
+        axes.plot(x, middle, color=colour, linewidth=1.3, linestyle=style)
+    axes.set(xlabel=label, ylabel="value")
+    axes.set_title("5 to 95 % at each point, and medians", fontsize=9, fontweight="normal", pad=4)
+    legend(axes)
 
 
 def around_target(

@@ -28,8 +28,11 @@ def image_grid(
     labels: Sequence[object] | None = None,
     title: str = "Generated pictures",
     data_range: tuple[float, float] = (0, 255),
+    reference: npt.ArrayLike | None = None,
 ) -> Figure:
     """Draw pictures side by side, row by row; small ones enlarged by a whole number, pixel for pixel.
+
+    With a reference these are on the left, and as many real ones on the right.
 
     Parameters
     ----------
@@ -43,6 +46,8 @@ def image_grid(
         The heading.
     data_range : pair of float, optional
         The values of black and white; what is outside is clipped.
+    reference : array_like, optional
+        (M, H, W, C): real pictures. Then there are no labels.
     """
     pixels = as_uint8(images, data_range=data_range)
     columns = min(check_int("columns", columns, low=1), len(pixels))
@@ -52,7 +57,25 @@ def image_grid(
     if labels is not None and len(words) not in (len(pixels), columns):
         wants = f"one for each of {len(pixels)} pictures or {columns} columns"
         raise ArgumentError("labels", f"{len(words)} words", wants)
-    return _pictures(pixels, columns, title, words)
+    if reference is None:
+        return _pictures(pixels, columns, title, words)
+    if words:
+        raise ArgumentError(
+            "labels", f"{len(words)} words", "None with a reference: columns are named by what they are"
+        )
+    real = as_uint8(reference, data_range=data_range, argument="reference")
+    if real.shape[1:] != pixels.shape[1:] or not len(real):
+        raise ArgumentError("reference", f"shape {real.shape}", f"pictures of shape {pixels.shape[1:]}")
+    blank_one = np.full_like(pixels[:1], 255)
+    rows = -(-len(pixels) // columns)
+    halves = [
+        np.concatenate([half[: rows * columns], *[blank_one] * (rows * columns - len(half))]) for half in (pixels, real)
+    ]
+    left, right = (half.reshape(rows, columns, *pixels.shape[1:]) for half in halves)
+    between = np.broadcast_to(blank_one, (rows, 1, *pixels.shape[1:]))
+    whole = np.concatenate([left, between, right], axis=1).reshape(-1, *pixels.shape[1:])
+    names = ["generated", *[""] * columns, "real", *[""] * (columns - 1)]
+    return _pictures(whole, 2 * columns + 1, title, names)
 
 
 def image_trace(

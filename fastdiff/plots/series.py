@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import ArgumentError, check_array
+from fastdiff.plots.curves import FEWEST, LINES, QUANTILES
 from fastdiff.plots.layout import blank, heading
 from fastdiff.plots.style import BLUE, GREY, ORANGE, RED, styled
 
@@ -28,6 +29,8 @@ def series(
     title: str = "Generated",
 ) -> Figure:
     """Draw series over each other, a panel for each channel, and real ones below them in grey.
+
+    Of 20 real ones and more and drawn there are bands that hold the middle 90 % at each point, and five of each.
 
     Parameters
     ----------
@@ -49,10 +52,15 @@ def series(
     with styled():
         figure, panels = _panels(made.shape[2], names)
         for k, axes in enumerate(panels):
-            for row in [] if real is None else real[..., k]:
-                axes.plot(row, color=GREY, linewidth=0.7, alpha=0.6, label="real")
-            for row in made[..., k]:
-                axes.plot(row, color=BLUE, linewidth=0.9, alpha=0.8, label="generated")
+            banded = real is not None and min(len(real), len(made)) >= FEWEST
+            for rows, colour, name in ((real, GREY, "real"), (made, BLUE, "generated")):
+                if rows is not None and banded:
+                    low, high = np.nanquantile(rows[..., k], QUANTILES, axis=0)
+                    at = np.arange(len(low))
+                    axes.fill_between(at, low, high, color=colour, alpha=0.25, lw=0, label=f"5 to 95 %, {name}")
+                for row in () if rows is None else rows[: LINES if banded else None, :, k]:
+                    axes.plot(row, color=colour, linewidth=0.8, alpha=0.7, label=name)
+        panels[-1].set_xlabel("point")
         _finish(figure, panels, title)
     return figure
 
@@ -141,6 +149,7 @@ def anomaly(
             axes.set_zorder(other.get_zorder() + 1)  # values over it, on a page that shows it
             axes.patch.set_visible(False)
             axes.fill_between([], [], color=RED, alpha=0.35, lw=0, label="strangeness, nats (right)")
+        panels[-1].set_xlabel("row")
         _finish(figure, panels, "What is strange")
         _label_times(figure, panels, at)
     return figure

@@ -32,14 +32,17 @@ def shares(work: Mapping[str, tuple[float, str]], machine: str) -> Figure:
     names = list(work)
     share = check_array("work", [value for value, _ in work.values()], shape=(len(names),))
     with one_axes(6.4, 0.9 + 0.24 * len(names)) as (figure, axes):
-        at = np.arange(len(names))
+        at, end = np.arange(len(names)), 1.05 * max(100, 100 * share.max())
         axes.barh(at, 100 * share, height=0.62, color=BLUE)
         for k, (_, rate) in enumerate(work.values()):
-            text = axes.annotate(rate, (100 * share[k], k), xytext=(4, 0), textcoords="offset points", va="center")
-            text.set(fontsize=7.5, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6})
+            inside = 100 * share[k] > 0.25 * end  # then there is room in the bar, at its end
+            text = axes.annotate(
+                rate, (100 * share[k], k), xytext=(-4 if inside else 4, 0), textcoords="offset points", va="center"
+            )
+            text.set(fontsize=7.5, ha="right" if inside else "left", color="white" if inside else "#1f2328")
         axes.axvline(100, color=GREY, linewidth=1, zorder=0.5)
         axes.set_yticks(at, names)
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1.22 * max(100, 100 * share.max())))
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, end))
         axes.set(xlabel="% of what memory or arithmetic allows", ylabel="work")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -49,6 +52,8 @@ def shares(work: Mapping[str, tuple[float, str]], machine: str) -> Figure:
 
 def scaling(panels: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]], labels: Sequence[str]) -> Figure:
     """Draw time against size, a panel for each sort of work, both axes logarithmic.
+
+    Fewer than three sizes make no line: they are bars with their times.
 
     Parameters
     ----------
@@ -68,20 +73,41 @@ def scaling(panels: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike
         grid = figure.subplots(rows, columns, squeeze=False)
         shown: dict[str, Any] = {}
         for axes, (title, lines), label in zip(grid.flat, panels.items(), labels, strict=False):
-            for name, (size, seconds) in lines.items():
-                at = check_array(f"panels[{title!r}]", size, shape=(None,))
-                value = check_array(f"panels[{title!r}]", seconds, shape=at.shape)
-                (shown[name],) = axes.loglog(at, value, color=colours[name], marker="o", markersize=3)
             axes.set(xlabel=label)
             axes.set_title(title, fontsize=9, fontweight="normal", pad=4)
-            _plain_sizes(axes, sorted({float(x) for size, _ in lines.values() for x in np.asarray(size)}))
+            checked = {}
+            for name, (size, seconds) in lines.items():
+                at = check_array(f"panels[{title!r}]", size, shape=(None,))
+                checked[name] = at, check_array(f"panels[{title!r}]", seconds, shape=at.shape)
+            sizes = sorted({float(x) for at, _ in checked.values() for x in at})
+            if len(sizes) < 3:
+                _bars(axes, checked, sizes, colours)
+                continue
+            for name, (at, value) in checked.items():
+                (shown[name],) = axes.loglog(at, value, color=colours[name], marker="o", markersize=3)
+            _plain_sizes(axes, sizes)
             plain_logarithms(axes)
             axes.yaxis.set_major_formatter(_as_duration)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         figure.supylabel("time", fontsize=9)
+        for name in sides:  # of bars alone
+            shown.setdefault(name, grid[0, 0].plot([], [], color=colours[name], marker="o", markersize=3)[0])
         heading(figure, "Time against size", [shown[name] for name in sides], sides)
     return figure
+
+
+def _bars(axes: Axes, lines: Mapping[str, tuple[Any, Any]], sizes: Sequence[float], colours: Mapping[str, str]) -> None:
+    """One or two sizes: a group of bars for each, from 0, with their times."""
+    width = 0.8 / len(lines)
+    for k, (name, (at, seconds)) in enumerate(lines.items()):
+        places = [sizes.index(x) + (k - (len(lines) - 1) / 2) * width for x in at]
+        drawn = axes.bar(places, seconds, width=0.94 * width, color=colours[name])
+        axes.bar_label(drawn, [_as_duration(float(f"{value:.2g}")) for value in seconds], fontsize=7.5, padding=2)
+    axes.set_xticks(range(len(sizes)), [f"{size:,g}" for size in sizes])
+    axes.set_ylim(top=1.12 * max(seconds.max() for _, seconds in lines.values()))
+    axes.yaxis.set_major_formatter(_as_duration)
+    axes.grid(visible=False, axis="x")
 
 
 def _plain_sizes(axes: Axes, sizes: Sequence[float]) -> None:
@@ -92,7 +118,9 @@ def _plain_sizes(axes: Axes, sizes: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _as_duration(seconds: float, _: int | None = None) -> str:
+def _as_duration(seconds: float, _: float | None = None) -> str:
     """10 ms for 0.01."""
+    if seconds == 0:
+        return "0"
     unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= 0.999 * s), ("µs", 1e-6))
     return f"{seconds / size:g} {unit}"
