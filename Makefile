@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
 .PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
-	compile-time readme-numbers answers docs wheel release-check clean
+	compile-time readme-numbers answers docs page page-test wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -125,6 +125,15 @@ readme-numbers: $(VENV)/.installed-plot
 # The documentation site: docs/_build/html/index.html. GALLERY=0: the examples are shown, and not run.
 docs: $(VENV)/.installed-docs
 	GALLERY=$(GALLERY) $(BIN)/python -m sphinx -W --keep-going -q -E docs docs/_build/html
+
+# The page where a curve diffuses, page.html; MODEL=m.safetensors: with a model in it.
+page: $(VENV)/.installed-plot
+	$(BIN)/fastdiff page $(MODEL) -o page.html
+
+# The page in node and in Chromium, skipped where they are missing (tests/page/install.sh gets them on Debian).
+# Pictures of it are in build/page.
+page-test: $(VENV)/.installed-test $(VENV)/.installed-page
+	$(BIN)/python -m pytest tests/page
 
 # The wheel, installed into an environment of its own and used from another folder.
 wheel: | $(BIN)/python

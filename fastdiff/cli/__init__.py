@@ -1,5 +1,5 @@
-"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | info | doctor | bench |
-completion``.
+"""The command line: ``fastdiff demo | train | sample | impute | forecast | evaluate | score | page | info | doctor |
+bench | completion``.
 
 Results go to stdout; progress, warnings and errors to stderr. What goes wrong on purpose is one line
 ``fastdiff: error: ...`` and an exit code, which `EXIT_CODES` has. Nothing is coloured but by Python's own help and by
@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import bench, completion, demo, doctor, evaluate, forecast, impute, info, sample, score, train
+from fastdiff.cli import bench, completion, demo, doctor, evaluate, forecast, impute, info, page, sample, score, train
 from fastdiff.cli.messages import BROKEN, INTERRUPTED, REFUSED, fail, note, plain_messages
 from fastdiff.cli.parser import Parser, Version
 from fastdiff.errors import FastdiffError
@@ -28,6 +28,7 @@ COMMANDS = (
     forecast,
     evaluate,
     score,
+    page,
     info,
     doctor,
     bench,

@@ -48,6 +48,7 @@ SYNONYMS = {
     "demo": "example tutorial",
     "doctor": "check diagnose selftest",
     "completion": "completions autocomplete",
+    "page": "html web browser interactive",
 }
 
 

@@ -9,7 +9,6 @@ import { asked, perceptron, unpacked } from "./payload.js";
 import { backCode, fillCode, forwardCode } from "./python.js";
 
 const $ = (id) => document.getElementById(id);
-const BUDGET = 5; // milliseconds of a frame that are computed in; the rest is drawing
 const MANY = 512; // noised curves at least, of which moments are taken
 const PLACES = 64; // most rows of a matrix that is shown
 const RIDGE = 1e-4; // on the diagonal of a fitted covariance
@@ -21,6 +20,7 @@ const page = unpacked(JSON.parse($("payload").textContent));
 const { d, schedule, model } = page;
 const channels = page.shape.length > 1 ? page.shape[1] : 1, points = d / channels;
 const network = model && perceptron(page);
+const BUDGET = network ? 10 : 5; // milliseconds of a frame that are computed in; the rest is drawing
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 const state = {
@@ -336,7 +336,7 @@ function paintForward() {
 
 function paintMatrices(canvas, maps, series, n) {
   const { context, width, height } = cleared(canvas), beside = width > 430 || maps.length === 1;
-  const size = Math.min(height - 22, (width - 60) * (maps.length === 1 ? 0.46 : beside ? 0.34 : 0.47)), gap = 12;
+  const size = Math.min(height - (maps.length === 1 ? 2 : 22), maps.length === 1 ? 0.6 * (width - 60) : beside ? 0.34 * (width - 60) : (width - 12) / 2), gap = 12;
   maps.forEach(([matrix, most, name], i) => {
     heatMap(context, matrix, n, most, i * (size + gap), 0, size);
     context.fillStyle = colour("soft");
@@ -345,7 +345,7 @@ function paintMatrices(canvas, maps, series, n) {
     context.fillText(name, i * (size + gap), size + 16);
   });
   const left = beside ? maps.length * (size + gap) + 34 : 34, top = beside ? 6 : size + 28;
-  const box = { x: left, y: top, width: width - left - 6, height: (beside ? size : height - 4) - top - 4, low: 1e-4, high: 1e2 };
+  const box = { x: left, y: top, width: width - left - 6, height: (beside ? size : height - 4) - top - 4, low: maps.length === 1 ? 1e-6 : 1e-3, high: 1e2 };
   if (box.height < 30) return;
   spectrum(context, series, box);
 }
@@ -393,7 +393,7 @@ function restart(play = true) {
 
 function* computing(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 2 : 8);
+    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     const done = which.path.length - 1;
     if (stride > 1 && done > 1 && (done - 1) % stride) which.path[done - 1] = which.path[done - 2]; // shown in its place
     yield;
@@ -484,7 +484,7 @@ function fill() {
 
 function* steps(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 2 : 8);
+    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     which.path = Object.assign(which.path, Array.from({ length: which.path.length - 1 }, () => null)); // the last is shown
     repaint(paintFill);
     yield;

@@ -127,11 +127,10 @@ export class Told {
     for (let i = 0; i < n * d; i++) out[i] += (gain / q) * slope[i];
   }
 
-  /** J^T times k cotangents of the mean of x0. */
-  back(x, n, t, cotangent, k) {
-    const p = this.schedule.p[t], q = this.schedule.q[t], product = this.inner.vjp(x, n, t, cotangent, k);
-    for (let i = 0; i < product.length; i++) product[i] = p * cotangent[i] + q * product[i];
-    return product;
+  /** J^T at states x, J being the Jacobian of the mean of x0: a function of k cotangents. */
+  transposed(x, n, t) {
+    const p = this.schedule.p[t], q = this.schedule.q[t], product = this.inner.transposed(x, n, t);
+    return (cotangent, k) => product(cotangent, k).map((value, i) => p * cotangent[i] + q * value);
   }
 
   direct(x, n, t, rest, gain, least) {
@@ -139,7 +138,7 @@ export class Told {
     places.forEach((place, r) => {
       for (let i = 0; i < n; i++) A[(r * n + i) * d + place] = 1;
     });
-    const back = this.back(x, n, t, A, m), slope = new Float64Array(n * d), M = new Float64Array(m * m);
+    const back = this.transposed(x, n, t)(A, m), slope = new Float64Array(n * d), M = new Float64Array(m * m);
     for (let i = 0; i < n; i++) {
       for (let a = 0; a < m; a++) {
         for (let b = 0; b < m; b++) {
@@ -155,6 +154,7 @@ export class Told {
   /** GMRES, KRYLOV products a sample. */
   krylov(x, n, t, rest, gain, least) {
     const { places, d, variance } = this, m = places.length, K = Math.min(KRYLOV, m);
+    const product = this.transposed(x, n, t);
     const basis = Array.from({ length: K + 1 }, () => new Float64Array(n * m)), backs = [];
     const H = new Float64Array(n * (K + 1) * K), sizes = new Float64Array(n);
     for (let i = 0; i < n; i++) {
@@ -164,7 +164,7 @@ export class Told {
     for (let k = 0; k < K; k++) {
       const spread = new Float64Array(n * d);
       for (let i = 0; i < n; i++) places.forEach((j, r) => (spread[i * d + j] = basis[k][i * m + r]));
-      const back = this.back(x, n, t, spread, 1), image = new Float64Array(n * m);
+      const back = product(spread, 1), image = new Float64Array(n * m);
       backs.push(back);
       for (let i = 0; i < n; i++) {
         places.forEach((j, r) => (image[i * m + r] = gain * back[i * d + j] + variance * basis[k][i * m + r]));

@@ -1,7 +1,8 @@
 // Denoisers: exact ones of drawn curves, and perceptrons. All compute in float64, on flat rows of d values.
 //
 // A denoiser has `evaluate(x, n, t, out)`, its output v = signal E[noise | x] - noise E[x0 | x] (a perceptron's is what
-// it has learned to predict) at states x (n, d), and a perceptron has `vjp` for conditioning.
+// it has learned to predict) at states x (n, d), and a perceptron has `transposed`, its Jacobian's transpose,
+// for conditioning.
 
 import { eigen, solvePositive } from "./algebra.js";
 
@@ -183,14 +184,15 @@ export class Perceptron {
     return this.asked !== null && this.guidance !== 0 && this.guidance !== 1;
   }
 
-  /** J^T times k cotangents (k, n, d) at states x (n, d); J is the Jacobian of the output. */
-  vjp(x, n, t, cotangent, k) {
-    const product = this.back(x, n, t, cotangent, k, this.guidance === 0 ? null : this.asked);
-    if (this.guided) {
-      const without = this.back(x, n, t, cotangent, k, null);
-      for (let i = 0; i < product.length; i++) product[i] = without[i] + this.guidance * (product[i] - without[i]);
-    }
-    return product;
+  /** J^T at states x (n, d), J being the Jacobian of the output: a function of k cotangents (k, n, d). */
+  transposed(x, n, t) {
+    const back = this.backward(x, n, t, this.guidance === 0 ? null : this.asked);
+    if (!this.guided) return back;
+    const without = this.backward(x, n, t, null);
+    return (cotangent, k) => {
+      const product = back(cotangent, k), other = without(cotangent, k);
+      return product.map((value, i) => other[i] + this.guidance * (value - other[i]));
+    };
   }
 
   /** The columns of gains and shifts of a timestep. */
@@ -249,23 +251,23 @@ export class Perceptron {
     if (!saved) this.addLinear(x, n, t, out);
   }
 
-  back(x, n, t, cotangent, k, asked) {
-    const saved = [], columns = this.told(t, asked);
+  backward(x, n, t, asked) {
+    const saved = [], columns = this.told(t, asked), { layers } = this.plan;
     this.forward(x, n, t, null, asked, saved);
-    let d = cotangent;
-    for (let l = this.plan.layers.length - 1; l >= 0; l--) {
-      const layer = this.plan.layers[l], v = saved[l], { outputs, column } = layer;
-      const slope = ACTIVATIONS[layer.activation][1], of = new Float64Array(n * outputs);
-      for (let i = 0; i < of.length; i++) {
-        const gain = layer.time === "scale_shift" ? 1 + columns[column + (i % outputs)] : 1;
-        of[i] = gain * slope(v[i]);
+    const slopes = layers.map(({ activation, outputs, time, column }, l) => {
+      const slope = ACTIVATIONS[activation][1];
+      return saved[l].map((v, i) => slope(v) * (time === "scale_shift" ? 1 + columns[column + (i % outputs)] : 1));
+    });
+    return (cotangent, k) => {
+      let d = cotangent;
+      for (let l = layers.length - 1; l >= 0; l--) {
+        const of = slopes[l], scaled = new Float64Array(k * of.length);
+        for (let c = 0, at = 0; c < k; c++) for (let i = 0; i < of.length; i++, at++) scaled[at] = of[i] * d[at];
+        d = timesTransposed(scaled, k * n, this.flat, layers[l]);
       }
-      const scaled = new Float64Array(k * of.length);
-      for (let c = 0, at = 0; c < k; c++) for (let i = 0; i < of.length; i++, at++) scaled[at] = of[i] * d[at];
-      d = timesTransposed(scaled, k * n, this.flat, layer);
-    }
-    this.addLinear(cotangent, k * n, t, d);
-    return d;
+      this.addLinear(cotangent, k * n, t, d);
+      return d;
+    };
   }
 
   /** Add the base: the best linear prediction B_t x, which is symmetric. */

@@ -186,6 +186,7 @@ export function spectrum(context, series, { x, y, width, height, low, high }) {
     context.setLineDash(dash || []);
     context.beginPath();
     values.forEach((value, i) => {
+      if (value < low) return;
       if (dots) context.rect(at(i) - 1.5, place(value) - 1.5, 3, 3);
       else context.lineTo(at(i), place(value));
     });
