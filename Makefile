@@ -152,4 +152,4 @@ release-check: $(VENV)/.installed-release
 		echo "== $$($$python --version)"; sh tests/installed_wheel.sh $$python dist; done
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/gallery docs/reference *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DATA) build dist demo docs/_build docs/_page docs/gallery docs/reference *.egg-info

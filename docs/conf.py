@@ -31,6 +31,7 @@ html_theme_options = {"show_prev_next": False, "navbar_align": "left", "secondar
 html_show_sourcelink = False
 exclude_patterns = [
     "_build",
+    "_page",
     "gallery/*.py",
     "gallery/*.ipynb",
     "sg_execution_times.rst",
@@ -46,6 +47,7 @@ numpydoc_class_members_toctree = False
 autodoc_default_options = {"members": True, "inherited-members": True}
 suppress_warnings = ["ref.ref"]  # labels of scikit-learn's own site, in what estimators inherit
 copybutton_exclude = ".linenos, .gp, .go"
+html_extra_path = ["_page"]  # diffusing.html, which write_page makes
 
 
 # ------------------------------------------------------------------------------------------- reference
@@ -62,6 +64,7 @@ ROOMS = {
     "fastdiff.data": "Curves, tables and pictures: made, read and written.",
     "fastdiff.nn": "Networks, and what makes one.",
     "fastdiff.plots": "Figures.",
+    "fastdiff.page": "[The page](../curve.md) where a curve diffuses, as a file.",
     "fastdiff.errors": "What is raised, and what is warned of.",
 }
 
@@ -99,6 +102,15 @@ def write_reference():
     for page in (folder / "api").glob("*.rst"):
         if page.stem not in pages:  # of an earlier build
             page.unlink()
+
+
+def write_page():
+    """The page where a curve diffuses, which docs/curve.md shows."""
+    from fastdiff import page
+
+    folder = DOCS / "_page"
+    folder.mkdir(exist_ok=True)
+    _write(folder / "diffusing.html", page.document())
 
 
 def escape(app, what, name, obj, options, lines):
@@ -151,4 +163,4 @@ sphinx_gallery_conf = {
 def setup(app):
     app.connect("autodoc-process-docstring", escape, priority=1)  # before numpydoc
     app.connect("source-read", name_files)
-    app.connect("config-inited", lambda app, config: write_reference())  # before pages are looked for
+    app.connect("config-inited", lambda app, config: (write_page(), write_reference()))  # before pages are looked for

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         page.save(args.output)
     else:
-        page.save(args.output, fd.load(args.model), name=os.path.basename(args.model))
+        model = fd.load(args.model, backend="numpy")  # for a few samples, which other backends would compile kernels for
+        page.save(args.output, model, name=os.path.basename(args.model))
     print(f"{args.output}: {os.path.getsize(args.output) / 1e3:.0f} kB, open it in a browser")
     return 0

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import samplers
-from fastdiff.errors import ArgumentError, ScheduleWarning, shown
+from fastdiff.errors import ArgumentError, ScheduleWarning
 from fastdiff.samplers.table import x0_from_output
 from fastdiff.schedule import Schedule
 
@@ -203,7 +203,7 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
         "families": [],
         "code": "model.schedule",
         "model": {
-            "name": shown(name).strip("'"),
+            "name": name,
             "about": repr(net),
             "parameters": net.layout.count,
             "seed": str(model.seed),

@@ -3,7 +3,7 @@
 import { eigen } from "./algebra.js";
 import { COLUMNS, Chain, Told, evaluates, replacing, startsAnywhere } from "./chain.js";
 import { Empirical, Gaussian } from "./denoisers.js";
-import { Graph, cleared, colour, heatMap, histogram, recolour, short, spectrum } from "./draw.js";
+import { Graph, cleared, colour, heatMap, histogram, mixed, recolour, short, spectrum } from "./draw.js";
 import { STREAM, fillNormal, roundKeys } from "./noise.js";
 import { asked, perceptron, unpacked } from "./payload.js";
 import { backCode, fillCode, forwardCode } from "./python.js";
@@ -14,6 +14,7 @@ const PLACES = 64; // most rows of a matrix that is shown
 const RIDGE = 1e-4; // on the diagonal of a fitted covariance
 const SECONDS = 4; // that a way through all timesteps or rows lasts
 const LIMIT = 3.5; // of values in the histogram
+const MOST = 2 ** 18; // values of those
 const STORED = 2 ** 23; // most values of states that a chain keeps to be shown again
 
 const page = unpacked(JSON.parse($("payload").textContent));
@@ -52,6 +53,11 @@ const state = {
 const factor = model ? model.factor : new Array(d).fill(1), offset = model ? model.offset : new Array(d).fill(0);
 const toData = (value, j) => factor[j] * value + offset[j];
 const toInner = (value, j) => (factor[j] ? (value - offset[j]) / factor[j] : 0);
+/** Whole hundredths of the unit of a value, so that it can be written down. */
+const rounded = (value, j) => {
+  const step = 10 ** Math.floor(Math.log10(0.0144 * (factor[j] || 1)));
+  return +(Math.round(value / step) * step).toPrecision(9);
+};
 const at = (i) => i * channels + state.channel; // value of point i of the channel that is shown
 
 function range() {
@@ -121,7 +127,7 @@ function settle() {
   state.rows = Float64Array.from(all, (value, i) => toInner(value, i % d));
   if (!count()) return;
   state.selected = Math.min(state.selected, count() - 1);
-  state.copies = Math.max(1, Math.ceil(MANY / count()));
+  state.copies = Math.max(1, Math.ceil(Math.min(MANY, MOST / d) / count()));
   noiseOf = momentOf = null;
   for (const chip of $("families").children) chip.setAttribute("aria-pressed", String(chip.textContent === state.family?.title));
   $("remove").disabled = $("vary").disabled = !state.own.length;
@@ -129,7 +135,7 @@ function settle() {
   $("pad-caption").textContent = [what && `${what}${model ? "" : `: ${count() - own} curves`}`, own && `${own} of your own`]
     .filter(Boolean).join(", ") + `, ${points} points each. Curve ${state.selected + 1} is highlighted.`;
   law();
-  repaint(paintPad, paintForward);
+  repaint(paintStrip, paintPad, paintForward);
 }
 
 /** The denoiser of the curves, and all that depends on it. */
@@ -141,12 +147,31 @@ function law() {
 }
 
 function add(values) {
-  const rounded = values.map((value) => Math.round(value * 100) / 100);
   if (state.family) state.own = [];
   state.family = null;
-  state.own.push(rounded);
+  state.own.push(values.map(rounded));
   state.selected = (model ? model.samples.length / d : 0) + state.own.length - 1;
   settle();
+}
+
+/** The curve at a few timesteps, side by side. */
+function paintStrip() {
+  if (!count()) return;
+  const { context, width, height } = cleared($("strip")), parts = width > 700 ? 9 : 5, gap = 14;
+  const wide = (width - gap * (parts - 1)) / parts, { low, high } = range(), z = noises(), k = state.selected;
+  for (let part = 0; part < parts; part++) {
+    const t = part && Math.round((part / (parts - 1)) * schedule.T) - 1;
+    const signal = part ? schedule.signal[t] : 1, noise = part ? schedule.noise[t] : 0;
+    context.strokeStyle = mixed("data", "noise", part / (parts - 1));
+    context.lineWidth = 2;
+    context.beginPath();
+    for (let i = 0; i < points; i++) {
+      const value = toData(signal * state.rows[k * d + at(i)] + noise * z[k * d + at(i)], at(i));
+      const y = ((high - value) / (high - low)) * height;
+      context.lineTo(part * (wide + gap) + (i / (points - 1)) * wide, Math.max(1, Math.min(height - 1, y)));
+    }
+    context.stroke();
+  }
 }
 
 function paintPad() {
@@ -238,12 +263,11 @@ function onPad(canvas) {
 function vary() {
   const values = state.own.at(-1), moves = new Float64Array(22);
   fillNormal(moves, 11, 2, { keys: roundKeys(BigInt(state.seed)), stream: STREAM.FORWARD, step: state.own.length });
-  const { low, high } = range();
   for (let k = 0; k < 11; k++) {
     const shift = Math.round((points / 16) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
     state.own.push(values.map((_, j) => {
       const i = Math.max(0, Math.min(points - 1, Math.floor(j / channels) - shift)), c = j % channels;
-      return Math.round(100 * Math.max(low, Math.min(high, scale * values[i * channels + c]))) / 100;
+      return rounded(toData(scale * toInner(values[i * channels + c], j), j), j);
     }));
   }
   settle();
@@ -609,7 +633,7 @@ function chooseSeed(text) {
   noiseOf = null;
   restart();
   refill();
-  repaint(paintForward);
+  repaint(paintStrip, paintForward);
 }
 
 function setTheme(name) {
@@ -621,7 +645,7 @@ function setTheme(name) {
 }
 
 function repaintAll() {
-  repaint(paintPad, paintForward, paintBack, paintFill);
+  repaint(paintStrip, paintPad, paintForward, paintBack, paintFill);
 }
 
 function begin() {

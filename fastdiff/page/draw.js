@@ -147,6 +147,12 @@ function rgb(name) {
   return stops.get(text);
 }
 
+/** A colour between two of the theme. */
+export function mixed(from, to, share) {
+  const [a, b] = [rgb(from), rgb(to)];
+  return `rgb(${a.map((value, c) => Math.round(value + share * (b[c] - value))).join(" ")})`;
+}
+
 /** A matrix (n, n) as a picture, at (x, y) of that size; `most` is what has the full colour, of either sign. */
 export function heatMap(context, matrix, n, most, x, y, size) {
   const image = new ImageData(n, n), none = rgb("map0"), plus = rgb("map1"), minus = rgb("map2");
