@@ -23,5 +23,6 @@ assert np.array_equal(fd.load("m.safetensors").sample(4), model.sample(4))
 print("the installed wheel trains, saves, loads and samples")
 PY
 env/bin/fastdiff sample m.safetensors -n 3 -o new.csv
+env/bin/fastdiff page m.safetensors -o page.html
 test "$(wc -l <new.csv)" -ge 3
 env/bin/fastdiff bench --tiny --only normals --only adamw | grep -q 'of memory'

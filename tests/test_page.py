@@ -20,7 +20,9 @@ def payload(html):
 
 @pytest.fixture(scope="module")
 def model():
-    return fd.Diffusion(seed=5, backend="numpy").fit(fd.data.harmonic_curves(40, points=12), steps=2, batch=8, progress=False)
+    return fd.Diffusion(seed=5, backend="numpy").fit(
+        fd.data.harmonic_curves(40, points=12), steps=2, batch=8, progress=False
+    )
 
 
 def test_it_is_small_and_loads_nothing(tmp_path, capsys):
@@ -59,7 +61,7 @@ def test_a_model_travels_inside_and_its_data_do_not(tmp_path, model):
 def test_what_a_page_cannot_carry(tmp_path, monkeypatch, model, capsys):
     pictures = fd.Diffusion(fd.UNet((8, 8, 1), channels=(4, 4), blocks=1, T=5), backend="numpy")
     pictures.fit(np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1), steps=1, batch=2, progress=False)
-    with pytest.raises(ArgumentError, match="model.*pictures.*--gif"):
+    with pytest.raises(ArgumentError, match=r"model.*pictures.*--gif"):
         page.document(pictures)
     with pytest.raises(TrainingError, match="not been trained"):
         page.document(fd.Diffusion())
@@ -90,4 +92,7 @@ def test_every_module_is_joined():
     known = {path.stem for path in Path(page.__file__).parent.glob("*.js")}
     assert known == set(page.MODULES)
     joined = page._inlined("b", 'import {\n  x,\n} from "./a.js";\nexport const y = x;\nexport class Z {}\n')
-    assert joined == "modules.b = (() => {\nconst {\n  x,\n} = modules.a;\nconst y = x;\nclass Z {}\n\nreturn { y, Z };\n})();\n"
+    assert (
+        joined
+        == "modules.b = (() => {\nconst {\n  x,\n} = modules.a;\nconst y = x;\nclass Z {}\n\nreturn { y, Z };\n})();\n"
+    )

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         page.save(args.output)
     else:
-        model = fd.load(args.model, backend="numpy")  # for a few samples, which other backends would compile kernels for
+        model = fd.load(
+            args.model, backend="numpy"
+        )  # for a few samples, which other backends would compile kernels for
         page.save(args.output, model, name=os.path.basename(args.model))
     print(f"{args.output}: {os.path.getsize(args.output) / 1e3:.0f} kB, open it in a browser")
     return 0

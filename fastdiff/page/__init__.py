@@ -172,8 +172,9 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
         raise ArgumentError("model", f"a network {type(net).__name__}", "a perceptron, fastdiff.MLP: the page has that")
     if normaliser.noise_shape is not None:
         raise ArgumentError("model", "noise with a shape", "white noise: the page draws no other")
-    plan, flat = net.plan, np.asarray(model.denoiser(ema=True).backend.to_numpy(model.denoiser(ema=True).flat))
-    arrays = {"flat": flat}
+    plan, used = net.plan, model.denoiser()
+    flat = np.asarray(used.backend.to_numpy(used.flat))
+    arrays: dict[str, npt.NDArray[Any]] = {"flat": flat}
     if plan.linear is not None:
         arrays |= {"basis": plan.linear.basis, "gains": plan.linear.gains}
         arrays |= {} if plan.linear.rest is None else {"rest": plan.linear.rest}
@@ -186,8 +187,7 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
     labels = None if net.classes is None else np.arange(DRAWN) % net.classes
     told = model._covariates
     numbers = None if told is None else np.tile(told.mean, (DRAWN, 1))
-    asked = {"labels": labels, "covariates": numbers}
-    drawn = np.asarray(model.sample(DRAWN, **asked), np.float64).reshape(DRAWN, -1)
+    drawn = np.asarray(model.sample(DRAWN, labels=labels, covariates=numbers), np.float64).reshape(DRAWN, -1)
     classes = None
     if net.classes is not None:
         classes = [str(k) for k in range(net.classes)] if model.class_names is None else list(model.class_names)

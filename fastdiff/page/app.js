@@ -355,7 +355,7 @@ function paintForward() {
   formula("propagated", "<var>S<sub>t</sub></var> = ᾱ<sub><var>t</var></sub> <var>S</var><sub>0</sub> + (1 − ᾱ<sub><var>t</var></sub>) <var>I</var>",
     `<var>S</var><sub>${t}</sub> = ${a2} <var>S</var><sub>0</sub> + ${b2} <var>I</var>`,
     `Dots: the spectrum measured on ${now.many} noised curves; line: closed form. Entries differ by ${now.off.toFixed(2)} at most.`);
-  if ($("forward-code").parentElement.open) $("forward-code").textContent = forwardCode(page, state);
+  writeCode("forward-code");
 }
 
 function paintMatrices(canvas, maps, series, n) {
@@ -470,7 +470,7 @@ function paintBack() {
     term(c3, "<var>m</var><sub>3</sub>"), term(e, "<var>out</var>"), term(s, "<var>z</var>"));
   formula("step", "<var>m</var> = <var>p x</var> + <var>q out</var>,&ensp; <var>x′</var> = <var>a x</var> + <var>b m</var> + <var>c</var><sub>1</sub> <var>m</var><sub>1</sub> + … + <var>e out</var> + <var>s z</var>",
     `${m && `<var>m</var> = ${m},&ensp; `}<var>x′</var> = ${mixed}`);
-  if ($("back-code").parentElement.open) $("back-code").textContent = backCode(page, state);
+  writeCode("back-code");
 }
 
 // ---------------------------------------------------------------------------------------- 4: fill
@@ -559,7 +559,7 @@ function paintFill() {
       `${m} values seen, <var>s</var>² = ${s2}: ${Number.isNaN(left) ? "…" : left.toFixed(1)} of ${count()} curves still count`,
       "The exact law of what is erased: the same curves with other weights.");
   }
-  if ($("fill-code").parentElement.open) $("fill-code").textContent = fillCode(page, state);
+  writeCode("fill-code");
 }
 
 function onErase(canvas) {
@@ -596,6 +596,13 @@ function erase(from, to, now = true) {
 }
 
 // ---------------------------------------------------------------------------------------- controls
+
+const codes = { "forward-code": forwardCode, "back-code": backCode, "fill-code": fillCode };
+
+/** The lines of Python of a part, where they are shown or `wanted`. */
+function writeCode(id, wanted = false) {
+  if (wanted || $(id).parentElement.open) $(id).textContent = codes[id](page, state);
+}
 
 function options(id, pairs, chosen) {
   const select = $(id), text = JSON.stringify(pairs);
@@ -780,19 +787,21 @@ function begin() {
   on("fill-play", "click", fill);
   onErase($("filled"));
 
-  for (const details of document.querySelectorAll("details.code")) details.addEventListener("toggle", repaintAll);
+  for (const id of Object.keys(codes)) $(id).parentElement.addEventListener("toggle", () => writeCode(id));
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", async () => {
       const source = $(button.dataset.copy);
+      writeCode(source.id, true);
       try {
         await navigator.clipboard.writeText(source.textContent);
         button.textContent = "Copied";
       } catch {
+        source.parentElement.open = true; // a page from a file may not write to the clipboard everywhere
         getSelection().selectAllChildren(source);
         button.textContent = "Selected: press Ctrl-C";
       }
       say(button.textContent);
-      setTimeout(() => (button.textContent = "Copy"), 1500);
+      setTimeout(() => (button.textContent = "Copy as Python"), 1500);
     });
   }
   if (!model) state.family = page.families[0];
@@ -816,6 +825,7 @@ function begin() {
 
 function aboutModel() {
   $("data-name").textContent = "The model";
+  $("data-lead").textContent = "A few of its samples. Curves of your own are diffused and filled by it as well.";
   $("lead").textContent = `The page holds ${model.name} and runs it by itself, with the noise and the samplers of the Python library: the normals are the same to the bit, and every picture comes with the lines that reproduce it.`;
   const facts = { File: model.name, Network: model.about, Parameters: model.parameters.toLocaleString("en"), Predicts: page.prediction };
   $("model-facts").hidden = false;

@@ -37,11 +37,14 @@ def opened(browser, tmp_path):
         options |= {"has_touch": True, "is_mobile": True} if size == "phone" else {}
         options = {"reduced_motion": "reduce", **options}
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         shown = context.new_page()
         shown.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url))
+        shown.on(
+            "request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url)
+        )
         shown.goto(path.as_uri())
         return shown
 

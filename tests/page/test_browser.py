@@ -21,12 +21,11 @@ def said(code):
 
 
 def code(page, part):
-    page.evaluate(f"document.getElementById('{part}-code').textContent = ''")
-    page.locator(f"#{part} details.code summary").click()
-    page.wait_for_function(f"document.getElementById('{part}-code').textContent")
-    text = page.locator(f"#{part}-code").text_content()
-    page.locator(f"#{part} details.code summary").click()
-    return text
+    """The lines of Python of a part, copied."""
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.click(f"[data-copy={part}-code]")
+    page.wait_for_function("navigator.clipboard.readText()")
+    return page.evaluate("navigator.clipboard.readText()")
 
 
 def settled(page):
@@ -224,7 +223,7 @@ def test_a_model_of_curves(opened, tmp_path, monkeypatch, picture):
     assert np.abs(samples(page) - inner(model, said(code(page, "back"))[0])).max() < PAGE
     page.click("#come-back")
     assert np.abs(samples(page) - inner(model, said(code(page, "back"))[0])).max() < PAGE
-    closed, names = said(code(page, "forward"))
+    _, names = said(code(page, "forward"))
     x = np.array(page.evaluate("Array.from(fastdiff.forward.x)")).reshape(-1, 50)
     assert np.abs(x - names["x_t"]).max() < PAGE
     page.select_option("#sampler", "ddim")
@@ -257,12 +256,12 @@ def test_nothing_is_in_the_way(opened, picture, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'fastdiff-engine[page]'")
     page = opened(color_scheme=scheme)
     for part in ("forward", "back", "fill"):
-        page.locator(f"#{part} details.code summary").click()
+        page.locator(f"#{part} summary").click()
     fillings(page)
     found = axe.Axe().run(page).response["violations"]
     assert not [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
     for part in ("forward", "back", "fill"):
-        page.locator(f"#{part} details.code summary").click()
+        page.locator(f"#{part} summary").click()
     page.evaluate("scrollTo(0, 0)")
     picture(page, scheme)
 
