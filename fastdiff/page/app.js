@@ -264,7 +264,7 @@ function vary() {
   const values = state.own.at(-1), moves = new Float64Array(22);
   fillNormal(moves, 11, 2, { keys: roundKeys(BigInt(state.seed)), stream: STREAM.FORWARD, step: state.own.length });
   for (let k = 0; k < 11; k++) {
-    const shift = Math.round((points / 16) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
+    const shift = Math.round((points / 24) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
     state.own.push(values.map((_, j) => {
       const i = Math.max(0, Math.min(points - 1, Math.floor(j / channels) - shift)), c = j % channels;
       return rounded(toData(scale * toInner(values[i * channels + c], j), j), j);
@@ -420,6 +420,7 @@ function* computing(which) {
   while (!which.done) {
     yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     const done = which.path.length - 1;
+    if (rowShown >= done) repaint(paintBack); // the end is to be shown, and this is how far it is
     if (stride > 1 && done > 1 && (done - 1) % stride) which.path[done - 1] = which.path[done - 2]; // shown in its place
     yield;
   }
