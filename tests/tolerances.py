@@ -43,6 +43,10 @@ LANCZOS = 1e-6  # nats: bias of the trace of a log in a Krylov space, against th
 # networks whose Jacobian is solved with. The worst that was seen is 5e-5.
 TOLD = 4e-4
 
+PAGE, PAGE_FLOAT64 = 1e-5, 1e-9  # samples of the page, which computes in float64, against float32 and float64 ones
+PAGE_TOLD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TOLD)
+FRAME_MS = 8  # of script, in the median, for a frame of 100 draws of 50 points of an exact denoiser
+
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does
 
@@ -106,7 +110,3 @@ def assert_estimate(got, want, standard_error):
     """Monte Carlo estimates agree with what they estimate."""
     distance = np.abs(np.asarray(got) - want) / standard_error
     assert np.max(distance) <= SIGMAS, f"{np.max(distance):.3g} standard errors away"
-
-
-# Samples of the page, which computes in float64, against those of the library in float32, and in float64.
-PAGE, PAGE_FLOAT64 = 1e-5, 1e-9

@@ -21,7 +21,7 @@ const page = unpacked(JSON.parse($("payload").textContent));
 const { d, schedule, model } = page;
 const channels = page.shape.length > 1 ? page.shape[1] : 1, points = d / channels;
 const network = model && perceptron(page);
-const BUDGET = network ? 10 : 5; // milliseconds of a frame that are computed in; the rest is drawing
+const BUDGET = network ? 10 : 4; // milliseconds of a frame that are computed in; the rest is drawing
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 const state = {
@@ -264,7 +264,7 @@ function vary() {
   const values = state.own.at(-1), moves = new Float64Array(22);
   fillNormal(moves, 11, 2, { keys: roundKeys(BigInt(state.seed)), stream: STREAM.FORWARD, step: state.own.length });
   for (let k = 0; k < 11; k++) {
-    const shift = Math.round((points / 16) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
+    const shift = Math.round((points / 24) * moves[2 * k]), scale = 1 + 0.15 * moves[2 * k + 1];
     state.own.push(values.map((_, j) => {
       const i = Math.max(0, Math.min(points - 1, Math.floor(j / channels) - shift)), c = j % channels;
       return rounded(toData(scale * toInner(values[i * channels + c], j), j), j);
@@ -393,7 +393,8 @@ const table = () => page.samplers[state.sampler].tables[state.steps];
 function restart(play = true) {
   const rows = table(), free = startsAnywhere(rows);
   if (!free) state.start = null;
-  state.startRow = state.start === null ? 0 : rows.findIndex((row) => row[0] <= state.start);
+  const first = rows.findIndex((row) => row[0] <= state.start);
+  state.startRow = state.start === null ? 0 : first < 0 ? rows.length - 1 : first;
   if (state.start !== null) state.start = rows[state.startRow][0];
   const n = state.n, keys = roundKeys(BigInt(state.seed));
   let initial = null;
@@ -419,6 +420,7 @@ function* computing(which) {
   while (!which.done) {
     yield* which.row(which.denoiser instanceof Told ? 4 : 8);
     const done = which.path.length - 1;
+    if (rowShown >= done) repaint(paintBack); // the end is to be shown, and this is how far it is
     if (stride > 1 && done > 1 && (done - 1) % stride) which.path[done - 1] = which.path[done - 2]; // shown in its place
     yield;
   }
@@ -477,10 +479,10 @@ function paintBack() {
 
 let filling = null;
 
-/** The curve as it is seen: NaN where it is erased, in all channels. */
+/** The curve as it is seen: NaN where it is erased, in all channels, and where it is constant. */
 function seen() {
   const [from, to] = state.erased, row = state.rows.subarray(state.selected * d, (state.selected + 1) * d);
-  return Array.from(row, (value, j) => (j >= from * channels && j < (to + 1) * channels ? NaN : value));
+  return Array.from(row, (value, j) => (!factor[j] || (j >= from * channels && j < (to + 1) * channels) ? NaN : value));
 }
 
 function refill() {

@@ -28,13 +28,14 @@ export function perceptron({ model, d, T }) {
   return new Perceptron({ plan: model.plan, flat, linear: basis ? { basis, gains, rest } : null, d, T });
 }
 
-/** What every sample is asked for: a class (or none), and covariates in their own units. */
+/** What every sample is asked for: a class (or none), and covariates in their own units, with a 1 after them. */
 export function asked({ model }, label, covariates) {
   if (!model.plan.asked) return null;
   const out = new Float64Array(model.plan.asked);
   if (model.classes && label !== null) out[label] = 1;
-  (covariates || []).forEach((value, i) => {
-    out[model.plan.classes + i] = (value - model.covariates.mean[i]) / model.covariates.deviation[i];
-  });
+  if (!covariates) return out;
+  const { mean, deviation } = model.covariates;
+  covariates.forEach((value, i) => (out[model.plan.classes + i] = (value - mean[i]) / deviation[i]));
+  out[out.length - 1] = 1;
   return out;
 }
