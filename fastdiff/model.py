@@ -329,13 +329,8 @@ class Diffusion:
         wishes = fitting.Wishes(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
-<<<<<<< HEAD
             calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint,
-            every=every, keep=keep,
-=======
-            progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint, every=every, keep=keep,
-            keep_rows=keep_rows,
->>>>>>> manners
+            every=every, keep=keep, keep_rows=keep_rows,
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)
         return self
