@@ -104,5 +104,6 @@ def assert_estimate(got, want, standard_error):
     distance = np.abs(np.asarray(got) - want) / standard_error
     assert np.max(distance) <= SIGMAS, f"{np.max(distance):.3g} standard errors away"
 
+
 # Samples of the page, which computes in float64, against those of the library in float32, and in float64.
 PAGE, PAGE_FLOAT64 = 1e-5, 1e-9
