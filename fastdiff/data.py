@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ __all__ = [
     "load_images",
     "on_grid",
     "picture_files",
+    "portraits",
     "save_curves",
     "save_images",
     "tiles",
@@ -51,7 +53,8 @@ __all__ = [
 ]
 
 ENDINGS = (".csv", ".npy")
-CIRCLES_STEP = 2  # of stream DATA
+CIRCLES_STEP, PORTRAITS_STEP = 2, 22  # of stream DATA
+FINE = 4  # points on a side of a pixel of a portrait
 
 # --------------------------------------------------------------------------------------- made
 
@@ -303,3 +306,63 @@ def circles(
     at = np.arange(size) + 0.5
     distance = np.hypot(at - x, at[:, None] - y)
     return np.round(255 * np.clip(r + 0.5 - distance, 0, 1)).astype(np.uint8)[..., None]
+
+
+def portraits(n: int, size: int = 32, *, seed: int = 0, first_sample: int = 0) -> npt.NDArray[np.uint8]:
+    """Draw portraits in colour of round faces, each of somebody else.
+
+    Ground, skin, hair, eyes and mouth are discs and bands whose sizes, places and colours are uniform in a range.
+
+    Parameters
+    ----------
+    n : int
+        Number of pictures.
+    size : int, optional
+        Pixels on a side, at least 8.
+    seed : int, optional
+        Seed of the noise law. Picture k of a seed has the same bytes whatever `n` is.
+    first_sample : int, optional
+        Index of the first picture.
+
+    Returns
+    -------
+    ndarray
+        (n, size, size, 3) uint8: red, green, blue.
+
+    Raises
+    ------
+    ArgumentError
+        A value is not what it should be.
+    """
+    n, size = check_int("n", n, low=0), check_int("size", size, low=8)
+    draw = Draw(check_seed(seed), Stream.DATA, PORTRAITS_STEP, check_rows(first_sample, n))
+    uniform = philox_words(n, 4, draw).reshape(n, 16) * 2.0**-32
+    at = (2 * np.arange(FINE * size) + 1) / (FINE * size) - 1
+    fine = (_portrait(each, at, at[:, None]) for each in uniform)
+    means = [each.reshape(size, FINE, size, FINE, 3).mean(axis=(1, 3)) for each in fine]
+    return np.round(np.reshape(means, (n, size, size, 3))).astype(np.uint8)
+
+
+def _portrait(share: npt.NDArray[np.float64], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Any:
+    """A face in [-1, 1]^2, y downwards, from 16 numbers in [0, 1)."""
+    ground = 205 + 45 * np.cos(2 * np.pi * (share[0] + np.array([0, 1, 2]) / 3))
+    skin = (1 - share[1]) * np.array([250, 222, 196]) + share[1] * np.array([128, 84, 58])
+    light = np.array([226, 178, 84] if share[3] < 0.5 else [168, 74, 36])
+    hair = (1 - share[2]) * np.array([40, 28, 24]) + share[2] * light
+    radius = 0.56 + 0.12 * share[4]
+    u, v = (x - 0.16 * (share[5] - 0.5)) / radius, (y - 0.12 - 0.08 * share[6]) / radius
+    face, apart, height = np.hypot(u, v) < 1, 0.36 + 0.1 * share[7], 0.02 + 0.14 * share[8]
+    picture = np.empty((len(y), len(x), 3))
+    picture[...] = ground
+    picture[np.hypot(u, v + 0.1 + 0.15 * share[9]) < 1.08 + 0.1 * share[10]] = hair
+    picture[face] = skin
+    picture[face & (v < -0.62 + 0.24 * share[11] + (share[12] - 0.3) * u**2)] = hair
+    for side in (-1, 1):
+        cheek = np.hypot(u - side * 0.56, v - 0.34) < 0.2
+        picture[cheek] = 0.75 * skin + 0.25 * np.array([240, 90, 90])
+        eye = np.hypot(u - side * apart, v + height)
+        picture[eye < 0.17] = 250
+        picture[eye < 0.1] = 30
+    mouth = 0.5 + 0.06 * share[13] - (0.9 * share[14] - 0.2) * u**2
+    picture[(abs(v - mouth) < 0.065) & (abs(u) < 0.28 + 0.14 * share[15])] = np.array([176, 48, 56])
+    return picture

@@ -22,8 +22,8 @@ from fastdiff.bench.networks import Network, Pictures, Save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-peers, quality, readme_numbers, report, sines, workloads = map(
-    importlib.import_module, ("peers", "quality", "readme_numbers", "report", "sines", "workloads")
+peers, pictures, quality, readme_numbers, report, sines, workloads = map(
+    importlib.import_module, ("peers", "pictures", "quality", "readme_numbers", "report", "sines", "workloads")
 )
 
 TINY = 1e-3
@@ -678,3 +678,50 @@ def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path)
     assert report.load(tmp_path / "series-cpu.json") == made
     assert made.table().count("AR(1)") == 9
     assert made.table().count("missed") > 4
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def test_what_was_asked_for_is_counted(tmp_path):
+    asked = np.arange(100) % 10
+    assert pictures.share_as_asked(np.where(asked < 9, asked, 3), asked) == pytest.approx((0.9, 0.03))
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 256, (200, 4, 4, 1), np.uint8)
+    labels = np.arange(200) % 10
+    alike, error = pictures.distances(rows[:100], labels[:100], rows[100:], labels[100:])
+    assert abs(alike) < 4 * error < 0.2
+    assert pictures.distances(rows[:100] // 2, labels[:100], rows[100:], labels[100:])[0] > 10 * error
+    rows = [report.Asked("share", 0.96, 0.01, at_least=0.97), report.Asked("ratio", 1.5, at_most=1.5)]
+    assert [row.met for row in rows] == [False, True]
+    made = report.PicturesReport(report.Header(**HEADER), rows)
+    made.save(tmp_path, "pictures-cpu")
+    assert report.load(tmp_path / "pictures-cpu.json") == made
+    lines = made.table().splitlines()
+    assert lines[4:] == [
+        "| share | **0.9600 ± 0.0100** | at least 0.97: **missed** |",
+        "| ratio | **1.5000** | at most 1.5 |",
+    ]
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path):
+    X = fd.data.harmonic_curves(60, points=8)
+    net = [fd.MLP(8, hidden=(8,), T=10) for _ in range(3)]
+    once = pictures.Models(None, 1).learned("x", net[0], X, 6, progress=False)
+
+    def stop(step, _):
+        return step == 2
+
+    models = pictures.Models(tmp_path, 1)
+    half = models.learned("x", net[1], X, 6, progress=False, callback=stop)
+    assert half.step == 3
+    whole = models.learned("x", net[2], X, 6, progress=False)
+    assert (whole.step, whole.net.flat.tolist()) == (6, once.net.flat.tolist())
+    assert models.learned("x", None, X, 6).step == 6
+
+
+def test_the_cost_of_guidance_is_that_of_twice_as_many():
+    """Loosely: this machine may be busy."""
+    net = fd.MLP(8, hidden=(32,), T=10, classes=2)
+    table = fd.samplers.ddpm(fd.Schedule.cosine(10), prediction="v")
+    assert 0.2 < pictures.cost_of(net, table, 64, 5) < 5
