@@ -26,6 +26,7 @@ from machine import header
 from report import RESULTS, Answered, Estimate, SeriesReport, finish
 
 import fastdiff as fd
+from fastdiff.noise import TARGETS
 
 Array = npt.NDArray[Any]
 BANDS = (0.5, 0.8, 0.9, 0.95)
@@ -94,7 +95,7 @@ def answered(name: str, folder: Path, args: argparse.Namespace) -> list[Answered
     found: dict[str, list[list[dict[str, Array]]]] = {what: [] for what in HIDDEN}
     for seed in range(args.seeds):
         begin = time.process_time()
-        model = fd.Diffusion(seed=seed).fit(seen, steps=args.steps, progress=False)
+        model = fd.Diffusion(seed=seed, conditional=args.conditional).fit(seen, steps=args.steps, progress=False)
         seconds.append(time.process_time() - begin)
         spreads.append(model.spread)
         truth = unseen[np.random.default_rng(seed).permutation(len(unseen))[: args.rows]]
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=100, help="unseen series of each seed (default 100)")
     parser.add_argument("--seeds", type=int, default=5, help="networks, and choices of series (default 5)")
     parser.add_argument("--steps", type=int, help="training steps (default: what suits the data)")
+    parser.add_argument("--conditional", choices=TARGETS, help="a network that is told of a mask (default: none)")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="write the table there in any case")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore", fd.errors.QualityWarning)

@@ -89,12 +89,11 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     count, levels = check_int("draws", draws.count, low=1), draws.levels
     X, frame, whole = _asked(model, "X", X)
     if whole:
-        if draws.covariates is not None:
-            raise ArgumentError("covariates", type(draws.covariates).__name__, "None for a recording")
         points, T = len(X), net.shape[0]
         padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
         padded[0, :points] = X
-        parts = _filled(model, padded, steps_of(padded.shape[1], T), draws)
+        told = _laid(model, draws.covariates, (1, points), 0, padded.shape[1], whole=True)
+        parts = _filled(model, padded, steps_of(padded.shape[1], T), draws, told)
         found = summary(parts, levels, axis=2)[:, 0, :points]
         return found if frame is None else _frames([frame.filled(_columns(one)) for one in found], levels)
     seen = Known(X)
@@ -107,7 +106,9 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     check_room("draws", (count, *values.shape), dtype)
     out = np.empty((len(levels or range(count)), len(values), *net.shape), dtype)
     out[...] = values.astype(dtype).reshape(len(values), *net.shape)
-    told = None if draws.covariates is None else checked_covariates(draws.covariates, net.covariates, len(values))
+    form = net.covariate_form
+    shape = None if form is None else form.shape
+    told = None if draws.covariates is None else checked_covariates(draws.covariates, shape, len(values))
     options = _spread(model, draws.options)
     at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (count * values.shape[1]))
     for start in range(0, len(missing), max(1, at_once)):
@@ -145,7 +146,9 @@ def forecast(model: Model, past: Any, horizon: int, draws: Draws) -> Any:
         log.info("forecast: the last %d of %d rows are used", rows - first, rows)
     laid = np.full((len(seen), windows[-1].start + T, *net.shape[1:]), np.nan)
     laid[:, max(0, -first) : rows - first] = seen[:, max(0, first) :]
-    found = summary(_filled(model, laid, windows, draws), levels, axis=2)[:, :, rows - first : rows - first + horizon]
+    told = _laid(model, draws.covariates, (len(seen), rows + horizon), first, laid.shape[1], whole=whole)
+    parts = _filled(model, laid, windows, draws, told)
+    found = summary(parts, levels, axis=2)[:, :, rows - first : rows - first + horizon]
     if frame is not None:
         return _frames([frame.later(_columns(one)) for one in found[:, 0]], levels)
     return found[:, 0] if whole else found
@@ -165,6 +168,9 @@ def anomaly(model: Model, X: Any, block: int | None, draws: int, options: dict[s
     if not whole and values.shape[1:] != net.shape:
         raise ArgumentError("X", f"shape {values.shape}", f"rows of shape {net.shape}: (N, ...)")
     rows = np.stack([values[step.start : step.start + T] for step in windows]) if whole else values
+    if whole and net.pointwise and options.get("covariates") is not None:
+        told = check_array("covariates", options["covariates"], shape=(len(values), None), dtype=np.float64)
+        options = options | {"covariates": np.stack([told[step.start : step.start + T] for step in windows])}
     found = np.full(rows.shape, np.nan)
     least = LEAST_DEVIATION * np.broadcast_to(normaliser.std, net.shape)
     for part in blocks_of(T, block):
@@ -205,17 +211,41 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
     return frame.values, frame, True
 
 
-def _filled(model: Model, seen: Float64, windows: list[Step], draws: Draws) -> Iterator[tuple[slice, Float64]]:
-    """Yield what has been drawn of recordings: see `fastdiff.recordings.filled`."""
+def _laid(
+    model: Model, covariates: Any, of: tuple[int, int], first: int, length: int, *, whole: bool
+) -> Float64 | None:
+    """Return covariates of recordings, where there are any: (N, k), or of every row (N, length, k).
+
+    `of` is how many recordings there are and how many rows of each have covariates, of which the first one that is
+    wanted is row `first`. Before the first row and after the last there are theirs.
+    """
+    net, _, _ = model._fitted()
+    form, (count, rows) = net.covariate_form, of
+    if covariates is None or form is None:
+        return None if covariates is None else checked_covariates(covariates, None, count)  # which sampling refuses
+    if not net.pointwise:
+        return checked_covariates(covariates, form.shape, count)
+    given = check_array("covariates", covariates, dtype=np.float64)
+    given = given[None] if whole and given.ndim == 2 else given
+    told = checked_covariates(given, (rows, form.shape[-1]), count)
+    return told[:, np.clip(np.arange(first, first + length), 0, rows - 1)]
+
+
+def _filled(
+    model: Model, seen: Float64, windows: list[Step], draws: Draws, covariates: Float64 | None
+) -> Iterator[tuple[slice, Float64]]:
+    """Yield what has been drawn of recordings: see `fastdiff.recordings.filled`, and for `covariates` `_laid`."""
     net, _, _ = model._fitted()
     count = check_int("draws", draws.count, low=1, high=DRAWS)
     first = check_int("first_draw", draws.first, low=0, high=DRAWS - count)
     options = _spread(model, draws.options)
 
-    def drawn(known: Observations, rows: npt.NDArray[np.int64]) -> Values:
-        labels = draws.labels_of(rows, len(seen))
+    def drawn(known: Observations, rows: npt.NDArray[np.int64], start: int) -> Values:
+        labels, told = draws.labels_of(rows, len(seen)), None
+        if covariates is not None:
+            told = covariates[rows] if covariates.ndim == 2 else covariates[rows, start : start + net.shape[0]]
         got: Values = get_backend(model.backend).to_numpy(
-            model.sample(1, labels=labels, covariates=None, given=known, **options)
+            model.sample(1, labels=labels, covariates=told, given=known, **options)
         )
         return got[0]
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -36,8 +36,9 @@ import numpy.typing as npt
 
 from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
 from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
-from fastdiff.denoiser import Denoiser, Evaluator, denoiser_of
+from fastdiff.denoiser import CovariateForm, Denoiser, Evaluator, covariate_form, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
+from fastdiff.masks import MaskDenoiser
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.observations import Given, Observations, Weight, observations
@@ -53,6 +54,7 @@ Float64 = npt.NDArray[np.float64]
 
 METHODS = ("tmpd", "pigdm", "dps", "replace", "repaint", "smc")
 GUIDED = ("tmpd", "pigdm", "dps")  # those that are a denoiser
+OWN_NOISE = (*GUIDED, "mask")  # those whose evaluator draws the noise of its rows
 MOST_DENSE = 64  # observations of a sample up to which R of pigdm and smc is a matrix, and not its row sums
 KRYLOV = 16  # most vector-Jacobian products of tmpd for a state
 REPEATS = 10  # of a row of a table, by RePaint
@@ -178,18 +180,23 @@ class Draws:
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` with the noise of rows from `draw.first_row` on."""
         fill = be.normal if self.noise_shape is None else partial(self.noise_shape.fill, be)
+        for part, first in self.runs(draw.first_row, len(out)):
+            fill(out[part], draw._replace(first_row=first))
+
+    def runs(self, start: int, length: int) -> Iterator[tuple[slice, int]]:
+        """Yield parts of so many rows whose samples follow each other, and the index of the first one."""
         if self.firsts is not None:
-            index = self.firsts[draw.first_row : draw.first_row + len(out)]
-            ends = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(out)]
-            for start, stop in pairwise(ends):  # samples that follow each other are drawn at once
-                fill(out[start:stop], draw._replace(first_row=int(index[start])))
+            index = self.firsts[start : start + length]
+            ends = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), length]
+            for begin, stop in pairwise(ends):
+                yield slice(begin, stop), int(index[begin])
             return
         done = 0
-        while done < len(out):
-            i, k = divmod(draw.first_row + done, self.n)
-            count = min(self.n - k, len(out) - done)
+        while done < length:
+            i, k = divmod(start + done, self.n)
+            count = min(self.n - k, length - done)
             number = i if self.numbers is None else self.numbers[i]
-            fill(out[done : done + count], draw._replace(first_row=number * DRAWS + self.first + k))
+            yield slice(done, done + count), number * DRAWS + self.first + k
             done += count
 
 
@@ -522,9 +529,9 @@ class Conditioned:
         return self.inner.classes
 
     @property
-    def covariates(self) -> int | None:
-        """How many covariates the denoiser has."""
-        return getattr(self.inner, "covariates", None)
+    def covariate_form(self) -> CovariateForm | None:
+        """What covariates the denoiser has."""
+        return covariate_form(self.inner)
 
     @property
     def asks_nothing(self) -> bool:
@@ -623,7 +630,7 @@ class Plan:
     ----------
     known : Observations
     method : str
-        Of `METHODS`, or "none": nothing is known.
+        Of `METHODS`, or "mask": the network is told, or "none": nothing is known.
     draws : Draws
     sampler : Sampler
         The table, or RePaint's of it.
@@ -771,6 +778,8 @@ def plan(
     draws = Draws(count, n, first_sample, known.numbers, known.firsts, noise_shape)
     if known.nothing:
         return Plan(known, "none", draws, sampler, source)
+    if getattr(source, "masked", False):
+        return Plan(known, "mask", draws, sampler, MaskDenoiser.of(source, sampler.schedule, known, method, draws))
     method = "tmpd" if method == "auto" else method
     if method in ("replace", "repaint"):
         table = resampled(sampler) if method == "repaint" else sampler

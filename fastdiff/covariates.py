@@ -29,12 +29,13 @@ class CovariateScale:
 
     @classmethod
     def of(cls, rows: Float64) -> Self:
-        """Return that of training rows (N, k)."""
+        """Return that of training rows (N, k), or (N, ..., k) of which every point counts."""
+        rows = rows.reshape(-1, rows.shape[-1])
         deviation = rows.std(axis=0)
         return cls(rows.mean(axis=0), np.where(deviation > 0, deviation, 1.0))
 
     def apply(self, covariates: Float64) -> Float64:
-        """Return covariates (n, k) in the network's range."""
+        """Return covariates (n, ..., k) in the network's range."""
         return (covariates - self.mean) / self.deviation
 
     @property
@@ -54,8 +55,8 @@ class CovariateScale:
         return cls(mean, deviation)
 
 
-def checked_covariates(covariates: Any, columns: int | None, n: int) -> Float64:
-    """Return covariates (n, columns) on the host in float64; columns None: as many as there are.
+def checked_covariates(covariates: Any, shape: tuple[int, ...] | None, n: int) -> Float64:
+    """Return covariates (n, *shape) on the host in float64; shape None: as many for each sample as there are.
 
     Raises
     ------
@@ -63,11 +64,12 @@ def checked_covariates(covariates: Any, columns: int | None, n: int) -> Float64:
         They are None, of another shape, or not finite.
     """
     if covariates is None:
-        raise ArgumentError("covariates", "None", f"{columns} numbers for each sample: this network has covariates")
+        wants = f"{' x '.join(map(str, shape or ('k',)))} numbers for each sample: this network has covariates"
+        raise ArgumentError("covariates", "None", wants)
     if is_on_device(covariates):
         be, array = backend_for("auto", covariates=covariates), check_array("covariates", covariates)
         covariates = be.to_numpy(be.asarray(array, array.dtype))
-    host: Float64 = check_covariates(covariates, columns, n)
+    host: Float64 = check_covariates(covariates, shape, n)
     return host
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastdiff.errors import ArgumentError, shown
@@ -62,16 +62,18 @@ def curve_net(
     T: int,
     seed: int,
     base: bool,
-    classes: int | None = None,
-    covariates: int | None = None,
+    **asked: Any,
 ) -> MLP:
-    """Return a perceptron that suits so many curves (points,) or series (points, channels), and log what was chosen."""
+    """Return a perceptron that suits so many curves (points,) or series (points, channels), and log what was chosen.
+
+    `asked` are arguments of `MLP`: classes, covariates, and so on.
+    """
     points = math.prod(shape)
     width = WIDTH if rows < MANY_ROWS else WIDTH_OF_MANY
     if not base:
         width = min(WIDEST, max(WIDTH, WIDTH_STEP * math.ceil(WIDTH_PER_POINT * points / WIDTH_STEP)))
     sizes = points if len(shape) == 1 else (shape[0], shape[1])
-    net = MLP(sizes, hidden=(width,) * 3, T=T, seed=seed, classes=classes, covariates=covariates)
+    net = MLP(sizes, hidden=(width,) * 3, T=T, seed=seed, **asked)
     what = f"curves of {points} points" if len(shape) == 1 else f"series of {shape[0]} points in {shape[1]} channels"
     log.info("chosen for %s: %r, %d parameters", what, net, net.layout.count)
     return net
@@ -86,18 +88,21 @@ def network_and_schedule(
     net: Network | None,
     levels: Schedule | None,
     data: tuple[int, ...],
-    asked: tuple[int | None, int | None],
+    asked: Mapping[str, Any],
     *,
     base: bool,
     seed: int,
 ) -> tuple[Network, Schedule]:
-    """Return what was given, and for what was not what suits data of a shape (N, ...) with classes and covariates."""
+    """Return what was given, and for what was not what suits data of a shape (N, ...).
+
+    `asked` are arguments of networks: classes, covariates, and so on.
+    """
     if levels is None:
         levels = schedule(PICTURE_T) if len(data) > 3 else curve_schedule(base=base)
         if len(data) > 3:
             log.info("chosen for the pictures: %r", levels)
     if net is None:
-        at: dict[str, Any] = {"T": levels.T, "seed": seed, "classes": asked[0], "covariates": asked[1]}
+        at: dict[str, Any] = {"T": levels.T, "seed": seed, **asked}
         net = picture_net((*data[1:],), **at) if len(data) > 3 else curve_net(data[0], data[1:], base=base, **at)
     return net, levels
 
@@ -106,14 +111,13 @@ def picture_net(
     shape: tuple[int, ...],
     *,
     T: int = PICTURE_T,
-    classes: int | None = None,
-    covariates: int | None = None,
     seed: int = 0,
     channels: Iterable[int] | None = None,
     dropout: float = 0.0,
     learned_variance: bool = False,
+    **asked: Any,
 ) -> UNet:
-    """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`.
+    """Return a U-Net that suits small pictures, and log what was chosen: see `UNet`, which takes `asked` as well.
 
     By default the pictures are halved as long as 4 pixels are left on a side, at most three times.
     """
@@ -121,7 +125,6 @@ def picture_net(
     side = shape[1] if shape[0] == 1 else min(shape[:2])  # a height of 1 is not halved
     if channels is None:
         channels = (32, 64, 128, 128)[: min(4, max(1, side.bit_length() - 2))]
-    asked: dict[str, Any] = {"classes": classes, "covariates": covariates}
     net = UNet(shape, channels=channels, blocks=1, T=T, seed=seed, dropout=dropout, outputs=outputs, **asked)
     log.info("chosen for the pictures: %r, %d parameters", net, net.layout.count)
     return net

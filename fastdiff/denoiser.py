@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import numpy as np
@@ -18,43 +19,86 @@ from fastdiff.noise import Draw
 ANY_CLASSES = 1 << 62  # of a denoiser that does not say how many it has, or whether it has any
 
 
+class CovariateForm(NamedTuple):
+    """The covariates of a sample, and how a denoiser takes them.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (k,), or with k numbers for each point or pixel (points, k) or (height, width, k).
+    each : bool
+        Whether the 1 that says that they are there follows those of each point, and not all of them.
+    """
+
+    shape: tuple[int, ...]
+    each: bool = False
+
+    @property
+    def columns(self) -> int:
+        """How many numbers a denoiser takes of a sample, the 1s among them."""
+        return math.prod(self.shape) + (math.prod(self.shape[:-1]) if self.each else 1)
+
+    def marked(self, be: Backend, covariates: Array) -> Array:
+        """Return covariates (n, *shape) as a denoiser on a backend takes them, (n, columns)."""
+        n, width = len(covariates), self.shape[-1] if self.each else math.prod(self.shape)
+        numbers = be.empty((n, self.columns // (width + 1), width + 1), covariates.dtype)
+        numbers[..., :-1] = be.asarray(covariates, covariates.dtype).reshape(n, -1, width)
+        numbers[..., -1] = 1
+        return numbers.reshape(n, -1)
+
+
+def covariate_form(denoiser: Any) -> CovariateForm | None:
+    """Return what covariates a denoiser has."""
+    form: CovariateForm | None = getattr(denoiser, "covariate_form", None)
+    count = getattr(denoiser, "covariates", None)
+    return CovariateForm((count,)) if form is None and isinstance(count, int) else form
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What samples are asked for besides a label: passed as `labels` where a denoiser has covariates.
+    """What samples are asked for: passed as `labels` where that is more than labels.
 
     Attributes
     ----------
     labels : (n,) int64 array or None
-    covariates : (n, k + 1) array
-        The numbers, and 1; or zeros, where nothing is asked.
+    covariates : (n, columns) array or None
+        The numbers, and a 1 or several: see `CovariateForm`; or zeros, where nothing is asked.
+    known : (n, 2 D) array or None
+        What is known of the samples themselves, of a network that is told so: the values, 0 where they are not known,
+        and then for each 1 where it is known, and 0.
     """
 
     labels: Array | None
-    covariates: Array
+    covariates: Array | None = None
+    known: Array | None = None
+
+    @property
+    def parts(self) -> tuple[Array | None, Array | None, Array | None]:
+        return self.labels, self.covariates, self.known
 
     def __len__(self) -> int:
-        return len(self.covariates)
+        return len(next(part for part in self.parts if part is not None))
 
     def __getitem__(self, part: slice) -> Asked:
-        return Asked(None if self.labels is None else self.labels[part], self.covariates[part])
+        return Asked(*(None if array is None else array[part] for array in self.parts))
 
 
-def asked_parts(labels: Array | Asked | None) -> tuple[Array | None, Array | None]:
-    """Return labels, and covariates with the 1 after them, of what is passed as labels."""
-    return (labels.labels, labels.covariates) if isinstance(labels, Asked) else (labels, None)
+def asked_parts(labels: Array | Asked | None) -> Asked:
+    """Return what is passed as labels in its parts."""
+    return labels if isinstance(labels, Asked) else Asked(labels)
 
 
 def checked_asked(
     denoiser: Any, labels: Any, covariates: Any, n: int, *, dtype: npt.DTypeLike = np.float32
 ) -> tuple[Any, Any]:
-    """Return the classes of n samples (n,) int64 and their covariates (n, k), or None, as a denoiser wants them.
+    """Return the classes of n samples (n,) int64 and their covariates (n, ...), or None, as a denoiser wants them.
 
     Raises
     ------
     ArgumentError
         Something is asked for that it does not know, or is missing, or of another shape or range.
     """
-    classes, columns = denoiser.classes, getattr(denoiser, "covariates", None)
+    classes, form = denoiser.classes, covariate_form(denoiser)
     free = getattr(denoiser, "asks_nothing", False)
     if labels is not None:
         if classes is None:
@@ -64,17 +108,29 @@ def checked_asked(
         wants = f"a class from 0 to {classes - 1} for each sample: this one has classes"
         raise ArgumentError("labels", "None", wants)
     if covariates is None:
-        if columns is not None and not free:
-            raise ArgumentError("covariates", "None", f"{columns} numbers for each sample: this one has covariates")
+        if form is not None and not free:
+            wants = f"{_shown(form.shape)} numbers for each sample: this one has covariates"
+            raise ArgumentError("covariates", "None", wants)
         return labels, None
-    if columns is None:
+    if form is None:
         raise ArgumentError("covariates", type(covariates).__name__, "None: this network has no covariates")
-    return labels, check_covariates(covariates, columns, n, dtype)
+    return labels, check_covariates(covariates, form.shape, n, dtype)
 
 
-def check_covariates(covariates: Any, columns: int | None, n: int, dtype: npt.DTypeLike = np.float64) -> Any:
-    """Return covariates as (n, columns): given so, as (n,) numbers for one column, or one row for all samples."""
+def check_covariates(covariates: Any, shape: tuple[int, ...] | None, n: int, dtype: npt.DTypeLike = np.float64) -> Any:
+    """Return covariates as (n, *shape): given so, as (n,) numbers for one column, or one sample's for all of them.
+
+    `shape` None: as many columns as there are.
+    """
     array = check_array("covariates", covariates, dtype=dtype)
+    if shape is not None and len(shape) > 1:
+        if array.shape == shape and not is_on_device(array):
+            array = np.broadcast_to(array, (n, *shape))
+        if array.shape != (n, *shape):
+            wants = f"shape {(n, *shape)}: {shape[-1]} of each point, for each sample"
+            raise ArgumentError("covariates", f"shape {array.shape}", wants)
+        return array
+    columns = None if shape is None else shape[0]
     if array.ndim == 1 and len(array) == n and columns in (None, 1):
         array = array.reshape(n, 1)
     elif array.ndim < 2 and array.size == columns and not is_on_device(array):
@@ -85,14 +141,20 @@ def check_covariates(covariates: Any, columns: int | None, n: int, dtype: npt.DT
     return array
 
 
-def asked_on(be: Backend, labels: Any, covariates: Any) -> Array | Asked | None:
-    """Return what is asked of samples as a denoiser on a backend takes it, from (n,) labels and (n, k) covariates."""
+def _shown(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if len(shape) == 1 else " x ".join(map(str, shape))
+
+
+def asked_on(be: Backend, denoiser: Any, labels: Any, covariates: Any, known: Any = None) -> Array | Asked | None:
+    """Return what is asked of samples as a denoiser on a backend takes it.
+
+    Of (n,) labels, covariates (n, ...), and what is known (n, 2 D), or None.
+    """
     labels = None if labels is None else be.asarray(labels, np.int64)
-    if covariates is None:
+    form = covariate_form(denoiser)
+    if known is None and (covariates is None or form is None):
         return labels
-    numbers = be.empty((len(covariates), covariates.shape[1] + 1), covariates.dtype)
-    numbers[:, :-1], numbers[:, -1] = be.asarray(covariates, covariates.dtype), 1
-    return Asked(labels, numbers)
+    return Asked(labels, None if covariates is None or form is None else form.marked(be, covariates), known)
 
 
 class Evaluator(ABC):
@@ -198,8 +260,9 @@ class Denoiser(Protocol):
         How many classes there are; None: it takes no labels. `ANY_CLASSES`: not known.
 
     It may have an attribute `learned_variance`: whether its output is (2, n, D), as tables with an r want it; and
-    `covariates`: how many numbers it is asked for beside a label, where it is not None; `asks_nothing`: whether it
-    does without both; and `exact`: whether it is the mean given x, of which derivatives are covariances.
+    `covariates`: how many numbers it is asked for beside a label, where it is not None, or `covariate_form`;
+    `asks_nothing`: whether it does without both; `masked`: whether it is told what is known of its samples; and
+    `exact`: whether it is the mean given x, of which derivatives are covariances.
     """
 
     @property

@@ -37,7 +37,7 @@ from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
 from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
-from fastdiff.noise import MAX_STEP
+from fastdiff.noise import MAX_STEP, Draw, Stream, targets
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser, check_carried, settled
 from fastdiff.samplers import Sampler
@@ -59,6 +59,7 @@ from fastdiff.training import (
 log = logging.getLogger("fastdiff")
 
 SAVED_EVERY = 1000  # steps
+ROWS_OF_TARGETS = 4096  # which tell what share of the values has a target, where a network is told of a mask
 
 Float64 = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]
@@ -122,6 +123,7 @@ class Model(Counted, Protocol):
     prediction: str
     scale: str
     base: str | None
+    conditional: str | None
     backend: str | Backend
     seed: int
     noise_shape: NoiseShape | None
@@ -158,9 +160,17 @@ class Rows(NamedTuple):
     of_unseen: Float64 | None
 
     @property
-    def asked(self) -> tuple[int | None, int | None]:
-        """How many classes and covariates a network has that is made for them."""
-        return self.classes, None if self.covariates is None else self.covariates.shape[1]
+    def asked(self) -> dict[str, Any]:
+        """What a network that is made for them is asked for, as arguments of it."""
+        asked: dict[str, Any] = {} if self.classes is None else {"classes": self.classes}
+        if self.covariates is None:
+            return asked
+        return asked | {"covariates": self.covariates.shape[-1]} | ({"pointwise": True} if self.pointwise else {})
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether there are covariates of every point or pixel."""
+        return self.covariates is not None and self.covariates.ndim > 2
 
 
 def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
@@ -187,10 +197,16 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     if wishes.flip and parts.rows.ndim < 4:
         raise ArgumentError("flip", shown(wishes.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}")
 
+    if wishes.crop is not None and (found.pointwise or model.conditional is not None):
+        what = "covariates of each pixel" if found.pointwise else "a network that is told of a mask"
+        raise ArgumentError("crop", shown(wishes.crop), f"None with {what}")
+    if wishes.flip and found.pointwise:
+        raise ArgumentError("flip", shown(wishes.flip), "False with covariates of each pixel")
     share = _share_dropped(model, wishes.label_drop, model.net or found.asked)
     if model.normaliser is None and names is not None and parts.rows.ndim == 3:
         model.channel_names = names
-    gaps = _prepare(model, parts, found.asked, plan, wishes.data_range)
+    masked = {} if model.conditional is None else {"masked": True}
+    gaps = _prepare(model, parts, found.asked | masked, plan, wishes.data_range)
     model._frame = frame or model._frame
     asked_plainly, found = found.of_unseen, _scaled(model, found)
     model._label_drop = share
@@ -261,7 +277,7 @@ def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
     size = None if wishes.crop is None else split.check_crop(wishes.crop, X, model.net)
     if X.dtype.kind == "f" and np.isnan(X).any():
         check_gaps(X, "X")
-    known, of_unseen, validation = _known_covariates(model, wishes.covariates, len(X)), None, wishes.validation
+    known, of_unseen, validation = _known_covariates(model, wishes.covariates, X), None, wishes.validation
     if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
         *validation, of_unseen = validation
         validation = validation[0] if len(validation) == 1 else validation
@@ -272,14 +288,17 @@ def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
     return Rows(X, parts, classes, known, of_unseen)
 
 
-def _known_covariates(model: Model, covariates: Any, n: int) -> Float64 | None:
-    """Covariates of n rows of data, in their own units."""
-    columns = None if model.net is None else model.net.covariates
-    if covariates is None and columns is None:
+def _known_covariates(model: Model, covariates: Any, X: Values) -> Float64 | None:
+    """Covariates of rows of data, in their own units: of each row, or of each of its points or pixels."""
+    form = None if model.net is None else model.net.covariate_form
+    if covariates is None and form is None:
         return None
-    if model.net is not None and columns is None:
+    if model.net is not None and form is None:
         raise none_known(covariates)
-    return checked_covariates(covariates, columns, n)
+    shape = None if form is None else form.shape
+    if shape is None and getattr(covariates, "ndim", 0) > 2:
+        shape = (*X.shape[1 : max(2, X.ndim - 1)], covariates.shape[-1])
+    return checked_covariates(covariates, shape, len(X))
 
 
 def _scaled(model: Model, rows: Rows) -> Rows:
@@ -289,20 +308,20 @@ def _scaled(model: Model, rows: Rows) -> Rows:
     model._covariates = model._covariates or CovariateScale.of(rows.covariates)
     known, of_unseen = model._covariates.apply(rows.covariates), rows.of_unseen
     if rows.parts.held_out is not None:
-        of_unseen = checked_covariates(of_unseen, known.shape[1], len(rows.parts.held_out[0]))
+        of_unseen = checked_covariates(of_unseen, known.shape[1:], len(rows.parts.held_out[0]))
         of_unseen = model._covariates.apply(of_unseen)
     return rows._replace(covariates=known, of_unseen=of_unseen)
 
 
-def _share_dropped(model: Model, asked: Any, of: Network | tuple[int | None, int | None]) -> float:
-    """The share of labels and covariates that are left out; `of` a network, or the classes of one to be made."""
-    free = of.asked_freely if isinstance(of, Network) else of != (None, None)
+def _share_dropped(model: Model, asked: Any, of: Network | dict[str, Any]) -> float:
+    """The share of labels and covariates that are left out; `of` a network, or what one to be made is asked for."""
+    free = of.asked_freely if isinstance(of, Network) else bool(of)
     if asked is None:
         return (0.1 if model._label_drop is None else model._label_drop) if free else 0.0
     share = check_float("label_drop", asked, low=0, high=1)
     if share and not free:
         wants = "0 or None: this network has no null class, as new networks with classes have"
-        if isinstance(of, tuple) or not of.asked:
+        if isinstance(of, dict) or of.asked == of.known:
             wants = "0 or None: nothing is asked of this network; give y or covariates"
         raise ArgumentError("label_drop", shown(asked), wants)
     return share
@@ -314,7 +333,7 @@ def check_guidance(guidance: Any, net: Network, label_drop: float | None) -> Non
         wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
         if net.asked_freely:
             wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
-        elif net.asked:
+        elif net.asked > net.known:
             wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
         raise ArgumentError("guidance", shown(guidance), wants)
 
@@ -339,13 +358,11 @@ def _doubts(model: Model, rows: Values, steps: int, *, by_rule: bool, wishes: Wi
         raise ArgumentError("steps", str(steps), wants)
 
 
-def _prepare(
-    model: Model, parts: Split, asked: tuple[int | None, int | None], plan: TrainingPlan, data_range: Any
-) -> Gaps | None:
+def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPlan, data_range: Any) -> Gaps | None:
     """What the first fit decides: network, schedule, normaliser, plan and buffers. Later ones are held to it.
 
-    `asked` is how many classes and covariates a network has that is made. Of rows with missing values return what
-    is known of these.
+    `asked` is what a network that is made is asked for, as arguments of it. Of rows with missing values return what is
+    known of these.
     """
     X, gaps = parts.rows, None
     missing = X.dtype.kind == "f" and bool(np.isnan(X).any())
@@ -425,12 +442,19 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip
         terms = (np.ones((schedule.T, 1)) if terms is None else terms) / gaps.share
         rows = _whole(normaliser, gaps.filled(1)[0], rows.shape)
     repeats = len(data) // len(rows)  # copies of rows with gaps
-    numbers = None if known is None else np.column_stack([known, np.ones(len(known))]).astype(net.dtype)
+    aims = None if model.conditional is None else (model.conditional, net.image)
+    if aims is not None:  # as large as if every value had a target
+        share_of_targets = targets(ROWS_OF_TARGETS, net.image, aims[0], Draw(model.seed, Stream.DROP)).mean()
+        terms = (np.ones((schedule.T, 1)) if terms is None else terms) / share_of_targets
+    form, numbers = net.covariate_form, None
+    if known is not None and form is not None:
+        numbers = form.marked(get_backend("numpy"), known.astype(net.dtype))
     told = (None if part is None else np.concatenate([part] * repeats) for part in (parts.labels, numbers))
     of_rows, of_numbers = told if repeats > 1 else (parts.labels, numbers)
     draws = TrainingDraws(
-        data, *tables, model.seed, of_rows, flip, terms, of_numbers, share, net.classes or 0, gaps is not None
-    )
+        data, *tables, model.seed, of_rows, flip, terms, of_numbers, share, net.classes or 0, gaps is not None,
+        aims,
+    )  # fmt: skip
     looks: Validation | None = None
     if parts.held_out is not None:
         x0, hidden = normaliser.apply(parts.held_out[0], net.dtype), None
@@ -453,7 +477,7 @@ def _keeper(
     if patience is not None and lessons.looks is not None:
         return Patience(patience, lessons.looks)
     # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
-    if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and not net.asked:
+    if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and net.asked == net.known:
         be = get_backend(model.backend)
         learned = be.to_numpy(lessons.draws.data) if gaps is None else normaliser.apply(rows, net.dtype)
         learned = learned.reshape(len(rows), -1)

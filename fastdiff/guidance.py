@@ -24,11 +24,13 @@ from fastdiff.conditioning import Conditioned
 from fastdiff.denoiser import (
     ANY_CLASSES,
     Asked,
+    CovariateForm,
     Denoiser,
     Evaluator,
     asked_on,
     asked_parts,
     checked_asked,
+    covariate_form,
     denoiser_of,
 )
 from fastdiff.errors import (
@@ -134,8 +136,13 @@ class Guided:
         return self.denoiser.classes
 
     @property
-    def covariates(self) -> int | None:
-        return getattr(self.denoiser, "covariates", None)
+    def covariate_form(self) -> CovariateForm | None:
+        return covariate_form(self.denoiser)
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is told what is known of its samples."""
+        return bool(getattr(self.denoiser, "masked", False))
 
     @property
     def learned_variance(self) -> bool:
@@ -160,7 +167,7 @@ class Guided:
         shape = tuple(given.shape[1:])
         if self.T is not None:
             check_timesteps(t, self.T, len(given))
-        asked = asked_on(be, *checked_asked(self, labels, covariates, len(given)))
+        asked = asked_on(be, self, *checked_asked(self, labels, covariates, len(given)))
         flat = be.asarray(given, np.float32 if be.name != "numpy" else None).reshape(len(given), -1)
         out = be.to_numpy(self.on(be, shape).evaluate(flat, check_int("t", t), asked))
         return (out if out.ndim == flat.ndim else out[0]).reshape(given.shape)
@@ -233,7 +240,7 @@ class _GuidedEvaluator(Evaluator):
     def __init__(self, to: Guided, be: Backend, inner: Evaluator, other: Evaluator | None) -> None:
         self.to, self.be, self.inner, self.other = to, be, inner, other
         self._both: _Both | None = None
-        self._nothing: tuple[int, Array | Asked | None] = (-1, None)
+        self._nothing: tuple[int, Array | None, Array | Asked | None] = (-1, None, None)
 
     def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
         return self._guided(x, t, labels, self.inner.evaluate)
@@ -264,38 +271,44 @@ class _GuidedEvaluator(Evaluator):
     def _unasked(self, x: Array, t: int, labels: Array | Asked | None) -> Array:
         if self.other is not None:
             return self.other.evaluate(x, t)
-        return self.inner.evaluate(x, t, self._of_nothing(len(x), x.dtype))
+        return self.inner.evaluate(x, t, self._of_nothing(x, labels))
 
-    def _of_nothing(self, n: int, dtype: Any) -> Array | Asked | None:
-        """What asks n samples for nothing."""
+    def _of_nothing(self, x: Array, labels: Array | Asked | None) -> Array | Asked | None:
+        """What asks samples for nothing; what is known of them stays."""
         if not self.to._joint:
             return None
-        if self._nothing[0] != n:
-            self._nothing = n, self._asks(n, None, dtype)
-        return self._nothing[1]
+        known = asked_parts(labels).known
+        if self._nothing[0] != len(x) or self._nothing[1] is not known:
+            self._nothing = len(x), known, self._asks(len(x), None, known, x.dtype)
+        return self._nothing[2]
 
-    def _asks(self, n: int, labels: Array | Asked | None, dtype: Any) -> Array | Asked | None:
+    def _asks(self, n: int, labels: Array | Asked | None, known: Array | None, dtype: Any) -> Array | Asked | None:
         """What asks samples, if there are any, and after them n for nothing."""
-        chosen, numbers = asked_parts(labels)
-        first, classes, columns = 0 if labels is None else len(labels), self.to.classes, self.to.covariates
+        parts = asked_parts(labels)
+        chosen, numbers = parts.labels, parts.covariates
+        first, classes, form = 0 if labels is None else len(labels), self.to.classes, self.to.covariate_form
         result = covariates = None
+        if known is not None and first:
+            twice = self.be.empty((first + n, known.shape[1]), dtype)
+            twice[:first], twice[first:] = known, known
+            known = twice
         if classes not in (None, ANY_CLASSES):
             result = self.be.empty((first + n,), np.int64)
             result.fill(classes)
             if chosen is not None:
                 result[:first] = chosen
-        if columns is None:
-            return result
-        covariates = self.be.empty((first + n, columns + 1), dtype)
-        covariates.fill(0)
-        if numbers is not None:
-            covariates[:first] = numbers
-        return Asked(result, covariates)
+        if form is not None:
+            covariates = self.be.empty((first + n, form.columns), dtype)
+            covariates.fill(0)
+            if numbers is not None:
+                covariates[:first] = numbers
+        return result if known is None and covariates is None else Asked(result, covariates, known)
 
     def _twice(self, x: Array, labels: Array | Asked | None) -> _Both:
         n = len(x)
         if self._both is None or self._both.labels is not labels or len(self._both.states) != 2 * n:
-            self._both = _Both(labels, self._asks(n, labels, x.dtype), self.be.empty((2 * n, x.shape[1]), x.dtype))
+            both = self._asks(n, labels, asked_parts(labels).known, x.dtype)
+            self._both = _Both(labels, both, self.be.empty((2 * n, x.shape[1]), x.dtype))
         self._both.states[:n], self._both.states[n:] = x, x
         return self._both
 
@@ -325,7 +338,7 @@ class _GuidedEvaluator(Evaluator):
         if in_one is None or not self.to._joint or self.to.rescale:
             super().run_table(x, rows, clip, draw, labels)
         elif self.to.asks_nothing:
-            self.inner.run_table(x, rows, clip, draw, self._of_nothing(len(x), x.dtype))
+            self.inner.run_table(x, rows, clip, draw, self._of_nothing(x, labels))
         else:
             in_one(x, rows, clip, draw, labels, np.array([self.to.weight(row.t) for row in rows], np.float32))
 
@@ -346,7 +359,7 @@ class _GuidedEvaluator(Evaluator):
         if self.other is not None:
             u = getattr(self.other, name)(x, t, vector)
         else:
-            u = of_asked(x, t, vector, self._of_nothing(len(x), x.dtype))
+            u = of_asked(x, t, vector, self._of_nothing(x, labels))
         flat = c.reshape(-1, c.shape[-1])
         self.be.guide(flat, self.be.asarray(u, x.dtype).reshape(flat.shape), weight, 0.0, flat)
         return flat.reshape(c.shape)
@@ -377,7 +390,7 @@ class Product:
         be = backend_for(backend, x=x)
         given = check_array("x", x, min_ndim=2)
         check_timesteps(t, self.T, len(given))
-        asked = asked_on(be, *checked_asked(self, labels, None, len(given)))
+        asked = asked_on(be, self, *checked_asked(self, labels, None, len(given)))
         flat = be.asarray(given, np.float32 if be.name != "numpy" else None).reshape(len(given), -1)
         out = self.on(be, tuple(given.shape[1:])).evaluate(flat, check_int("t", t), asked)
         return be.to_numpy(out).reshape(given.shape)

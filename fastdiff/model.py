@@ -38,6 +38,7 @@ from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, Unset
+from fastdiff.noise import TARGETS
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
 from fastdiff.observations import Given, Observations, observations
@@ -47,6 +48,8 @@ from fastdiff.schedule import PREDICTIONS, Schedule
 from fastdiff.training import Optimizer, Turns, alone, empty_history, history_table, loss_terms
 
 log = logging.getLogger("fastdiff")
+
+REPLACING = ("replace", "repaint")  # methods that leave a table's clip
 
 
 class Diffusion:
@@ -75,6 +78,10 @@ class Diffusion:
     backend : str or Backend, optional
     seed : int, optional
         Of the weights, of all training draws, and of the samples unless `sample` names another.
+    conditional : {"mask", "random", "block", "tail", None}, optional
+        The network is told which values of a row are known, and what they are, and learns to draw the others (see
+        `fastdiff.masks`): single values, pieces, the end, or with "mask" any of these. `sample` with what is known,
+        `impute` and `forecast` are then one run of the sampler, without derivatives.
     noise_shape : NoiseShape, optional
         Covariance S of the noise of curves; by default white. The network learns L^-1 x, whose noise is white. As
         that is normalised, a multiple of S makes the same model.
@@ -120,6 +127,7 @@ class Diffusion:
         prediction: str | None = None,
         scale: str = "auto",
         base: str | None = "auto",
+        conditional: str | None = None,
         backend: str | Backend = "auto",
         seed: int = 0,
         noise_shape: NoiseShape | None = None,
@@ -147,6 +155,14 @@ class Diffusion:
             schedule.target(prediction)  # one that ends in noise alone refuses its prediction
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
+        if conditional is None and net is not None and net.masked:
+            conditional = TARGETS[0]
+        self.conditional = None if conditional is None else check_choice("conditional", conditional, TARGETS)
+        if conditional is not None and net is not None and (not net.masked or net.learned_variance):
+            what = "a learned variance" if net.masked else "none that is told of a mask"
+            raise ArgumentError("net", what, "one made with masked=True, without learned variance, or None")
+        if conditional is not None and noise_shape is not None:
+            raise ArgumentError("noise_shape", shown(noise_shape), "None with a network that is told of a mask")
         if net is not None and base == "gaussian" and not net.has_linear:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
         if scale in ("column", "channel") and noise_shape is not None:
@@ -242,9 +258,10 @@ class Diffusion:
         y : (N,) int array, optional
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made here has as many as y
             needs.
-        covariates : (N, k) or (N,) array, optional
-            Numbers that belong to every row, a temperature or a price, which samples can be asked for. A network that
-            is made here takes as many; inside each has mean 0 and deviation 1.
+        covariates : (N, k) or (N,), (N, points, k) or (N, height, width, k) array, optional
+            Numbers that belong to every row, a temperature or a price, or k of them to every point of it or every
+            pixel: known inputs, such as the hour. Samples can be asked for them. A network that is made here takes as
+            many; inside each has mean 0 and deviation 1.
         steps : int, optional
             How many more steps to take, at a constant rate unless `decay_steps` is given. By default as many as suit
             the data (see `fastdiff.defaults`; 3,000 for pictures), over which the rate falls by a cosine.
@@ -494,8 +511,9 @@ class Diffusion:
             How many.
         labels : int or (n,) int array, optional
             The class of each, for a network that has classes.
-        covariates : (k,) or (n, k) array, optional
-            The numbers that each is asked for, in the units of those of `fit`, for a network that has them.
+        covariates : (k,), (n, k) or (n, ..., k) array, optional
+            The numbers that each, or each point of it, is asked for, in the units of those of `fit`, for a network that
+            has them.
         guidance : float, optional
             How much what is asked for counts, of a model that was trained with labels left out at times: see
             `fastdiff.Guided`. 1 is as in the data, and what is drawn without it; above it samples are more typical and
@@ -535,7 +553,9 @@ class Diffusion:
             What is known of the samples, in the units of the data: n draws are made for each observation. What lies
             far outside of the data is drawn far from what the network has learnt.
         method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
-            How, see `fastdiff.conditioning`. The first three do not clip; "repaint" and "smc" take "ddpm" by default.
+            How, see `fastdiff.conditioning`; of a network that is told of a mask "auto" is the only one, and takes
+            values that are known without noise. The first three do not clip; "repaint" and "smc" take "ddpm" by
+            default.
         return_evidence : bool, optional
             With "smc": also return the log density of each observation, in nats and the units of the data.
 
@@ -567,7 +587,7 @@ class Diffusion:
                 sampler = "ddpm" if isinstance(method, str) and method in ("repaint", "smc") else sampler
             with as_named(name="sampler"):
                 sampler = self.named_sampler(sampler, steps, given=known is not None)
-            if known is not None and not (isinstance(method, str) and method in ("replace", "repaint")):
+            if known is not None and not net.masked and not (isinstance(method, str) and method in REPLACING):
                 sampler = sampler.unclipped()
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
@@ -612,11 +632,12 @@ class Diffusion:
     def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
         """Covariates of n samples in the network's range."""
         net, _, _ = self._fitted()
-        if net.covariates is None and covariates is None:
+        form = net.covariate_form
+        if form is None and covariates is None:
             return None
-        if net.covariates is None or self._covariates is None:
+        if form is None or self._covariates is None:
             raise none_known(covariates)
-        return self._covariates.apply(checked_covariates(covariates, net.covariates, n))
+        return self._covariates.apply(checked_covariates(covariates, form.shape, n))
 
     def impute(
         self,
@@ -650,8 +671,8 @@ class Diffusion:
             As for `sample`.
         labels : int or (N,) int array, optional
             The class of each row, for a network that has classes.
-        covariates : (k,) or (N, k) array, optional
-            The covariates of each row, for a network that has them.
+        covariates : (k,), (N, k) or (N, points, k) array, optional
+            The covariates of each row, for a network that has them; (time, k) of a recording.
         first_draw : int, optional
             Draw k of a call is draw ``first_draw + k``: 50 draws are the first 50 of 100.
 
@@ -687,6 +708,7 @@ class Diffusion:
         sampler: str | Sampler = "auto",
         steps: int | None = None,
         labels: Any = None,
+        covariates: Any = None,
         seed: int | None = None,
         first_draw: int = 0,
         ema: bool = True,
@@ -705,6 +727,9 @@ class Diffusion:
             How many rows.
         draws, quantiles, method, sampler, steps, labels, seed, first_draw, ema, progress
             As for `impute`.
+        covariates : (k,), (N, k) or (N, rows + horizon, k) array, optional
+            As for `impute`. Of every point they are known inputs of the past and of the horizon; (rows + horizon, k) of
+            a recording. Beyond these a window has those of the last row.
 
         Returns
         -------
@@ -721,7 +746,8 @@ class Diffusion:
         options = {
             "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
         }  # fmt: skip
-        return answers.forecast(self, past, horizon, answers.Draws(draws, quantiles, first_draw, labels, None, options))
+        how = answers.Draws(draws, quantiles, first_draw, labels, covariates, options)
+        return answers.forecast(self, past, horizon, how)
 
     def anomaly(self, X: Any, *, block: int | None = None, draws: int = 32, **options: Any) -> Any:
         """Return how strange each value is, given all that is not in its block.
@@ -868,6 +894,7 @@ class Diffusion:
                 data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
                 covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
                 arithmetic=self._arithmetic, spread=self.spread, kept_rows=self.kept_rows if rows else None,
+                conditional=self.conditional,
             ).write(path)  # fmt: skip
 
     def linear_loss(self, X: Any = None) -> float:
@@ -974,7 +1001,7 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
         saved = Saved.read(path)
         model = Diffusion(
             saved.net, saved.schedule, prediction=saved.prediction, backend=backend, seed=saved.seed,
-            noise_shape=saved.normaliser.noise_shape,
+            conditional=saved.conditional, noise_shape=saved.normaliser.noise_shape,
         )  # fmt: skip
     model.normaliser, model._gaussian = saved.normaliser, saved.base
     model.scale, model.base = saved.normaliser.scale, None if saved.base is None else "gaussian"

@@ -33,7 +33,7 @@ from fastdiff.errors import (
 )
 from fastdiff.nn import Network, network_of
 from fastdiff.nn.optim import MOST_STEPS, TrainingPlan
-from fastdiff.noise import MAX_STEP
+from fastdiff.noise import MAX_STEP, TARGETS
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser
 from fastdiff.schedule import PREDICTIONS, Schedule
@@ -84,6 +84,7 @@ class Saved:
     label_drop: float = 0.0
     spread: float = 1.0
     kept_rows: npt.NDArray[Any] | None = None
+    conditional: str | None = None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -120,6 +121,7 @@ class Saved:
             "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
             "covariate_names": self.covariate_names, "spread": self.spread,
             "kept_rows": 0 if self.kept_rows is None else len(self.kept_rows),
+            "conditional": self.conditional,
         }  # fmt: skip
         features = normaliser.features + self.schedule.features + ([] if self.base is None else ["base"])
         features += [] if self.kept_rows is None else ["kept rows"]
@@ -127,6 +129,8 @@ class Saved:
         features += ["learned variance"] if net.learned_variance else []
         features += ["null class"] if net.null_class else []
         features += ["covariates"] if net.covariates is not None else []
+        features += ["known inputs"] if net.pointwise else []
+        features += ["mask"] if net.masked else []
         features += ["series"] if len(net.shape) == 2 else []
         features += [] if self.optimizer is None else self.optimizer.plan.features
         try:
@@ -214,6 +218,7 @@ class Saved:
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
             spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True),
             kept_rows=_stored(tensors, KEPT, (kept, *net.shape)) if kept else None,
+            conditional=check_choice("conditional", header.get("conditional"), TARGETS) if net.masked else None,
         )
 
 

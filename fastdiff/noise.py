@@ -251,7 +251,7 @@ def fill_uniform(out: npt.NDArray[Any], draw: Draw) -> None:
 def scaled_words(n: int, bound: int, draw: Draw) -> npt.NDArray[np.int64]:
     """Return n integers (w0 bound) >> 32 in 0 .. bound - 1, one per row: the law's batch rows and timesteps."""
     w0 = philox_words(n, 1, draw)[:, 0, 0]
-    return ((w0.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+    return _scaled(w0.astype(np.uint64), bound)
 
 
 def flips(n: int, draw: Draw) -> npt.NDArray[np.bool_]:
@@ -284,6 +284,58 @@ def dropped(n: int, share: float, draw: Draw) -> npt.NDArray[np.bool_]:
     """
     words = philox_words(n, 1, draw)[:, 0, :2]
     return words.astype(np.uint64) < np.uint64(drop_limit(share))
+
+
+TARGETS = ("mask", "random", "block", "tail")
+"""What a network that is told of a mask learns to draw: one of the kinds that follow, or all of them."""
+
+
+def targets(n: int, image: tuple[int, int, int], kind: str, draw: Draw) -> npt.NDArray[np.bool_]:
+    """Return which values of n positions of a training batch are to be drawn given the others, (n, H, W, C) bool.
+
+    Stream DROP: the row is the position in the batch, the step the training step, as for BATCH. Of block 1 word 0 says
+    which kind a row is: where (w0 10) >> 32 is 0 all of it is drawn, and of the kind "mask" 1 to 3 are "random", 4 to 6
+    "block", and 7 to 9 "tail". Word 1 is the share r = w1 2^-32.
+
+    - "random": each value of a series, or pixel of a picture, whose own word is at most w1: word j % 4 of block
+      2 + j // 4 of the j-th.
+    - "block": as many columns as ((w1 W) >> 32) + 1 from column (w2 (W - columns + 1)) >> 32 on. Of pictures rows are
+      cut in the same way, by w3; of series the channel is (w3 (C + 1)) >> 32, and C stands for all.
+    - "tail": the last ((w1 W) >> 32) + 1 points of a series, or rows of a picture.
+    """
+    height, width, channels = image
+    w0, w1, w2, w3 = philox_words(n, 1, draw, 1)[:, 0].astype(np.uint64).T
+    drawn = np.zeros((n, *image), bool)
+    tenth = _scaled(w0, 10)
+    which = (tenth + 2) // 3 if kind == "mask" else np.where(tenth == 0, 0, TARGETS.index(kind))
+    drawn[which == 0] = True
+    random = np.flatnonzero(which == 1)
+    cells = height * width if height > 1 else width * channels
+    blocks = -(-cells // 4)
+    numbers = np.repeat((random + draw.first_row).astype(np.uint64), blocks)
+    of_blocks = np.tile(np.arange(2, 2 + blocks, dtype=np.uint32), len(random))
+    words = np.stack(_row_words(numbers, of_blocks, round_keys(draw.seed), draw.stream, draw.step), axis=-1)
+    below = words.reshape(len(random), 4 * blocks)[:, :cells] <= w1[random, None]
+    drawn[random] = below.reshape(len(random), height, width, 1 if height > 1 else channels)
+    rows, columns = _scaled(w1, height) + 1, _scaled(w1, width) + 1
+    top, left, channel = _scaled(w3, height - rows + 1), _scaled(w2, width - columns + 1), np.full(n, channels)
+    if height == 1:
+        channel = np.where(which == 2, _scaled(w3, channels + 1), channels)
+        left = np.where(which == 3, width - columns, left)
+    else:
+        top = np.where(which == 3, height - rows, top)
+        left, columns = np.where(which == 3, 0, left), np.where(which == 3, width, columns)
+    sides = ((height, top, rows), (width, left, columns))
+    i, j = (
+        (np.arange(size) >= start[:, None]) & (np.arange(size) < (start + much)[:, None]) for size, start, much in sides
+    )
+    of = (channel[:, None] == channels) | (channel[:, None] == np.arange(channels))
+    drawn |= (which >= 2)[:, None, None, None] & i[:, :, None, None] & j[:, None, :, None] & of[:, None, None, :]
+    return drawn
+
+
+def _scaled(words: npt.NDArray[np.uint64], bound: Any) -> npt.NDArray[np.int64]:
+    return ((words * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def check_rows(first_sample: Any, n: int) -> int:

@@ -27,8 +27,9 @@ log = logging.getLogger("fastdiff")
 
 Float64 = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]
-Drawn = Callable[[Observations, npt.NDArray[np.int64]], Values]
-"""Takes observations, one for each sample, and of which recording each is; returns the samples (count, ...)."""
+Drawn = Callable[[Observations, npt.NDArray[np.int64], int], Values]
+"""Takes observations, one for each sample, of which recording each is, and the first row of the window; returns the
+samples (count, ...)."""
 
 WINDOWS = 1 << 16  # of a recording
 BLOCK_VALUES = 1 << 24  # of draws that are held at once, where quantiles are asked for
@@ -88,7 +89,7 @@ def filled(
             firsts = (first[:, None] + np.arange(draws)).reshape(-1)
             width = math.prod(shape)
             known = Observations(width, len(flat), ((flat, np.zeros(width)),), (), (), np.float64, firsts=firsts)
-            got = drawn(known, np.repeat(rows, draws)).reshape(len(rows), draws, *shape)
+            got = drawn(known, np.repeat(rows, draws), step.start).reshape(len(rows), draws, *shape)
             window[:, rows] = got.swapaxes(0, 1)
         fresh = slice(max(done, step.start), step.finished)
         if fresh.stop > fresh.start:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.conditioning import GUIDED, ConditionedEvaluator, plan
+from fastdiff.conditioning import OWN_NOISE, ConditionedEvaluator, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
 from fastdiff.errors import (
     ArgumentError,
@@ -80,8 +80,9 @@ def sample(
         Start from this state at the table's first timestep, instead of from noise.
     labels : int or (n,) int array, optional
         The class of every sample, for a denoiser that has classes; it gets them as (n,) int64.
-    covariates : (k,) or (n, k) array, optional
-        Numbers that every sample is asked for, in the denoiser's own range, for one that has covariates.
+    covariates : (k,), (n, k) or (n, ..., k) array, optional
+        Numbers that every sample, or each of its points, is asked for, in the denoiser's own range, for one that has
+        covariates.
     guidance, guidance_interval, rescale : optional
         Take the denoiser `fastdiff.Guided` with this weight, interval and rescaling; see there.
     trajectory : bool, optional
@@ -99,7 +100,8 @@ def sample(
         What is known of the samples, in the denoiser's space: n draws are made for each observation. Draw k for
         observation i has the noise of sample ``i 2^20 + first_sample + k``. Labels are one for each observation.
     method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
-        How, see `fastdiff.conditioning`; "auto" is "tmpd". Of these "smc" is right in the limit of many draws, and the
+        How, see `fastdiff.conditioning`; "auto" is "tmpd", and the only one for a network that is told what is known,
+        see `fastdiff.masks`. Of these "smc" is right in the limit of many draws, and the
         others are approximations: "tmpd" is exact for normal data in the limit of many rows.
     return_evidence : bool, optional
         With "smc": also return the logarithm of the density of each observation under the table's samples.
@@ -184,7 +186,7 @@ def sample(
 
     table, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, rows)) for i in range(0, rows, batch)]
-    told = [asked_on(be, *(None if array is None else array[part] for array in asked)) for part in batches]
+    told = [asked_on(be, source, *(None if array is None else array[part] for array in asked)) for part in batches]
     parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, told, strict=True)]
 
     def finished(states: Array) -> Array:
@@ -198,7 +200,7 @@ def sample(
         x = finished(x)
         return (x, evidence if planned.known.count is not None else float(evidence[0])) if return_evidence else x
     after = None if planned is None else planned.replacement(be)
-    own_noise = filler is None or (planned is not None and planned.method in GUIDED)
+    own_noise = filler is None or (planned is not None and planned.method in OWN_NOISE)
     whole = not progress or (isinstance(evaluator, ConditionedEvaluator) and evaluator.whole(x, table, draw))
     if own_noise and whole and not (trajectory or callback):
         with progress_bar(show=progress, total=rows, desc="sampling", leave=False) as bar:

@@ -573,6 +573,10 @@ class Columns:
     def __len__(self) -> int:
         return len(next(iter(self.data.values()), ()))
 
+    def head(self, rows: int) -> Columns:
+        """Return the first rows."""
+        return Columns({name: column[:rows] for name, column in self.data.items()}, self.clock)
+
 
 def load_recording(path: str | os.PathLike[str], **reading: Any) -> Any:
     """Read a recording of a ``.csv`` or ``.parquet`` file as `Columns`, or the array of an ``.npy`` file.
@@ -584,7 +588,7 @@ def load_recording(path: str | os.PathLike[str], **reading: Any) -> Any:
     ----------
     path : path
     **reading
-        As of `fastdiff.data.load_curves`, for CSV files.
+        As of `fastdiff.data.load_curves`, for CSV files; of others `columns` and `drop`, by name.
 
     Returns
     -------
@@ -601,7 +605,9 @@ def load_recording(path: str | os.PathLike[str], **reading: Any) -> Any:
         if suffix == ".npy":
             return load_npy(path, (1, 2, 3), "(time,), (time, channels) or (series, points, channels)")
         if suffix == ".parquet":
-            return Columns(_parquet(path))
+            names, left_out = reading.get("columns"), reading.get("drop") or ()
+            found = {name: column for name, column in _parquet(path).items() if name not in left_out}
+            return Columns({name: found[name] for name in found if names is None or name in names})
         return _csv(path, **reading)
 
 

@@ -26,6 +26,7 @@ from fastdiff.forks import at_fork, free
 from fastdiff.judgement import LOOK_EVERY, Watch
 from fastdiff.nn import Network
 from fastdiff.nn.optim import TrainingPlan
+from fastdiff.noise import MAX_STEP, Draw, Stream, targets
 from fastdiff.process import forward_noise
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers.table import x0_from_output
@@ -362,7 +363,8 @@ class Validation:
         Their classes and their covariates, or None.
     schedule : Schedule
     draws : TrainingDraws
-        With the targets, the terms of the loss, and the seed.
+        With the targets, the terms of the loss, and the seed. Where a network is told of a mask, it is that of stream
+        DROP at the last step of all.
     hidden : array, optional
         Like the rows, NaN where a value was missing and has no error, and 0 elsewhere.
     """
@@ -384,14 +386,22 @@ class Validation:
         tables = draws.target_noise, draws.target_data
         of_noise, of_data = (table[t].reshape(-1, *(1,) * (x0.ndim - 1)) for table in tables)
         target = (of_noise * eps + of_data * x0 + (0 if hidden is None else hidden)).astype(x.dtype)
+        self.known = None
+        if draws.targets is not None:
+            given = ~targets(len(x0), draws.targets[1], draws.targets[0], Draw(draws.seed, Stream.DROP, MAX_STEP))
+            given = given.reshape(x0.shape) & ~np.isnan(target)
+            self.known = np.where(given, x0, np.nan)
+            signal = schedule.signal.astype(x.dtype)[t].reshape(-1, *(1,) * (x0.ndim - 1))
+            np.copyto(x, signal * x0, where=given)
+            np.copyto(target, np.nan, where=given)
         terms = None if draws.terms is None else draws.terms[t]
         labels, covariates = asked
         self.batch = Batch(be.asarray(x), be.asarray(t, np.int64), target, labels, terms, covariates)
 
     def loss(self, average: Array) -> float:
         """Return the loss of these weights."""
-        x, t, target, labels, terms, covariates = self.batch
-        options: dict[str, Any] = {"covariates": covariates, "backend": self.be, "flat": average}
+        x, t, target, labels, terms, covariates = self.batch[:6]
+        options: dict[str, Any] = {"covariates": covariates, "backend": self.be, "flat": average, "known": self.known}
         out = self.be.to_numpy(self.net.predict(x, t, labels, **options))
         return squared_error(out, target, terms)[0]
 

@@ -13,7 +13,7 @@ from fastdiff.backends import TrainingDraws, TrainState
 from fastdiff.backends.cuda import layers as cuda_layers
 from fastdiff.backends.layers import Batch
 from fastdiff.nn.optim import TrainingPlan
-from fastdiff.noise import Draw, Stream
+from fastdiff.noise import TARGETS, Draw, Stream
 
 F, EPS = np.float32, 1e-5
 
@@ -328,6 +328,32 @@ def drawn_batches(be, size):
             for array, wanted in zip(got, want, strict=True):
                 if array is not None:
                     assert_same_bits(be.to_numpy(array), wanted)
+
+
+@covers("pointwise", "draw_known", "hold")
+def known_batches(be, size):
+    """What is known of a batch, by the bits of the noise law, where some values have not been seen, and held later."""
+    for number, (shape, n, rows) in enumerate(DRAWS[size]):
+        hidden = np.where(normals(4, rows, *shape) < -1, F(np.nan), F(0))
+        data = normals(1, rows, *shape) if number % 2 else np.stack([normals(1, rows, *shape), hidden], axis=1)
+        tables = np.random.default_rng(2).normal(size=(4, 11))
+        for kind in TARGETS:
+            draws = TrainingDraws(data, *tables, 2**63 + 5, None, number % 2 == 1, masked=number % 2 == 0)
+            draws, at = draws._replace(targets=(kind, shape)), (2**32 - 1 - number, (0, 17)[number % 2])
+            want = [unfilled(n, *shape), np.empty(n, np.int64), unfilled(n, *shape), None, None, None]
+            want += [unfilled(n, *shape), unfilled(n, *shape)]
+            got = [None if array is None else be.asarray(np.zeros_like(array), array.dtype) for array in want]
+            NUMPY.draw_batch(draws, Batch(*want), *at)
+            be.draw_batch(draws._replace(data=be.asarray(data)), Batch(*got), *at)
+            for array, wanted in zip(got, want, strict=True):
+                if array is not None:
+                    assert_same_bits(be.to_numpy(array), wanted)
+        known = np.hstack([part.reshape(n, -1) for part in want[6:]])
+        x = normals(7, n, known.shape[1] // 2)
+        there = be.asarray(x.copy())
+        NUMPY.hold(x, known, 0.3)
+        be.hold(there, be.asarray(known), 0.3)
+        assert_same_bits(be.to_numpy(there), x)
 
 
 DROPS = {"small": [(3, 1, 7, 1), (2, 1, 1, 3), (3, 2, 2, 4)], "full": [(64, 32, 32, 128), (7, 33, 31, 5)]}

@@ -117,13 +117,18 @@ def chains(be, size):
 def asked_networks(be, size):
     """Networks that are asked for classes and covariates: forward, chains that are guided, products, and training."""
     n, schedule = BATCH[size], Schedule.cosine(11)
-    for number, asked in enumerate(({"classes": 3}, {"covariates": 2}, {"classes": 2, "covariates": 1})):
+    told = {"classes": 2, "covariates": 1, "masked": True}
+    for number, asked in enumerate(({"classes": 3}, {"covariates": 2}, {"masked": True}, told)):
         net = scatter(MLP(19, hidden=(33, 21), T=11, **asked))
-        net, wide = (with_linear(net) if number == 2 else net), net.flat.astype(np.float64)
+        net, wide = (with_linear(net) if number == 3 else net), net.flat.astype(np.float64)
         random, (x, t, target) = np.random.default_rng(number), batch_of(net, n)
         labels = random.integers(0, net.classes + 1, n) if net.classes else None
         covariates = random.normal(size=(n, net.covariates + 1)).astype(np.float32) if net.covariates else None
-        told = net.plan.asks(labels, covariates)
+        known = None
+        if net.masked:
+            marks = random.random((n, 19)) < 0.5
+            known = np.hstack([np.where(marks, random.normal(size=(n, 19)), 0), marks]).astype(np.float32)
+        told = net.plan.asks(labels, covariates, known=known)
         wide_x, wide_told = x.astype(np.float64), told.astype(np.float64)
         params, x_there, t_there, there = (be.asarray(a, a.dtype) for a in (net.flat, x, t, told))
         got = be.to_numpy(be.mlp_forward(net.plan, params, x_there, t_there, asked=there))
@@ -134,8 +139,9 @@ def asked_networks(be, size):
         smp, draw = dpmpp_2m(schedule, 4, prediction="v"), Draw(4, Stream.STEP, first_row=7)
         for weights in (None, np.array([1, 2, 0.5, 1], np.float32)):
             want, state = wide_x.copy(), be.asarray(x.copy())
-            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, None, draw, wide_told, weights)
-            be.mlp_chain(net.plan, params, state, smp.rows, None, draw, there, weights)
+            levels = None if known is None else schedule.signal[[row.t for row in smp.rows]].astype(np.float32)
+            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, None, draw, wide_told, weights, levels)
+            be.mlp_chain(net.plan, params, state, smp.rows, None, draw, there, weights, levels)
             assert_close(be.to_numpy(state), want, terms=12 * terms(net))
 
         want, grads = np.zeros_like(wide), be.asarray(np.zeros_like(net.flat))
@@ -154,7 +160,7 @@ def asked_networks(be, size):
         for drop in (0.0, 0.4):
             draws = TrainingDraws(
                 data, *tables, 2**63 + 5, None if labels is None else labels % net.classes, False, None, covariates,
-                drop, net.classes or 0,
+                drop, net.classes or 0, targets=("mask", net.image) if net.masked else None,
             )  # fmt: skip
             want = np.zeros_like(wide)
             loss = NUMPY.mlp_train_gradient(net.plan, wide, draws, 12, n, want)

@@ -207,7 +207,7 @@ def test_gradients_of_what_is_asked(kind):
 def test_products_with_a_guided_jacobian():
     net = curve_net("float64")
     guided, x = fd.Guided(net, 2.5).on(NUMPY, net.shape), np.random.default_rng(0).normal(size=(4, 13))
-    asked = asked_on(NUMPY, *checked_asked(net, **wishes(net, 4), n=4, dtype=np.float64))
+    asked = asked_on(NUMPY, net, *checked_asked(net, **wishes(net, 4), n=4, dtype=np.float64))
     v, w = np.random.default_rng(1).normal(size=(2, 4, 13))
     moved = [guided.evaluate(x + sign * v, 3, asked).copy() for sign in (1e-6, -1e-6)]
     slope = (moved[0] - moved[1]) / 2e-6

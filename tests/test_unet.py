@@ -416,9 +416,10 @@ def test_configuration_round_trip(options):
 
 def test_every_option_is_in_the_configuration():
     options = set(inspect.signature(UNet).parameters) - {"draw"}
-    asked = {"classes": 3, "covariates": 2}  # what networks of 0.1.0 had not is in the configuration where it is used
+    asked = {"classes": 3, "covariates": 2, "pointwise": True, "masked": True}
     assert set(UNet((4, 4, 1), channels=(4,), **asked).to_dict()) == options | {"kind"}
-    assert set(UNet((4, 4, 1), channels=(4,)).to_dict()) == (options | {"kind"}) - {"covariates", "null_class"}
+    newer = {"covariates", "null_class", "pointwise", "masked"}  # where it is used: networks of 0.1.0 had it not
+    assert set(UNet((4, 4, 1), channels=(4,)).to_dict()) == (options | {"kind"}) - newer
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])

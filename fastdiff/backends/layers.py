@@ -59,6 +59,8 @@ class Batch(NamedTuple):
     terms : (n, columns) array or None
         As of `LayerBackend.squared_error`; they are not drawn.
     covariates : (n, columns) array or None
+    known, marks : (n, ...) array or None
+        Like x: what is known of its values, else 0, and 1 where they are known, else 0.
     """
 
     x: Array
@@ -67,6 +69,8 @@ class Batch(NamedTuple):
     labels: Array | None = None
     terms: Array | None = None
     covariates: Array | None = None
+    known: Array | None = None
+    marks: Array | None = None
 
 
 class Recording(Protocol):

@@ -140,11 +140,15 @@ class MLPPlan:
     linear : LinearPart or None
         Added to the output of the layers, and not trained.
     asked : int
-        Columns of what is asked of a sample, its class in `classes` of them and then covariates; 0: nothing is. A
-        sample's row of the time table is that of its timestep, plus what is asked of it times W (asked, time_width).
+        Columns of what is asked of a sample, its class in `classes` of them, then covariates, then what is known of it;
+        0: nothing is. A sample's row of the time table is that of its timestep, plus what is asked of it times W
+        (asked, time_width).
     asked_weight : int
         Offset of that W.
     classes : int
+    known : int
+        Columns of what is known, twice the values of a sample: the values, 0 where they are not known, and then for
+        each whether it is, 1 or 0. A network without them has 0.
     """
 
     layers: tuple[DenseLayer, ...]
@@ -158,22 +162,29 @@ class MLPPlan:
     asked: int = 0
     asked_weight: int = 0
     classes: int = 0
+    known: int = 0
 
     def asks(
-        self, labels: npt.NDArray[Any] | None, covariates: npt.NDArray[Any] | None, dtype: npt.DTypeLike = np.float32
+        self,
+        labels: npt.NDArray[Any] | None,
+        covariates: npt.NDArray[Any] | None,
+        dtype: npt.DTypeLike = np.float32,
+        known: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """Return what is asked of samples (n, asked): 1 in the column of its class, none for the null class.
 
-        `labels` are (n,), from 0 to `classes`, the null class; `covariates` (n, asked - classes).
+        `labels` are (n,), from 0 to `classes`, the null class; `covariates` (n, asked - classes - known), and `known`
+        (n, known).
         """
-        given = labels if labels is not None else covariates
-        assert given is not None
+        given = next(part for part in (labels, covariates, known) if part is not None)
         out = np.zeros((len(given), self.asked), dtype)
         if labels is not None:
             named = np.flatnonzero(labels < self.classes)
             out[named, labels[named]] = 1
         if covariates is not None:
-            out[:, self.classes :] = covariates
+            out[:, self.classes : self.asked - self.known] = covariates
+        if known is not None:
+            out[:, self.asked - self.known :] = known
         return out
 
     @cached_property
@@ -275,6 +286,10 @@ class TrainingDraws(NamedTuple):
 
     Where values are missing the data are `masked`, (N, 2, ...): a row is x0, and what is added to its target, 0 or, of
     a value that has not been seen, NaN. A target of NaN has no error.
+
+    `targets` is a kind of `fastdiff.noise.targets`, and the shape (height, width, channels) of a row, where the network
+    is told of a mask. Of the values that are no targets, and have been seen, x is ``signal[t] * x0``, without noise,
+    and the target NaN; these are what is known of the row.
     """
 
     data: Array
@@ -290,6 +305,7 @@ class TrainingDraws(NamedTuple):
     drop: float = 0.0
     classes: int = 0
     masked: bool = False
+    targets: tuple[str, tuple[int, int, int]] | None = None
 
 
 class TrainState(NamedTuple):
@@ -450,11 +466,21 @@ class Backend(Protocol):
         draw: Draw,
         asked: Array | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        levels: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t.
 
         With `weights` (len(rows),) the denoiser of a row is u + w (c - u), c being the output for what is asked and u
-        that for nothing, in that order of operations; c alone where w is 1.
+        that for nothing but what is known, in that order of operations; c alone where w is 1.
+
+        With `levels` (len(rows),) what `asked` says is known is held: before row i evaluates the network these values
+        of x become ``levels[i]`` times the known ones.
+        """
+
+    def hold(self, x: Array, known: Array, level: float) -> None:
+        """Change the values of x (n, D) that are known to `level` times the known ones.
+
+        `known` (n, 2 D) has the values, and then for each 1 where it is known, and 0.
         """
 
     def guide(self, asked: Array, unasked: Array, weight: float, rescale: float, out: Array) -> None:

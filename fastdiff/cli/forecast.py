@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture, reading
+from fastdiff.cli.inputs import add_table_options, check_picture, inputs_of, reading
 from fastdiff.cli.parser import add_command, add_common, add_method, add_quantiles
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
@@ -19,8 +19,10 @@ def add(commands: Any) -> None:
         "draw what comes after a recording",
         "Draws what follows a recording, a line for each time, from a model of its windows,\n"
         "many times: the end of a window given its beginning, rolling on where that is too\n"
-        "short. A .csv or .parquet file gets a line for each time of each draw, or with\n"
-        "--quantiles one for each time; an .npy file the array (draws, horizon, channels).",
+        "short. A model with known inputs reads them from the columns of --covariates: then\n"
+        "the last lines of DATA, as many as --horizon, have these alone.\n"
+        "A .csv or .parquet file gets a line for each time of each draw, or with --quantiles\n"
+        "one for each time; an .npy file the array (draws, horizon, channels).",
         "examples:\n"
         "  fastdiff forecast m.safetensors weather.csv -o next.csv --horizon 24\n"
         "  fastdiff forecast m.safetensors weather.csv -o next.csv --horizon 24 \\\n"
@@ -58,6 +60,15 @@ def run(args: argparse.Namespace) -> int:
     X = series.load_recording(args.data, **reading(args))
     frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     options: dict[str, Any] = {"method": args.method, "seed": seed, "progress": not args.quiet}
+    told = inputs_of(args, model)
+    if told is not None:
+        if not np.isnan(series.recording(X)[0][-horizon:]).all() or len(told) <= horizon:
+            raise FastdiffError(
+                f"{args.data}: the last {horizon} lines have values; they are to have known inputs alone"
+            )
+        seen, options["covariates"] = len(told) - horizon, told
+        X = X.head(seen) if isinstance(X, series.Columns) else X[:seen]
+        frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     found = model.forecast(X, horizon, draws, quantiles=args.quantiles, **options)
     values = found if frame is None else np.stack([series.Frame.of(one).values for one in _listed(found)])
     series.save_answers(args.output, values, frame, args.quantiles, model.channel_names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture, reading
+from fastdiff.cli.inputs import add_table_options, check_picture, inputs_of, reading
 from fastdiff.cli.parser import add_command, add_common, add_method, add_quantiles
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
@@ -100,6 +100,8 @@ def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[s
     X = series.load_recording(args.data, **reading(args))
     frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     seen = X if frame is None else frame.values
+    if (told := inputs_of(args, model)) is not None:
+        options["covariates"] = told
     holes = np.isnan(seen)
     if args.plot and (not holes.any() or seen.ndim != 2):
         raise FastdiffError("--plot: there is nothing to show: it wants a recording with missing values")

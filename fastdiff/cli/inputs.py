@@ -42,7 +42,8 @@ def add_table_options(command: argparse.ArgumentParser) -> None:
         type=_words,
         action="extend",
         metavar="NAME,...",
-        help="these columns are no values of the curves, but numbers that samples can be asked for",
+        help="these columns are no values of the curves, but numbers that samples can be asked for; of a recording "
+        "they are known inputs of every time",
     )
     table.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal sign (default: the point)")
     table.add_argument(
@@ -152,14 +153,21 @@ def dimensions(path: str) -> int:
 
 def series_of(args: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
     """Series (N, points, channels) of a file, or windows of the recording that it is."""
-    from fastdiff.errors import check_int
-    from fastdiff.series import load_recording, windows
+    from fastdiff.series import load_recording
 
     X = load_recording(args.data, **reading(args))
     if getattr(X, "ndim", 0) == 3:
         if args.window is not None:
             raise FastdiffError(f"{args.data} has series of {X.shape[1]} points, which are no recording: no --window")
         return X
+    return _cut(args, shape, X)
+
+
+def _cut(args: argparse.Namespace, shape: tuple[int, ...] | None, X: Any) -> Any:
+    """Windows of a recording, as long as --window or the model says."""
+    from fastdiff.errors import check_int
+    from fastdiff.series import windows
+
     length = args.window if args.window is not None else None if shape is None else shape[0]
     length = length if isinstance(length, str) else check_int("--window", length, low=1)
     stride = None if args.stride is None else check_int("--stride", args.stride, low=1)
@@ -173,7 +181,10 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def covariates(args: argparse.Namespace, model: Diffusion | None) -> npt.NDArray[np.float32] | None:
-    """The columns of a table that are covariates, (N, k), in the order in which they were named."""
+    """The columns of a table that are covariates, (N, k), in the order in which they were named.
+
+    Of windows of a recording (N, length, k): known inputs.
+    """
     import numpy as np
 
     from fastdiff.data import load_curves
@@ -189,6 +200,11 @@ def covariates(args: argparse.Namespace, model: Diffusion | None) -> npt.NDArray
         raise FastdiffError("--covariates: this model has none")
     if known not in (None, len(args.covariates)):
         raise FastdiffError(f"--covariates: {len(args.covariates)} columns, where the model has {known}")
+    shape = None if model is None or model.net is None else model.net.shape
+    if is_series(args, shape):
+        return _cut(args, shape, known_inputs(args))
+    if model is not None and model.net is not None and model.net.pointwise:
+        raise FastdiffError("--covariates: those of this model belong to every point, and are read from Python")
     options = reading(args) | {"index": None, "drop": ()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # they are not taken for values of curves
@@ -197,6 +213,38 @@ def covariates(args: argparse.Namespace, model: Diffusion | None) -> npt.NDArray
         if column.shape[1] != 1:
             raise FastdiffError(f"--covariates: {name} is {column.shape[1]} columns, name one after the other")
     return np.hstack(columns)
+
+
+def known_inputs(args: argparse.Namespace) -> npt.NDArray[Any]:
+    """The columns of a recording that are known inputs of every time, (time, k), in the order of their names."""
+    import numpy as np
+
+    from fastdiff.series import load_recording, recording
+
+    parts = [recording(load_recording(args.data, **reading(args) | {"drop": (), "columns": [name]}))[0]
+             for name in args.covariates]  # fmt: skip
+    for name, part in zip(args.covariates, parts, strict=True):
+        if part.ndim != 2 or part.shape[1] != 1:
+            raise FastdiffError(f"--covariates: {name} is no column of {args.data}")
+        if np.isnan(part).any():
+            row = int(np.flatnonzero(np.isnan(part))[0])
+            raise FastdiffError(
+                f"--covariates: {name} has no number at time {row + 1}; known inputs have one everywhere"
+            )
+    return np.hstack(parts)
+
+
+def inputs_of(args: argparse.Namespace, model: Diffusion) -> npt.NDArray[Any] | None:
+    """What `known_inputs` returns, for a model that has any."""
+    names = model.covariate_names
+    if model.net is None or not model.net.pointwise:
+        if args.covariates:
+            raise FastdiffError("--covariates: this model has no known inputs of every time")
+        return None
+    if not args.covariates or (names is not None and args.covariates != names):
+        wants = ",".join(names or ["NAME"] * (model.net.covariates or 0))
+        raise FastdiffError(f"--covariates {wants} is wanted: the model has these known inputs")
+    return known_inputs(args)
 
 
 def table_options(args: argparse.Namespace) -> list[str]:

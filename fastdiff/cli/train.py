@@ -26,6 +26,7 @@ from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
 from fastdiff.nn.optim import LR_PLANS
+from fastdiff.noise import TARGETS
 from fastdiff.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def add(commands: Any) -> None:
         "  fastdiff train curves.csv -o m.safetensors --validation 0.1 --loss-plot l.png\n"
         "  fastdiff train table.csv -o m.safetensors --index year --drop label\n"
         "  fastdiff train weather.csv -o m.safetensors --window 48 --stride 12\n"
+        "  fastdiff train load.csv -o m.safetensors --window 48 --covariates hour,holiday\n"
+        "  fastdiff train weather.csv -o m.safetensors --window 48 --conditional mask\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
         "\n"
@@ -176,6 +179,12 @@ def add(commands: Any) -> None:
         "--prediction", choices=PREDICTIONS, help="what the network learns (default v; velocity for a flow)"
     )
     model.add_argument(
+        "--conditional",
+        choices=TARGETS,
+        help="the network is told which values are known, and learns to draw single ones, blocks or the tail given the "
+        "others; mask: any of these",
+    )
+    model.add_argument(
         "--learned-variance",
         action="store_true",
         default=None,
@@ -255,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
         check_picture(_snapshot(output, 0))
     model = _resumed(args) if args.resume else None
     data, labels, names = training_data(args, model)
-    numbers = covariates(args, model) if data.ndim == 2 else None
+    numbers = covariates(args, model) if data.ndim < 4 else None
     if model is None and data.ndim < 4 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
         raise FastdiffError(
             f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
@@ -387,7 +396,7 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         T = PICTURE_T if schedule is None else schedule.T
         net = picture_net(
             shape, T=T, classes=classes, seed=seed, channels=args.channels, dropout=args.dropout or 0.0,
-            learned_variance=bool(args.learned_variance),
+            learned_variance=bool(args.learned_variance), masked=args.conditional is not None,
         )  # fmt: skip
     elif args.learned_variance:
         raise FastdiffError("--learned-variance is for pictures: a perceptron has one output for each point")
@@ -395,7 +404,8 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
         net = fd.MLP.tutorial(shape if len(shape) == 2 else shape[0], T=schedule.T)
     scale = args.scale or "auto"
-    return fd.Diffusion(net, schedule, prediction=args.prediction, scale=scale, backend=args.backend, seed=seed)
+    options = {"prediction": args.prediction, "conditional": args.conditional, "backend": args.backend}
+    return fd.Diffusion(net, schedule, scale=scale, seed=seed, **options)
 
 
 def _resumed(args: argparse.Namespace) -> Diffusion:
@@ -418,6 +428,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
         "prediction",
         "learned_variance",
         "scale",
+        "conditional",
     )
     for name in settled:
         if getattr(args, name, None) is not None and (name != "size" or args.crop is None):

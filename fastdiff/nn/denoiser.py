@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fastdiff.backends import Backend
+from fastdiff.denoiser import CovariateForm
 from fastdiff.nn.network import Network
 from fastdiff.nn.runner import Runner
 from fastdiff.schedule import Schedule
@@ -46,8 +47,12 @@ class NetworkDenoiser:
         return self.net.classes
 
     @property
-    def covariates(self) -> int | None:
-        return self.net.covariates
+    def covariate_form(self) -> CovariateForm | None:
+        return self.net.covariate_form
+
+    @property
+    def masked(self) -> bool:
+        return self.net.masked
 
     @property
     def asked_freely(self) -> bool:
@@ -65,9 +70,10 @@ class NetworkDenoiser:
     def shape(self) -> tuple[int, ...]:
         return self.net.shape
 
-    def predict(self, x: Any, t: Any, labels: Any = None, *, covariates: Any = None) -> Any:
-        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,)."""
-        return self.net.predict(x, t, labels, covariates=covariates, backend=self.backend, flat=self.flat)
+    def predict(self, x: Any, t: Any, labels: Any = None, *, covariates: Any = None, known: Any = None) -> Any:
+        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,): see `Network.predict`."""
+        options = {"covariates": covariates, "known": known, "backend": self.backend, "flat": self.flat}
+        return self.net.predict(x, t, labels, **options)
 
     def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
         """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Self
@@ -37,6 +37,7 @@ MAX_LAYERS = 1000  # hidden ones
 MAX_PERIOD = 10_000.0
 KINDS = ("modulated", "tutorial")
 ASKED = ("classes", "covariates")  # in the configuration of a network that has them
+FLAGS = ("pointwise", "masked")  # likewise
 TIME_COLUMNS: dict[TimeMode, int] = {"none": 0, "shift": 1, "scale_shift": 2}  # for each output of a layer
 
 
@@ -61,8 +62,9 @@ class MLP(Network):
     """A perceptron on curves of `points` values, or series of several channels: x_t and t in, one value a value out.
 
     Hidden layer i computes silu((1 + g_i(t)) (x W_i + b_i) + s_i(t)); gain g and shift s are linear in sinusoidal
-    features of t, and in what is asked of a sample, its class and covariates (feature-wise modulation, Perez et al.
-    2018). `tutorial` builds the source text's network instead.
+    features of t, and in what is asked of a sample, its class, covariates and known values (feature-wise modulation,
+    Perez et al. 2018), whose share does not depend on t and is computed once for a chain. `tutorial` builds the source
+    text's network instead.
 
     Parameters
     ----------
@@ -76,6 +78,10 @@ class MLP(Network):
         Number of classes, beside which there is a null class; None: no labels.
     covariates : int, optional
         How many numbers are asked of a sample beside that; None: none.
+    pointwise : bool, optional
+        Whether so many are asked of each point, and not of the sample.
+    masked : bool, optional
+        Whether it is told which values of a sample are known, and what they are: see `fastdiff.masks`.
     seed : int, optional
         The weights are drawn from stream WEIGHTS, one row a tensor.
     dtype : {"float32", "float64"}, optional
@@ -94,7 +100,7 @@ class MLP(Network):
     """
 
     widths, usual_batch = "hidden", 256
-    in_parts, has_linear = False, True
+    in_parts, has_linear, marks_each = False, True, False
 
     def __init__(
         self,
@@ -104,12 +110,15 @@ class MLP(Network):
         T: int = 100,
         classes: int | None = None,
         covariates: int | None = None,
+        pointwise: bool = False,
+        masked: bool = False,
         seed: int = 0,
         dtype: str = "float32",
     ) -> None:
         several = check_several("hidden", hidden, "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in several)
-        self._build("modulated", points, widths, T, seed, dtype, asked=(classes, covariates))
+        asked = {"classes": classes, "covariates": covariates, "pointwise": pointwise, "masked": masked}
+        self._build("modulated", points, widths, T, seed, dtype, asked=asked)
 
     @classmethod
     def tutorial(cls, points: int | tuple[int, int], *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
@@ -131,7 +140,7 @@ class MLP(Network):
         seed: int,
         dtype: str,
         draw: bool = True,
-        asked: tuple[int | None, int | None] = (None, None),
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.kind = kind
         sizes = tuple(points) if isinstance(points, (tuple, list)) else (points,)
@@ -145,7 +154,8 @@ class MLP(Network):
         self.T = check_int("T", T, low=1, high=1 << 20)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
-        self.ask(*asked, null_class=asked[0] is not None)
+        asked = {"classes": None, "covariates": None} | dict(asked or {})
+        self.ask(**asked, null_class=asked["classes"] is not None)
         if self.asked and not hidden:
             raise ArgumentError("hidden", "()", "at least one layer, for a network that is asked for something")
         hidden_kind: tuple[Activation, TimeMode] = ("silu", "scale_shift")
@@ -186,6 +196,7 @@ class MLP(Network):
             asked=self.asked,
             asked_weight=at.get("asked.weight", 0),
             classes=self.classes or 0,
+            known=self.known,
         )
         self.own(layout, draw)
 
@@ -208,7 +219,13 @@ class MLP(Network):
         return {
             "kind": self.kind, "points": self._sizes, "hidden": list(self.hidden), "T": self.T,
             "dtype": self.dtype.name, "seed": self.seed,
-        } | {name: count for name in ASKED if (count := getattr(self, name)) is not None}  # fmt: skip
+        } | self._asked_for  # fmt: skip
+
+    @property
+    def _asked_for(self) -> dict[str, Any]:
+        """What it is asked for and told, as the arguments that say so."""
+        counts = {name: count for name in ASKED if (count := getattr(self, name)) is not None}
+        return counts | {name: True for name in FLAGS if getattr(self, name)}
 
     @classmethod
     def from_dict(cls, config: Any, *, draw: bool = True) -> Self:
@@ -219,12 +236,12 @@ class MLP(Network):
         ArgumentError
             A key is missing or unknown, or a value is not what it should be.
         """
-        check_keys(config, {"kind", "points", "hidden", "T", "dtype", "seed"}, ASKED)
+        check_keys(config, {"kind", "points", "hidden", "T", "dtype", "seed"}, (*ASKED, *FLAGS))
         self = cls.__new__(cls)
         kind = check_choice("kind", config["kind"], KINDS)
-        asked = config.get("classes"), config.get("covariates")
-        if kind == "tutorial" and asked != (None, None):
-            raise ArgumentError("kind", "'tutorial'", "'modulated', for a network with classes or covariates")
+        asked = {name: config[name] for name in (*ASKED, *FLAGS) if config.get(name) is not None}
+        if kind == "tutorial" and asked:
+            raise ArgumentError("kind", "'tutorial'", "'modulated', for a network that is asked for something")
         hidden = config["hidden"]
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
             raise ArgumentError("hidden", shown(hidden), "a list of layer widths, empty for the tutorial network")
@@ -258,7 +275,7 @@ class MLP(Network):
         shown = self.points if len(self.shape) == 1 else self.shape
         if self.kind == "tutorial":
             return f"MLP.tutorial({shown}, T={self.T})"
-        asked = "".join(f", {name}={count}" for name in ASKED if (count := getattr(self, name)) is not None)
+        asked = "".join(f", {name}={value}" for name, value in self._asked_for.items())
         return f"MLP({shown}, hidden={self.hidden}, T={self.T}{asked})"
 
 
@@ -277,8 +294,9 @@ class MLPRunner(Runner):
         if labels is None or not self.net.asked:
             return None
         if self._asked is None or self._asked[0] is not labels:
-            chosen, numbers = (None if part is None else self.be.to_numpy(part) for part in asked_parts(labels))
-            asked = self.net.plan.asks(chosen, numbers, self.net.dtype)
+            parts = (None if part is None else self.be.to_numpy(part) for part in asked_parts(labels).parts)
+            chosen, numbers, known = parts
+            asked = self.net.plan.asks(chosen, numbers, self.net.dtype, known)
             self._asked = labels, self.be.asarray(asked, self.net.dtype)
         return self._asked[1]
 
@@ -341,6 +359,18 @@ class MLPRunner(Runner):
     ) -> None:
         """Run the table with a weight of guidance for each row: see `Backend.mlp_chain`."""
         self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), weights)
+
+    def run_held(
+        self,
+        x: Array,
+        rows: tuple[Row, ...],
+        clip: tuple[float, float] | None,
+        draw: Draw,
+        labels: Asked,
+        levels: npt.NDArray[np.float32],
+    ) -> None:
+        """Run the table with what is known held at a level for each row: see `Backend.mlp_chain`."""
+        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), levels=levels)
 
     def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
         if self.net.asked:  # the kernel knows of no labels

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from fastdiff import noise
 from fastdiff.backends import Array, Backend, LinearPart, backend_for
-from fastdiff.denoiser import asked_on, checked_asked
+from fastdiff.denoiser import CovariateForm, asked_on, checked_asked
 from fastdiff.errors import (
     ArgumentError,
     check_array,
@@ -46,7 +46,7 @@ from fastdiff.errors import (
     shown,
 )
 from fastdiff.forks import cached_property
-from fastdiff.nn.layers import Program
+from fastdiff.nn.layers import Program, Value
 from fastdiff.nn.params import Layout
 from fastdiff.nn.runner import Memories, ProgramRunner, Runner
 from fastdiff.noise import Draw, Stream
@@ -75,6 +75,8 @@ class Network(ABC):
         Rows of a training step where the caller does not say.
     in_parts : bool
         Whether a training step may take its batch in parts.
+    marks_each : bool
+        Whether it takes a 1 with the covariates of each point or pixel: see `fastdiff.denoiser.CovariateForm`.
     has_linear : bool
         Whether it takes a fixed linear part: see `set_linear`.
     shape : tuple of int
@@ -92,6 +94,10 @@ class Network(ABC):
     covariates : int or None
         How many numbers it is asked for beside a label; None: none. It sees them with a 1 after them, or all zeros
         where they are left out.
+    pointwise : bool
+        Whether it has so many for each point or pixel of a sample, and not for the sample.
+    masked : bool
+        Whether it is told which values of a sample are known, and what they are: see `fastdiff.masks`.
     seed : int
         Of the weights.
     dtype : numpy.dtype
@@ -111,6 +117,7 @@ class Network(ABC):
     widths: ClassVar[str] = "network"
     usual_batch: ClassVar[int] = 64
     in_parts: ClassVar[bool] = True
+    marks_each: ClassVar[bool] = True
     has_linear: ClassVar[bool] = False
 
     shape: tuple[int, ...]
@@ -120,6 +127,8 @@ class Network(ABC):
     classes: int | None = None
     null_class: bool = False
     covariates: int | None = None
+    pointwise: bool = False
+    masked: bool = False
     seed: int
     dtype: np.dtype[Any]
     layout: Layout
@@ -132,14 +141,28 @@ class Network(ABC):
         """Return the network on a backend, with its own weights or with others (layout.size,)."""
 
     @property
+    def covariate_form(self) -> CovariateForm | None:
+        """What covariates it has, and how it takes them."""
+        if self.covariates is None:
+            return None
+        places = self.shape[: max(1, len(self.shape) - 1)] if self.pointwise else ()
+        return CovariateForm((*places, self.covariates), self.marks_each and self.pointwise)
+
+    @property
     def asked(self) -> int:
-        """Columns of what is asked of a sample: its class in one of them, and covariates with the 1 after them."""
-        return (self.classes or 0) + (0 if self.covariates is None else self.covariates + 1)
+        """Columns of what is asked of a sample: its class in one of them, covariates with the 1, what is known."""
+        form = self.covariate_form
+        return (self.classes or 0) + (0 if form is None else form.columns) + self.known
+
+    @property
+    def known(self) -> int:
+        """Columns of what is known of a sample: the values, and which they are; 0 of a network that is told nothing."""
+        return 2 * math.prod(self.shape) if self.masked else 0
 
     @property
     def asked_freely(self) -> bool:
         """Whether it can be asked for nothing: guidance needs that."""
-        return self.asked > 0 and (self.classes is None or self.null_class)
+        return self.asked > self.known and (self.classes is None or self.null_class)
 
     @property
     def operations(self) -> int:
@@ -174,6 +197,8 @@ class Network(ABC):
         classes: int | None = None,
         covariates: int | None = None,
         null_class: bool = False,
+        pointwise: bool = False,
+        masked: bool = False,
         seed: int = 0,
         dtype: str = "float32",
         outputs: int | None = None,
@@ -193,13 +218,19 @@ class Network(ABC):
         height, width, channels = self.shape if len(self.shape) == 3 else (1, *points_and_channels)
         self.image = height, width, channels
         self.T = check_int("T", T, low=1, high=MAX_T)
-        self.ask(classes, covariates, null_class=null_class)
+        self.ask(classes, covariates, null_class=null_class, pointwise=pointwise, masked=masked)
         self.seed = check_seed(seed)
         self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
         self.outputs = channels if outputs is None else check_int("outputs", outputs, low=1, high=MAX_WIDTH)
 
-    def ask(self, classes: Any, covariates: Any, *, null_class: bool) -> None:
-        """Check and set what the network is asked for."""
+    def ask(
+        self, classes: Any, covariates: Any, *, null_class: bool, pointwise: bool = False, masked: bool = False
+    ) -> None:
+        """Check and set what the network is asked for, and told."""
+        check_flags(pointwise=pointwise, masked=masked)
+        self.pointwise, self.masked = pointwise, masked
+        if pointwise and covariates is None:
+            raise ArgumentError("pointwise", "True", "covariates with it: how many each point has")
         self.classes = None if classes is None else check_int("classes", classes, low=1, high=MAX_CLASSES)
         self.covariates = None if covariates is None else check_int("covariates", covariates, low=1, high=MAX_WIDTH)
         self.null_class = null_class
@@ -256,6 +287,7 @@ class Network(ABC):
         labels: Any = None,
         *,
         covariates: Any = None,
+        known: Any = None,
         backend: str | Backend = "auto",
         flat: Any = None,
     ) -> Any:
@@ -270,7 +302,11 @@ class Network(ABC):
         labels : int or (n,) int array, optional
             Classes, 0 .. classes - 1, for a network that has them.
         covariates : (k,) or (n, k) array, optional
-            Numbers, in the network's own range, for a network that is asked for them.
+            Numbers, in the network's own range, for a network that is asked for them; (n, points, k) or (n, height,
+            width, k) for one that is `pointwise`.
+        known : (n, *shape) array, optional
+            What is known of the samples, NaN where nothing is, for a network that is `masked`. At these places x should
+            be ``signal[t]`` times what is known. By default nothing is.
         backend : str or Backend, optional
         flat : (layout.size,) array, optional
             Other parameters than the network's own, for instance their average.
@@ -287,7 +323,7 @@ class Network(ABC):
         BackendError
             The backend does not run such networks.
         """
-        return self._call("fill", x, t, (labels, covariates), backend, flat)
+        return self._call("fill", x, t, (labels, covariates), backend, flat, known=known)
 
     def vjp(
         self,
@@ -344,6 +380,7 @@ class Network(ABC):
         backend: Any,
         flat: Any,
         given: tuple[str, Any] | None = None,
+        known: Any = None,
     ) -> Any:
         """Check arguments, and let a runner's method of this name fill the result."""
         vectors = {} if given is None else {given[0]: given[1]}
@@ -353,7 +390,8 @@ class Network(ABC):
         x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
         n = len(x)
         steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
-        labels = asked_on(be, *checked_asked(self, *asked, n, dtype=self.dtype))
+        told = None if known is None else self._told(be, known, n)
+        labels = asked_on(be, self, *checked_asked(self, *asked, n, dtype=self.dtype), told)
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
         image = (*self.image[:2], self.outputs)
@@ -371,6 +409,14 @@ class Network(ABC):
             result = be.empty((*several, n, *made), self.dtype)
             getattr(self.runner(be, weights), name)(result, x, steps, be.asarray(vector, self.dtype), labels)
         return result if on_device else be.to_numpy(result)
+
+    def _told(self, be: Backend, known: Any, n: int) -> Array:
+        """What is known of samples (n, *shape), with NaN, as (n, 2 D)."""
+        if not self.masked:
+            raise ArgumentError("known", type(known).__name__, "None: this network is not told what is known")
+        values = np.asarray(check_array("known", known, shape=(n, *self.shape), finite=False, dtype=self.dtype))
+        values = values.reshape(n, -1)
+        return be.asarray(np.hstack([np.nan_to_num(values), ~np.isnan(values)], dtype=self.dtype), self.dtype)
 
     def check_backend(self, be: Backend) -> None:
         """Refuse a backend that cannot compute in the network's dtype."""
@@ -419,8 +465,18 @@ class ProgramNetwork(Network):
     def record(self, p: Program) -> None:
         """Record the network on the n samples of a program: what it makes last is the output (n, H, W, outputs).
 
-        A run is given "x" (n, H, W, C), "t" (n,) int64, "labels" (n,) int64 where there are classes, and `constants`.
+        A run is given "x" (n, H, W, C), "t" (n,) int64, "labels" (n,) int64 where there are classes, and `constants`;
+        `inputs` has x with what else there is for every point.
         """
+
+    def inputs(self, p: Program) -> Value:
+        """Record x (n, H, W, ...), with channels for what is known, the mask, and covariates of every point."""
+        x = p.given("x", (p.n, *self.image))
+        if self.masked:
+            x = p.concatenate(p.concatenate(x, p.given("known", x.shape)), p.given("marks", x.shape))
+        if self.pointwise and self.covariates is not None:
+            x = p.concatenate(x, p.given("covariates", (p.n, *self.image[:2], self.covariates + 1)))
+        return x
 
     def constants(self) -> Mapping[str, npt.NDArray[Any]]:
         """Arrays that every run is given under their names: fixed ones, which no training changes."""

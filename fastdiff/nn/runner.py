@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Forms = Callable[[Program], list[list[Array]]]
 
+KNOWN = ("known", "marks")  # what a program is given of what is known
 MAX_PROGRAMS = 8  # kept for each queue
 MAX_RECORDINGS = 4  # kept of a program, and of a runner's steps
 
@@ -234,6 +235,22 @@ class ProgramRunner(Runner):
     def _laid(self, n: int, purpose: Purpose) -> Laid:
         return self.memory.laid(self.net, self.be, n, purpose)
 
+    def _named(self, labels: Array | Asked | None, n: int) -> dict[str, Array]:
+        """What is asked of n samples, under the names that a program has for it."""
+        parts, named = asked_parts(labels), {}
+        if parts.labels is not None:
+            named["labels"] = parts.labels
+        if parts.covariates is not None:
+            named["covariates"] = _shaped(parts.covariates, self._covariate_shape(n))
+        if self.net.masked:
+            known, d = parts.known, self.net.known // 2
+            if known is None:
+                known = self.be.empty((n, 2 * d), self.net.dtype)
+                known.fill(0)
+            of_each = known[:, :d], known[:, d:]
+            named |= {name: part.reshape(n, *self.net.image) for name, part in zip(KNOWN, of_each, strict=True)}
+        return named
+
     def _given(self, given: Mapping[str, Array]) -> dict[str, Array]:
         return {**given, **self.memory.constants(self.net, self.be)}
 
@@ -241,7 +258,7 @@ class ProgramRunner(Runner):
         self._fill(y, x, t, labels, None)
 
     def _fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None, forms: Forms | None) -> None:
-        given = {"x": x.reshape(len(x), *self.net.image), "t": t, **_named(labels)}
+        given = {"x": x.reshape(len(x), *self.net.image), "t": t, **self._named(labels, len(x))}
         for start in range(0, len(y), self.net.chunk):
             part = slice(start, start + self.net.chunk)
             with self.memory.lock:
@@ -286,7 +303,7 @@ class ProgramRunner(Runner):
             return
         of_output, of_input = (*net.image[:2], net.outputs), net.image
         given, made = (of_output, of_input) if purpose == "vjp" else (of_input, of_output)
-        named = {"x": x.reshape(n, *of_input), "t": t, **_named(labels)}
+        named = {"x": x.reshape(n, *of_input), "t": t, **self._named(labels, n)}
         for result, factor in zip(out.reshape(-1, n, *made), vector.reshape(-1, n, *given), strict=True):
             for start in range(0, n, net.chunk):
                 part = slice(start, start + net.chunk)
@@ -333,7 +350,7 @@ class ProgramRunner(Runner):
         t = program.own(be, "t", (n,), np.int64)
         t.fill(row.t)
         given = {"x": own, "t": t}
-        for name, array in _named(labels).items():
+        for name, array in self._named(labels, n).items():
             given[name] = program.own(be, name, array.shape, array.dtype)
             given[name][...] = array
         queue, forms = be.queue(), self._kept_forms(program)
@@ -346,7 +363,7 @@ class ProgramRunner(Runner):
 
     # ------------------------------------------------------------------------------------------- training
 
-    def batch(self, n: int, *, labels: bool, columns: int = 0, covariates: bool = False) -> Batch:
+    def batch(self, n: int, *, labels: bool, columns: int = 0, covariates: bool = False, known: bool = False) -> Batch:
         """Return the places where `gradient` looks for a batch: what it finds there it does not copy.
 
         Parameters
@@ -359,6 +376,8 @@ class ProgramRunner(Runner):
             Of the terms; 0: there are none.
         covariates : bool, optional
             Whether there are covariates.
+        known : bool, optional
+            Whether the network is told what is known.
 
         Returns
         -------
@@ -368,14 +387,21 @@ class ProgramRunner(Runner):
         be, net = self.be, self.net
         with self.memory.lock:
             program = self._laid(n, "training").program
+            told = [program.own(be, name, (n, *net.image), net.dtype) if known else None for name in KNOWN]
             return Batch(
                 program.own(be, "x", (n, *net.image), net.dtype),
                 program.own(be, "t", (n,), np.int64),
                 program.own(be, "target", self._target_shape(n, columns), net.dtype),
                 program.own(be, "labels", (n,), np.int64) if labels else None,
                 program.own(be, "terms", (n, columns), net.dtype) if columns else None,
-                program.own(be, "covariates", (n, 1, 1, (net.covariates or 0) + 1), net.dtype) if covariates else None,
+                program.own(be, "covariates", self._covariate_shape(n), net.dtype) if covariates else None,
+                *told,
             )
+
+    def _covariate_shape(self, n: int) -> tuple[int, ...]:
+        """Of covariates as a program takes them: of every image, or of every pixel."""
+        net = self.net
+        return (n, *(net.image[:2] if net.pointwise else (1, 1)), (net.covariates or 0) + 1)
 
     def _target_shape(self, n: int, columns: int) -> tuple[int, ...]:
         """Of a loss with more than one column half of the outputs have a target."""
@@ -400,7 +426,12 @@ class ProgramRunner(Runner):
         """
         n, image = len(batch.x), self.net.image
         given = {"x": _shaped(batch.x, (n, *image)), "t": batch.t}
-        given |= _named(batch.labels if batch.covariates is None else Asked(batch.labels, batch.covariates))
+        if batch.labels is not None:
+            given["labels"] = batch.labels
+        if batch.covariates is not None:
+            given["covariates"] = _shaped(batch.covariates, self._covariate_shape(n))
+        if batch.known is not None and batch.marks is not None:
+            given |= {"known": _shaped(batch.known, (n, *image)), "marks": _shaped(batch.marks, (n, *image))}
         terms = batch.terms
         target = _shaped(batch.target, self._target_shape(n, 0 if terms is None else terms.shape[1]))
         with self.memory.lock:
@@ -412,7 +443,8 @@ class ProgramRunner(Runner):
         """Do `gradient` for n positions of a training batch, from `first` on."""
         columns = 0 if draws.terms is None else draws.terms.shape[1]
         labels, covariates = draws.labels is not None, draws.covariates is not None
-        batch = self.batch(n, labels=labels, columns=columns, covariates=covariates)
+        known = draws.targets is not None
+        batch = self.batch(n, labels=labels, columns=columns, covariates=covariates, known=known)
         self.be.draw_batch(draws, batch, step, first)
         if columns:
             self.be.take(draws.terms, batch.t, batch.terms)
@@ -505,15 +537,6 @@ def _in_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:
         return y.reshape(len(y), -1)
     be.split(y, *parts)
     return parts.reshape(2, len(y), -1)
-
-
-def _named(labels: Array | Asked | None) -> dict[str, Array]:
-    """What is asked of samples, under the names that a program has for it."""
-    chosen, numbers = asked_parts(labels)
-    named = {} if chosen is None else {"labels": chosen}
-    return (
-        named if numbers is None else named | {"covariates": _shaped(numbers, (len(numbers), 1, 1, numbers.shape[-1]))}
-    )
 
 
 def _shaped(array: Array, shape: tuple[int, ...]) -> Array:

@@ -22,6 +22,7 @@ log = logging.getLogger("fastdiff")
 
 MAX_GROUPS = 32
 MAX_LEVELS = 12
+NEWER = ("null_class", "covariates", "pointwise", "masked")  # in the configuration of a network that has them
 
 
 @register
@@ -52,6 +53,11 @@ class UNet(ProgramNetwork):
         Whether there is a null class beside them, which stands for none of them; by default there is, for guidance.
     covariates : int, optional
         How many numbers are asked of a sample beside that; None: none.
+    pointwise : bool, optional
+        Whether so many are asked of each point or pixel, and not of the sample: they are channels beside x.
+    masked : bool, optional
+        Whether it is told which values of a sample are known, and what they are, as channels beside x: see
+        `fastdiff.masks`.
     head_width : int, optional
         Channels of an attention head; None: one head has all channels.
     groups : int, optional
@@ -114,6 +120,8 @@ class UNet(ProgramNetwork):
         classes: int | None = None,
         null_class: bool | None = None,
         covariates: int | None = None,
+        pointwise: bool = False,
+        masked: bool = False,
         head_width: int | None = None,
         groups: int | None = None,
         dropout: float = 0.0,
@@ -132,6 +140,7 @@ class UNet(ProgramNetwork):
     ) -> None:
         null = classes is not None and (True if null_class is None else _flag("null_class", null_class))
         asked: dict[str, Any] = {"classes": classes, "covariates": covariates, "null_class": null}
+        asked |= {"pointwise": pointwise, "masked": masked}
         self.describe(shape, T=T, seed=seed, dtype=dtype, outputs=outputs, **asked)
         several = check_several("channels", channels, "widths of the levels, as in (32, 64, 128)")
         self.channels = widths = tuple(check_int("channels", width, low=2, high=MAX_WIDTH) for width in several)
@@ -163,15 +172,13 @@ class UNet(ProgramNetwork):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration, as JSON types; what only newer networks have is in theirs alone."""
-        newer: dict[str, Any] = {"null_class": True} if self.null_class else {}
-        return super().to_dict() | newer | ({} if self.covariates is None else {"covariates": self.covariates})
+        return super().to_dict() | {name: value for name in NEWER if (value := getattr(self, name))}
 
     @classmethod
     def from_dict(cls, config: Any, *, draw: bool = True) -> Self:
         given = dict(config) if isinstance(config, Mapping) else config
-        newer = {}
-        if isinstance(config, Mapping):
-            newer = {"null_class": given.pop("null_class", False), "covariates": given.pop("covariates", None)}
+        newer = {name: given.pop(name) for name in NEWER if name in given} if isinstance(given, dict) else {}
+        newer.setdefault("null_class", False)
         check_keys(given, {"kind", "dtype", *cls.options})
         check_choice("kind", given.pop("kind"), [cls.kind])
         return cls(**given, **newer, draw=draw)
@@ -252,13 +259,13 @@ class UNet(ProgramNetwork):
         if self.classes is not None:
             table = p.parameter("class_embedding.weight", (self.classes + self.null_class, self.embedding))
             label = p.take(table, p.given("labels", (p.n,)))
-        if self.covariates is not None:
+        if self.covariates is not None and not self.pointwise:
             numbers = p.given("covariates", (p.n, 1, 1, self.covariates + 1))
             numbers = p.silu(p.conv("covariate_embedding.linear_1", numbers, self.embedding))
             numbers = p.conv("covariate_embedding.linear_2", numbers, self.embedding)
         condition = p.silu(p.conv("time_embedding.linear_2", h, self.embedding, shift=label, residual=numbers))
 
-        x = p.resize(p.given("x", (p.n, *self.image)), *self._padded)
+        x = p.resize(self.inputs(p), *self._padded)
         h = p.conv("conv_in", x, self.channels[0], same)
         skips = [h]
         for i, width in enumerate(self.channels):
@@ -313,6 +320,7 @@ class UNet(ProgramNetwork):
     def __repr__(self) -> str:
         options = "" if self.classes is None else f", classes={self.classes}"
         options += "" if self.covariates is None else f", covariates={self.covariates}"
+        options += "".join(f", {name}=True" for name in ("pointwise", "masked") if getattr(self, name))
         return f"UNet({self.shape}, channels={self.channels}, blocks={self.blocks}, T={self.T}{options})"
 
 

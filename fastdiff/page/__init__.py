@@ -170,6 +170,9 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
         raise ArgumentError("model", f"a network on pictures {net.shape}", wants)
     if not isinstance(net, MLP):
         raise ArgumentError("model", f"a network {type(net).__name__}", "a perceptron, fastdiff.MLP: the page has that")
+    if net.pointwise or net.masked:
+        what = "covariates of every point" if net.pointwise else "a mask"
+        raise ArgumentError("model", f"a network that is told {what}", "one that is not: the page has no place for it")
     if normaliser.noise_shape is not None:
         raise ArgumentError("model", "noise with a shape", "white noise: the page draws no other")
     plan, used = net.plan, model.denoiser()

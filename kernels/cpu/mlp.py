@@ -127,9 +127,10 @@ def _times(rows, first, asked, params, table, width, slots, t):
     """Where a tile's rows of the time table are: table, slots, and the rows' places in these, as t is in others.
 
     `asked` is what is asked of all samples, flat, its columns, the offset of their W, room for TILE rows of the table,
-    and the numbers 0 to TILE - 1. With columns a row is that of its timestep, plus what is asked times W.
+    the numbers 0 to TILE - 1, and how many of the columns, the last ones, are what is known. With columns a row is that
+    of its timestep, plus what is asked times W.
     """
-    values, columns, weight, room, own = asked
+    values, columns, weight, room, own, _ = asked
     if columns == 0:
         return table, slots, t
     gemm(
@@ -183,11 +184,25 @@ def _forget(memory, count):
 
 
 @kernel
+def _hold(rows, first, d, x, level, asked):
+    """Change what is known of a tile's rows x, flat, to `level` times the known values."""
+    values, columns = asked[0], asked[1]
+    for i in range(rows):
+        known = values[(first + i) * columns + columns - 2 * d : (first + i + 1) * columns]
+        for j in range(d):
+            if known[d + j] != ZERO:
+                x[i * d + j] = level * known[j]
+
+
+@kernel
 def chain_few(
-    x, steps, numbers, depth, layers, params, table, width, slots, linear, asked, first_row, stream,
+    x, steps, numbers, depth, layers, params, table, width, slots, linear, asked, levels, first_row, stream,
     keys, words, z, segments, arena, memory, t,
 ):  # fmt: skip
-    """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample."""
+    """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample.
+
+    Where there are `levels`, one a row, what is known is held.
+    """
     d = layers[0, INPUTS]
     rows = len(x) // d
     m1, m2, m3 = memory[0], memory[1], memory[2]
@@ -198,6 +213,8 @@ def chain_few(
         if steps[r, EVALUATES]:
             keep = depth
             t[:rows] = steps[r, T]
+            if len(levels) > 0:
+                _hold(rows, 0, d, x, levels[r], asked)
             _copy(arena[layers[0, X] :], x, rows * d)
             here, slot, places = _times(rows, 0, asked, params, table, width, slots, t[:rows])
             forward_tile(rows, layers, arena, params, here, width, slot, places, linear, len(slots), t[:rows])
@@ -331,16 +348,17 @@ def _modulate_activate_asked(lanes, layer, arena, params, table, at, room):
 
 @kernel
 def asked_chain_range(
-    start, stop, x, steps, numbers, weights, depth, layers, params, table, width, slots, linear, asked, first_row,
-    stream, keys, words, z, arena, memory, turned, held, mixed,
+    start, stop, x, steps, numbers, weights, depth, layers, params, table, width, slots, linear, asked, levels,
+    first_row, stream, keys, words, z, arena, memory, turned, held, mixed,
 ):  # fmt: skip
     """`chain_range` of a network that is asked for something, guided where there are `weights`, one a row.
 
     Samples of a guided tile come twice, asked and not, side by side in the lanes: half as many samples, and every row
-    of a table whose weight is not 1 takes u + w (c - u). `turned` has room for what is asked of a tile, `held` for its
+    of a table whose weight is not 1 takes u + w (c - u). What is known is told to both, and where there are `levels`,
+    one a row, it is held. `turned` has room for what is asked of a tile, `held` for its
     state, and `mixed` for its guided output.
     """
-    values, columns, weight, room, _ = asked
+    values, columns, weight, room, _, known = asked
     d = layers[0, INPUTS]
     n = len(x) // d
     m1, m2, m3 = memory[0], memory[1], memory[2]
@@ -359,7 +377,8 @@ def asked_chain_range(
                 for i in range(rows):
                     turned[j * lanes + i] = values[(begin + i) * columns + j]
                 for i in range(rows, lanes):
-                    turned[j * lanes + i] = ZERO
+                    told = values[(begin + i - rows) * columns + j]
+                    turned[j * lanes + i] = told if j >= columns - known else ZERO
             if lanes > 0:
                 to = alone if lanes == rows else beside
                 gemm(to, 0, lanes, params, weight, 1, width, turned, 0, lanes, width, lanes, columns, False)
@@ -373,6 +392,11 @@ def asked_chain_range(
                 keep, t = depth, steps[r, T]
                 both = len(weights) > 0 and weights[r] != ONE
                 lanes = 2 * rows if both else rows
+                for i in range(rows if len(levels) > 0 else 0):
+                    of_row = values[(begin + i + 1) * columns - known : (begin + i + 1) * columns]
+                    for j in range(d):
+                        if of_row[d + j] != ZERO:
+                            state[j * rows + i] = levels[r] * of_row[j]
                 for j in range(d):
                     for half in range(lanes // rows):
                         _copy(arena[layers[0, X] + j * lanes + half * rows :], state[j * rows :], rows)
@@ -670,6 +694,12 @@ def gradient_tile(
     else:
         _draw_tile(begin, rows, d, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
     times = t[begin : begin + rows]
+    for i in range(rows if asked[5] > 0 and not given else 0):
+        known = asked[0][(begin + i + 1) * asked[1] - 2 * d : (begin + i + 1) * asked[1]]
+        for j in range(d):
+            if known[d + j] != ZERO:
+                arena[at + i * d + j] = tables[0, times[i]] * known[j]
+                target[i * d + j] = np.nan
     own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
     forward_tile(rows, layers, arena, params, own, width, slot, places, linear, len(slots), times)
 
@@ -701,7 +731,7 @@ def gradient_tile(
             dnext = _gradient_place(layers[k - 1], width, dtime, spare) if k > 0 else spare
             gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
             dy = dnext
-    values, columns, weight, _, _ = asked
+    values, columns, weight = asked[0], asked[1], asked[2]
     if columns > 0:
         gemm(
             partial, weight, width, values, begin * columns, 1, columns, dtime, 0, width, columns, width, rows, False,

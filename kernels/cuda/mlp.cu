@@ -271,11 +271,12 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
     }
 }
 
-// What is asked of the rows of a training step, asked (n, classes + columns): 1 in the column of the class, then the
-// covariates. labels (N,) are null where there are no classes; words of stream DROP below `limit` leave out the one and
+// What is asked of the rows of a training step, asked (n, pitch): 1 in the column of the class, then the `columns`
+// covariates; columns beyond these are left alone. labels (N,) are null where there are no classes; words of stream DROP below `limit` leave out the one and
 // the other.
 FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *asked, int64 n, int64 N, int64 classes,
-                         int64 columns, uint64 limit, uint32 step, const uint32 *step_at, RoundKeys keys) {
+                         int64 columns, int64 pitch, uint64 limit, uint32 step, const uint32 *step_at,
+                         RoundKeys keys) {
     const int64 width = classes + columns;
     if (step_at) step = *step_at;
     for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
@@ -289,7 +290,7 @@ FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *aske
         } else if (drop.w1 >= limit) {
             value = covariates[from * columns + j - classes];
         }
-        asked[row * width + j] = value;
+        asked[row * pitch + j] = value;
     }
 }
 

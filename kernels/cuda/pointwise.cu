@@ -249,6 +249,63 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
     }
 }
 
+enum { ALL_TARGETS, RANDOM_TARGETS, BLOCK_TARGETS, TAIL_TARGETS };  // as in fastdiff/noise.py
+
+FD_DEVICE int64 scaled_word(uint32 word, int64 bound) { return (int64)(((uint64)word * (uint64)bound) >> 32); }
+
+// What is known of the positions first_row ... of a training batch that draw_batch, or mlp_draw_batch, has drawn: all that
+// has been seen and is no target, by stream DROP (fastdiff.noise.targets has the law). Of each value `known` and `marks`,
+// whose rows are `stride` apart, take x0 and 1, or 0 and 0; a known one has no noise in x, and a target of NaN.
+FD_KERNEL draw_known(const real *__restrict__ data, const real *__restrict__ signal_t, const int64 *__restrict__ t,
+                     real *__restrict__ x, real *__restrict__ target, real *__restrict__ known,
+                     real *__restrict__ marks, int64 n, int64 stride, int64 pitch, int64 height, int64 width,
+                     int64 channels, int kind, int64 N, uint64 first_row, uint32 step,
+                     const uint32 *__restrict__ step_at, int flip, RoundKeys keys) {
+    if (step_at) step = *step_at;
+    const int64 size = height * width * channels;
+    for (Walk walk = fd_walk(size); walk.row < n; fd_walk_on(walk, size)) {
+        const uint64 row = first_row + walk.row;
+        const int64 j = walk.item, pixel = j / channels, channel = j % channels, i = pixel / width, k = pixel % width;
+        const Words words = fd_words(row, 1, step, FD_STREAM_DROP, keys);
+        const int64 tenth = scaled_word(words.w0, 10), lines = scaled_word(words.w1, height) + 1,
+                    columns = scaled_word(words.w1, width) + 1;
+        const int64 which = kind == ALL_TARGETS ? (tenth + 2) / 3 : tenth ? kind : ALL_TARGETS;
+        bool drawn = which == ALL_TARGETS;
+        if (which == RANDOM_TARGETS) {
+            const int64 cell = height > 1 ? pixel : j;
+            const Words own = fd_words(row, (uint32)(2 + cell / 4), step, FD_STREAM_DROP, keys);
+            const uint32 word = cell % 4 == 0 ? own.w0 : cell % 4 == 1 ? own.w1 : cell % 4 == 2 ? own.w2 : own.w3;
+            drawn = word <= words.w1;
+        } else if (which == BLOCK_TARGETS) {
+            const int64 top = scaled_word(words.w3, height - lines + 1), left = scaled_word(words.w2, width - columns + 1);
+            const int64 of = height > 1 ? channels : scaled_word(words.w3, channels + 1);
+            drawn = i >= top && i < top + lines && k >= left && k < left + columns && (of == channels || of == channel);
+        } else if (which == TAIL_TARGETS) {
+            drawn = height > 1 ? i >= height - lines : k >= width - columns;
+        }
+        const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
+        const bool mirrored = flip && fd_words(row, 0, step, FD_STREAM_AUGMENT, keys).w0 < 1u << 31;
+        int64 at = (int64)((data_word * (uint64)N) >> 32) * pitch + j;
+        if (mirrored) at += (width - 1 - 2 * k) * channels;
+        const bool is_known = !drawn && (pitch == size || data[at + size] == 0);
+        known[walk.row * stride + j] = is_known ? data[at] : 0;
+        marks[walk.row * stride + j] = is_known ? 1 : 0;
+        if (is_known) {
+            x[walk.row * size + j] = signal_t[t[walk.row]] * data[at];
+            target[walk.row * size + j] = fd_bits_float(0x7fc00000);
+        }
+    }
+}
+
+// x (n, d) becomes level times what is known, where something is: `known` has the values and then the marks of a row,
+// rows being `stride` apart.
+FD_KERNEL hold(real *__restrict__ x, const real *__restrict__ known, int64 n, int64 d, int64 stride, real level) {
+    for (Walk walk = fd_walk(d); walk.row < n; fd_walk_on(walk, d)) {
+        const real *const of_row = known + walk.row * stride;
+        if (of_row[d + walk.item] != 0) x[walk.row * d + walk.item] = level * of_row[walk.item];
+    }
+}
+
 // ------------------------------------------------------------------------------------------- dropout
 
 // A thread takes a block of the noise law: four neighbours of an image of `size` values. What has a word of `limit` or

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
-from fastdiff.backends.numpy.host import asked_of_rows
+from fastdiff.backends.numpy.host import asked_at
 from fastdiff.backends.protocol import DEPTH, LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
@@ -144,10 +144,10 @@ class _MLPSpace:
             sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
             self.turned = [[np.empty(size, np.float32) for size in sizes] for _ in range(threads)]
 
-    def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array]:
+    def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array, int]:
         """What is asked of samples, as the kernels take it."""
         columns, values = (0, self.nothing) if asked is None else (self.plan.asked, asked)
-        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own
+        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own, self.plan.known
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
         """The table with the rows that t needs, found through `slots`, and how many they are."""
@@ -237,8 +237,10 @@ class MLPOperations(StepOperations):
         draw: Draw,
         asked: Array | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        levels: npt.NDArray[np.float32] | None = None,
     ) -> None:
         flat = x.reshape(-1)
+        held = np.empty(0, np.float32) if levels is None or asked is None else levels
         first, _, stream, keys = law_of(draw)
         with self._workers.lock:
             net = self._network(plan)
@@ -251,7 +253,7 @@ class MLPOperations(StepOperations):
             if len(x) <= FEW and weights is None:
                 mlp_kernels.chain_few(
                     flat, steps, numbers, depth, net.layers, params, table, plan.time_width, net.slots,
-                    net.linear, net.asked(asked), first, stream, keys, *self._spaces[0].noise, net.arenas[0],
+                    net.linear, net.asked(asked), held, first, stream, keys, *self._spaces[0].noise, net.arenas[0],
                     net.memories[0], net.times[0],
                 )  # fmt: skip
                 return
@@ -261,7 +263,7 @@ class MLPOperations(StepOperations):
                 def body(worker: int, start: int, stop: int) -> None:
                     mlp_kernels.asked_chain_range(
                         start, stop, flat, steps, numbers, of_rows, depth, net.layers, params, table, plan.time_width,
-                        net.slots, net.linear, net.asked(asked, worker), first, stream, keys,
+                        net.slots, net.linear, net.asked(asked, worker), held, first, stream, keys,
                         *self._spaces[worker].noise[:2], net.arenas[worker], net.memories[worker], *net.turned[worker],
                     )  # fmt: skip
 
@@ -396,7 +398,7 @@ class MLPOperations(StepOperations):
             nothing, asked = net.nothing.reshape(-1), None
             if plan.asked:
                 of_rows = Draw(draws.seed, Stream.BATCH, step)
-                asked = plan.asks(*asked_of_rows(draws, net.indices, of_rows))
+                asked = asked_at(plan, draws, net.indices, of_rows)
             return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch, asked)
 
     def _gradient(

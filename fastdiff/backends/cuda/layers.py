@@ -16,7 +16,7 @@ import numpy as np
 from fastdiff.backends.cuda.conv import ConvOperations
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.protocol import TrainingDraws
-from fastdiff.noise import Draw, drop_limit, round_keys
+from fastdiff.noise import TARGETS, Draw, drop_limit, round_keys
 
 Array = Any
 
@@ -342,6 +342,40 @@ class LayerOperations(ConvOperations):
             self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)
+        if batch.known is not None:
+            at = step, first
+            self._draw_known(
+                draws, draws.data, self._table(draws.signal), batch[:3], (batch.known, batch.marks, size), at
+            )
+
+    def _draw_known(
+        self,
+        draws: TrainingDraws,
+        data: Array,
+        signal: Array,
+        batch: tuple[Array, Array, Array],
+        known: tuple[Array, Array, int],
+        at: tuple[int, int],
+    ) -> None:
+        """Draw what is known of a batch (x, t, target) of rows of `data`, at a step and from a position on.
+
+        `known` is where the values go and where the marks, and how far apart their rows are.
+        """
+        assert draws.targets is not None
+        (x, t, target), (kind, image) = batch, draws.targets
+        size = math.prod(image)
+        args = (
+            data, signal, t, x, target, *known[:2], len(t), known[2], size * (1 + draws.masked), *image,
+            TARGETS.index(kind), len(data), at[1], at[0], self._step_at(), draws.flip, round_keys(draws.seed),
+        )  # fmt: skip
+        self._launch_layer("pointwise", "draw_known", len(t) * size, args)
+
+    def hold(self, x: Array, known: Array, level: float) -> None:
+        self._hold(x, known, 2 * x.shape[1], level)
+
+    def _hold(self, x: Array, known: Array, stride: int, level: float) -> None:
+        """Do `hold` with rows of `known` so far apart."""
+        self._launch_layer("pointwise", "hold", x.size, (x, known, *x.shape, stride, np.float32(level)))
 
     def dropout(self, x: Array, out: Array, rate: float, first_block: int, draw: Draw) -> None:
         size = x.size // max(1, len(x))

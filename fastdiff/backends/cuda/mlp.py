@@ -318,6 +318,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         draw: Draw,
         asked: Array | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        levels: npt.NDArray[np.float32] | None = None,
     ) -> None:
         if len(x) == 0 or not rows:
             return
@@ -333,7 +334,12 @@ class MLPOperations(LayerOperations, RecordingOperations):
         if weights is not None:
             twice, both = self.runtime.empty(out.shape), self.runtime.zeros((lanes, plan.asked))
             self.runtime.copy(both[:n], asked)
+            if plan.known:
+                both[n:, -plan.known :] = both[:n, -plan.known :]
+        known = None if asked is None else asked.reshape(-1)[plan.asked - plan.known :]
         for i, row in enumerate(rows):
+            if row.evaluates and known is not None and levels is not None:
+                self._hold(x, known, plan.asked, levels[i])
             if row.evaluates and weights is not None and weights[i] != 1:
                 t.fill(row.t)
                 for half in (twice[:n], twice[n:]):
@@ -483,11 +489,18 @@ class MLPOperations(LayerOperations, RecordingOperations):
         """What is asked of the rows of a training step, in the network's buffer."""
         asked, draws, plan = net.buffers["asked"], net.draws, net.plan
         assert draws is not None
-        self._launch(
-            "mlp_draw_asked", asked.size,
-            net.labels, net.covariates, asked, len(asked), len(draws.data), plan.classes, plan.asked - plan.classes,
-            drop_limit(draws.drop), step, self._step_at(), net.keys,
-        )  # fmt: skip
+        columns = plan.asked - plan.classes - plan.known
+        if plan.classes + columns:
+            self._launch(
+                "mlp_draw_asked", len(asked) * (plan.classes + columns),
+                net.labels, net.covariates, asked, len(asked), len(draws.data), plan.classes, columns, plan.asked,
+                drop_limit(draws.drop), step, self._step_at(), net.keys,
+            )  # fmt: skip
+        if plan.known:
+            first, d, flat = plan.asked - plan.known, plan.known // 2, asked.reshape(-1)
+            batch = net.buffers["x"], net.buffers["t"], net.buffers["target"]
+            known = flat[first:], flat[first + d :], plan.asked
+            self._draw_known(draws, net.data, net.tables, batch, known, (step, 0))
         return asked
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:

@@ -36,6 +36,9 @@ class HostBackend:
     def guide(self, asked: Array, unasked: Array, weight: float, rescale: float, out: Array) -> None:
         out[...] = guided(asked, unasked, weight, rescale)
 
+    def hold(self, x: Array, known: Array, level: float) -> None:
+        held(x, known, level)
+
     def queue(self) -> int:
         return 0
 
@@ -51,7 +54,7 @@ class HostBackend:
         out[:, :height, :width] = x[:, :height, :width]
 
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
-        x, t, target, chosen, _, covariates = batch
+        x, t, target, chosen, _, covariates, known, marks = batch
         n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
         rows = law.scaled_words(n, len(draws.data), of_rows)
         t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
@@ -62,7 +65,9 @@ class HostBackend:
             x0 = cut(x0, x.shape[1:3], of_rows.of(Stream.AUGMENT))
         if draws.flip:
             mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
-            x0[mirrored] = x0[mirrored][:, :, ::-1]
+            x0[mirrored] = x0[mirrored][..., ::-1, :]
+        if draws.masked:
+            x0, hidden = x0[:, 0], x0[:, 1]
         cast(Backend, self).normal(eps.reshape(n, -1), of_rows.of(Stream.TRAIN_NOISE))
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
@@ -74,6 +79,10 @@ class HostBackend:
             chosen[...] = labels
         if covariates is not None:
             covariates[...] = np.asarray(numbers).reshape(covariates.shape)
+        if known is not None and marks is not None:
+            told = known_of_rows(draws, x0.reshape(n, -1), None if hidden is None else hidden.reshape(n, -1), of_rows)
+            known[...], marks[...] = (part.reshape(x.shape) for part in np.split(told, 2, axis=1))
+            hold_batch(told, signal.reshape(n, 1), x.reshape(n, -1), target.reshape(n, -1))
 
     def mlp_training(
         self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
@@ -111,6 +120,43 @@ def asked_of_rows(draws: TrainingDraws, rows: Array, draw: Draw) -> tuple[Array 
         if covariates is not None:
             covariates[out[:, 1]] = 0
     return labels, covariates
+
+
+def known_of_rows(draws: TrainingDraws, x0: Array, hidden: Array | None, draw: Draw) -> Array:
+    """Return what a network is told of rows x0 (n, D) at the positions of `draw`, (n, 2 D): values, and marks.
+
+    `hidden` (n, D) is NaN where nothing has been seen.
+    """
+    assert draws.targets is not None
+    kind, image = draws.targets
+    told = ~law.targets(len(x0), image, kind, draw.of(Stream.DROP)).reshape(x0.shape)
+    if hidden is not None:
+        told &= ~np.isnan(hidden)
+    return np.hstack([np.where(told, x0, 0), told], dtype=x0.dtype)
+
+
+def held(x: Array, known: Array, level: float) -> None:
+    """Do `Backend.hold`."""
+    values, marks = np.split(known, 2, axis=1)
+    np.copyto(x, values * x.dtype.type(level), where=marks != 0)
+
+
+def hold_batch(known: Array, signal: Array, x: Array, target: Array) -> None:
+    """Take noise and target from what is known of a batch (n, D): see `TrainingDraws`; `signal` is (n, 1)."""
+    values, marks = np.split(known, 2, axis=1)
+    np.copyto(x, signal * values, where=marks != 0)
+    np.copyto(target, np.nan, where=marks != 0)
+
+
+def asked_at(plan: MLPPlan, draws: TrainingDraws, rows: Array, draw: Draw) -> Array:
+    """Return what is asked of data rows at the positions of `draw`, (n, plan.asked), of the data's dtype."""
+    known = None
+    if plan.known:
+        x0, hidden = draws.data[rows], None
+        if draws.masked:
+            x0, hidden = x0[:, 0], x0[:, 1]
+        known = known_of_rows(draws, x0, hidden, draw)
+    return plan.asks(*asked_of_rows(draws, rows, draw), draws.data.dtype, known)
 
 
 class AsTheyAre:

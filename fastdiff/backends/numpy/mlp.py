@@ -22,7 +22,7 @@ from fastdiff.backends.numpy.functions import (
     modulate_backward,
     squared_error,
 )
-from fastdiff.backends.numpy.host import asked_of_rows
+from fastdiff.backends.numpy.host import asked_at, held, hold_batch
 from fastdiff.backends.numpy.step import StepOperations
 from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
@@ -106,7 +106,12 @@ class MLPOperations(StepOperations):
     ) -> float:
         x, t, target = draw_batch(draws, plan.T, step, batch)
         terms = None if draws.terms is None else draws.terms[t]
-        asked = asked_batch(plan, draws, step, batch) if plan.asked else None
+        asked = None
+        if plan.asked:
+            of_rows = Draw(draws.seed, Stream.BATCH, step)
+            asked = asked_at(plan, draws, law.scaled_words(batch, len(draws.data), of_rows), of_rows)
+            if plan.known:
+                hold_batch(asked[:, -plan.known :], draws.signal.astype(x.dtype)[t, None], x, target)
         return self._gradient(plan, params, (x, t, target, asked), grads, terms)[0]
 
     def mlp_chain(
@@ -119,15 +124,22 @@ class MLPOperations(StepOperations):
         draw: Draw,
         asked: Array | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        levels: npt.NDArray[np.float32] | None = None,
     ) -> None:
+        unasked = None
+        if asked is not None and plan.known:
+            unasked = asked.copy()
+            unasked[:, : -plan.known] = 0
         memory = tuple(np.zeros((max(row.depth for row in rows), *x.shape), x.dtype))
         for i, row in enumerate(rows):
             out = None
             if row.evaluates:
                 t = np.full(len(x), row.t)
+                if asked is not None and levels is not None:
+                    held(x, asked[:, -plan.known :], levels[i])
                 out = self.mlp_forward(plan, params, x, t, asked=asked)
                 if weights is not None and weights[i] != 1:
-                    out = guided(out, self.mlp_forward(plan, params, x, t), weights[i])
+                    out = guided(out, self.mlp_forward(plan, params, x, t, asked=unasked), weights[i])
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def mlp_chain_told(
@@ -150,13 +162,6 @@ def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Arr
     signal, noise, target_noise, target_data = (table.astype(x0.dtype)[t, None] for table in draws[1:5])
     target = target_noise * eps + target_data * x0
     return signal * x0 + noise * eps, t, target + hidden if draws.masked else target
-
-
-def asked_batch(plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> Array:
-    """Return what is asked of the rows of a training step, (batch, plan.asked), of the data's dtype."""
-    of_rows = Draw(draws.seed, Stream.BATCH, step)
-    rows = law.scaled_words(batch, len(draws.data), of_rows)
-    return plan.asks(*asked_of_rows(draws, rows, of_rows), draws.data.dtype)
 
 
 def _weights(plan: MLPPlan, flat: Array) -> list[tuple[Array, Array]]:
