@@ -116,8 +116,8 @@ quality: $(VENV)/.installed-plot $(DATA)/.written
 series: $(VENV)/.installed-plot $(DATA)/.written
 	$(BIN)/python benchmarks/series_answers.py --data $(DATA)
 
-# Digits, circles and waves as they are asked for, and what guidance costs: twenty minutes on two cores. Models stay, and
-# a training that was stopped goes on.
+# Digits, circles and waves as they are asked for, and what guidance costs. Models stay, and a training that was stopped
+# goes on.
 pictures: $(VENV)/.installed-examples $(DATA)/.written
 	$(BIN)/python benchmarks/pictures.py --data $(DATA) --work $(DATA)/pictures --digits docs/digits_asked.png
 

@@ -43,7 +43,7 @@ import round as circles_of
 Array = npt.NDArray[Any]
 
 SIDE, SEEN, T = 28, 4000, 200
-STEPS, BATCH, RATE = 4400, 32, 2e-3  # ten minutes on two cores
+STEPS, BATCH, RATE = 4400, 32, 2e-3
 WEIGHTS, JUDGED_AT, SHARE = (1.0, 2.0, 3.0), 2.0, 0.97
 DRAWN, SAMPLER, SAMPLER_STEPS = 1000, "dpmpp_2m", 20
 CIRCLES, ROUND = 64, 1.5

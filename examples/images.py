@@ -63,7 +63,9 @@ def digits(args: argparse.Namespace) -> None:
     named = model.sample(args.drawn, labels=asked, guidance=GUIDANCE, first_sample=args.drawn)
     plots.save(grid(some[:16], f"Generated digits: {HOW}"), args.output / "digits_generated.png")
     columns = {"columns": 10, "labels": range(10)}
-    plots.save(grid(named[:50], f"Drawn as asked: {HOW}", **columns), args.output / "digits_asked.png")
+    plots.save(
+        grid(named[:50], f"Drawn as asked: {HOW}, guidance {GUIDANCE:g}", **columns), args.output / "digits_asked.png"
+    )
     chain(path, LEVELS, args.output / "digits")
 
     classify = classifier(seen.reshape(-1, 64), names)

@@ -6,8 +6,8 @@ Learn circles, and a handful of portraits, and see how white noise becomes pictu
 The source text trains a network on five round portraits, and finds what it draws "not too round". ``python
 examples/round.py`` learns drawn portraits, of which every step sees another part, and circles, whose roundness is
 measured: how far the outline's radius is from being the same all around, beside the same of the training pictures,
-which have pixels. Some four minutes on two cores, no GPU. ``--portraits 200`` learns from more than a handful, and
-draws faces that are not among them.
+which have pixels. Minutes on a laptop, no GPU. ``--portraits 200`` learns from more than a handful, and draws faces
+that are not among them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import fastdiff as fd
 from fastdiff import plots
 
 T, SIZE, MARGIN, CHANNELS = 200, 32, 2, (16, 32, 64)
-CIRCLES, CIRCLE_STEPS, CIRCLE_BATCH = 2000, 3000, 16
+CIRCLES, CIRCLE_STEPS, CIRCLE_BATCH = 2000, 6000, 16
 PORTRAIT_STEPS, PORTRAIT_BATCH = 1500, 8
 
 

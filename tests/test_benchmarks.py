@@ -687,11 +687,10 @@ def test_what_was_asked_for_is_counted(tmp_path):
     asked = np.arange(100) % 10
     assert pictures.share_as_asked(np.where(asked < 9, asked, 3), asked) == pytest.approx((0.9, 0.03))
     random = np.random.default_rng(0)
-    rows = random.integers(0, 256, (200, 4, 4, 1), np.uint8)
-    labels = np.arange(200) % 10
-    alike, error = pictures.distances(rows[:100], labels[:100], rows[100:], labels[100:])
+    rows, labels = random.integers(0, 256, (800, 4, 4, 1), np.uint8), np.arange(800) % 10
+    alike, error = pictures.distances(rows[:400], labels[:400], rows[400:], labels[400:])
     assert abs(alike) < 4 * error < 0.2
-    assert pictures.distances(rows[:100] // 2, labels[:100], rows[100:], labels[100:])[0] > 10 * error
+    assert pictures.distances(rows[:400] // 2, labels[:400], rows[400:], labels[400:])[0] > 10 * error
     rows = [report.Asked("share", 0.96, 0.01, at_least=0.97), report.Asked("ratio", 1.5, at_most=1.5)]
     assert [row.met for row in rows] == [False, True]
     made = report.PicturesReport(report.Header(**HEADER), rows)
