@@ -83,6 +83,7 @@ def test_values_that_are_missing_say_nothing():
     truth[:, 4:] = np.nan
     assert calibration.measure(truth, np.where(np.isnan(truth), np.nan, holes), draws) == want
     assert 0.3 < np.isnan(holes).mean() < 0.7
+    assert calibration.measure(truth[:7], holes[:7], draws[:, :7]) is None
 
 
 @pytest.fixture(scope="module")
