@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from machine import header
-from report import RESULTS, Answers, AnswersReport, Cost, Estimate, Posterior, finish, load
+from report import RESULTS, Answers, AnswersReport, Estimate, Posterior, Price, finish, load
 
 import fastdiff as fd
 from fastdiff.metrics import crps
@@ -200,7 +200,7 @@ def posteriors(problems: int, particles: int, steps: int) -> list[Posterior]:
 # -- costs -----------------------------------------------------------------------------------------------------
 
 
-def costs(model: fd.Diffusion, n: int, rounds: int = ROUNDS) -> list[Cost]:
+def costs(model: fd.Diffusion, n: int, rounds: int = ROUNDS) -> list[Price]:
     """Processor time of n draws given so many values of a curve, through that of n plain ones: medians of rounds."""
     curve, table = fd.data.harmonic_curves(1, seed=2**20)[0].astype(np.float64), model.named_sampler("ddpm", 50)
     places = np.random.default_rng(1).permutation(len(curve))
@@ -215,7 +215,7 @@ def costs(model: fd.Diffusion, n: int, rounds: int = ROUNDS) -> list[Cost]:
     found = []
     for m in TOLD:
         ratios = [given / plain for given, plain in zip(taken[m], taken[0], strict=True)]
-        found.append(Cost(m, statistics.median(ratios), min(ratios), max(ratios), m + 2))
+        found.append(Price(m, statistics.median(ratios), min(ratios), max(ratios), m + 2))
         print("cost:", *found[-1].cells(), file=sys.stderr)
     return found
 

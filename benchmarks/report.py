@@ -570,7 +570,7 @@ class Posterior(NamedTuple):
         return [f"{self.d}", f"{self.m}", *(f"{each.mean:.2f} ± {each.error:.2f}" for each in self.distances.values())]
 
 
-class Cost(NamedTuple):
+class Price(NamedTuple):
     """Time of draws given m values through that of plain ones: median, least and largest, and what it may be."""
 
     m: int
@@ -599,7 +599,7 @@ class AnswersReport(Report):
     rows: int
     posteriors: list[Posterior]
     gaps: list[Answers]
-    costs: list[Cost]
+    costs: list[Price]
 
     def lines(self) -> list[str]:
         found = list(self.answers[0].found) if self.answers else []

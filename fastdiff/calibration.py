@@ -76,10 +76,10 @@ def hidden(rows: Values, seed: int) -> Values:
     return np.where(gone.reshape(rows.shape), np.nan, rows)
 
 
-def measure(truth: Values, holes: Values, draws: Values) -> Spread:
+def measure(truth: Values, holes: Values, draws: Values) -> Spread | None:
     """Return how draws (draws, N, ...) of what is missing of holes (N, ...) must be spread.
 
-    Values that are missing of the truth too are left out.
+    Values that are missing of the truth too are left out; None: of too few rows anything is hidden.
     """
     from scipy.special import stdtrit
 
@@ -87,6 +87,8 @@ def measure(truth: Values, holes: Values, draws: Values) -> Spread:
     mean, deviation = draws.mean(axis=0, dtype=np.float64), draws.std(axis=0, ddof=1, dtype=np.float64)
     off = np.abs(truth - mean) / np.where(deviation > 0, deviation, 1.0)
     per_row = [row[where] for row, where in zip(off, gone, strict=True) if where.any()]
+    if len(per_row) < FEWEST:
+        return None
     n, expected = len(per_row), stdtrit(len(draws) - 1, (1 + HELD) / 2) * np.sqrt(1 + 1 / len(draws))
 
     def factor(of: list[Values]) -> float:

@@ -498,9 +498,10 @@ def _calibrate(model: Model, held_out: tuple[Values, Values | None] | None, cova
     asked = {"labels": None if labels is None else labels[:n]}
     asked["covariates"] = None if covariates is None else covariates[:n]
     found = calibration.measure(rows, holes, model.impute(holes, calibration.DRAWS, **asked))
-    log.info(found.sentence)
-    model.spread = found.factor
-    model.report_ |= found.to_dict()
+    if found is not None:
+        log.info(found.sentence)
+        model.spread = found.factor
+        model.report_ |= found.to_dict()
 
 
 def _whole(normaliser: Normaliser, inner: Float64, shape: tuple[int, ...]) -> Float64:

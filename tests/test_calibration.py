@@ -83,6 +83,7 @@ def test_values_that_are_missing_say_nothing():
     truth[:, 4:] = np.nan
     assert calibration.measure(truth, np.where(np.isnan(truth), np.nan, holes), draws) == want
     assert 0.3 < np.isnan(holes).mean() < 0.7
+    assert calibration.measure(truth[:7], holes[:7], draws[:, :7]) is None
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_answers_are_spread_by_it(model):
         (ar(60).reshape(60, 3, 2), {}, True),
         (ar(60).reshape(60, 3, 2), {"calibrate": False}, False),
         (ar(60).reshape(60, 3, 2), {"judge": False}, False),
-        (calibration.hidden(ar(60), seed=4), {}, True),
+        (np.where(np.arange(6) < 3, ar(60), calibration.hidden(ar(60), seed=4)), {}, True),
         (ar(20).reshape(20, 3, 2), {}, False),  # 5 rows are held out
     ],
 )
