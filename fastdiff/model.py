@@ -238,9 +238,12 @@ class Diffusion:
         Parameters
         ----------
         X : (N, points), (N, points, channels) or (N, height, width, channels) array, a frame, or windows of one
-            Curves, series, or pictures. Values of curves and series may be missing (NaN): then the loss is that of the
-            others, and the network is given draws in their place: see `fastdiff.gaps`. Of a frame (pandas, polars,
-            xarray) each row is a curve; `fastdiff.data.windows` makes series of a recording.
+            Curves, series, or pictures. An array on disk, of zarr, of Dask or memory-mapped, or the path of an ``.npy``
+            file, is read whole where it has up to 2^24 values; of others the rows that steps draw are read, and the
+            model is that of the same array in memory, to the bit. Values of curves and series may be missing (NaN),
+            but for those on disk that are not read whole: then the loss is that of the others, and the network is given
+            draws in their place: see `fastdiff.gaps`. Of a frame (pandas, polars, xarray) each row is a curve;
+            `fastdiff.data.windows` makes series of a recording.
         y : (N,) int array, optional
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made here has as many as y
             needs.

@@ -51,9 +51,7 @@ def test_options(tmp_path, asked, model):
     with pytest.raises(ArgumentError, match="labels"):
         draw(tmp_path / "c.zarr", asked, labels=labels[:-1], covariates=numbers)
     table = fd.samplers.dpmpp_2m(model.schedule, 5, prediction=model.prediction)
-    np.testing.assert_array_equal(
-        draw(tmp_path / "d.zarr", model, sampler=table)[:], model.sample(N, sampler=table)
-    )
+    np.testing.assert_array_equal(draw(tmp_path / "d.zarr", model, sampler=table)[:], model.sample(N, sampler=table))
     with pytest.raises(ArgumentError, match="trajectory"):
         draw(tmp_path / "c.zarr", model, trajectory=True)
     with pytest.raises(ArgumentError, match="'smc'"):
@@ -127,15 +125,14 @@ def test_resume(tmp_path, model, monkeypatch):
         draw(path, model, resume=False)
 
 
-def test_stores_of_something_else(tmp_path, model, asked, curves, monkeypatch):
+def test_stores_of_something_else(tmp_path, model, monkeypatch):
     path = tmp_path / "a.zarr"
     draw(path, model)
-    other = fd.Diffusion(model.net, model.schedule, backend="cpu", seed=1)
     cases = [
         ("seed 0 there, 1 asked for", {"seed": 1}),
         ("chunk 30 there, 20 asked for", {"chunk": 20}),
         (r"shape \[100, 12\] there, \[90, 12\] asked for", {"n": 90}),
-        ("table name 'dpmpp_2m, 20 steps' there, 'ddim, 5 steps' asked|table name", {"sampler": "ddim", "steps": 5}),
+        ("table name 'ddpm, 20 steps' there, 'ddim, 5 steps' asked for", {"sampler": "ddim", "steps": 5}),
         ("first 0 there, 7 asked for", {"first_sample": 7}),
         ("model sha256:", {"ema": False}),
     ]
@@ -150,7 +147,6 @@ def test_stores_of_something_else(tmp_path, model, asked, curves, monkeypatch):
         version.setattr(fd, "__version__", "9.9")
         with pytest.raises(ArgumentError, match=r"version '.*' there, '9.9' asked for"):
             draw(path, model)
-    assert other.normaliser is None
     zarr.create_array(tmp_path / "foreign.zarr", shape=(3,), dtype="f4")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("dear")

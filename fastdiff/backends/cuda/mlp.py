@@ -485,20 +485,21 @@ class MLPOperations(LayerOperations, RecordingOperations):
         assert draws is not None
         self._launch(
             "mlp_draw_asked", asked.size,
-            net.labels, net.covariates, asked, len(asked), len(draws.data), plan.classes, plan.asked - plan.classes,
+            net.labels, net.covariates, asked, len(asked), draws.bound, plan.classes, plan.asked - plan.classes,
             drop_limit(draws.drop), step, self._step_at(), net.keys,
         )  # fmt: skip
         return asked
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
-        assert net.data is not None
+        assert net.data is not None and net.draws is not None  # noqa: PT018
         n, d = net.buffers["x"].shape
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
         pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, pitch, len(net.data), net.plan.T, step, self._step_at(), net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, step, self._step_at(),
+            net.keys,
         )  # fmt: skip
         return x, t, target
 

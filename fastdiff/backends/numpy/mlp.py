@@ -22,7 +22,7 @@ from fastdiff.backends.numpy.functions import (
     modulate_backward,
     squared_error,
 )
-from fastdiff.backends.numpy.host import asked_of_rows
+from fastdiff.backends.numpy.host import asked_of_rows, drawn_rows
 from fastdiff.backends.numpy.step import StepOperations
 from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
@@ -140,7 +140,7 @@ class MLPOperations(StepOperations):
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
     data, seed = draws.data, draws.seed
-    x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    x0 = data[drawn_rows(draws, batch, Draw(seed, Stream.BATCH, step))]
     hidden = 0
     if draws.masked:
         x0, hidden = x0[:, 0], x0[:, 1]
@@ -155,7 +155,7 @@ def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Arr
 def asked_batch(plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> Array:
     """Return what is asked of the rows of a training step, (batch, plan.asked), of the data's dtype."""
     of_rows = Draw(draws.seed, Stream.BATCH, step)
-    rows = law.scaled_words(batch, len(draws.data), of_rows)
+    rows = drawn_rows(draws, batch, of_rows)
     return plan.asks(*asked_of_rows(draws, rows, of_rows), draws.data.dtype)
 
 
