@@ -1,15 +1,19 @@
 """What is asked for comes to the same bits; what goes wrong is said, and costs nothing that is done."""
 
 import errno
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import dask.array
 import numpy as np
 import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 import fastdiff as fd
+from fastdiff import stored
 from fastdiff.errors import ArgumentError, BackendError, DataError
 from fastdiff.scale import jobs, store
 
@@ -230,6 +234,26 @@ def test_command(tmp_path, model, capsys):
     assert main(["sample", saved, "-n", "5"]) != 0
     assert main([*common, "--workers", "2", "--scheduler", "tcp://a:1"]) != 0
     assert main(["sample", saved, "-o", str(tmp_path / "x.csv"), "--workers", "2"]) != 0
+
+
+def test_the_documented_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(block.replace("4_000", "40").replace("1_000", "10").replace("steps=200", "steps=2"), names)
+    np.testing.assert_array_equal(names["array"][5:9], names["model"].sample(4, first_sample=5))
+
+
+def test_fit_on_stored_arrays(tmp_path, curves, monkeypatch):
+    """Of zarr, in compressed chunks, and of Dask: what the same array in memory makes, to the bit."""
+    monkeypatch.setattr(stored, "FEW_VALUES", 500)
+    on_disk = zarr.create_array(tmp_path / "X.zarr", data=curves, chunks=(17, 12))
+    digests = set()
+    for X in (curves, on_disk, dask.array.from_zarr(on_disk), zarr.open(tmp_path / "X.zarr", mode="r")):
+        one = fd.Diffusion(fd.MLP(12, hidden=(16,), T=10), backend="cpu")
+        digests.add(one.fit(X, steps=20, batch=32, progress=False).digest())
+    assert len(digests) == 1
 
 
 def test_content_hash_tells_arrays_apart():
