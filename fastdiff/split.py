@@ -65,7 +65,7 @@ def checked(
     With `missing` values of curves and series may be NaN, and data on disk come back as `StoredRows` if they are many;
     `larger` pictures may be of any size.
     """
-    X = opened(X)
+    X = opened(X) if missing else X
     if isinstance(X, StoredRows):
         if noise_shape is not None:
             raise ArgumentError("X", "data on disk, with a noise_shape", "data that are read into memory")

@@ -4,10 +4,10 @@ Sample k of a seed has the same bits on any worker and in any batch, so drawing 
 is a task, which nobody waits for and nothing locks. Beside every chunk lies a mark that it is done, so that the same
 call goes on where an earlier one stopped, however that ended.
 
->>> import fastdiff as fd
->>> array = fd.scale.sample_to("samples.zarr", model, 10_000_000, chunk=100_000, client=8)
->>> (array[5:9] == model.sample(4, first_sample=5)).all()
-True
+::
+
+    array = fd.scale.sample_to("samples.zarr", model, 10_000_000, chunk=100_000, client=8)
+    (array[5:9] == model.sample(4, first_sample=5)).all()  # True
 
 `client` is who does the work:
 
