@@ -60,6 +60,7 @@ def sample_to(
     **options
         Those of `Diffusion.sample`: `labels`, `covariates`, `guidance`, `sampler`, `steps`, `seed`, `first_sample`,
         `ema`, `given`, `method`, ... Arrays of labels and of covariates are of the n samples, or of the observations.
+        A function in a `Weight` is known to the store by its name alone.
 
     Returns
     -------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import warnings
@@ -184,11 +185,12 @@ class Crew:
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_follow_parent)
 
 
-def _end_with_parent() -> None:
-    """Have this process end when its parent has: it may have been killed."""
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when that has ended, for it may have been killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
