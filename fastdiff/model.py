@@ -948,7 +948,7 @@ class Diffusion:
             arrays |= {} if normaliser.noise_shape is None else normaliser.noise_shape.arrays
             arrays |= {} if self._gaussian is None else self._gaussian.arrays
             arrays |= {} if self._covariates is None else self._covariates.arrays
-            facts = [net.to_dict(), schedule.to_dict(), normaliser.to_dict(), self.prediction]
+            facts = [net.to_dict(), schedule.to_dict(), normaliser.to_dict(), self.prediction, self.spread]
             found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
             for name, array in sorted(arrays.items()):
                 found.update(f"{name} {array.dtype.str} {array.shape} ".encode())

@@ -202,8 +202,8 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 // out, where stream AUGMENT says, of data of `tall` rows of `wide` pixels.
 // `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this. So may `covariates`
 // (N, columns) and `asked`, which takes those of the batch. Words of stream DROP below `limit` make a label `classes`, the
-// null class, and covariates zeros. Of `masked` data what is added to the target lies behind x0. N = 0: data, labels and covariates
-// are those of the batch, by position.
+// null class, and covariates zeros. Of `masked` data what is added to the target lies behind x0. N = 0: data,
+// labels and covariates are those of the batch, by position.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,

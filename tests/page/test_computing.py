@@ -37,7 +37,11 @@ def test_known_answers():
 
 @pytest.mark.parametrize(
     ("rows", "width", "seed", "stream", "step", "first"),
-    [(20_000, 50, 0, 0, 0, 0), (101, 1, 2**64 - 1, 1, 2**32 - 1, 2**32 - 101), (333, 7, 12345678901234567890, 11, 7, 9)],
+    [
+        (20_000, 50, 0, 0, 0, 0),
+        (101, 1, 2**64 - 1, 1, 2**32 - 1, 2**32 - 101),
+        (333, 7, 12345678901234567890, 11, 7, 9),
+    ],
 )
 def test_normals_have_the_same_bits(rows, width, seed, stream, step, first):
     given = {"rows": rows, "width": width, "seed": str(seed), "stream": stream, "step": step, "first": first}
@@ -180,7 +184,9 @@ def test_a_perceptron_given_a_part():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_a_perceptron_asked_for_a_class(guidance):
-    model = trained(net=fd.MLP(50, hidden=(32, 32), T=50, classes=3), schedule=fd.Schedule.cosine(50), y=np.arange(64) % 3)
+    model = trained(
+        net=fd.MLP(50, hidden=(32, 32), T=50, classes=3), schedule=fd.Schedule.cosine(50), y=np.arange(64) % 3
+    )
     close(answers(model, label=2, guidance=guidance))
 
 
