@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # FASTDIFF_REQUIRE_ALL=1: no lane may be skipped, so what the lanes need is installed too.
 REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 
-.PHONY: demo test quick coverage oldest check robust bench asv scaling peers quality pictures precision gate gpu profile \
-	compile-time readme-numbers answers series docs page page-test wheel release-check clean
+.PHONY: demo test scale-test quick coverage oldest check robust bench asv scaling peers quality pictures precision gate gpu \
+	profile compile-time readme-numbers answers series docs page page-test wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 
 oldest: $(OLDEST)/.installed
 	NUMBA_CACHE_DIR=$(abspath $(OLDEST))/kernels $(OLDEST)/bin/python -m pytest --part=quick -q
+
+# Many workers: processes, joblib and a Dask cluster, which are killed. FASTDIFF_KILLS=20: how often.
+scale-test: $(VENV)/.installed-plot $(VENV)/.installed-test $(VENV)/.installed-scale
+	$(BIN)/python -m pytest tests/scale
 
 # Lint, types and spelling. .pre-commit-config.yaml asks the same of a commit, and formats changed lines of kernels.
 check: $(VENV)/.installed-lint $(VENV)/.installed-plot

@@ -809,9 +809,99 @@ class ScalingReport(Report):
     panels: dict[str, Lines]
 
 
+# -- scale.py --------------------------------------------------------------------------------------------------
+
+# What a plan takes for granted of machines that were not measured.
+STORE_BYTES = 1e9  # a second, that a shared store takes from all workers together
+DISPATCH_SECONDS = 1e-3  # of the one process that hands out a chunk and hears that it is done
+LINK_BYTES, LINK_SECONDS = 1.25e9, 50e-6  # of a network of 10 Gbit/s: bytes a second, and the delay of a message
+PLANNED = 10**9
+PLANNED_WORKERS = (1, 2, 8, 64, 512, 4096)
+PLANNED_RANKS = (1, 2, 4, 8, 32)
+
+
+class Growth(NamedTuple):
+    """Many samples: how long, how many bytes on disk, and the most memory of a process."""
+
+    rows: int
+    seconds: float
+    size: int
+    memory: int
+
+    def cells(self) -> list[str]:
+        return [f"{self.rows:,}", duration(self.seconds), f"{self.size / 1e6:.0f} MB", f"{self.memory / 1e6:.0f} MB"]
+
+
+@dataclass
+class WorkersReport(Report):
+    """What samples cost on workers, and what that means for more of them."""
+
+    points: int
+    chunk: int
+    seconds: float  # of a chunk
+    overhead: float
+    start: float
+    rates: dict[str, float]  # samples a second of so many processes
+    worker: int
+    chunks_of_memory: float
+    step: float
+    parameters: int
+    growth: list[Growth]
+
+    def sampling(self, n: int, workers: int) -> tuple[float, str]:
+        """Return the seconds of n samples, and what they wait for."""
+        chunk = self.chunk * self.points * 4  # bytes
+        least = {
+            "workers": n / (workers * self.chunk) * self.seconds * (1 + self.overhead),
+            "the store": n / self.chunk * chunk / STORE_BYTES,
+            "the driver": n / self.chunk * DISPATCH_SECONDS,
+        }
+        slowest = max(least, key=lambda what: least[what])
+        return self.start + least[slowest], slowest
+
+    def training(self, ranks: int) -> float:
+        """Return the seconds of a step: a share of it, and a sum of all gradients over a ring."""
+        sent = 2 * (ranks - 1) / ranks * 4 * self.parameters / LINK_BYTES + 2 * (ranks - 1) * LINK_SECONDS
+        return self.step / ranks + sent
+
+    def lines(self) -> list[str]:
+        one, two = self.rates["1"], self.rates["2"]
+        facts = [
+            ["processor time of a chunk, one thread", f"{self.chunk:,} curves in {duration(self.seconds)}"],
+            ["`sample_to` over `sample`", f"{self.overhead:+.1%}"],
+            ["start of a process", duration(self.start)],
+            ["one process", f"{one:,.0f} samples/s"],
+            ["two processes", f"{two:,.0f} samples/s, {two / one:.2f} x"],
+            ["memory of a worker", f"{self.worker / 1e6:.0f} MB and {self.chunks_of_memory:.1f} chunks"],
+            ["a training step, one thread", duration(self.step)],
+        ]
+        of_workers = []
+        for workers in PLANNED_WORKERS:
+            seconds, slowest = self.sampling(PLANNED, workers)
+            of_workers.append([str(workers), f"{seconds / 3600:.2f} h", slowest])
+        of_ranks = [
+            [str(r), duration(self.training(r)), f"{self.step / self.training(r):.2f} x"] for r in PLANNED_RANKS
+        ]
+        return [
+            self.header.line(),
+            "",
+            *markdown(["measured", ""], facts),
+            "",
+            *(
+                markdown(["samples", "time", "on disk", "memory"], [g.cells() for g in self.growth])
+                if self.growth
+                else []
+            ),
+            "",
+            *markdown([f"workers, {PLANNED:.0e} samples", "planned", "waits for"], of_workers),
+            "",
+            *markdown(["ranks that train", "planned step", "faster"], of_ranks),
+        ]
+
+
 REPORTS: dict[str, type[Report]] = {
     "peers": PeersReport, "bench": BenchReport, "footprint": FootprintReport, "compile": CompileReport,
     "profile": ProfileReport, "precision": PrecisionReport, "quality": QualityReport, "scaling": ScalingReport,
     "sines": SinesReport, "answers": AnswersReport, "series": SeriesReport,
-    "pictures": PicturesReport,
+    "pictures": PicturesReport, "workers": WorkersReport,
 }  # fmt: skip

@@ -59,6 +59,7 @@ ROOMS = {
     "fastdiff.likelihood": "How likely: the variational bound, and log densities.",
     "fastdiff.covariance": "Similarity, scatter, spectra, reshaping, shrinkage.",
     "fastdiff.metrics": "How good samples and forecasts are.",
+    "fastdiff.scale": "Many samples, on many workers: [how](../scaling.md).",
     "fastdiff.sklearn": "Estimators of scikit-learn: a density, and an imputer.",
     "fastdiff.callbacks": "What may look on while a model is trained.",
     "fastdiff.data": "Curves, tables and pictures: made, read and written.",

@@ -26,7 +26,7 @@ from fastdiff.sampling import sample
 from fastdiff.schedule import Schedule
 
 if TYPE_CHECKING:
-    from fastdiff import data, denoisers, metrics
+    from fastdiff import data, denoisers, metrics, scale
     from fastdiff.interop import load_diffusers
 
 __version__ = "0.1.0"
@@ -64,6 +64,7 @@ __all__ = [
     "product",
     "sample",
     "samplers",
+    "scale",
 ]
 
 _LATER = {
@@ -71,6 +72,7 @@ _LATER = {
     "denoisers": "fastdiff.denoisers",
     "load_diffusers": "fastdiff.interop",
     "metrics": "fastdiff.metrics",
+    "scale": "fastdiff.scale",
 }
 
 

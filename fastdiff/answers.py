@@ -20,6 +20,7 @@ from fastdiff.backends.protocol import DRAWS
 from fastdiff.covariates import checked_covariates
 from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, is_on_device
 from fastdiff.nn import Network
+from fastdiff.noise import MAX_ROW
 from fastdiff.normaliser import Normaliser
 from fastdiff.observations import Known, Observations, observations
 from fastdiff.recordings import (
@@ -70,6 +71,7 @@ class Draws:
     labels: Any
     covariates: Any
     options: dict[str, Any]
+    first_row: int = 0
 
     @property
     def levels(self) -> list[float] | None:
@@ -88,6 +90,8 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     net, _, _ = model._fitted()
     count, levels = check_int("draws", draws.count, low=1), draws.levels
     X, frame, whole = _asked(model, "X", X)
+    most = 0 if whole else MAX_ROW // DRAWS - np.shape(X)[0]
+    first_row = check_int("first_row", draws.first_row, low=0, high=most)
     if whole:
         points, T = len(X), net.shape[0]
         padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
@@ -115,7 +119,7 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
         some = missing[start : start + at_once]
         drawn = model.sample(
             count, labels=draws.labels_of(some, len(values)), covariates=None if told is None else told[some],
-            first_sample=draws.first, given=known.some(some), **options,
+            first_sample=draws.first, given=known.some(some, first_row), **options,
         )  # fmt: skip
         out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
     return out if frame is None else _frames([frame.filled(one) for one in out], levels)

@@ -26,6 +26,7 @@ from fastdiff.backends import LinearPart
 from fastdiff.covariance import ShrunkMoments, ledoit_wolf
 from fastdiff.errors import ArgumentError, check_array, check_float
 from fastdiff.schedule import Schedule
+from fastdiff.stored import StoredRows
 
 MOST_AXES = 512
 SHARES, FOLDS = (1.0, 0.3, 0.1, 0.03, 0.01), 5  # of the shrinkage; each is tried on rows that were left out
@@ -54,7 +55,7 @@ class GaussianBase:
     rest: float
 
     @classmethod
-    def of(cls, rows: npt.ArrayLike, cov: Array | None = None) -> GaussianBase:
+    def of(cls, rows: Any, cov: Array | None = None) -> GaussianBase:
         """Fit rows (N, d), whose means are taken for zero; with a covariance (d, d) only its shrinkage by them."""
         moments = ledoit_wolf(rows)
         if cov is not None:
@@ -63,7 +64,8 @@ class GaussianBase:
             share = _least_share(np.asarray(rows, np.float64))
             moments = ShrunkMoments(moments.mean, factor, moments.shrinkage * share, float(np.trace(cov)) / len(cov))
             return cls._of(moments)
-        moments = replace(moments, shrinkage=moments.shrinkage * _least_share(np.asarray(rows, np.float64)))
+        whole = rows if isinstance(rows, StoredRows) else np.asarray(rows, np.float64)
+        moments = replace(moments, shrinkage=moments.shrinkage * _least_share(whole))
         return cls._of(moments)
 
     @classmethod
@@ -153,7 +155,7 @@ def _gains(variances: Array, schedule: Schedule, prediction: str) -> Array:
     return np.asarray(signal * noise * (1 - variances) / power)  # v = signal noise - noise x0
 
 
-def _least_share(rows: Array) -> float:
+def _least_share(rows: Any) -> float:
     """The share of the shrinkage under which rows that were left out are likeliest, fold by fold."""
     rows = rows[: MOST_FITTED * (len(rows) // MOST_FITTED or 1) : len(rows) // MOST_FITTED or 1]
     if len(rows) < 2 * FOLDS:

@@ -29,6 +29,7 @@ from fastdiff.errors import (
 from fastdiff.forks import cached_property
 from fastdiff.process import BATCH_VALUES, _states, returned
 from fastdiff.schedule import Array, Schedule
+from fastdiff.stored import StoredRows, parts
 
 __all__ = [
     "EmpiricalMoments",
@@ -49,6 +50,7 @@ Form = Literal["spectrum", "transport"]
 FORMS = ("spectrum", "transport")
 KINDS = ("entropy", "participation")
 
+MOST_COLUMNS = 1 << 12  # whose covariance is formed of data on disk
 BLOCK_VALUES = 1 << 18  # of data that are in float64 at once: 2 MB
 
 
@@ -560,7 +562,7 @@ class ShrunkMoments:
     ----------
     mean : (n,) float64
     factor : (m, n) float64
-        The centred rows divided by sqrt(m): S = factor^T factor.
+        The centred rows divided by sqrt(m): S = factor^T factor. Of many rows (n, n), with the same product.
     shrinkage : float
         From 0 to 1.
     variance : float
@@ -586,7 +588,7 @@ class ShrunkMoments:
         return drawn
 
 
-def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
+def ledoit_wolf(X: Any) -> ShrunkMoments:
     """Estimate mean and covariance of few rows: shrunk towards a multiple of the identity (Ledoit and Wolf 2004).
 
     With S = sum of x x^T / m over the centred rows and mu = tr S / n, the shrinkage is b^2 / d^2, where
@@ -595,7 +597,8 @@ def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
     Parameters
     ----------
     X : (m, n) array_like
-        At least one row. Takes O(m n min(m, n)) time and O(m n) memory.
+        At least one row. Takes O(m n min(m, n)) time and O(m n) memory; of `fastdiff.stored.StoredRows` O(n n) memory,
+        and of more than 4,096 columns as many rows as would fit there are looked at, evenly spread.
 
     Returns
     -------
@@ -607,6 +610,10 @@ def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
     >>> 0 <= moments.shrinkage <= 1
     True
     """
+    if isinstance(X, StoredRows):
+        if X.shape[1] <= MOST_COLUMNS:
+            return _ledoit_wolf_of_parts(X)
+        X = X[:: -(-X.size // MOST_COLUMNS**2)]
     rows = check_array("X", X, shape=(None, None), dtype=np.float64)
     m, n = rows.shape
     if rows.size == 0:
@@ -615,11 +622,35 @@ def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
     factor = (rows - mean) / np.sqrt(m)
     variance = float(np.sum(factor**2)) / n
     gram = factor @ factor.T if m < n else factor.T @ factor
+    fourth = m * float(np.sum(np.sum(factor**2, axis=1) ** 2))
+    return ShrunkMoments(mean, factor, _shrinkage(gram, fourth, variance, (m, n)), variance)
+
+
+def _ledoit_wolf_of_parts(X: StoredRows) -> ShrunkMoments:
+    """The same of many rows, in two passes: their mean, and what is made of them less that."""
+    m, n = X.shape
+    mean, gram, fourth = np.zeros(n), np.zeros((n, n)), 0.0
+    for part in parts(X):
+        mean += part.sum(axis=0)
+    mean /= m
+    for part in parts(X):
+        centred = part - mean
+        gram += centred.T @ centred
+        fourth += float(np.sum(np.sum(centred**2, axis=1) ** 2))
+    gram /= m
+    variance = float(np.trace(gram)) / n
+    values, vectors = np.linalg.eigh(gram)
+    factor = (vectors * np.sqrt(np.maximum(values, 0.0))).T[::-1]
+    return ShrunkMoments(mean, factor, _shrinkage(gram, fourth / m, variance, (m, n)), variance)
+
+
+def _shrinkage(gram: Array, fourth: float, variance: float, shape: tuple[int, int]) -> float:
+    """Ledoit and Wolf's share of rows (m, n): of the products of rows or columns, and the mean of |x|^4 over rows."""
+    m, n = shape
     square = float(np.sum(gram**2))  # of the norm of S, either way
     distance = square - n * variance**2
-    error = (m * float(np.sum(np.sum(factor**2, axis=1) ** 2)) - square) / m
-    shrinkage = 1.0 if distance <= 0 else min(1.0, max(0.0, error / distance))
-    return ShrunkMoments(mean, factor, shrinkage, variance)
+    error = (fourth - square) / m
+    return 1.0 if distance <= 0 else min(1.0, max(0.0, error / distance))
 
 
 def _accumulate(X: Any, centre: bool) -> tuple[int, Array, Array]:

@@ -247,6 +247,16 @@ def _remove_leftovers(target: Path) -> None:
                     left.unlink()
 
 
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let one process of this machine at a time into the block, where files can be locked; the file stays, empty."""
+    with ExitStack() as last:
+        with suppress(OSError):
+            file = last.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)))
+            _lock(file.fileno(), wait=True)
+        yield
+
+
 def _lock(file: int, *, wait: bool) -> bool:
     """Lock an open file until it is closed; False: somebody else has, or nobody can here."""
     try:

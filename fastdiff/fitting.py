@@ -5,6 +5,7 @@ what is learned from them goes to the loop in `fastdiff.training`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from fastdiff.errors import (
     shown,
 )
 from fastdiff.files import check_path, check_writable
-from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps
+from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps, has_gaps
 from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
@@ -43,6 +44,7 @@ from fastdiff.normaliser import Normaliser, check_carried, settled
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 from fastdiff.split import Split
+from fastdiff.stored import Feed, StoredRows, is_large
 from fastdiff.training import (
     Counted,
     Optimizer,
@@ -231,11 +233,11 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     first, model.end_step = model.step, model.step + steps
     if steps > 0:
         _use_this_arithmetic(model)
-    lessons = _lessons(model, found, gaps, share, flip=bool(wishes.flip))
+    lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip))
     keeper = _keeper(model, lessons, gaps, wishes.patience, by_rule=by_rule)
     host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
     trainer = Trainer(be, net, lessons.draws, host, batch, accumulate)
-    trainer.turns = model._turns
+    trainer.turns, trainer.feed = model._turns, lessons.feed
     saver = None if wishes.checkpoint is None else Keeper(model.save, wishes.checkpoint, wishes.keep)
     if saver is not None:
         assert wishes.every is not None
@@ -275,7 +277,9 @@ def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
     larger = wishes.crop is not None
     X, y, classes = split.checked(X, y, model.net, model.noise_shape, be, missing=True, larger=larger)
     size = None if wishes.crop is None else split.check_crop(wishes.crop, X, model.net)
-    if X.dtype.kind == "f" and np.isnan(X).any():
+    if size is not None and isinstance(X, StoredRows):
+        raise ArgumentError("crop", shown(wishes.crop), "None for data on disk")
+    if has_gaps(X):
         check_gaps(X, "X")
     known, of_unseen, validation = _known_covariates(model, wishes.covariates, X), None, wishes.validation
     if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
@@ -365,7 +369,7 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
     known of these.
     """
     X, gaps = parts.rows, None
-    missing = X.dtype.kind == "f" and bool(np.isnan(X).any())
+    missing = has_gaps(X)
     if missing:
         check_gaps(X, "X, but for the rows held out")
         if model.noise_shape is not None or (model.net is not None and model.net.learned_variance):
@@ -396,7 +400,7 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
     if net.has_linear and (model.base == "gaussian" or (model.base == "auto" and model._own_net)):
         if gaps is None:
             normaliser = normaliser.centred(X)
-            model._gaussian = GaussianBase.of(normaliser.apply(X, np.float64).reshape(len(X), -1))
+            model._gaussian = GaussianBase.of(_inner_rows(normaliser, X))
         else:
             normaliser = replace(normaliser, centre=gaps.mean.reshape(X.shape[1:]))
             gaps = gaps.centred(normaliser.centre)
@@ -421,27 +425,33 @@ def _use_this_arithmetic(model: Model) -> None:
 
 
 class Lessons(NamedTuple):
-    """What a network learns from, in its range, and is looked at with; `rows` and `unseen` are whole, in data units."""
+    """What a network learns from, in its range, and is looked at with; `rows` and `unseen` are whole, in data units.
+
+    The `feed` brings rows that are on disk.
+    """
 
     draws: TrainingDraws
     looks: Validation | None
     rows: Values
     unseen: Values | None
+    feed: Feed | None = None
 
 
-def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip: bool) -> Lessons:
+def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, batch: int, *, flip: bool) -> Lessons:
     net, schedule, normaliser = model._fitted()
     assert model._optimizer is not None
     be, parts = get_backend(model.backend), found.parts
     rows, unseen, known = parts.rows, parts.unseen, found.covariates
     whole = rows if parts.whole is None else parts.whole
-    data = be.asarray(normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
+    stored = rows if isinstance(rows, StoredRows) else None
+    if stored is None:
+        data = be.asarray(normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
     tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
     terms = loss_terms(schedule, model.prediction, model._optimizer.plan, learned_variance=net.learned_variance)
     if gaps is not None:  # the loss is that of what is there
         terms = (np.ones((schedule.T, 1)) if terms is None else terms) / gaps.share
         rows = _whole(normaliser, gaps.filled(1)[0], rows.shape)
-    repeats = len(data) // len(rows)  # copies of rows with gaps
+    repeats = 1 if stored is not None else len(data) // len(rows)  # copies of rows with gaps
     aims = None if model.conditional is None else (model.conditional, net.image)
     if aims is not None:  # as large as if every value had a target
         share_of_targets = targets(ROWS_OF_TARGETS, net.image, aims[0], Draw(model.seed, Stream.DROP)).mean()
@@ -451,9 +461,14 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip
         numbers = form.marked(get_backend("numpy"), known.astype(net.dtype))
     told = (None if part is None else np.concatenate([part] * repeats) for part in (parts.labels, numbers))
     of_rows, of_numbers = told if repeats > 1 else (parts.labels, numbers)
+    feed: Feed | None = None
+    if stored is not None:
+        inner = partial(normaliser.apply, dtype=net.dtype)
+        feed = Feed(be, stored, inner, batch, model.seed, (parts.labels, numbers))
+        data, (of_rows, of_numbers) = feed.data, feed.asked
     draws = TrainingDraws(
         data, *tables, model.seed, of_rows, flip, terms, of_numbers, share, net.classes or 0, gaps is not None,
-        aims,
+        aims, stored is not None,
     )  # fmt: skip
     looks: Validation | None = None
     if parts.held_out is not None:
@@ -465,7 +480,7 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, *, flip
             unseen = _whole(normaliser, x0, x0.shape)
         of_held = parts.held_out[1], found.of_unseen
         looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
-    return Lessons(draws, looks, rows, unseen)
+    return Lessons(draws, looks, rows, unseen, feed)
 
 
 def _keeper(
@@ -479,7 +494,8 @@ def _keeper(
     # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
     if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and net.asked == net.known:
         be = get_backend(model.backend)
-        learned = be.to_numpy(lessons.draws.data) if gaps is None else normaliser.apply(rows, net.dtype)
+        here = gaps is None and lessons.feed is None
+        learned = be.to_numpy(lessons.draws.data) if here else normaliser.apply(rows[:], net.dtype)
         learned = learned.reshape(len(rows), -1)
         return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
     return None
@@ -502,6 +518,13 @@ def _calibrate(model: Model, held_out: tuple[Values, Values | None] | None, cova
         log.info(found.sentence)
         model.spread = found.factor
         model.report_ |= found.to_dict()
+
+
+def _inner_rows(normaliser: Normaliser, X: Any) -> Any:
+    """Rows in the network's range as they are flat, in float64."""
+    if not is_large(X):
+        return normaliser.apply(X, np.float64).reshape(len(X), -1)
+    return normaliser.seen(X).reshape(-1, math.prod(X.shape[1:]))
 
 
 def _whole(normaliser: Normaliser, inner: Float64, shape: tuple[int, ...]) -> Float64:

@@ -159,6 +159,11 @@ class Gaps:
         return data.reshape(copies * n, 2, d)
 
 
+def has_gaps(X: Any) -> bool:
+    """Whether values are missing; those on disk have been looked at, and none are."""
+    return isinstance(X, np.ndarray) and X.dtype.kind == "f" and bool(np.isnan(X).any())
+
+
 def check_gaps(X: npt.NDArray[Any], what: str) -> None:
     """Say how much is missing of rows (N, ...), and refuse what nothing can be learned of.
 

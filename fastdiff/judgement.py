@@ -254,7 +254,7 @@ def doubt(rows: Rows, *, by_rule: bool, judged: bool) -> str | None:
     """Return why so few rows, or rows so alike, cannot teach what a judgement would ask for; None: nothing is said."""
     if len(rows) < FEWEST_ROWS and judged:
         return f"{len(rows)} rows can be learned by heart only: new samples of their kind want at least {FEWEST_ROWS}"
-    if by_rule and rows.ndim == 2 and (rows == rows[:1]).all():
+    if by_rule and rows.ndim == 2 and isinstance(rows, np.ndarray) and (rows == rows[:1]).all():
         return "all rows are the same, and so will all samples be"
     return None
 

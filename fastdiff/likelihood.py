@@ -27,7 +27,7 @@ from fastdiff.backends import Array, Backend, Row, backend_for
 from fastdiff.backends.protocol import VISIT
 from fastdiff.denoiser import Asked, Evaluator, asked_on, checked_asked, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_flags, check_int, check_seed
-from fastdiff.noise import Draw, Stream
+from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler, ddim
 from fastdiff.samplers.table import x0_from_output
@@ -121,7 +121,7 @@ class _Rows(NamedTuple):
         for start in range(0, len(self.x0), count):
             part = slice(start, start + count)
             labels = None if self.labels is None else self.labels[part]
-            yield part, self._replace(x0=self.x0[part], labels=labels, first=start)
+            yield part, self._replace(x0=self.x0[part], labels=labels, first=self.first + start)
 
     def predict(self, x: Array, t: int) -> Array:
         """The denoiser's prediction, without a variance that it may have learned."""
@@ -233,6 +233,7 @@ def log_density(
     trace: str = "exact",
     probes: int = 1,
     seed: int = 0,
+    first_sample: int = 0,
     labels: Any = None,
     covariates: Any = None,
     schedule: Schedule | None = None,
@@ -262,6 +263,8 @@ def log_density(
         trace of log M^T M, by Lanczos' method with `probes` vectors of signs (Ubaru, Chen & Saad 2017), for any size.
     probes : int, optional
         Vectors of "hutchinson", or noises for each row and timestep of "denoising"; stream PROBE as in `bound`.
+    first_sample : int, optional
+        What row 0 of X is for stream PROBE.
     seed, labels, covariates, schedule, backend, progress
         As of `bound`.
 
@@ -294,6 +297,7 @@ def log_density(
     if sampler is not None and schedule is None and isinstance(sampler, Sampler):
         schedule = sampler.schedule
     rows = _rows(denoiser, X, (labels, covariates), schedule, backend)
+    rows = rows._replace(first=check_rows(first_sample, len(rows.x0)))
     if method == "denoising":
         if sampler is not None:
             raise ArgumentError("sampler", "a table", "None for method 'denoising'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -252,9 +254,12 @@ class Diffusion:
         Parameters
         ----------
         X : (N, points), (N, points, channels) or (N, height, width, channels) array, a frame, or windows of one
-            Curves, series, or pictures. Values of curves and series may be missing (NaN): then the loss is that of the
-            others, and the network is given draws in their place: see `fastdiff.gaps`. Of a frame (pandas, polars,
-            xarray) each row is a curve; `fastdiff.data.windows` makes series of a recording.
+            Curves, series, or pictures. An array on disk, of zarr, of Dask or memory-mapped, or the path of an ``.npy``
+            file, is read whole where it has up to 2^24 values; of others the rows that steps draw are read, and the
+            model is that of the same array in memory, to the bit. Values of curves and series may be missing (NaN),
+            but for those on disk that are not read whole: then the loss is that of the others, and the network is given
+            draws in their place: see `fastdiff.gaps`. Of a frame (pandas, polars, xarray) each row is a curve;
+            `fastdiff.data.windows` makes series of a recording.
         y : (N,) int array, optional
             Class labels, 0 .. classes - 1, for a network that has them. A network that is made here has as many as y
             needs.
@@ -653,6 +658,7 @@ class Diffusion:
         guidance: float | None = None,
         seed: int | None = None,
         first_draw: int = 0,
+        first_row: int = 0,
         ema: bool = True,
         progress: bool = False,
     ) -> Any:
@@ -675,6 +681,9 @@ class Diffusion:
             The covariates of each row, for a network that has them; (time, k) of a recording.
         first_draw : int, optional
             Draw k of a call is draw ``first_draw + k``: 50 draws are the first 50 of 100.
+        first_row : int, optional
+            Row i of a call is row ``first_row + i``: X[100:] with 100 gets the draws that it gets as a part of X. Of a
+            recording: 0.
 
         Returns
         -------
@@ -695,7 +704,8 @@ class Diffusion:
             "method": method, "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "ema": ema,
             "progress": progress,
         }  # fmt: skip
-        return answers.impute(self, X, answers.Draws(draws, quantiles, first_draw, labels, covariates, options))
+        asked = answers.Draws(draws, quantiles, first_draw, labels, covariates, options, first_row)
+        return answers.impute(self, X, asked)
 
     def forecast(
         self,
@@ -942,6 +952,35 @@ class Diffusion:
         if self._optimizer is not None:
             terms = loss_terms(schedule, self.prediction, self._optimizer.plan)
         return base.loss(schedule, self.prediction, None if terms is None else terms[:, 0])
+
+    def digest(self, *, ema: bool = True) -> str:
+        """Return the SHA-256 of all that samples depend on: weights, network, schedule, normaliser, prediction.
+
+        It does not depend on the backend, the seed, or the file that the model was read from.
+
+        Parameters
+        ----------
+        ema : bool, optional
+            Of the averaged weights.
+
+        Raises
+        ------
+        TrainingError
+            The model has not been trained.
+        """
+        check_flags(ema=ema)
+        net, schedule, normaliser = self._fitted()
+        with self._turns.looking():
+            arrays = {"weights": self._average if ema and self._average is not None else net.flat, **normaliser.arrays}
+            arrays |= {} if normaliser.noise_shape is None else normaliser.noise_shape.arrays
+            arrays |= {} if self._gaussian is None else self._gaussian.arrays
+            arrays |= {} if self._covariates is None else self._covariates.arrays
+            facts = [net.to_dict(), schedule.to_dict(), normaliser.to_dict(), self.prediction, self.spread]
+            found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+            for name, array in sorted(arrays.items()):
+                found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+                found.update(np.ascontiguousarray(array).data)
+        return f"sha256:{found.hexdigest()}"
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
         """Return the history as columns of one length, which ``pandas.DataFrame(...)`` and others take.

@@ -15,6 +15,7 @@ from fastdiff import process
 from fastdiff.backends import Backend
 from fastdiff.errors import ArgumentError, DataWarning, check_array, check_choice, check_float, is_on_device, shown
 from fastdiff.noise_shape import NoiseShape
+from fastdiff.stored import StoredRows, is_large, moments, parts
 
 log = logging.getLogger("fastdiff")
 
@@ -70,7 +71,7 @@ class Normaliser:
         return ("channel" if self.series else "column") if np.ndim(self.std) else "all"
 
     @classmethod
-    def of(cls, X: npt.NDArray[Any], noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
+    def of(cls, X: Any, noise_shape: NoiseShape | None = None, scale: str = "all") -> Normaliser:
         """Return the normaliser of rows (N, d), of the values that are not missing (NaN).
 
         "auto" takes columns whose deviations differ by more than a factor of 10, or are below a hundredth of that of
@@ -79,14 +80,19 @@ class Normaliser:
         Where all rows are the same there is one scale; a deviation of all values under 1e-6 max|x| counts as 1.
         """
         X = cls(0.0, 1.0, noise_shape)._white(X)
-        X = X.astype(np.float32) if X.dtype == np.float16 else X
+        if X.dtype == np.float16:
+            X = replace(_of_disk(X), through=_single) if is_large(X) else _single(X)
         largest = greatest(X)
         if largest == 0:
             return cls(0.0, 1.0, noise_shape)
-        scaled = X / largest  # squares of huge values would overflow
-        missing = bool(np.isnan(largest) or np.isnan(np.min(scaled)))
-        mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
-        centre, spread = float(mean_of(scaled, dtype=np.float64)), float(std_of(scaled, dtype=np.float64))
+        missing = has_missing(X)
+        if is_large(X) and not missing:
+            mean, variance = moments(X, largest, axis=None)
+            centre, spread = float(mean), float(np.sqrt(variance))
+        else:
+            scaled = X / largest  # squares of huge values would overflow
+            mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+            centre, spread = float(mean_of(scaled, dtype=np.float64)), float(std_of(scaled, dtype=np.float64))
         if scale != "all":
             mean, std = _column_moments(X)
             varied = std[std > 0]
@@ -99,10 +105,10 @@ class Normaliser:
                 scale = "column"
             if scale == "column" and varied.size:
                 return cls(mean, std, noise_shape)
-            equal = std == 0 if missing else (X[0] == X).all(axis=0)
+            equal = std == 0 if missing else np.logical_and.reduce([(X[0] == part).all(axis=0) for part in parts(X)])
             if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
                 log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
-                others = cls.of(X[:, ~equal])
+                others = cls.of(replace(X, columns=~equal) if isinstance(X, StoredRows) else X[:, ~equal])
                 return cls(np.where(equal, mean if missing else X[0], others.mean), np.where(equal, 0.0, others.std))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
 
@@ -133,7 +139,7 @@ class Normaliser:
         """Return the normaliser of pictures: by default of the range 0 .. 255 for bytes, else of their own."""
         whole, wants = X.dtype == np.uint8, "a pair of numbers (low, high), low below high"
         if data_range is None:
-            low, high = (0.0, 255.0) if whole else (float(X.min()), float(X.max()))
+            low, high = (0.0, 255.0) if whole else ends(X)
             if low == high:
                 raise ArgumentError("X", f"the value {low:g} only", "pictures of several values, or a data_range")
             if not whole:
@@ -144,7 +150,7 @@ class Normaliser:
             low, high = (check_float("data_range", end) for end in data_range)
             if not low < high:
                 raise ArgumentError("data_range", shown(data_range), wants)
-        least, most = float(X.min()), float(X.max())
+        least, most = ends(X)
         if 0 < 8 * (most - least) < high - low:
             words = f"pictures from {least:g} to {most:g} use less than an eighth of the range, ({low:g}, {high:g})"
             warnings.warn(f"{words}: data_range=(low, high) says what is black and white", DataWarning, stacklevel=7)
@@ -156,7 +162,7 @@ class Normaliser:
             return
         if self.whole and X.dtype != np.uint8:
             raise ArgumentError(argument, f"dtype {X.dtype}", "bytes (uint8), as in the first fit")
-        low, high = float(X.min()), float(X.max())
+        low, high = ends(X)
         if low < self.data_range[0] or high > self.data_range[1]:
             wants = "values within data_range, ({:g}, {:g}) since the first fit".format(*self.data_range)
             raise ArgumentError(argument, f"values from {low:g} to {high:g}", wants)
@@ -174,7 +180,13 @@ class Normaliser:
 
     def centred(self, X: npt.NDArray[Any]) -> Normaliser:
         """Return this one with the centre of a data set."""
+        if is_large(X):
+            return replace(self, centre=moments(self.seen(X))[0])
         return replace(self, centre=np.mean(self.apply(X, np.float64), axis=0))
+
+    def seen(self, X: Any) -> StoredRows:
+        """Return many rows in the network's range, in float64, of which a block at a time is made."""
+        return replace(_of_disk(X), through=lambda part: self.apply(part, np.float64))
 
     def restore(self, x: Any, be: Backend) -> Any:
         """Return samples as the data were: `invert`, and bytes where those were bytes."""
@@ -288,10 +300,31 @@ def greatest(X: npt.NDArray[Any], axis: int | None = None) -> Any:
 
     Values that are missing (NaN) do not count.
     """
-    ends = (np.nanmin, np.nanmax) if X.dtype.kind == "f" and np.isnan(np.min(X)) else (np.min, np.max)
-    low, high = (np.asarray(end(X, axis=axis), np.float64) for end in ends)
-    largest = np.maximum(-low, high)
+    largest = np.zeros(())
+    for part in [X] if isinstance(X, np.ndarray) else parts(X):
+        of_part = (np.nanmin, np.nanmax) if has_missing(part) else (np.min, np.max)
+        low, high = (np.asarray(end(part, axis=axis), np.float64) for end in of_part)
+        largest = np.maximum(largest, np.maximum(-low, high))
     return float(largest) if axis is None else largest
+
+
+def has_missing(X: Any) -> bool:
+    """Whether values are NaN; those on disk have been looked at, and none are."""
+    return isinstance(X, np.ndarray) and X.dtype.kind == "f" and bool(np.isnan(np.min(X)))
+
+
+def ends(X: Any) -> tuple[float, float]:
+    """Return the least and the greatest value."""
+    low, high = zip(*((part.min(), part.max()) for part in parts(X)), strict=True)
+    return float(min(low)), float(max(high))
+
+
+def _of_disk(X: Any) -> StoredRows:
+    return X if isinstance(X, StoredRows) else StoredRows(X)
+
+
+def _single(X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return X.astype(np.float32)
 
 
 def check_carried(X: npt.NDArray[Any], scale: str, what: str = "column") -> None:
@@ -352,10 +385,11 @@ def _scaled_moments(
     """Mean and deviation (d,) of X / unit: in float64, less the first row, a few rows at a time."""
     first, rows = X[0].astype(np.float64), max(1, BLOCK_VALUES // X.shape[1])
     total, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
-    for start in range(0, len(X), rows):
-        part = (X[start : start + rows].astype(np.float64) - first) / unit
-        total += part.sum(axis=0)
-        squares += (part**2).sum(axis=0)
+    for block in parts(X):
+        for start in range(0, len(block), rows):
+            part = (block[start : start + rows].astype(np.float64) - first) / unit
+            total += part.sum(axis=0)
+            squares += (part**2).sum(axis=0)
     mean = total / len(X)
     return mean + first / unit, np.sqrt(np.maximum(squares / len(X) - mean**2, 0))
 
@@ -363,10 +397,14 @@ def _scaled_moments(
 def _column_moments(X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and deviation (d,) of every column, 0 where it is constant but for rounding."""
     largest = np.asarray(greatest(X, axis=0))
-    scaled = X / np.where(largest == 0, 1.0, largest)
-    missing = X.dtype.kind == "f" and bool(np.isnan(np.min(scaled)))
-    mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
-    mean, std = mean_of(scaled, axis=0, dtype=np.float64), std_of(scaled, axis=0, dtype=np.float64)
+    unit, missing = np.where(largest == 0, 1.0, largest), has_missing(X)
+    if is_large(X) and not missing:
+        mean, variance = moments(X, unit)
+        std = np.sqrt(variance)
+    else:
+        scaled = X / unit
+        mean_of, std_of = (np.nanmean, np.nanstd) if missing else (np.mean, np.std)
+        mean, std = mean_of(scaled, axis=0, dtype=np.float64), std_of(scaled, axis=0, dtype=np.float64)
     constant = std < np.finfo(np.float32).eps  # which samples could not show
     return np.where(constant, mean * largest if missing else X[0], mean * largest), np.where(
         constant, 0.0, std * largest

@@ -208,11 +208,11 @@ class Observations:
             mask = mask | ~np.isnan(values)
         return mask
 
-    def some(self, indices: npt.NDArray[np.int64]) -> Observations:
-        """Return those of some of the N samples."""
+    def some(self, indices: npt.NDArray[np.int64], first: int = 0) -> Observations:
+        """Return those of some of the N samples, which are observations from number `first` on by the noise law."""
         known = tuple((values[indices] if len(values) > 1 else values, noise) for values, noise in self.known)
         linear = tuple((A, y[indices] if len(y) > 1 else y, noise) for A, y, noise in self.linear)
-        return replace(self, count=len(indices), known=known, linear=linear, numbers=tuple(indices.tolist()))
+        return replace(self, count=len(indices), known=known, linear=linear, numbers=tuple((indices + first).tolist()))
 
     def groups(self) -> Iterator[Group]:
         """Yield the linear observations, those together whose rows are the same; their indices cover 0 .. N - 1."""

@@ -17,6 +17,7 @@ from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import LARGEST, greatest
+from fastdiff.stored import StoredRows, opened, parts
 
 KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
@@ -61,9 +62,19 @@ def checked(
 ) -> tuple[Rows, Rows | None, int | None]:
     """Return data and labels on the host, and how many classes the network has or is to have.
 
-    With `missing` values of curves and series may be NaN; `larger` pictures may be of any size.
+    With `missing` values of curves and series may be NaN, and data on disk come back as `StoredRows` if they are many;
+    `larger` pictures may be of any size.
     """
-    given = check_array("X", _on_host(be, X), finite=False)
+    X = opened(X) if missing else X
+    if isinstance(X, StoredRows):
+        if noise_shape is not None:
+            raise ArgumentError("X", "data on disk, with a noise_shape", "data that are read into memory")
+        if X.shape[0] and X.ndim > 1:  # all but the values is looked at in one row
+            checked(np.zeros((1, *X.shape[1:]), X.dtype), None if y is None else [0], net, None, be)
+        X.check()
+        given: Any = X
+    else:
+        given = check_array("X", _on_host(be, X), finite=False)
     if net is None and given.ndim == 3 and given.dtype == np.uint8:
         wants = "(N, ..., channels): X[..., None] pictures of gray ones, X.astype(float) a series of channels"
         raise ArgumentError("X", f"bytes of shape {given.shape}", wants)
@@ -80,8 +91,9 @@ def checked(
     if given.ndim == 3 and len(shape) == 1:
         wants = f"curves (N, {shape[0]}); X.reshape(len(X), -1) makes curves of series (N, points, channels)"
         raise ArgumentError("X", f"shape {given.shape}", wants)
-    given = check_array("X", given, shape=(None, *shape), finite=not missing or len(shape) == 3)
-    if given.dtype.kind == "f" and np.isinf(given).any():
+    if isinstance(given, np.ndarray):
+        given = check_array("X", given, shape=(None, *shape), finite=not missing or len(shape) == 3)
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f" and np.isinf(given).any():
         at = tuple(int(i) for i in np.argwhere(np.isinf(given))[0])
         raise ArgumentError("X", f"{given[at]} at index {at}", "finite values, or NaN where they are missing")
     if given.size == 0:
@@ -174,7 +186,8 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     if held.all() or not held.any():
         return Split(X, y, None, (rule, part))
     unseen = X[held], None if y is None else y[held]
-    return Split(X[~held], None if y is None else y[~held], unseen, (rule, part), held)
+    rest = X.some(~held) if isinstance(X, StoredRows) else X[~held]
+    return Split(rest, None if y is None else y[~held], unseen, (rule, part), held)
 
 
 def compared(X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int) -> tuple[Rows, Rows | None]:
@@ -192,8 +205,11 @@ def compared(X: Rows, data: list[int] | None, rule: tuple[str, float] | None, se
 
 def fingerprint(X: Rows) -> list[int]:
     """Number of rows, and a checksum: tells whether a data set is the one that was learned from."""
-    single = X.astype(np.float32) if X.dtype == np.float64 else X  # as files have it
-    return [len(X), zlib.crc32(np.ascontiguousarray(single).data)]
+    found = 0
+    for part in parts(X):
+        single = part.astype(np.float32) if part.dtype == np.float64 else part  # as files have it
+        found = zlib.crc32(np.ascontiguousarray(single).data, found)
+    return [len(X), found]
 
 
 def _labels(argument: str, y: Any, classes: int | None, n: int, be: Backend) -> Rows | None:

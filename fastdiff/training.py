@@ -32,6 +32,7 @@ from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers.table import x0_from_output
 from fastdiff.schedule import Schedule
 from fastdiff.signals import held_back
+from fastdiff.stored import Feed
 
 log = logging.getLogger("fastdiff")
 P = ParamSpec("P")
@@ -172,6 +173,7 @@ class Trainer:
         self.brought = True  # whether the host has what has been trained
         self.saves: Saves | None = None
         self.turns: Turns | None = None  # of whoever is trained
+        self.feed: Feed | None = None  # of data that are on disk
 
     def bring_back(self) -> None:
         """Bring what has been trained to the host."""
@@ -249,6 +251,8 @@ class Trainer:
             held_back() as interrupted,
             progress_bar(show=progress, total=steps, desc="training") as bar,
         ):
+            if self.feed is not None:
+                last.callback(self.feed.close)
             last.callback(self.bring_back)
             last.callback(settle)
             end = model.step + steps
@@ -266,6 +270,8 @@ class Trainer:
                     settle()
                     if look(self.state.average):
                         return
+                if self.feed is not None:
+                    self.feed.put(issued, end)
                 self.steps.run(issued, options(issued, model.ema_updates + issued - model.step))
                 self.brought = False
                 issued += 1

@@ -1,7 +1,8 @@
 """Lanes that cannot run are skipped, counted and named; with FASTDIFF_REQUIRE_ALL=1 a skip fails the session.
 
 The suite has four parts, of which --part runs one: quick (`make quick`), cuda, timed, which wants a machine to itself,
-and rest. What --part=quick leaves out is counted.
+and rest. What --part=quick leaves out is counted. tests/scale, which needs the extra [scale] and starts clusters, runs
+where it is named (`make scale-test`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-PEERS = Path(__file__).parent / "peers"
+PEERS, SCALE = (Path(__file__).parent / name for name in ("peers", "scale"))
 # Files of a part, or of its folder; a test's own mark, or a parameter "cuda", says so too.
 CUDA = ("gpu", "test_cuda_*", "test_gpu_*")
 REST = ("peers", "test_asv.py", "test_bench.py", "test_benchmarks.py", "test_precision.py")
@@ -61,6 +62,9 @@ def _in(lane, path):
 
 
 def pytest_ignore_collect(collection_path, config):
+    named = (Path(argument.split("::")[0]).resolve() for argument in config.args)
+    if collection_path == SCALE and not any(path.is_relative_to(SCALE) for path in named):
+        return True
     if config.getoption("part") != "quick" or not _in(CUDA + REST + TIMED, collection_path):
         return None  # as pytest decides
     config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)

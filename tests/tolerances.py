@@ -47,6 +47,8 @@ PAGE, PAGE_FLOAT64 = 1e-5, 1e-9  # samples of the page, which computes in float6
 PAGE_TOLD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TOLD)
 FRAME_MS = 8  # of script, in the median, for a frame of 100 draws of 50 points of an exact denoiser
 
+STREAMED = 1e-6  # relative: moments measured block by block against those in one go, which scales float32 in float32
+
 SIGMAS = 5.0  # a Monte Carlo estimate lies within this many standard errors
 P_VALUE = 1e-3  # a test of a distribution fails below it; seeds are fixed, so it always or never does
 

@@ -284,6 +284,9 @@ class TrainingDraws(NamedTuple):
     share `drop` of the positions, as stream DROP says, see `fastdiff.noise.dropped`: such a label is `classes`, the
     null class, and such covariates are zeros.
 
+    Where the data set is not here `data`, `labels` and `covariates` are those of the batch, `by_position`, and are put
+    there before each step: see `fastdiff.stored.Feed`.
+
     Where values are missing the data are `masked`, (N, 2, ...): a row is x0, and what is added to its target, 0 or, of
     a value that has not been seen, NaN. A target of NaN has no error.
 
@@ -306,6 +309,12 @@ class TrainingDraws(NamedTuple):
     classes: int = 0
     masked: bool = False
     targets: tuple[str, tuple[int, int, int]] | None = None
+    by_position: bool = False
+
+    @property
+    def bound(self) -> int:
+        """Of how many rows one is drawn; 0: the batch is what the data are."""
+        return 0 if self.by_position else len(self.data)
 
 
 class TrainState(NamedTuple):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLES_AT_ONCE = 4096  # bounds memory, and is the tick of the progress bar; changes no bits of our kernels
 PICTURES_AT_ONCE = 64
+CHUNK_VALUES, CHUNKS = 1 << 22, 4  # of a chunk in a store, at most; for each worker, where there are fewer
 NAME_WIDTH = 17  # of a sampler, in the help
 SHOWN, TRACED = 16, 4  # samples in a grid or a GIF, and in a trace
 
@@ -41,6 +42,7 @@ def add(commands: Any) -> None:
         "  fastdiff sample m.safetensors -o new.npy --sampler dpmpp_2m --sample-steps 20\n"
         "  fastdiff sample m.safetensors -n 16 -o new/ --trace trace.png --gif chain.gif\n"
         "  fastdiff sample m.safetensors -n 30 -o new.png --labels 0,1,2\n"
+        "  fastdiff sample m.safetensors -n 10000000 --to new.zarr --workers 8\n"
         "\n"
         "Sample k of a seed is the same however many are drawn: -n 10 --first-sample 90\n"
         "repeats the last ten of -n 100.\n"
@@ -50,8 +52,9 @@ def add(commands: Any) -> None:
     sample.add_argument("model", metavar="MODEL", help="a .safetensors file written by fastdiff train")
     sample.add_argument("-n", type=int, default=16, metavar="N", help="how many (default 16)")
     sample.add_argument(
-        "-o", "--output", metavar="PATH", required=True, help="a .csv or .npy file; of pictures a folder, .png or .npy"
+        "-o", "--output", metavar="PATH", help="a .csv or .npy file; of pictures a folder, .png or .npy"
     )
+    _add_store(sample)
     sample.add_argument("--plot", metavar="FILE", help="draw the first 16 into this .png file")
     sample.add_argument("--trace", metavar="FILE", help="draw the way from noise into this .png file")
     sample.add_argument("--gif", metavar="FILE", help="show the way of the first 16 in this .gif file")
@@ -96,12 +99,30 @@ def add(commands: Any) -> None:
     sample.set_defaults(run=run)
 
 
+def _add_store(command: argparse.ArgumentParser) -> None:
+    """What draws more than fits into memory, or on many workers."""
+    store = command.add_argument_group("many samples (needs the extra 'scale')")
+    store.add_argument(
+        "--to", metavar="STORE", help="draw into this Zarr array, a folder or a URL; the same command goes on with it"
+    )
+    store.add_argument("--workers", type=int, metavar="K", help="processes of this machine (default: this one)")
+    store.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that draws, as tcp://host:8786")
+    store.add_argument("--chunk", type=int, metavar="N", help="samples of a chunk (default: a few million values)")
+
+
 def run(args: argparse.Namespace) -> int:
     import fastdiff as fd
 
     check_int("-n", args.n, low=1)
     check_int("--first-sample", args.first_sample, low=0)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
+    if (args.output is None) == (args.to is None):
+        raise FastdiffError("give -o PATH, or --to STORE for many samples")
+    of_store = {"--workers": args.workers, "--scheduler": args.scheduler, "--chunk": args.chunk}
+    of_file = {"--plot": args.plot, "--trace": args.trace, "--gif": args.gif}
+    for name, value in (of_store if args.to is None else of_file).items():
+        if value is not None:
+            raise FastdiffError(f"{name} goes with {'--to' if args.to is None else '-o'}")
     for path in (args.plot, args.trace):
         if path:
             check_picture(path)
@@ -113,7 +134,34 @@ def run(args: argparse.Namespace) -> int:
         options |= {"given": _known(args, model), "method": args.method}
     elif args.mask:
         raise FastdiffError("--mask is of a picture that --known names")
+    if args.to is not None:
+        return _sample_to_store(args, model, options)
     return (_sample_curves if len(model.net.shape) < 3 else _sample_pictures)(args, model, options)
+
+
+def _sample_to_store(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:
+    import math
+
+    from fastdiff import scale
+
+    n, first, shape = args.n, args.first_sample, model.net.shape if model.net is not None else ()
+    if args.workers is not None and args.scheduler is not None:
+        raise FastdiffError("--workers are of this machine, and --scheduler has its own: give one of them")
+    if args.workers is not None:
+        check_int("--workers", args.workers, low=1)
+    workers = args.workers or 1
+    begun = scale.chunk_of(args.to)
+    usual = begun or max(1, min(CHUNK_VALUES // math.prod(shape), -(-n // (CHUNKS * workers))))
+    chunk = usual if args.chunk is None else check_int("--chunk", args.chunk, low=1)
+    labels, numbers = in_turn(model, args.labels, n, first), asked_numbers(model, args.covariates, n)
+    array = scale.sample_to(
+        args.to, model, n, chunk=chunk, client=args.scheduler or args.workers, progress=not args.quiet,
+        first_sample=first, **_part(labels, numbers, 0, n), **options,
+    )  # fmt: skip
+    facts = array.attrs["fastdiff"]
+    print(f"{args.to}: {n} samples of shape {shape} in {-(-n // chunk)} chunks, by {facts['table']['name']}")
+    print(f"seed {facts['seed']}, model {facts['model']}")
+    return 0
 
 
 def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[str, Any]) -> int:

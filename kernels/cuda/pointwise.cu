@@ -202,7 +202,8 @@ FD_KERNEL take_backward(const real *__restrict__ dy, const int64 *__restrict__ i
 // out, where stream AUGMENT says, of data of `tall` rows of `wide` pixels.
 // `labels` and `chosen` may be null, and `step_at`, which holds the step where a graph repeats this. So may `covariates`
 // (N, columns) and `asked`, which takes those of the batch. Words of stream DROP below `limit` make a label `classes`, the
-// null class, and covariates zeros. Of `masked` data what is added to the target lies behind x0.
+// null class, and covariates zeros. Of `masked` data what is added to the target lies behind x0. N = 0: data,
+// labels and covariates are those of the batch, by position.
 FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ labels,
                      const real *__restrict__ signal_t, const real *__restrict__ noise_t,
                      const real *__restrict__ of_noise_t, const real *__restrict__ of_data_t, real *__restrict__ x,
@@ -221,7 +222,8 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
         const bool mirrored = flip && places.w0 < 1u << 31;
         const int64 top = (int64)((uint64)places.w1 * (uint64)(tall - height + 1) >> 32);
         const int64 left = (int64)((uint64)places.w2 * (uint64)(wide - width + 1) >> 32);
-        const int64 s = (int64)((time_word * (uint64)T) >> 32), from = (int64)((data_word * (uint64)N) >> 32);
+        const int64 s = (int64)((time_word * (uint64)T) >> 32);
+        const int64 from = N ? (int64)((data_word * (uint64)N) >> 32) : (int64)row;
         const Normals normals = fd_normals(row, (uint32)walk.item, step, FD_STREAM_TRAIN_NOISE, keys);
         const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
         FD_UNROLL

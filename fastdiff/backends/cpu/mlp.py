@@ -394,7 +394,10 @@ class MLPOperations(StepOperations):
                 net.tables = np.array([*draws[1:5], *terms], np.float32)
             keys = net.keys
             mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
-            mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
+            if draws.by_position:
+                net.indices[:] = np.arange(len(net.indices))
+            else:
+                mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
             nothing, asked = net.nothing.reshape(-1), None
             if plan.asked:
                 of_rows = Draw(draws.seed, Stream.BATCH, step)

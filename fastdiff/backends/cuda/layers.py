@@ -338,7 +338,7 @@ class LayerOperations(ConvOperations):
         args = (
             draws.data, labels, *(self._table(table) for table in draws[1:5]), *batch[:4],
             draws.covariates if columns else None, batch.covariates, n, size, tall, wide, draws.masked, width, channels,
-            columns, draws.classes, drop_limit(draws.drop), len(draws.data), len(draws.signal), first, step,
+            columns, draws.classes, drop_limit(draws.drop), draws.bound, len(draws.signal), first, step,
             self._step_at(), draws.flip, round_keys(draws.seed),
         )  # fmt: skip
         self._launch_layer("pointwise", "draw_batch", n * -(-size // 4), args)

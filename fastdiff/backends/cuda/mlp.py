@@ -493,7 +493,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         if plan.classes + columns:
             self._launch(
                 "mlp_draw_asked", len(asked) * (plan.classes + columns),
-                net.labels, net.covariates, asked, len(asked), len(draws.data), plan.classes, columns, plan.asked,
+                net.labels, net.covariates, asked, len(asked), draws.bound, plan.classes, columns, plan.asked,
                 drop_limit(draws.drop), step, self._step_at(), net.keys,
             )  # fmt: skip
         if plan.known:
@@ -505,13 +505,14 @@ class MLPOperations(LayerOperations, RecordingOperations):
 
     def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
-        assert net.data is not None
+        assert net.data is not None and net.draws is not None  # noqa: PT018
         n, d = net.buffers["x"].shape
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
         pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, pitch, len(net.data), net.plan.T, step, self._step_at(), net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, step, self._step_at(),
+            net.keys,
         )  # fmt: skip
         return x, t, target
 

@@ -56,7 +56,7 @@ class HostBackend:
     def draw_batch(self, draws: TrainingDraws, batch: Batch, step: int, first: int) -> None:
         x, t, target, chosen, _, covariates, known, marks = batch
         n, of_rows = len(x), Draw(draws.seed, Stream.BATCH, step, first)
-        rows = law.scaled_words(n, len(draws.data), of_rows)
+        rows = drawn_rows(draws, n, of_rows)
         t[...] = law.scaled_words(n, len(draws.signal), of_rows.of(Stream.TRAIN_TIME))
         x0, eps, hidden = draws.data[rows], np.empty_like(x), None
         if draws.masked:
@@ -108,6 +108,13 @@ class HostBackend:
 
     def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
         return PlainSampling(cast(LayerBackend, self), output)
+
+
+def drawn_rows(draws: TrainingDraws, n: int, draw: Draw) -> npt.NDArray[np.int64]:
+    """Return which rows of the data are at n positions of a batch."""
+    if draws.by_position:
+        return np.arange(draw.first_row, draw.first_row + n)
+    return law.scaled_words(n, len(draws.data), draw)
 
 
 def asked_of_rows(draws: TrainingDraws, rows: Array, draw: Draw) -> tuple[Array | None, Array | None]:

@@ -22,7 +22,7 @@ from fastdiff.backends.numpy.functions import (
     modulate_backward,
     squared_error,
 )
-from fastdiff.backends.numpy.host import asked_at, held, hold_batch
+from fastdiff.backends.numpy.host import asked_at, drawn_rows, held, hold_batch
 from fastdiff.backends.numpy.step import StepOperations
 from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
@@ -109,7 +109,7 @@ class MLPOperations(StepOperations):
         asked = None
         if plan.asked:
             of_rows = Draw(draws.seed, Stream.BATCH, step)
-            asked = asked_at(plan, draws, law.scaled_words(batch, len(draws.data), of_rows), of_rows)
+            asked = asked_at(plan, draws, drawn_rows(draws, batch, of_rows), of_rows)
             if plan.known:
                 hold_batch(asked[:, -plan.known :], draws.signal.astype(x.dtype)[t, None], x, target)
         return self._gradient(plan, params, (x, t, target, asked), grads, terms)[0]
@@ -152,7 +152,7 @@ class MLPOperations(StepOperations):
 def draw_batch(draws: TrainingDraws, T: int, step: int, batch: int) -> tuple[Array, Array, Array]:
     """Return x_t (batch, D), t (batch,) int64 and the target (batch, D) of a training step."""
     data, seed = draws.data, draws.seed
-    x0 = data[law.scaled_words(batch, len(data), Draw(seed, Stream.BATCH, step))]
+    x0 = data[drawn_rows(draws, batch, Draw(seed, Stream.BATCH, step))]
     hidden = 0
     if draws.masked:
         x0, hidden = x0[:, 0], x0[:, 1]
