@@ -587,6 +587,15 @@ def condition(
     ------
     ArgumentError
         Observations of another shape, that contradict each other, or several of them; a method that is no denoiser.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> prior = fd.denoisers.Gaussian(np.zeros(2), np.array([[1.0, 0.9], [0.9, 1.0]]), s)
+    >>> given = fd.condition(prior, fd.Known(np.array([1.0, np.nan])))
+    >>> draws = fd.sample(given, fd.samplers.ddim(s, 20), n=500, shape=(2,), seed=0)
+    >>> bool(abs(draws[:, 1].mean() - 0.9) < 0.1)
+    True
     """
     source = denoiser_of(denoiser)
     schedule = getattr(denoiser, "schedule", None) if schedule is None else schedule

@@ -140,6 +140,11 @@ def similarity(v: Any, *, backend: str | Backend = "auto") -> Any:
     ------
     ArgumentError
         Shape, dtype or value.
+
+    Examples
+    --------
+    >>> fd.covariance.similarity(np.array([0.0, 0.0, 9.0]), backend='numpy').round(3).tolist()
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
     be = backend_for(backend, v=v)
     curves = _states("v", v, be)
@@ -171,6 +176,11 @@ def scatter(X: npt.ArrayLike, centre: bool = False, normalise: bool = False) -> 
     ------
     ArgumentError
         Shape, dtype or value; no row.
+
+    Examples
+    --------
+    >>> fd.covariance.scatter([[1.0, 0.0], [0.0, 2.0]]).tolist()
+    [[1.0, 0.0], [0.0, 4.0]]
     """
     check_flags(centre=centre, normalise=normalise)
     count, _, total = _accumulate(check_array("X", _host("X", X), shape=(None, None), finite=False), centre)
@@ -198,6 +208,11 @@ def spectrum(C: npt.ArrayLike) -> Array:
     ------
     ArgumentError
         Shape or value; a matrix that is not symmetric.
+
+    Examples
+    --------
+    >>> fd.covariance.spectrum(np.diag([1.0, 4.0])).tolist()
+    [4.0, 1.0]
     """
     return np.asarray(np.linalg.eigvalsh(_symmetric("C", C)[0])[::-1], np.float64)
 
@@ -222,6 +237,11 @@ def effective_rank(C: npt.ArrayLike, kind: Literal["entropy", "participation"] =
     ------
     ArgumentError
         Shape or value; a matrix that is no covariance, or zero.
+
+    Examples
+    --------
+    >>> round(fd.covariance.effective_rank(np.eye(5)), 6)
+    5.0
     """
     check_choice("kind", kind, KINDS)
     values = check_covariance("C", C).spectrum
@@ -363,6 +383,12 @@ def reshaping(
     ArgumentError
         Shape or value; a matrix that is not symmetric or has a negative eigenvalue; a target of higher rank than the
         source, or, for "transport", outside the source's range.
+
+    Examples
+    --------
+    >>> r = fd.covariance.reshaping(np.eye(2), np.diag([4.0, 1.0]))
+    >>> r.apply(np.ones((1, 2)), backend='numpy').tolist()
+    [[2.0, 1.0]]
     """
     check_choice("form", form, FORMS)
     jitter = check_float("jitter", jitter, low=0)
@@ -415,6 +441,13 @@ def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
     ------
     ArgumentError
         Shape or value; a matrix that is no covariance.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> S = fd.covariance.propagate(4 * np.eye(2), s, 3)
+    >>> np.allclose(S, (4 * s.alphas_bar[3] + 1 - s.alphas_bar[3]) * np.eye(2))
+    True
     """
     start, schedule = check_covariance("S0", S0).cov, _schedule(schedule)
     t = as_array("t", _host("t", t), "integers")
@@ -444,6 +477,11 @@ def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Array]:
     ------
     ArgumentError
         At once: shape or value; a matrix that is no covariance.
+
+    Examples
+    --------
+    >>> len(list(fd.covariance.propagate_chain(np.eye(2), fd.Schedule.cosine(20))))
+    21
     """
     return _chain(check_covariance("S0", S0).cov, _schedule(schedule))
 
@@ -500,6 +538,11 @@ def empirical(X: Any) -> EmpiricalMoments:
     ------
     ArgumentError
         Shape, dtype or value; chunks of different widths; fewer than two rows.
+
+    Examples
+    --------
+    >>> fd.covariance.empirical(np.array([[0.0, 1.0], [2.0, 1.0]])).mean.tolist()
+    [1.0, 1.0]
     """
     count, mean, total = _accumulate(_host("X", X), True)
     if count < 2:
@@ -556,6 +599,12 @@ def ledoit_wolf(X: npt.ArrayLike) -> ShrunkMoments:
     Returns
     -------
     ShrunkMoments
+
+    Examples
+    --------
+    >>> moments = fd.covariance.ledoit_wolf(np.random.default_rng(0).normal(size=(10, 3)))
+    >>> 0 <= moments.shrinkage <= 1
+    True
     """
     rows = check_array("X", X, shape=(None, None), dtype=np.float64)
     m, n = rows.shape

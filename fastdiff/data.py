@@ -90,6 +90,13 @@ def harmonic_curves(
     -------
     ndarray
         (n, points) float32, computed in float64.
+
+    Examples
+    --------
+    >>> fd.data.harmonic_curves(3).shape
+    (3, 50)
+    >>> bool((fd.data.harmonic_curves(3)[2] == fd.data.harmonic_curves(1, first_sample=2)[0]).all())
+    True
     """
     n = check_int("n", n, low=0)
     points = check_int("points", points, low=2)
@@ -176,6 +183,12 @@ def load_curves(
     DataWarning
         A column looks like an index, a time or a label, the lines like the moments of curves (long format),
         or the first one like column names: what was seen, and the remedy. The values are as in the file.
+
+    Examples
+    --------
+    >>> fd.data.save_curves('new.csv', [[0.0, 1.0], [2.0, 3.5]])
+    >>> fd.data.load_curves('new.csv').tolist()
+    [[0.0, 1.0], [2.0, 3.5]]
     """
     suffix = check_ending(path, ENDINGS)
     check_flags(missing=missing, header=bool(header) if header is None else header)
@@ -212,6 +225,12 @@ def save_curves(path: str | os.PathLike[str], X: npt.ArrayLike) -> None:
         The file; the ending decides how it is written. An existing file is replaced.
     X : array_like
         (N, points) real numbers, finite; stored as float32. In CSV: one curve a line, commas, no header.
+
+    Examples
+    --------
+    >>> fd.data.save_curves('new.csv', [[0.0, 1.0], [2.0, 3.5]])
+    >>> fd.data.load_curves('new.csv').tolist()
+    [[0.0, 1.0], [2.0, 3.5]]
     """
     suffix = check_ending(path, ENDINGS)
     curves = check_array("X", X, shape=(None, None), dtype=np.float32)
@@ -260,6 +279,11 @@ def circles(
     ------
     ArgumentError
         A value is not what it should be.
+
+    Examples
+    --------
+    >>> fd.data.circles(3, 16).shape
+    (3, 16, 16, 1)
     """
     n, size = check_int("n", n, low=0), check_int("size", size, low=8)
     if not isinstance(radius, (tuple, list)) or len(radius) != 2:

@@ -435,6 +435,14 @@ def product(denoiser1: Any, denoiser2: Any, *, schedule: Schedule | None = None)
     -----
     QualityWarning
         Always, for the reason above.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> one, other = (fd.denoisers.Gaussian(np.full(1, m), np.eye(1), s) for m in (0.0, 2.0))
+    >>> draws = fd.sample(fd.product(one, other), fd.samplers.ddim(s, 20), n=500, shape=(1,), seed=0)
+    >>> bool(abs(draws.mean() - 1) < 0.2)
+    True
     """
     first, second = denoiser_of(denoiser1), denoiser_of(denoiser2)
     schedules = [schedule, *(getattr(part, "schedule", None) for part in (first, second))]

@@ -331,6 +331,13 @@ def normal(
     ------
     ArgumentError
         A negative size, or a seed, step or row outside its range.
+
+    Examples
+    --------
+    >>> fd.normal((3, 2), seed=0, backend='numpy').shape
+    (3, 2)
+    >>> bool((fd.normal((3, 2), seed=0)[1:] == fd.normal((2, 2), seed=0, first_sample=1)).all())
+    True
     """
     from fastdiff.backends import get_backend
 

@@ -84,6 +84,13 @@ def forward_noise(
     ------
     ArgumentError
         Shape, dtype or value of an argument.
+
+    Examples
+    --------
+    >>> x0 = fd.data.harmonic_curves(4)
+    >>> x_t, eps = fd.forward_noise(x0, 10, fd.Schedule.cosine(20), seed=0)
+    >>> x_t.shape, eps.shape
+    ((4, 50), (4, 50))
     """
     be, schedule = backend_for(backend, x0=x0, t=t), _schedule(schedule)
     given = _states("x0", x0, be)
@@ -145,6 +152,11 @@ def forward_chain(
     ------
     ArgumentError
         Shape, dtype or value of an argument.
+
+    Examples
+    --------
+    >>> fd.forward_chain(fd.data.harmonic_curves(4), fd.Schedule.cosine(20), seed=0).shape
+    (21, 4, 50)
     """
     be, schedule = backend_for(backend, x0=x0), _schedule(schedule)
     given = _states("x0", x0, be)
@@ -201,6 +213,13 @@ def posterior(
     ------
     ArgumentError
         None or both of x0 and noise, or shape, dtype or value of an argument; the noise, where the signal is 0.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> mean, var = fd.posterior(np.ones((1, 2)), 0, s, x0=np.zeros((1, 2)), backend='numpy')
+    >>> mean.tolist(), float(np.max(var))
+    ([[0.0, 0.0]], 0.0)
     """
     schedule = _schedule(schedule)
     if (x0 is None) == (noise is None):

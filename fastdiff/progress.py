@@ -20,7 +20,7 @@ from fastdiff.forks import at_fork, uncut
 
 log = logging.getLogger("fastdiff")
 
-SECONDS = 5.0  # between two lines
+FIRST, SECONDS = 1.0, 5.0  # until the first line, and between two
 
 
 class _Nothing:
@@ -40,7 +40,8 @@ class _Lines:
         self.total, self.desc, self.unit, self.leave = total, desc, f" {unit}s" if unit else "", leave
         self.file = sys.stderr if file is None else file
         self.n, self.first, self.words = 0, 0, ""
-        self.begun = self.said = time.monotonic()
+        self.begun = time.monotonic()
+        self.due = self.begun + FIRST
 
     def __enter__(self) -> Self:
         return self
@@ -54,8 +55,8 @@ class _Lines:
         if not self.n:  # the first step, in which kernels may be compiled, says nothing of the others
             self.first, self.begun = n, now
         self.n += n
-        if now - self.said >= SECONDS and self.n < self.total:
-            self.said = now
+        if now >= self.due and self.n < self.total:
+            self.due = now + SECONDS
             rate = (self.n - self.first) / max(now - self.begun, 1e-9)
             self._say(f"{rate:.3g} a second, {_minutes((self.total - self.n) / rate)} left" if rate else "begun")
 

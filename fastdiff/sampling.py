@@ -109,6 +109,13 @@ def sample(
     ArgumentError
         An argument's shape, dtype or value; a denoiser that disagrees with the table, or whose output has another
         shape than x; a table that clips, with a noise shape.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> exact = fd.denoisers.Gaussian(np.zeros(2), np.eye(2), s)
+    >>> fd.sample(exact, fd.samplers.ddim(s, 10), n=4, shape=(2,), seed=0).shape
+    (4, 2)
     """
     if not isinstance(sampler, Sampler):
         raise ArgumentError("sampler", type(sampler).__name__, "a table from fastdiff.samplers")

@@ -64,7 +64,13 @@ log = logging.getLogger("fastdiff")
 
 
 def available_backends() -> list[str]:
-    """Return the names of the backends that work on this machine, the reference first."""
+    """Return the names of the backends that work on this machine, the reference first.
+
+    Examples
+    --------
+    >>> 'numpy' in fd.available_backends()
+    True
+    """
     return ["numpy", *([] if _no_compiler() else ["cpu"]), *(["cuda"] if _has_cuda() else [])]
 
 
@@ -162,6 +168,11 @@ def get_backend(
     BackendError
         "cuda" where CuPy, a driver or a GPU is missing: the message says what to install. "cpu" where Numba is told
         to compile nothing.
+
+    Examples
+    --------
+    >>> fd.get_backend('cpu', threads=1).name
+    'cpu'
     """
     if isinstance(backend, Backend) and not isinstance(backend, type):
         options = {"threads": threads, "kernels": kernels, "precision": precision, "graphs": graphs}

@@ -36,6 +36,11 @@ def energy_distance(X: npt.ArrayLike, Y: npt.ArrayLike, *, unbiased: bool = Fals
     -------
     float
         In the unit of the data. Takes O((N + M)^2 d) time and O(N + M) memory.
+
+    Examples
+    --------
+    >>> fd.metrics.energy_distance([[0.0], [1.0]], [[0.0], [1.0]])
+    0.0
     """
     check_flags(unbiased=unbiased)
     x, y = _checked(X, Y, 2 if unbiased else 1)
@@ -70,6 +75,11 @@ def mmd(X: npt.ArrayLike, Y: npt.ArrayLike, *, bandwidth: float | None = None, u
     -------
     float
         Between 0 and 2, without a unit. Takes O((N + M)^2 d) time and O(N + M) memory.
+
+    Examples
+    --------
+    >>> fd.metrics.mmd([[0.0], [1.0]], [[0.0], [1.0]])
+    0.0
     """
     from scipy.spatial.distance import pdist
 
@@ -93,6 +103,11 @@ def nearest_distances(X: npt.ArrayLike, Y: npt.ArrayLike) -> npt.NDArray[np.floa
     """Return the distance (N,) of every row of X (N, d) to the nearest row of Y (M, d); where Y is X, to the others.
 
     Where samples lie much nearer to the training rows than unseen rows do, a model has learned those by heart.
+
+    Examples
+    --------
+    >>> fd.metrics.nearest_distances([[0.0], [5.0]], [[1.0], [4.0], [9.0]]).tolist()
+    [1.0, 1.0]
     """
     x = check_array("X", X, shape=(None, None), dtype=np.float64)
     y = check_array("Y", Y, shape=(None, x.shape[1]), dtype=np.float64)

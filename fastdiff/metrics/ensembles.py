@@ -58,6 +58,11 @@ def crps(draws: Any, y: Any, *, fair: bool = True) -> Floats:
     ------
     ArgumentError
         Shapes that do not fit, draws that are not finite, or a single draw for a fair score.
+
+    Examples
+    --------
+    >>> fd.metrics.crps(np.array([[0.0], [1.0]]), np.array([0.5]), fair=False).tolist()
+    [0.25]
     """
     draws, y = _checked(draws, y, 2 if fair else 1)
     M = len(draws)
@@ -84,6 +89,11 @@ def crps_normal(mean: Any, deviation: Any, y: Any) -> Floats:
     Returns
     -------
     array of float64
+
+    Examples
+    --------
+    >>> fd.metrics.crps_normal(0.0, 1.0, 0.0).round(4).tolist()
+    0.2337
     """
     from scipy.special import ndtr
 
@@ -122,6 +132,12 @@ def quantile_crps(
     Returns
     -------
     float
+
+    Examples
+    --------
+    >>> y = np.ones((2, 3, 2))
+    >>> fd.metrics.quantile_crps(np.stack([y, y, y]), y)
+    0.0
     """
     draws, y = _checked(draws, y, 1)
     usual, method = CONVENTIONS[check_choice("convention", convention, CONVENTIONS)]
@@ -158,6 +174,12 @@ def crps_sum(draws: Any, y: Any, *, convention: str = "csdi", levels: Sequence[f
     -------
     float
         Relative to the sum of |sum over channels of y|.
+
+    Examples
+    --------
+    >>> y = np.ones((2, 3, 2))
+    >>> fd.metrics.crps_sum(np.stack([y, y, y]), y)
+    0.0
     """
     draws, y = _checked(draws, y, 1)
     if y.ndim < 2:
@@ -182,6 +204,11 @@ def energy_score(draws: Any, y: Any, *, fair: bool = True) -> Floats:
     -------
     (N,) float64
         In the unit of the data; NaN where a row has nothing but NaN. Takes O(M^2) time a value.
+
+    Examples
+    --------
+    >>> fd.metrics.energy_score(np.zeros((4, 1, 2)), np.array([[3.0, 4.0]])).tolist()
+    [5.0]
     """
     from scipy.spatial.distance import cdist, pdist
 
@@ -217,6 +244,12 @@ def coverage(draws: Any, y: Any, *, levels: Sequence[float] = (0.5, 0.8, 0.95)) 
     -------
     (levels,) float64
         Values of one row go together, so a standard error is that of the rows' means.
+
+    Examples
+    --------
+    >>> draws = np.random.default_rng(0).normal(size=(1000, 50))
+    >>> fd.metrics.coverage(draws, np.zeros(50), levels=(0.5,)).tolist()
+    [1.0]
     """
     draws, y = _checked(draws, y, 1)
     most = (len(draws) - 1) / (len(draws) + 1)

@@ -33,6 +33,11 @@ def roundness(images: Any, *, rays: int = 64) -> npt.NDArray[np.float64]:
     ------
     ArgumentError
         Shape or values of the pictures.
+
+    Examples
+    --------
+    >>> bool((fd.metrics.roundness(fd.data.circles(3, 32)) > 0).all())
+    True
     """
     array = check_array("images", images)
     if array.ndim == 4 and array.shape[3] == 1:

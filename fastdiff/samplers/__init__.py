@@ -117,7 +117,13 @@ _OPEN = (
 
 
 def names() -> list[str]:
-    """Names of the samplers, as `named`, ``model.sample(sampler=)`` and ``fastdiff sample --sampler`` take them."""
+    """Names of the samplers, as `named`, ``model.sample(sampler=)`` and ``fastdiff sample --sampler`` take them.
+
+    Examples
+    --------
+    >>> fd.samplers.names()[:3]
+    ['ddpm', 'ddim', 'dpmpp_2m']
+    """
     return list(_SAMPLERS)
 
 
@@ -161,6 +167,11 @@ def named(
     ------
     ArgumentError
         If the name is unknown (the message lists those known), or another argument is wrong.
+
+    Examples
+    --------
+    >>> fd.samplers.named('ddim', fd.Schedule.cosine(20), 5, eta=1.0)
+    <Sampler ddim: 5 rows of T=20, noise prediction>
     """
     check_schedule(schedule)
     make, usual, _ = _SAMPLERS[check_choice("sampler", name, _SAMPLERS)]

@@ -88,6 +88,11 @@ def dpmpp_2m(
     -----
     ScheduleWarning
         If the first timestep is far from noise.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmpp_2m(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     eta = check_float("eta", eta, low=0)
@@ -143,6 +148,11 @@ def dpmpp_3m(
         As of `dpmpp_2m`; None: 2 with ``final="zero"`` and fewer than 15 rows.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmpp_3m(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     eta = check_float("eta", eta, low=0)
@@ -200,6 +210,11 @@ def unipc(
         As of `dpmpp_2m`; None: 1 with ``final="zero"``, 2 for order 3 and fewer than 15 rows.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.unipc(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     order = check_int("order", order, low=1, high=3)
@@ -244,6 +259,11 @@ def deis(
         As of `unipc`.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.deis(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     order = check_int("order", order, low=1, high=3)
@@ -286,6 +306,11 @@ def lms(
         As of `dpmpp_2m`, but for the default 0; None: the rule of `unipc`.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.lms(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     order = check_int("order", order, low=1, high=4)
@@ -330,6 +355,11 @@ def pndm(
         What is remembered is the noise, which has no bounds.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.pndm(fd.Schedule.cosine(20), 6).evaluations
+    7
     """
     grid = levels(schedule, steps, spacing, final)
     refuse_clip("pndm", clip)
@@ -359,6 +389,11 @@ def ipndm(
         What is remembered is the noise, which has no bounds.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.ipndm(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     order = check_int("order", order, low=1, high=4)
@@ -407,6 +442,11 @@ def dpmsolver(
         What is remembered is the noise, which has no bounds.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmsolver(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     order, eta = check_int("order", order, low=1, high=3), check_float("eta", eta, low=0)
@@ -470,6 +510,11 @@ def sa_solver(
         As of `dpmpp_2m`; with 2 the last corrector has at most three points. None: as of `unipc`.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.sa_solver(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     grid = levels(schedule, steps, spacing, final)
     tau = check_float("tau", tau, low=0)

@@ -88,6 +88,13 @@ def ddpm(
     -----
     ScheduleWarning
         If the first timestep is far from noise ("leading" spacing can do that).
+
+    Examples
+    --------
+    >>> fd.samplers.ddpm(fd.Schedule.cosine(20))
+    <Sampler ddpm: 20 rows of T=20, noise prediction>
+    >>> fd.samplers.ddpm(fd.Schedule.cosine(20), 5).timesteps
+    array([19, 15, 11,  7,  3])
     """
     check_schedule(schedule)
     grid = levels(schedule, schedule.T if steps is None else steps, spacing, final)
@@ -157,6 +164,11 @@ def ddim(
     -----
     ScheduleWarning
         If the first timestep is far from noise.
+
+    Examples
+    --------
+    >>> fd.samplers.ddim(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     return _implicit("ddim", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
@@ -176,6 +188,11 @@ def euler(
     """Euler's method for the probability-flow equation in rho = sigma / alpha: the same table as `ddim`.
 
     On a flow schedule it is Euler's method along straight paths. Arguments, result and errors as of `ddim`.
+
+    Examples
+    --------
+    >>> fd.samplers.euler(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     return _implicit("euler", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
 
@@ -194,6 +211,11 @@ def euler_ancestral(
     """Euler's method to below the next level, and noise up to it: the same table as `ddim` with eta = 1.
 
     Arguments, result and errors as of `ddim`.
+
+    Examples
+    --------
+    >>> fd.samplers.euler_ancestral(fd.Schedule.cosine(20), 5).evaluations
+    5
     """
     return _implicit(
         "euler_ancestral", levels(schedule, steps, spacing, final), schedule, 1.0, reclip, clip, prediction
@@ -251,6 +273,11 @@ def lcm(
         At least 0: how soon x0 counts for all; infinity is x0 alone, at t = 0 too.
 
     Returns, errors and warnings as of `ddpm`.
+
+    Examples
+    --------
+    >>> fd.samplers.lcm(fd.Schedule.cosine(20), 4).evaluations
+    4
     """
     grid = levels(schedule, steps, spacing, final)
     if timestep_scaling != math.inf:
@@ -294,6 +321,11 @@ def tcd(
         0 to 1: 0 is `ddim`; with 1 all is noised anew from t = 0. The authors' gamma.
 
     Returns, errors and warnings as of `ddpm`.
+
+    Examples
+    --------
+    >>> fd.samplers.tcd(fd.Schedule.cosine(20), 4).evaluations
+    4
     """
     grid = levels(schedule, steps, spacing, final)
     eta = check_float("eta", eta, low=0, high=1)
@@ -373,6 +405,11 @@ def heun(
     -----
     ScheduleWarning
         If the first timestep is far from noise.
+
+    Examples
+    --------
+    >>> fd.samplers.heun(fd.Schedule.cosine(20), 5).evaluations
+    7
     """
     grid = levels(schedule, steps, spacing, final)
     if check_bool("velocity", velocity):
@@ -425,6 +462,11 @@ def dpm2(
     Between neighbouring timesteps it is a step of `heun`.
 
     Arguments, result, errors and warnings as of `heun`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpm2(fd.Schedule.cosine(20), 5).evaluations
+    9
     """
     grid = levels(schedule, steps, spacing, final)
     table = Table("dpm2", schedule, prediction, clip, 2)
@@ -449,6 +491,11 @@ def dpmpp_2s(
         x'  = sigma' / sigma x + alpha' (1 - exp(-h)) ((1 - 1 / (2 r)) x0 + 1 / (2 r) x0_m)
 
     Arguments, result, errors and warnings as of `heun`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmpp_2s(fd.Schedule.cosine(20), 5).evaluations
+    9
     """
     grid = levels(schedule, steps, spacing, final)
     table = Table("dpmpp_2s", schedule, prediction, clip, 2)
@@ -475,6 +522,11 @@ def dpm2_ancestral(
     A step from noise alone is one of `euler`.
 
     Arguments, result, errors and warnings as of `heun`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpm2_ancestral(fd.Schedule.cosine(20), 5).evaluations
+    9
     """
     grid = levels(schedule, steps, spacing, final)
     table = Table("dpm2_ancestral", schedule, prediction, clip, None)
@@ -509,6 +561,11 @@ def dpmpp_sde(
         What is remembered is a mixture of x and x0, which has no bounds.
 
     Returns, errors and warnings as of `heun`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmpp_sde(fd.Schedule.cosine(20), 5).evaluations
+    9
     """
     grid = levels(schedule, steps, spacing, final)
     check_growth(grid)
@@ -580,6 +637,11 @@ def dpmsolver_single(
         Bounds of x0, see `Sampler`; None for the noise, and with eta = 1 and order 2, which remember something else.
 
     Returns, errors and warnings as for `dpmpp_2m`.
+
+    Examples
+    --------
+    >>> fd.samplers.dpmsolver_single(fd.Schedule.cosine(20), 6).evaluations
+    6
     """
     grid = levels(schedule, steps, spacing, final)
     check_growth(grid)

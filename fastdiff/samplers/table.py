@@ -287,7 +287,13 @@ def _restored(
 
 
 def options_of(make: Callable[..., Sampler]) -> dict[str, Any]:
-    """The options of a constructor, with their defaults."""
+    """The options of a constructor, with their defaults.
+
+    Examples
+    --------
+    >>> fd.samplers.options_of(fd.samplers.ddim)['eta']
+    0.0
+    """
     return {
         name: each.default for name, each in signature(make).parameters.items() if each.kind is Parameter.KEYWORD_ONLY
     }
