@@ -463,14 +463,10 @@ def product(denoiser1: Any, denoiser2: Any, *, schedule: Schedule | None = None)
     --------
     >>> s = fd.Schedule.cosine(20)
     >>> one, other = (fd.denoisers.Gaussian(np.full(1, m), np.eye(1), s) for m in (0.0, 2.0))
-<<<<<<< HEAD
-    >>> draws = fd.sample(fd.product(one, other), fd.samplers.ddim(s, 20), n=500, shape=(1,), seed=0)
-=======
     >>> import warnings
     >>> with warnings.catch_warnings(action="ignore"):  # it says when a sum of scores is not that of the product
     ...     both = fd.product(one, other)
     >>> draws = fd.sample(both, fd.samplers.ddim(s, 20), n=500, shape=(1,), seed=0)
->>>>>>> manners
     >>> bool(abs(draws.mean() - 1) < 0.2)
     True
     """
