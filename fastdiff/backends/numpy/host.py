@@ -65,9 +65,7 @@ class HostBackend:
             x0 = cut(x0, x.shape[1:3], of_rows.of(Stream.AUGMENT))
         if draws.flip:
             mirrored = law.flips(n, of_rows.of(Stream.AUGMENT))
-            x0[mirrored] = x0[mirrored][..., ::-1, :]
-        if draws.masked:
-            x0, hidden = x0[:, 0], x0[:, 1]
+            x0[mirrored] = x0[mirrored][:, :, ::-1]
         cast(Backend, self).normal(eps.reshape(n, -1), of_rows.of(Stream.TRAIN_NOISE))
         signal, level, of_noise, of_data = (table.astype(x.dtype)[t, None, None, None] for table in draws[1:5])
         x[...] = signal * x0 + level * eps
