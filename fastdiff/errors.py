@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST = 300  # characters of what came
+ROOM = 1 << 24  # values that there is always memory for
 
 
 class FastdiffError(Exception):
@@ -189,7 +190,8 @@ def check_several(argument: str, value: Any, wants: str) -> tuple[Any, ...]:
 def check_room(argument: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> None:
     """Raise `ArgumentError` where there can be no array of such a shape: no memory is touched."""
     try:
-        np.empty(shape, dtype)
+        if math.prod(shape) >= ROOM:
+            np.empty(shape, dtype)
     except (MemoryError, ValueError) as error:
         got = f"what takes an array of shape {shown(shape)}"
         raise ArgumentError(argument, got, "what there is memory for") from error

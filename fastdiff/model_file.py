@@ -24,6 +24,7 @@ from fastdiff.errors import (
     CheckpointError,
     DataError,
     DataWarning,
+    as_named,
     check_array,
     check_choice,
     check_float,
@@ -53,6 +54,11 @@ def naming_faults(path: str | os.PathLike[str]) -> Iterator[None]:
     except (ArgumentError, KeyError, TypeError, MemoryError) as error:  # the last: a network of any size can be claimed
         reason = f"the header lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _network(header: dict[str, Any]) -> Network:
+    with as_named(config="network"):
+        return network_of(header["network"], draw=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +153,7 @@ class Saved:
 
         def places(header: dict[str, Any], stored: Mapping[str, Tensor]) -> Tensors:
             """Flat buffers for tensors that fit; what is wrong with others is said when all are there."""
-            net = network_of(header["network"], draw=False)
+            net = _network(header)
             flats: Tensors = {}
             made.append((net, flats))
             known, dtype = net.layout.shapes.items(), NAMES[np.dtype(net.dtype)]
@@ -167,7 +173,7 @@ class Saved:
     def _of(cls, header: dict[str, Any], tensors: Tensors, made: tuple[Network, Tensors] | None = None) -> Self:
         """Return what header and tensors of a file say, checked; they may have been read into buffers of a network."""
         schedule = Schedule.from_dict(header["schedule"])
-        net, flats = made or (network_of(header["network"], draw=False), {})
+        net, flats = made or (_network(header), {})
         # Shapes first: a header that claims a huge network must not make us allocate one.
         for name, shape in net.layout.shapes.items():
             _stored(tensors, f"net.{name}", shape)

@@ -186,6 +186,8 @@ class NoiseShape:
         given = check_array("variances", variances)
         if given.shape not in ((), columns.shape[:1]):
             raise ArgumentError("variances", f"shape {given.shape}", f"a number or shape ({len(columns)},)")
+        if (low := np.flatnonzero(given <= 0)).size:
+            raise ArgumentError("variances", f"{given.flat[low[0]]:g} at index {low[0]}", "numbers above 0")
         with as_named(variances="factor, variances"):
             return cls("low_rank", {"factor": columns, "variances": np.broadcast_to(given, columns.shape[:1])})
 

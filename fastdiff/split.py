@@ -148,7 +148,9 @@ def split(
         if len(validation) != 2:
             raise ArgumentError("validation", f"{len(validation)} values", "a fraction, or a pair (rows, labels)")
         rows, labels = validation
-    elif not isinstance(validation, numbers.Real) and check_array("validation", validation, finite=False).ndim > 0:
+    elif (
+        not isinstance(validation, (numbers.Real, str)) and check_array("validation", validation, finite=False).ndim > 0
+    ):
         rows, labels = validation, None
     else:
         fraction = check_float("validation", validation, low=0, high=1, high_open=True)

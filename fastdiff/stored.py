@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fastdiff import noise
 from fastdiff.backends import Backend
-from fastdiff.errors import ArgumentError, DataError, all_finite
+from fastdiff.errors import ArgumentError, DataError, all_finite, shown
 from fastdiff.noise import Draw, Stream
 
 Rows = npt.NDArray[Any]
@@ -148,6 +148,8 @@ class StoredRows:
 def opened(X: Any) -> Any:
     """Return data as they are, in memory, or as `StoredRows` where they are on disk and too many to be read."""
     if isinstance(X, (str, os.PathLike)):
+        if os.path.splitext(os.fspath(X))[1] != ".npy":
+            raise ArgumentError("X", shown(X), "an array, or the path of an .npy file; fd.data.load_curves reads .csv")
         try:
             X = np.load(X, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:

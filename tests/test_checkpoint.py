@@ -513,7 +513,7 @@ def test_files_that_are_something_else(tmp_path):
         ('{"format": 4}', "format version 4, this fastdiff reads up to 3: update fastdiff"),
         ('{"format": 2}', "noise law None, this fastdiff has 1"),
         ('{"format": 2, "noise_law": 2}', "noise law 2, this fastdiff has 1"),
-        ('{"format": 2, "noise_law": 1}', "the header lacks 'schedule'"),
+        ('{"format": 2, "noise_law": 1}', "the header lacks 'network'"),
     ],
 )
 def test_bad_headers_are_refused(tmp_path, text, message):

@@ -374,7 +374,8 @@ def test_rank_tolerance():
 def test_jitter_makes_up_for_rank(form):
     X = normals(5, 8)
     with pytest.raises(
-        ArgumentError, match=r"target: got rank 8 for a source of rank 5, wants at most rank 5, or jitter="
+        ArgumentError,
+        match=r"target: got rank 8 for a source of rank 5, with rank_tol=\S+, wants at most rank 5, or jitter=",
     ):
         reshaping(scatter(X), np.eye(8), form=form)
     r = reshaping(scatter(X), np.eye(8), form=form, jitter=1e-3)

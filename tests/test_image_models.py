@@ -391,7 +391,7 @@ def test_bad_labels_of_samples_are_refused(denoiser, labels, message):
         ({"classes": 3}, BYTES, LABELS, {"validation": (BYTES, LABELS + 1)}, "labels of validation: got 3"),
         ({}, BYTES, None, {"validation": BYTES[:, :4]}, "validation: got shape"),
         ({}, BYTES, None, {"validation": BYTES / 255}, "validation: got dtype float64"),
-        ({}, BYTES, None, {"accumulate": 6}, "accumulate: got 6, wants an integer from 1 to 5"),
+        ({}, BYTES, None, {"accumulate": 6}, "accumulate: got 6, wants at most batch = 5"),
         ({}, BYTES, None, {"accumulate": 0}, "accumulate"),
         ({}, BYTES, None, {"crop": (7, 5)}, "crop: got 7, wants an integer from 1 to 6"),
         ({}, BYTES, None, {"crop": 5}, r"crop: got 5, wants \(6, 5\), as the network has"),

@@ -309,7 +309,7 @@ def test_a_cache_has_the_pictures_and_is_read_again(many, tmp_path, monkeypatch,
     assert isinstance(images, np.memmap)
     assert not images.flags.writeable
     np.testing.assert_array_equal(images, rows)
-    assert "pictures: 100%" in capsys.readouterr().err
+    assert "pictures: 70/70 (100 %)" in capsys.readouterr().err
     assert len(list((tmp_path / "cache").iterdir())) == 2
     decoded = []
     pixels = pictures._pixels

@@ -188,7 +188,7 @@ def test_copies_and_equality(schedule):
     ],
 )
 def test_files_with_no_schedule_of_ours(stored):
-    with pytest.raises(ArgumentError, match=r"(schedule|betas|signal|noise|kind).*: got"):
+    with pytest.raises(ArgumentError, match=r"(stored|schedule|betas|signal|noise|kind).*: got"):
         Schedule.from_dict(stored)
 
 

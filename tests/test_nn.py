@@ -324,7 +324,7 @@ GOOD = MLP(3, hidden=(4,), T=5).to_dict()
         ({"seed": -1}, "seed"),
         ({"dtype": "int8"}, "dtype"),
         ({"kind": "tutorial"}, "hidden"),
-        ({"width": 3}, "network"),
+        ({"width": 3}, "config"),
     ],
 )
 def test_bad_configurations_are_refused(bad, argument):
