@@ -638,6 +638,7 @@ def test_a_snapshot_that_fails_does_not_cost_the_training(run, pictures, monkeyp
         ("sample p.safetensors -o new --labels 2", r"--labels: '2'"),
         ("sample p.safetensors -o new.csv", r"new\.csv: pictures go to a folder"),
         ("sample p.safetensors -o curves.csv/", r"cannot be made as a folder"),
+        ("sample p.safetensors", "give -o PATH, or --to STORE"),
         ("sample p.safetensors -o x.png --gif x.png", r"wants a file name that ends in \.gif"),
         ("sample p.safetensors -o x.png --trace x.doc", r"x\.doc"),
     ],

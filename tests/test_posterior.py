@@ -176,7 +176,7 @@ def test_what_cannot_have_been_seen():
         (Mixture.of([0.5, 0.5], [flat, flat]), fd.Known(MEAN + 1)),
         (Empirical(ROOT, SCHEDULE), fd.Known(MEAN)),
     ]:
-        with pytest.raises(ArgumentError, match="given: got values seen without noise that contradict"):
+        with pytest.raises(ArgumentError, match="obs: got values seen without noise that contradict"):
             law.given(obs)
     with pytest.raises(ArgumentError, match="observation 1: values seen"):
         flat.given(fd.Known([MEAN, MEAN + 1]))
@@ -191,9 +191,9 @@ def test_what_a_gaussian_does_not_take():
     for each in (law, Mixture.of([1.0], [law])):
         with pytest.raises(ArgumentError, match=r"an fd\.Weight.*Empirical"):
             each.given([fd.Known(MEAN), weight])
-        with pytest.raises(ArgumentError, match=r"given: got values of shape \(4,\)"):
+        with pytest.raises(ArgumentError, match=r"obs: got values of shape \(4,\)"):
             each.given(fd.Known(np.zeros(4)))
-        with pytest.raises(ArgumentError, match="given: got int"):
+        with pytest.raises(ArgumentError, match="obs: got int"):
             each.given(3)
 
 

@@ -173,7 +173,7 @@ def test_a_row_of_which_nothing_is_known_is_a_sample(model):
         (lambda m: m.impute(np.ones((2, 9))), "X: got shape"),
         (lambda m: m.impute([np.ones(8), np.ones(7)]), "different lengths"),
         (lambda m: m.forecast([np.ones(8), np.ones(7)], 1), "different lengths"),
-        (lambda m: m.impute(np.full((1, 8), np.inf)), "values: got infinity"),
+        (lambda m: m.impute(np.full((1, 8), np.inf)), "X: got infinity"),
         (lambda m: m.impute(np.full((1, 8), "x")), "X: got"),
         (lambda m: m.impute(np.ones((2, 8)), 0), "draws: got 0"),
         (lambda m: m.anomaly(np.ones(5)), "X: got 5 rows"),
