@@ -563,7 +563,7 @@ def changed(row, column, value):
         (changed(1, "b", math.nan), "rows: got nan"),
         (changed(1, "q", -math.inf), "rows: got -inf"),
         (changed(1, "t", 1.5), r"rows \(t\): got 1.5"),
-        (changed(0, "t", 4), r"rows \(t\): got 4, wants whole timesteps from 0 to 3"),
+        (changed(0, "t", 4), r"rows \(t\): got 4, wants whole timesteps of the schedule, 0 to 3"),
         (changed(2, "t", -1), r"rows \(t\): got -1"),
         (changed(0, "t", 1e300), r"rows \(t\): got 1e\+300"),
         (changed(2, "t", 2), r"rows \(t\): got 2 after 1 in row 2, which evaluates"),
@@ -726,7 +726,7 @@ def test_named():
         assert 2 <= len(samplers.named(name, Schedule.cosine(10))) <= 19
         assert 20 < len(samplers.about(name)) < 85
     for name in ("plms", "", None, 3):
-        with pytest.raises(ArgumentError, match=r"sampler.*'ddpm', 'ddim', 'dpmpp_2m'"):
+        with pytest.raises(ArgumentError, match=r"name.*'ddpm', 'ddim', 'dpmpp_2m'"):
             samplers.named(name, LINEAR)
     with pytest.raises(ArgumentError, match="schedule: got NoneType"):
         samplers.named("ddim", None)

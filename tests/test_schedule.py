@@ -409,7 +409,7 @@ def test_the_callers_array_is_not_held():
     ],
 )
 def test_from_dict_refuses_what_to_dict_never_wrote(stored):
-    with pytest.raises(ArgumentError, match=r"(schedule|betas|name): got"):
+    with pytest.raises(ArgumentError, match=r"(stored|betas|name): got"):
         Schedule.from_dict(stored)
 
 
