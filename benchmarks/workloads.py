@@ -321,7 +321,6 @@ LONG_SERIES = {"shape": (128, 5), "channels": (64, 128, 256, 512), "weights": 27
 ON_SERIES = "U-Net of 64 to 512 channels, 128 x 5, batch 32"
 # fmt: off
 FOR_PEERS: tuple[Workload, ...] = (
-    Chain("chain-tutorial-16", "100-step chain, tutorial MLP, n = 16", 16, CURVE),
     PicturesTraining(
         "unet-train-ema-16", "training step with average, U-Net, 32 x 32 x 3, batch 16", 16, PICTURE, 4, ema=True,
     ),
@@ -330,6 +329,7 @@ FOR_PEERS: tuple[Workload, ...] = (
     PicturesForward("unet-forward-64px-4", f"forward pass, {ON_LARGE}", 4, **LARGE_PICTURES),
     PicturesTraining("unet-train-wide-16", f"training step, {ON_WIDE}", 16, **WIDE),
     PicturesForward("unet-forward-wide-16", f"forward pass, {ON_WIDE}", 16, **WIDE),
+    Chain("chain-tutorial-16", "100-step chain, tutorial MLP, n = 16", 16, CURVE),
     SeriesTraining("unet-series-train-32", f"training step, {ON_SERIES}", 32, units=2, **LONG_SERIES),
     SeriesSampling("unet-series-ddim-32", f"20 DDIM steps, {ON_SERIES}", 32, **LONG_SERIES),
     Imputation(

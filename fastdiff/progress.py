@@ -36,10 +36,12 @@ class _Nothing:
 class _Lines:
     """A line every few seconds, where a bar cannot be drawn over itself; and one at the end of what is to stay."""
 
-    def __init__(self, *, total: int, desc: str, unit: str = "", leave: bool = True, file: Any = None) -> None:
+    def __init__(
+        self, *, total: int, desc: str, unit: str = "", initial: int = 0, leave: bool = True, file: Any = None
+    ) -> None:
         self.total, self.desc, self.unit, self.leave = total, desc, f" {unit}s" if unit else "", leave
         self.file = sys.stderr if file is None else file
-        self.n, self.first, self.words = 0, 0, ""
+        self.n, self.initial, self.first, self.words = initial, initial, initial, ""
         self.begun = time.monotonic()
         self.due = self.begun + FIRST
 
@@ -52,8 +54,8 @@ class _Lines:
 
     def update(self, n: int = 1) -> None:
         now = time.monotonic()
-        if not self.n:  # the first step, in which kernels may be compiled, says nothing of the others
-            self.first, self.begun = n, now
+        if self.n == self.initial:  # the first step, in which kernels may be compiled, says nothing of the others
+            self.first, self.begun = self.n + n, now
         self.n += n
         if now >= self.due and self.n < self.total:
             self.due = now + SECONDS

@@ -651,7 +651,7 @@ def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path)
 
         spread, width = 1.0, 1.0
 
-        def __init__(self, seed):
+        def __init__(self, seed, conditional):
             self.seed = seed
 
         def fit(self, X, **options):
@@ -663,7 +663,7 @@ def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path)
             return (drawn.mean(axis=0) + self.width * (drawn - drawn.mean(axis=0))).reshape(draws, *holes.shape)
 
     monkeypatch.setattr(of_series.fd, "Diffusion", Model)
-    options = SimpleNamespace(seeds=2, rows=40, draws=39, steps=None)
+    options = SimpleNamespace(seeds=2, rows=40, draws=39, steps=None, conditional=None)
     right = of_series.answered(of_series.AR, tmp_path, options)
     assert all(row.met and abs(row.ratio.mean - 1) < 0.05 for row in right)
     monkeypatch.setattr(Model, "width", 0.5)

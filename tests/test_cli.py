@@ -234,7 +234,7 @@ def test_example(capsys):
     main = runpy.run_path(str(EXAMPLES / "curves.py"))["main"]
     main(["-o", "pictures", "--steps", "3"])
     assert "root mean square error" in capsys.readouterr().out
-    assert sorted(os.listdir("pictures")) == ["family.png", "family_loss.png", "one_reverse.png"]
+    assert sorted(os.listdir("pictures")) == ["family.gif", "family.png", "family_loss.png", "one_reverse.png"]
 
 
 @pytest.mark.slow
