@@ -10,7 +10,7 @@ import { STREAM, fillNormal, roundKeys } from "./noise.js";
 /** Columns of a row. */
 export const COLUMNS = ["t", "p", "q", "a", "b", "c1", "c2", "c3", "e", "s", "r", "visit"];
 const [T, P, Q, A, B, C1, , , E, S, , VISIT] = COLUMNS.keys();
-const VISITS = 2 ** 20, KRYLOV = 16, KRYLOV_LEAST = 1e-6, LEAST = 0.004, TINY = 1e-300;
+const VISITS = 2 ** 20, KRYLOV = 16, KRYLOV_LEAST = 1e-6, LEAST = 1e-4, REACH = 4, TINY = 1e-300;
 
 export const evaluates = (row) => row[Q] !== 0 || row[E] !== 0;
 export const depth = (rows) => Math.max(...rows.map((row) => (row[7] ? 3 : row[6] ? 2 : row[C1] ? 1 : 0)));
@@ -110,6 +110,8 @@ export class Told {
     Object.assign(this, { inner, schedule, seen, d: inner.d, variance: deviation ** 2 });
     this.places = [];
     seen.forEach((value, j) => Number.isNaN(value) || this.places.push(j));
+    const largest = this.places.reduce((most, j) => Math.max(most, Math.abs(seen[j])), 1);
+    this.reach = REACH * Math.sqrt(this.d) * largest; // a network's mean of x0 is moved no farther than it can be off
   }
 
   evaluate(x, n, t, out) {
@@ -118,13 +120,19 @@ export class Told {
     const signal = schedule.signal[t], noise = schedule.noise[t], p = schedule.p[t], q = schedule.q[t];
     const gain = signal > 0 ? noise ** 2 / signal : 0;
     if (!gain || !q || !m) return;
-    const least = Math.max((LEAST * noise ** 2) / (signal ** 2 + noise ** 2), TINY);
+    const power = noise ** 2 / (signal ** 2 + noise ** 2), least = Math.max(LEAST * power, TINY);
     const rest = new Float64Array(n * m);
     for (let i = 0; i < n; i++) {
       places.forEach((j, r) => (rest[i * m + r] = seen[j] - (p * x[i * d + j] + q * out[i * d + j])));
     }
     const slope = m <= KRYLOV ? this.direct(x, n, t, rest, gain, least) : this.krylov(x, n, t, rest, gain, least);
-    for (let i = 0; i < n * d; i++) out[i] += (gain / q) * slope[i];
+    const farthest = Math.sqrt(power) * this.reach;
+    for (let i = 0; i < n; i++) {
+      let size = 0;
+      for (let j = 0; j < d; j++) size += slope[i * d + j] ** 2;
+      const step = (gain / q) * Math.min(farthest / Math.max(gain * Math.sqrt(size), TINY), 1);
+      for (let j = 0; j < d; j++) out[i * d + j] += step * slope[i * d + j];
+    }
   }
 
   /** J^T at states x, J being the Jacobian of the mean of x0: a function of k cotangents. */
