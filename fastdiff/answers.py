@@ -90,6 +90,8 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     net, _, _ = model._fitted()
     count, levels = check_int("draws", draws.count, low=1), draws.levels
     X, frame, whole = _asked(model, "X", X)
+    if np.ndim(X) == 0:
+        raise ArgumentError("X", "shape ()", f"rows of shape {net.shape}: (N, ...)")
     most = 0 if whole else MAX_ROW // DRAWS - np.shape(X)[0]
     first_row = check_int("first_row", draws.first_row, low=0, high=most)
     if whole:

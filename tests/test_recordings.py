@@ -171,6 +171,7 @@ def test_a_row_of_which_nothing_is_known_is_a_sample(model):
         (lambda m: m.forecast(np.ones((2, 2, 2)), 1), "past: got shape"),
         (lambda m: m.impute(np.ones(9), quantiles=2), "quantiles"),
         (lambda m: m.impute(np.ones((2, 9))), "X: got shape"),
+        (lambda m: m.impute(3.0), "X: got shape"),
         (lambda m: m.impute([np.ones(8), np.ones(7)]), "different lengths"),
         (lambda m: m.forecast([np.ones(8), np.ones(7)], 1), "different lengths"),
         (lambda m: m.impute(np.full((1, 8), np.inf)), "X: got infinity"),
