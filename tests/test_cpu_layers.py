@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
-import platform
-import re
 import weakref
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from assembly import assert_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import ARM, SMALL, X86, peak_of
+from test_kernels import SMALL, peak_of
 from tolerances import WINOGRAD_ERROR, assert_close, assert_same_bits
 
 from fastdiff.backends.cpu import CpuBackend, workers
@@ -26,7 +24,6 @@ from fastdiff.kernels.cpu import (
     conv,
     gemm,
     gemm_nested,
-    jit,
     layer_norm,
     norm,
     pointwise,
@@ -691,16 +688,4 @@ def hot_kernels():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", hot_kernels())
 def test_hot_kernels_are_vectorised(name):
-    kernel, arguments, operations = hot_kernels()[name]
-    fresh = numba.njit(**jit.OPTIONS)(kernel.py_func)  # cached code has no text
-    fresh(*arguments)
-    (text,) = fresh.inspect_asm().values()
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        patterns = ARM
-    else:
-        features = llvm.get_host_cpu_features()
-        # LLVM takes half of the widest registers on Intel's processors.
-        register = "[yz]mm" if features.get("avx512f") else "ymm" if features.get("avx") else "xmm"
-        patterns = {operation: pattern.format(register) for operation, pattern in X86.items()}
-    for operation in operations:
-        assert re.search(patterns[operation], text), f"no packed {operation}"
+    assert_packed(*hot_kernels()[name])

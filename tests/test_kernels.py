@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import re
 import tracemalloc
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from assembly import assert_packed
 
 import fastdiff as fd
 from fastdiff.backends import AdamW, RowMap, TrainingDraws, TrainState
@@ -86,40 +84,10 @@ def hot_kernels():
     }  # fmt: skip
 
 
-X86 = {
-    "multiply": r"\bv?mulps\b.*{}",
-    "add": r"\bv?addps\b.*{}",
-    "divide": r"\bv?divps\b.*{}",
-    "root": r"\bv?sqrtps\b.*{}",
-    "multiply words": r"\bv?pmuludq\b.*{}",
-    "multiply and add": r"\bvfn?m(add|sub)(132|213|231)ps\b.*{}",
-}
-ARM = {
-    "multiply": r"\bfmul(\.4s|\s+v\d+\.4s)",
-    "add": r"\bfadd(\.4s|\s+v\d+\.4s)",
-    "divide": r"\bfdiv(\.4s|\s+v\d+\.4s)",
-    "root": r"\bfsqrt(\.4s|\s+v\d+\.4s)",
-    "multiply words": r"\bumull2?(\.2d|\s+v\d+\.2d)",
-    "multiply and add": r"\bfml[as](\.4s|\s+v\d+\.4s)",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", hot_kernels())
 def test_hot_kernels_are_vectorised(name):
-    kernel, arguments, operations = hot_kernels()[name]
-    fresh = numba.njit(**jit.OPTIONS)(kernel.py_func)  # cached code has no text
-    fresh(*arguments)
-    (text,) = fresh.inspect_asm().values()
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        patterns = ARM
-    else:
-        features = llvm.get_host_cpu_features()
-        # LLVM takes half of the widest registers on Intel's processors.
-        register = "[yz]mm" if features.get("avx512f") else "ymm" if features.get("avx") else "xmm"
-        patterns = {operation: pattern.format(register) for operation, pattern in X86.items()}
-    for operation in operations:
-        assert re.search(patterns[operation], text), f"no packed {operation}"
+    assert_packed(*hot_kernels()[name])
 
 
 @pytest.mark.parametrize("m", [1, gemm.TILES[gemm.host_width()][0], 50, 100])
