@@ -29,21 +29,25 @@ def small_model() -> fd.Diffusion:
 
 
 def flips(tries: int) -> Count:
-    """Bits flipped in the values of a checkpoint that are read without a word."""
+    """Bits flipped in the values of a checkpoint that are read without a word: of a small one, and of one with blocks."""
     count, chance = Count("flipped bits that are not noticed"), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m.safetensors"
-        small_model().save(path)
-        content = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(content[:8], "little")
-        for _ in range(tries):
+        files = []
+        for width in (8, 300):
+            path = Path(folder) / f"{width}.safetensors"
+            model = fd.Diffusion(fd.MLP(16, hidden=(width, width), T=10), backend="numpy").fit(X, steps=2, **FIT)
+            model.save(path)
+            content = bytearray(path.read_bytes())
+            files.append((path, content, 8 + int.from_bytes(content[:8], "little")))
+        for k in range(tries):
+            path, content, start = files[k % 2]
             at, bit = chance.randrange(start, len(content)), 1 << chance.randrange(8)
             content[at] ^= bit
             path.write_bytes(content)
             content[at] ^= bit
             try:
                 fd.load(path, backend="numpy")
-                count.add(f"byte {at}, bit {bit}")
+                count.add(f"{path.name}: byte {at}, bit {bit}")
             except CheckpointError:
                 count.add()
     return count
