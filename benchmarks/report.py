@@ -593,6 +593,7 @@ class AnswersReport(Report):
     draws: int
     curves: int
     steps: int
+    spread: float
     answers: list[Answers]
     problems: int
     particles: int
@@ -609,7 +610,8 @@ class AnswersReport(Report):
             lines += [
                 "",
                 f"{self.curves} unseen curves of 50 points, {self.seen} of them told, {self.draws} draws each, after "
-                f"{self.steps} training steps; mean and standard error over the curves.",
+                f"{self.steps} training steps, by which those with tmpd are spread by {self.spread:.2f} (learned from "
+                "held-out curves); mean and standard error over the curves.",
                 "",
                 *markdown(["draws by", *found, "CRPS through the Gaussian's"], [row.cells() for row in self.answers]),
                 "",

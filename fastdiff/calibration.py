@@ -1,6 +1,7 @@
 """Whether bands of drawn values hold, and how wide draws have to be for that.
 
-Half of the values of rows that a model has not learned from are hidden and drawn. With mean m and deviation s of the
+Of rows that a model has not learned from, from few values of the first to nearly all of the last are hidden and drawn:
+draws given much are often wide by another factor than draws given little. With mean m and deviation s of the
 draws, |x - m| / s of the hidden values x has a 0.9 quantile, and that of Student's law for as many draws is what it has
 where bands of 90 % hold. The ratio of both is by how much draws must be spread: a number above 1 for a model that is
 too sure. Values of a row depend on each other, so its variance is that over rows (the jackknife), and what the rows do
@@ -18,12 +19,12 @@ import numpy.typing as npt
 from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream, philox_words
 
-FEWEST, MOST = 8, 64  # rows that are looked at
+FEWEST, MOST = 8, 128  # rows that are looked at
 DRAWS = 19  # of each
 HELD = 0.9  # the band that is to hold
 HIDING_STEP = 23  # of stream DATA: which values are hidden
 LEAST, GREATEST = 0.5, 2.0  # factors beyond these say that something else is wrong
-MOST_WORK = 2.5e11  # operations of the draws: a second or two
+MOST_WORK = 1e12  # operations of the draws: a few seconds
 PASSES = 40  # of a network, that a step given half of the values costs, with its derivatives
 
 Values = npt.NDArray[Any]
@@ -69,10 +70,10 @@ class Spread(NamedTuple):
 
 
 def hidden(rows: Values, seed: int) -> Values:
-    """Return rows (N, ...) with NaN in half of their values."""
-    count = rows[0].size
-    words = philox_words(len(rows), -(-count // 4), Draw(seed, Stream.DATA, HIDING_STEP))
-    gone = (words.reshape(len(rows), -1)[:, :count] >> np.uint32(31)).astype(bool)
+    """Return rows (N, ...) with NaN in half of their values, a share of (k + 1/2) / N of row k."""
+    n, count = len(rows), rows[0].size
+    words = philox_words(n, -(-count // 4), Draw(seed, Stream.DATA, HIDING_STEP)).reshape(n, -1)[:, :count]
+    gone = words < ((2**33 * np.arange(n) + 2**32) // (2 * n))[:, None]
     return np.where(gone.reshape(rows.shape), np.nan, rows)
 
 

@@ -253,7 +253,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     judge = wishes.judge
     if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
         model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=wishes.progress)
-        if wishes.calibrate or (wishes.calibrate is None and (parts.rows.ndim == 3 or gaps is not None)):
+        if wishes.calibrate or (wishes.calibrate is None and parts.rows.ndim <= 3):
             _calibrate(model, parts.held_out, asked_plainly)
         if saver is not None:
             saver(model.step)  # with the report

@@ -297,7 +297,8 @@ class Diffusion:
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default
             after 1,000 steps or more, and where `steps` is not given.
         calibrate : bool, optional
-            Whether a judgement also learns `spread` from held-out rows: by default of series, and of rows with gaps.
+            Whether a judgement also learns `spread` from held-out rows: by default of curves and series. Pictures have
+            none.
         flip : bool, optional
             Mirror half of the pictures of a batch, left to right, by stream AUGMENT of the noise law.
         crop : int or pair of int, optional
