@@ -158,8 +158,8 @@ def digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
         rows = content.size // (8 * _WIDTH)
         words = content[: rows * 8 * _WIDTH].view("<u8").reshape(rows, _WIDTH)
         for first in range(0, rows, _DEPTH):
-            crc = zlib.crc32(words[first : first + _DEPTH].sum(axis=0, dtype="<u8"), crc)
-        crc = zlib.crc32(content[rows * 8 * _WIDTH :], crc)
+            crc = zlib.crc32(words[first : first + _DEPTH].sum(axis=0, dtype="<u8").data, crc)
+        crc = zlib.crc32(content[rows * 8 * _WIDTH :].data, crc)
     return f"sum64:{crc:08x}"
 
 
