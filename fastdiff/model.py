@@ -52,6 +52,7 @@ from fastdiff.training import Optimizer, Turns, alone, empty_history, history_ta
 log = logging.getLogger("fastdiff")
 
 REPLACING = ("replace", "repaint")  # methods that leave a table's clip
+TABLES = 8  # named ones that a model keeps
 
 
 class Diffusion:
@@ -181,6 +182,7 @@ class Diffusion:
         self._optimizer: Optimizer | None = None
         self._average: npt.NDArray[Any] | None = None
         self._frozen: tuple[tuple[int, Backend], NetworkDenoiser] | None = None  # averaged weights, and when
+        self._tables: dict[tuple[Any, ...], Sampler] = {}  # named ones: to make one takes longer than to draw a curve
         self.class_names: list[str] | None = None
         self.covariate_names: list[str] | None = None
         self._covariates: CovariateScale | None = None
@@ -197,7 +199,7 @@ class Diffusion:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._turns.looking():
-            return {**vars(self), "_frozen": None, "_turns": None}
+            return {**vars(self), "_frozen": None, "_tables": {}, "_turns": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turns=Turns())
@@ -481,10 +483,21 @@ class Diffusion:
             name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
             steps = usual if steps is None else steps
         clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
+        options: dict[str, Any] = {"prediction": self.prediction, "clip": clip}
         if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
-            return samplers.ddpm(schedule, steps, variance="learned_range", prediction=self.prediction, clip=clip)
-        options = {"reclip": True} if clip is not None and name in samplers.RECLIPPED else {}
-        return samplers.named(name, schedule, steps, prediction=self.prediction, clip=clip, **options)
+            options["variance"] = "learned_range"
+        if clip is not None and name in samplers.RECLIPPED:
+            options["reclip"] = True
+        if steps is not None and type(steps) is not int:
+            return samplers.named(name, schedule, steps, **options)
+        key = name, steps, id(schedule), *options.items()
+        table = self._tables.get(key)
+        if table is None:
+            table = samplers.named(name, schedule, steps, **options)
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
 
     def sample(
         self,

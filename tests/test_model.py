@@ -699,3 +699,16 @@ def test_nothing_comes_of_a_model_that_is_not_trained():
     for act in (lambda made: made.sample(1), lambda made: made.denoiser()):
         with pytest.raises(TrainingError, match="this model has not been trained: call fit first"):
             act(model())
+
+
+def test_a_named_table_is_made_once():
+    made = fit(model(), 2)
+    table = made.named_sampler("ddim", 5)
+    assert made.named_sampler("ddim", 5) is table
+    assert len(made.named_sampler("ddim", np.int64(6))) == 6
+    for steps in range(2, T):
+        assert len(made.named_sampler("ddim", steps)) == steps
+    assert len(made._tables) <= 8
+    assert pickle.loads(pickle.dumps(made))._tables == {}
+    with pytest.raises(ArgumentError, match="steps"):
+        made.named_sampler("ddim", [5])
