@@ -20,6 +20,7 @@ from tolerances import HANG_SECONDS
 
 from fastdiff.backends import TrainingDraws, TrainState, get_backend
 from fastdiff.backends.cpu import CpuBackend
+from fastdiff.backends.cpu.backend import usable_cores
 from fastdiff.backends.cpu.workers import Each, Script, Task, Workers
 from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.kernels.cpu.jit import OPTIONS, kernel
@@ -339,3 +340,41 @@ def test_a_dropped_backend_ends_its_threads():
     for thread in helpers:
         thread.join(HANG_SECONDS)
         assert not thread.is_alive()
+
+
+def control_groups(root, groups, files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return usable_cores(root)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n"}, 64),
+        ("0::/a/b\n", {"a/b/cpu.max": "250000 100000\n"}, 2),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # of the group around it
+        ("0::/a/b\n", {"cpu.max": "50000 100000\n"}, 1),  # as a container has it
+        ("0::/\n", {"cpu.max": "9900000 100000\n"}, 64),
+        ("4:cpu,cpuacct:/c\n1:name=systemd:/c\n",
+         {"cpu,cpuacct/c/cpu.cfs_quota_us": "400000\n", "cpu,cpuacct/c/cpu.cfs_period_us": "100000\n"}, 4),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ("0::/../x\nnonsense\n", {"cpu.max": "many few\n"}, 64),
+    ],
+)  # fmt: skip
+def test_no_more_threads_than_a_container_has_the_time_of(tmp_path, monkeypatch, groups, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert control_groups(tmp_path, groups, files) == cores
+
+
+def test_more_threads_than_cores_work_and_are_told_of_once(caplog):
+    cores = usable_cores()
+    with caplog.at_level("INFO", logger="fastdiff"):
+        for threads in (cores + 5, cores, cores + 5):
+            assert CpuBackend(threads=threads).threads == threads
+    said = [record.getMessage() for record in caplog.records if "take turns" in record.getMessage()]
+    assert said == [f"{cores + 5} threads, where there is the time of {cores}: they take turns"]

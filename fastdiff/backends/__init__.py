@@ -153,8 +153,8 @@ def get_backend(
         A backend object is returned as it is. "auto" is the CPU in this version, or "numpy" where
         NUMBA_DISABLE_JIT is set; it logs once what it chose.
     threads : int, optional
-        For "cpu": how many threads its kernels use; by default one per core this process may run on. Results do not
-        depend on it.
+        For "cpu": how many threads its kernels use; by default one per core this process may run on, and no more
+        than a container's quota of time allows. Results do not depend on it.
     kernels : {"raw", "numba"}, optional
         For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
     precision : {"float32", "bf16"}, optional

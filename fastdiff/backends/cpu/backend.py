@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,49 @@ from fastdiff.backends.numpy.host import HostBackend
 
 Array = npt.NDArray[Any]
 
+log = logging.getLogger("fastdiff")
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process may run on, and has the time of.
+
+    A container has a quota of time (``docker run --cpus=2``) and yet sees all cores of its machine: more threads than
+    that would be stopped for most of it. Below a whole core counts as one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(int, _quotas(root))]))
+
+
+def _quotas(root: Path) -> list[float]:
+    """The quotas, in cores, of this process's control groups and of those that they are in."""
+    found = []
+    for line in _words(root / "proc/self/cgroup"):
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        place = Path(group.lstrip("/"))
+        for each in (place, *place.parents):  # from inside a container its group may not be there: its mount is
+            if controllers:
+                numbers = [_words(mount / each / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+                words = [one[0] for one in numbers if one]
+            else:
+                words = (_words(mount / each / "cpu.max") or [""])[0].split()
+            if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
+                found.append(int(words[0]) / int(words[1]))
+    return found
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split("\n")[:64]
+    except (OSError, ValueError):
+        return []
+
+
+@cache
+def _say_crowded(threads: int, cores: int) -> None:
+    log.info("%d threads, where there is the time of %d: they take turns", threads, cores)
 
 
 class CpuBackend(CovarianceOperations, LayerOperations, MLPOperations, OptimOperations, HostBackend):
@@ -29,14 +70,17 @@ class CpuBackend(CovarianceOperations, LayerOperations, MLPOperations, OptimOper
     Parameters
     ----------
     threads : int or None
-        Number of threads; None: one per core that this process may run on.
+        Number of threads; None: one per core that this process may run on, and no more than its container's quota.
     """
 
     name = "cpu"
     repeats_resize = False
 
     def __init__(self, threads: int | None = None) -> None:
-        super().__init__(threads or _cores())
+        cores = usable_cores()
+        if threads is not None and threads > cores:
+            _say_crowded(threads, cores)
+        super().__init__(threads or cores)
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
         return CpuBackend, (self.threads,)
