@@ -35,7 +35,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
-from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
+from fastdiff.backends.numpy.told import arnoldi, damped, rows_of, times, transposed
+from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY
 from fastdiff.denoiser import CovariateForm, Denoiser, Evaluator, covariate_form, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.masks import MaskDenoiser
@@ -56,9 +57,7 @@ METHODS = ("tmpd", "pigdm", "dps", "replace", "repaint", "smc")
 GUIDED = ("tmpd", "pigdm", "dps")  # those that are a denoiser
 OWN_NOISE = (*GUIDED, "mask")  # those whose evaluator draws the noise of its rows
 MOST_DENSE = 64  # observations of a sample up to which R of pigdm and smc is a matrix, and not its row sums
-KRYLOV = 16  # most vector-Jacobian products of tmpd for a state
 REPEATS = 10  # of a row of a table, by RePaint
-TINY = 1e-300
 LEAST = 1e-4  # of a singular value of R, relative to that of N(0, I) given x_t: a network errs
 LEAST_EXACT = 1e-7  # the same of an exact denoiser: normal equations in float64 tell less from nothing
 REACH = 4.0  # farthest move of a network's mean of x0, in root mean square deviations of N(0, I) given x_t
@@ -113,24 +112,15 @@ class Rows:
 
     def matrix(self, which: npt.NDArray[np.int64]) -> Float64:
         """Return A (n, m, D) of samples."""
-        if self.A is not None:
-            return self.A[which]
-        assert self.places is not None
-        return np.eye(self.d + 1)[self.places[which], : self.d]
+        return rows_of(self.places, self.A, which, self.d)
 
     def times(self, x: Float64, which: npt.NDArray[np.int64]) -> Float64:
         """Return A x (n, m) of samples x (n, D)."""
-        if self.places is None:
-            return np.einsum("nmd,nd->nm", self.matrix(which), x)
-        return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), self.places[which], axis=1)
+        return times(self.places, self.A, x, which)
 
     def transposed(self, y: Float64, which: npt.NDArray[np.int64]) -> Float64:
         """Return A^T y (n, D) of vectors y (n, m)."""
-        if self.places is None:
-            return np.einsum("nmd,nm->nd", self.matrix(which), y)
-        out = np.zeros((len(y), self.d + 1))
-        np.add.at(out, (np.arange(len(y))[:, None], self.places[which]), y)
-        return out[:, : self.d]
+        return transposed(self.places, self.A, y, which, self.d)
 
     def told(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many rows of samples say something (n,)."""
@@ -177,6 +167,14 @@ class Draws:
             return np.zeros(length, np.int64)
         return np.arange(start, start + length) // self.n
 
+    @property
+    def begins(self) -> npt.NDArray[np.int64]:
+        """The sample index (count,) of the first draw for each observation."""
+        if self.firsts is not None:
+            return self.firsts
+        numbers = range(self.count) if self.numbers is None else self.numbers
+        return np.array(numbers, np.int64) * DRAWS + self.first
+
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
         """Fill `out` with the noise of rows from `draw.first_row` on."""
         fill = be.normal if self.noise_shape is None else partial(self.noise_shape.fill, be)
@@ -200,34 +198,6 @@ class Draws:
             done += count
 
 
-def damped(M: Float64, rest: Float64, least: float) -> Float64:
-    """Return w with M w = rest, as far as M can be trusted: least squares, iterated by Tikhonov's method.
-
-    A singular value s of M is divided by where it is well above `least`, up to a relative (least / s)^6, and what it
-    belongs to is left out where it is well below: w = sum_k least^(2k) (M^T M + least^2)^-(k + 1) M^T rest, k = 0 .. 2.
-    M w is then rest with every part lessened, whatever M is.
-
-    Parameters
-    ----------
-    M : (n, i, j) float64
-    rest : (n, i) float64
-    least : float
-        Above 0.
-
-    Returns
-    -------
-    (n, j) float64
-    """
-    normal = np.einsum("nij,nik->njk", M, M) + least**2 * np.eye(M.shape[2])
-    term = np.linalg.solve(normal, np.einsum("nij,ni->nj", M, rest)[..., None])
-    total = term.copy()
-    for _ in range(DAMPED - 1):
-        term = least**2 * np.linalg.solve(normal, term)
-        total += term
-    solved: Float64 = total[..., 0]
-    return solved
-
-
 def _check_consistent(A: Float64, y: Float64) -> None:
     """Exact observations must not contradict each other."""
     if not len(A):
@@ -237,6 +207,25 @@ def _check_consistent(A: Float64, y: Float64) -> None:
     if off > 1e-6 * (1 + np.abs(y).max(initial=0.0)):
         wants = "exact observations that can all be true; give them a noise where they cannot"
         raise ArgumentError("given", f"observations without noise that contradict each other by {off:.3g}", wants)
+
+
+class _Room:
+    """What a backend needs to move the outputs for so many states x (n, D), and the observation of each."""
+
+    def __init__(self, be: Backend, told: Told, x: Array, which: npt.NDArray[np.int64]) -> None:
+        (n, d), K, m = x.shape, told.products, told.y.shape[1]
+        self.shape, self.dtype, self._which = x.shape, x.dtype, which
+        self.which, self.t = be.asarray(which, np.int64), be.empty((n,), np.int64)
+        self.back = be.empty((K, n, d), x.dtype)
+        self.cotangent = be.empty((K, n, d) if told.direct else (n, d), x.dtype)
+        self.H, self.rest = be.empty((n, told.equations, K), np.float64), be.empty((n, told.equations), np.float64)
+        self.basis = None if told.direct else be.empty((n, K + 1, m), np.float64)
+        if told.direct:
+            be.told_rows(told, self.which, self.cotangent)
+
+    def fits(self, x: Array, which: npt.NDArray[np.int64]) -> bool:
+        """Whether it is that of these states."""
+        return self.shape == x.shape and self.dtype == x.dtype and np.array_equal(self._which, which)
 
 
 class ConditionedEvaluator(Evaluator):
@@ -273,6 +262,7 @@ class ConditionedEvaluator(Evaluator):
             wants = f"at most {MOST_DENSE} values for 'smc', whose weights take the determinant of a dense matrix"
             raise ArgumentError("given", f"{self.rows.m} values", wants)
         self._told = self._as_told()
+        self._room: _Room | None = None  # the last
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
@@ -307,21 +297,44 @@ class ConditionedEvaluator(Evaluator):
         return self._told is not None and self.inner.run_told(x[:0], rows, draw, self._told)
 
     def _as_told(self) -> Told | None:
-        """All of it as a backend takes it that runs the chain in one piece."""
+        """What a backend is told that moves outputs by itself: of networks, by tmpd and white noise."""
         rows, draws = self.rows, self.draws
-        if self.method != "tmpd" or self.known.weights or rows.m == 0 or self.noise_shape is not None:
+        if self.method != "tmpd" or self.exact or self.known.weights or rows.m == 0 or self.noise_shape is not None:
             return None
         blind = np.array([self._blind(t) for t in range(len(self.gain))])
         least, farthest = np.maximum(LEAST * self.power, TINY), np.sqrt(self.power)
         return Told(
-            rows.y, rows.variance, rows.places, rows.A, draws.n, draws.first, draws.numbers or (),
-            min(rows.m, KRYLOV), self.p, self.q, np.where(blind, 0.0, self.gain), least, farthest, self.reach,
+            rows.y, rows.variance, rows.places, rows.A, draws.n, draws.begins, min(rows.m, KRYLOV),
+            self.p, self.q, np.where(blind, 0.0, self.gain), least, farthest, self.reach,
         )  # fmt: skip
+
+    def _moved_there(self, told: Told, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> Array:
+        """Return the output (n, D), moved by the backend: nothing comes to the host."""
+        be = self.be
+        if self._room is None or not self._room.fits(x, which):
+            self._room = _Room(be, told, x, which)
+        room = self._room
+        room.t.fill(t)
+        of = told, room.which, room.t
+        if told.direct:
+            out, products = self.inner.pulled(x, t, room.cotangent, labels)
+            out = self._own(x, out)
+            be.told_direct(*of, x, out, products, room.back, room.H, room.rest)
+        else:
+            out = self._plain(x, t, labels)
+            be.told_begin(*of, x, out, room.basis, room.rest, room.cotangent)
+            for k in range(told.products):
+                product = self.inner.vjp(x, t, room.cotangent, labels)
+                be.told_arnoldi(*of, k, product, room.cotangent, room.back, room.basis, room.H)
+        be.told_move(*of, room.H, room.rest, room.back, out)
+        return out
 
     def moved(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:
         """Return the output (n, D), whose mean of x0 is moved for all methods but dps, and the move of x for that."""
         if self._blind(t):
             return self._plain(x, t, labels), None
+        if self._told is not None:
+            return self._moved_there(self._told, x, t, labels, which), None
         few = self.method == "tmpd" and 0 < self.rows.m <= self.most
         if few:  # all products at once, from one forward pass
             A = self.rows.matrix(which)
@@ -467,20 +480,11 @@ class ConditionedEvaluator(Evaluator):
         rows, variance, (n, m) = self.rows, self.rows.variance[which], rest.shape
         size = np.linalg.norm(rest, axis=1)
         K = min(KRYLOV, m)
-        basis = np.zeros((K + 1, n, m))
-        basis[0] = rest / np.maximum(size, TINY)[:, None]
-        H, back = np.zeros((n, K + 1, K)), np.zeros((K, n, rows.d))
+        basis, H, back = np.zeros((n, K + 1, m)), np.zeros((n, K + 1, K)), np.zeros((K, n, rows.d))
+        basis[:, 0] = rest / np.maximum(size, TINY)[:, None]
         for k in range(K):
-            back[k] = self._back(x, t, labels, rows.transposed(basis[k], which))
-            image = self.gain[t] * rows.times(back[k], which) + variance * basis[k]
-            whole = np.linalg.norm(image, axis=1)
-            for _ in range(2):  # once is not enough in finite precision
-                part = np.einsum("jnm,nm->nj", basis[: k + 1], image)
-                image -= np.einsum("nj,jnm->nm", part, basis[: k + 1])
-                H[:, : k + 1, k] += part
-            H[:, k + 1, k] = left = np.linalg.norm(image, axis=1)
-            # Where nothing is left the answer is found: vectors of 0 add nothing to it.
-            basis[k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
+            back[k] = self._back(x, t, labels, rows.transposed(basis[:, k], which))
+            arnoldi(k, self.gain[t] * rows.times(back[k], which) + variance * basis[:, k], basis, H)
         first = np.zeros((n, K + 1))
         first[:, 0] = size
         return np.einsum("nk,knd->nd", damped(H, first, self._least(x, t)), back)

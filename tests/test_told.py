@@ -1,5 +1,7 @@
 """Chains of a perceptron given observations, in one piece, against the same row by row in NumPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gradcheck import scatter, with_linear
@@ -129,3 +131,16 @@ def test_the_workload_compares_the_same_draws():
     assert outputs["samples"].shape == (200, 50)
     start = fd.normal((1, 50), seed=0, stream="init", first_sample=2**20)
     assert_same_bits(inputs["noise"][0, 100:101], start)
+
+
+def test_draws_with_indices_of_their_own_have_their_noise():
+    """As windows of recordings have: in one piece as row by row, and whoever else is drawn."""
+    net, table = tame(NETS["default"]()), TABLES["ddpm"](fd.Schedule.cosine(T))
+    seen, firsts = holes(net.points, 5), np.array([7, 8, 2**20 + 3, 2**20 + 4, 11])
+    known = replace(conditioning.observations(fd.Known(seen, 0.3), net.shape), firsts=firsts)
+    want = fd.sample(net, table, n=1, given=known, backend="numpy")
+    got = fd.sample(net, table, n=1, given=known, backend=CPU)
+    assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
+    for which in ([1], [2, 3]):
+        few = replace(known, count=len(which), known=((seen[which], np.full(net.points, 0.3)),), firsts=firsts[which])
+        assert_same_bits(fd.sample(net, table, n=1, given=few, backend=CPU), got[:, which])

@@ -27,8 +27,11 @@ VISIT = 1 << 20  # the step of a noise is that many for every earlier draw at it
 MAX_VISITS = 4096  # steps are below 2^32
 DEPTH = 3  # of a table's memory, at most
 DRAWS = 1 << 20  # of an observation: draw k of observation i is sample i 2^20 + k by the noise law
+KRYLOV = 16  # most vector-Jacobian products of tmpd for a state of a network
 KRYLOV_LEAST = 1e-6  # of a new direction, relative to the image that it is the rest of: float32 products
 DAMPED = 3  # terms of the sum that leaves out what is below the least singular value
+PIVOT = 1e-13  # least pivot of a factorisation, relative to the entry that it is the rest of
+TINY = 1e-300  # what is divided by, at least
 
 
 class Row(NamedTuple):
@@ -229,7 +232,8 @@ class RowMap:
 class Told:
     """What a chain is told of its samples, m values of each of N observations y = A x0 + s z: `fastdiff.conditioning`.
 
-    State i of a chain is draw ``first + i % per`` of observation ``i // per``; where N is 1 all are of that one.
+    State i of a chain is draw ``i % per`` of observation ``i // per``; where N is 1 all are of that one. A plan, which
+    a backend may keep in its own form for as long as the object lives.
 
     Attributes
     ----------
@@ -239,10 +243,10 @@ class Told:
         Which value of a sample a row of A is; D: it says nothing.
     matrix : (N, m, D) float64, or None
         A, where it is no such choice.
-    per, first : int
-        Draws of each observation, and which comes first.
-    names : tuple of int
-        The numbers of the observations by the noise law; none: 0, 1, ...
+    per : int
+        Draws of each observation.
+    firsts : (N,) int64
+        The sample index, by the noise law, of the first draw of each.
     products : int
         Vector-Jacobian products of a state and row, at most.
     p, q, gain, least, farthest : (T,) float64
@@ -256,8 +260,7 @@ class Told:
     places: npt.NDArray[np.int64] | None
     matrix: npt.NDArray[np.float64] | None
     per: int
-    first: int
-    names: tuple[int, ...]
+    firsts: npt.NDArray[np.int64]
     products: int
     p: npt.NDArray[np.float64]
     q: npt.NDArray[np.float64]
@@ -265,6 +268,30 @@ class Told:
     least: npt.NDArray[np.float64]
     farthest: npt.NDArray[np.float64]
     reach: npt.NDArray[np.float64]
+
+    @property
+    def direct(self) -> bool:
+        """Whether there is a product for every row of A, and R is solved with; else its image of a Krylov space is."""
+        return self.y.shape[1] <= self.products
+
+    @property
+    def equations(self) -> int:
+        """How many equations w, by which the products are added up, has to fulfil."""
+        return self.products if self.direct else self.products + 1
+
+    @cached_property
+    def numbers(self) -> npt.NDArray[np.float64]:
+        """(T, 6): p, q, gain, that of the output, least^2, and how far a slope may reach; 0 where the gain is 0."""
+        gain = np.where(self.gain == 0, 1.0, self.gain)
+        q = np.where(self.gain == 0, 1.0, self.q)
+        columns = [self.p, self.q, self.gain, gain / q, self.least**2, self.farthest / gain]
+        return np.ascontiguousarray(np.where(self.gain == 0, 0.0, np.array(columns)).T)
+
+    def states(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return of so many states from number `first` on their observations, and their sample indices."""
+        at = np.arange(first, first + count)
+        which = np.zeros(count, np.int64) if len(self.y) == 1 else at // self.per
+        return which, self.firsts[which] + at - which * self.per
 
 
 class TrainingDraws(NamedTuple):
@@ -505,6 +532,68 @@ class Backend(Protocol):
         """Do `mlp_chain` with every output moved by tmpd, in one piece; x[0] is the state number `draw.first_row`.
 
         False: the backend cannot, and has done nothing.
+        """
+
+    def told_rows(self, told: Told, which: Array, out: Array) -> None:
+        """Fill `out` (m, n, D) with the rows of A of every state: cotangents of the products, where these are `direct`.
+
+        `which` (n,) int64 is the observation of each state. Here and below t is (n,) int64, and gains at t are not 0;
+        `x`, `out`, cotangents and products are the states' dtype, and what is solved with is float64.
+        """
+
+    def told_direct(
+        self,
+        told: Told,
+        which: Array,
+        t: Array,
+        x: Array,
+        out: Array,
+        products: Array,
+        back: Array,
+        H: Array,
+        rest: Array,
+    ) -> None:
+        """Begin to move the output `out` (n, D) for x, of observations with so few rows that all are solved with.
+
+        `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` like
+        them with the same of the mean of x0, p A + q J^T A; H (n, m, m) with gain A back^T + s^2, and `rest` (n, m)
+        with y - A (p x + q out).
+        """
+
+    def told_begin(
+        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
+    ) -> None:
+        """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986): K is ``told.products``.
+
+        Fills vector 0 of the `basis` (n, K + 1, m) with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that
+        norm and zeros, and `cotangent` (n, D) with A^T times the vector.
+        """
+
+    def told_arnoldi(
+        self,
+        told: Told,
+        which: Array,
+        t: Array,
+        k: int,
+        product: Array,
+        cotangent: Array,
+        back: Array,
+        basis: Array,
+        H: Array,
+    ) -> None:
+        """Take Arnoldi's step k, from vector k of the basis to the next.
+
+        `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] of `back` (K, n, D)
+        with p times the one and q times the other, and column k of H (n, K + 1, K) and vector k + 1 with what the image
+        gain A back[k] + s^2 vector k is made of: vectors 0 ... k, and the rest by its norm, 0 where hardly any is left.
+        The cotangent becomes A^T times the new vector.
+        """
+
+    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
+        """Add to `out` (n, D) what moves the mean of x0 by gain sum_k w_k back[k], and no farther than it may be moved.
+
+        w has H w = rest, for H (n, equations, K) and `rest` (n, equations), as far as H can be trusted:
+        `fastdiff.conditioning.damped`. Afterwards `back` (K, n, D) is not defined.
         """
 
     def similarity(self, v: Array, out: Array) -> None:

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastdiff.backends.protocol import DAMPED, DRAWS, KRYLOV_LEAST
+from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, PIVOT, TINY
 from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import gemm, host_width
 from fastdiff.kernels.cpu.jit import _element, kernel
@@ -49,8 +49,6 @@ from fastdiff.kernels.cpu.step import S, apply_row
 
 LANES = 16  # samples that are solved for at once
 TILE = CHAIN_TILE
-TINY = 1e-300
-PIVOT = 1e-13  # least pivot of a factorisation, relative to the entry that it is the rest of
 # What is told of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
 # the square of the least singular value that counts; how far a slope may reach.
 P, Q, GAIN, TO_OUTPUT, LEAST2, FARTHEST = range(6)
@@ -346,13 +344,13 @@ def _normals(rows, d, runs, count, step, stream, keys, words, z, out):
 @kernel
 def chain_told(
     start, stop, x, steps, numbers, depth, told, layers, ends, params, back_layers, weights, table, width, slots,
-    linear, K, per, first_draw, first, names, matrix, all_places, all_y, all_variance, all_reach, m, stream, keys,
+    linear, K, per, first, firsts, matrix, all_places, all_y, all_variance, all_reach, m, stream, keys,
     words, z, arena, memory, here, other, f32, f64, at_places,
 ):  # fmt: skip
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
     `told` has for each row P ... LEAST2; a gain of 0 is a row whose state says nothing. State i is draw
-    ``(first + i) % per`` of observation ``(first + i) // per``, numbered by `names` where there are any. Observations
+    ``(first + i) % per`` of observation ``(first + i) // per``, whose first draw is sample `firsts` of it. Observations
     have rows of `matrix`, or where that is empty `all_places` (m of each), `all_y`, `all_variance`, and `all_reach`.
     """
     d = layers[0, INPUTS]
@@ -406,13 +404,11 @@ def chain_told(
         f64[:] = 0.0  # lanes that are not in use
         count, lane = 0, 0
         while lane < rows:
-            number = (first + begin + lane) // per
-            k = (first + begin + lane) - number * per
-            lanes = min(rows - lane, per - k)
+            of = 0 if observations == 1 else (first + begin + lane) // per
+            k = (first + begin + lane) - of * per
+            lanes = rows - lane if observations == 1 else min(rows - lane, per - k)
             runs[count, LANE], runs[count, COUNT] = lane, lanes
-            of = 0 if observations == 1 else number
-            runs[count, OBSERVATION] = of
-            runs[count, FIRST] = (names[number] if len(names) > 0 else number) * DRAWS + first_draw + k
+            runs[count, OBSERVATION], runs[count, FIRST] = of, firsts[of] + k
             reach[lane : lane + lanes] = all_reach[of]
             for j in range(m):
                 for i in range(lane, lane + lanes):

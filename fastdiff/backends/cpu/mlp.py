@@ -68,12 +68,7 @@ class _ToldSpace:
         lanes, (_, m), d, K = mlp_kernels.CHAIN_TILE, told.y.shape, plan.layers[0].inputs, told.products
         self.told, self.table = told, table
         at = np.array([row.t for row in table.rows])
-        p, q, gain = told.p[at], told.q[at], told.gain[at]
-        to_output = gain / np.where(gain == 0, 1.0, q)
-        farthest = told.farthest[at] / np.where(gain == 0, 1.0, gain)
-        self.rows = np.array([p, q, gain, to_output, told.least[at] ** 2, farthest]).T.copy()
-        self.rows[gain == 0] = 0
-        self.names = np.array(told.names, np.int64)
+        self.rows = told.numbers[at]
         self.matrix = np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1)
         self.places = np.empty(0, np.int64) if told.places is None else told.places.reshape(-1)
         self.y, self.variance, self.reach = told.y.reshape(-1), told.variance.reshape(-1), told.reach
@@ -302,7 +297,7 @@ class MLPOperations(StepOperations):
                 told_kernels.chain_told(
                     start, stop, flat, chain.steps, chain.numbers, chain.depth, space.rows, net.layers, space.ends,
                     params, space.back, space.weights, table, plan.time_width, net.slots, net.linear, told.products,
-                    told.per, told.first, draw.first_row, space.names, space.matrix, space.places, space.y,
+                    told.per, draw.first_row, told.firsts, space.matrix, space.places, space.y,
                     space.variance, space.reach, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.memories[worker], *net.deltas[worker][:2], space.f32[worker],
                     space.f64[worker], space.lanes[worker],

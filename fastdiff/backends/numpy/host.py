@@ -12,13 +12,14 @@ import numpy.typing as npt
 from fastdiff import noise as law
 from fastdiff.backends.layers import Batch, ConvShapes, LayerBackend, Prepared, Recording, Sampling
 from fastdiff.backends.numpy.functions import cut, guided
+from fastdiff.backends.numpy.told import ToldOperations
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
 
-class HostBackend:
+class HostBackend(ToldOperations):
     """The operations of a backend for which nothing is faster than NumPy, or a plain call."""
 
     steps_ahead = 1

@@ -1,0 +1,148 @@
+"""What moves an output towards observations by tmpd: the formulas, and the operations of the backends of the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, TINY, Told
+
+Array = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
+
+
+def rows_of(places: Places | None, matrix: Float64 | None, which: Places, d: int) -> Float64:
+    """Return A (n, m, D) of samples, by the places (N, m) or the matrix (N, m, D) of all observations."""
+    if matrix is not None:
+        return matrix[which]
+    assert places is not None
+    return np.eye(d + 1)[places[which], :d]
+
+
+def times(places: Places | None, matrix: Float64 | None, x: Array, which: Places) -> Float64:
+    """Return A x (n, m) of samples x (n, D)."""
+    if places is None:
+        return np.einsum("nmd,nd->nm", rows_of(places, matrix, which, x.shape[1]), x)
+    return np.take_along_axis(np.pad(x, ((0, 0), (0, 1))), places[which], axis=1)
+
+
+def transposed(places: Places | None, matrix: Float64 | None, y: Float64, which: Places, d: int) -> Float64:
+    """Return A^T y (n, D) of vectors y (n, m)."""
+    if places is None:
+        return np.einsum("nmd,nm->nd", rows_of(places, matrix, which, d), y)
+    out = np.zeros((len(y), d + 1))
+    np.add.at(out, (np.arange(len(y))[:, None], places[which]), y)
+    return out[:, :d]
+
+
+def damped(M: Float64, rest: Float64, least: float | Float64) -> Float64:
+    """Return w with M w = rest, as far as M can be trusted: least squares, iterated by Tikhonov's method.
+
+    A singular value s of M is divided by where it is well above `least`, up to a relative (least / s)^6, and what it
+    belongs to is left out where it is well below: w = sum_k least^(2k) (M^T M + least^2)^-(k + 1) M^T rest, k = 0 .. 2.
+    M w is then rest with every part lessened, whatever M is.
+
+    Parameters
+    ----------
+    M : (n, i, j) float64
+    rest : (n, i) float64
+    least : float or (n,) float64
+        Above 0.
+
+    Returns
+    -------
+    (n, j) float64
+    """
+    squared = np.square(least)[..., None, None]
+    normal = np.einsum("nij,nik->njk", M, M) + squared * np.eye(M.shape[2])
+    term = np.linalg.solve(normal, np.einsum("nij,ni->nj", M, rest)[..., None])
+    total = term.copy()
+    for _ in range(DAMPED - 1):
+        term = squared * np.linalg.solve(normal, term)
+        total += term
+    solved: Float64 = total[..., 0]
+    return solved
+
+
+def arnoldi(k: int, image: Float64, basis: Float64, H: Float64) -> None:
+    """Take Arnoldi's step k: from the image (n, m) of vector k of the basis (n, K + 1, m), which is changed.
+
+    Fills column k of H (n, K + 1, K) and vector k + 1 of the basis.
+    """
+    whole = np.linalg.norm(image, axis=1)
+    H[:, :, k] = 0
+    for _ in range(2):  # once is not enough in finite precision
+        part = np.einsum("njm,nm->nj", basis[:, : k + 1], image)
+        image -= np.einsum("nj,njm->nm", part, basis[:, : k + 1])
+        H[:, : k + 1, k] += part
+    H[:, k + 1, k] = left = np.linalg.norm(image, axis=1)
+    # Where nothing is left the answer is found: vectors of 0 add nothing to it.
+    basis[:, k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
+
+
+class ToldOperations:
+    """Outputs that are moved towards observations."""
+
+    def told_rows(self, told: Told, which: Array, out: Array) -> None:
+        out[...] = rows_of(told.places, told.matrix, which, out.shape[2]).transpose(1, 0, 2)
+
+    def told_direct(
+        self,
+        told: Told,
+        which: Array,
+        t: Array,
+        x: Array,
+        out: Array,
+        products: Array,
+        back: Array,
+        H: Array,
+        rest: Array,
+    ) -> None:
+        p, q, gain = told.numbers[t, :3].T[..., None]
+        A = rows_of(told.places, told.matrix, which, x.shape[1])
+        back[...] = p * A.transpose(1, 0, 2) + q * products
+        H[...] = gain[..., None] * np.einsum("nid,jnd->nij", A, back.astype(np.float64, copy=False))
+        H[...] += np.eye(A.shape[1]) * told.variance[which][:, None]
+        rest[...] = _rest(told, which, t, x, out)
+
+    def told_begin(
+        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
+    ) -> None:
+        first = _rest(told, which, t, x, out)
+        size = np.linalg.norm(first, axis=1)
+        basis[:, 0] = first / np.maximum(size, TINY)[:, None]
+        rest[:, 0], rest[:, 1:] = size, 0
+        cotangent[...] = transposed(told.places, told.matrix, basis[:, 0], which, x.shape[1])
+
+    def told_arnoldi(
+        self,
+        told: Told,
+        which: Array,
+        t: Array,
+        k: int,
+        product: Array,
+        cotangent: Array,
+        back: Array,
+        basis: Array,
+        H: Array,
+    ) -> None:
+        p, q, gain = told.numbers[t, :3].T[..., None]
+        back[k] = p * cotangent + q * product
+        image = gain * times(told.places, told.matrix, back[k].astype(np.float64, copy=False), which)
+        arnoldi(k, image + told.variance[which] * basis[:, k], basis, H)
+        cotangent[...] = transposed(told.places, told.matrix, basis[:, k + 1], which, cotangent.shape[1])
+
+    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
+        _, _, _, to_output, squared, farthest = told.numbers[t].T
+        slope = np.einsum("nk,knd->nd", damped(H, rest, np.sqrt(squared)), back)
+        bound = np.minimum(farthest * told.reach[which] / np.maximum(np.linalg.norm(slope, axis=1), TINY), 1.0)
+        out += ((to_output * bound)[:, None] * slope).astype(out.dtype)
+
+
+def _rest(told: Told, which: Array, t: Array, x: Array, out: Array) -> Float64:
+    """y - A of the mean of x0."""
+    p, q = told.numbers[t, :2].T[..., None]
+    return told.y[which] - times(told.places, told.matrix, p * x + q * out, which)
