@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
 from fastdiff.backends.numpy.told import arnoldi, damped, rows_of, times, transposed
-from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY
+from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY, ToldRoom
 from fastdiff.denoiser import CovariateForm, Denoiser, Evaluator, covariate_form, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.masks import MaskDenoiser
@@ -209,25 +209,6 @@ def _check_consistent(A: Float64, y: Float64) -> None:
         raise ArgumentError("given", f"observations without noise that contradict each other by {off:.3g}", wants)
 
 
-class _Room:
-    """What a backend needs to move the outputs for so many states x (n, D), and the observation of each."""
-
-    def __init__(self, be: Backend, told: Told, x: Array, which: npt.NDArray[np.int64]) -> None:
-        (n, d), K, m = x.shape, told.products, told.y.shape[1]
-        self.shape, self.dtype, self._which = x.shape, x.dtype, which
-        self.which, self.t = be.asarray(which, np.int64), be.empty((n,), np.int64)
-        self.back = be.empty((K, n, d), x.dtype)
-        self.cotangent = be.empty((K, n, d) if told.direct else (n, d), x.dtype)
-        self.H, self.rest = be.empty((n, told.equations, K), np.float64), be.empty((n, told.equations), np.float64)
-        self.basis = None if told.direct else be.empty((n, K + 1, m), np.float64)
-        if told.direct:
-            be.told_rows(told, self.which, self.cotangent)
-
-    def fits(self, x: Array, which: npt.NDArray[np.int64]) -> bool:
-        """Whether it is that of these states."""
-        return self.shape == x.shape and self.dtype == x.dtype and np.array_equal(self._which, which)
-
-
 class ConditionedEvaluator(Evaluator):
     """A denoiser on a backend whose mean of x0 is moved towards observations.
 
@@ -262,7 +243,7 @@ class ConditionedEvaluator(Evaluator):
             wants = f"at most {MOST_DENSE} values for 'smc', whose weights take the determinant of a dense matrix"
             raise ArgumentError("given", f"{self.rows.m} values", wants)
         self._told = self._as_told()
-        self._room: _Room | None = None  # the last
+        self._room: ToldRoom | None = None  # the last
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
@@ -310,23 +291,18 @@ class ConditionedEvaluator(Evaluator):
 
     def _moved_there(self, told: Told, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> Array:
         """Return the output (n, D), moved by the backend: nothing comes to the host."""
-        be = self.be
-        if self._room is None or not self._room.fits(x, which):
-            self._room = _Room(be, told, x, which)
         room = self._room
+        if room is None or room.shape != x.shape or room.dtype != x.dtype:
+            room = self._room = ToldRoom(self.be, told, x.shape, x.dtype)
+        room.place(which)
         room.t.fill(t)
-        of = told, room.which, room.t
-        if told.direct:
-            out, products = self.inner.pulled(x, t, room.cotangent, labels)
+        if told.direct:  # all products at once, from one forward pass
+            out, products = self.inner.pulled(x, t, room.rows, labels)
             out = self._own(x, out)
-            be.told_direct(*of, x, out, products, room.back, room.H, room.rest)
+            room.move(x, out, lambda rows: products)
         else:
             out = self._plain(x, t, labels)
-            be.told_begin(*of, x, out, room.basis, room.rest, room.cotangent)
-            for k in range(told.products):
-                product = self.inner.vjp(x, t, room.cotangent, labels)
-                be.told_arnoldi(*of, k, product, room.cotangent, room.back, room.basis, room.H)
-        be.told_move(*of, room.H, room.rest, room.back, out)
+            room.move(x, out, lambda cotangent: self.inner.vjp(x, t, cotangent, labels))
         return out
 
     def moved(self, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> tuple[Array, Array | None]:

@@ -287,6 +287,7 @@ if __name__ == "__main__":
     import cuda_parity_covariance  # noqa: F401 - registers its checks
     import cuda_parity_layers  # noqa: F401 - registers its checks
     import cuda_parity_mlp  # noqa: F401 - registers its checks
+    import cuda_parity_told  # noqa: F401 - registers its checks
     from host_cuda import HostRuntime
 
     for name, check in cuda_parity.CHECKS.items():

@@ -639,3 +639,60 @@ class Backend(Protocol):
         the gradient is changed, and the norm is not finite. The same is true of a step whose row before has no finite
         norm: after one that went wrong the steps that follow do nothing.
         """
+
+
+class ToldRoom:
+    """What a backend needs to move the outputs for so many states towards observations.
+
+    Parameters
+    ----------
+    be : Backend
+    told : Told
+    shape : (int, int)
+        Of the states, (n, D).
+    dtype : dtype
+        Theirs.
+
+    Attributes
+    ----------
+    t : (n,) int64 array
+        Where the outputs are from, to be filled by whoever moves them.
+    """
+
+    def __init__(self, be: Backend, told: Told, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        (n, d), K, m, double = shape, told.products, told.y.shape[1], np.float64
+        self.be, self.told, self.shape, self.dtype = be, told, shape, np.dtype(dtype)
+        self.t, self._which = be.empty((n,), np.int64), be.empty((n,), np.int64)
+        self._back = be.empty((K, n, d), dtype)
+        self._cotangent = be.empty((K, n, d) if told.direct else (n, d), dtype)
+        self._H, self._rest = be.empty((n, told.equations, K), double), be.empty((n, told.equations), double)
+        self._basis = None if told.direct else be.empty((n, K + 1, m), double)
+        self._of: npt.NDArray[np.int64] | None = None  # which, on the host
+
+    def place(self, which: npt.NDArray[np.int64]) -> None:
+        """Say of which observation each state is a draw."""
+        if self._of is None or not np.array_equal(self._of, which):
+            self._of = which
+            self._which[...] = self.be.asarray(which, np.int64)
+            if self.told.direct:
+                self.be.told_rows(self.told, self._which, self._cotangent)
+
+    @property
+    def rows(self) -> Array:
+        """(m, n, D): the rows of A of every state, where these are `direct`."""
+        return self._cotangent
+
+    def move(self, x: Array, out: Array, product: Callable[[Array], Array]) -> None:
+        """Move the output (n, D) for x at `t`.
+
+        `product` returns J^T times cotangents (n, D), or `rows`, J being the Jacobian of the output by x.
+        """
+        be, told, of = self.be, self.told, (self.told, self._which, self.t)
+        if told.direct:
+            be.told_direct(*of, x, out, product(self._cotangent), self._back, self._H, self._rest)
+        else:
+            be.told_begin(*of, x, out, self._basis, self._rest, self._cotangent)
+            for k in range(told.products):
+                made = product(self._cotangent)
+                be.told_arnoldi(*of, k, made, self._cotangent, self._back, self._basis, self._H)
+        be.told_move(*of, self._H, self._rest, self._back, out)

@@ -57,26 +57,31 @@ FD_KERNEL mlp_bias_activate(real *u, real *y, const real *bias, const real *tabl
     }
 }
 
-// d (n, m) holds dy and becomes du, or holds du and becomes dy: it is multiplied by act'(v) (1 + gain). Fills the
-// layer's columns of dtime (n, table_width), where that is given.
-FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *table, const int64 *t, real *dtime,
-                             int64 n, int64 m, int64 table_width, int64 column, int mode, int activation) {
+// The sample of a row, where there are several rows of all samples, one after the other.
+FD_DEVICE int64 mlp_sample(int64 row, int64 samples) { return row < samples ? row : row % samples; }
+
+// d (n, m), which may be `from`, is dy made du, or du made dy: `from` times act'(v) (1 + gain) of its sample. Fills the
+// layer's columns of dtime (n, table_width), where that is given and n is `samples`.
+FD_KERNEL mlp_layer_backward(const real *from, real *d, const real *us, const real *ys, const real *table,
+                             const int64 *t, real *dtime, int64 n, int64 samples, int64 m, int64 table_width,
+                             int64 column, int mode, int activation) {
     for (Walk walk = fd_walk(m); walk.row < n; fd_walk_on(walk, m)) {
-        const int64 row = walk.row, j = walk.item, i = row * m + j;
+        const int64 row = mlp_sample(walk.row, samples), j = walk.item, i = walk.row * m + j;
+        const real *const u = us + row * m, *const y = ys + row * m;
         const real *modulation = mode == TIME_NONE ? table : table + t[row] * table_width + column;
         const real gain = mlp_gain(modulation, mode, j);
-        real value = d[i];
+        real value = from[i];
         if (activation == SILU) {
-            const real v = mlp_modulate(u[i], mode, gain, mlp_shift(modulation, mode, m, j));
+            const real v = mlp_modulate(u[j], mode, gain, mlp_shift(modulation, mode, m, j));
             const real g = mlp_sigmoid(v);
             value = value * g * (1.0f + v * (1.0f - g));
         } else if (activation == LEAKY_RELU) {
-            value = y[i] > 0 ? value : FD_LEAKY_SLOPE * value;
+            value = y[j] > 0 ? value : FD_LEAKY_SLOPE * value;
         }
         if (mode != TIME_NONE && dtime) {
             real *to = dtime + row * table_width + column;
             if (mode == SCALE_SHIFT) {
-                to[j] = value * u[i];
+                to[j] = value * u[j];
                 to[m + j] = value;
             } else {
                 to[j] = value;
@@ -87,19 +92,20 @@ FD_KERNEL mlp_layer_backward(real *d, const real *u, const real *y, const real *
 }
 
 // The fixed linear part of a network, B_t x = basis diag(gains[t]) basis^T x + rest[t] x, between its two products:
-// h (n, rank) *= gains[t].
-FD_KERNEL mlp_scale(real *h, const real *gains, const int64 *t, int64 n, int64 rank) {
+// h (n, rank) *= gains[t], of its sample.
+FD_KERNEL mlp_scale(real *h, const real *gains, const int64 *t, int64 n, int64 samples, int64 rank) {
     for (Walk walk = fd_walk(rank); walk.row < n; fd_walk_on(walk, rank)) {
-        h[walk.row * rank + walk.item] *= gains[t[walk.row] * rank + walk.item];
+        h[walk.row * rank + walk.item] *= gains[t[mlp_sample(walk.row, samples)] * rank + walk.item];
     }
 }
 
 // y (n, d) += part, and where there is a rest, += rest[t] x.
-FD_KERNEL mlp_add_part(real *y, const real *part, const real *x, const real *rest, const int64 *t, int64 n, int64 d) {
+FD_KERNEL mlp_add_part(real *y, const real *part, const real *x, const real *rest, const int64 *t, int64 n,
+                       int64 samples, int64 d) {
     for (Walk walk = fd_walk(d); walk.row < n; fd_walk_on(walk, d)) {
         const int64 i = walk.row * d + walk.item;
         const real sum = y[i] + part[i];
-        y[i] = rest ? sum + fd_product(rest[t[walk.row]], x[i]) : sum;
+        y[i] = rest ? sum + fd_product(rest[t[mlp_sample(walk.row, samples)]], x[i]) : sum;
     }
 }
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends.protocol import LEAKY_SLOPE
+from fastdiff.backends.protocol import DAMPED, KRYLOV, KRYLOV_LEAST, LEAKY_SLOPE, PIVOT, TINY
 from fastdiff.errors import BackendError
 
 log = logging.getLogger("fastdiff")
@@ -104,7 +104,7 @@ def _read(name: str) -> str:
 
 
 def constants() -> str:
-    """Return the C text of what the sources take from `fastdiff.noise`, and of the structures."""
+    """Return the C text of what the sources take from `fastdiff.noise` and the protocol, and of the structures."""
 
     def real(value: float) -> str:
         return f"{np.float32(value)!s}f"  # the shortest decimal that reads back as this float32
@@ -121,6 +121,11 @@ def constants() -> str:
         f"#define FD_UNIFORM_UNIT ({real(law.UNIFORM_UNIT)})",
         *(f"#define FD_STREAM_{stream.name} {int(stream)}u" for stream in law.Stream),
         f"#define FD_LEAKY_SLOPE ({real(LEAKY_SLOPE)})",
+        f"#define FD_KRYLOV {KRYLOV}",
+        f"#define FD_KRYLOV_LEAST {KRYLOV_LEAST!r}",
+        f"#define FD_DAMPED {DAMPED}",
+        f"#define FD_PIVOT {PIVOT!r}",
+        f"#define FD_TINY {TINY!r}",
     ]
     names = {dtype: name for name, dtype in STRUCTURES.items()} | {REAL: "FD_REAL", np.dtype(np.int32): "int"}
     names |= {np.dtype(np.uint32): "unsigned int", np.dtype(np.uint64): "unsigned long long"}

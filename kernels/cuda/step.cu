@@ -147,12 +147,13 @@ FD_DEVICE void step_deep_one(const TableRow &row, real *x_nd, const real *out_nd
 }
 
 FD_DEVICE void step_deep_rows(real *x_nd, const real *out_nd, const real *v_nd, const Memory &memory,
-                              const TableRow &row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
-                              const RoundKeys &keys) {
+                              const TableRow &row, const int64 *rows, int64 n, int64 width, uint64 first_row,
+                              uint32 step, uint32 stream, const RoundKeys &keys) {
     const int64 quarter = (width + 3) / 4;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
         Normals normals = {0, 0, 0, 0};
-        if (row.s != 0) normals = fd_normals(first_row + walk.row, (uint32)walk.item, step, stream, keys);
+        const uint64 index = rows ? (uint64)rows[walk.row] : first_row + walk.row;
+        if (row.s != 0) normals = fd_normals(index, (uint32)walk.item, step, stream, keys);
         const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
         FD_UNROLL
         for (int k = 0; k < 4; k++) {
@@ -166,14 +167,17 @@ FD_DEVICE void step_deep_rows(real *x_nd, const real *out_nd, const real *v_nd, 
 FD_KERNEL step_deep(real *__restrict__ x_nd, const real *__restrict__ out_nd, const real *__restrict__ v_nd,
                     real *__restrict__ m1, real *__restrict__ m2, real *__restrict__ m3, int keep, TableRow row,
                     int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream, RoundKeys keys) {
-    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, row, n, width, first_row, step, stream, keys);
+    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, row, nullptr, n, width, first_row, step, stream, keys);
 }
 
+// `rows` (n,) are the rows of the noise; null: those from the record's first on.
 FD_KERNEL step_deep_recorded(real *__restrict__ x_nd, const real *__restrict__ out_nd, const real *__restrict__ v_nd,
                              real *__restrict__ m1, real *__restrict__ m2, real *__restrict__ m3, int keep,
-                             const RowRecord *__restrict__ record_at, int64 n, int64 width) {
+                             const RowRecord *__restrict__ record_at, const int64 *__restrict__ rows, int64 n,
+                             int64 width) {
     const RowRecord r = *record_at;
-    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
+    step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, r.row, rows, n, width, r.first_row, r.step, r.stream,
+                   r.keys);
 }
 
 // A row without noise does not look at rows and columns. `vectors` says that all arrays are 16-byte aligned.

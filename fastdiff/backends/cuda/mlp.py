@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,17 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
-from fastdiff.backends.cuda.step import no_variance, row_records
+from fastdiff.backends.cuda.step import no_variance, row_records, step_plan
+from fastdiff.backends.cuda.told import ToldOperations
 from fastdiff.backends.protocol import (
     AdamW,
+    Backend,
     DenseLayer,
     LinearPart,
     MLPPlan,
     Row,
     Told,
+    ToldRoom,
     Training,
     TrainingDraws,
     TrainState,
@@ -196,9 +200,11 @@ class _Network:
             self.table = runtime.empty((plan.T, plan.time_width))
             self.dtable = runtime.empty((plan.T, plan.time_width))
         self.loss = runtime.empty((1,), np.float64)
+        self.widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
         self.room: tuple[Array, Array] | None = None  # of the linear part's products in a gradient
         self.batch = 0
         self.buffers: dict[str, Array] = {}
+        self.told: _ToldChain | None = None  # the last
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
         self.sampler = NO_ROWS
@@ -238,12 +244,11 @@ class _Network:
         if n == self.batch:
             return
         plan, empty = self.plan, self.runtime.empty
-        widest = max(max(layer.inputs, layer.outputs) for layer in plan.layers)
         self.buffers = {
             "x": empty((n, plan.layers[0].inputs)), "target": empty((n, plan.layers[-1].outputs)),
             "t": empty((n,), np.int64), "terms": empty((n, 1)), "dtime": empty((n, plan.time_width)),
             "order": empty((n,), np.int32), "spare order": empty((n,), np.int32),
-            "d0": empty((n * widest,)), "d1": empty((n * widest,)),
+            "d0": empty((n * self.widest,)), "d1": empty((n * self.widest,)),
         }  # fmt: skip
         if plan.asked:
             self.own(n)
@@ -275,7 +280,7 @@ def _bias(layer: DenseLayer, flat: Array) -> Array:
     return flat[layer.bias : layer.bias + layer.outputs]
 
 
-class MLPOperations(LayerOperations, RecordingOperations):
+class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     """Perceptrons: forward, gradient, training, and a sampling chain."""
 
     @cached_property
@@ -354,7 +359,16 @@ class MLPOperations(LayerOperations, RecordingOperations):
     def mlp_chain_told(
         self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
     ) -> bool:
-        return False
+        if len(x) == 0 or not rows:
+            return True
+        with self._lock:
+            net, depth = self._network(plan), max(row.depth for row in rows)
+            net.grow(len(x))
+            if net.told is None or not net.told.fits(params, x, told, depth):
+                net.told = None  # the old one goes before the new one comes
+                net.told = _ToldChain(self, net, params, x.shape, told, depth)
+            net.told.run(x, rows, draw)
+        return True
 
     def mlp_gradient(
         self,
@@ -409,33 +423,51 @@ class MLPOperations(LayerOperations, RecordingOperations):
         x, t, asked = at
         if given.size == 0:
             return
-        n, layers = len(x), range(len(plan.layers))
         with self._lock:
             net = self._network(plan)
-            net.grow(n)
+            net.grow(len(x))
             table, places = self._times(net, params, t, asked)
             inputs = self._kept(net, params, table, x, places)
             if y is not None:
                 self.runtime.copy(y, inputs[-1])
                 self._add_part(net, x, y, t, net.room)
-            vectors, results = (array.reshape(-1, n, array.shape[-1]) for array in (given, out))
-            for i in range(len(vectors)):
-                here, vector, result = vectors[i], vectors[i], results[i]
-                for turn, k in enumerate(reversed(layers) if backward else layers):
-                    layer, last = plan.layers[k], turn == layers[-1]
-                    width = layer.inputs if backward else layer.outputs
-                    to = result if last else net.buffers[f"d{turn % 2}"][: n * width].reshape(n, width)
-                    if not backward:
-                        self._dense(here, _weight(layer, params), to)
-                        self._slope(net, k, to, inputs[k + 1], table, places)
-                    else:
-                        if turn == 0:  # it is the caller's
-                            here = net.buffers["d1"][: vector.size].reshape(vector.shape)
-                            self.runtime.copy(here, vector)
-                        self._slope(net, k, here, inputs[k + 1], table, places)
-                        self._dense_backward(here, inputs[k], _weight(layer, params), to, None, None)
-                    here = to
-                self._add_part(net, vector, result, t, net.room)
+            vectors, results = (array.reshape(-1, array.shape[-1]) for array in (given, out))
+            self._product(net, params, (table, places, t), inputs, vectors, results, backward=backward)
+
+    def _product(
+        self,
+        net: _Network,
+        params: Array,
+        times: tuple[Array | None, Array, Array],
+        inputs: list[Array],
+        given: Array,
+        out: Array,
+        *,
+        backward: bool,
+    ) -> None:
+        """out = J^T given, or J given, for vectors (k n, ...), by what `_kept` has kept of n samples.
+
+        `times` are the time table, where the samples find their rows in it, and their timesteps.
+        """
+        (table, places, t), layers, rows = times, range(len(net.plan.layers)), len(given)
+        room, here = [self._scratch(f"product {i}", rows * net.widest) for i in range(2)], given
+        for turn, k in enumerate(reversed(layers) if backward else layers):
+            layer = net.plan.layers[k]
+            width = layer.inputs if backward else layer.outputs
+            to = out if turn == layers[-1] else room[turn % 2][: rows * width].reshape(rows, width)
+            if not backward:
+                self._dense(here, _weight(layer, params), to)
+            of = to if not backward else here if turn else room[1][: here.size].reshape(here.shape)  # not the caller's
+            if layer.activation != "none" or layer.time == "scale_shift":
+                self._slope(net, k, to if not backward else here, of, inputs[k + 1], table, places)
+                here = of
+            if backward:
+                self._dense_backward(here, to, _weight(layer, params), to, None, None)
+            here = to
+        if net.part is not None:
+            sizes = rows * net.part.rank, rows * len(net.part.basis)
+            h, product = (self._scratch(f"part {i}", size)[:size].reshape(rows, -1) for i, size in enumerate(sizes))
+            self._add_part(net, given, out, t, (h, product))
 
     def _kept(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array) -> list[Array]:
         """Run the layers, and keep what a backward pass needs: return x and the output of every layer."""
@@ -446,13 +478,21 @@ class MLPOperations(LayerOperations, RecordingOperations):
         return inputs
 
     def _slope(
-        self, net: _Network, k: int, d: Array, y: Array, table: Array | None, t: Array, dtime: Array | None = None
+        self,
+        net: _Network,
+        k: int,
+        given: Array,
+        d: Array,
+        y: Array,
+        table: Array | None,
+        t: Array,
+        dtime: Array | None = None,
     ) -> None:
-        """Multiply d by dy / du of layer k, and where that is given fill the layer's columns of dtime."""
+        """Fill d with what is given times dy / du of layer k, and where it is given the layer's columns of dtime."""
         layer, width = net.plan.layers[k], net.plan.time_width
         self._launch(
             "mlp_layer_backward", d.size,
-            d, net.buffers[f"u{k}"], y, table, t, dtime, *d.shape, width, layer.time_column,
+            given, d, net.buffers[f"u{k}"], y, table, t, dtime, len(d), len(y), d.shape[1], width, layer.time_column,
             MODES[layer.time], ACTIVATIONS[layer.activation],
         )  # fmt: skip
 
@@ -609,16 +649,20 @@ class MLPOperations(LayerOperations, RecordingOperations):
         return part.values, part.rank, part.gains, part.rest
 
     def _add_part(self, net: _Network, x: Array, y: Array, t: Array, room: tuple[Array, Array] | None = None) -> None:
-        """Add the linear part of the output for x to y, or, as it is symmetric, of the gradient of y to that of x."""
+        """Add the linear part of the output for x to y, or, as it is symmetric, of the gradient of y to that of x.
+
+        There may be several rows of each of the samples that t is of, those of the first vector first.
+        """
         part = net.part
         if part is None:
             return
         n, d = x.shape
         h, product = room or (self.runtime.empty((n, part.rank)), self.runtime.empty((n, d)))
         self._dense(x, part.basis, h)
-        self._launch("mlp_scale", h.size, h, part.values[part.gains :], t, n, part.rank)
+        self._launch("mlp_scale", h.size, h, part.values[part.gains :], t, n, len(t), part.rank)
         self._dense(h, part.transposed, product)
-        self._launch("mlp_add_part", x.size, y, product, x, part.values[part.rest :] if part.rest else None, t, n, d)
+        rest = part.values[part.rest :] if part.rest else None
+        self._launch("mlp_add_part", x.size, y, product, x, rest, t, n, len(t), d)
 
     def _gradient(
         self,
@@ -645,7 +689,7 @@ class MLPOperations(LayerOperations, RecordingOperations):
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
-            self._slope(net, k, du, inputs[k + 1], table, places, buffers["dtime"])
+            self._slope(net, k, du, du, inputs[k + 1], table, places, buffers["dtime"])
             to = dx
             if k > 0:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)
@@ -704,3 +748,78 @@ class _Steps:
 
                 self._of, self._recorded = (net, net.moves), be.record_training(gradient, state, self.results)
             self._recorded.run(step, options)
+
+
+class _ToldStep:
+    """A row on n states given observations: the network, its products, what moves the output, and the step.
+
+    Attributes
+    ----------
+    index : (n,) int64 array
+        Where the noise of the states is, by the noise law.
+    table : array or None
+        The time table.
+    """
+
+    table: Array | None = None
+
+    def __init__(self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], told: Told) -> None:
+        empty = be.runtime.empty
+        self.be, self.net, self.params, self.moves = be, net, params, net.moves
+        self.room, self.index = ToldRoom(cast(Backend, be), told, shape, np.float32), empty((shape[0],), np.int64)
+        self.state, self.products = empty(shape), empty((told.products if told.direct else 1, *shape))
+
+    def issue(self, memory: list[Array], moves: bool) -> None:
+        """Do the row that was set, one that evaluates the network, beside a table's memory."""
+        be, net, params, x, t = self.be, self.net, self.params, self.state, self.room.t
+        inputs = be._kept(net, params, self.table, x, t)
+        out = inputs[-1]
+        be._add_part(net, x, out, t, net.room)
+
+        def product(cotangent: Array) -> Array:
+            vectors, results = (array.reshape(-1, x.shape[1]) for array in (cotangent, self.products))
+            be._product(net, params, (self.table, t, t), inputs, vectors, results, backward=True)
+            return results.reshape(cotangent.shape)
+
+        if moves:
+            self.room.move(x, out, product)
+        be._step_deep_recorded(x, out, None, memory, len(memory), self.index)
+
+
+class _ToldChain:
+    """A perceptron's chains on n states given observations: a row is one graph."""
+
+    def __init__(
+        self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], told: Told, depth: int
+    ) -> None:
+        self.told, self.memory = told, [be.runtime.empty(shape) for _ in range(depth)]
+        self.step = step = _ToldStep(be, net, params, shape, told)
+        self._moved, self._plain = (be.record(partial(step.issue, self.memory, moves)) for moves in (True, False))
+
+    def fits(self, params: Array, x: Array, told: Told, depth: int) -> bool:
+        """Whether it is the one for these states, and the network's buffers are where they were."""
+        step = self.step
+        same = step.params is params and self.told is told and step.moves == step.net.moves
+        return same and step.state.shape == x.shape and len(self.memory) == depth
+
+    def run(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> None:
+        """Change x, which is from state number ``draw.first_row`` on, by all rows of a table."""
+        told, step, be, runtime = self.told, self.step, self.step.be, self.step.be.runtime
+        which, index = told.states(draw.first_row, len(x))
+        step.room.place(which)
+        step.index[...] = runtime.asarray(index)
+        runtime.copy(step.state, x)
+        for array in self.memory:
+            array.fill(0)
+        step.table = be._time_table(step.net, step.params)
+        for row in rows:
+            if row.r != 0:
+                raise no_variance(row)
+            plan = step_plan(row, None, len(self.memory))
+            be._set_row(plan.record, draw.at(row.step))
+            if row.evaluates:
+                step.room.t.fill(row.t)
+                (self._plain if told.gain[row.t] == 0 else self._moved).run()
+            else:
+                be._step_deep_recorded(step.state, None, None, self.memory, plan.keep, step.index)
+        runtime.copy(x, step.state)

@@ -40,6 +40,26 @@ class RecordingOperations(OptimOperations, StepOperations):
     def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
         return _Sampling(self, output, state)
 
+    def _row_at(self) -> Array:
+        """Where a recorded step finds its row and the noise law."""
+        return self._scratch("row", runtimes.STRUCTURES["RowRecord"].itemsize, np.uint8)
+
+    def _set_row(self, row: Array, draw: Draw) -> None:
+        """Put a "TableRow" and the noise law there."""
+        record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
+        record["first_row"], record["step"], record["stream"], record["keys"] = law_of(draw)
+        record["row"] = row
+        self.runtime.launch("step", "set_row", 1, 1, (record, self._row_at()))
+
+    def _step_deep_recorded(
+        self, x: Array, out: Array | None, v: Array | None, memory: Sequence[Array], keep: int, rows: Array = None
+    ) -> None:
+        """Issue a step with the row that was set, of any kind, and noise of the `rows` (n,), where they are given."""
+        m1, m2, m3 = (*memory, None, None, None)[:DEPTH]
+        grid, block = self.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
+        args = (x, out, v, m1, m2, m3, keep, self._row_at(), rows, *x.shape)
+        self.runtime.launch("step", "step_deep_recorded", grid, block, args)
+
 
 class _Graph:
     """Launches that come again: issued one by one the first time, when kernels are loaded and scratch grows, and from
@@ -123,22 +143,15 @@ class _Sampling:
             for own, array in zip(room, memory, strict=True):
                 be.runtime.copy(own, array)
             plan = step_plan(row, clip, len(memory))
-            record = np.zeros(1, runtimes.STRUCTURES["RowRecord"])
-            record["first_row"], record["step"], record["stream"], record["keys"] = law_of(draw)
-            record["row"] = plan.record
-            there = be._scratch("row", record.nbytes, np.uint8)
-            be.runtime.launch("step", "set_row", 1, 1, (record, there))
+            be._set_row(plan.record, draw)
 
             def issue() -> None:
                 out, v = split_output(self.output(), row)
                 if plan.deep:
-                    m1, m2, m3 = (*room, None, None, None)[:DEPTH]
-                    grid, block = be.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
-                    args = (state, out, v, m1, m2, m3, plan.keep, there, *x.shape)
-                    be.runtime.launch("step", "step_deep_recorded", grid, block, args)
+                    be._step_deep_recorded(state, out, v, room, plan.keep)
                 else:
                     arrays = state, out, room[0] if memory else None
-                    be._by_blocks("step", "step_recorded", arrays, (there, *x.shape))
+                    be._by_blocks("step", "step_recorded", arrays, (be._row_at(), *x.shape))
 
             self._graphs.setdefault((len(memory), plan.deep, row.r != 0), _Graph(be)).run(issue)
             be.runtime.copy(x, state)
