@@ -290,7 +290,7 @@ class ConditionedEvaluator(Evaluator):
         )  # fmt: skip
 
     def _moved_there(self, told: Told, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> Array:
-        """Return the output (n, D), moved by the backend: nothing comes to the host."""
+        """Return the output (n, D), moved by the backend: no state comes to the host."""
         room = self._room
         if room is None or room.shape != x.shape or room.dtype != x.dtype:
             room = self._room = ToldRoom(self.be, told, x.shape, x.dtype)

@@ -194,8 +194,9 @@ def products(be, size):
     n = BATCH[size]
     for net, wide in networks():
         x, t, vector = batch_of(net, n)
+        vector = np.stack([vector, vector[::-1]])
         for method in (be.mlp_vjp, be.mlp_jvp):
-            want, got = np.empty((n, net.points)), be.empty((n, net.points))
+            want, got = np.empty(vector.shape), be.empty(vector.shape)
             getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
             given, out = [be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)], be.empty(got.shape)
             method(net.plan, *given, got, **({"y": out} if method == be.mlp_vjp else {}))

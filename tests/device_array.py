@@ -98,6 +98,12 @@ class DeviceArray:
     def reshape(self, *shape):
         return DeviceArray(self._memory.reshape(*shape), self.where)
 
+    def squeeze(self, axis):
+        return DeviceArray(self._memory.squeeze(axis), self.where)
+
+    def swapaxes(self, first, second):
+        return DeviceArray(self._memory.swapaxes(first, second), self.where)
+
     def astype(self, dtype):
         self._not_in_a_graph()
         return DeviceArray(self._memory.astype(dtype), self.where)

@@ -1,20 +1,26 @@
-"""Chains of a perceptron given observations, in one piece, against the same row by row in NumPy."""
+"""Chains of a perceptron given observations, in one piece, against the same row by row in NumPy, and closed forms."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from device_array import DeviceRuntime
 from gradcheck import scatter, with_linear
+from host_cuda import has_compiler
+from test_image_models import net as image_net
 from tolerances import TOLD, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import conditioning
+from fastdiff.backends.cuda import CudaBackend
+from fastdiff.base import GaussianBase
 from fastdiff.bench import BY_NAME
 from fastdiff.kernels.cpu import told
 from fastdiff.nn import MLP
 
 CPU, ALONE = fd.get_backend("cpu", threads=2), fd.get_backend("cpu", threads=1)
 T = 8
+ON_HOST = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
 
 
 def tame(net):
@@ -144,3 +150,78 @@ def test_draws_with_indices_of_their_own_have_their_noise():
     for which in ([1], [2, 3]):
         few = replace(known, count=len(which), known=((seen[which], np.full(net.points, 0.3)),), firsts=firsts[which])
         assert_same_bits(fd.sample(net, table, n=1, given=few, backend=CPU), got[:, which])
+
+
+# ------------------------------------------------------------------------------------------- closed forms
+
+BACKENDS = ["numpy", "cpu", pytest.param("cuda", marks=ON_HOST)]
+
+
+def backend(name):
+    return CudaBackend(DeviceRuntime()) if name == "cuda" else fd.get_backend(name)
+
+
+@pytest.mark.parametrize("stepwise", [False, True], ids=["in one piece", "row by row"])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", ["few values", "linear maps", "many values"])
+def test_a_network_that_is_a_gaussian_draws_from_its_posterior(kind, name, stepwise):
+    """Value by value: the mean of x0 given a state and what was seen is that of the joint normal law."""
+    d, s, be = 40 if kind == "many values" else 6, fd.Schedule.cosine(12), backend(name)
+    at, random = np.arange(d), np.random.default_rng(4)
+    variances, axes = np.linalg.eigh(np.exp(-np.abs(at[:, None] - at) / 4))
+    prior = fd.denoisers.Gaussian(np.zeros(d), axes * variances @ axes.T, s, prediction="v")
+    net = MLP(d, hidden=(), T=12)
+    net.set_linear(GaussianBase(axes, variances, 0.0).linear(s, "v"))
+    values = np.where(at % 2, random.normal(size=d), np.nan)
+    seen = fd.Known(values, 0.3)
+    if kind == "linear maps":
+        maps = fd.Linear(random.normal(size=(2, d)), [1.0, -1.0], 0.5)
+        seen = [fd.Known(np.where(at < 2, values, np.nan), 0.3), maps]
+    for table in (fd.samplers.ddpm(s, 5, prediction="v"), fd.samplers.dpmpp_2m(s, 5, prediction="v")):
+        want = fd.sample(prior.given(seen), table, n=7, shape=(d,), seed=3, backend="numpy")
+        got = fd.sample(net, table, n=7, given=seen, seed=3, trajectory=stepwise, backend=be)
+        got = be.to_numpy(got[0] if stepwise else got)
+        assert np.abs(got - want).max() <= TOLD * np.abs(want).max()
+
+
+# ------------------------------------------------------------------------------------------- on CUDA
+
+LAUNCHES = {"few values": (8, 8 + 6 + 3), "many values": (20, 8 + 1 + 16 * (6 + 1) + 2)}
+
+
+@ON_HOST
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_on_cuda_a_row_is_one_graph_and_nothing_is_read(kind):
+    """A forward pass of two launches for each of four layers, products of six, what is solved, and the step."""
+    count, launches = LAUNCHES[kind]
+    net, table = tame(scatter(MLP.tutorial(50, T=T))), TABLES["memory"](fd.Schedule.cosine(T))
+    values = np.where(np.arange(50) < count, np.random.default_rng(0).normal(size=50), np.nan)
+    be, eager = CudaBackend(DeviceRuntime()), CudaBackend(DeviceRuntime(), graphs=False)
+    options = {"n": 5, "given": fd.Known(values, 0.3), "batch": 3}
+    got, want = (each.to_numpy(fd.sample(net, table, backend=each, **options)) for each in (be, eager))
+    assert_same_bits(got, want)
+    assert be.runtime.reads == eager.runtime.reads == [(5, 50)] * 2  # once by `sample`, once here
+    assert be.runtime.graphs == [launches] * 2  # for 3 states, and for 2
+    assert not eager.runtime.graphs
+
+
+@ON_HOST
+def test_on_cuda_other_networks_read_nothing_either():
+    """Row by row: a network of pictures, one that is asked for something, and one whose path is wanted."""
+    s, be = fd.Schedule.cosine(T), CudaBackend(DeviceRuntime())
+    table, random = fd.samplers.ddpm(s, 3, prediction="v"), np.random.default_rng(0)
+    nets = {
+        "pictures": (image_net((8, 4, 1), T=T), {}, []),
+        "classes": (tame(scatter(MLP(6, hidden=(5,), T=T, classes=3))), {"labels": 1}, [(2,)]),  # its labels, once
+        "path": (NETS["default"](), {"trajectory": True}, []),
+    }
+    for net, options, asked in nets.values():
+        values = random.normal(size=net.shape)
+        values[:2] = np.nan
+        options |= {"n": 2, "given": fd.Known(values, 0.3), "seed": 1}
+        want = fd.sample(net, table, backend="numpy", **options)
+        be.runtime.reads.clear()
+        got = fd.sample(net, table, backend=be, **options)
+        want, got = ((each[0] if "trajectory" in options else each) for each in (want, got))
+        assert be.runtime.reads == [*asked, (2, want[0].size)]
+        assert np.abs(be.to_numpy(got) - want).max() <= TOLD * np.abs(want).max()

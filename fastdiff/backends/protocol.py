@@ -529,9 +529,9 @@ class Backend(Protocol):
     def mlp_chain_told(
         self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
     ) -> bool:
-        """Do `mlp_chain` with every output moved by tmpd, in one piece; x[0] is the state number `draw.first_row`.
+        """Do `mlp_chain` with every output moved as told_move does; x[0] is the state number `draw.first_row`.
 
-        False: the backend cannot, and has done nothing.
+        That is in one piece, or a recorded step for each row. False: the backend cannot, and has done nothing.
         """
 
     def told_rows(self, told: Told, which: Array, out: Array) -> None:

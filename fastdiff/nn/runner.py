@@ -304,7 +304,9 @@ class ProgramRunner(Runner):
         of_output, of_input = (*net.image[:2], net.outputs), net.image
         given, made = (of_output, of_input) if purpose == "vjp" else (of_input, of_output)
         named = {"x": x.reshape(n, *of_input), "t": t, **self._named(labels, n)}
-        for result, factor in zip(out.reshape(-1, n, *made), vector.reshape(-1, n, *given), strict=True):
+        results, factors = out.reshape(-1, n, *made), vector.reshape(-1, n, *given)
+        for k in range(len(factors)):
+            result, factor = results[k], factors[k]
             for start in range(0, n, net.chunk):
                 part = slice(start, start + net.chunk)
                 with self.memory.lock:

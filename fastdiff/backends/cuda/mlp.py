@@ -3,7 +3,8 @@
 A network whose activations fit into shared memory, 32 samples at a time, runs in one launch: its forward pass, and a
 whole sampling chain. Both are the same kernel, so a chain has the bits of its steps, and a sample's bits do not depend
 on its batch. Wider networks, and training, go layer by layer, with products by the kernels of convolutions. The choice
-is made by `chain_tile` from the sizes of the layers, never from the batch.
+is made by `chain_tile` from the sizes of the layers, never from the batch. A chain given observations goes layer by
+layer too, and a row of it is a recording.
 """
 
 from __future__ import annotations
