@@ -198,7 +198,7 @@ def products(be, size):
         for method in (be.mlp_vjp, be.mlp_jvp):
             want, got = np.empty(vector.shape), be.empty(vector.shape)
             getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
-            given, out = [be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)], be.empty(got.shape)
+            given, out = [be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)], be.empty(x.shape)
             method(net.plan, *given, got, **({"y": out} if method == be.mlp_vjp else {}))
             assert_close(be.to_numpy(got), want, terms=terms(net))
             if method == be.mlp_vjp:
