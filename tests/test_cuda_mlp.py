@@ -103,7 +103,8 @@ def test_backward_of_a_layer(runtime, shape, activation, mode):
     y = reference.activate(v, activation).astype(F)
     width = table.shape[1]
     d, dtime = dy.copy(), np.full((n, width), 7, F)
-    args = d, u, y, table, t, dtime, n, m, width, column, operations.MODES[mode], operations.ACTIVATIONS[activation]
+    kinds = operations.MODES[mode], operations.ACTIVATIONS[activation]
+    args = d, d, u, y, table, t, dtime, n, n, m, width, column, *kinds
     runtime.launch("mlp", "mlp_layer_backward", *runtime.grid_1d(n * m), args)
 
     dv = reference.activate_backward(dy.astype(np.float64), v, activation)
@@ -114,6 +115,12 @@ def test_backward_of_a_layer(runtime, shape, activation, mode):
     for k, part in enumerate(parts):
         want[:, column + k * m : column + (k + 1) * m] = part
     assert_close(dtime, want, terms=4)
+
+    twice, kept = np.concatenate([dy, dy]), runtime.empty((2 * n, m))  # two vectors of each sample, not in place
+    args = twice, kept, u, y, table, t, None, 2 * n, n, m, width, column, *kinds
+    runtime.launch("mlp", "mlp_layer_backward", *runtime.grid_1d(2 * n * m), args)
+    assert_same_bits(kept, np.concatenate([d, d]))
+    assert_same_bits(twice[n:], dy)
 
 
 @pytest.mark.parametrize(("T", "width"), [(1, 1), (11, 7), (40, 66)])

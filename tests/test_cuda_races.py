@@ -63,6 +63,9 @@ PLANTED = {
         "conv_mma.cu", "fd_cp_async_wait(STAGES - 2)", "fd_cp_async_wait(STAGES - 1)", "conv_mma_outputs",
         "reads what was never written of shared memory",
     ),
+    "products that a warp reads": (
+        "told.cu", "fd_syncwarp();\n        told_times(", "told_times(", "moved_outputs", "reads what was",
+    ),
     "outputs of a layer": (
         "mlp.cu", "second);\n                fd_syncthreads();", "second);", "chains", "reads what was",
     ),

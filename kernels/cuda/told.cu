@@ -58,9 +58,9 @@ FD_DEVICE real told_entry(const Rows &A, int64 of, int64 k, int64 e) {
     return A.chosen[of * (2 * A.m + A.d) + k] == e ? 1.0f : 0.0f;
 }
 
-// for (this warp's states)
-#define TOLD_STATES(i, n)                                                                                     \
-    for (int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / FD_WARP; i < (n);                         \
+// for (int64 i = this warp; i < n; i += all warps)
+#define TOLD_STATES(i, n)                                                             \
+    for (int64 i = ((int64)blockIdx.x * blockDim.x + threadIdx.x) / FD_WARP; i < (n); \
          i += (int64)gridDim.x * blockDim.x / FD_WARP)
 
 // out (m, n, d): the rows of A of every state.
@@ -193,7 +193,7 @@ FD_KERNEL told_move(const double *__restrict__ H, const double *__restrict__ res
                     real *__restrict__ out, const double *__restrict__ reach, const double *__restrict__ numbers,
                     const int64 *__restrict__ which, const int64 *__restrict__ t, int64 n, int64 d, int equations,
                     int K) {
-    FD_SHARED_ARRAY(double, shared, TOLD_WARPS *(EQUATIONS + FD_KRYLOV + 1) * FD_KRYLOV);
+    FD_SHARED_ARRAY(double, shared, TOLD_WARPS * (EQUATIONS + FD_KRYLOV + 1) * FD_KRYLOV);
     const int lane = threadIdx.x % FD_WARP, warp = threadIdx.x / FD_WARP;
     double *const h = shared + warp * (EQUATIONS + FD_KRYLOV + 1) * FD_KRYLOV;
     double *const normal = h + EQUATIONS * FD_KRYLOV, *const weights = normal + FD_KRYLOV * FD_KRYLOV;
