@@ -35,7 +35,7 @@ PLACED = {
     "use_beta_sigmas": "beta",
 }
 FEW_ROWS = 15
-FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 USUAL_BETAS = {
     **dict.fromkeys(
         ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
@@ -133,11 +133,11 @@ def _maybe_flow(c: _Config) -> None:
             c.refuse(key, False)
 
 
-def _lower(c: _Config, steps: int, final: str, *, always: bool = False, usual: bool = True) -> int:
+def _lower(c: _Config, steps: int, final: str, *, always: bool = False, at_end: bool = False) -> int:
     """`lower_order_final`: theirs lower the last rows where there are few, and the last one to no noise."""
-    if c.flag("lower_order_final", usual) and (always or steps < FEW_ROWS):
+    if c.flag("lower_order_final", True) and (always or steps < FEW_ROWS):
         return 2
-    return 1 if final == "zero" else 0
+    return 1 if final == "zero" or at_end else 0
 
 
 def _ddpm(c: _Config, T: int, steps: int) -> Method:
@@ -155,9 +155,11 @@ def _ddim(c: _Config, T: int, steps: int) -> Method:
     spacing = _spacing(c, T, steps, usual="leading")
     if spacing != "leading" and T % steps:
         c.notes.append(f"timestep_spacing = {spacing!r}: the timestep before is the one visited, not t - T // steps")
-    if not c.flag("set_alpha_to_one", True):
-        c.notes.append("set_alpha_to_one = False: the last row leads to no noise here")
-    return samplers.ddim, {"spacing": spacing, "clip": _clip(c, True)}
+    return samplers.ddim, {"spacing": spacing, "clip": _clip(c, True), "final": _alpha_to_one(c, True)}
+
+
+def _alpha_to_one(c: _Config, usual: bool) -> str:
+    return "zero" if c.flag("set_alpha_to_one", usual) else "sigma_min"
 
 
 def _euler(c: _Config, T: int, steps: int) -> Method:
@@ -201,14 +203,12 @@ def _pndm(c: _Config, T: int, steps: int) -> Method:
         c.notes.append(
             "skip_prk_steps = False: starts by Heun's method, as if it were true, and not by Runge and Kutta's"
         )
-    if not c.flag("set_alpha_to_one"):
-        c.notes.append("set_alpha_to_one = False: the last row leads to no noise here")
     if c.content.get("prediction_type") == "v_prediction":
         c.notes.append("prediction_type = 'v_prediction': the noise is what is remembered here, not v")
     spacing = _spacing(c, T, steps, usual="leading")
     if spacing != "leading" and T % steps:
         c.notes.append(f"timestep_spacing = {spacing!r}: the timestep before is the one visited, not t - T // steps")
-    return samplers.pndm, {"spacing": spacing}
+    return samplers.pndm, {"spacing": spacing, "final": _alpha_to_one(c, False)}
 
 
 def _distilled(c: _Config, T: int, steps: int) -> str:
@@ -258,6 +258,11 @@ def _flow_euler(c: _Config, T: int, steps: int) -> Method:
     return samplers.euler, {"spacing": spacing}
 
 
+def _flow_lcm(c: _Config, T: int, steps: int) -> Method:
+    c.refuse("scale_factors", None)
+    return samplers.lcm, {"spacing": _flow(c, T, steps), "timestep_scaling": math.inf}
+
+
 def _flow_heun(c: _Config, T: int, steps: int) -> Method:
     return samplers.heun, {"spacing": _flow(c, T, steps), "velocity": True}
 
@@ -268,7 +273,6 @@ def _final(c: _Config, T: int) -> str:
     if lowest not in (None, -math.inf) and check_float("lambda_min_clipped", lowest) > -1e10:
         c.notes.append(f"lambda_min_clipped = {lowest!r}: no timestep is left out")
     c.differs("variance_type", "the learned variance is not used")
-    c.differs("euler_at_final", "the last row is of first order only where it leads to no noise", False)
     final = c.choice("final_sigmas_type", "zero", ("zero", "sigma_min"))
     if c.flag("use_flow_sigmas"):
         c.refuse("final_sigmas_type", "zero")
@@ -282,7 +286,7 @@ def _multistep(c: _Config, T: int, steps: int) -> Method:
     solver = c.choice("solver_type", "midpoint", ("midpoint", "heun"))
     final = _final(c, T)
     _clip(c, False)
-    lower = _lower(c, steps, final)
+    lower = _lower(c, steps, final, at_end=c.flag("euler_at_final"))
     options: dict[str, Any] = {"spacing": _spacing(c, T, steps, skips_zero=True), "final": final}
     noisy = kind.startswith("sde")
     if not kind.endswith("++"):
@@ -389,6 +393,7 @@ METHODS: dict[str, Callable[[_Config, int, int], Method]] = {
     "TCDScheduler": _tcd,
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
     "FlowMatchHeunDiscreteScheduler": _flow_heun,
+    "FlowMatchLCMScheduler": _flow_lcm,
 }
 
 
@@ -510,6 +515,7 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
     if sampler.clip is not None and sampler.clip[0] == -sampler.clip[1]:
         clips = [{"clip_sample": True, "clip_sample_range": sampler.clip[1]}]
     finals = [{"final_sigmas_type": final} for final in ("zero", "sigma_min")]
+    to_one = [{"set_alpha_to_one": True}, {"set_alpha_to_one": False}]
     orders = [{"solver_order": order} for order in (1, 2, 3)]
     lower = [{"lower_order_final": True}, {"lower_order_final": False}]
     sde = [{"algorithm_type": kind} for kind in ("dpmsolver++", "sde-dpmsolver++")]
@@ -524,10 +530,11 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
         [{"corrector_order": order} for order in (1, 2, 3, 4)],
         lower,
     ]
+    ends = [*lower, {"lower_order_final": False, "euler_at_final": True}]
     singles: list[list[dict[str, Any]]] = [orders, [*sde, *noises[:1]], pairs, finals]
     kinds: dict[str, tuple[str, list[list[dict[str, Any]]]]] = {
         "ddpm": ("DDPMScheduler", [variances, clips]),
-        "ddim": ("DDIMScheduler", [clips]),
+        "ddim": ("DDIMScheduler", [clips, to_one]),
         "euler": ("EulerDiscreteScheduler", [finals]),
         "euler_ancestral": ("EulerAncestralDiscreteScheduler", []),
         "heun": ("HeunDiscreteScheduler", [clips]),
@@ -535,10 +542,10 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
         "dpm2": ("KDPM2DiscreteScheduler", []),
         "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", []),
         "dpmpp_sde": ("DPMSolverSDEScheduler", []),
-        "pndm": ("PNDMScheduler", [[{"skip_prk_steps": True, "set_alpha_to_one": True}]]),
-        "dpmpp_2m": ("DPMSolverMultistepScheduler", [orders[1:2], sde, pairs, finals, lower]),
-        "dpmpp_3m": ("DPMSolverMultistepScheduler", [orders[2:], sde, finals, lower]),
-        "dpmsolver": ("DPMSolverMultistepScheduler", [orders, noises, pairs, finals[1:], lower]),
+        "pndm": ("PNDMScheduler", [[{"skip_prk_steps": True}], to_one]),
+        "dpmpp_2m": ("DPMSolverMultistepScheduler", [orders[1:2], sde, pairs, finals, ends]),
+        "dpmpp_3m": ("DPMSolverMultistepScheduler", [orders[2:], sde, finals, ends]),
+        "dpmsolver": ("DPMSolverMultistepScheduler", [orders, noises, pairs, finals[1:], ends]),
         "dpmsolver_single": ("DPMSolverSinglestepScheduler", singles),
         "sa_solver": ("SASolverScheduler", adams),
         "lcm": ("LCMScheduler", [clips, [{"timestep_scaling": sampler.options.get("timestep_scaling", 10.0)}]]),

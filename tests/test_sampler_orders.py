@@ -69,6 +69,7 @@ MULTISTEP = {
     "dpmsolver2 heun": (lambda n: samplers.dpmsolver(EVEN, n, solver="heun"), 2, 2),
     "dpmsolver3": (lambda n: samplers.dpmsolver(EVEN, n, order=3), 2, 3),
     "dpmsolver3 published": (lambda n: samplers.dpmsolver(EVEN, n, order=3, published=True), 2, 2),
+    "pndm": (lambda n: samplers.pndm(EVEN, n, spacing="linspace_open"), 2, 2),
     "ipndm1": (lambda n: samplers.ipndm(EVEN, n, order=1, spacing="linspace_open"), 2, 1),
     "ipndm2": (lambda n: samplers.ipndm(EVEN, n, order=2, spacing="linspace_open"), 2, 2),
     "ipndm3": (lambda n: samplers.ipndm(EVEN, n, order=3, spacing="linspace_open"), 2, 2),
@@ -95,7 +96,7 @@ def test_one_row_of_a_method_that_remembers(name):
         t = EVEN.timesteps(n, spacing="linspace_open")
         table, i = make(n), int(place * n)
         memory = [solution(t[i - back])[remembered] for back in (1, 2, 3)]
-        found, _ = one_row(table.rows[i], solution(t[i])[0], memory)
+        found, _ = one_row(table.rows[i + len(table) - n], solution(t[i])[0], memory)  # pndm has one more before
         errors.append(found - solution(t[i + 1])[0])
     assert table.order == order
     assert abs(slope(errors, STEPS) - (order + 1)) < 0.15
@@ -136,31 +137,37 @@ def test_one_turn(order, solver, predict_x0):
     assert abs(slope(errors, steps) - (order + 1)) < 0.15
 
 
+@pytest.mark.parametrize("predict_x0", [True, False])
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_one_corrected_row_of_unipc(order, variant):
+def test_one_corrected_row_of_unipc(order, variant, predict_x0):
     """A row holds the corrector of its state and the next predictor; without the latter it is of order p + 1.
 
-    The predictor of a row is a row of `dpmpp_2m`, `dpmpp_3m` or `ddim`; with "bh1" that of order 2 has h for 1 - e^-h.
+    The predictor of a row is a row of `dpmpp_2m`, `dpmpp_3m` or `ddim`, or of `dpmsolver`; with "bh1" that of order 2
+    has h for 1 - e^-h.
     """
+    kept, scale = (1, EVEN.noise) if predict_x0 else (2, EVEN.signal)  # what is remembered; x / scale stays
+    other = EVEN.signal if predict_x0 else EVEN.noise
     errors = []
     for n in STEPS:
         t = EVEN.timesteps(n, spacing="linspace_open")
-        i = n // 2
-        rows = samplers.unipc(EVEN, n, order=order, variant=variant).rows
+        i = n // 2 if predict_x0 or order < 3 else 7 * n // 16  # there errors of h^5 and more cancel
+        rows = samplers.unipc(EVEN, n, order=order, variant=variant, predict_x0=predict_x0).rows
         # The table of lower order whose corrector is off: x' = a x + alpha' (predictor's memory).
         makers = {1: samplers.ddim, 2: samplers.dpmpp_2m, 3: samplers.dpmpp_3m}
         plain = makers[order](EVEN, n, spacing="linspace_open").rows
-        exact, h = [solution(t[i - back])[1] for back in range(4)], 20 / n
+        exact, h = [solution(t[i - back])[kept] for back in range(4)], 20 / n
+        if not predict_x0:
+            h, plain = -h, samplers.dpmsolver(EVEN, n, order=order).rows
         bent = 0.0
         if order == 2 and variant == "bh1":  # of one m1 - m in the memory: half of what h has more than 1 - e^-h
             bent = (h + np.expm1(-h)) / 2
         predicted = one_row(plain[i - 1], solution(t[i - 1])[0], [*exact[2:], 0])[0]
-        predicted += EVEN.signal[t[i]] * bent * (exact[1] - exact[2])
+        predicted += other[t[i]] * bent * (exact[1] - exact[2])
         whole, m = one_row(rows[i], predicted, exact[1:])
         uncorrected, _ = one_row(plain[i], predicted, exact[1:])
-        uncorrected += EVEN.signal[t[i + 1]] * bent * (m - exact[1])
-        corrected = predicted + (whole - uncorrected) * EVEN.noise[t[i]] / EVEN.noise[t[i + 1]]
+        uncorrected += other[t[i + 1]] * bent * (m - exact[1])
+        corrected = predicted + (whole - uncorrected) * scale[t[i]] / scale[t[i + 1]]
         errors.append(corrected - solution(t[i])[0])
     assert abs(slope(errors, STEPS) - (order + 2)) < 0.15
 
@@ -268,7 +275,7 @@ def test_from_noise_alone(name):
         table = samplers.named(name, schedule, 200, prediction="v", **spacing)
         assert np.isfinite(np.array(table.rows)).all()
         distance = exact_chain(gaussian, table).w2()
-        assert distance < (0.5 if name in ("lcm", "tcd") else 0.03)
+        assert distance < (0.5 if name in ("lcm", "tcd", "consistency") else 0.03)
 
 
 STOCHASTIC = {
@@ -280,6 +287,9 @@ STOCHASTIC = {
     "sa_solver noise": lambda s, n: samplers.sa_solver(s, n, predictor=3, corrector=4, predict_x0=False),
     "tcd": samplers.tcd,
     "lcm": samplers.lcm,
+    "consistency": samplers.consistency,
+    "euler churn": lambda s, n: samplers.euler(s, n, churn=10.0),
+    "heun churn": lambda s, n: samplers.heun(s, n, churn=10.0),
 }
 
 
@@ -305,6 +315,8 @@ def test_drawn_covariances(name):
         ("single eta", 0.89),
         ("sa_solver", 2.13),
         ("tcd", 0.05),
+        ("euler churn", 1),
+        ("heun churn", 2),
     ],
 )
 def test_weak_orders(name, measured):

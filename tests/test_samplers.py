@@ -129,13 +129,11 @@ def test_golden_means(name, options, noise, v):
         assert golden_run(table).mean() == pytest.approx(expected, abs=1e-4 if expected == 0.091 else 5e-5)
 
 
-def karras_levels(n):
-    """A schedule with the n levels of Karras spacing and, at t = 0, the last of them again; and what they stand for."""
-    ratio = LINEAR.noise / LINEAR.signal
-    wanted = np.linspace(*ratio[[0, -1]] ** (1 / 7), n) ** 7
-    between = np.rint(np.interp(np.log(wanted), np.log(ratio), np.arange(LINEAR.T)))
-    abar = 1 / (1 + np.append(wanted[0] * (1 - 1e-9), wanted) ** 2)
-    return Schedule(1 - abar / np.append(1.0, abar[:-1])), np.append(0, between)
+def karras_levels(low, high, n):
+    """n levels of noise / signal in Karras spacing, the least first, and the schedule of them."""
+    ratio = np.linspace(low ** (1 / 7), high ** (1 / 7), n) ** 7
+    abar = 1 / (1 + ratio**2)
+    return ratio, Schedule(1 - abar / np.append(1.0, abar[:-1]))
 
 
 @pytest.mark.parametrize(
@@ -147,12 +145,28 @@ def karras_levels(n):
     ],
 )
 def test_golden_means_of_karras_levels(name, options, prediction, expected):
-    """Ten levels given exactly; the last row leads from the last of them to itself."""
-    schedule, stands_for = karras_levels(10)
-    table = getattr(samplers, name)(schedule, 10, final="sigma_min", prediction=prediction, **options)
+    """Ten levels given exactly, and the timesteps that they stand for; the last row stays at the last of them."""
+    ratio = LINEAR.noise / LINEAR.signal
+    levels, schedule = karras_levels(*ratio[[0, -1]], 10)
+    stands_for = np.rint(np.interp(np.log(levels), np.log(ratio), np.arange(LINEAR.T)))
+    for spacing in ("linspace", "karras"):
+        table = getattr(samplers, name)(
+            schedule, 10, final="sigma_min", prediction=prediction, spacing=spacing, **options
+        )
+        assert table.timesteps.tolist() == [*range(9, -1, -1)]
     x = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2)
     found = run(table, lambda x, t: x * stands_for[t] / (stands_for[t] + 1), x)[-1]
     assert np.abs(found).mean() == pytest.approx(expected, abs=1e-4)
+
+
+def test_golden_edm_euler():
+    """Ten levels from 80 to 0.002, data of deviation 1/2; a network that is told log(sigma) / 4."""
+    ratio, schedule = karras_levels(0.002 / 0.5, 80 / 0.5, 10)
+    told = np.log(0.5 * ratio) / 4
+    x = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2) * math.hypot(80, 1)
+    table = samplers.euler(schedule, 10, prediction="v", spacing="linspace")
+    found = 0.5 * run(table, lambda x, t: -x * told[t] / (told[t] + 1), x / math.hypot(80, 0.5))[-1]
+    assert np.abs(found).sum() == pytest.approx(34.1855, abs=1e-3)
 
 
 GOLDEN_ROW = dict(zip("pqab", (17.27595, -17.24698), strict=False))
@@ -273,6 +287,7 @@ def test_dpmpp_2m_is_algorithm_2(final):
 
 MAKERS = {
     "euler_ancestral": lambda s, **options: samplers.euler_ancestral(s, 30, **options),
+    "euler churn": lambda s, **options: samplers.euler(s, 30, churn=9, s_tmin=0.05, **options),
     "ddim reclip": lambda s, **options: samplers.ddim(s, 30, eta=0.3, reclip=True, **options),
     "heun": lambda s, **options: samplers.heun(s, 12, **options),
     "heun churn": lambda s, **options: samplers.heun(s, 12, churn=6, s_tmin=0.05, **options),
@@ -300,6 +315,7 @@ MAKERS = {
     "dpmpp_sde": lambda s, **options: samplers.dpmpp_sde(s, 30, **options),
     "dpm2_ancestral": lambda s, **options: samplers.dpm2_ancestral(s, 30, **options),
     "lcm": lambda s, **options: samplers.lcm(s, 30, timestep_scaling=0.01, **options),
+    "consistency": lambda s, **options: samplers.consistency(s, 30, **options),
     "tcd": lambda s, **options: samplers.tcd(s, 30, **options),
     "ddpm": lambda s, **options: samplers.ddpm(s, 30, **options),
     "ddpm large": lambda s, **options: samplers.ddpm(s, 30, variance="large", **options),
@@ -319,6 +335,7 @@ STOCHASTIC += (
     "dpmpp_sde",
     "dpm2_ancestral",
     "lcm",
+    "consistency",
     "tcd",
 )
 UNCLIPPED = (
@@ -387,6 +404,17 @@ def test_pndm_is_a_loop(steps, prediction):
         np.testing.assert_allclose(found, x, rtol=0, atol=1e-9 * max(1, np.abs(x).max()))
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+@pytest.mark.parametrize("maker", [maker for maker in MAKERS if maker not in ("dpmpp_2m sigma_min", "lcm")])
+def test_a_last_row_of_no_length_stays(maker, spacing):
+    """To the noise of t = 0 from timesteps that end there: all that such a row can do is to correct."""
+    table = MAKERS[maker](LINEAR, spacing=spacing, final="sigma_min", prediction="v")
+    assert table.rows[-1].t == 0
+    states = run(table, as_prediction(LINEAR, "v"), START, normal(8))
+    corrects = maker.startswith(("unipc", "sa_solver", "single"))  # the last ones begin from a state before
+    assert np.allclose(states[-1], states[-2], rtol=0, atol=1e-12) != corrects
+
+
 @pytest.mark.parametrize("steps", [1000, 37])
 @pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
 def test_ddim_with_eta_1_is_ddpm(prediction, steps):
@@ -401,10 +429,8 @@ def test_ddim_with_eta_1_is_ddpm(prediction, steps):
     [
         (maker, spacing)
         for maker in MAKERS
-        if maker not in (*TWO_STAGES, "pndm", "tcd")
+        if maker not in (*TWO_STAGES, "pndm", "tcd", "euler churn")
         for spacing in SPACINGS
-        if maker != "dpmpp_2m sigma_min"
-        or spacing in ("trailing", "linspace_open", "lambda")  # the others end at t = 0
     ],
 )
 def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing):
@@ -412,9 +438,11 @@ def test_the_last_row_adds_no_noise_and_the_others_as_they_should(maker, spacing
     s = [row.s for row in table.rows]
     assert s[-1] == 0
     noisy = [maker in STOCHASTIC and (not maker.startswith("sa_") or 200 <= row.t <= 800) for row in table.rows]
+    if maker == "consistency":  # whose last jump is to the noise of t = 0
+        noisy = [later.t > 0 for later in table.rows[1:]] + [False]
     assert [value > 0 for value in s[:-1]] == noisy[:-1]
     assert table.timesteps.tolist() == LINEAR.timesteps(30, spacing=spacing).tolist()
-    if maker not in ("dpmpp_2m sigma_min", "lcm", *UNCLIPPED):  # what comes out is x0 itself
+    if maker not in ("dpmpp_2m sigma_min", "lcm", "consistency", *UNCLIPPED):  # what comes out is x0 itself
         assert table.rows[-1][3:] == (0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -481,7 +509,7 @@ def test_any_schedule_makes_finite_tables_that_keep_a_perfect_guess(betas, steps
     for name in samplers.names():
         options = {"tau": 0.0} if name == "sa_solver" else {"eta": 0.0} if name == "tcd" else {}
         table = getattr(samplers, name)(schedule, steps, spacing=spacing, prediction=prediction, **options)
-        if name in ("ddpm", "lcm") or any(row.s > 0 for row in table.rows):
+        if name in ("ddpm", "lcm", "consistency") or any(row.s > 0 for row in table.rows):
             continue
         first = table.rows[0].t
         x = schedule.signal[first] * x0 + schedule.noise[first] * z
@@ -659,8 +687,6 @@ def test_bad_arguments_of_their_own():
     for make in CONSTRUCTORS:
         with pytest.raises(ArgumentError, match=r"final.*'zero', 'sigma_min'"):
             make(LINEAR, 10, final="sigma_max")
-        with pytest.raises(ArgumentError, match="timesteps that end at 0"):
-            make(LINEAR, 10, final="sigma_min", spacing="linspace")
     for make in (samplers.unipc, samplers.deis, samplers.lms):
         for order in (0, 5 if make is samplers.lms else 4, 1.5, True, "2", None):
             with pytest.raises(ArgumentError, match="order: got"):
@@ -686,16 +712,17 @@ def test_bad_arguments_of_their_own():
         samplers.dpmpp_3m(LINEAR, 10, published=1)
     with pytest.raises(ArgumentError, match="reclip: got 1"):
         samplers.ddim(LINEAR, 10, reclip=1)
-    for option in ("churn", "s_tmin", "s_tmax", "s_noise"):
-        for value in (-1, math.nan, "1", True):
-            with pytest.raises(ArgumentError, match=f"{option}: got"):
-                samplers.heun(LINEAR, 10, **{option: value})
-    with pytest.raises(ArgumentError, match="s_tmax: got 1"):
-        samplers.heun(LINEAR, 10, s_tmin=2, s_tmax=1)
-    with pytest.raises(ArgumentError, match=r"churn: got 0.001, which is 0.0001 of a level at each of 10 steps"):
-        samplers.heun(LINEAR, 10, churn=0.001)
-    with pytest.raises(ArgumentError, match="churn: got 1, "):  # all of the churn is asked for above the schedule
-        samplers.heun(LINEAR, 10, churn=1, s_tmin=1e6)
+    for make in (samplers.heun, samplers.euler):
+        for option in ("churn", "s_tmin", "s_tmax", "s_noise"):
+            for value in (-1, math.nan, "1", True):
+                with pytest.raises(ArgumentError, match=f"{option}: got"):
+                    make(LINEAR, 10, **{option: value})
+        with pytest.raises(ArgumentError, match="s_tmax: got 1"):
+            make(LINEAR, 10, s_tmin=2, s_tmax=1)
+        with pytest.raises(ArgumentError, match=r"churn: got 0.001, which is 0.0001 of a level at each of 10 steps"):
+            make(LINEAR, 10, churn=0.001)
+        with pytest.raises(ArgumentError, match="churn: got 1, "):  # all of the churn is asked for above the schedule
+            make(LINEAR, 10, churn=1, s_tmin=1e6)
     for make in (samplers.dpmpp_2m, samplers.unipc, samplers.lms, samplers.heun):
         with pytest.raises(ArgumentError, match="abar does not change"):
             make(Schedule.from_betas([0.5, 1e-20, 0.99, 0.9]), 4, spacing="trailing")

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from fastdiff.errors import check_choice
 from fastdiff.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, dpmsolver, ipndm, lms, pndm, sa_solver, unipc
 from fastdiff.samplers.singlestep import (
+    consistency,
     ddim,
     ddpm,
     dpm2,
@@ -45,6 +46,7 @@ __all__ = [
     "PREDICTIONS",
     "Clip",
     "Sampler",
+    "consistency",
     "ddim",
     "ddpm",
     "deis",
@@ -98,7 +100,8 @@ _SAMPLERS = {
     "dpm2_ancestral": _Named(dpm2_ancestral, 20, "midpoint rule with ancestral noise"),
     "lcm": _Named(lcm, 4, "only for networks distilled to jump to the data"),
     "tcd": _Named(tcd, 8, "ddim that noises anew: for networks distilled to leap"),
-    "euler": _Named(euler, 50, "ddim by another name; on flow schedules straight paths"),
+    "consistency": _Named(consistency, 2, "lcm with the scalings of consistency models"),
+    "euler": _Named(euler, 50, "ddim by another name, and churn; on flow schedules straight paths"),
     "euler_ancestral": _Named(euler_ancestral, 50, "ddim with ancestral noise: forgets errors, wants steps"),
 }
 

@@ -60,6 +60,11 @@ class Levels(NamedTuple):
     def ratio_next(self) -> Array:
         return np.divide(self.noise_next, self.signal_next)
 
+    @property
+    def stays(self) -> npt.NDArray[np.bool_]:
+        """Rows that lead from t = 0 to the noise there: a last one, of no length."""
+        return (self.t == 0) & (self.noise_next > 0)
+
 
 def levels(schedule: Schedule, steps: int, spacing: Spacing, final: str) -> Levels:
     """The levels that a constructor's arguments name; called by it, so that a warning shows its caller's line."""
@@ -79,10 +84,6 @@ def levels(schedule: Schedule, steps: int, spacing: Spacing, final: str) -> Leve
     signal, noise, half_log_snr = schedule.signal[t], schedule.noise[t], schedule.log_snr[t] / 2
     if final == "zero":
         end = 1.0, 0.0, np.inf
-    elif t[-1] == 0:
-        raise ArgumentError(
-            "final", "'sigma_min' for timesteps that end at 0", "'zero', fewer steps or another spacing"
-        )
     else:
         end = schedule.signal[0], schedule.noise[0], schedule.log_snr[0] / 2
     growth = np.diff(half_log_snr, append=end[2])
@@ -91,8 +92,8 @@ def levels(schedule: Schedule, steps: int, spacing: Spacing, final: str) -> Leve
 
 
 def check_growth(grid: Levels) -> None:
-    """Methods of higher order divide by the growth of lambda."""
-    if (grid.growth <= 0).any():
+    """Methods of higher order divide by the growth of lambda, but for a row that stays."""
+    if (grid.growth[~grid.stays] <= 0).any():
         raise ArgumentError("schedule", "timesteps between which abar does not change", "larger betas")
 
 
@@ -141,7 +142,7 @@ def row_orders(grid: Levels, order: int, lower_order_final: int | None, final: s
         last = check_int("lower_order_final", lower_order_final, low=0, high=2)
     row = np.arange(rows)
     seen = np.maximum(1, row + 1 - np.count_nonzero(np.isinf(grid.half_log_snr)))
-    orders = np.minimum(order, seen)
+    orders = np.where(grid.stays, 1, np.minimum(order, seen))
     return np.where(row >= rows - last, np.minimum(orders, rows - row), orders)
 
 

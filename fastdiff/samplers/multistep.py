@@ -69,8 +69,8 @@ def dpmpp_2m(
     spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
-        Where the last row leads: to the clean sample, or to the noise level of t = 0 (the last timestep must
-        then be above 0, so "linspace_open", or "trailing" with at most T / 2 steps or so).
+        Where the last row leads: to the clean sample, or to the noise level of t = 0. With timesteps that end at 0 the
+        last row then stays there, and only a corrector (`unipc`, `sa_solver`) makes something of it.
     lower_order_final : {0, 1, 2}, optional
         How many rows at the end are of lower order than the others, the last one of the first, the one before of at
         most the second; None: 1 with ``final="zero"``, where 0 is impossible, and otherwise 0.

@@ -72,8 +72,8 @@ def ddpm(
     spacing : str or (steps,) array_like of int, optional
         Which timesteps, see `Schedule.timesteps`.
     final : {"zero", "sigma_min"}, optional
-        Where the last row leads: to the clean sample, or to the noise level of t = 0 (the last timestep must
-        then be above 0).
+        Where the last row leads: to the clean sample, or to the noise level of t = 0. With timesteps that end at 0 the
+        last row then stays there.
 
     Returns
     -------
@@ -108,7 +108,8 @@ def ddpm(
     p, q = x0_from_output(grid.signal, grid.noise, prediction)
     table = Table("ddpm", schedule, prediction, clip, None)
     a, b = grid.signal / grid.signal_next * ratio, grid.signal_next * beta / grid.noise**2
-    return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=np.where(grid.noise_next > 0, deviation, 0.0), r=r)
+    s = np.where((grid.noise_next > 0) & ~grid.stays, deviation, 0.0)
+    return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=s, r=r)
 
 
 @constructor
@@ -170,7 +171,9 @@ def ddim(
     >>> fd.samplers.ddim(fd.Schedule.cosine(20), 5).evaluations
     5
     """
-    return _implicit("ddim", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
+    grid = levels(schedule, steps, spacing, final)
+    table = Table("ddim", schedule, prediction, clip, 1 if eta == 0 else None)
+    return sampler(table, grid.t, **_implicit(table, grid, eta, reclip))
 
 
 @constructor
@@ -179,22 +182,40 @@ def euler(
     steps: int,
     *,
     eta: float = 0.0,
+    churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
     reclip: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
     spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
-    """Euler's method for the probability-flow equation in rho = sigma / alpha: the same table as `ddim`.
+    """Euler's method for the probability-flow equation in rho = sigma / alpha: the same table as `ddim`, and churn.
 
-    On a flow schedule it is Euler's method along straight paths. Arguments, result and errors as of `ddim`.
+    On a flow schedule it is Euler's method along straight paths.
+
+    Parameters
+    ----------
+    schedule, steps, eta, reclip, clip, prediction, spacing, final
+        As of `ddim`.
+    churn, s_tmin, s_tmax, s_noise : float, optional
+        Noise before steps, as of `heun`: Karras et al. 2022, algorithm 2, without its correction.
+
+    Returns, errors and warnings as of `ddim`.
 
     Examples
     --------
     >>> fd.samplers.euler(fd.Schedule.cosine(20), 5).evaluations
     5
     """
-    return _implicit("euler", levels(schedule, steps, spacing, final), schedule, eta, reclip, clip, prediction)
+    grid = levels(schedule, steps, spacing, final)
+    start = _moved(schedule, grid, _churned(schedule, grid, churn, s_tmin, s_tmax))
+    s_noise = check_float("s_noise", s_noise, low=0)
+    table = Table("euler", schedule, prediction, clip, 1 if eta == churn == 0 else None)
+    columns = _implicit(table, start, eta, reclip)
+    return _raised_first(table, grid, start, s_noise, np.arange(len(grid.t)), t=start.t, **columns)
 
 
 @constructor
@@ -217,23 +238,20 @@ def euler_ancestral(
     >>> fd.samplers.euler_ancestral(fd.Schedule.cosine(20), 5).evaluations
     5
     """
-    return _implicit(
-        "euler_ancestral", levels(schedule, steps, spacing, final), schedule, 1.0, reclip, clip, prediction
-    )
+    grid = levels(schedule, steps, spacing, final)
+    table = Table("euler_ancestral", schedule, prediction, clip, None)
+    return sampler(table, grid.t, **_implicit(table, grid, 1.0, reclip))
 
 
-def _implicit(
-    name: str, grid: Levels, schedule: Schedule, eta: float, reclip: bool, clip: Clip, prediction: str
-) -> Sampler:
+def _implicit(table: Table, grid: Levels, eta: float, reclip: bool) -> dict[str, Array]:
     eta = check_float("eta", eta, low=0, high=1)
     ancestral = gap_variance(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
-    table = Table(name, schedule, prediction, clip, 1 if eta == 0 else None)
     return _towards(table, grid, direction, eta * np.sqrt(ancestral), reclip)
 
 
-def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: bool) -> Sampler:
-    """The table of x' = alpha' x0 + direction noise + s z, the noise taken from x0 where it is to be `reclip`."""
+def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: bool) -> dict[str, Array]:
+    """Columns of x' = alpha' x0 + direction noise + s z, the noise taken from x0 where it is to be `reclip`."""
     check_bool("reclip", reclip)
     p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
     if reclip:
@@ -242,7 +260,7 @@ def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: boo
     else:
         along_x, along_out = noise_from_output(grid.signal, grid.noise, table.prediction)
         a, b, e = direction * along_x, grid.signal_next, direction * along_out
-    return sampler(table, grid.t, p=p, q=q, a=a, b=b, e=e, s=s)
+    return {"p": p, "q": q, "a": a, "b": b, "e": e, "s": s}
 
 
 @constructor
@@ -256,7 +274,7 @@ def lcm(
     spacing: Spacing = "trailing",
     final: str = "zero",
 ) -> Sampler:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1; LCM, Luo et al. 2023, arXiv 2310.04378).
+    """Multistep sampling of latent consistency models (LCM, Luo et al. 2023, arXiv 2310.04378).
 
     For networks that were distilled to jump to the data: x0 is taken for a sample, and noised anew to the next level::
 
@@ -290,6 +308,45 @@ def lcm(
     a, b, s = grid.signal_next * skip, grid.signal_next * out, grid.noise_next.copy()
     s[-1] = 0.0
     return sampler(table, grid.t, p=p, q=q, a=a, b=b, s=s)
+
+
+@constructor
+def consistency(
+    schedule: Schedule,
+    steps: int,
+    *,
+    clip: Clip = None,
+    prediction: str = "noise",
+    spacing: Spacing = "trailing",
+    final: str = "zero",
+) -> Sampler:
+    """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1 and appendix C).
+
+    For networks that were distilled to jump to the data. What they say counts for less the nearer the noise is to the
+    least one, rho_0 = sigma / alpha at t = 0, where the state itself is the answer; and noise is added anew::
+
+        f  = (1 - rho_0 / rho) x0 + (1 / (1 + (rho - rho_0)^2) - (1 - rho_0 / rho) / (1 + rho^2)) x / alpha
+        x' = alpha' (f + sqrt(rho'^2 - rho_0^2) z)
+
+    f is clipped, not x0. With the authors' scalings c_in, c_out and c_skip for data of deviation d, their network is
+    one of v with the sign turned, for data divided by d and a schedule of rho = their sigma / d.
+
+    Arguments, result, errors and warnings as of `ddpm`.
+
+    Examples
+    --------
+    >>> fd.samplers.consistency(fd.Schedule.cosine(20), 2).evaluations
+    2
+    """
+    grid = levels(schedule, steps, spacing, final)
+    least = schedule.noise[0] / schedule.signal[0]
+    keep, a = 1 - least * grid.signal / grid.noise, grid.signal
+    skip = a / ((grid.noise - least * a) ** 2 + a**2) - keep * a / (a**2 + grid.noise**2)  # of x
+    p, q = x0_from_output(grid.signal, grid.noise, prediction)
+    s = np.sqrt(np.maximum(grid.noise_next**2 - (least * grid.signal_next) ** 2, 0.0))
+    s[-1] = 0.0
+    table = Table("consistency", schedule, prediction, clip, None)
+    return sampler(table, grid.t, p=keep * p + skip, q=keep * q, b=grid.signal_next, s=s)
 
 
 @constructor
@@ -335,7 +392,7 @@ def tcd(
     rise = grid.signal_next / signal
     s = np.sqrt(np.maximum(grid.noise_next**2 - (rise * noise) ** 2, 0.0))
     table = Table("tcd", schedule, prediction, clip, 1 if eta == 0 else None)
-    return _towards(table, grid, rise * noise, s, reclip)
+    return sampler(table, grid.t, **_towards(table, grid, rise * noise, s, reclip))
 
 
 # -- two stages ----------------------------------------------------------------------------------------------
@@ -427,7 +484,7 @@ def _heun_of_velocity(schedule: Schedule, grid: Levels, prediction: str, churn: 
         raise ArgumentError("churn", f"{churn!r} with velocity=True", "0 there")
     if clip is not None:
         raise ArgumentError("clip", f"{clip!r} with velocity=True", "None there: what is remembered is the velocity")
-    two = grid.noise_next > 0
+    two = (grid.noise_next > 0) & ~grid.stays
     stages = np.stack([np.ones_like(two), two], axis=1)
     t = np.stack([grid.t, np.append(grid.t[1:], 0)], axis=1)[stages]
     step = grid.noise_next - grid.noise
@@ -571,7 +628,7 @@ def dpmpp_sde(
     check_growth(grid)
     refuse_clip("dpmpp_sde", clip)
     middles = _middles(schedule, grid)
-    middle, two = _moved(schedule, grid, middles), np.isfinite(grid.growth)
+    middle, two = _moved(schedule, grid, middles), np.isfinite(grid.growth) & ~grid.stays
     p, q = x0_from_output(grid.signal, grid.noise, prediction)
     columns = np.zeros((2, len(Row._fields), len(grid.t)))
     first, second = (dict(zip(Row._fields, stage, strict=True)) for stage in columns)
@@ -664,7 +721,7 @@ def _middles(schedule: Schedule, grid: Levels) -> npt.NDArray[np.int64]:
     half_log_snr = schedule.log_snr / 2
     middles = np.append(grid.t[1:], 0)
     for i, (first, last) in enumerate(zip(grid.t, middles, strict=True)):
-        if np.isfinite(grid.growth[i]):
+        if np.isfinite(grid.growth[i]) and first > last:
             middle = grid.half_log_snr[i] + grid.growth[i] / 2
             middles[i] = last + np.abs(half_log_snr[last:first] - middle).argmin()
     return middles
@@ -737,21 +794,34 @@ def _two_stages(
     check_growth(grid)
     start = grid if raised is None else _moved(table.schedule, grid, raised)
     middle = _moved(table.schedule, grid, middles)
-    two = np.isfinite(start.growth)
+    two = np.isfinite(start.growth) & (start.growth != 0)
     ends = np.where(two, middle.signal, grid.signal_next), np.where(two, middle.noise, grid.noise_next)
-    stages = np.stack([start.t != grid.t, np.ones_like(two), two], axis=1)  # churn, first stage, second stage
-    t = np.stack([start.t, start.t, middles], axis=1)
+    stages = np.stack([np.ones_like(two), two], axis=1)
+    t = np.stack([start.t, middles], axis=1)
     a, b, c1, s = np.zeros((4, *t.shape))
     with np.errstate(divide="ignore", invalid="ignore"):  # where there is no second stage
-        a[:, 0] = start.signal / grid.signal
-        a[:, 2], b[:, 2], c1[:, 2], s[:, 2] = slopes(start, middle)
-    s[:, 0] = s_noise * np.sqrt(np.maximum(start.noise**2 - (a[:, 0] * grid.noise) ** 2, 0.0))
-    a[:, 1] = ends[1] / start.noise
-    b[:, 1] = ends[0] - start.signal * a[:, 1]
+        a[:, 1], b[:, 1], c1[:, 1], s[:, 1] = slopes(start, middle)
+    a[:, 0] = ends[1] / start.noise
+    b[:, 0] = ends[0] - start.signal * a[:, 0]
     t, a, b, c1, s = (column[stages] for column in (t, a, b, c1, s))
     p, q = x0_from_output(table.schedule.signal[t], table.schedule.noise[t], table.prediction)
-    evaluates = np.broadcast_to([False, True, True], stages.shape)[stages]
-    return sampler(table, t, p=p * evaluates, q=q * evaluates, a=a, b=b, c1=c1, s=s)
+    begins = np.cumsum(1 + two) - 1 - two
+    return _raised_first(table, grid, start, s_noise, begins, t=t, p=p, q=q, a=a, b=b, c1=c1, s=s)
+
+
+def _raised_first(
+    table: Table, grid: Levels, start: Levels, s_noise: float, begins: npt.NDArray[np.int64], **columns: Array
+) -> Sampler:
+    """The table of these columns, with noise up to where a step begins, if that is not where the last one led.
+
+    Step i begins in row ``begins[i]``.
+    """
+    raised = start.t != grid.t
+    keep = start.signal[raised] / grid.signal[raised]
+    s = s_noise * np.sqrt(np.maximum(start.noise[raised] ** 2 - (keep * grid.noise[raised]) ** 2, 0.0))
+    first = {"t": start.t[raised], "a": keep, "s": s}
+    columns = {name: np.insert(column, begins[raised], first.get(name, 0.0)) for name, column in columns.items()}
+    return sampler(table, **columns)
 
 
 # -- turns of rows that begin from one state ----------------------------------------------------------------

@@ -79,6 +79,8 @@ def theirs_run(scheduler, steps, model, options, signal=None, schedule=None):
 
     if schedule is not None:
         scheduler.alphas_cumprod = torch.tensor(schedule.alphas_bar)
+        if getattr(scheduler, "final_alpha_cumprod", 1) != 1:  # of the first timestep
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
 
     scheduler.set_timesteps(steps)
     if schedule is not None and hasattr(scheduler, "sigmas"):
@@ -224,6 +226,12 @@ def configurations(count, spacings, seed):
         steps = int(rng.choice([n for n in range(5, 41) if T % n == 0 and 2 * n < T]))
         name = str(rng.choice(["linear", "scaled_linear", "sigmoid"]))
         yield name, T, steps, str(rng.choice(spacings)), list(PREDICTIONS)[k % 3]
+
+
+def of_ratios(ratio):
+    """The schedule with these noise / signal, the least first."""
+    abar = 1 / (1 + np.asarray(ratio) ** 2)
+    return Schedule(1 - abar / np.append(1, abar[:-1]))
 
 
 def assert_near(found, expected):
@@ -412,6 +420,23 @@ def test_pndm(seed):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_to_the_noise_of_the_first_timestep(name):
+    """set_alpha_to_one=False: with "leading" spacing the last row stays where it is."""
+    kind, theirs = {
+        "ddim": ("DDIMScheduler", {"clip_sample": False}),
+        "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    }[name]
+    for schedule_kind, T, steps, spacing, prediction in configurations(12, ["leading", "trailing"], 7):
+        schedule, arguments = schedules(schedule_kind, T)
+        if name == "pndm":
+            prediction, spacing = "noise", "leading"
+        run_once(
+            name, kind, schedule, arguments, steps, {"spacing": spacing, "prediction": prediction, "final": "sigma_min"},
+            {"set_alpha_to_one": False, "timestep_spacing": spacing, **theirs},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_ipndm(seed):
     """Theirs has levels of its own and predicts v; it is given ours, which are visited in all rows."""
@@ -458,8 +483,7 @@ def test_dpmpp_sde(prediction, monkeypatch):
     from diffusers.schedulers import scheduling_dpmsolver_sde
 
     ratio = np.exp(np.linspace(-3, 3, 31))
-    abar = 1 / (1 + ratio**2)
-    schedule = Schedule(1 - abar / np.append(1, abar[:-1]))
+    schedule = of_ratios(ratio)
     table = samplers.dpmpp_sde(schedule, 16, spacing="linspace", prediction=prediction)
     scheduler = scheduling_dpmsolver_sde.DPMSolverSDEScheduler(
         num_train_timesteps=31, trained_betas=schedule.betas.tolist(), prediction_type=PREDICTIONS[prediction]
@@ -501,20 +525,154 @@ def test_methods_of_distilled_networks(prediction, steps):
         )  # fmt: skip
 
 
+def of_v(schedule):
+    """`network`, of v: what networks with the scalings of EDM say, for data of deviation 1."""
+    return network(schedule, "v")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep"])
+def test_edm(name, seed):
+    """v for data and levels divided by sigma_data, its sign turned where theirs calls it epsilon."""
+    import diffusers
+    import torch
+
+    rng = np.random.default_rng((seed, 6))
+    for _ in range(8):
+        steps, final, deviation = int(rng.integers(4, 25)), str(rng.choice(["zero", "sigma_min"])), rng.uniform(0.3, 1.5)
+        kind = str(rng.choice(["epsilon", "v_prediction"]))
+        theirs = {
+            "sigma_data": deviation, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 6.0, "prediction_type": kind,
+            "final_sigmas_type": final, "sigma_schedule": str(rng.choice(["karras", "exponential"])),
+        }  # fmt: skip
+        make, ours, noisy = samplers.euler, {}, False
+        if name == "EDMDPMSolverMultistep":
+            order, noisy, solver = int(rng.integers(1, 4)), bool(rng.integers(2)), str(rng.choice(["midpoint", "heun"]))
+            order, lower = min(order, 2) if noisy else order, bool(rng.integers(2))
+            solver = "midpoint" if order == 3 else solver  # of its second row
+            theirs |= {
+                "algorithm_type": "sde-dpmsolver++" if noisy else "dpmsolver++", "solver_order": order,
+                "solver_type": solver, "lower_order_final": lower, "euler_at_final": True,
+            }  # fmt: skip
+            if order > 1:
+                make, ours = samplers.dpmpp_2m, {"solver": solver}
+                if order == 3:
+                    make, ours = samplers.dpmpp_3m, {"published": True}
+                ours |= {"eta": float(noisy), "lower_order_final": 2 if lower and steps < 15 else 1}
+            elif noisy:
+                make = samplers.euler_ancestral
+        scheduler = getattr(diffusers, f"{name}Scheduler")(**theirs)
+        scheduler.set_timesteps(steps)
+        scheduler.sigmas = scheduler.sigmas.double()
+        if final == "sigma_min":  # which differs from the level before it by rounding only, and would add noise
+            scheduler.sigmas[-1] = scheduler.sigmas[-2]
+        schedule = of_ratios(scheduler.sigmas.numpy()[-2::-1] / deviation)
+        table = make(schedule, steps, prediction="v", spacing="linspace", final=final, **ours)
+        model = of_v(schedule)
+        x = torch.from_numpy(START) * (scheduler.sigmas[0] ** 2 + deviation**2) ** 0.5
+        for i, t in enumerate(scheduler.timesteps):
+            out = model(scheduler.scale_model_input(x, t).numpy(), steps - 1 - i)
+            out = torch.from_numpy(out if kind == "v_prediction" else -out)
+            x = scheduler.step(out, t, x, **({"generator": generator(i)} if noisy else {})).prev_sample
+        found = ours_run(table, model, [z.numpy() for z in torch_normals(steps)] if noisy else [0.0] * steps)
+        level = schedule.signal[0] if final == "sigma_min" else 1.0
+        assert_near(found / level * deviation, x.numpy())
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("steps", [2, 4, 13, 40])
+def test_consistency_models(steps, clip):
+    import torch
+    from diffusers import CMStochasticIterativeScheduler
+
+    scheduler = CMStochasticIterativeScheduler(clip_denoised=clip, sigma_data=0.4)
+    levels = scheduler.sigmas.numpy()[::-1]
+    schedule = of_ratios(levels / 0.4)
+    visited = 39 - np.arange(steps) * (40 // steps)
+    table = samplers.consistency(schedule, steps, prediction="v", spacing=visited, clip=1 / 0.4 if clip else None)
+    scheduler.set_timesteps(steps)
+    np.testing.assert_allclose(scheduler.sigmas[:-1], levels[visited], rtol=1e-6)
+    model = of_v(schedule)
+    x = torch.from_numpy(START) * (scheduler.sigmas[0] ** 2 + 0.4**2) ** 0.5
+    for i, t in enumerate(scheduler.timesteps):
+        out = -model(scheduler.scale_model_input(x, t).numpy(), visited[i])
+        x = scheduler.step(torch.from_numpy(out), t, x, generator=generator(i)).prev_sample
+    assert_near(0.4 * ours_run(table, model, [z.numpy() for z in torch_normals(steps)]), x.numpy())
+
+
+def test_trigonometric_consistency_models():
+    """SCM is `lcm` without its scalings, of v."""
+    import torch
+    from diffusers import SCMScheduler
+
+    scheduler = SCMScheduler(sigma_data=0.5)
+    angles = [1.56454, 1.3, 0.7, 0.2, 0.0]
+    scheduler.set_timesteps(4, timesteps=angles, max_timesteps=None, intermediate_timesteps=None)
+    schedule = of_ratios(np.tan(scheduler.timesteps.double().numpy()[-2::-1]))
+    table = samplers.lcm(schedule, 4, prediction="v", spacing="linspace", timestep_scaling=np.inf)
+    model, x = of_v(schedule), torch.from_numpy(START) * 0.5
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        out = torch.from_numpy(0.5 * model(x.numpy() / 0.5, 3 - i))
+        x = scheduler.step(out, t, x, generator=generator(i))[0]
+    normals = [torch.randn(SHAPE, generator=generator(i)).numpy() for i in range(4)]
+    assert_near(0.5 * ours_run(table, model, normals), x.numpy())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", ["heun", "euler"])
+def test_churn(name, prediction):
+    """On levels of which every one raised by churn is one too; Euler's method is theirs uncorrected.
+
+    The churn of their Euler schedulers is another: it shows the network the state without its noise.
+    """
+    import torch
+    from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeScheduler
+
+    steps, gain = 9, 1.2
+    ratio = 0.01 * gain ** np.arange(46)
+    schedule, visited = of_ratios(ratio), np.arange(44, 0, -5)
+    churn = {"churn": (gain - 1) * steps, "s_tmin": 0.05, "s_tmax": 10.0, "s_noise": 1.007}
+    table = getattr(samplers, name)(schedule, steps, spacing=visited, prediction=prediction, **churn)
+    scheduler = KarrasVeScheduler(s_churn=churn["churn"], s_min=0.05, s_max=10.0, s_noise=1.007)
+    scheduler.num_inference_steps = steps
+    model, x = network(schedule, "noise"), torch.from_numpy(START / schedule.signal[44])
+
+    def out(x, level):
+        t = int(np.abs(ratio - level).argmin())
+        return torch.from_numpy(-model(x.numpy() * schedule.signal[t], t))
+
+    normals = []
+    for i, t in enumerate(visited):
+        last = 0.0 if i + 1 == steps else ratio[visited[i + 1]]
+        noised, level = scheduler.add_noise_to_input(x, float(ratio[t]), generator(i))
+        x, slope = scheduler.step(out(noised, level), level, last, noised, return_dict=False)
+        if last > 0 and name == "heun":
+            x = scheduler.step_correct(out(x, last), level, last, noised, x, slope, return_dict=False)[0]
+        if level > ratio[t]:
+            normals.append(torch.randn(SHAPE, generator=generator(i)).numpy())
+    assert 0 < len(normals) < steps
+    drawn = iter(normals)
+    found = ours_run(table, network(schedule, prediction), [next(drawn) if row.s > 0 else 0.0 for row in table.rows])
+    assert_near(found, x.numpy())
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("name", ["euler", "heun", "lcm"])
+@pytest.mark.parametrize("name", ["euler", "heun", "lcm", "LCM"])
 def test_flow_matching(name, shift):
     """They are given our levels; their state is float32."""
     import diffusers
     import torch
 
     schedule, steps = Schedule.flow(1000, shift=shift), 20
-    options = {"lcm": {"timestep_scaling": np.inf}, "heun": {"velocity": True}}.get(name, {})
-    table = getattr(samplers, name)(schedule, steps, prediction="velocity", spacing="trailing", **options)
+    options = {"lcm": {"timestep_scaling": np.inf}, "heun": {"velocity": True}}.get(name.lower(), {})
+    table = getattr(samplers, name.lower())(schedule, steps, prediction="velocity", spacing="trailing", **options)
     if name == "heun":
         scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
         scheduler.sigma_min = 1 / steps  # it takes no levels, but those between two
         scheduler.set_timesteps(steps)
+    elif name == "LCM":
+        scheduler = diffusers.FlowMatchLCMScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=name == "lcm")
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
@@ -527,7 +685,8 @@ def test_flow_matching(name, shift):
     for i, t in enumerate(scheduler.timesteps):
         at = int(np.abs(schedule.noise - float(t) / 1000).argmin())
         x = scheduler.step(torch.from_numpy(model(x.numpy(), at)), t, x, generator=generator(i)).prev_sample
-    normals = [torch.randn(SHAPE, generator=generator(i)).numpy() for i in range(2 * steps)]
+    kind = torch.float64 if name == "LCM" else torch.float32
+    normals = [torch.randn(SHAPE, generator=generator(i), dtype=kind).numpy() for i in range(2 * steps)]
     assert_near(ours_run(table, model, normals), x.numpy())
 
 
