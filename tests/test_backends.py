@@ -12,6 +12,7 @@ import logging
 import math
 import pickle
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import naive
@@ -24,7 +25,7 @@ from hypothesis.extra import numpy as hnp
 from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff import backends
+from fastdiff import backends, samplers
 from fastdiff.backends import Backend, Row, TrainingDraws, TrainState, available_backends, get_backend
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import LayerBackend
@@ -464,6 +465,7 @@ def test_a_row_does_not_depend_on_its_batch(net, data, n):
 def table(net, name):
     schedule = Schedule.cosine(max(net.T, 2))
     return {
+        **{other: partial(samplers.named, other, schedule, 4, prediction="v") for other in samplers.names()},
         "ddpm": lambda: ddpm(schedule, min(schedule.T, 9), clip=1.0),
         "ddim": lambda: ddim(schedule, min(schedule.T, 9), eta=0.5),
         "dpmpp_2m": lambda: dpmpp_2m(schedule, min(schedule.T - 1, 9), prediction="v"),
@@ -536,7 +538,7 @@ def test_curves_longer_than_a_chunk_of_noise(name):
     assert_same_bits(grads, want)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "three back"])
+@pytest.mark.parametrize("name", ["three back", *samplers.names()])
 def test_chains_agree(name):
     net = scatter(MLP(17, hidden=(33, 1, 19), T=11))
     smp = table(net, name)

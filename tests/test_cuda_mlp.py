@@ -16,6 +16,7 @@ from gradcheck import scatter, with_linear
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
+from fastdiff import samplers
 from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, TrainState, get_backend
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import mlp as operations
@@ -391,6 +392,17 @@ def test_chains_agree(net, be, name):
     want = x.astype(np.float64)
     NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
     assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net.plan))
+
+
+@pytest.mark.parametrize("name", samplers.names())
+def test_every_sampler_is_a_chain(be, name):
+    net = scatter(NETS["odd"]())
+    smp = samplers.named(name, Schedule.cosine(net.T), 4, prediction="v")
+    x, _, _ = batch_of(net, 9)
+    got, want = chained(be, net, smp, x, 6), x.astype(np.float64)
+    assert_same_bits(got, stepped(be, net, smp, x, 6))
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
+    assert_close(got, want, terms=len(smp) * terms(net.plan))
 
 
 def test_every_term_of_a_table(be):

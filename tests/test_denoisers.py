@@ -258,6 +258,12 @@ TABLES = {
     "unipc3": lambda s, p: samplers.unipc(s, 9, order=3, prediction=p),
     "deis3": lambda s, p: samplers.deis(s, 9, order=3, prediction=p),
     "lms4": lambda s, p: samplers.lms(s, 9, prediction=p),
+    "pndm": lambda s, p: samplers.pndm(s, 9, prediction=p),
+    "sa_solver": lambda s, p: samplers.sa_solver(s, 9, predictor=3, corrector=4, prediction=p),
+    "dpmpp_sde": lambda s, p: samplers.dpmpp_sde(s, 5, prediction=p),
+    "single sde": lambda s, p: samplers.dpmsolver_single(s, 9, eta=1.0, prediction=p),
+    "euler with churn": lambda s, p: samplers.euler(s, 9, churn=4, s_tmin=0.1, s_noise=1.1, prediction=p),
+    "consistency": lambda s, p: samplers.consistency(s, 5, prediction=p),
     "three rows and back up": lambda s, p: Sampler(
         [(90, 0.7, -0.2, 0.4, 0.3, 0, 0, 0, 0.1, 0.5), (60, 1.1, 0.3, 0.6, -0.5, 0.8, 0, 0, 0.2, 0.3)]
         + [(70, 0.4, 0, 0.9, 0.2, 0.3, 0.5, 0, 0, 0.4), (70, 0.9, 0.4, 0.5, 0.3, -0.6, 0.3, 0, -0.1, 0.2)]

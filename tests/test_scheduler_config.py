@@ -29,6 +29,7 @@ TABLES = {
     "ddpm large": lambda s, **o: samplers.ddpm(s, 20, variance="large", **o),
     "ddpm learned": lambda s, **o: samplers.ddpm(s, 20, variance="learned_range", **o),
     "ddim": lambda s, **o: samplers.ddim(s, 25, clip=0.7, **o),
+    "ddim final": lambda s, **o: samplers.ddim(s, 25, spacing="leading", final="sigma_min", **o),
     "euler": lambda s, **o: samplers.euler(s, 25, final="sigma_min", **o),
     "euler_ancestral": lambda s, **o: samplers.euler_ancestral(s, 25, **o),
     "heun": lambda s, **o: samplers.heun(s, 25, clip=2.0, spacing="leading", **o),
@@ -36,6 +37,7 @@ TABLES = {
     "dpmpp_2m": lambda s, **o: samplers.dpmpp_2m(s, 12, **o),
     "dpmpp_2m sde": lambda s, **o: samplers.dpmpp_2m(s, 20, eta=1.0, solver="heun", spacing="trailing", **o),
     "dpmpp_2m final": lambda s, **o: samplers.dpmpp_2m(s, 20, final="sigma_min", **o),
+    "dpmpp_2m end": lambda s, **o: samplers.dpmpp_2m(s, 20, final="sigma_min", lower_order_final=1, **o),
     "dpmpp_3m": lambda s, **o: samplers.dpmpp_3m(s, 12, published=True, **o),
     "unipc": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, **o),
     "unipc3": lambda s, **o: samplers.unipc(s, 20, order=3, variant="bh1", final="sigma_min", **o),
@@ -48,6 +50,7 @@ TABLES = {
     "single sde": lambda s, **o: samplers.dpmsolver_single(s, 12, eta=1.0, **o),
     "sa_solver": lambda s, **o: samplers.sa_solver(s, 20, corrector=3, lower_order_final=2, final="sigma_min", **o),
     "pndm": lambda s, **o: samplers.pndm(s, 20, spacing="leading", **o),
+    "pndm final": lambda s, **o: samplers.pndm(s, 20, spacing="leading", final="sigma_min", **o),
     "dpm2_ancestral": lambda s, **o: samplers.dpm2_ancestral(s, 20, **o),
     "lcm": lambda s, **o: samplers.lcm(s, 5, timestep_scaling=3.0, clip=1.0, **o),
     "tcd": lambda s, **o: samplers.tcd(s, 5, final="sigma_min", **o),
@@ -71,6 +74,10 @@ WARNED = {  # what diffusers does otherwise
         lambda s, **o: samplers.heun(s, 18, spacing=loud(s, 18), **o),
         "use_karras_sigmas: its levels",
     ),
+    "karras deis": (
+        lambda s, **o: samplers.deis(s, 12, spacing=loud(s, 12), final="sigma_min", lower_order_final=2, **o),
+        "use_karras_sigmas: its levels",
+    ),
     "clipped": (lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, clip=1.0, **o), "clip = "),
 }
 
@@ -81,9 +88,10 @@ def test_what_is_written_is_read(name, prediction, tmp_path):
     schedules = [LINEAR, BENT, *([LINEAR.zero_terminal_snr(), Schedule.cosine(1000)] if prediction == "v" else [])]
     for schedule in schedules:
         table = TABLES[name](schedule, prediction=prediction)
-        steps = {"heun": 25, "pndm": 20, "dpm2_ancestral": 20}.get(name, len(table.rows))
+        steps = table.options["steps"]
         with warnings.catch_warnings():  # of pndm with v, which theirs remembers
-            warnings.simplefilter("ignore" if name == "pndm" and prediction == "v" else "error", ConversionWarning)
+            ignored = table.name == "pndm" and prediction == "v"
+            warnings.simplefilter("ignore" if ignored else "error", ConversionWarning)
             save_scheduler(table, tmp_path)
             assert load_scheduler(tmp_path, steps) == table
 
@@ -119,7 +127,9 @@ def test_flows_are_written_and_read(name, tmp_path):
     [
         (lambda: samplers.ddim(LINEAR, 10, eta=0.5), r"eta: got 0.5, wants 0.0"),
         (lambda: samplers.ddim(LINEAR, 10, clip=1.0, reclip=True), r"reclip: got True, wants False"),
-        (lambda: samplers.ddim(LINEAR, 9, final="sigma_min"), r"final: got 'sigma_min', wants 'zero'"),
+        (lambda: samplers.lms(LINEAR, 10, final="sigma_min"), r"final: got 'sigma_min', wants 'zero'"),
+        (lambda: samplers.euler(LINEAR, 10, churn=4), r"churn: got 4, wants 0.0"),
+        (lambda: samplers.consistency(LINEAR, 2), r"sampler: got .*consistency.*no scheduler of it is consistency"),
         (lambda: samplers.ddim(LINEAR, 10, clip=(-1, 2)), r"clip: got \(-1, 2\), wants None"),
         (lambda: samplers.heun(LINEAR, 12, churn=4), r"churn: got 4, wants 0.0"),
         (lambda: samplers.heun(LINEAR, 12, churn=4, s_noise=1.1), r"churn: got 4, wants 0.0"),
@@ -167,9 +177,8 @@ def test_what_is_written_with_a_warning_is_read(name, tmp_path):
     with pytest.warns(ConversionWarning, match=words) as caught:
         save_scheduler(table, tmp_path)
     assert caught[0].filename == __file__
-    steps = {"dpm2": 20, "dpmpp_sde": 20, "karras": 20, "karras heun": 18, "clipped": 10}[name]
     with warnings.catch_warnings(action="ignore", category=ConversionWarning):
-        assert load_scheduler(tmp_path, steps, **({"clip": 1.0} if name == "clipped" else {})) == table
+        assert load_scheduler(tmp_path, table.options["steps"], **({"clip": 1.0} if name == "clipped" else {})) == table
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "dpm2_ancestral"])
@@ -201,9 +210,15 @@ def test_the_defaults_are_theirs(tmp_path):
         "DPMSolverMultistepScheduler": samplers.dpmpp_2m(LINEAR, 10),
         "UniPCMultistepScheduler": samplers.unipc(LINEAR, 10),
         "DEISMultistepScheduler": samplers.deis(LINEAR, 10, lower_order_final=2, final="sigma_min"),
+        "FlowMatchLCMScheduler": samplers.lcm(
+            Schedule.flow(1000), 10, spacing="linspace", timestep_scaling=np.inf, prediction="velocity"
+        ),
+        "PNDMScheduler": samplers.pndm(LINEAR, 10, spacing="leading", final="sigma_min"),
     }
     for kind, table in expected.items():
-        assert load_scheduler(written(tmp_path, _class_name=kind, _diffusers_version="0.42.1"), 10) == table, kind
+        with warnings.catch_warnings():  # FlowMatchLCM of T sigma, PNDM of its start
+            warnings.simplefilter("ignore" if kind in ("FlowMatchLCMScheduler", "PNDMScheduler") else "error")
+            assert load_scheduler(written(tmp_path, _class_name=kind, _diffusers_version="0.42.1"), 10) == table, kind
     assert load_scheduler(written(tmp_path), 10) == expected["DDPMScheduler"]  # as old files are
     pipeline = tmp_path / "pipeline"
     (pipeline / "scheduler").mkdir(parents=True)
@@ -218,7 +233,6 @@ def test_the_defaults_are_theirs(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one"),
         ({"_class_name": "DDIMScheduler", "steps_offset": 1}, "steps_offset = 1"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, "timestep_spacing = 'trailing'"),
         ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding = True"),
@@ -230,7 +244,6 @@ def test_the_defaults_are_theirs(tmp_path):
         ),
         ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped = -5.1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading"}, "timestep_spacing = 'leading'"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
             "has the wrong sign there",
@@ -254,6 +267,8 @@ def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True},
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0},
+        {"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]},
+        {"_class_name": "UniPCMultistepScheduler", "euler_at_final": True},  # an option of others
         {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
         {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},  # of the noise, at a level of noise
         {"_class_name": "DDPMScheduler", "variance_type": "learned"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +29,7 @@ ADAMS = {
     3: np.array([23, -16, 5]) / 12,
     4: np.array([55, -59, 37, -9]) / 24,
 }  # weights of Adams and Bashforth's methods of equal steps
+MOST_NOISE = 1e6  # times that of the reverse stochastic equation
 
 
 @constructor
@@ -433,7 +436,7 @@ def dpmsolver(
     order : {1, 2, 3}, optional
         How many rows the polynomial goes through.
     eta : float, optional
-        Noise that is added on the way, at least 0: 0 none, 1 that of the reverse stochastic equation.
+        Noise that is added on the way, 0 to 1e6: 0 none, 1 that of the reverse stochastic equation.
     solver : {"midpoint", "heun"}, optional
         Of rows of second order, as of `dpmpp_2m`.
     published : bool, optional
@@ -449,7 +452,7 @@ def dpmsolver(
     5
     """
     grid = levels(schedule, steps, spacing, final)
-    order, eta = check_int("order", order, low=1, high=3), check_float("eta", eta, low=0)
+    order, eta = check_int("order", order, low=1, high=3), check_float("eta", eta, low=0, high=MOST_NOISE)
     check_choice("solver", solver, ("midpoint", "heun"))
     check_bool("published", published)
     refuse_clip("dpmsolver", clip)
@@ -497,7 +500,7 @@ def sa_solver(
     schedule, steps, clip, prediction, spacing, final
         As of `dpmpp_2m`.
     tau : float, optional
-        Noise that is added on the way, at least 0.
+        Noise that is added on the way, 0 to 1000.
     between : (float, float), optional
         Rows at timesteps t with ``between[0] T <= t <= between[1] T`` have that tau, the others none.
     predictor : {1, 2, 3}, optional
@@ -517,7 +520,7 @@ def sa_solver(
     5
     """
     grid = levels(schedule, steps, spacing, final)
-    tau = check_float("tau", tau, low=0)
+    tau = check_float("tau", tau, low=0, high=math.sqrt(MOST_NOISE))
     if not isinstance(between, (tuple, list)) or len(between) != 2:
         raise ArgumentError("between", shown(between), "a pair of fractions of T, (low, high)")
     low, high = (check_float("between", end, low=0, high=1) for end in between)

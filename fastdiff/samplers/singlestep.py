@@ -171,7 +171,7 @@ def ddim(
     >>> fd.samplers.ddim(fd.Schedule.cosine(20), 5).evaluations
     5
     """
-    grid = levels(schedule, steps, spacing, final)
+    grid, eta = levels(schedule, steps, spacing, final), check_float("eta", eta, low=0, high=1)
     table = Table("ddim", schedule, prediction, clip, 1 if eta == 0 else None)
     return sampler(table, grid.t, **_implicit(table, grid, eta, reclip))
 
@@ -210,7 +210,7 @@ def euler(
     >>> fd.samplers.euler(fd.Schedule.cosine(20), 5).evaluations
     5
     """
-    grid = levels(schedule, steps, spacing, final)
+    grid, eta = levels(schedule, steps, spacing, final), check_float("eta", eta, low=0, high=1)
     start = _moved(schedule, grid, _churned(schedule, grid, churn, s_tmin, s_tmax))
     s_noise = check_float("s_noise", s_noise, low=0)
     table = Table("euler", schedule, prediction, clip, 1 if eta == churn == 0 else None)
@@ -244,7 +244,6 @@ def euler_ancestral(
 
 
 def _implicit(table: Table, grid: Levels, eta: float, reclip: bool) -> dict[str, Array]:
-    eta = check_float("eta", eta, low=0, high=1)
     ancestral = gap_variance(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
     return _towards(table, grid, direction, eta * np.sqrt(ancestral), reclip)
@@ -298,7 +297,7 @@ def lcm(
     4
     """
     grid = levels(schedule, steps, spacing, final)
-    if timestep_scaling != math.inf:
+    if not (isinstance(timestep_scaling, float) and timestep_scaling == math.inf):
         timestep_scaling = check_float("timestep_scaling", timestep_scaling, low=0)
     with np.errstate(invalid="ignore"):
         u = np.where(timestep_scaling == math.inf, np.inf, timestep_scaling * grid.t)

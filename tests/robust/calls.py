@@ -196,11 +196,9 @@ def cases(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         clock = pandas.to_datetime([0, 1, 2, 4, 6], unit="D")
         frame = pandas.DataFrame({"a": X[0, :5]}, index=clock)
         found["data.on_grid"] = fd.data.on_grid, {"x": frame, "fill": "linear"}
-    options = {"ddim": {"eta": 0.0, "reclip": False}, "heun": {"churn": 0.0, "s_tmin": 0.0, "s_tmax": 1.0, "s_noise": 1.0},
-               "dpmpp_2m": {"eta": 0.0, "solver": "midpoint"}, "unipc": {"order": 2, "variant": "bh2"}, "lms": {"order": 2}}  # fmt: skip
     for name in samplers.names():
-        usual = {"schedule": schedule, "steps": 4, "clip": None, "prediction": "noise", "final": "zero"}
-        found[f"samplers.{name}"] = getattr(samplers, name), usual | options.get(name, {})
+        usual = {"schedule": schedule, "steps": 4} | samplers.options_of(getattr(samplers, name))
+        found[f"samplers.{name}"] = getattr(samplers, name), usual
     found["samplers.named"] = (
         samplers.named,
         {"name": "ddim", "schedule": schedule, "steps": 4, "prediction": "v", "clip": 1.0},
