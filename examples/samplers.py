@@ -18,8 +18,8 @@ from fastdiff.data import harmonic_curves
 from fastdiff.denoisers import Gaussian, exact_chain
 from fastdiff.metrics import energy_distance
 
-# euler is ddim by another name, euler_ancestral nearly ddpm, ipndm nearly pndm, and dpmsolver nearly deis; lcm and tcd
-# are for networks that were distilled, and dpm2_ancestral and dpmpp_sde lie where ddpm does.
+# euler is ddim by another name, euler_ancestral nearly ddpm, ipndm nearly pndm, and dpmsolver nearly deis; lcm, tcd and
+# consistency are for networks that were distilled, and dpm2_ancestral and dpmpp_sde lie where ddpm does.
 SHOWN = [
     "unipc", "dpmpp_2m", "dpmpp_3m", "deis", "lms", "dpm2", "dpmpp_2s", "heun", "ddim", "ddpm", "pndm", "sa_solver",
 ]  # fmt: skip

@@ -143,7 +143,7 @@ def _lower(c: _Config, steps: int, final: str, *, always: bool = False, at_end: 
 def _ddpm(c: _Config, T: int, steps: int) -> Method:
     kinds = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned_range"}
     if c.content.get("variance_type") == "learned":
-        wants = "'learned_range', or a fixed one: fastdiff has a fraction between two variances, not their logarithm"
+        wants = "'learned_range', or a fixed one: fastdiff has a fraction between two variances, not one itself"
         raise ArgumentError("variance_type", "'learned'", wants)
     kinds |= {"fixed_small_log": "small", "fixed_large_log": "large"}
     variance = kinds[c.choice("variance_type", "fixed_small", tuple(kinds))]

@@ -691,6 +691,24 @@ def test_bad_arguments_of_their_own():
         for order in (0, 5 if make is samplers.lms else 4, 1.5, True, "2", None):
             with pytest.raises(ArgumentError, match="order: got"):
                 make(LINEAR, 10, order=order)
+    for make, option, most in (
+        (samplers.ipndm, "order", 4),
+        (samplers.dpmsolver, "order", 3),
+        (samplers.dpmsolver_single, "order", 3),
+        (samplers.sa_solver, "predictor", 3),
+        (samplers.sa_solver, "corrector", 4),
+    ):
+        for order in (-1, most + 1, 1.5, True, "2", None):
+            with pytest.raises(ArgumentError, match=f"{option}: got"):
+                make(LINEAR, 10, **{option: order})
+    for option, wrong in (("tau", (-1, 1001, math.nan)), ("between", (0.2, (0.2,), (-0.1, 0.8), (0.2, 1.1)))):
+        for value in wrong:
+            with pytest.raises(ArgumentError, match=f"{option}: got"):
+                samplers.sa_solver(LINEAR, 10, **{option: value})
+    for make, option in ((samplers.tcd, "eta"), (samplers.lcm, "timestep_scaling")):
+        for value in (-1, math.nan, "1", np.ones(2)):
+            with pytest.raises(ArgumentError, match=f"{option}: got"):
+                make(LINEAR, 10, **{option: value})
     for make in (samplers.deis, samplers.lms):
         with pytest.raises(ArgumentError, match=r"clip: got 1, wants None: \w+ remembers the noise"):
             make(LINEAR, 10, clip=1)

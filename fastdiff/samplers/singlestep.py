@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -809,7 +810,12 @@ def _two_stages(
 
 
 def _raised_first(
-    table: Table, grid: Levels, start: Levels, s_noise: float, begins: npt.NDArray[np.int64], **columns: Array
+    table: Table,
+    grid: Levels,
+    start: Levels,
+    s_noise: float,
+    begins: npt.NDArray[np.int64],
+    **columns: npt.NDArray[Any],
 ) -> Sampler:
     """The table of these columns, with noise up to where a step begins, if that is not where the last one led.
 

@@ -431,10 +431,9 @@ def test_to_the_noise_of_the_first_timestep(name):
         schedule, arguments = schedules(schedule_kind, T)
         if name == "pndm":
             prediction, spacing = "noise", "leading"
-        run_once(
-            name, kind, schedule, arguments, steps, {"spacing": spacing, "prediction": prediction, "final": "sigma_min"},
-            {"set_alpha_to_one": False, "timestep_spacing": spacing, **theirs},
-        )  # fmt: skip
+        ours = {"spacing": spacing, "prediction": prediction, "final": "sigma_min"}
+        theirs = {**theirs, "set_alpha_to_one": False, "timestep_spacing": spacing}
+        run_once(name, kind, schedule, arguments, steps, ours, theirs)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -539,8 +538,8 @@ def test_edm(name, seed):
 
     rng = np.random.default_rng((seed, 6))
     for _ in range(8):
-        steps, final, deviation = int(rng.integers(4, 25)), str(rng.choice(["zero", "sigma_min"])), rng.uniform(0.3, 1.5)
-        kind = str(rng.choice(["epsilon", "v_prediction"]))
+        steps, deviation = int(rng.integers(4, 25)), rng.uniform(0.3, 1.5)
+        final, kind = str(rng.choice(["zero", "sigma_min"])), str(rng.choice(["epsilon", "v_prediction"]))
         theirs = {
             "sigma_data": deviation, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 6.0, "prediction_type": kind,
             "final_sigmas_type": final, "sigma_schedule": str(rng.choice(["karras", "exponential"])),
