@@ -343,7 +343,10 @@ def _sa(c: _Config, T: int, steps: int) -> Method:
 
 def _unipc(c: _Config, T: int, steps: int) -> Method:
     c.refuse("solver_p", None)
-    c.differs("disable_corrector", "every row is corrected", [])
+    skipped = c.take("disable_corrector") or ()
+    if not isinstance(skipped, (list, tuple)):
+        raise ArgumentError("disable_corrector", shown(skipped), "a list of numbers of steps")
+    skipped = [check_int("disable_corrector", step, low=0) for step in skipped]
     for key in ("sigma_min", "sigma_max", "shift_terminal"):
         c.differs(key, "the levels are those of the schedule")
     final = _final(c, T)
@@ -352,6 +355,7 @@ def _unipc(c: _Config, T: int, steps: int) -> Method:
         "order": check_int("solver_order", c.take("solver_order", 2), low=1, high=3),
         "variant": c.choice("solver_type", "bh2", ("bh1", "bh2")),
         "predict_x0": c.flag("predict_x0", True),
+        "uncorrected": tuple(step for step in skipped if step < steps),
         "lower_order_final": _lower(c, steps, final, always=True),
         "spacing": _spacing(c, T, steps, skips_zero=True),
         "final": final,
@@ -530,6 +534,7 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
         [{"corrector_order": order} for order in (1, 2, 3, 4)],
         lower,
     ]
+    skips = [{"disable_corrector": list(sampler.options.get("uncorrected", ()))}]
     ends = [*lower, {"lower_order_final": False, "euler_at_final": True}]
     singles: list[list[dict[str, Any]]] = [orders, [*sde, *noises[:1]], pairs, finals]
     kinds: dict[str, tuple[str, list[list[dict[str, Any]]]]] = {
@@ -550,7 +555,7 @@ def _candidates(sampler: Sampler) -> Iterator[tuple[dict[str, Any], int]]:
         "sa_solver": ("SASolverScheduler", adams),
         "lcm": ("LCMScheduler", [clips, [{"timestep_scaling": sampler.options.get("timestep_scaling", 10.0)}]]),
         "tcd": ("TCDScheduler", [clips]),
-        "unipc": ("UniPCMultistepScheduler", [orders, both, of_x0, finals, lower]),
+        "unipc": ("UniPCMultistepScheduler", [orders, both, of_x0, finals, lower, skips]),
         "deis": ("DEISMultistepScheduler", [orders, lower]),
     }
     flow = sampler.schedule.kind == "flow"

@@ -102,18 +102,19 @@ def test_one_row_of_a_method_that_remembers(name):
     assert abs(slope(errors, STEPS) - (order + 1)) < 0.15
 
 
-@pytest.mark.parametrize("name", ["heun", "dpm2", "dpmpp_2s"])
+@pytest.mark.parametrize("name", ["heun", "dpm2", "dpm2 published", "dpmpp_2s"])
 def test_one_step_of_two_stages(name):
     """From lambda = 0, state exact: h^3."""
     errors = []
     for n in STEPS:
         t = EVEN.timesteps(n, spacing="linspace_open")
-        table, i = getattr(samplers, name)(EVEN, n, spacing="linspace_open"), n // 2
+        options = {"published": True} if name == "dpm2 published" else {}
+        table, i = getattr(samplers, name.split()[0])(EVEN, n, spacing="linspace_open", **options), n // 2
         first, second = table.rows[2 * i : 2 * i + 2]
         assert first.t == t[i]
         x, m = one_row(first, solution(t[i])[0], (0, 0, 0))
         errors.append(one_row(second, x, (m, 0, 0))[0] - solution(t[i + 1])[0])
-    assert table.order == 2
+    assert table.order == (None if options else 2)
     local = slope(errors, STEPS)
     assert abs(local - 3) < 0.15 or (name == "dpm2" and local > 3)  # 4.03: the middle suits a Gaussian
 
@@ -220,12 +221,14 @@ WHOLE = {
     "unipc1": (lambda s, n: samplers.unipc(s, n, order=1), 2, 2.0),
     "unipc2": (samplers.unipc, 3, 3.0),
     "unipc3": (lambda s, n: samplers.unipc(s, n, order=3), 4, 3.77),
+    "unipc uncorrected": (lambda s, n: samplers.unipc(s, n, uncorrected=(0, 1, 2)), 3, 3.0),
     "deis2": (samplers.deis, 2, 1.99),
     "deis3": (lambda s, n: samplers.deis(s, n, order=3), 3, 3.9),
     "lms2": (lambda s, n: samplers.lms(s, n, order=2), 2, 1.96),
     "lms4": (samplers.lms, 4, 3.82),
     "heun": (lambda s, n: samplers.heun(s, n, spacing="linspace_open"), 2, 2.01),
     "dpm2": (samplers.dpm2, 2, 2.52),
+    "dpm2 published": (lambda s, n: samplers.dpm2(s, n, published=True), None, 1.71),
     "dpmpp_2s": (samplers.dpmpp_2s, 2, 1.99),
     "dpmsolver2": (samplers.dpmsolver, 2, 2),
     "dpmsolver3": (lambda s, n: samplers.dpmsolver(s, n, order=3), 3, 3.9),

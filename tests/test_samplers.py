@@ -298,6 +298,8 @@ MAKERS = {
     "dpmpp_3m published": lambda s, **options: samplers.dpmpp_3m(s, 30, eta=0.5, published=True, **options),
     "unipc1": lambda s, **options: samplers.unipc(s, 30, order=1, variant="bh1", **options),
     "unipc2": lambda s, **options: samplers.unipc(s, 30, **options),
+    "unipc uncorrected": lambda s, **options: samplers.unipc(s, 30, uncorrected=(0, 1, 5), **options),
+    "dpm2 published": lambda s, **options: samplers.dpm2(s, 30, published=True, **options),
     "unipc3": lambda s, **options: samplers.unipc(s, 30, order=3, **options),
     "deis2": lambda s, **options: samplers.deis(s, 30, **options),
     "deis3": lambda s, **options: samplers.deis(s, 30, order=3, **options),
@@ -352,7 +354,7 @@ UNCLIPPED = (
     "sa_solver noise",
     "dpmpp_sde",
 )  # fmt: skip - they remember the noise, or a mixture
-TWO_STAGES = ("heun", "heun churn", "dpm2", "dpmpp_2s", "dpm2_ancestral", "dpmpp_sde")
+TWO_STAGES = ("heun", "heun churn", "dpm2", "dpm2 published", "dpmpp_2s", "dpm2_ancestral", "dpmpp_sde")
 
 
 @pytest.mark.parametrize(
@@ -726,8 +728,12 @@ def test_bad_arguments_of_their_own():
         samplers.dpmpp_2m(LINEAR, 10, solver="bh2")
     with pytest.raises(ArgumentError, match=r"variant.*'bh1', 'bh2'"):
         samplers.unipc(LINEAR, 10, variant="midpoint")
-    with pytest.raises(ArgumentError, match="published: got 1"):
-        samplers.dpmpp_3m(LINEAR, 10, published=1)
+    for wrong in (1, [1.0], (-1,), (10,), "0", None, np.ones(2)):
+        with pytest.raises(ArgumentError, match="uncorrected: got"):
+            samplers.unipc(LINEAR, 10, uncorrected=wrong)
+    for make in (samplers.dpmpp_3m, samplers.dpm2):
+        with pytest.raises(ArgumentError, match="published: got 1"):
+            make(LINEAR, 10, published=1)
     with pytest.raises(ArgumentError, match="reclip: got 1"):
         samplers.ddim(LINEAR, 10, reclip=1)
     for make in (samplers.heun, samplers.euler):
@@ -789,6 +795,7 @@ def test_order_is_declared_for_deterministic_samplers():
         "dpmpp_3m": 3,
         "unipc1": 2,
         "unipc2": 3,
+        "unipc uncorrected": 3,
         "unipc3": 4,
         "deis2": 2,
         "deis3": 3,

@@ -41,6 +41,7 @@ TABLES = {
     "dpmpp_3m": lambda s, **o: samplers.dpmpp_3m(s, 12, published=True, **o),
     "unipc": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, **o),
     "unipc3": lambda s, **o: samplers.unipc(s, 20, order=3, variant="bh1", final="sigma_min", **o),
+    "unipc uncorrected": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, uncorrected=(0, 3), **o),
     "unipc noise": lambda s, **o: samplers.unipc(s, 10, lower_order_final=2, predict_x0=False, **o),
     "dpmsolver": lambda s, **o: samplers.dpmsolver(s, 20, final="sigma_min", **o),
     "dpmsolver sde": lambda s, **o: samplers.dpmsolver(s, 20, eta=1.0, solver="heun", final="sigma_min", **o),
@@ -236,7 +237,6 @@ def test_the_defaults_are_theirs(tmp_path):
         ({"_class_name": "DDIMScheduler", "steps_offset": 1}, "steps_offset = 1"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, "timestep_spacing = 'trailing'"),
         ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding = True"),
-        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0, 1]}, "disable_corrector"),
         ({"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True},
@@ -269,6 +269,8 @@ def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0},
         {"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]},
         {"_class_name": "UniPCMultistepScheduler", "euler_at_final": True},  # an option of others
+        {"_class_name": "UniPCMultistepScheduler", "disable_corrector": 2},
+        {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [-1]},
         {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
         {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},  # of the noise, at a level of noise
         {"_class_name": "DDPMScheduler", "variance_type": "learned"},

@@ -182,6 +182,7 @@ def unipc(
     order: int = 2,
     variant: str = "bh2",
     predict_x0: bool = True,
+    uncorrected: tuple[int, ...] = (),
     clip: Clip = None,
     prediction: str = "noise",
     spacing: Spacing = "linspace_open",
@@ -209,6 +210,8 @@ def unipc(
         The function B.
     predict_x0 : bool, optional
         Whether x0 is continued (default, and better), or the noise, as by `dpmsolver`: such a table cannot clip.
+    uncorrected : tuple of int, optional
+        Numbers of steps that are not taken again, from 0: the first ones, where strong guidance leads them astray.
     lower_order_final : {0, 1, 2}, optional
         As of `dpmpp_2m`; None: 1 with ``final="zero"``, 2 for order 3 and fewer than 15 rows.
 
@@ -226,8 +229,13 @@ def unipc(
         refuse_clip("unipc(predict_x0=False)", clip)
     orders = row_orders(grid, order, lower_order_final, final)
     refuse_infinite_step(orders, final)
+    taken = orders + 1
+    if not isinstance(uncorrected, (tuple, list)):
+        raise ArgumentError("uncorrected", shown(uncorrected), "a tuple of numbers of steps")
+    for step in uncorrected:
+        taken[check_int("uncorrected", step, low=0, high=len(taken) - 1)] = 0
     table = Table("unipc", schedule, prediction, clip, order + 1)
-    return _corrected(table, grid, orders, orders + 1, predict_x0=predict_x0, slope=variant)
+    return _corrected(table, grid, orders, taken, predict_x0=predict_x0, slope=variant)
 
 
 @constructor

@@ -504,6 +504,7 @@ def dpm2(
     schedule: Schedule,
     steps: int,
     *,
+    published: bool = False,
     clip: Clip = None,
     prediction: str = "noise",
     spacing: Spacing = "trailing",
@@ -518,7 +519,14 @@ def dpm2(
 
     Between neighbouring timesteps it is a step of `heun`.
 
-    Arguments, result, errors and warnings as of `heun`.
+    Parameters
+    ----------
+    schedule, steps, clip, prediction, spacing, final
+        As of `heun`.
+    published : bool, optional
+        slope_m alone, as other programs have it: of second order only where m is in the middle, which few steps are.
+
+    Returns, errors and warnings as of `heun`.
 
     Examples
     --------
@@ -526,8 +534,9 @@ def dpm2(
     9
     """
     grid = levels(schedule, steps, spacing, final)
-    table = Table("dpm2", schedule, prediction, clip, 2)
-    return _two_stages(table, grid, _middles(schedule, grid), _slopes_in_ratio)
+    slopes = _slope_of_middle if check_bool("published", published) else _slopes_in_ratio
+    table = Table("dpm2", schedule, prediction, clip, None if published else 2)
+    return _two_stages(table, grid, _middles(schedule, grid), slopes)
 
 
 @constructor
@@ -727,12 +736,17 @@ def _middles(schedule: Schedule, grid: Levels) -> npt.NDArray[np.int64]:
     return middles
 
 
-def _slopes_in_ratio(grid: Levels, middle: Levels) -> Columns:
-    """(a, b, c1, s) of the second stage of a method in rho."""
+def _slopes_in_ratio(grid: Levels, middle: Levels, weight: float | None = None) -> Columns:
+    """(a, b, c1, s) of the second stage of a method in rho, whose slope has this weight, or that of second order."""
     step = grid.ratio_next - grid.ratio
     c = (middle.ratio - grid.ratio) / step
     pull = -grid.signal_next * step / middle.ratio
-    return grid.noise_next / middle.noise, pull / (2 * c), pull * (1 - c - 1 / (2 * c)), np.zeros_like(c)
+    share = 1 / (2 * c) if weight is None else weight
+    return grid.noise_next / middle.noise, pull * share, pull * (1 - c - share), np.zeros_like(c)
+
+
+def _slope_of_middle(grid: Levels, middle: Levels) -> Columns:
+    return _slopes_in_ratio(grid, middle, 1.0)
 
 
 def _slopes_to_below(grid: Levels, middle: Levels) -> Columns:

@@ -272,6 +272,9 @@ def test_multistep(name, seed):
             ours["order"] = order
         if "variant" in choices:  # with "bh1" their last row to no noise is NaN
             ours["variant"] = theirs["solver_type"] = str(rng.choice(["bh1", "bh2"])) if final != "zero" else "bh2"
+        if name == "unipc":
+            ours["uncorrected"] = tuple(rng.permutation(steps)[: rng.integers(3)].tolist())
+            theirs["disable_corrector"] = [*ours["uncorrected"], 1000]
         if "solver" in choices:
             ours["solver"] = theirs["solver_type"] = str(rng.choice(["midpoint", "heun"]))
         options, normals = (lambda i: {}), [0.0] * steps
@@ -471,6 +474,34 @@ def test_dpm2_ancestral(seed):
             normals=[z.numpy() for z in torch_normals(2 * steps)], signal=schedule.signal[first],
             options=lambda i: {"generator": generator(i)},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_euler_ancestral(seed):
+    """Theirs does not know x0 prediction, and keeps its state in float32."""
+    for kind, T, steps, spacing, prediction in configurations(9, ["trailing", "leading"], seed):
+        if prediction == "x0":
+            continue
+        schedule, arguments = schedules(kind, T)
+        first = schedule.timesteps(steps, spacing=spacing)[0]
+        run_once(
+            "euler_ancestral", "EulerAncestralDiscreteScheduler", schedule, arguments, steps,
+            {"spacing": spacing, "prediction": prediction}, {"timestep_spacing": spacing},
+            normals=[z.numpy() for z in torch_normals(steps)], signal=schedule.signal[first],
+            options=lambda i: {"generator": generator(i)},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_dpm2(prediction):
+    """With levels even in the logarithm, so that middles are timesteps."""
+    schedule = of_ratios(np.exp(np.linspace(-3, 3, 31)))
+    arguments = {"num_train_timesteps": 31, "trained_betas": schedule.betas.tolist()}
+    run_once(
+        "dpm2", "KDPM2DiscreteScheduler", schedule, arguments, 16,
+        {"spacing": "linspace", "prediction": prediction, "published": True}, {"timestep_spacing": "linspace"},
+        signal=schedule.signal[-1],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("prediction", ["noise", "v"])
