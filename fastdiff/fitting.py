@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import calibration, checkpoint, defaults, judgement, sampling, series, split
-from fastdiff.backends import Backend, TrainingDraws, TrainState, get_backend
+from fastdiff.backends import Backend, SharingBackend, TrainingDraws, TrainState, get_backend
 from fastdiff.base import GaussianBase
 from fastdiff.callbacks import Reporter, listeners
 from fastdiff.covariates import CovariateScale, checked_covariates, none_known
@@ -38,9 +40,10 @@ from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps, has_gaps
 from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
-from fastdiff.noise import MAX_STEP, Draw, Stream, targets
+from fastdiff.noise import MAX_STEP, NOISE_LAW_VERSION, Draw, Stream, targets
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser, check_carried, settled
+from fastdiff.ranks import PARTS, Ranks
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 from fastdiff.split import Split
@@ -81,7 +84,7 @@ class Wishes:
     label_drop: float | None
     steps: int | None
     batch: int | None
-    accumulate: int
+    accumulate: int | None
     flip: bool
     crop: int | tuple[int, int] | None
     patience: int | None
@@ -94,9 +97,10 @@ class Wishes:
     every: int | None
     keep: int
     keep_rows: int | None
+    comm: Any
 
-    def checked(self) -> Wishes:
-        """Return it with numbers and paths as they are used."""
+    def checked(self, *, writes: bool = True) -> Wishes:
+        """Return it with numbers and paths as they are used; `writes` says whether this process saves."""
         patience = None if self.patience is None else check_int("patience", self.patience, low=1)
         tell = listeners(self.callbacks)
         if self.checkpoint is None and (self.every is not None or self.keep != 1):
@@ -106,7 +110,8 @@ class Wishes:
         path: Path | None = None
         if self.checkpoint is not None:
             path = check_path("checkpoint", self.checkpoint)
-            check_writable(path)
+            if writes:
+                check_writable(path)
         judge, calibrate = (False if each is None else each for each in (self.judge, self.calibrate))
         check_flags(judge=judge, calibrate=calibrate, flip=self.flip, progress=self.progress)
         check_callable("callback", self.callback)
@@ -177,34 +182,37 @@ class Rows(NamedTuple):
 
 def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     """Train a model for further steps, as `Diffusion.fit` says."""
-    be = get_backend(model.backend)
-    X, names, frame = series.taken(X)
-    before, plan = _plan(model, wishes)
-    steps = None if wishes.steps is None else check_int("steps", wishes.steps, low=0)
-    if steps is not None:
-        plan.check_named(wishes.plan["lr_plan"], wishes.plan["decay_steps"])
-    wishes = wishes.checked()
-    if model.normaliser is not None and model._optimizer is None:
-        raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-    found = _rows(model, X, y, wishes, be)
-    parts = found.parts
-    kind = type(model.net) if model.net is not None else defaults.network_kind(parts.rows.ndim)
-    batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
-    accumulate = check_int("accumulate", wishes.accumulate, low=1)
-    if accumulate > (batch if kind.in_parts else 1):
-        wants = f"at most batch = {batch}" if kind.in_parts else f"1, where {kind.__name__} takes a batch whole"
-        raise ArgumentError("accumulate", str(accumulate), wants)
-    if wishes.patience is not None and parts.held_out is None:
-        raise ArgumentError("patience", str(wishes.patience), "rows that are held out: validation=0.1, or rows")
-    if wishes.flip and parts.rows.ndim < 4:
-        raise ArgumentError("flip", shown(wishes.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}")
-
-    if wishes.crop is not None and (found.pointwise or model.conditional is not None):
-        what = "covariates of each pixel" if found.pointwise else "a network that is told of a mask"
-        raise ArgumentError("crop", shown(wishes.crop), f"None with {what}")
-    if wishes.flip and found.pointwise:
-        raise ArgumentError("flip", shown(wishes.flip), "False with covariates of each pixel")
-    share = _share_dropped(model, wishes.label_drop, model.net or found.asked)
+    ranks = None if wishes.comm is None else Ranks.of(wishes.comm)
+    first_rank = ranks is None or ranks.rank == 0
+    nobody: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    with nobody if ranks is None else ranks.agreeing() as facts:
+        be = get_backend(model.backend)
+        X, names, frame = series.taken(X)
+        before, plan = _plan(model, wishes)
+        steps = None if wishes.steps is None else check_int("steps", wishes.steps, low=0)
+        if steps is not None:
+            plan.check_named(wishes.plan["lr_plan"], wishes.plan["decay_steps"])
+        wishes = wishes.checked(writes=first_rank)
+        if model.normaliser is not None and model._optimizer is None:
+            raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
+        found = _rows(model, X, y, wishes, be)
+        parts = found.parts
+        kind = type(model.net) if model.net is not None else defaults.network_kind(parts.rows.ndim)
+        batch, accumulate = _batch(kind, wishes, be)
+        if wishes.patience is not None and parts.held_out is None:
+            raise ArgumentError("patience", str(wishes.patience), "rows that are held out: validation=0.1, or rows")
+        if wishes.flip and parts.rows.ndim < 4:
+            raise ArgumentError(
+                "flip", shown(wishes.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}"
+            )
+        if wishes.crop is not None and (found.pointwise or model.conditional is not None):
+            what = "covariates of each pixel" if found.pointwise else "a network that is told of a mask"
+            raise ArgumentError("crop", shown(wishes.crop), f"None with {what}")
+        if wishes.flip and found.pointwise:
+            raise ArgumentError("flip", shown(wishes.flip), "False with covariates of each pixel")
+        share = _share_dropped(model, wishes.label_drop, model.net or found.asked)
+        if ranks is not None:
+            facts |= _facts(model, found, wishes, be, (batch, accumulate))
     if model.normaliser is None and names is not None and parts.rows.ndim == 3:
         model.channel_names = names
     masked = {} if model.conditional is None else {"masked": True}
@@ -228,35 +236,112 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         if plan.warmup > before.warmup and plan.warmup <= model.step:
             log.warning("warmup=%d has no effect: it is an absolute step, and has passed", plan.warmup)
     model._optimizer = optimizer = model._optimizer._replace(plan=plan)
-    model._data = model._data or split.fingerprint(found.every)
+    model._data = model._data or facts.get("data") or split.fingerprint(found.every)
     _doubts(model, parts.rows, steps, by_rule=by_rule, wishes=wishes)
     first, model.end_step = model.step, model.step + steps
     if steps > 0:
         _use_this_arithmetic(model)
-    lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip))
-    keeper = _keeper(model, lessons, gaps, wishes.patience, by_rule=by_rule)
-    host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
-    trainer = Trainer(be, net, lessons.draws, host, batch, accumulate)
-    trainer.turns, trainer.feed = model._turns, lessons.feed
-    saver = None if wishes.checkpoint is None else Keeper(model.save, wishes.checkpoint, wishes.keep)
-    if saver is not None:
-        assert wishes.every is not None
-        trainer.saves = Saves(wishes.every, lambda: saver(model.step))
-    options: dict[str, Any] = {"validation": lessons.looks, "keeper": keeper, "progress": wishes.progress}
-    tell = wishes.callbacks
-    options["reporter"] = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
-    try:
-        train(trainer, model, optimizer.plan, callback=wishes.callback, **options)
-    finally:
+    be = be if ranks is None else ranks.backend(model.backend)
+    saver = None
+    if wishes.checkpoint is not None and first_rank:
+        saver = Keeper(model.save, wishes.checkpoint, wishes.keep)
+
+    def save() -> None:
+        if ranks is not None:
+            ranks.same("weights", zlib.crc32(net.flat.data))
         if saver is not None and model.step > first:
             saver(model.step)
-    judge = wishes.judge
-    if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
-        model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=wishes.progress)
-        if wishes.calibrate or (wishes.calibrate is None and parts.rows.ndim <= 3):
-            _calibrate(model, parts.held_out, asked_plainly)
-        if saver is not None:
-            saver(model.step)  # with the report
+
+    kept = "" if saver is None else f"; what was saved last is in {wishes.checkpoint}"
+    with nullcontext() if ranks is None else ranks.ending_together(kept):
+        lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip))
+        keeper = _keeper(model, lessons, gaps, wishes.patience, by_rule=by_rule)
+        host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
+        trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
+        trainer.turns, trainer.feed = model._turns, lessons.feed
+        if wishes.checkpoint is not None:
+            assert wishes.every is not None
+            trainer.saves = Saves(wishes.every, save)
+        shows, tell = wishes.progress and first_rank, wishes.callbacks if first_rank else ()
+        options: dict[str, Any] = {"validation": lessons.looks, "keeper": keeper, "progress": shows}
+        options["reporter"] = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
+        try:
+            train(trainer, model, optimizer.plan, callback=_told(wishes.callback, ranks), **options)
+        finally:
+            if saver is not None and model.step > first:
+                saver(model.step)
+        if ranks is not None:
+            ranks.same("weights", zlib.crc32(net.flat.data))
+        judge = wishes.judge
+        if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
+            model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=shows)
+            if wishes.calibrate or (wishes.calibrate is None and parts.rows.ndim <= 3):
+                _calibrate(model, parts.held_out, asked_plainly)
+            if saver is not None:
+                saver(model.step)  # with the report
+
+
+def _batch(kind: type[Network], wishes: Wishes, be: Backend) -> tuple[int, int]:
+    """How many rows a step takes, and in how many parts."""
+    batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
+    usual = 1 if wishes.comm is None or not kind.in_parts else min(PARTS, batch)
+    accumulate = usual if wishes.accumulate is None else check_int("accumulate", wishes.accumulate, low=1)
+    if accumulate > (batch if kind.in_parts else 1):
+        wants = f"at most batch = {batch}" if kind.in_parts else f"1, where {kind.__name__} takes a batch whole"
+        raise ArgumentError("accumulate", str(accumulate), wants)
+    if wishes.comm is not None and (be.name == "cuda" or not (kind.in_parts or isinstance(be, SharingBackend))):
+        wants = f"None, or backend='cpu' instead of {be.name!r}: {kind.__name__} is not shared on that"
+        raise ArgumentError("comm", shown(wishes.comm), wants)
+    return batch, accumulate
+
+
+def _told(callback: Callable[[int, float], Any] | None, ranks: Ranks | None) -> Callable[[int, float], Any] | None:
+    """A callback that the first rank calls, and all heed."""
+    if ranks is None or not ranks.first(callback is not None):
+        return None if ranks is not None else callback
+
+    def told(step: int, loss: float) -> bool:
+        return bool(ranks.first(ranks.rank == 0 and callback is not None and bool(callback(step, loss))))
+
+    return told
+
+
+def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[int, int]) -> dict[str, Any]:
+    """What a training depends on, by name, so that ranks can compare it: small values, and checksums of arrays."""
+    import fastdiff
+
+    parts, net, optimizer = found.parts, model.net, model._optimizer
+    names = (
+        "steps", "label_drop", "data_range", "flip", "crop", "patience", "judge", "calibrate", "every", "keep_rows",
+    )  # fmt: skip
+    plan = {name: value for name, value in wishes.plan.items() if value is not UNSET}
+    learned = () if net is None else (net.flat, model._average, *(() if optimizer is None else optimizer[1:]))
+    return {
+        "the version of fastdiff": (fastdiff.__version__, NOISE_LAW_VERSION),
+        "backend": be.name,
+        "data": split.fingerprint(found.every),
+        "seed": int(model.seed),
+        "step": model.step,
+        "y": _checksum(parts.labels, None if parts.held_out is None else parts.held_out[1]),
+        "covariates": _checksum(found.covariates, found.of_unseen),
+        "validation": _checksum(parts.unseen),
+        "batch": sizes[0],
+        "accumulate": sizes[1],
+        "checkpoint": wishes.checkpoint is not None,
+        **{name: shown(getattr(wishes, name)) for name in names},
+        **{name: shown(value) for name, value in plan.items()},
+        "prediction, scale, base, conditional": (model.prediction, model.scale, model.base, model.conditional),
+        "the schedule": None if model.schedule is None else _checksum(model.schedule.betas),
+        "the network": None if net is None else shown(net),
+        "weights": _checksum(*learned),
+    }
+
+
+def _checksum(*arrays: Any) -> int:
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(b"None" if array is None else np.ascontiguousarray(array).data.cast("B"), found)
+    return found
 
 
 def _plan(model: Model, wishes: Wishes) -> tuple[TrainingPlan, TrainingPlan]:

@@ -239,7 +239,7 @@ class Diffusion:
         calibrate: bool | None = None,
         flip: bool = False,
         crop: int | tuple[int, int] | None = None,
-        accumulate: int = 1,
+        accumulate: int | None = None,
         data_range: tuple[float, float] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
@@ -248,6 +248,7 @@ class Diffusion:
         keep: int = 1,
         keep_rows: int | None = None,
         callbacks: Any = (),
+        comm: Any = None,
     ) -> Self:
         """Train for further steps, on from `step`.
 
@@ -308,7 +309,7 @@ class Diffusion:
             noise law. Held-out rows, and those that a judgement compares with, are cut once.
         accumulate : int, optional
             Take a U-Net's batch in so many parts, whose gradients are added: less memory, and the same step up to
-            the rounding of those sums.
+            the rounding of those sums. By default 1, with `comm` 8.
         data_range : pair of float, optional
             The values of pictures that become -1 and 1 in the network. By default 0 and 255 for bytes, else the
             smallest and the largest one of X, which is logged; it stays that of the first call.
@@ -330,6 +331,10 @@ class Diffusion:
         callbacks : list, optional
             Loggers, which do not slow the training down: `fastdiff.callbacks.FileLogger`, a SummaryWriter of
             TensorBoard, the module mlflow, ...: see `fastdiff.callbacks`.
+        comm : communicator of mpi4py, optional
+            Train together: every rank makes this call with the same model, data and options, computes its share of each
+            batch, and has in the end the same model, to the bit that of one process: see `fastdiff.ranks`. The first
+            rank alone shows progress, calls callbacks, whose stop is for all, and saves. On "cpu"; "numpy" for U-Nets.
 
         Returns
         -------
@@ -339,10 +344,10 @@ class Diffusion:
         Raises
         ------
         ArgumentError
-            Shape, dtype or value of an argument; another weighting than that of the first call.
+            Shape, dtype or value of an argument; another weighting than that of the first call; ranks that disagree.
         TrainingError
             A loss or gradient that is not finite: the model keeps the state before that step. Or another thread trains
-            this model.
+            this model. Or another rank cannot begin; one that fails later ends all processes.
         KeyboardInterrupt
             Ctrl-C, SIGTERM and SIGHUP take effect after a whole step, so the state is sound; the third Ctrl-C at once.
             A handler of your own for one of them stays, and is none of ours.
@@ -355,7 +360,7 @@ class Diffusion:
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
             calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint,
-            every=every, keep=keep, keep_rows=keep_rows,
+            every=every, keep=keep, keep_rows=keep_rows, comm=comm,
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)
         return self

@@ -29,6 +29,7 @@ from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import MAX_STEP, Draw, Stream, targets
 from fastdiff.process import forward_noise
 from fastdiff.progress import bar as progress_bar
+from fastdiff.ranks import Ranks
 from fastdiff.samplers.table import x0_from_output
 from fastdiff.schedule import Schedule
 from fastdiff.signals import held_back
@@ -159,17 +160,26 @@ class Trainer:
         Arrays on the host, but for the gradient; where the backend works on copies they are brought back.
     batch, parts : int
         See `Runner.training`.
+    ranks : Ranks, optional
+        Who takes the same steps.
     """
 
     def __init__(
-        self, be: Backend, net: Network, draws: TrainingDraws, host: TrainState, batch: int, parts: int
+        self,
+        be: Backend,
+        net: Network,
+        draws: TrainingDraws,
+        host: TrainState,
+        batch: int,
+        parts: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.be, self.host = be, host
+        self.be, self.host, self.ranks = be, host, ranks
         # The same arrays on the CPU; on a GPU copies.
         self.state = TrainState(*(be.asarray(array, net.dtype) for array in host))
         self.results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
         runner = net.runner(be, self.state.params)
-        self.steps = runner.training(draws, batch, parts, self.state, self.results)
+        self.steps = runner.training(draws, batch, parts, self.state, self.results, ranks)
         self.brought = True  # whether the host has what has been trained
         self.saves: Saves | None = None
         self.turns: Turns | None = None  # of whoever is trained
@@ -217,7 +227,7 @@ class Trainer:
         reporter : Reporter, optional
             It reports whenever losses have been read.
         """
-        be, results, saves, turns = self.be, self.results, self.saves, self.turns
+        be, results, saves, turns, ranks = self.be, self.results, self.saves, self.turns, self.ranks
         first = issued = model.step
         read_at = perf_counter()
 
@@ -272,11 +282,14 @@ class Trainer:
                         return
                 if self.feed is not None:
                     self.feed.put(issued, end)
+                if ranks is not None:
+                    ranks.wish = interrupted() or ranks.wanted()
                 self.steps.run(issued, options(issued, model.ema_updates + issued - model.step))
                 self.brought = False
                 issued += 1
+                stops = interrupted() if ranks is None else ranks.stops
                 late = issued - model.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
-                if not (late or callback is not None or interrupted() or issued == end):
+                if not (late or callback is not None or stops or issued == end):
                     continue
                 settle()
                 if reporter is not None:
@@ -287,11 +300,13 @@ class Trainer:
                         stop = callback(model.step - 1, model.history["loss"][-1])
                     if stop:
                         break
-                if interrupted():
+                if stops:
                     raise KeyboardInterrupt
             check()
             if look is not None and model.step % LOOK_EVERY == 0:
                 look(self.state.average)
+            if ranks is not None and ranks.any(interrupted() or ranks.wanted()):
+                raise KeyboardInterrupt
 
 
 def plan_by_rule(
@@ -465,15 +480,19 @@ def train(
 
     The `keeper` is what looks: at samples (`Watch`), or at held-out rows (`Patience`).
     """
-    be, average = trainer.be, trainer.host.average
+    be, average, ranks = trainer.be, trainer.host.average, trainer.ranks
     if isinstance(keeper, Watch):
         keeper.look(model.step, average)
 
-    def look(average: Any) -> bool:
+    def looked(average: Any) -> bool:
         loss = None if validation is None else validation.look(model, average)
         if isinstance(keeper, Patience):
             return keeper.look(model.step, average, loss)
         return keeper is not None and keeper.look(model.step, be.to_numpy(average))
+
+    def look(average: Any) -> bool:
+        ends = looked(average)
+        return ends if ranks is None else bool(ranks.first(ends))
 
     looking = look if validation is not None or keeper is not None else None
     steps = model.end_step - model.step

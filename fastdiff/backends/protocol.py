@@ -5,7 +5,7 @@ Arguments are checked where the user calls, not here: a backend may assume C-con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -383,6 +383,40 @@ class AdamW(NamedTuple):
     ema: float
 
 
+class Segment(NamedTuple):
+    """A flat array that the members of a team sum, one after the other.
+
+    Attributes
+    ----------
+    sums : array or None
+        Comes as the members before left it, and goes on to the next one; None: there is nothing to sum.
+    add : callable
+        Of a slice: adds to that part of `sums` what this member has.
+    result : array or None
+        What the last member then gives to all: `sums` itself, or what it makes of that and of earlier segments.
+    make : callable, optional
+        What makes `result`, where that is not `sums`.
+    in_pieces : bool, optional
+        Whether `sums` may travel piece by piece, or is added to whole.
+    """
+
+    sums: Array | None
+    add: Callable[[slice], None]
+    result: Array | None
+    make: Callable[[], None] | None = None
+    in_pieces: bool = True
+
+
+class Team(Protocol):
+    """Processes that take training steps together: see `fastdiff.ranks`."""
+
+    def share(self, items: int) -> range:
+        """Return which of so many items, in a row, are this member's; those of all members follow each other."""
+
+    def sum(self, segments: Sequence[Segment], losses: Sequence[float]) -> float:
+        """Sum segments in the order of the members; return the sum of the losses of all, added one by one."""
+
+
 class Training(Protocol):
     """Training steps on arrays that stay where they are; it is the caller's, and what is kept for it goes with it."""
 
@@ -696,3 +730,13 @@ class ToldRoom:
                 made = product(self._cotangent)
                 be.told_arnoldi(*of, k, made, self._cotangent, self._back, self._basis, self._H)
         be.told_move(*of, self._H, self._rest, self._back, out)
+
+
+@runtime_checkable
+class SharingBackend(Backend, Protocol):
+    """A backend that also trains perceptrons in a team, to the bits of `Backend.mlp_training`."""
+
+    def mlp_shared_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array, team: Team
+    ) -> Training:
+        """Return what does a step of `mlp_training` of which this member computes its share."""

@@ -7,6 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from fastdiff.cli.inputs import (
     table_options,
     training_data,
 )
-from fastdiff.cli.messages import PatientInterrupt, fail, note, uninterrupted
+from fastdiff.cli.messages import REFUSED, PatientInterrupt, fail, note, uninterrupted
 from fastdiff.cli.parser import add_command, add_common
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
@@ -32,6 +33,7 @@ from fastdiff.schedule import PREDICTIONS
 if TYPE_CHECKING:
     from fastdiff.callbacks import FileLogger
     from fastdiff.model import Diffusion
+    from fastdiff.ranks import Ranks
     from fastdiff.schedule import Schedule
 
 # Constructor: T, beta_start, beta_end. The first is the tutorial's, the others the values of the papers.
@@ -69,6 +71,7 @@ def add(commands: Any) -> None:
         "  fastdiff train weather.csv -o m.safetensors --window 48 --conditional mask\n"
         "  fastdiff train pictures/ -o m.safetensors --size 32 --flip --snapshots 500\n"
         "  fastdiff train classes/ -o m.safetensors --size 16 --gray --labels\n"
+        "  mpirun -n 4 fastdiff train curves.csv -o m.safetensors --batch 4096\n"
         "\n"
         "Pictures take time, at 32 x 32 about half a second a step: start small (--size\n"
         "16 --gray), and look at the snapshots. On one backend the same data, options and\n"
@@ -163,7 +166,10 @@ def add(commands: Any) -> None:
         "--snapshots", type=int, metavar="N", help="every N steps draw 16 pictures into MODEL-STEP.png"
     )
     pictures.add_argument(
-        "--accumulate", type=int, metavar="K", default=1, help="take a batch in K parts: a Kth of the memory"
+        "--accumulate",
+        type=int,
+        metavar="K",
+        help="take a batch in K parts: a Kth of the memory (default 1; under mpirun 8)",
     )
     pictures.add_argument(
         "--channels", type=_widths, metavar="C,C,...", help="widths of the U-Net's levels (default: by the size)"
@@ -232,57 +238,89 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastdiff import ranks
+
+    if ranks.launched() == 1:
+        return _train(args, None)
+    team = ranks.Ranks(ranks.world())
+    if team.rank == 0:
+        note(f"{team.size} ranks train together")
+        return _train(args, team)
+    args.quiet, args.log, args.loss_plot, args.snapshots = True, None, None, None
+    with ExitStack() as silent, open(os.devnull, "w") as nowhere:  # the first rank speaks
+        silent.enter_context(redirect_stdout(nowhere))
+        silent.enter_context(redirect_stderr(nowhere))
+        try:
+            return _train(args, team)
+        except (FastdiffError, OSError):  # of this rank or another one, all know
+            return REFUSED
+
+
+def _train(args: argparse.Namespace, team: Ranks | None) -> int:
     from fastdiff.callbacks import FileLogger
     from fastdiff.files import check_writable
+    from fastdiff.ranks import PARTS
     from fastdiff.series import described
 
-    output: str | None = args.output or args.resume
-    if output is None:
-        raise FastdiffError("say where the model goes: -o MODEL.safetensors")
-    steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
-    batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
-    keep_rows = None if args.keep_rows is None else check_int("--keep-rows", args.keep_rows, low=0)
-    # All that could fail is tried before the minutes of training.
-    check_writable(output, (".safetensors",))
-    if os.path.exists(output) and output != args.resume and not args.overwrite:
-        raise FastdiffError(f"{output}: is there; --overwrite replaces it, and --resume {output} goes on training it")
-    saves: dict[str, Any] = {}
-    if args.save_every is not None:
-        saves = {"checkpoint": output, "every": check_int("--save-every", args.save_every, low=1)}
-    if args.keep is not None:
-        if not saves:
-            raise FastdiffError("--keep says how many of the states of --save-every stay")
-        saves["keep"] = check_int("--keep", args.keep, low=1)
-    if args.loss_plot:
-        check_picture(args.loss_plot)
-    log = None
-    if args.log:
-        check_writable(args.log, (".csv", ".jsonl"))
-        log = FileLogger(args.log)
-    if args.snapshots is not None:
-        check_int("--snapshots", args.snapshots, low=1)
-        check_picture(_snapshot(output, 0))
-    model = _resumed(args) if args.resume else None
-    data, labels, names = training_data(args, model)
-    numbers = covariates(args, model) if data.ndim < 4 else None
-    if model is None and data.ndim < 4 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
-        raise FastdiffError(
-            f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
-            f"{FEWEST_ROWS}"
-        )
-    if model is None:
-        shape = data.shape[1:] if args.crop is None else (*_both(args.crop), data.shape[-1])
-        model = _new_model(args, shape, None if names is None else len(names))
-        model.class_names, model.covariate_names = names, args.covariates
-    elif names != model.class_names:
-        raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
+    speaks = team is None or team.rank == 0
+    with nullcontext() if team is None else team.agreeing():
+        output: str | None = args.output or args.resume
+        if output is None:
+            raise FastdiffError("say where the model goes: -o MODEL.safetensors")
+        steps = None if args.steps is None else check_int("--steps", args.steps, low=1)
+        batch = None if args.batch is None else check_int("--batch", args.batch, low=1)
+        keep_rows = None if args.keep_rows is None else check_int("--keep-rows", args.keep_rows, low=0)
+        # All that could fail is tried before the minutes of training.
+        if speaks:
+            check_writable(output, (".safetensors",))
+        if speaks and os.path.exists(output) and output != args.resume and not args.overwrite:
+            raise FastdiffError(
+                f"{output}: is there; --overwrite replaces it, and --resume {output} goes on training it"
+            )
+        saves: dict[str, Any] = {}
+        if args.save_every is not None:
+            saves = {"checkpoint": output, "every": check_int("--save-every", args.save_every, low=1)}
+        if args.keep is not None:
+            if not saves:
+                raise FastdiffError("--keep says how many of the states of --save-every stay")
+            saves["keep"] = check_int("--keep", args.keep, low=1)
+        if args.loss_plot:
+            check_picture(args.loss_plot)
+        log = None
+        if args.log:
+            check_writable(args.log, (".csv", ".jsonl"))
+            log = FileLogger(args.log)
+        if args.snapshots is not None:
+            check_int("--snapshots", args.snapshots, low=1)
+            check_picture(_snapshot(output, 0))
+        model = _resumed(args) if args.resume else None
+        data, labels, names = training_data(args, model)
+        numbers = covariates(args, model) if data.ndim < 4 else None
+        if model is None and data.ndim < 4 and len(data) < FEWEST_ROWS:  # a few pictures give parts to put together
+            raise FastdiffError(
+                f"{args.data}: {len(data)} rows can be learned by heart only; new ones of their kind want at least "
+                f"{FEWEST_ROWS}"
+            )
+        if model is None:
+            shape = data.shape[1:] if args.crop is None else (*_both(args.crop), data.shape[-1])
+            model = _new_model(args, shape, None if names is None else len(names))
+            model.class_names, model.covariate_names = names, args.covariates
+        elif names != model.class_names:
+            raise FastdiffError(f"--labels: the classes are {names}, where the saved model has {model.class_names}")
     what = f"curves of {data.shape[1]} points" if data.ndim == 2 else describe_pictures(data) if data.ndim == 4 else ""
     what = what or described(data.shape[1:], getattr(data, "names", None))
     note(f"{len(data)} {what} from {args.data}" + (f", classes: {', '.join(names)}" if names else ""))
 
+    if team is not None and args.accumulate is None and model.net is not None and model.net.in_parts:
+        args.accumulate = min(PARTS, batch or model.net.usual_batch)
     plan = {name: getattr(args, name) for name in PLAN if hasattr(args, name)}
     start, first = time.perf_counter(), model.step
     stop = PatientInterrupt()
+    callback: Callable[[int, float], bool] | None = stop.wanted
+    if team is not None:  # what is asked of one rank goes to the others with the next gradient
+        callback, team.wanted = None, lambda: stop.asked
+    if args.snapshots is not None:
+        callback = _snapshots(model, output, args.snapshots, stop)
     failure: TrainingError | None = None
     try:
         with stop:
@@ -303,7 +341,8 @@ def run(args: argparse.Namespace) -> int:
                 crop=args.crop,
                 accumulate=args.accumulate,
                 progress=not args.quiet,
-                callback=stop.wanted if args.snapshots is None else _snapshots(model, output, args.snapshots, stop),
+                callback=callback,
+                comm=team,
                 **saves,
             )
         stopped = stop.asked
@@ -314,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
     except TrainingError as error:
         failure, stopped = error, True
     done = model.step - first
-    if done:
+    if done and speaks:
         with uninterrupted():
             model.save(output)
     if failure and not done:
@@ -477,7 +516,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
     words += [] if steps is None else ["--steps", str(steps)]
     for option, value, usual in (
         ("--batch", args.batch, None),
-        ("--accumulate", args.accumulate, 1),
+        ("--accumulate", args.accumulate, None),
         ("--validation", args.validation, None),
         ("--label-drop", args.label_drop, None),
         ("--snapshots", args.snapshots, None),

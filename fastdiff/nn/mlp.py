@@ -19,6 +19,8 @@ from fastdiff.backends import (
     LinearPart,
     MLPPlan,
     Row,
+    SharingBackend,
+    Team,
     TimeMode,
     Told,
     Training,
@@ -377,7 +379,18 @@ class MLPRunner(Runner):
             return False
         return self.be.mlp_chain_told(self.net.plan, self.weights, x, rows, draw, told)
 
-    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+    def training(
+        self,
+        draws: TrainingDraws,
+        batch: int,
+        parts: int,
+        state: TrainState,
+        results: Array,
+        team: Team | None = None,
+    ) -> Training:
         lead = (len(draws.data), 2) if draws.masked else (len(draws.data),)
         draws = draws._replace(data=draws.data.reshape(*lead, self.net.points))
-        return self.be.mlp_training(self.net.plan, draws, batch, state, results)
+        if team is None:
+            return self.be.mlp_training(self.net.plan, draws, batch, state, results)
+        assert isinstance(self.be, SharingBackend)
+        return self.be.mlp_shared_training(self.net.plan, draws, batch, state, results, team)

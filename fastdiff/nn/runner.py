@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends import AdamW, Array, Backend, Row, Segment, Team, Training, TrainingDraws, TrainState
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
 from fastdiff.denoiser import Asked, Evaluator, asked_parts
 from fastdiff.errors import BackendError
@@ -97,7 +97,15 @@ class Runner(Evaluator):
         return be.asarray(out, x.dtype)
 
     @abstractmethod
-    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+    def training(
+        self,
+        draws: TrainingDraws,
+        batch: int,
+        parts: int,
+        state: TrainState,
+        results: Array,
+        team: Team | None = None,
+    ) -> Training:
         """Return what takes training steps with these weights, which are those of `state`.
 
         Parameters
@@ -111,6 +119,8 @@ class Runner(Evaluator):
             On the backend.
         results : (rows, 2) float64 array
             As for `Backend.mlp_training`.
+        team : Team, optional
+            Others who take the same steps: of each everybody computes a share, and all have the bits of one alone.
         """
 
 
@@ -452,7 +462,15 @@ class ProgramRunner(Runner):
             self.be.take(draws.terms, batch.t, batch.terms)
         return self.gradient(batch, grads, Draw(draws.seed, Stream.DROPOUT, step, first))
 
-    def training(self, draws: TrainingDraws, batch: int, parts: int, state: TrainState, results: Array) -> Training:
+    def training(
+        self,
+        draws: TrainingDraws,
+        batch: int,
+        parts: int,
+        state: TrainState,
+        results: Array,
+        team: Team | None = None,
+    ) -> Training:
         labels = None if draws.labels is None else self.be.asarray(draws.labels, np.int64)
         terms = None if draws.terms is None else self.be.asarray(draws.terms, self.net.dtype)
         covariates = None if draws.covariates is None else self.be.asarray(draws.covariates, self.net.dtype)
@@ -460,9 +478,12 @@ class ProgramRunner(Runner):
         whole = draws.data if len(self.net.shape) == 3 else None  # pictures may be larger than what is learned of them
         data = draws.data.reshape(*lead, *self.net.image) if whole is None else whole
         draws = draws._replace(data=data, labels=labels, terms=terms, covariates=covariates)
-        if parts == 1:
+        if parts == 1 and team is None:
             return _Whole(self, draws, batch, state, results)
-        return _InParts(self, draws, [batch * i // parts for i in range(parts + 1)], state, results)
+        bounds = [batch * i // parts for i in range(parts + 1)]
+        if team is None:
+            return _InParts(self, draws, bounds, state, results)
+        return _SharedParts(self, draws, bounds, state, results, team)
 
 
 @dataclass(frozen=True)
@@ -521,16 +542,56 @@ class _InParts:
         self.total = be.empty((1,), np.float64)
 
     def run(self, step: int, options: AdamW) -> None:
-        grads, part, total = self.state.grads, self.part, self.total
+        grads, total = self.state.grads, self.total
         grads[...], total[...] = 0, 0
         for first, end in pairwise(self.bounds):
-            loss = self.runner.drawn_gradient(self.draws, step, first, end - first, part)
-            weight = (end - first) / self.bounds[-1]
-            loss *= weight
-            part[...] *= part.dtype.type(weight)
-            total[...] += loss
-            grads[...] += part
+            total[...] += self._weighted(step, first, end, self.part)
+            grads[...] += self.part
         self.runner.be.finish_step(total, step, self.state, options, self.results)
+
+    def _weighted(self, step: int, first: int, end: int, part: Array) -> Array:
+        """Fill `part` with what a part of the batch adds to the gradient, and return what it adds to the loss."""
+        loss = self.runner.drawn_gradient(self.draws, step, first, end - first, part)
+        weight = (end - first) / self.bounds[-1]
+        loss *= weight
+        part[...] *= part.dtype.type(weight)
+        return loss
+
+
+class _SharedParts(_InParts):
+    """One whose parts are shared by a team, on a backend of the host; they are added in their order."""
+
+    def __init__(
+        self,
+        runner: ProgramRunner,
+        draws: TrainingDraws,
+        bounds: list[int],
+        state: TrainState,
+        results: Array,
+        team: Team,
+    ) -> None:
+        super().__init__(runner, draws, bounds, state, results)
+        share = team.share(len(bounds) - 1)
+        self.team, self.mine = team, list(pairwise(bounds[share.start : share.stop + 1]))
+        # Whoever comes first adds to nothing; the others keep theirs until what is before them has come.
+        self.first = share.start == 0
+        self.kept = [] if self.first else [runner.net.layout.zeros(runner.net.dtype) for _ in self.mine]
+
+    def run(self, step: int, options: AdamW) -> None:
+        grads, losses = self.state.grads, []
+        grads[...] = 0
+        for i, (first, end) in enumerate(self.mine):
+            part = self.part if self.first else self.kept[i]
+            losses.append(float(self._weighted(step, first, end, part)[0]))
+            if self.first:
+                grads[...] += part
+
+        def add(piece: slice) -> None:
+            for part in self.kept:
+                grads[piece] += part[piece]
+
+        self.total[...] = self.team.sum([Segment(grads, add, grads)], losses)
+        self.runner.be.finish_step(self.total, step, self.state, options, self.results)
 
 
 def _in_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:

@@ -797,3 +797,23 @@ def gradient_tiles(
         total[0] += loss[0]
         atomic_store(turns, 1, held + 1)
         held = -1
+
+
+@kernel
+def gradient_share(
+    start, stop, first, nothing, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
+    beside, dtimes, partials, losses, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
+):  # fmt: skip
+    """Tiles first + start ... first + stop - 1 of a training step, each of which keeps its sums for itself."""
+    for at in range(start, stop):
+        gradient_tile(
+            first + at, False, nothing, nothing, nothing, data, indices, t, tables, batch, layers, params, transposed,
+            table, width, slots, beside, dtimes[at], partials[at], losses[at : at + 1], step, stream, keys, words, z,
+            segments, arena, target, d_in, d_out,
+        )  # fmt: skip
+
+
+@kernel
+def collect_times(dtime, t, slots, dtable, width):
+    """dtable[slots[t[i]]] += dtime[i] in the order of i."""
+    collect_tile(False, dtable, dtable, dtime, t, slots, dtable, width)

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
+from fastdiff.backends.layers import LayerBackend
 from fastdiff.backends.numpy.host import asked_at
-from fastdiff.backends.protocol import DEPTH, LinearPart, MLPPlan, Row, Told, TrainingDraws
+from fastdiff.backends.protocol import (
+    DEPTH,
+    AdamW,
+    LinearPart,
+    MLPPlan,
+    Row,
+    Segment,
+    Team,
+    Told,
+    Training,
+    TrainingDraws,
+    TrainState,
+)
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
 from fastdiff.noise import Draw, Stream, round_keys
@@ -379,25 +392,31 @@ class MLPOperations(StepOperations):
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
     ) -> float:
-        words = self._spaces[0].words
         with self._workers.lock:
-            net = self._network(plan)
-            net.grow(batch)
-            if net.draws is not draws:
-                terms = [] if draws.terms is None else [draws.terms[:, 0]]
-                net.draws, net.keys = draws, round_keys(draws.seed)
-                net.tables = np.array([*draws[1:5], *terms], np.float32)
-            keys = net.keys
-            mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), keys, words)
-            if draws.by_position:
-                net.indices[:] = np.arange(len(net.indices))
-            else:
-                mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), keys, words)
-            nothing, asked = net.nothing.reshape(-1), None
-            if plan.asked:
-                of_rows = Draw(draws.seed, Stream.BATCH, step)
-                asked = asked_at(plan, draws, net.indices, of_rows)
+            net, asked = self._drawn(plan, draws, step, batch)
+            nothing = net.nothing.reshape(-1)
             return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch, asked)
+
+    def _drawn(self, plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> tuple[_MLPSpace, Array | None]:
+        """Draw which rows and timesteps a training step takes; return where they are, and what is asked of them."""
+        words, net = self._spaces[0].words, self._network(plan)
+        net.grow(batch)
+        if net.draws is not draws:
+            terms = [] if draws.terms is None else [draws.terms[:, 0]]
+            net.draws, net.keys = draws, round_keys(draws.seed)
+            net.tables = np.array([*draws[1:5], *terms], np.float32)
+        mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), net.keys, words)
+        if draws.by_position:
+            net.indices[:] = np.arange(len(net.indices))
+        else:
+            mlp_kernels.scaled_words(net.indices, len(draws.data), step, int(Stream.BATCH), net.keys, words)
+        asked = asked_at(plan, draws, net.indices, Draw(draws.seed, Stream.BATCH, step)) if plan.asked else None
+        return net, asked
+
+    def mlp_shared_training(
+        self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array, team: Team
+    ) -> Training:
+        return _Shared(self, plan, draws, batch, state, results, team)
 
     def _gradient(
         self,
@@ -449,3 +468,85 @@ class MLPOperations(StepOperations):
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
             )
         return float(total[0] / (batch * plan.layers[-1].outputs))
+
+
+class _Shared:
+    """A training step whose tiles are shared by a team: each has sums of its own, which are added in their order."""
+
+    def __init__(
+        self,
+        be: MLPOperations,
+        plan: MLPPlan,
+        draws: TrainingDraws,
+        batch: int,
+        state: TrainState,
+        results: Array,
+        team: Team,
+    ) -> None:
+        self.be, self.plan, self.draws, self.batch, self.team = be, plan, draws, batch, team
+        self.state, self.results = state, results
+        self.tiles = team.share(-(-batch // mlp_kernels.TILE))
+        self.rows = slice(self.tiles.start * mlp_kernels.TILE, min(batch, self.tiles.stop * mlp_kernels.TILE))
+        self.summed, count = plan.time_weight if plan.time_width else plan.size, len(self.tiles)
+        self.partials = np.zeros((count, self.summed), np.float32)
+        self.dtimes = np.empty((count, mlp_kernels.TILE * max(1, plan.time_width)), np.float32)
+        self.losses = np.zeros(count)
+        self.dtable = np.empty(plan.T * plan.time_width if plan.features is not None else 0, np.float32)
+
+    def run(self, step: int, options: AdamW) -> None:
+        plan, grads = self.plan, self.state.grads
+        count, t, slots, features = self._computed(step)
+        width, summed = plan.time_width, grads[: self.summed]
+        parts = [Segment(summed, self._add, summed)]
+        if width:
+            at = plan.time_weight
+            dtable = grads[at : at + plan.T * width] if plan.features is None else self.dtable[: count * width]
+            if self.tiles.start == 0:
+                dtable[:] = 0
+
+            def add(part: slice) -> None:
+                mlp_kernels.collect_times(self.dtimes.reshape(-1), t, slots, dtable, width)
+
+            def make() -> None:
+                mlp_kernels.time_table_backward(
+                    count, features, features.size // count, dtable, width, grads, plan.time_weight, plan.time_bias
+                )
+
+            if plan.features is None:
+                parts.append(Segment(dtable, add, dtable, in_pieces=False))
+            else:
+                parts.append(Segment(dtable, add, None, in_pieces=False))
+                parts.append(Segment(None, add, grads[self.summed :], make))
+        total = self.team.sum(parts, self.losses.tolist())
+        loss = np.array([total / (self.batch * plan.layers[-1].outputs)])
+        cast(LayerBackend, self.be).finish_step(loss, step, self.state, options, self.results)
+
+    def _computed(self, step: int) -> tuple[int, Array, Array, Array]:
+        """Fill the sums of this member's tiles; return the rows of the time table and where its timesteps find them."""
+        be, plan, draws, params = self.be, self.plan, self.draws, self.state.params
+        with be._workers.lock:
+            net, asked = be._drawn(plan, draws, step, self.batch)
+            table, count = net.time_table(params, net.t)
+            mlp_kernels.transpose_weights(net.layers[1:], params, net.transposed)
+            data = draws.data.reshape(len(draws.data), -1)
+
+            def body(worker: int, start: int, stop: int) -> None:
+                mlp_kernels.gradient_share(
+                    start, stop, self.tiles.start, net.nothing.reshape(-1), data, net.indices, net.t, net.tables,
+                    self.batch, net.layers, params, net.transposed, table, plan.time_width, net.slots,
+                    (net.linear, net.asked(asked, worker)), self.dtimes, self.partials, self.losses, step,
+                    int(Stream.TRAIN_NOISE), net.keys, *be._spaces[worker].noise, net.arenas[worker],
+                    *net.deltas[worker],
+                )  # fmt: skip
+
+            be._workers.run(body, len(self.tiles), 1)
+            features = net.rows[: count * plan.features.shape[1]] if plan.features is not None else net.rows
+            return count, net.t[self.rows].copy(), net.slots.copy(), features.copy()
+
+    def _add(self, part: slice) -> None:
+        grads = self.state.grads
+        for tile, partial in zip(self.tiles, self.partials, strict=True):
+            if tile == 0:
+                grads[part] = partial[part]
+            else:
+                grads[part] += partial[part]
