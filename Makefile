@@ -47,8 +47,8 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 oldest: $(OLDEST)/.installed
 	NUMBA_CACHE_DIR=$(abspath $(OLDEST))/kernels $(OLDEST)/bin/python -m pytest --part=quick -q
 
-# Many workers: processes, joblib and a Dask cluster, which are killed. FASTDIFF_KILLS=20: how often.
-scale-test: $(VENV)/.installed-plot $(VENV)/.installed-test $(VENV)/.installed-scale
+# Many workers: processes, joblib, a Dask cluster and ranks of MPI, which are killed. FASTDIFF_KILLS=20: how often.
+scale-test: $(VENV)/.installed-plot $(VENV)/.installed-test $(VENV)/.installed-scale $(VENV)/.installed-mpich
 	$(BIN)/python -m pytest tests/scale
 
 # Lint, types and spelling. .pre-commit-config.yaml asks the same of a commit, and formats changed lines of kernels.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 import typing
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
+
+from plans import Network, Workers
 
 from fastdiff.bench import Result, Roofs, duration, speed
 
@@ -53,12 +56,14 @@ class Header:
     diffusers: str | None = None
     jax: str | None = None
     openvino: str | None = None
+    zarr: str | None = None
+    mpi4py: str | None = None
     scale: float = 1.0
 
     def line(self) -> str:
         """Return it as a line of text."""
         peers = f" PyTorch {self.torch}, diffusers {self.diffusers};" if self.torch else ""
-        others = {"JAX": self.jax, "OpenVINO": self.openvino}
+        others = {"JAX": self.jax, "OpenVINO": self.openvino, "zarr": self.zarr, "mpi4py": self.mpi4py}
         peers += "".join(f" {name} {version};" for name, version in others.items() if version)
         return (
             f"{self.cpu}, {self.threads} threads on {self.cores} cores, {self.system}; Python {self.python}, "
@@ -815,11 +820,12 @@ class ScalingReport(Report):
 
 # What a plan takes for granted of machines that were not measured.
 STORE_BYTES = 1e9  # a second, that a shared store takes from all workers together
-DISPATCH_SECONDS = 1e-3  # of the one process that hands out a chunk and hears that it is done
-LINK_BYTES, LINK_SECONDS = 1.25e9, 50e-6  # of a network of 10 Gbit/s: bytes a second, and the delay of a message
+LINK = Network(seconds_of_a_byte=1 / 1.25e9, delay=50e-6)  # 10 Gbit/s
+PIECE_BYTES = 1 << 18  # of a sum that travel together: `fastdiff.ranks.PIECE`
 PLANNED = 10**9
 PLANNED_WORKERS = (1, 2, 8, 64, 512, 4096)
 PLANNED_RANKS = (1, 2, 4, 8, 32)
+MOST_OVERHEAD, LEAST_GAIN, MOST_CHUNKS = 0.05, 1.8, 3.0
 
 
 class Growth(NamedTuple):
@@ -834,71 +840,115 @@ class Growth(NamedTuple):
         return [f"{self.rows:,}", duration(self.seconds), f"{self.size / 1e6:.0f} MB", f"{self.memory / 1e6:.0f} MB"]
 
 
+class OverRanks(NamedTuple):
+    """Steps of a network alone and over ranks: seconds; the sum by itself; bytes a step, and the least possible.
+
+    `equal`: whether both ended in the same weights.
+    """
+
+    what: str
+    ranks: int
+    parameters: int
+    alone: float
+    together: float
+    summed: float
+    sent: float
+    least: float
+    equal: bool
+
+    def planned(self, ranks: int, network: Network | None = None) -> float:
+        """Seconds of a step on so many ranks; by default with the sum as it was measured here."""
+        summed = self.summed if network is None else network.sum_seconds(ranks, 4 * self.parameters, PIECE_BYTES)
+        return self.alone / ranks + summed
+
+    def cells(self) -> list[str]:
+        return [
+            self.what, duration(self.alone), duration(self.together), f"{self.alone / self.together:.2f} x",
+            f"{self.planned(self.ranks) / self.together:.2f}", f"{self.sent / 1e6:.3f} MB",
+            f"{self.sent / self.least:.2f}", "yes" if self.equal else "**no**",
+        ]  # fmt: skip
+
+
 @dataclass
 class WorkersReport(Report):
-    """What samples cost on workers, and what that means for more of them."""
+    """What samples cost on workers and training over ranks, and what that means for more of both."""
 
     points: int
     chunk: int
-    seconds: float  # of a chunk
+    seconds: float  # of a chunk, of processor time
     overhead: float
     start: float
-    rates: dict[str, float]  # samples a second of so many processes
+    hand_out: float
+    rates: dict[str, float]  # samples a second of so many processes, when all work
+    whole: dict[str, float]  # seconds of `chunks` chunks on so many, with their start
+    chunks: int
     worker: int
     chunks_of_memory: float
-    step: float
-    parameters: int
     growth: list[Growth]
+    growth_steps: int  # of the sampler of these
+    ranks: list[OverRanks]
 
-    def sampling(self, n: int, workers: int) -> tuple[float, str]:
-        """Return the seconds of n samples, and what they wait for."""
-        chunk = self.chunk * self.points * 4  # bytes
-        least = {
-            "workers": n / (workers * self.chunk) * self.seconds * (1 + self.overhead),
-            "the store": n / self.chunk * chunk / STORE_BYTES,
-            "the driver": n / self.chunk * DISPATCH_SECONDS,
-        }
-        slowest = max(least, key=lambda what: least[what])
-        return self.start + least[slowest], slowest
-
-    def training(self, ranks: int) -> float:
-        """Return the seconds of a step: a share of it, and a sum of all gradients over a ring."""
-        sent = 2 * (ranks - 1) / ranks * 4 * self.parameters / LINK_BYTES + 2 * (ranks - 1) * LINK_SECONDS
-        return self.step / ranks + sent
+    def workers(self, store: float) -> Workers:
+        """What a plan is made of, for a store that takes so many bytes a second."""
+        write = self.chunk * self.points * 4 / store
+        return Workers(self.start, self.chunk / self.rates["1"], self.hand_out, write)
 
     def lines(self) -> list[str]:
         one, two = self.rates["1"], self.rates["2"]
+        predicted, _ = self.workers(math.inf).seconds(self.chunks, 2)
         facts = [
-            ["processor time of a chunk, one thread", f"{self.chunk:,} curves in {duration(self.seconds)}"],
-            ["`sample_to` over `sample`", f"{self.overhead:+.1%}"],
-            ["start of a process", duration(self.start)],
-            ["one process", f"{one:,.0f} samples/s"],
-            ["two processes", f"{two:,.0f} samples/s, {two / one:.2f} x"],
-            ["memory of a worker", f"{self.worker / 1e6:.0f} MB and {self.chunks_of_memory:.1f} chunks"],
-            ["a training step, one thread", duration(self.step)],
-        ]
-        of_workers = []
+            ["processor time of a chunk, one thread", f"{self.chunk:,} curves in {duration(self.seconds)}", ""],
+            ["`sample_to` over `sample`", f"{self.overhead:+.1%}", _at_most(self.overhead, MOST_OVERHEAD, "5 %")],
+            ["start of a process", duration(self.start), ""],
+            ["to hand out a chunk", duration(self.hand_out), ""],
+            ["one process", f"{one:,.0f} samples/s", ""],
+            ["two processes", f"{two:,.0f} samples/s, {two / one:.2f} x", _at_most(-two / one, -LEAST_GAIN, "1.8 x")],
+            [f"{self.chunks} chunks on two processes", duration(self.whole["2"]), f"planned {duration(predicted)}"],
+            [
+                "memory of a worker", f"{self.worker / 1e6:.0f} MB and {self.chunks_of_memory:.1f} chunks",
+                _at_most(self.chunks_of_memory, MOST_CHUNKS, "3 chunks"),
+            ],
+        ]  # fmt: skip
+        plan, of_workers = self.workers(STORE_BYTES), []
         for workers in PLANNED_WORKERS:
-            seconds, slowest = self.sampling(PLANNED, workers)
-            of_workers.append([str(workers), f"{seconds / 3600:.2f} h", slowest])
+            seconds, busy = plan.seconds(-(-PLANNED // self.chunk), workers)
+            of_workers.append([f"{workers:,}", f"{seconds / 3600:.2f} h", *(f"{share:.0%}" for share in busy.values())])
         of_ranks = [
-            [str(r), duration(self.training(r)), f"{self.step / self.training(r):.2f} x"] for r in PLANNED_RANKS
+            [
+                str(r),
+                *(f"{duration(row.planned(r, LINK))}, {row.alone / row.planned(r, LINK):.2f} x" for row in self.ranks),
+            ]
+            for r in PLANNED_RANKS
         ]
+        sizes = [f"samples, {self.growth_steps} steps, 2 processes", "time", "on disk", "memory"]
+        head = [
+            "training, one thread a rank", "alone", "2 ranks", "faster", "planned / measured", "sent a step",
+            "of the least", "same bits",
+        ]  # fmt: skip
         return [
             self.header.line(),
             "",
-            *markdown(["measured", ""], facts),
+            *markdown(["measured", "", "goal"], facts),
             "",
-            *(
-                markdown(["samples", "time", "on disk", "memory"], [g.cells() for g in self.growth])
-                if self.growth
-                else []
+            *(markdown(sizes, [g.cells() for g in self.growth]) if self.growth else []),
+            "",
+            *(markdown(head, [row.cells() for row in self.ranks]) if self.ranks else []),
+            "",
+            *markdown(
+                [f"workers, {PLANNED:.0e} samples", "planned", "workers busy", "the driver", "the store"], of_workers
             ),
             "",
-            *markdown([f"workers, {PLANNED:.0e} samples", "planned", "waits for"], of_workers),
-            "",
-            *markdown(["ranks that train", "planned step", "faster"], of_ranks),
+            *(
+                markdown(["ranks, planned for 10 Gbit/s", *(row.what for row in self.ranks)], of_ranks)
+                if self.ranks
+                else []
+            ),
         ]
+
+
+def _at_most(value: float, most: float, words: str) -> str:
+    """A goal, and whether it was missed."""
+    return f"{'at least' if most < 0 else 'at most'} {words}" + ("" if value <= most else MISSED)
 
 
 REPORTS: dict[str, type[Report]] = {

@@ -1,14 +1,18 @@
-"""Samples to a store on one and on two processes: what the store costs, what memory, and a plan for more of both.
+"""Samples to a store and training over ranks, on one and two processes: what both cost, and a plan for more of them.
 
-``python benchmarks/scale.py`` writes results/workers-cpu.json and .md. On a machine that does other things only the
-overhead, which is of processor time, means something.
+``python benchmarks/scale.py`` writes results/workers-cpu.json and .md, in some six minutes of two cores. On a machine
+that does other things only the overhead, which is of processor time, means something.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from machine import cores, header
-from report import RESULTS, Growth, WorkersReport
+from report import RESULTS, Growth, OverRanks, WorkersReport
 
 import fastdiff as fd
 
@@ -50,14 +54,23 @@ def overhead(one: fd.Diffusion, chunk: int, chunks: int) -> tuple[float, float]:
     return min(plain) / chunks, statistics.median(ratios) - 1
 
 
-def throughput(one: fd.Diffusion, workers: int, chunk: int, chunks: int) -> tuple[float, float]:
-    """Samples a second of so many processes, by when chunks were done after the first of each; and their start."""
+def throughput(one: fd.Diffusion, workers: int, chunk: int, chunks: int) -> tuple[float, float, float]:
+    """Samples a second of so many processes, by when chunks were done after the first of each; their start; all."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.time()
         fd.scale.sample_to(f"{folder}/a", one, chunks * chunk, chunk=chunk, client=workers, progress=False)
         done = sorted(path.stat().st_mtime for path in Path(folder, "a", "done").iterdir())
     first = done[workers - 1]
-    return (chunks - workers) * chunk / (done[-1] - first), first - begun
+    return (chunks - workers) * chunk / (done[-1] - first), first - begun, done[-1] - begun
+
+
+def hand_out(one: fd.Diffusion, chunks: int) -> float:
+    """Seconds in which this process hands out a chunk and hears that it is done: those of chunks of nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"chunk": 1, "client": 2, "progress": False, "sampler": "ddim", "steps": 1}
+        fd.scale.sample_to(f"{folder}/a", one, chunks, **options)
+        done = sorted(path.stat().st_mtime for path in Path(folder, "a", "done").iterdir())
+    return (done[-1] - done[1]) / (chunks - 2)
 
 
 def peak(one: fd.Diffusion, chunk: int) -> int:
@@ -71,20 +84,27 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def growth(one: fd.Diffusion, n: int, chunk: int, workers: int) -> Growth:
+def growth(one: fd.Diffusion, n: int, chunk: int, workers: int, steps: int) -> Growth:
     """Time and memory of many samples."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        fd.scale.sample_to(f"{folder}/a", one, n, chunk=chunk, client=workers, progress=False)
+        options = {"chunk": chunk, "client": workers, "progress": False, "steps": steps}
+        fd.scale.sample_to(f"{folder}/a", one, n, **options)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     of_all = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Growth(n, time.perf_counter() - begun, size, 1024 * of_all)
 
 
-def step_seconds(one: fd.Diffusion, batch: int = 256, steps: int = 300) -> float:
-    """Processor seconds of a training step."""
-    X = fd.data.harmonic_curves(2000, points=POINTS)
-    return processor_seconds(one.fit, X, steps=steps, batch=batch, progress=False, judge=False) / steps
+def over_ranks(steps: int) -> list[OverRanks]:
+    """Training on two ranks beside one, by a launcher of MPI; nothing where there is none."""
+    launcher = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if launcher is None:
+        print("no mpiexec: no training over ranks (pip install mpi4py mpich)", file=sys.stderr)
+        return []
+    script = str(Path(__file__).with_name("scale_ranks.py"))
+    program = [launcher, "-n", "2", sys.executable, "-m", "mpi4py", script, str(steps)]
+    found = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [OverRanks(**row) for row in json.loads(found)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,27 +114,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a chunk")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--rows", type=int, default=10_000_000, help="of the long run; 0: none")
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler of the long run")
+    parser.add_argument("--train", type=int, default=30, help="steps of a training over ranks; 0: none")
     args = parser.parse_args(argv)
     one = model()
     one.sample(1000)
     chunk = max(100, int(2000 * args.seconds / processor_seconds(one.sample, 2000)))
     seconds, share = overhead(one, chunk, max(2, args.chunks // 4))
-    rates = {workers: throughput(one, workers, chunk, args.chunks) for workers in (1, 2)}
-    small, large = peak(one, 1000), peak(one, 20 * chunk)
-    assert one.net is not None
+    runs = {workers: throughput(one, workers, chunk, args.chunks) for workers in (1, 2)}
+    few, many = 1000, 4 * chunk
+    small, large = peak(one, few), peak(one, many)
+    ranks = over_ranks(args.train) if args.train else []
     report = WorkersReport(
-        header(cores(), "zarr"),
+        header(cores(), "zarr", *(["mpi4py"] if ranks else [])),
         points=POINTS,
         chunk=chunk,
         seconds=seconds,
         overhead=share,
-        start=rates[1][1],
-        rates={str(workers): rate for workers, (rate, _) in rates.items()},
+        start=runs[1][1] - chunk / runs[1][0],
+        hand_out=hand_out(one, 20 * args.chunks),
+        rates={str(workers): rate for workers, (rate, _, _) in runs.items()},
+        whole={str(workers): whole for workers, (_, _, whole) in runs.items()},
+        chunks=args.chunks,
         worker=small,
-        chunks_of_memory=(large - small) / (19.9 * chunk * POINTS * 4),
-        step=step_seconds(one),
-        parameters=one.net.layout.count,
-        growth=[growth(one, args.rows // k, chunk, 2) for k in (10, 1)] if args.rows else [],
+        chunks_of_memory=(large - small) / ((many - few) * POINTS * 4),
+        growth=[growth(one, args.rows // k, chunk, 2, args.steps) for k in (10, 1)] if args.rows else [],
+        growth_steps=args.steps,
+        ranks=ranks,
     )
     report.save(args.output, "workers-cpu")
     print(report.table(), end="")

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastdiff.conditioning import GUIDED
 from fastdiff.errors import ArgumentError, BackendError, FastdiffError, check_array, check_flags, check_int, shown
@@ -141,16 +140,16 @@ def impute_to(
     ArgumentError, DataError, BackendError
         As of `sample_to`, and of `Diffusion.impute`.
     """
-    draws, chunk = check_int("draws", draws, low=1), check_int("chunk", chunk, low=1)
+    draws = check_int("draws", draws, low=1)
     if options.get("quantiles") is not None:
         raise ArgumentError("quantiles", shown(options["quantiles"]), "None, where draws go to a store")
     options = {"draws": draws} | _resolved(model, options, given=True)
-    of_rows, options = _of_rows(model, X, options, {"labels": 0, "covariates": 1})
-    some = model.impute(_filled(of_rows["X"][:1]), **{k: v[:1] for k, v in of_rows.items() if k != "X"}, **options)
-    dtype = np.result_type(some.dtype, of_rows["X"].dtype)
-    n, (_, _, *shape) = len(of_rows["X"]), some.shape
-    job = Job("draws", model, n, chunk, 0, options, of_rows)
-    return _run(store, job, (draws, n, *shape), dtype, client, resume, progress)
+    job = _of_rows("draws", model, X, chunk, options, {"labels": 0, "covariates": 1})
+    first = job.told(0, 1)
+    first["X"] = np.zeros_like(first["X"])  # where nothing is missing nothing takes time
+    some = model.impute(**first, **job.options)
+    dtype = np.result_type(some.dtype, job.of_rows["X"].dtype)
+    return _run(store, job, (draws, job.count, *some.shape[2:]), dtype, client, resume, progress)
 
 
 def score_to(
@@ -190,12 +189,9 @@ def score_to(
     ArgumentError, DataError, BackendError
         As of `sample_to`, and of `Diffusion.log_density`.
     """
-    chunk, options = check_int("chunk", chunk, low=1), {"seed": model.seed, **options}
-    options = {"y": y, **options}
-    of_rows, options = _of_rows(model, X, options, {"y": 0, "covariates": 1})
-    n = len(of_rows["X"])
-    job = Job("scores", model, n, chunk, 0, options, of_rows)
-    return _run(store, job, (n,), np.dtype(np.float64), client, resume, progress)
+    options = {"y": y, "seed": model.seed, **options}
+    job = _of_rows("scores", model, X, chunk, options, {"y": 0, "covariates": 1})
+    return _run(store, job, (job.count,), np.dtype(np.float64), client, resume, progress)
 
 
 def _resolved(model: Diffusion, options: dict[str, Any], *, given: bool = False) -> dict[str, Any]:
@@ -209,10 +205,9 @@ def _resolved(model: Diffusion, options: dict[str, Any], *, given: bool = False)
     return options
 
 
-def _of_rows(
-    model: Diffusion, X: Any, options: dict[str, Any], names: dict[str, int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """X and what belongs to its rows, and the other options; `names` are those of such, and axes of a single value."""
+def _of_rows(kind: str, model: Diffusion, X: Any, chunk: int, options: dict[str, Any], names: dict[str, int]) -> Job:
+    """What is asked of rows X; `names` are the options that belong to single rows, and axes of a single value."""
+    chunk = check_int("chunk", chunk, low=1)
     net, _, _ = model._fitted()
     if not (hasattr(X, "shape") and hasattr(X, "dtype")):
         X = check_array("X", X, finite=False)
@@ -224,12 +219,7 @@ def _of_rows(
         if name in rest and np.ndim(rest[name]) > single:
             shape = (int(X.shape[0]), *(None,) * single)
             of_rows[name] = check_array(name, rest.pop(name), shape=shape, finite=False)
-    return of_rows, rest
-
-
-def _filled(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A row where nothing is missing, which takes no time to fill in."""
-    return np.zeros_like(np.asarray(row))
+    return Job(kind, model, int(X.shape[0]), chunk, 0, rest, of_rows)
 
 
 def _run(
