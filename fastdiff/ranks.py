@@ -108,6 +108,9 @@ class Ranks:
 
     def share(self, items: int) -> range:
         """Which of so many items are this rank's; the first rank has one if anybody has."""
+        if self.rank == 0 and items < self.size:
+            words = "%d of %d ranks have nothing to do, for a batch has %d chunks: take a larger one, or accumulate"
+            log.warning(words, self.size - items, self.size, items)
         return range(-(-items * self.rank // self.size), -(-items * (self.rank + 1) // self.size))
 
     def sum(self, segments: Sequence[Segment], losses: Sequence[float]) -> float:

@@ -179,7 +179,8 @@ class Trainer:
         self.state = TrainState(*(be.asarray(array, net.dtype) for array in host))
         self.results = be.asarray(np.zeros((be.steps_ahead, 2)), np.float64)
         runner = net.runner(be, self.state.params)
-        self.steps = runner.training(draws, batch, parts, self.state, self.results, ranks)
+        team = {} if ranks is None else {"team": ranks}
+        self.steps = runner.training(draws, batch, parts, self.state, self.results, **team)
         self.brought = True  # whether the host has what has been trained
         self.saves: Saves | None = None
         self.turns: Turns | None = None  # of whoever is trained

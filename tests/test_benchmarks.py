@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,8 @@ from fastdiff.bench.networks import Network, Pictures, Save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-peers, pictures, quality, readme_numbers, report, sines, workloads = map(
-    importlib.import_module, ("peers", "pictures", "quality", "readme_numbers", "report", "sines", "workloads")
+peers, pictures, plans, quality, readme_numbers, report, sines, workloads = map(
+    importlib.import_module, ("peers", "pictures", "plans", "quality", "readme_numbers", "report", "sines", "workloads")
 )
 
 TINY = 1e-3
@@ -724,3 +725,45 @@ def test_the_cost_of_guidance_is_that_of_twice_as_many():
     net = fd.MLP(8, hidden=(32,), T=10, classes=2)
     table = fd.samplers.ddpm(fd.Schedule.cosine(10), prediction="v")
     assert 0.2 < pictures.cost_of(net, table, 64, 5) < 5
+
+
+# --------------------------------------------------------------------------------------- workers and ranks
+
+
+def test_plans_of_workers():
+    """What waits decides: the workers, the one that hands out, or the store."""
+    assert plans.Workers(start=2, chunk=1, hand_out=0, write=0).seconds(10, 2)[0] == 7
+    assert plans.Workers(start=2, chunk=1, hand_out=0, write=0).seconds(11, 2)[0] == 8
+    end, busy = plans.Workers(start=0, chunk=1, hand_out=0.25, write=0).seconds(100, 50)
+    assert end == 26
+    assert busy["the driver"] == pytest.approx(25 / 26)
+    end, busy = plans.Workers(start=0, chunk=1, hand_out=0, write=0.5).seconds(100, 50)
+    assert end == 51
+    assert busy["the store"] == pytest.approx(50 / 51)
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (2, 100), (4, 10), (32, 400)])
+def test_plans_of_sums(ranks, pieces):
+    """A piece goes over 2 (r - 1) links, one after the other, and pieces follow each other."""
+    link = plans.Network(seconds_of_a_byte=1e-3, delay=0.5)
+    want = 0 if ranks == 1 else (1 + (2 * (ranks - 1) - 1) / pieces) * 8 + 2 * (ranks - 1) * 0.5
+    assert link.sum_seconds(ranks, 8000, -(-8000 // pieces)) == pytest.approx(want, rel=0.02)
+
+
+def test_the_table_of_workers():
+    over = report.OverRanks("net, batch 64", 2, 1000, 0.1, 0.06, 0.01, 8800, 8000, True)
+    header = report.load(report.RESULTS / "quality-cpu.json").header
+    made = report.WorkersReport(
+        header, points=50, chunk=10_000, seconds=1.0, overhead=0.01, start=4.0, hand_out=1e-3,
+        rates={"1": 1e4, "2": 1.9e4}, whole={"1": 20.0, "2": 12.5}, chunks=16, worker=200_000_000,
+        chunks_of_memory=2.5, growth=[report.Growth(10**7, 100.0, 2 * 10**9, 3 * 10**8)], growth_steps=10, ranks=[over],
+    )  # fmt: skip
+    text = made.table()
+    assert "| two processes | 19,000 samples/s, 1.90 x | at least 1.8 x |" in text
+    assert f"| 16 chunks on two processes | {bench.duration(12.5)} | planned {bench.duration(12.009)} |" in text
+    steps = f"{bench.duration(0.1)} | {bench.duration(0.06)}"
+    assert f"| net, batch 64 | {steps} | 1.67 x | 1.00 | 0.009 MB | 1.10 | yes |" in text
+    assert "missed" not in text
+    slow = replace(made, overhead=0.06, rates={"1": 1e4, "2": 1.7e4}, chunks_of_memory=3.2)
+    assert slow.table().count("**missed**") == 3
+    assert report.record(report.WorkersReport, report.plain(made)) == made

@@ -1,5 +1,7 @@
 """Training over ranks: the bits of one process. The ranks are threads here, tests/scale has processes with MPI."""
 
+import sys
+
 import numpy as np
 import pytest
 from threaded_ranks import on_ranks
@@ -229,7 +231,7 @@ def test_a_rank_that_cannot_begin():
 
 
 def test_a_rank_that_fails_ends_all(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.__stderr__", __import__("sys").stderr)
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
 
     def work(comm):
         def callback(step, loss):
@@ -255,21 +257,16 @@ def test_losses_that_are_not_finite_end_all_alike():
 
 
 def test_weights_that_differ_are_found(monkeypatch):
+    """As those of processors that round otherwise."""
+    same = ranks.Ranks.same
+    monkeypatch.setattr(ranks.Ranks, "same", lambda self, what, value: same(self, what, value + self.rank))
+
     def work(comm):
         model = curves()
 
         def callback(step, loss):
             return step == 2
 
-        if comm.rank:
-            monkeypatch.setattr(model, "_turns", model._turns)
-            run = ranks.Ranks.same
-
-            def other(self, what, value):
-                return run(self, what, value + self.rank)
-
-            monkeypatch.setattr(ranks.Ranks, "same", other)
-        comm.allgather(None)
         model.fit(CURVES, steps=5, comm=comm, callback=callback, **QUIET)
 
     for error in on_ranks(2, work):
@@ -299,6 +296,25 @@ def test_what_launchers_say(monkeypatch):
     assert ranks.launched() == 4
     monkeypatch.setenv("PMI_SIZE", "3")
     assert ranks.launched() == 3
-    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(FastdiffError, match=r"3 ranks need mpi4py.*fastdiff-engine\[mpi\]"):
         ranks.world()
+
+
+def test_the_command_beside_other_processes(monkeypatch, tmp_path, capsys):
+    from fastdiff.cli import main
+
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    np.savetxt(tmp_path / "X.csv", CURVES, delimiter=",")
+    command = ["train", str(tmp_path / "X.csv"), "-o", str(tmp_path / "m.safetensors"), "--steps", "2", "--quiet"]
+    assert main(command) == 2
+    assert "3 ranks need mpi4py" in capsys.readouterr().err
+    assert main([*command, "--alone"]) == 0
+
+
+def test_ranks_without_a_chunk_are_told_of(caplog):
+    together(3, curves, (CURVES,), steps=1, batch=200)
+    assert [record.getMessage() for record in caplog.records].count(
+        "1 of 3 ranks have nothing to do, for a batch has 2 chunks: take a larger one, or accumulate"
+    ) == 1

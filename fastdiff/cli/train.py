@@ -146,6 +146,9 @@ def add(commands: Any) -> None:
         metavar="N",
         help="keep N rows of the data in the model, to be drawn beside samples (default: none, or those kept before)",
     )
+    train.add_argument(
+        "--alone", action="store_true", help="not together with the other processes that mpirun or srun has begun"
+    )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     add_table_options(train)
     add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
@@ -240,7 +243,7 @@ def _widths(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     from fastdiff import ranks
 
-    if ranks.launched() == 1:
+    if args.alone or ranks.launched() == 1:
         return _train(args, None)
     team = ranks.Ranks(ranks.world())
     if team.rank == 0:
