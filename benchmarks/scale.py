@@ -27,6 +27,7 @@ import fastdiff as fd
 
 POINTS, SEED = 50, 0
 ROUNDS = 5
+FEW = 1000  # rows of a chunk that needs no memory to speak of
 
 
 def model() -> fd.Diffusion:
@@ -74,9 +75,10 @@ def hand_out(one: fd.Diffusion, chunks: int) -> float:
 
 
 def peak(one: fd.Diffusion, chunk: int) -> int:
-    """Bytes that the memory of a worker has reached."""
+    """Bytes that the memory of a worker has reached; how many steps a sample takes does not matter."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        fd.scale.sample_to(f"{folder}/a", one, 3 * chunk, chunk=chunk, client=pool, progress=False)
+        options = {"chunk": chunk, "client": pool, "progress": False, "steps": 2}
+        fd.scale.sample_to(f"{folder}/a", one, 3 * chunk, **options)
         return 1024 * pool.submit(_peak).result()
 
 
@@ -115,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--rows", type=int, default=10_000_000, help="of the long run; 0: none")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler of the long run")
+    parser.add_argument("--many", type=int, default=500_000, help="rows of a chunk whose memory is measured")
     parser.add_argument("--train", type=int, default=30, help="steps of a training over ranks; 0: none")
     args = parser.parse_args(argv)
     one = model()
@@ -122,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     chunk = max(100, int(2000 * args.seconds / processor_seconds(one.sample, 2000)))
     seconds, share = overhead(one, chunk, max(2, args.chunks // 4))
     runs = {workers: throughput(one, workers, chunk, args.chunks) for workers in (1, 2)}
-    few, many = 1000, 4 * chunk
-    small, large = peak(one, few), peak(one, many)
+    grown = [growth(one, args.rows // k, chunk, 2, args.steps) for k in (10, 1)] if args.rows else []
+    small, large = peak(one, FEW), peak(one, args.many)  # after that the most memory of a process is that of these
     ranks = over_ranks(args.train) if args.train else []
     report = WorkersReport(
         header(cores(), "zarr", *(["mpi4py"] if ranks else [])),
@@ -137,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         whole={str(workers): whole for workers, (_, _, whole) in runs.items()},
         chunks=args.chunks,
         worker=small,
-        chunks_of_memory=(large - small) / ((many - few) * POINTS * 4),
-        growth=[growth(one, args.rows // k, chunk, 2, args.steps) for k in (10, 1)] if args.rows else [],
+        chunks_of_memory=(large - small) / ((args.many - FEW) * POINTS * 4),
+        growth=grown,
         growth_steps=args.steps,
         ranks=ranks,
     )
