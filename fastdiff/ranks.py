@@ -238,10 +238,8 @@ class Ranks:
         """Return a backend; of a CPU, where nothing says how many threads, with this rank's part of the cores."""
         be = get_backend(backend)
         if isinstance(backend, str) and be.name == "cpu":
-            cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            mine = platform.node(), cores
-            count = len(cores) if isinstance(cores, tuple) else cores
-            return get_backend("cpu", threads=max(1, count // self.comm.allgather(mine).count(mine)))
+            mine = platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+            return get_backend("cpu", threads=max(1, be.threads // self.comm.allgather(mine).count(mine)))
         self.comm.allgather(None)
         return be
 
