@@ -1,12 +1,15 @@
 """Training over ranks, processes of MPI: weights to the bit those of one process, whatever happens on the way."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import trainer
 
@@ -87,6 +90,29 @@ def test_the_command_works_as_it_stands(tmp_path):
     assert again.returncode != 0
     assert again.stderr.count("fastdiff: error:") == 1
     assert "is there; --overwrite replaces it" in again.stderr
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tmp_path):
+    np.savetxt(tmp_path / "curves.csv", trainer.CASES["curves"][1], delimiter=",")
+    path = tmp_path / "m.safetensors"
+    command = [sys.executable, "-m", "fastdiff", "train", tmp_path / "curves.csv", "-o", path, "--steps", "1000000"]
+    command = [launcher(), "-n", "2", *map(str, command), "--save-every", "10", "--quiet"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            if path.exists():
+                break
+        ranks = [one for one in psutil.Process(run.pid).children(recursive=True) if "fastdiff" in one.cmdline()]
+        assert len(ranks) == 2
+        before = fd.load(path).step
+        max(ranks, key=lambda one: int(one.environ()["PMI_RANK"])).terminate()
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    (step,) = (int(number) for number in re.findall(r"fastdiff: stopped after step (\d+), saved to", said))
+    assert fd.load(path).step == step >= before
+    assert "continue with: fastdiff train" in said
 
 
 @pytest.mark.parametrize("words", ["ranks that disagree about data", "rank 1 of 2 cannot begin"])
