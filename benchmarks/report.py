@@ -858,7 +858,8 @@ class OverRanks(NamedTuple):
 
     def planned(self, ranks: int, network: Network | None = None) -> float:
         """Seconds of a step on so many ranks; by default with the sum as it was measured here."""
-        summed = self.summed if network is None else network.sum_seconds(ranks, 4 * self.parameters, PIECE_BYTES)
+        size = math.ceil(self.sent / (2 * (self.ranks - 1)))  # over a link, there and back
+        summed = self.summed if network is None else network.sum_seconds(ranks, size, PIECE_BYTES)
         return self.alone / ranks + summed
 
     def cells(self) -> list[str]:

@@ -259,6 +259,8 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
         trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
         trainer.turns, trainer.feed = model._turns, lessons.feed
+        if trainer.feed is not None:
+            trainer.feed.mine = trainer.mine
         if wishes.checkpoint is not None:
             assert wishes.every is not None
             trainer.saves = Saves(wishes.every, save)

@@ -217,6 +217,8 @@ class Feed:
     data : (batch, ...) array
     asked : pair of (batch, ...) array or None
         Of the step that was put last.
+    mine : slice
+        The positions that are read: all, but for a rank that computes a share of the steps.
     """
 
     def __init__(
@@ -231,7 +233,7 @@ class Feed:
         self.be, self.rows, self.inner, self.batch, self.seed = be, rows, inner, batch, seed
         first = inner(rows[:1])
         self.data = be.asarray(np.repeat(first, batch, axis=0), first.dtype)
-        self._all = asked
+        self._all, self.mine = asked, slice(None)
         self.asked = tuple(None if a is None else be.asarray(a[np.zeros(batch, np.int64)], a.dtype) for a in asked)
         self._steps = max(1, AHEAD_VALUES // max(1, batch * math.prod(rows.shape[1:])))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastdiff-rows")
@@ -250,14 +252,15 @@ class Feed:
         numbers, block = read[step - first]
         for place, what in ((self.data, block), *zip(self.asked, self._all, strict=True)):
             if what is not None:
-                place[...] = self.be.asarray(what if what is block else what[numbers], place.dtype)
+                place[self.mine] = self.be.asarray(what if what is block else what[numbers], place.dtype)
 
     def _ask(self, first: int, end: int) -> tuple[int, Future[list[tuple[Rows, Rows]]]]:
         return first, self._thread.submit(self._read, range(first, min(end, first + self._steps)))
 
     def _read(self, steps: range) -> list[tuple[Rows, Rows]]:
         """Numbers of the rows that steps draw, and these in the network's range."""
-        drawn = [noise.scaled_words(self.batch, len(self.rows), Draw(self.seed, Stream.BATCH, k)) for k in steps]
+        draws = (Draw(self.seed, Stream.BATCH, k) for k in steps)
+        drawn = [noise.scaled_words(self.batch, len(self.rows), draw)[self.mine] for draw in draws]
         block = self.inner(self.rows[np.concatenate(drawn)])
         return list(zip(drawn, np.split(block, len(drawn)), strict=True))
 

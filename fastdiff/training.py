@@ -185,6 +185,7 @@ class Trainer:
         self.saves: Saves | None = None
         self.turns: Turns | None = None  # of whoever is trained
         self.feed: Feed | None = None  # of data that are on disk
+        self.mine: slice = getattr(self.steps, "rows", slice(None))  # the positions of a batch that are computed here
 
     def bring_back(self) -> None:
         """Bring what has been trained to the host."""

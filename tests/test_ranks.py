@@ -160,11 +160,22 @@ def test_gaps_patience_and_numbers_of_ranks_that_change(tmp_path):
 
 
 def test_data_on_disk(tmp_path, monkeypatch):
+    """A rank reads what it computes with."""
     monkeypatch.setattr(fd.stored, "FEW_VALUES", 500)
     np.save(tmp_path / "X.npy", CURVES)
-    data = (str(tmp_path / "X.npy"),)
+    read, data, fetch = [], (str(tmp_path / "X.npy"),), fd.stored.Feed._read
+
+    def counted(self, steps):
+        found = fetch(self, steps)
+        read.extend(len(numbers) for numbers, _ in found)
+        return found
+
+    monkeypatch.setattr(fd.stored.Feed, "_read", counted)
     want = curves().fit(*data, steps=5, batch=300, **QUIET)
-    assert_same(together(2, curves, data, steps=5, batch=300), want)
+    assert read == [300] * 5
+    read.clear()
+    assert_same(together(4, curves, data, steps=5, batch=300), want)
+    assert sorted(read) == [0] * 5 + [44] * 5 + [128] * 10
 
 
 # ------------------------------------------------------------------------------------------- who speaks, and who ends

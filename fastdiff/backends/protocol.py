@@ -739,4 +739,4 @@ class SharingBackend(Backend, Protocol):
     def mlp_shared_training(
         self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array, team: Team
     ) -> Training:
-        """Return what does a step of `mlp_training` of which this member computes its share."""
+        """Return what does a step of `mlp_training` of which this member computes its share, the batch's `rows`."""

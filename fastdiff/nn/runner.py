@@ -573,6 +573,7 @@ class _SharedParts(_InParts):
         super().__init__(runner, draws, bounds, state, results)
         share = team.share(len(bounds) - 1)
         self.team, self.mine = team, list(pairwise(bounds[share.start : share.stop + 1]))
+        self.rows = slice(bounds[share.start], bounds[share.stop])
         # Whoever comes first adds to nothing; the others keep theirs until what is before them has come.
         self.first = share.start == 0
         self.kept = [] if self.first else [runner.net.layout.zeros(runner.net.dtype) for _ in self.mine]
