@@ -63,6 +63,7 @@ ROOMS = {
     "fastdiff.sklearn": "Estimators of scikit-learn: a density, and an imputer.",
     "fastdiff.callbacks": "What may look on while a model is trained.",
     "fastdiff.data": "Curves, tables and pictures: made, read and written.",
+    "fastdiff.interop": "Samplers as files of another program: [which](../samplers.md#other-programs).",
     "fastdiff.nn": "Networks, and what makes one.",
     "fastdiff.plots": "Figures.",
     "fastdiff.page": "[The page](../curve.md) where a curve diffuses, as a file.",

@@ -34,6 +34,8 @@ from typing import Any
 
 from fastdiff.errors import ArgumentError, DataError
 
+__all__ = ["FileLogger"]
+
 EVERY = 10  # steps
 NUMBERS = ("loss", "lr", "validation_loss")
 HEADER = ",".join(["step", *NUMBERS])
@@ -56,6 +58,15 @@ class FileLogger:
         Another ending.
     DataError
         The file is a ``.csv`` file with other columns; while training: it cannot be written.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(100, points=12)
+    >>> log = fd.callbacks.FileLogger("run.csv")
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False, callbacks=[log])
+    >>> from pathlib import Path
+    >>> Path("run.csv").read_text().split()[0]
+    'step,loss,lr,validation_loss'
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -264,6 +264,12 @@ class Reshaping:
     gains : (r,) float64
         What each component is multiplied by, all above 0.
     form : {"spectrum", "transport"}
+
+    Examples
+    --------
+    >>> r = fd.covariance.reshaping(np.eye(2), np.diag([4.0, 1.0]))
+    >>> r.rank, (r.matrix.T @ r.matrix).round(6).tolist()
+    (2, [[4.0, 0.0], [0.0, 1.0]])
     """
 
     before: Array
@@ -322,6 +328,13 @@ class Reshaping:
         ------
         ArgumentError
             Shape, dtype or value of an argument.
+
+        Examples
+        --------
+        >>> r = fd.covariance.reshaping(np.eye(2), np.diag([4.0, 1.0]))
+        >>> x = r.apply(fd.normal((5000, 2), seed=0, backend="numpy"), backend="numpy")
+        >>> fd.covariance.scatter(x, normalise=True).round().tolist()
+        [[4.0, 0.0], [0.0, 1.0]]
         """
         check_flags(standardise=standardise)
         be, on_device = backend_for(backend, X=X), is_on_device(X)
@@ -514,6 +527,12 @@ class EmpiricalMoments:
     mean : (n,) float64
     cov : (n, n) float64
         Unbiased: the centred scatter divided by count - 1.
+
+    Examples
+    --------
+    >>> found = fd.covariance.empirical(np.array([[0.0, 1.0], [2.0, 1.0]]))
+    >>> found.count, found.mean.tolist(), found.cov.tolist()
+    (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
     count: int
@@ -567,6 +586,12 @@ class ShrunkMoments:
         From 0 to 1.
     variance : float
         The mean of the diagonal of S.
+
+    Examples
+    --------
+    >>> found = fd.covariance.ledoit_wolf(np.random.default_rng(0).normal(size=(10, 30)))
+    >>> found.cov.shape, bool(np.linalg.eigvalsh(found.cov)[0] > 0)  # though 10 rows have rank 9
+    ((30, 30), True)
     """
 
     mean: Array
@@ -582,7 +607,15 @@ class ShrunkMoments:
         return cov
 
     def sample(self, of_rows: Array, of_columns: Array) -> Array:
-        """Return k draws (k, n) made of normals (k, m) and (k, n), without forming the covariance."""
+        """Return k draws (k, n) made of normals (k, m) and (k, n), without forming the covariance.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(0)
+        >>> found = fd.covariance.ledoit_wolf(rng.normal(size=(10, 3)))
+        >>> found.sample(rng.normal(size=(5, 10)), rng.normal(size=(5, 3))).shape
+        (5, 3)
+        """
         of_data = np.sqrt(1 - self.shrinkage) * (of_rows @ self.factor)
         drawn: Array = self.mean + of_data + np.sqrt(self.shrinkage * self.variance) * of_columns
         return drawn

@@ -333,6 +333,12 @@ def portraits(n: int, size: int = 32, *, seed: int = 0, first_sample: int = 0) -
     ------
     ArgumentError
         A value is not what it should be.
+
+    Examples
+    --------
+    >>> faces = fd.data.portraits(5, 32)
+    >>> faces.shape, bool((fd.data.portraits(1, 32, first_sample=4)[0] == faces[4]).all())
+    ((5, 32, 32, 3), True)
     """
     n, size = check_int("n", n, low=0), check_int("size", size, low=8)
     draw = Draw(check_seed(seed), Stream.DATA, PORTRAITS_STEP, check_rows(first_sample, n))

@@ -22,7 +22,16 @@ ROOM = 1 << 24  # values that there is always memory for
 
 
 class FastdiffError(Exception):
-    """Base of every exception that fastdiff raises on purpose."""
+    """Base of every exception that fastdiff raises on purpose.
+
+    Examples
+    --------
+    >>> try:
+    ...     fd.Schedule.cosine(0)
+    ... except fd.errors.FastdiffError as error:  # whatever the library raises on purpose
+    ...     print(type(error).__name__)
+    ArgumentError
+    """
 
     def __str__(self) -> str:
         return super().__str__().replace("\n", " ")  # a name of a file may have any character
@@ -39,6 +48,14 @@ class ArgumentError(FastdiffError, ValueError):
         What arrived.
     wants : str
         What would be right.
+
+    Examples
+    --------
+    >>> try:
+    ...     fd.Schedule.cosine(0)
+    ... except fd.errors.ArgumentError as error:
+    ...     print(error.argument, "|", error.got, "|", error.wants)
+    T | 0 | an integer from 1 to 1000000
     """
 
     def __init__(self, argument: str, got: str, wants: str) -> None:
@@ -64,35 +81,117 @@ def as_named(**names: str) -> Iterator[None]:
 
 
 class DataError(FastdiffError, ValueError):
-    """A data file cannot be read as what it claims to be, or holds unusable values."""
+    """A data file cannot be read as what it claims to be, or holds unusable values.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> written = Path("words.csv").write_text("1,two")
+    >>> try:
+    ...     fd.data.load_curves("words.csv")
+    ... except fd.errors.DataError as error:
+    ...     print(str(error).partition(";")[0])
+    words.csv, line 1, column 2: 'two' is not a number
+    """
 
 
 class CheckpointError(FastdiffError):
-    """A checkpoint is truncated, foreign, damaged or from a newer format."""
+    """A checkpoint is truncated, foreign, damaged or from a newer format.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> written = Path("m.safetensors").write_bytes(b"nothing of the kind")
+    >>> try:
+    ...     fd.load("m.safetensors")
+    ... except fd.errors.CheckpointError as error:
+    ...     print(error)
+    m.safetensors: not a whole safetensors file (it ends within its header)
+    """
 
 
 class BackendError(FastdiffError, RuntimeError):
-    """A backend cannot be used on this machine or in this process."""
+    """A backend cannot be used on this machine or in this process.
+
+    Examples
+    --------
+    >>> issubclass(fd.errors.BackendError, RuntimeError)  # backend="cuda" without a GPU: it says what to install
+    True
+    """
 
 
 class TrainingError(FastdiffError, RuntimeError):
-    """Training stopped because it could not go on (for instance a loss that is not finite)."""
+    """Training stopped because it could not go on (for instance a loss that is not finite).
+
+    Examples
+    --------
+    >>> try:
+    ...     fd.Diffusion().sample(4)
+    ... except fd.errors.TrainingError as error:
+    ...     print(error)
+    this model has not been trained: call fit first
+    """
 
 
 class ScheduleWarning(UserWarning):
-    """The doctor's word on a schedule that is legal and probably not meant."""
+    """The doctor's word on a schedule that is legal and probably not meant.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     s = fd.Schedule.linear(50)  # ends long before there is noise alone
+    >>> [one.category.__name__ for one in said]
+    ['ScheduleWarning']
+    """
 
 
 class QualityWarning(UserWarning):
-    """Samples that one should not trust, or data that cannot give better ones; it names what can be done."""
+    """Samples that one should not trust, or data that cannot give better ones; it names what can be done.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> law = fd.denoisers.Gaussian(np.zeros(1), np.eye(1), fd.Schedule.cosine(20))
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     squared = fd.product(law, law)  # whose samples are too narrow
+    >>> [one.category.__name__ for one in said]
+    ['QualityWarning']
+    """
 
 
 class ConversionWarning(UserWarning):
-    """What another program's file asks for and fastdiff does otherwise."""
+    """What another program's file asks for and fastdiff does otherwise.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> from fastdiff.interop import save_scheduler
+    >>> table = fd.samplers.dpm2(fd.Schedule.linear(1000), 20)
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     save_scheduler(table, "scheduler")  # which rounds the middles of steps there
+    >>> [one.category.__name__ for one in said]
+    ['ConversionWarning']
+    """
 
 
 class DataWarning(UserWarning):
-    """A word on data that can be used and probably is not what it is taken for."""
+    """A word on data that can be used and probably is not what it is taken for.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> counted = np.column_stack([np.arange(24), fd.data.harmonic_curves(24, points=6)])
+    >>> fd.data.save_curves("counted.csv", counted)
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     X = fd.data.load_curves("counted.csv")  # its first column only counts rows
+    >>> [one.category.__name__ for one in said], X.shape
+    (['DataWarning'], (24, 7))
+    """
 
 
 def shown(value: object) -> str:

@@ -136,7 +136,16 @@ def load_npy(path: Path, ndims: Sequence[int], wants: str) -> npt.NDArray[Any]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when the block ends well: see `writing_together`."""
+    """Open a file for writing that appears under `path` only when the block ends well: see `writing_together`.
+
+    Examples
+    --------
+    >>> with fd.data.writing("new.bin") as file:
+    ...     _ = file.write(b"all of it")
+    >>> from pathlib import Path
+    >>> Path("new.bin").read_bytes()
+    b'all of it'
+    """
     with writing_together([path]) as files:
         yield files[0]
 
@@ -288,6 +297,14 @@ def check_writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) ->
         If it ends in something else.
     DataError
         If it cannot be written.
+
+    Examples
+    --------
+    >>> fd.data.check_writable("new.csv", (".csv", ".npy"))
+    >>> fd.data.check_writable("new.png", (".csv", ".npy"))
+    Traceback (most recent call last):
+        ...
+    fastdiff.errors.ArgumentError: path: got 'new.png', wants a file name that ends in .csv or .npy
     """
     if endings:
         check_ending(path, endings)

@@ -154,14 +154,34 @@ class Guided:
         return self.guidance == 0 and self.interval is None
 
     def weight(self, t: int) -> float:
-        """Return g at a timestep."""
+        """Return g at a timestep.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> guided = fd.Guided(law, 3.0, law, interval=(5, 15))
+        >>> guided.weight(4), guided.weight(5)
+        (1.0, 3.0)
+        """
         low, high = self.interval or (0, t)
         return self.guidance if low <= t <= high else 1.0
 
     def predict(
         self, x: Any, t: int, labels: Any = None, *, covariates: Any = None, backend: str | Backend = "auto"
     ) -> Array:
-        """Return the guided output (n, ...) for x (n, ...) at a timestep."""
+        """Return the guided output (n, ...) for x (n, ...) at a timestep.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> wide = fd.denoisers.Gaussian(np.zeros(2), 9 * np.eye(2), s)
+        >>> x, g = np.ones((1, 2)), 3.0
+        >>> u, c = wide.predict(x, 9), law.predict(x, 9)
+        >>> np.allclose(fd.Guided(law, g, wide).predict(x, 9, backend="numpy"), u + g * (c - u))
+        True
+        """
         be = backend_for(backend, x=x)
         given = check_array("x", x, min_ndim=2)
         shape = tuple(given.shape[1:])
@@ -173,7 +193,18 @@ class Guided:
         return (out if out.ndim == flat.ndim else out[0]).reshape(given.shape)
 
     def affine(self, prediction: str, t: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return A (d, d) and offset (d,) of the output, where both denoisers are affine; see `exact_chain`."""
+        """Return A (d, d) and offset (d,) of the output, where both denoisers are affine; see `exact_chain`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> wide = fd.denoisers.Gaussian(np.zeros(2), 9 * np.eye(2), s)
+        >>> guided = fd.Guided(law, 3.0, wide)
+        >>> A, offset = guided.affine("noise", 9)
+        >>> np.allclose(np.ones((1, 2)) @ A.T + offset, guided.predict(np.ones((1, 2)), 9, backend="numpy"))
+        True
+        """
         if self.rescale:
             raise ArgumentError("rescale", f"{self.rescale:g}", "0: a rescaled output is not affine")
         asked = _affine(self.denoiser, prediction, t)

@@ -32,6 +32,8 @@ from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 from fastdiff.tensor_file import TensorFile
 
+__all__ = ["load_diffusers", "load_scheduler", "save_scheduler"]
+
 log = logging.getLogger("fastdiff")
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
@@ -88,6 +90,12 @@ def load_diffusers(folder: str | os.PathLike[str], **options: Any) -> tuple[UNet
     CheckpointError
         A file is missing, damaged or a pickle; the network has parts that `UNet` does not have; a tensor is missing,
         unknown, or does not fit the configuration (the first one is named).
+
+    Examples
+    --------
+    >>> net, schedule = fd.load_diffusers("ddpm-cifar10-32")
+    >>> net.shape, schedule is None  # the folder of a bare network
+    ((8, 8, 3), True)
     """
     folder = check_path("folder", folder)
     pipeline = [name for name in ("unet", "unet_ema") if (folder / name).is_dir()]
@@ -141,6 +149,14 @@ def load_scheduler(path: str | os.PathLike[str], steps: int, **options: Any) -> 
     -----
     ConversionWarning
         For each key that asks for something a table does otherwise.
+
+    Examples
+    --------
+    >>> from fastdiff.interop import load_scheduler, save_scheduler
+    >>> table = fd.samplers.ddim(fd.Schedule.linear(1000), 20)
+    >>> save_scheduler(table, "scheduler")
+    >>> load_scheduler("scheduler", 20) == table
+    True
     """
     path = check_path("path", path)
     for inner in ("scheduler", SCHEDULER):
@@ -180,6 +196,15 @@ def save_scheduler(sampler: Sampler, folder: str | os.PathLike[str]) -> None:
     -----
     ConversionWarning
         For what diffusers does otherwise.
+
+    Examples
+    --------
+    >>> from fastdiff.interop import save_scheduler
+    >>> save_scheduler(fd.samplers.dpmpp_2m(fd.Schedule.linear(1000), 20), "scheduler")
+    >>> from pathlib import Path
+    >>> import json
+    >>> json.loads(Path("scheduler/scheduler_config.json").read_text())["_class_name"]
+    'DPMSolverMultistepScheduler'
     """
     text = json.dumps(scheduler_config.config_of(sampler), indent=2)
     folder = check_path("folder", folder)

@@ -205,7 +205,15 @@ class Diffusion:
         vars(self).update(state, _turns=Turns())
 
     def reset(self) -> Self:
-        """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped."""
+        """Forget all training: weights are drawn again, normaliser, learning-rate plan and history are dropped.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.reset().step
+        0
+        """
         self._forget()
         if self._own_net:
             self.net = None
@@ -351,6 +359,15 @@ class Diffusion:
         KeyboardInterrupt
             Ctrl-C, SIGTERM and SIGHUP take effect after a whole step, so the state is sound; the third Ctrl-C at once.
             A handler of your own for one of them stays, and is none of ours.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.fit(X, steps=10, lr=3e-4, progress=False).step  # further steps, as if it had never stopped
+        30
+        >>> [len(model.history[name]) for name in ("step", "loss")]
+        [30, 30]
         """
         plan = {
             "lr": lr, "warmup": warmup, "decay_steps": decay_steps, "clip_norm": clip_norm, "ema": ema,
@@ -404,6 +421,14 @@ class Diffusion:
             Shape, dtype or value of an argument.
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> found = model.evaluate(fd.data.harmonic_curves(100, points=12, seed=1))
+        >>> found.drawn.shape[1] == found.real.shape[1], abs(found.report.energy_distance) < 1
+        (True, True)
         """
         self._fitted()
         X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
@@ -458,7 +483,15 @@ class Diffusion:
         return self.net, self.schedule, self.normaliser
 
     def denoiser(self, *, ema: bool = True) -> NetworkDenoiser:
-        """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise)."""
+        """Return the network with a copy of its averaged (or raw) weights, in the model's inner range (white noise).
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> fd.sample(model.denoiser(), model.named_sampler("ddim", 5), n=3).shape  # in the network's range
+        (3, 12)
+        """
         net, schedule, _ = self._fitted()
         check_flags(ema=ema)
         with self._turns.looking():
@@ -479,7 +512,17 @@ class Diffusion:
         return self._frozen[1]
 
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
-        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there."""
+        """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> table = model.named_sampler("unipc", 10)
+        >>> same = model.sample(2, sampler=table) == model.sample(2, sampler="unipc", steps=10)
+        >>> table.evaluations, bool(same.all())
+        (10, True)
+        """
         check_flags(given=given)
         net, schedule, normaliser = self._fitted()
         if not isinstance(name, str):
@@ -597,6 +640,17 @@ class Diffusion:
             An argument's value, or a table that disagrees with the model.
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> new = model.sample(16)
+        >>> new.shape, bool((new[8:] == model.sample(8, first_sample=8)).all())
+        ((16, 12), True)
+        >>> seen = np.where(np.arange(12) < 6, X[0], np.nan)
+        >>> model.sample(5, given=fd.Known(seen), steps=5).shape
+        (5, 12)
         """
         check_flags(round=round, ema=ema)
         net, schedule, normaliser = self._fitted()
@@ -718,6 +772,17 @@ class Diffusion:
             Rows of another shape, infinite values, or as for `sample`.
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> gaps = X[:2].copy()
+        >>> gaps[:, 4:8] = np.nan
+        >>> filled = model.impute(gaps, draws=5, steps=5)
+        >>> filled.shape, bool((filled[:, :, :4] == gaps[:, :4]).all())
+        ((5, 2, 12), True)
+        >>> low, high = model.impute(gaps, draws=5, steps=5, quantiles=(0.05, 0.95))
         """
         options = {
             "method": method, "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "ema": ema,
@@ -771,6 +836,13 @@ class Diffusion:
         ------
         ArgumentError, TrainingError
             As for `impute`; a horizon below 1, or a past without rows or longer than a window.
+
+        Examples
+        --------
+        >>> recording = np.sin(np.arange(200) / 5)[:, None]  # (time, channels)
+        >>> model = fd.Diffusion().fit(fd.data.windows(recording, 24, 4), steps=20, progress=False)
+        >>> model.forecast(recording, horizon=6, draws=5, steps=5).shape
+        (5, 6, 1)
         """
         options = {
             "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
@@ -798,6 +870,15 @@ class Diffusion:
         Returns
         -------
         array like X, float64, or a frame
+
+        Examples
+        --------
+        >>> recording = np.sin(np.arange(200) / 5)[:, None]
+        >>> model = fd.Diffusion().fit(fd.data.windows(recording, 24, 4), steps=20, progress=False)
+        >>> strange = recording[:24].copy()
+        >>> strange[12] += 9
+        >>> int(model.anomaly(strange, draws=4, steps=5).argmax())
+        12
         """
         return answers.anomaly(self, X, block, draws, options)
 
@@ -806,11 +887,28 @@ class Diffusion:
         return observations(given, self._fitted()[0].shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
-        """Return the log density of every row, in nats of the data's units: the values of `log_density`."""
+        """Return the log density of every row, in nats of the data's units: the values of `log_density`.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> values = model.score_samples(np.stack([X[0], 9 * X[0]]))
+        >>> bool(values[0] > values[1])  # nine times as tall is less likely
+        True
+        """
         return self.log_density(X, y, **options).values
 
     def score(self, X: Any, y: Any = None, **options: Any) -> float:
-        """Return the mean of `score_samples`."""
+        """Return the mean of `score_samples`.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.score(X[:4]) == float(model.score_samples(X[:4]).mean())
+        True
+        """
         return float(self.score_samples(X, y, **options).mean())
 
     def log_density(
@@ -853,6 +951,14 @@ class Diffusion:
             Shape, dtype or value of an argument.
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> found = model.log_density(X[:3])
+        >>> found.values.shape, float(found.stderr.max()), bool(found.residual.max() < 1e-3)
+        ((3,), 0.0, True)
         """
         inside, asked, log_det = self._inside(X, y, covariates)
         if method is None:
@@ -870,6 +976,14 @@ class Diffusion:
 
         As `log_density`, with the options of `fastdiff.likelihood.bound`. With decoder "bytes" it bounds the
         probability of bytes, which has no units.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> found = model.bound(X[:20])
+        >>> found.terms.shape, found.total > -model.score(X[:20]) - 3 * found.total_stderr  # it bounds -log p
+        ((201,), True)
         """
         inside, asked, log_det = self._inside(X, y, covariates)
         options = {"seed": self.seed, **asked, **options}
@@ -910,6 +1024,14 @@ class Diffusion:
             The path cannot be written.
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.save("m.safetensors")
+        >>> bool((fd.load("m.safetensors").sample(2) == model.sample(2)).all())
+        True
         """
         check_flags(training=training, rows=training if rows is None else rows)
         rows = training if rows is None else rows
@@ -986,6 +1108,14 @@ class Diffusion:
         ------
         TrainingError
             The model has not been trained.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.save("m.safetensors")
+        >>> fd.load("m.safetensors").digest() == model.digest(), len(model.digest())
+        (True, 71)
         """
         check_flags(ema=ema)
         net, schedule, normaliser = self._fitted()
@@ -1009,6 +1139,14 @@ class Diffusion:
         dict of str to array
             "step" (int64), "loss" and "validation_loss" (float64), NaN where there is none: a row for every step, and
             one for what was evaluated after the last.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> table = model.history_table()  # pandas.DataFrame(table)
+        >>> sorted(table), len(table["loss"])
+        (['loss', 'step', 'validation_loss'], 20)
         """
         return history_table(self.history)
 
@@ -1053,6 +1191,15 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
     CheckpointError
         The file is missing, truncated, damaged, foreign, of a newer format, inconsistent, or needs a feature that is
         not here.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> model.save("m.safetensors")
+    >>> again = fd.load("m.safetensors")
+    >>> again.step == model.step, again.fit(X, steps=5, progress=False).step - model.step  # goes on
+    (True, 5)
     """
     path = check_path("path", path)
     with naming_faults(path):

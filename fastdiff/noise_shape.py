@@ -123,6 +123,11 @@ class NoiseShape:
         ------
         ArgumentError
             Shape or value.
+
+        Examples
+        --------
+        >>> fd.NoiseShape.diagonal([1.0, 4.0]).cov().tolist()
+        [[1.0, 0.0], [0.0, 4.0]]
         """
         return cls("diagonal", {"variances": check_array("variances", variances, shape=(None,))})
 
@@ -146,6 +151,12 @@ class NoiseShape:
         ------
         ArgumentError
             Shape or value; a matrix that is not symmetric, or not positive definite.
+
+        Examples
+        --------
+        >>> shape = fd.NoiseShape.dense([[2.0, 1.0], [1.0, 2.0]])
+        >>> shape.cov().round(6).tolist()
+        [[2.0, 1.0], [1.0, 2.0]]
         """
         c, spectrum, _, eps = check_covariance("cov", cov, jitter=check_float("jitter", jitter, low=0))
         try:
@@ -181,6 +192,11 @@ class NoiseShape:
         ------
         ArgumentError
             Shape or value.
+
+        Examples
+        --------
+        >>> fd.NoiseShape.low_rank(np.ones((2, 1)), 0.5).cov().round(6).tolist()
+        [[1.5, 1.0], [1.0, 1.5]]
         """
         columns = check_array("factor", factor, shape=(None, None))
         given = check_array("variances", variances)
@@ -218,6 +234,12 @@ class NoiseShape:
         ------
         ArgumentError
             Neither or both; shape or value; a row that is not symmetric, or a power that is not positive.
+
+        Examples
+        --------
+        >>> smooth = fd.NoiseShape.stationary([1.0, 0.5, 0.25, 0.5])  # covariances at distances 0, 1, 2, 1
+        >>> smooth.cov()[0].round(6).tolist()
+        [1.0, 0.5, 0.25, 0.5]
         """
         if (autocovariance is None) == (power is None):
             got = "neither" if power is None else "both"
@@ -237,12 +259,24 @@ class NoiseShape:
     # -- what it does --------------------------------------------------------------------------------------
 
     def cov(self) -> Float64:
-        """Return S, (d, d) float64."""
+        """Return S, (d, d) float64.
+
+        Examples
+        --------
+        >>> fd.NoiseShape.low_rank([[1.0], [0.0]]).cov().round(6).tolist()
+        [[2.0, 0.0], [0.0, 1.0]]
+        """
         root = self.colour(np.eye(self.d), backend="numpy")
         return np.asarray(root.T @ root, np.float64)
 
     def spread(self, x: Float64) -> Float64:
-        """Return rows x (..., d) of float64 times S."""
+        """Return rows x (..., d) of float64 times S.
+
+        Examples
+        --------
+        >>> fd.NoiseShape.diagonal([1.0, 4.0]).spread(np.ones((1, 2))).tolist()
+        [[1.0, 4.0]]
+        """
         a = self.arrays
         if self.kind == "dense":
             return np.asarray(x @ a["root"] @ a["root"].T)
@@ -269,15 +303,37 @@ class NoiseShape:
         ------
         ArgumentError
             Shape, dtype or value of z.
+
+        Examples
+        --------
+        >>> shape = fd.NoiseShape.diagonal([1.0, 4.0])
+        >>> shape.colour(np.ones((1, 2)), backend="numpy").tolist()
+        [[1.0, 2.0]]
         """
         return self._rows("z", z, backend, inverse=False)
 
     def whiten(self, x: Any, *, backend: str | Backend = "auto") -> Array:
-        """Return x L^-T, which undoes `colour`; arguments, result and errors as there."""
+        """Return x L^-T, which undoes `colour`; arguments, result and errors as there.
+
+        Examples
+        --------
+        >>> shape = fd.NoiseShape.diagonal([1.0, 4.0])
+        >>> shape.whiten([[1.0, 2.0]], backend="numpy").tolist()
+        [[1.0, 1.0]]
+        """
         return self._rows("x", x, backend, inverse=True)
 
     def apply(self, be: Backend, x: Array, out: Array, *, inverse: bool = False) -> None:
-        """Fill `out` (n, d) with x L^T, or with x L^-T; C-contiguous arrays of the backend."""
+        """Fill `out` (n, d) with x L^T, or with x L^-T; C-contiguous arrays of the backend.
+
+        Examples
+        --------
+        >>> be, x = fd.get_backend("numpy"), np.ones((1, 2), np.float32)
+        >>> out = np.empty_like(x)
+        >>> fd.NoiseShape.diagonal([1.0, 4.0]).apply(be, x, out)
+        >>> out.tolist()
+        [[1.0, 2.0]]
+        """
         plan = self._inverse if inverse else self._root
         if isinstance(plan, RowMap):
             be.map_rows(x, out, plan)
@@ -285,7 +341,16 @@ class NoiseShape:
             _filter(be, x, out, plan)
 
     def fill(self, be: Backend, out: Array, draw: Draw) -> None:
-        """Fill `out` (n, d) with L z, where z has the bits of white noise."""
+        """Fill `out` (n, d) with L z, where z has the bits of white noise.
+
+        Examples
+        --------
+        >>> from fastdiff.noise import Draw, Stream
+        >>> out = np.empty((3, 2), np.float32)
+        >>> fd.NoiseShape.diagonal([1.0, 4.0]).fill(fd.get_backend("numpy"), out, Draw(0, Stream.FORWARD))
+        >>> np.allclose(out, fd.normal((3, 2), seed=0, stream="forward", backend="numpy") * [1, 2])
+        True
+        """
         if isinstance(self._root, RowMap):
             be.mapped_normal(out, self._root, draw)
         else:

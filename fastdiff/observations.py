@@ -36,6 +36,15 @@ class Known:
     ------
     ArgumentError
         Values that are infinite or no real numbers; a noise that is negative or not finite.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), [[1.0, 0.9], [0.9, 1.0]], s)
+    >>> law.given(fd.Known([1.0, np.nan])).data.mean.round(6).tolist()  # the second follows the first
+    [1.0, 0.9]
+    >>> law.given(fd.Known([1.0, np.nan], noise=1.0)).data.mean.round(6).tolist()  # seen with an error
+    [0.5, 0.45]
     """
 
     values: Any
@@ -65,6 +74,13 @@ class Linear:
     ------
     ArgumentError
         Shapes that disagree; values that are not finite; a negative noise.
+
+    Examples
+    --------
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.eye(2), fd.Schedule.cosine(20))
+    >>> total = fd.Linear([[1.0, 1.0]], [3.0], noise=0.0)  # the sum of both is 3
+    >>> law.given(total).data.mean.round(6).tolist()
+    [1.5, 1.5]
     """
 
     A: Any
@@ -93,6 +109,15 @@ class Weight:
     scale : float, optional
         The weight's power, above 0: log weights and gradients are multiplied by it. With the log probability of a class
         it is the scale of classifier guidance (Dhariwal and Nichol 2021).
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Gaussian(np.zeros(1), np.eye(1), s)
+    >>> larger = fd.Weight(lambda x: (x[:, 0], np.ones_like(x)))  # w(x) = exp(x): N(0, 1) becomes N(1, 1)
+    >>> draws = fd.sample(law, fd.samplers.ddpm(s), n=400, given=larger, method="smc", backend="numpy")
+    >>> bool(abs(draws.mean() - 1) < 0.3)
+    True
     """
 
     function: Callable[[Any], tuple[Any, Any]]
@@ -110,6 +135,11 @@ class Weight:
         ------
         ArgumentError
             Another shape than (n,), NaN or plus infinity; it names the sample.
+
+        Examples
+        --------
+        >>> fd.Weight(lambda x: (x[:, 0], np.ones_like(x)), scale=2.0).log_weights(np.array([[1.0], [3.0]])).tolist()
+        [2.0, 6.0]
         """
         given = self._called(x0)
         weights = check_array("Weight.function", given[0], shape=(len(x0),), finite=False, dtype=np.float64)
@@ -126,6 +156,11 @@ class Weight:
         ------
         ArgumentError
             Another shape than that of x0, or values that are not finite; it names the sample.
+
+        Examples
+        --------
+        >>> fd.Weight(lambda x: (x[:, 0], np.ones_like(x)), scale=2.0).gradients(np.array([[1.0], [3.0]])).tolist()
+        [[2.0], [2.0]]
         """
         given = self._called(x0)
         slopes = check_array("Weight.function", given[1], shape=tuple(x0.shape), finite=False, dtype=np.float64)

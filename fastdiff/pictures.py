@@ -146,6 +146,13 @@ def load_images(
         or outside of `data_range`. Or sizes that differ while `size` is None.
     BackendError
         Pillow is missing.
+
+    Examples
+    --------
+    >>> fd.data.load_images("pictures", size=32).shape
+    (4, 32, 32, 3)
+    >>> fd.data.load_images("pictures", size=(20, 18), mode="gray").shape
+    (4, 20, 18, 1)
     """
     path = check_path("folder", folder)
     wanted = _check_size(size)
@@ -625,6 +632,11 @@ def tiles(
         A picture is smaller than a tile.
     DataError
         As of `load_images`.
+
+    Examples
+    --------
+    >>> fd.data.tiles("pictures", size=16, count=20).shape  # of four pictures
+    (20, 16, 16, 3)
     """
     wanted = _check_size(size)
     if wanted is None:
@@ -714,6 +726,14 @@ def save_images(
     ------
     DataError
         A file of one of these names is there (nothing is written then), or they cannot be written.
+
+    Examples
+    --------
+    >>> faces = fd.data.portraits(2, 16)
+    >>> [path.name for path in fd.data.save_images(faces, "new")]
+    ['0000.png', '0001.png']
+    >>> bool((fd.data.load_images("new", size=None) == faces).all())
+    True
     """
     pixels = as_uint8(images, data_range=data_range)
     files = picture_files(folder, len(pixels), first=first, overwrite=overwrite)
@@ -727,6 +747,11 @@ def picture_files(folder: str | os.PathLike[str], n: int, *, first: int = 0, ove
     """Return the files that `save_images` will write, or raise as it would: asked before long work.
 
     The folder is made; see `save_images` for the arguments.
+
+    Examples
+    --------
+    >>> [path.name for path in fd.data.picture_files("new", 2)]
+    ['0000.png', '0001.png']
     """
     check_pillow()
     check_flags(overwrite=overwrite)
@@ -756,6 +781,11 @@ def as_uint8(
         The values of black and white, (0, 255) as `load_images` gives them.
     argument : str, optional
         Name of `images` for the message.
+
+    Examples
+    --------
+    >>> fd.data.as_uint8([[[[-1.0], [0.0], [2.0]]]], data_range=(-1, 1)).ravel().tolist()
+    [0, 128, 255]
     """
     array = check_array(argument, images, shape=(None, None, None, None))
     if array.shape[3] not in (1, 3) or 0 in array.shape[1:3]:

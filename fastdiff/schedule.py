@@ -90,6 +90,14 @@ class Schedule:
         If the betas are not a non-empty row of at most a million finite numbers inside (0, 1), if abar
         falls below what float64 can hold, if the factors of a flow do not run from data to noise, or if the name is
         unknown.
+
+    Examples
+    --------
+    >>> s = fd.Schedule([0.1, 0.2, 0.5])
+    >>> s.T, s.alphas_bar.round(3).tolist()
+    (3, [0.9, 0.72, 0.36])
+    >>> bool(np.allclose(s.signal**2 + s.noise**2, 1))
+    True
     """
 
     betas: Array
@@ -157,6 +165,12 @@ class Schedule:
         -----
         ScheduleWarning
             If the schedule does not end near noise; see `diagnose`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.linear(1000)
+        >>> s.betas[[0, -1]].round(6).tolist(), bool(s.alphas_bar[-1] < 1e-4)
+        ([0.0001, 0.02], True)
         """
         T, first, last = _checked_ramp(T, beta_start, beta_end)
         return _advised(cls(np.linspace(first, last, T), "linear"))
@@ -166,6 +180,12 @@ class Schedule:
         """Betas whose square roots lie on a straight line (Rombach et al. 2022, latent diffusion).
 
         Parameters, errors and warnings as for `linear`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.scaled_linear(1000)
+        >>> np.allclose(np.diff(np.sqrt(s.betas)), np.sqrt(s.betas[1]) - np.sqrt(s.betas[0]))
+        True
         """
         T, first, last = _checked_ramp(T, beta_start, beta_end)
         return _advised(cls(np.linspace(math.sqrt(first), math.sqrt(last), T) ** 2, "scaled_linear"))
@@ -190,6 +210,11 @@ class Schedule:
         ------
         ArgumentError
             If T is out of range.
+
+        Examples
+        --------
+        >>> fd.Schedule.cosine(4).signal.round(3).tolist()
+        [0.92, 0.703, 0.38, 0.012]
         """
         T = check_int("T", T, low=1, high=MAX_T)
         f = rounded.cos((np.arange(T + 1) / T + 0.008) / 1.008 * (np.pi / 2)) ** 2
@@ -209,6 +234,12 @@ class Schedule:
             The two levels that the curve runs between, inside (0, 1).
 
         Returns, errors and warnings as for `linear`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1)
+        >>> round(float(s.alphas_bar[-1]), 5)
+        0.00539
         """
         T, first, last = _checked_ramp(T, beta_start, beta_end)
         rise = 1 / (1 + rounded.exp(-np.linspace(-6, 6, T)))
@@ -242,6 +273,12 @@ class Schedule:
         -----
         ScheduleWarning
             If the schedule does not end near noise; see `diagnose`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.laplace(100)
+        >>> abs(round(float(s.log_snr[49]), 6))  # the middle timestep is at the mean
+        0.0
         """
         T = check_int("T", T, low=2, high=MAX_T)
         mean, scale = check_float("mean", mean), check_float("scale", scale, low=0, low_open=True)
@@ -277,6 +314,12 @@ class Schedule:
         ------
         ArgumentError
             If an argument is out of range.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.flow(4)
+        >>> s.signal.tolist(), s.noise.tolist()
+        ([0.75, 0.5, 0.25, 0.0], [0.25, 0.5, 0.75, 1.0])
         """
         T, shift = check_int("T", T, low=2, high=MAX_T), check_float("shift", shift, low=0.01, high=100)
         steps = np.arange(1, T + 1, dtype=np.float64)
@@ -307,6 +350,12 @@ class Schedule:
         -----
         ScheduleWarning
             If the schedule does not end near noise; see `diagnose`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.from_betas(np.linspace(0.01, 0.5, 20))
+        >>> s.T, s.name
+        (20, 'custom')
         """
         return _advised(cls(check_array("betas", betas)))
 
@@ -325,6 +374,12 @@ class Schedule:
         ------
         ArgumentError
             If the schedule has only one step, or betas so small that its signal does not change.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.linear(1000).zero_terminal_snr()
+        >>> float(s.signal[-1]), float(s.betas[-1])
+        (0.0, 1.0)
         """
         last = self.signal[-1]
         if last == 0:
@@ -361,6 +416,12 @@ class Schedule:
         ------
         ArgumentError
             The noise, where the schedule ends in noise alone: of such a state it says nothing of x0.
+
+        Examples
+        --------
+        >>> of_noise, of_data = fd.Schedule.flow(4).target("velocity")  # noise - x0
+        >>> of_noise.tolist(), of_data.tolist()
+        ([1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0])
         """
         check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "noise" and self.signal[-1] == 0:
@@ -373,6 +434,13 @@ class Schedule:
 
         Tables of equal formulas may differ in the last bit of float64 from one machine to another; networks and
         samples are float32.
+
+        Examples
+        --------
+        >>> fd.Schedule.cosine(20).difference(fd.Schedule.cosine(30))
+        'T = 20 against 30'
+        >>> fd.Schedule.cosine(20).difference(fd.Schedule.cosine(20)) is None
+        True
         """
         if not isinstance(other, Schedule):
             raise ArgumentError("other", shown(other), "a Schedule")
@@ -428,6 +496,12 @@ class Schedule:
         ------
         ArgumentError
             If `steps` or `spacing` is none of these, or if fewer than two timesteps are left.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(100)
+        >>> s.timesteps(4).tolist(), s.timesteps(4, spacing="leading").tolist()
+        ([99, 74, 49, 24], [75, 50, 25, 0])
         """
         if sigma_max != math.inf:
             sigma_max = check_float("sigma_max", sigma_max, low=0, low_open=True)
@@ -469,6 +543,13 @@ class Schedule:
             One plain sentence or two for each finding, with advice; empty for a sound schedule. The first
             finding, an end that is not noise, is also raised as a `ScheduleWarning` when a schedule is
             made by one of the classmethods.
+
+        Examples
+        --------
+        >>> fd.Schedule.cosine(100).diagnose()
+        []
+        >>> len(fd.Schedule([1e-4] * 10).diagnose())  # hardly any noise at the end
+        1
         """
         found = []
         end = float(self.alphas_bar[-1])
@@ -520,6 +601,11 @@ class Schedule:
 
         The tables are stored even where the name would give them: exp and cos may differ in the last bit from
         one machine to the next, and JSON keeps every float64 exactly.
+
+        Examples
+        --------
+        >>> sorted(fd.Schedule.cosine(20).to_dict())
+        ['betas', 'name']
         """
         if self.kind == "flow":
             levels = {"signal": self.signal.tolist(), "noise": self.noise.tolist()}
@@ -543,6 +629,12 @@ class Schedule:
         ------
         ArgumentError
             If it is anything else.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> fd.Schedule.from_dict(s.to_dict()) == s
+        True
         """
         wants = "a dictionary with the keys 'name' and 'betas', or 'name', 'kind', 'signal' and 'noise'"
         if not isinstance(stored, dict):

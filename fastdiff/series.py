@@ -511,6 +511,14 @@ def on_grid(x: Any, *, fill: str = "missing") -> Any:
     ------
     ArgumentError
         No clock, times that do not rise or, with "missing", do not lie on one grid.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> days = pd.to_datetime(["2026-01-01", "2026-01-02", "2026-01-04"])
+    >>> frame = pd.DataFrame({"y": [1.0, 2.0, 4.0]}, index=days)
+    >>> fd.data.on_grid(frame)["y"].tolist()
+    [1.0, 2.0, nan, 4.0]
     """
     check_choice("fill", fill, FILLS)
     if not is_frame(x):

@@ -91,7 +91,16 @@ class DiffusionDensity(DensityMixin, _Estimator):  # type: ignore[misc]
     """
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learn the density of rows X (N, d), at least 2; y is ignored."""
+        """Learn the density of rows X (N, d), at least 2; y is ignored.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionDensity
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> density = DiffusionDensity(hidden=(16,), steps=20, backend="numpy")
+        >>> density.fit(X).n_features_in_, density.model_.step
+        (3, 20)
+        """
         self._train(validate_data(self, X, dtype=FLOAT_DTYPES, ensure_min_samples=2))
         return self
 
@@ -100,17 +109,44 @@ class DiffusionDensity(DensityMixin, _Estimator):  # type: ignore[misc]
 
         That of the samples of a deterministic table, with exact traces: d products with a Jacobian at every step. It
         is a row's own: no other row and no random number is in it, to the bit on "cpu".
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionDensity
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> density = DiffusionDensity(hidden=(16,), steps=20, backend="numpy")
+        >>> values = density.fit(X).score_samples([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
+        >>> bool(values[0] > values[1])
+        True
         """
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=FLOAT_DTYPES, reset=False)
         return self.model_.score_samples(rows, method="table", trace="exact")
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Return the mean log density of rows: larger is better."""
+        """Return the mean log density of rows: larger is better.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionDensity
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> density = DiffusionDensity(hidden=(16,), steps=20, backend="numpy")
+        >>> density.fit(X).score(X[:10]) > density.score(X[:10] + 3)
+        True
+        """
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> npt.NDArray[np.float32]:
-        """Draw rows (n_samples, d); without a `random_state` the same ones at each call."""
+        """Draw rows (n_samples, d); without a `random_state` the same ones at each call.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionDensity
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> density = DiffusionDensity(hidden=(16,), steps=20, backend="numpy")
+        >>> density.fit(X).sample(5).shape, bool((density.sample(2) == density.sample(5)[:2]).all())
+        ((5, 3), True)
+        """
         check_is_fitted(self)
         return self.model_.sample(n_samples, seed=None if random_state is None else _seed(random_state))
 
@@ -170,14 +206,35 @@ class DiffusionImputer(OneToOneFeatureMixin, TransformerMixin, _Estimator):  # t
         self.draws, self.sample_posterior, self.add_indicator = draws, sample_posterior, add_indicator
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learn from rows X (N, d) with NaN where values are missing; y is ignored."""
+        """Learn from rows X (N, d) with NaN where values are missing; y is ignored.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionImputer
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> X[:5, 0] = np.nan
+        >>> imputer = DiffusionImputer(hidden=(16,), steps=20, draws=5, backend="numpy")
+        >>> imputer.fit(X).n_features_in_
+        3
+        """
         rows = self._validated(X, reset=True, ensure_min_samples=2)
         self._train(rows)
         self.indicator_ = MissingIndicator(error_on_new=False).fit(rows) if self.add_indicator else None
         return self
 
     def transform(self, X: Any) -> Rows:
-        """Return rows with what is missing filled in, and the indicator's columns if there are any."""
+        """Return rows with what is missing filled in, and the indicator's columns if there are any.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionImputer
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> X[:5, 0] = np.nan
+        >>> imputer = DiffusionImputer(hidden=(16,), steps=20, draws=5, backend="numpy")
+        >>> filled = imputer.fit(X).transform(X)
+        >>> bool(np.isnan(filled).any()), bool((filled[:, 1] == X[:, 1]).all())
+        (False, True)
+        """
         check_is_fitted(self)
         rows = self._validated(X, reset=False)
         filled = rows.copy()
@@ -187,12 +244,32 @@ class DiffusionImputer(OneToOneFeatureMixin, TransformerMixin, _Estimator):  # t
         return filled if self.indicator_ is None else np.hstack([filled, self.indicator_.transform(rows)])
 
     def impute(self, X: Any, draws: int = 100) -> Rows:
-        """Return many draws of every row, (draws, N, d), as `fastdiff.Diffusion.impute` does."""
+        """Return many draws of every row, (draws, N, d), as `fastdiff.Diffusion.impute` does.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionImputer
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> X[:5, 0] = np.nan
+        >>> imputer = DiffusionImputer(hidden=(16,), steps=20, draws=5, backend="numpy")
+        >>> imputer.fit(X).impute(X[:5], draws=4).shape
+        (4, 5, 3)
+        """
         check_is_fitted(self)
         return self.model_.impute(self._validated(X, reset=False), draws)
 
     def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:
-        """Return the names of the columns of `transform`."""
+        """Return the names of the columns of `transform`.
+
+        Examples
+        --------
+        >>> from fastdiff.sklearn import DiffusionImputer
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> X[:5, 0] = np.nan
+        >>> imputer = DiffusionImputer(hidden=(16,), steps=20, draws=5, backend="numpy")
+        >>> imputer.set_params(add_indicator=True).fit(X).get_feature_names_out(["a", "b", "c"]).tolist()
+        ['a', 'b', 'c', 'missingindicator_a']
+        """
         check_is_fitted(self)
         names = super().get_feature_names_out(input_features)
         if self.indicator_ is None:

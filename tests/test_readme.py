@@ -1,8 +1,9 @@
 """The documents: their code runs as it stands, every Python block after those under its heading, and so do the
-examples of docstrings; commands have their options; links lead somewhere."""
+examples of docstrings, which every public name has; commands have their options; links lead somewhere."""
 
 import doctest
-import importlib
+import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 STEPS, ROWS, PICTURE_T = 3, 200, 5  # of the short runs below
+FEW = 20  # steps that are taken as they are told
 
 
 def blocks(language):
@@ -51,7 +53,9 @@ def _short_runs(monkeypatch):
     fit, curves = fd.Diffusion.fit, fd.data.harmonic_curves
 
     def short_fit(model, X, y=None, **options):
-        return fit(model, X, y, **{**options, "steps": STEPS, "progress": False})
+        told = options.get("steps")
+        steps = STEPS if told is None or told > FEW else told
+        return fit(model, X, y, **{**options, "steps": steps, "progress": False})
 
     def few_curves(n, **options):
         return curves(min(n, ROWS), **options)
@@ -93,13 +97,58 @@ def examples():
     return found
 
 
+# What examples need beside the library: of a name, or of all in a module.
+NEEDED = {"fastdiff.plots": "matplotlib", "fastdiff.scale": "zarr", "fastdiff.series.on_grid": "pandas"}
+
+
 @pytest.mark.usefixtures("_short_runs", "_what_a_reader_has")
 @pytest.mark.parametrize("test", examples())
 def test_an_example_of_a_docstring_runs(test):
+    for name, package in NEEDED.items():
+        if f"{test.name}.".startswith(f"{name}."):
+            pytest.importorskip(package)
     assert not any(example.options for example in test.examples), "nothing is left out"
     runner, said = doctest.DocTestRunner(), []
     runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+# What a backend or a network must offer the library, as docs/design.md shows: a reader calls none of it.
+OFFERED = ("Backend", "Network", "Program", "ProgramNetwork", "Runner")
+ASKED = ("on",)  # of a denoiser, by the loop that samples
+
+
+def documented():
+    """Every public name, as the reference has them, and every method of a public class, with its docstring.
+
+    A method that another class has as well is documented there, and properties are no functions.
+    """
+    path = ROOT / "docs" / "conf.py"
+    spec = importlib.util.spec_from_file_location("conf", path)
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    found = {}
+    for room in conf.ROOMS:
+        module = importlib.import_module(room)
+        for name in conf.public(module):
+            if not callable(each := getattr(module, name)) or each in [value for value, _ in found.values()]:
+                continue
+            found[f"{room}.{name}"] = each, each.__doc__
+            if not inspect.isclass(each) or name in OFFERED:
+                continue
+            inherited = {method for base in each.__mro__[1:-1] for method in vars(base)}
+            for method in vars(each).keys() - inherited - set(ASKED):
+                function = inspect.unwrap(getattr(each, method))
+                if not method.startswith("_") and (inspect.isfunction(function) or inspect.ismethod(function)):
+                    found[f"{room}.{name}.{method}"] = function, function.__doc__
+    return {name: doc for name, (_, doc) in found.items()}
+
+
+def test_every_public_function_has_an_example():
+    found = documented()
+    assert len(found) > 200
+    lacking = [name for name, doc in found.items() if not re.search(r"^ *Examples\n *-+\n *>>> ", doc or "", re.M)]
+    assert not lacking
 
 
 @pytest.mark.parametrize(("path", "line", "code"), blocks("sh"))

@@ -26,6 +26,12 @@ class Conv(NamedTuple):
         Zeros before the first row, after the last, before the first column, after the last.
     up : (int, int)
         Every row and column of the input is first repeated so often (nearest upsampling).
+
+    Examples
+    --------
+    >>> same = fd.nn.Conv((3, 3), pad=(1, 1, 1, 1))
+    >>> same.size(8, 8), fd.nn.Conv((3, 3), stride=(2, 2), pad=(1, 1, 1, 1)).size(8, 8)
+    ((8, 8), (4, 4))
     """
 
     kernel: tuple[int, int] = (1, 1)
@@ -34,7 +40,13 @@ class Conv(NamedTuple):
     up: tuple[int, int] = (1, 1)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the output."""
+        """Height and width of the output.
+
+        Examples
+        --------
+        >>> fd.nn.Conv(up=(2, 2)).size(4, 6)
+        (8, 12)
+        """
         rows = height * self.up[0] + self.pad[0] + self.pad[1] - self.kernel[0]
         columns = width * self.up[1] + self.pad[2] + self.pad[3] - self.kernel[1]
         return rows // self.stride[0] + 1, columns // self.stride[1] + 1

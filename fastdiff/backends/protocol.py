@@ -426,7 +426,14 @@ class Training(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """The operations of a backend. Arrays are changed in place where the text says *fill* or *change*."""
+    """The operations of a backend. Arrays are changed in place where the text says *fill* or *change*.
+
+    Examples
+    --------
+    >>> be = fd.get_backend("numpy")
+    >>> be.name, be.to_numpy(be.asarray([1.5, 2.0])).tolist()
+    ('numpy', [1.5, 2.0])
+    """
 
     name: str
     threads: int

@@ -56,6 +56,13 @@ class Empirical(Exact):
     -----
     In float32 an exponent is right to some 1e-7 of itself, so among rows of X that are all more than 1000 sigma from x
     the choice is uncertain. Where it matters, give x in float64.
+
+    Examples
+    --------
+    >>> X, s = fd.data.harmonic_curves(8), fd.Schedule.cosine(20)
+    >>> new = fd.sample(fd.denoisers.Empirical(X, s), fd.samplers.ddim(s, 20), n=3, backend="numpy")
+    >>> [bool(np.abs(X - one).max(axis=1).min() < 0.1) for one in new]  # each is one of the rows
+    [True, True, True]
     """
 
     @property
@@ -105,6 +112,12 @@ class Empirical(Exact):
         ------
         ArgumentError
             Observations of another shape, or with which no row agrees; log weights that are not numbers.
+
+        Examples
+        --------
+        >>> law = fd.denoisers.Empirical([[0.0, 1.0], [5.0, 2.0]], fd.Schedule.cosine(20))
+        >>> law.given(fd.Known([0.1, np.nan], noise=0.5)).data.mean.round(3).tolist()
+        [0.0, 1.0]
         """
         told = observations(obs, self.shape)
         X = self._rows.astype(np.float64)

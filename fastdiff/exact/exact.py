@@ -58,6 +58,13 @@ class Exact(ABC):
     log_evidence : float
         Of a posterior that `given` has made: the log density, under the model that was asked, of what was observed;
         else 0. Observations of rows without noise count as probabilities in an `Empirical`.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+    >>> isinstance(law, fd.denoisers.Exact), law.d, law.T, law.prediction
+    (True, 2, 20, 'noise')
     """
 
     classes: int | None = None
@@ -104,11 +111,28 @@ class Exact(ABC):
         ------
         ArgumentError
             If x is not finite or its rows are not of size d, or t is out of range.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> x = np.array([[1.0, 1.0]])
+        >>> np.allclose(s.signal[5] * law.mean_x0(x, 5) + s.noise[5] * law.predict(x, 5), x)
+        True
         """
         return self._conditional(self.prediction, x, t, backend)
 
     def mean_x0(self, x: Any, t: Any, *, backend: str | Backend = "auto") -> Array:
-        """E[x0 | x_t = x], with arguments, result and errors as `predict`."""
+        """E[x0 | x_t = x], with arguments, result and errors as `predict`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> x = s.signal[0] * np.array([[3.0, -1.0]])
+        >>> np.allclose(law.mean_x0(x, 0), [[3, -1]], atol=0.05)  # hardly any noise yet
+        True
+        """
         return self._conditional("x0", x, t, backend)
 
     def vjp(self, x: Any, t: Any, cotangent: Any, *, backend: str | Backend = "auto") -> Array:
@@ -133,11 +157,28 @@ class Exact(ABC):
         ------
         ArgumentError
             As `predict`, or the cotangent's shape or values.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> x, v = np.ones((1, 2)), np.array([[1.0, 0.0]])
+        >>> np.allclose(law.vjp(x, 5, v), v @ law.affine("noise", 5)[0])
+        True
         """
         return self._products("cotangent", x, t, cotangent, backend)
 
     def jvp(self, x: Any, t: Any, tangent: Any, *, backend: str | Backend = "auto") -> Array:
-        """J times a tangent, the derivative of the prediction along it: as `vjp`, as J is symmetric."""
+        """J times a tangent, the derivative of the prediction along it: as `vjp`, as J is symmetric.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> x, v = np.ones((1, 2)), np.array([[1.0, 0.0]])
+        >>> np.allclose(law.jvp(x, 5, v), (law.predict(x + 1e-6 * v, 5) - law.predict(x, 5)) / 1e-6)
+        True
+        """
         return self._products("tangent", x, t, tangent, backend)
 
     def log_density(self, x: Any, t: Any, *, backend: str | Backend = "auto") -> Array:
@@ -161,6 +202,15 @@ class Exact(ABC):
         ------
         ArgumentError
             As `predict`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> x, h = np.array([[1.0, 2.0]]), 1e-6
+        >>> slope = (law.log_density(x + [h, 0], 5) - law.log_density(x, 5)) / h
+        >>> np.allclose(-s.noise[5] * slope, law.predict(x, 5)[:, 0], atol=1e-5)  # the score, scaled
+        True
         """
         be, given, rows, steps = self._checked(x, t, backend)
         out = be.empty((len(rows),), rows.dtype)
@@ -183,6 +233,13 @@ class Exact(ABC):
         ------
         ArgumentError
             If t is out of range.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> np.allclose(law.moments(5).cov, fd.covariance.propagate(np.diag([4.0, 1.0]), s, 5))
+        True
         """
         alpha, sigma = self._levels(int(check_timesteps(t, self.T, 1)[0]))
         data = self.data

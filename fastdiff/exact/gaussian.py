@@ -60,6 +60,14 @@ class Gaussian(Exact):
     ArgumentError
         If shapes disagree, values are not finite, or `cov` is not symmetric and positive semi-definite to
         within rounding of the dtype it came in.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(100)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+    >>> draws = fd.sample(law, fd.samplers.ddpm(s), n=2000, backend="numpy")
+    >>> draws.var(axis=0).round().tolist()
+    [4.0, 1.0]
     """
 
     def __init__(
@@ -103,6 +111,12 @@ class Gaussian(Exact):
         ------
         ArgumentError
             If shapes disagree, values are not finite, or `variance` is negative.
+
+        Examples
+        --------
+        >>> law = fd.denoisers.Gaussian.low_rank(np.zeros(3), [[1.0], [2.0], [0.0]], 0.5, fd.Schedule.cosine(20))
+        >>> law.cov.round(6).tolist()
+        [[1.5, 2.0, 0.0], [2.0, 4.5, 0.0], [0.0, 0.0, 0.5]]
         """
         self = cls.__new__(cls)
         self._begin(mean, schedule, prediction)
@@ -148,6 +162,13 @@ class Gaussian(Exact):
         ArgumentError
             Observations of another shape, an `fd.Weight`, or values without noise that contradict each other or this
             law by more than a millionth.
+
+        Examples
+        --------
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), [[1.0, 0.9], [0.9, 1.0]], fd.Schedule.cosine(20))
+        >>> seen = law.given(fd.Known([2.0, np.nan]))
+        >>> seen.data.mean.round(6).tolist(), round(float(seen.cov[1, 1]), 6), round(seen.log_evidence, 4)
+        ([2.0, 1.8], 0.19, -2.9189)
         """
         told = linear_observations(obs, self.shape, "a Gaussian")
         found = {}
@@ -168,7 +189,16 @@ class Gaussian(Exact):
         return other
 
     def affine(self, prediction: str, t: int) -> tuple[Float64, Float64]:
-        """The prediction at timestep t as an affine map ``A x + offset``: see `Affine`."""
+        """The prediction at timestep t as an affine map ``A x + offset``: see `Affine`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> A, offset = law.affine("x0", 5)
+        >>> np.allclose(np.ones((1, 2)) @ A.T + offset, law.mean_x0(np.ones((1, 2)), 5))
+        True
+        """
         gain, drift = self.gains(prediction, t)
         basis, d = self.data.basis, self.d
         outside = gain[-1] * (np.eye(d) - basis @ basis.T) if basis.shape[1] < d else 0.0
@@ -188,6 +218,14 @@ class Gaussian(Exact):
         -------
         gain, drift : (r + 1,) float64
             Along the r columns of ``data.basis``, and along everything orthogonal to them.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> gain, drift = law.gains("x0", 5)
+        >>> len(gain), np.allclose(np.sort(gain[:2]), np.sort(np.diag(law.affine("x0", 5)[0])))
+        (3, True)
         """
         alpha, sigma = self._levels(t)
         spectrum = self.data.spectrum

@@ -56,6 +56,14 @@ class Mixture(Exact):
     ArgumentError
         If shapes disagree, values are not finite, weights are negative or do not sum to 1, or a covariance is not
         symmetric and positive semi-definite.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Mixture([0.5, 0.5], [[-3.0], [3.0]], [[[0.1]], [[0.1]]], s)
+    >>> draws = fd.sample(law, fd.samplers.ddim(s, 20), n=200, backend="numpy")
+    >>> bool((np.abs(np.abs(draws) - 3) < 2).all()), bool(0.3 < (draws > 0).mean() < 0.7)
+    (True, True)
     """
 
     def __init__(
@@ -101,6 +109,13 @@ class Mixture(Exact):
         ------
         ArgumentError
             If the components disagree, or a weight is negative, or they do not sum to 1.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> parts = [fd.denoisers.Gaussian.low_rank(np.full(2, m), np.ones((2, 1)), 0.1, s) for m in (-1.0, 3.0)]
+        >>> fd.denoisers.Mixture.of([0.5, 0.5], parts).data.mean.round(6).tolist()
+        [1.0, 1.0]
         """
         if not isinstance(components, (list, tuple)):
             raise ArgumentError("components", type(components).__name__, "a list of Gaussians")
@@ -146,6 +161,13 @@ class Mixture(Exact):
         ------
         ArgumentError
             As of `Gaussian.given`, where no component can have made what was seen.
+
+        Examples
+        --------
+        >>> s, eye = fd.Schedule.cosine(20), np.eye(2)
+        >>> law = fd.denoisers.Mixture([0.5, 0.5], [[-3.0, 0.0], [3.0, 7.0]], [eye, eye], s)
+        >>> law.given(fd.Known([3.0, np.nan])).data.mean.round(3).tolist()  # the second component, surely
+        [3.0, 7.0]
         """
         told = linear_observations(obs, self.shape, "a mixture of Gaussians")
         found = {}

@@ -30,6 +30,13 @@ class Moments:
         Orthonormal columns, r <= d.
     rest : float
         Standard deviation along everything orthogonal to the columns; of no meaning where r = d.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+    >>> law.data.mean.tolist(), law.data.cov.tolist(), np.sort(law.data.spectrum).tolist()
+    ([0.0, 0.0], [[4.0, 0.0], [0.0, 1.0]], [0.0, 1.0, 4.0])
     """
 
     mean: Float64
@@ -55,18 +62,43 @@ class Moments:
         return np.append(self.deviations, self.rest) ** 2
 
     def log_volume(self) -> float:
-        """Half the logarithm of the covariance's determinant."""
+        """Half the logarithm of the covariance's determinant.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> bool(np.isclose(law.data.log_volume(), np.log(4) / 2))
+        True
+        """
         d, r = self.basis.shape
         return float(np.log(self.deviations).sum()) + ((d - r) * math.log(self.rest) if r < d else 0.0)
 
     def scaled(self, factors: Float64, vector: Float64) -> Float64:
-        """`vector` (d,) times factors (r + 1,), one for each column of `basis` and one for the rest."""
+        """`vector` (d,) times factors (r + 1,), one for each column of `basis` and one for the rest.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> law.data.scaled(np.array([2.0, 2.0, 1.0]), np.array([1.0, 3.0])).tolist()
+        [2.0, 6.0]
+        """
         rest = factors[-1] if self._is_thin else 0.0
         result: Float64 = self.basis @ ((factors[:-1] - rest) * (vector @ self.basis)) + rest * vector
         return result
 
     def scaling(self, factors: Float64, offset: Float64) -> RowMap:
-        """The map of rows by `scaled`, with an offset (d,) added."""
+        """The map of rows by `scaled`, with an offset (d,) added.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> double = law.data.scaling(np.array([2.0, 2.0, 1.0]), np.ones(2))
+        >>> (np.array([[1.0, 3.0]]) @ (double.left @ double.right) + double.offset).tolist()
+        [[3.0, 7.0]]
+        """
         d, r = self.basis.shape
         rest = factors[-1] if self._is_thin else 0.0
         scale = np.full(d, rest) if self._is_thin else None
@@ -100,6 +132,14 @@ class Moments:
         ------
         ArgumentError
             If d differs.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> other = fd.denoisers.Gaussian(np.array([3.0, 4.0]), np.diag([4.0, 1.0]), s)
+        >>> round(law.data.w2(other.data), 6)  # the means are so far apart
+        5.0
         """
         if self.mean.shape != other.mean.shape:
             raise ArgumentError("other", f"{other.mean.size} dimensions", f"{self.mean.size} dimensions")
@@ -117,7 +157,16 @@ class Moments:
         return math.hypot(np.linalg.norm(self.mean - other.mean), np.linalg.norm(shape_gap), rest_gap)
 
     def root_in(self, span: Float64) -> Float64:
-        """A square root of the covariance within the span (d, k) of orthonormal columns that contains `basis`."""
+        """A square root of the covariance within the span (d, k) of orthonormal columns that contains `basis`.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> root = law.data.root_in(np.eye(2))
+        >>> np.allclose(root @ root.T, np.diag([4.0, 1.0]))
+        True
+        """
         inner = span.T @ self.basis
         if not self._is_thin:
             return inner * self.deviations

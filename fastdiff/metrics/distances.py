@@ -122,13 +122,38 @@ def nearest_distances(X: npt.ArrayLike, Y: npt.ArrayLike) -> npt.NDArray[np.floa
 
 
 class Distances(NamedTuple):
-    """Of every row of one set to all rows of another, or to the others of its own: sum and smallest, (N,) each."""
+    """Of every row of one set to all rows of another, or to the others of its own: sum and smallest, (N,) each.
+
+    Examples
+    --------
+    >>> found = fd.metrics.distances(np.array([[0.0], [1.0]]), np.array([[3.0], [5.0]]))
+    >>> found.sum.tolist(), found.least.tolist()
+    ([8.0, 6.0], [3.0, 2.0])
+    """
 
     sum: npt.NDArray[np.float64]
     least: npt.NDArray[np.float64]
 
 
 def distances(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Distances:
+    """Measure Euclidean distances of rows, of which no more than a block are in memory at once.
+
+    Parameters
+    ----------
+    x : (N, d) float64 array
+    y : (M, d) float64 array
+        The same array as x: every row is compared with the others.
+
+    Returns
+    -------
+    Distances
+
+    Examples
+    --------
+    >>> found = fd.metrics.distances(np.array([[0.0], [1.0]]), np.array([[3.0], [5.0]]))
+    >>> found.sum.tolist(), found.least.tolist()
+    ([8.0, 6.0], [3.0, 2.0])
+    """
     result = Distances(np.empty(len(x)), np.empty(len(x)))
     for part, between in _blocks(x, y):
         result.sum[part] = between.sum(axis=1)

@@ -24,7 +24,14 @@ Array = npt.NDArray[Any]
 
 
 class Score(NamedTuple):
-    """Of several networks: the mean, its standard error, and each network's."""
+    """Of several networks: the mean, its standard error, and each network's.
+
+    Examples
+    --------
+    >>> score = fd.metrics.Score.of(np.array([1.0, 3.0]))
+    >>> float(score.mean), float(score.stderr)
+    (2.0, 1.0)
+    """
 
     mean: float
     stderr: float
@@ -32,6 +39,13 @@ class Score(NamedTuple):
 
     @classmethod
     def of(cls, values: Floats) -> Score:
+        """Return the mean of some networks' scores, with its standard error: NaN where there is one alone.
+
+        Examples
+        --------
+        >>> float(fd.metrics.Score.of(np.array([1.0, 3.0])).mean)
+        2.0
+        """
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return cls(float(values.mean()), error, values)
 

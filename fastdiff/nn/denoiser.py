@@ -30,6 +30,14 @@ class NetworkDenoiser:
         Where `predict` runs.
     schedule : Schedule or None
         That of its timesteps, where it is known.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> denoiser = model.denoiser()
+    >>> denoiser.prediction, denoiser.shape, denoiser.T == model.schedule.T
+    ('v', (12,), True)
     """
 
     net: Network
@@ -71,17 +79,46 @@ class NetworkDenoiser:
         return self.net.shape
 
     def predict(self, x: Any, t: Any, labels: Any = None, *, covariates: Any = None, known: Any = None) -> Any:
-        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,): see `Network.predict`."""
+        """Return the output (n, ...) for x (n, ...) at timesteps t, an int or (n,): see `Network.predict`.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> model.denoiser().predict(np.zeros((3, 12)), 5).shape
+        (3, 12)
+        """
         options = {"covariates": covariates, "known": known, "backend": self.backend, "flat": self.flat}
         return self.net.predict(x, t, labels, **options)
 
     def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
-        """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`."""
+        """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> x, v = np.zeros((1, 12)), np.ones((1, 12))
+        >>> denoiser = model.denoiser()
+        >>> np.allclose((denoiser.vjp(x, 5, v) * v).sum(), (denoiser.jvp(x, 5, v) * v).sum(), rtol=1e-3)
+        True
+        """
         options = {"covariates": covariates, "backend": self.backend, "flat": self.flat}
         return self.net.vjp(x, t, cotangent, labels, **options)
 
     def jvp(self, x: Any, t: Any, tangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
-        """Return J times a tangent: see `Network.jvp`."""
+        """Return J times a tangent: see `Network.jvp`.
+
+        Examples
+        --------
+        >>> X = fd.data.harmonic_curves(200, points=12)
+        >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+        >>> x, v = np.zeros((1, 12)), np.ones((1, 12))
+        >>> denoiser = model.denoiser()
+        >>> slope = (denoiser.predict(x + 0.01 * v, 5) - denoiser.predict(x - 0.01 * v, 5)) / 0.02
+        >>> np.allclose(denoiser.jvp(x, 5, v), slope, atol=1e-2)
+        True
+        """
         options = {"covariates": covariates, "backend": self.backend, "flat": self.flat}
         return self.net.jvp(x, t, tangent, labels, **options)
 

@@ -53,6 +53,13 @@ class Value:
         the tangent.
     forms : list of array
         Of weights: what a convolution takes for them, forward and backward.
+
+    Examples
+    --------
+    >>> p = fd.nn.Program(4, "output")
+    >>> x = p.given("x", (4, 8, 8, 3))
+    >>> isinstance(x, fd.nn.Value), x.shape, x.width
+    (True, (4, 8, 8, 3), 3)
     """
 
     def __init__(self, shape: tuple[int, ...], varies: bool = True) -> None:
@@ -123,6 +130,14 @@ class Program:
         Values in the arena, once planned.
     product : Value
         Whose `grad` is the product with the Jacobian, in a planned program for "vjp" or "jvp".
+
+    Examples
+    --------
+    >>> p = fd.nn.Program(4, "output")  # on four images
+    >>> x = p.given("x", (4, 8, 8, 1))
+    >>> h = p.silu(p.conv("first", x, 16, fd.nn.Conv((3, 3), pad=(1, 1, 1, 1))))
+    >>> h.shape, p.parameters
+    ((4, 8, 8, 16), {'first.weight': (3, 3, 1, 16), 'first.bias': (16,)})
     """
 
     product: Value

@@ -53,6 +53,12 @@ def sinusoidal_features(T: int, width: int = TIME_FEATURES) -> npt.NDArray[np.fl
     -------
     (T, width) float64
         The cosines, then the sines.
+
+    Examples
+    --------
+    >>> features = fd.nn.sinusoidal_features(100, 32)
+    >>> features.shape, features[0, :16].tolist() == [1.0] * 16  # cosines, then sines
+    ((100, 32), True)
     """
     half = width // 2
     frequencies = np.exp(-math.log(MAX_PERIOD) * np.arange(half) / half)
@@ -99,6 +105,12 @@ class MLP(Network):
         Shape of one sample, (points,) or (points, channels).
     points : int
         How many values a sample has.
+
+    Examples
+    --------
+    >>> net = fd.MLP(50, hidden=(64, 64), T=100)
+    >>> net.predict(np.zeros((3, 50)), 99, backend="numpy").shape
+    (3, 50)
     """
 
     widths, usual_batch = "hidden", 256
@@ -128,6 +140,11 @@ class MLP(Network):
 
         Linear d -> 2d, LeakyReLU(0.01), Linear 2d -> 4d, add Embedding(T, 4d)[t], Linear 4d -> 2d, LeakyReLU,
         Linear 2d -> d. Weights and biases start uniform in +-1 / sqrt(in), the embedding standard normal.
+
+        Examples
+        --------
+        >>> [layer.outputs for layer in fd.MLP.tutorial(50).plan.layers]
+        [100, 200, 100, 50]
         """
         self = cls.__new__(cls)
         self._build("tutorial", points, (), T, seed, dtype)

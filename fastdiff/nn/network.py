@@ -110,6 +110,12 @@ class Network(ABC):
         What the output is, where that is known.
     arithmetic : int
         Which arithmetic trains it, as files name it: see `fastdiff.checkpoint`.
+
+    Examples
+    --------
+    >>> net = fd.MLP(12, hidden=(8,), T=20)
+    >>> isinstance(net, fd.nn.Network), net.shape, net.params["time.weight"].shape[1] > 0
+    (True, (12,), True)
     """
 
     kind: str
@@ -452,6 +458,20 @@ class ProgramNetwork(Network):
     """A network that records its operations in a `Program`, and runs on every backend that has layers.
 
     Its constructor calls `describe`, sets what `record` needs, and calls `build`.
+
+    Examples
+    --------
+    >>> class Scaled(fd.nn.ProgramNetwork):
+    ...     kind, options = "scaled", ("shape", "T", "seed")
+    ...
+    ...     def __init__(self, shape, *, T=20, seed=0, dtype="float32", draw=True):
+    ...         self.describe(shape, T=T, seed=seed, dtype=dtype)
+    ...         self.build(draw)
+    ...
+    ...     def record(self, p):
+    ...         p.conv("all", p.given("x", (p.n, *self.image)), self.outputs, fd.nn.Conv())
+    >>> Scaled((50,)).predict(np.ones((2, 50)), 5, backend="numpy").shape
+    (2, 50)
     """
 
     @cached_property
@@ -522,6 +542,11 @@ def register(cls: Kind, *kinds: str) -> Kind:
     cls : subclass of Network
     *kinds : str
         What stands in their configuration; by default its `kind`.
+
+    Examples
+    --------
+    >>> fd.nn.register(fd.MLP, "modulated") is fd.MLP  # as a rule a decorator: ``@fd.nn.register``
+    True
     """
     for kind in kinds or (cls.kind,):
         known = _kinds.setdefault(kind, cls)
@@ -538,6 +563,13 @@ def network_of(config: Any, *, draw: bool = True) -> Network:
     ------
     ArgumentError
         Its kind is not registered, or as of `Network.from_dict`.
+
+    Examples
+    --------
+    >>> net = fd.MLP(12, hidden=(8,), T=20)
+    >>> again = fd.nn.network_of(net.to_dict())
+    >>> type(again).__name__, bool((again.flat == net.flat).all())
+    ('MLP', True)
     """
     check_flags(draw=draw)
     if not isinstance(config, Mapping) or "kind" not in config:

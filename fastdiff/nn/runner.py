@@ -50,6 +50,13 @@ class Runner(Evaluator):
     weights : (layout.size,) array
         Whoever changes them in place has a network that has changed: except for `step` and `run_table`, which may keep
         forms of them.
+
+    Examples
+    --------
+    >>> be, net = fd.get_backend("numpy"), fd.MLP(12, hidden=(8,), T=20)
+    >>> runner = net.on(be, (12,))
+    >>> isinstance(runner, fd.nn.Runner), runner.evaluate(np.zeros((3, 12), np.float32), 5).shape
+    (True, (3, 12))
     """
 
     def __init__(self, net: Network, be: Backend, weights: Array) -> None:

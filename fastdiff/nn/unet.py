@@ -101,6 +101,12 @@ class UNet(ProgramNetwork):
         Shape of one sample.
     prediction : {"noise", "x0", "v", "velocity"} or None
         What the output is, where a file that the network came from said so.
+
+    Examples
+    --------
+    >>> net = fd.UNet((8, 8, 3), channels=(8, 8), blocks=1, T=20)
+    >>> net.predict(np.zeros((1, 8, 8, 3)), 5, backend="numpy").shape
+    (1, 8, 8, 3)
     """
 
     kind, widths = "unet", "channels"
@@ -198,6 +204,14 @@ class UNet(ProgramNetwork):
         ------
         ArgumentError
             The configuration names blocks or options that we do not have, or is inconsistent.
+
+        Examples
+        --------
+        >>> config = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8]}
+        >>> config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        >>> config |= {"layers_per_block": 1, "norm_num_groups": 4}
+        >>> fd.UNet.like_diffusers(config, T=20).shape
+        (8, 8, 1)
         """
         from fastdiff.interop import options_from_diffusers
 
@@ -220,6 +234,13 @@ class UNet(ProgramNetwork):
             UNet2DModel does not have this architecture (images of height 1).
         DataError
             The folder cannot be written.
+
+        Examples
+        --------
+        >>> net = fd.UNet((8, 8, 1), channels=(8, 8), blocks=1, T=20)
+        >>> net.save_diffusers("unet")
+        >>> bool((fd.load_diffusers("unet")[0].flat == net.flat).all())
+        True
         """
         from fastdiff.interop import save_diffusers
 

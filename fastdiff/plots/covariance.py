@@ -28,6 +28,14 @@ def covariances(matrices: Mapping[str, npt.ArrayLike]) -> Figure:
     matrices : mapping of str to (n, n) array_like
         Titles and symmetric matrices, of any sizes. The effective rank (entropy form) stands with each. Eigenvalues
         below a millionth of the largest are drawn at that floor.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> matrices = {"one curve": fd.covariance.similarity(X[0], backend="numpy"), "noise": np.eye(50)}
+    >>> len(plots.covariances(matrices).axes)
+    4
     """
     given = {title: check_array("matrices", matrix, shape=(None, None)) for title, matrix in matrices.items()}
     if not given:
@@ -68,6 +76,13 @@ def spectra(source: npt.ArrayLike, target: npt.ArrayLike) -> Figure:
     ----------
     source, target : (n, n) array_like
         Of `covariance.reshaping`; the gain of a direction is the root of the ratio of its eigenvalues.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> len(plots.spectra(np.eye(50), fd.covariance.similarity(X[0], backend="numpy")).axes)
+    1
     """
     here, there = covariance.spectrum(source), covariance.spectrum(target)
     if len(here) != len(there):
@@ -96,6 +111,15 @@ def reshaped(
     signal : (n,) array_like
     rate : float, optional
         Points a second: the horizontal axis is in seconds.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> noise = fd.normal((40, 50), seed=0, backend="numpy")
+    >>> shaped = fd.covariance.reshaping(np.eye(50), fd.covariance.similarity(X[0], backend="numpy")).apply(noise)
+    >>> len(plots.reshaped(noise, shaped, X[0]).axes)
+    3
     """
     first = check_array("before", before, shape=(None, None))
     last = check_array("after", after, shape=first.shape)

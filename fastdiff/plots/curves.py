@@ -46,6 +46,15 @@ def forward_diffusion(
         Points a second: the horizontal axis is in seconds. Otherwise it counts points.
     schedule : Schedule, optional
         Of the chain; then each panel names what is left of the signal, and how much noise there is.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> s = fd.Schedule.cosine(20)
+    >>> chain = fd.forward_chain(X[:1], s, backend="numpy")
+    >>> len(plots.forward_diffusion(chain[:, 0], [0, 5, 20], schedule=s).axes)
+    3
     """
     states = check_array("chain", chain, shape=(None, None))
     steps = len(states) - 1
@@ -95,6 +104,15 @@ def reverse_chain(
         Points a second: the horizontal axis is in seconds.
     sampler : str, optional
         What drew it, for the colour bar: `Sampler.label`.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> s = fd.Schedule.cosine(20)
+    >>> law, table = fd.denoisers.Empirical(fd.data.harmonic_curves(8), s), fd.samplers.ddim(s, 10)
+    >>> new, path = fd.sample(law, table, n=4, trajectory=True, backend="numpy")
+    >>> len(plots.reverse_chain(path[:, 0], new[0], sampler=table.label).axes)
+    2
     """
     states = check_array("path", path, shape=(None, None))
     if len(states) < 2:
@@ -136,6 +154,16 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
     timesteps : array_like, optional
         (steps,) int, descending: ``sampler.timesteps``. The horizontal axis then counts the steps of noise
         that are left, ``t + 1``, down to 0. Otherwise it counts the sampling steps done.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> s = fd.Schedule.cosine(20)
+    >>> law, table = fd.denoisers.Empirical(fd.data.harmonic_curves(8), s), fd.samplers.ddim(s, 10)
+    >>> new, path = fd.sample(law, table, n=4, trajectory=True, backend="numpy")
+    >>> figure = plots.reverse_lines(path[:, 0], table.timesteps)
+    >>> [len(drawn.get_segments()) for drawn in figure.axes[0].collections]  # a line for each value
+    [50]
     """
     states = check_array("path", path, shape=(None, None))
     steps = len(states) - 1
@@ -186,6 +214,15 @@ def imputed(
         Points a second: the horizontal axis is in seconds. Otherwise it counts points.
     names : sequence of str, optional
         A title for each curve.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> known = np.where(np.arange(50) < 30, X[:2], np.nan)
+    >>> draws = np.where(np.isnan(known), X[None, :2] + np.linspace(-1, 1, 20)[:, None, None], known)
+    >>> len(plots.imputed(known, draws, truth=X[:2]).axes)
+    2
     """
     filled = check_array("draws", draws, shape=(None, None, None))
     rows = check_array("known", known, shape=filled.shape[1:], finite=False)
@@ -244,6 +281,14 @@ def generated(
         Points a second: the horizontal axis is in seconds.
     names : pair of str, optional
         Headings of the two halves; the first one may say how they were drawn: `Sampler.label`.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> figure = plots.generated(X[:20], X[20:], count=4)
+    >>> len(figure.axes)  # four of each, and the bands
+    13
     """
     sets = [check_array("curves", curves, shape=(None, None))]
     if reference is not None:
@@ -318,6 +363,14 @@ def around_target(
         Points a second: the horizontal axis is in seconds.
     sampler : str, optional
         What drew them, for the legend: `Sampler.label`.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> figure = plots.around_target(X[:1] + 0.1 * fd.normal((30, 50), seed=0, backend="numpy"), X[0])
+    >>> len(figure.axes)
+    2
     """
     made = check_array("curves", curves, shape=(None, None))
     wanted = check_array("target", target, shape=(made.shape[1],))
@@ -389,6 +442,17 @@ def moving_curves(
         Time for all frames, and how much longer the last one stands.
     title : str, optional
         The heading.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> s = fd.Schedule.cosine(20)
+    >>> law, table = fd.denoisers.Empirical(fd.data.harmonic_curves(8), s), fd.samplers.ddim(s, 10)
+    >>> new, path = fd.sample(law, table, n=4, trajectory=True, backend="numpy")
+    >>> plots.moving_curves(path, "curves.gif", frames=3)
+    >>> from pathlib import Path
+    >>> Path("curves.gif").read_bytes()[:3]
+    b'GIF'
     """
     check_pillow()
     check_ending(file, (".gif",))

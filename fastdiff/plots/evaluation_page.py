@@ -76,6 +76,14 @@ def evaluation(
         and the real rows' deviation seldom jumps from one to the next: at most a fifth by more than three times. If
         they do not, and some deviations are ten times others, columns are drawn, and distances taken, as standard
         scores of the real rows.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> figure = plots.evaluation(X[:20], X[20:], count=4)
+    >>> len(figure.axes) > 4
+    True
     """
     rows = {"real": real, "generated": generated, "training": training}
     given = {name: check_array(name, value, shape=(None, None)) for name, value in rows.items() if value is not None}

@@ -23,6 +23,15 @@ def bound(terms: npt.ArrayLike, stderr: npt.ArrayLike) -> Figure:
     terms, stderr : (T + 1,) array_like
         As of `fastdiff.likelihood.Bound`. Those of the decoder and of the prior are numbers below: the first is of
         another kind, and the last one small.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> s = fd.Schedule.cosine(20)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.eye(2), s)
+    >>> found = fd.likelihood.bound(law, np.ones((4, 2)), backend="numpy")
+    >>> len(plots.bound(found.terms, found.stderr).axes)
+    1
     """
     terms = check_array("terms", terms, shape=(None,), dtype=np.float64)
     stderr = check_array("stderr", stderr, shape=terms.shape, finite=False, dtype=np.float64)

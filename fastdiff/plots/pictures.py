@@ -48,6 +48,14 @@ def image_grid(
         The values of black and white; what is outside is clipped.
     reference : array_like, optional
         (M, H, W, C): real pictures. Then there are no labels.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> faces = fd.data.portraits(8, 16)
+    >>> figure = plots.image_grid(faces, columns=4, labels=range(8))
+    >>> len(figure.axes) > 0
+    True
     """
     pixels = as_uint8(images, data_range=data_range)
     columns = min(check_int("columns", columns, low=1), len(pixels))
@@ -98,6 +106,14 @@ def image_trace(
         The values of black and white; what is outside is clipped, so early frames show less contrast than they have.
     sampler : str, optional
         What drew them, for the heading: `Sampler.label`.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> faces = fd.data.portraits(8, 16)
+    >>> path = np.linspace(faces[::-1], faces, 4)
+    >>> len(plots.image_trace(path[:, :2], frames=3).axes) > 0
+    True
     """
     pixels, steps = _frames(path, frames, data_range)
     shown = np.swapaxes(pixels, 0, 1).reshape(-1, *pixels.shape[2:])
@@ -135,6 +151,16 @@ def animation(
         Time for all frames, and how much longer the last one stands.
     data_range : pair of float, optional
         The values of black and white; what is outside is clipped.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> faces = fd.data.portraits(8, 16)
+    >>> path = np.linspace(faces[::-1], faces, 4)  # (4, 8, 16, 16, 3)
+    >>> plots.animation(path, "faces.gif", frames=4)
+    >>> from pathlib import Path
+    >>> Path("faces.gif").read_bytes()[:3]
+    b'GIF'
     """
     check_pillow()
     check_ending(file, (".gif",))

@@ -40,6 +40,13 @@ def tradeoff(
     floors : mapping of str to float, optional
         Below which distance nothing can be told in a panel; it is shaded.
     title : str, optional
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> found = {"ddim": ([5, 10, 20], [0.5, 0.2, 0.1]), "unipc": ([5, 10, 20], [0.1, 0.05, 0.04])}
+    >>> len(plots.tradeoff({"curves": found, "pictures": found}).axes)
+    2
     """
     if not panels:
         raise ArgumentError("panels", "none", "at least one")

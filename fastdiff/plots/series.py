@@ -42,6 +42,13 @@ def series(
         Of the channels.
     title : str, optional
         The heading.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40).reshape(40, 25, 2)
+    >>> len(plots.series(X[:5], X, names=["left", "right"]).axes)
+    2
     """
     made = check_array("drawn", drawn, shape=(None, None, None))
     if not made.size:
@@ -90,6 +97,15 @@ def bands(
         Of the channels.
     title : str, optional
         The heading.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> known = np.where(np.arange(50) < 30, X[0], np.nan)
+    >>> figure = plots.bands(known, {0.05: X[0] - 0.5, 0.5: X[0], 0.95: X[0] + 0.5}, truth=X[0])
+    >>> len(figure.axes[0].collections) > 0  # the band of 90 %
+    True
     """
     seen = check_array("known", known, finite=False)
     if seen.ndim not in (1, 2) or not seen.size:
@@ -132,7 +148,15 @@ def bands(
 def anomaly(
     X: npt.ArrayLike, scores: npt.ArrayLike, *, names: Sequence[str] | None = None, times: Any = None
 ) -> Figure:
-    """Draw a recording (time, channels), and below each channel how strange each of its values is, on one scale."""
+    """Draw a recording (time, channels), and below each channel how strange each of its values is, on one scale.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(1).reshape(25, 2)
+    >>> len(plots.anomaly(X, np.abs(X)).axes)  # a recording and its scores, for each channel
+    4
+    """
     values = check_array("X", X, finite=False)
     found = check_array("scores", scores, shape=values.shape, finite=False)
     values, found = (v[:, None] if v.ndim == 1 else v for v in (values, found))

@@ -26,6 +26,13 @@ def shares(work: Mapping[str, tuple[float, str]], machine: str) -> Figure:
         What was done: its share, 1 for all that is possible, and its rate in words.
     machine : str
         Where, for the heading.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> work = {"noise": (0.2, "1 G values a second"), "a product": (0.9, "80 Gflop/s")}
+    >>> len(plots.shares(work, "this machine").axes)
+    1
     """
     if not work:
         raise ArgumentError("work", "nothing", "at least one piece of work")
@@ -61,6 +68,14 @@ def scaling(panels: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike
         Title of a panel: who computed, to sizes (k,) and seconds (k,), above 0. Who is ours comes first.
     labels : sequence of str
         What is counted along each panel's horizontal axis.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> n = [10, 100, 1000]
+    >>> found = {"fastdiff": (n, [1e-3, 2e-3, 1e-2]), "another": (n, [2e-3, 5e-3, 4e-2])}
+    >>> len(plots.scaling({"sampling": found}, ["samples"]).axes)
+    1
     """
     if not panels or len(labels) != len(panels):
         raise ArgumentError("labels", f"{len(labels)} of them", f"one for each of {len(panels)} panels, and a panel")

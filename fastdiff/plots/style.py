@@ -65,7 +65,17 @@ def styled() -> Iterator[None]:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure, whole or not at all; the ending of `path` says how (.png, .pdf, .svg)."""
+    """Write a figure, whole or not at all; the ending of `path` says how (.png, .pdf, .svg).
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> plots.save(plots.generated(X), "new.png")
+    >>> from pathlib import Path
+    >>> Path("new.png").read_bytes()[1:4]
+    b'PNG'
+    """
     check_available()
     ending = check_ending(path, ENDINGS)
     with writing(path) as file:
@@ -73,13 +83,30 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def write(figure: Figure, file: IO[bytes], form: str) -> None:
-    """Write a figure into an open file, in the style it was drawn in."""
+    """Write a figure into an open file, in the style it was drawn in.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> X = fd.data.harmonic_curves(40)
+    >>> with open("new.svg", "wb") as file:
+    ...     plots.write(plots.generated(X), file, "svg")
+    >>> from pathlib import Path
+    >>> "<svg" in Path("new.svg").read_text()
+    True
+    """
     with styled():
         figure.savefig(file, format=form)
 
 
 def check_available() -> None:
-    """Raise `BackendError` if matplotlib is missing: asked before long work that ends in a figure."""
+    """Raise `BackendError` if matplotlib is missing: asked before long work that ends in a figure.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> plots.check_available()  # an error says what to install
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

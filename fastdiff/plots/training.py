@@ -28,6 +28,12 @@ def schedule_factors(schedule: Schedule) -> Figure:
     ----------
     schedule : Schedule
         Its `signal` and `noise` are drawn, (T,) each.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> len(plots.schedule_factors(fd.Schedule.cosine(100)).axes)  # the factors, and log SNR
+    2
     """
     signal = check_array("schedule.signal", schedule.signal, shape=(None,))
     noise = check_array("schedule.noise", schedule.noise, shape=signal.shape)
@@ -68,6 +74,14 @@ def loss(history: Mapping[str, Sequence[float]], *, linear: float | None = None)
         The smoothed line is the mean over a window of a fiftieth of the steps, centred.
     linear : float, optional
         The loss of the best linear denoiser, ``Diffusion.linear_loss``: what a network must come below.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> history = {"step": [10, 20, 30], "loss": [1.0, 0.5, 0.4]}
+    >>> history |= {"validation_step": [20, 30], "validation_loss": [0.5, 0.45]}
+    >>> len(plots.loss(history, linear=0.6).axes)
+    1
     """
     step = check_array("history['step']", history.get("step", []), shape=(None,))
     value = check_array("history['loss']", history.get("loss", []), shape=step.shape, finite=False)
@@ -114,6 +128,15 @@ def convergence(
         For each sampler, above 0: ``exact_chain(...).w2()``. NaN where a sampler cannot take so many steps.
     plateau : pair of float and str, optional
         A distance that no number of steps comes below, and why: a line with these words.
+
+    Examples
+    --------
+    >>> from fastdiff import plots
+    >>> s = fd.Schedule.cosine(100)
+    >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+    >>> far = [fd.denoisers.exact_chain(law, fd.samplers.ddim(s, n)).w2() for n in (5, 10, 20)]
+    >>> len(plots.convergence([5, 10, 20], {"ddim": far}).axes)
+    1
     """
     at = check_array("steps", steps, shape=(None,))
     with one_axes(6.4, 3.8) as (figure, axes):

@@ -71,6 +71,14 @@ class Sampler:
     ------
     ArgumentError
         If the table breaks one of these rules.
+
+    Examples
+    --------
+    >>> s = fd.Schedule.cosine(20)
+    >>> rows = np.array(fd.samplers.ddim(s, 5).rows)  # (t, p, q, a, b, c1, c2, c3, e, s, r, visit)
+    >>> mine = fd.Sampler(rows, s, prediction="noise", name="mine")
+    >>> mine.timesteps.tolist(), mine.evaluations
+    ([19, 15, 11, 7, 3], 5)
     """
 
     rows: tuple[Row, ...]
@@ -130,7 +138,14 @@ class Sampler:
         return max(row.depth for row in self.rows)
 
     def unclipped(self) -> Sampler:
-        """Return the table without its clip."""
+        """Return the table without its clip.
+
+        Examples
+        --------
+        >>> table = fd.samplers.ddpm(fd.Schedule.cosine(20), clip=1.0)
+        >>> table.clip, table.unclipped().clip
+        ((-1.0, 1.0), None)
+        """
         options = {name: value for name, value in self.options.items() if name != "clip"}
         return _restored(self.rows, self.schedule, self.prediction, None, self.name, self.order, options)
 
@@ -141,6 +156,15 @@ class Sampler:
         ----------
         factor : float
             Above 0. The state is multiplied by it before the first row, and s in all rows.
+
+        Examples
+        --------
+        >>> s = fd.Schedule.cosine(20)
+        >>> law = fd.denoisers.Gaussian(np.zeros(2), np.diag([4.0, 1.0]), s)
+        >>> table = fd.samplers.ddpm(s, 20)
+        >>> plain, wide = (fd.denoisers.exact_chain(law, one).cov for one in (table, table.widened(1.5)))
+        >>> bool((np.diag(wide) > np.diag(plain)).all())
+        True
         """
         factor = check_float("factor", factor, low=0, low_open=True)
         if any(row.r for row in self.rows):

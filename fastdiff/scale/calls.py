@@ -77,6 +77,14 @@ def sample_to(
     BackendError
         Nobody to do the work: no scheduler or no worker within 30 seconds, a pool that has lost its workers, a worker
         with another version of fastdiff, or a chunk that failed four times.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> array = fd.scale.sample_to("samples.zarr", model, 50, chunk=20, steps=5, progress=False)
+    >>> array.shape, bool((array[30:34] == model.sample(4, first_sample=30, steps=5)).all())
+    ((50, 12), True)
     """
     n, chunk = check_int("n", n, low=1), check_int("chunk", chunk, low=1)
     for name in ALONE:
@@ -139,6 +147,14 @@ def impute_to(
     ------
     ArgumentError, DataError, BackendError
         As of `sample_to`, and of `Diffusion.impute`.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> gaps = np.where(np.arange(12) < 6, X[:4], np.nan)
+    >>> fd.scale.impute_to("draws.zarr", model, gaps, 3, chunk=2, steps=5, progress=False).shape
+    (3, 4, 12)
     """
     draws = check_int("draws", draws, low=1)
     if options.get("quantiles") is not None:
@@ -188,6 +204,14 @@ def score_to(
     ------
     ArgumentError, DataError, BackendError
         As of `sample_to`, and of `Diffusion.log_density`.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> array = fd.scale.score_to("scores.zarr", model, X[:6], chunk=3, progress=False)
+    >>> np.allclose(array[:], model.score_samples(X[:6]))
+    True
     """
     options = {"y": y, "seed": model.seed, **options}
     job = _of_rows("scores", model, X, chunk, options, {"y": 0, "covariates": 1})

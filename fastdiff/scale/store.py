@@ -73,6 +73,16 @@ class Contents(NamedTuple):
         Chunks.
     damaged : list of int
         Chunks that are marked as done, and are not what was written.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> fd.scale.sample_to("samples.zarr", model, 50, chunk=20, steps=5, progress=False).shape
+    (50, 12)
+    >>> found = fd.scale.check("samples.zarr")
+    >>> found.facts["kind"], found.facts["seed"], found.done == found.total
+    ('samples', 0, True)
     """
 
     facts: dict[str, Any]
@@ -99,6 +109,16 @@ def check(store: Any, *, repair: bool = False) -> Contents:
     ------
     DataError
         There is no such array, or it cannot be read.
+
+    Examples
+    --------
+    >>> X = fd.data.harmonic_curves(200, points=12)
+    >>> model = fd.Diffusion().fit(X, steps=20, progress=False)
+    >>> fd.scale.sample_to("samples.zarr", model, 50, chunk=20, steps=5, progress=False).shape
+    (50, 12)
+    >>> found = fd.scale.check("samples.zarr")
+    >>> found.done, found.total, found.damaged
+    (3, 3, [])
     """
     chunks = Chunked.existing(store)
     if chunks is None:
@@ -114,7 +134,13 @@ def check(store: Any, *, repair: bool = False) -> Contents:
 
 
 def chunk_of(store: Any) -> int | None:
-    """Return the `chunk` that an array was begun with, or None where there is none yet."""
+    """Return the `chunk` that an array was begun with, or None where there is none yet.
+
+    Examples
+    --------
+    >>> fd.scale.chunk_of("nothing-yet.zarr") is None
+    True
+    """
     chunks = Chunked.existing(store)
     return None if chunks is None else int(chunks.facts["chunk"])
 
