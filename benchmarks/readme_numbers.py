@@ -1,7 +1,7 @@
 """Fill README.md and docs from the results of the benchmarks: ``python benchmarks/readme_numbers.py [--check]``.
 
 What stands between ``<!-- numbers:NAME -->`` and ``<!-- /numbers -->`` becomes the table of results/NAME.json, and of
-``<!-- numbers:NAME:short -->`` the rows of it that `SHORT` lists, or of quality the data sets alone.
+``<!-- numbers:NAME:short -->`` the rows of it that `SHORT` lists, or of quality the data sets by their sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NumbersError(Exception):
 def shortened(name: str, report: PeersReport | QualityReport) -> Report:
     """Return the results with the rows of their short form only, and these without what is more than a line."""
     if isinstance(report, QualityReport):
-        return replace(report, curves=[])
+        return report.by_size()
     if name not in SHORT:
         raise NumbersError(f"{name} has no short form")
     rows = {row.name: row for row in report.rows}

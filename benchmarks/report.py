@@ -505,6 +505,12 @@ class Quality(NamedTuple):
         target += "" if self.met else MISSED
         return [f"{self.name} ({self.rows} x {self.d})", *means, f"**{self.ours}**", f"{self.excess}", target, *others]
 
+    def chosen(self) -> list[str]:
+        """Return the row of the table by sizes: what was chosen for so many rows and values, and how far it came."""
+        sizes = f"{self.rows}", f"{self.d}", f"{self.steps}", f"{self.seconds.mean:.0f} s"
+        means = f"{self.real.mean:.3f}", f"{self.gaussian.mean:.3f}", f"**{self.ours.mean:.3f}**"
+        return [self.name, *sizes, *means]
+
 
 class CurveFigure(NamedTuple):
     """A figure of the source text's task."""
@@ -541,6 +547,21 @@ class QualityReport(Report):
         ]
         rows = [row.cells() for row in self.curves]
         return [*lines, "", *markdown(["curves of the source text", "value", "target"], rows)] if rows else lines
+
+    def by_size(self) -> SizesReport:
+        """Return the same data sets, from few rows to many."""
+        return SizesReport(self.header, sorted(self.quality, key=lambda row: (row.rows, row.d)))
+
+
+@dataclass
+class SizesReport(Report):
+    """What the defaults choose for so many rows of so many values, and how far samples are from unseen rows."""
+
+    quality: list[Quality]
+
+    def lines(self) -> list[str]:
+        head = ["data", "rows N", "values d", "steps", "training", "real rows", "Gaussian", "fastdiff"]
+        return [self.header.line(), "", *markdown(head, [row.chosen() for row in self.quality])]
 
 
 # -- answers.py ------------------------------------------------------------------------------------------------

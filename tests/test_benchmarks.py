@@ -530,17 +530,21 @@ def test_short_forms_are_of_results_that_exist():
         assert len(readme_numbers.shortened(name, results).rows) == len(readme_numbers.SHORT[name])
 
 
-def test_the_short_form_of_quality_is_the_data_sets():
+def test_the_short_form_of_quality_is_the_data_sets_by_their_sizes():
     results = report.load(report.RESULTS / "quality-cpu.json")
     assert results.curves
     lines = readme_numbers.shortened("quality-cpu", results).table().splitlines()
     assert len(lines) == len(results.quality) + 4
-    assert all("curves of the source text" not in line for line in lines)
+    rows = [line.strip("| ").split(" | ") for line in lines[4:]]
+    sizes = [(int(row[1]), int(row[2])) for row in rows]
+    assert sizes == sorted((one.rows, one.d) for one in results.quality)
+    one = next(one for one in results.quality if one.name == rows[0][0])
+    assert rows[0][-1] == f"**{one.ours.mean:.3f}**"
 
 
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
-    assert names == ["README.md", "performance.md", "quality.md"]
+    assert names == ["README.md", "choose.md", "performance.md", "quality.md"]
     assert readme_numbers.main(["--check"]) == 0
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")
