@@ -45,7 +45,7 @@ def test_its_tables_are_the_librarys():
 
 
 def test_a_model_travels_inside_and_its_data_do_not(tmp_path, model):
-    assert page.document(model, name="</script>").count("</script>") == 2
+    assert page.document(model, name="</script>").count("</script>") == 3
     model.save(tmp_path / "<b>.safetensors")
     assert main(["page", str(tmp_path / "<b>.safetensors"), "-o", str(tmp_path / "m.html")]) == 0
     found = payload((tmp_path / "m.html").read_text("utf-8"))
@@ -90,7 +90,7 @@ def test_where_it_cannot_be_written(tmp_path, capsys):
 
 def test_every_module_is_joined():
     known = {path.stem for path in Path(page.__file__).parent.glob("*.js")}
-    assert known == set(page.MODULES)
+    assert known == {*page.COMPUTING, *page.SHOWING}
     joined = page._inlined("b", 'import {\n  x,\n} from "./a.js";\nexport const y = x;\nexport class Z {}\n')
     assert (
         joined

@@ -45,6 +45,7 @@ TOLD = 4e-4
 
 PAGE, PAGE_FLOAT64 = 1e-5, 1e-9  # samples of the page, which computes in float64, against float32 and float64 ones
 PAGE_TOLD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TOLD)
+FIRST_PAINT_MS = 1000  # from the opening of the page's file to its first text
 FRAME_MS = 8  # of script, in the median, for a frame of 100 draws of 50 points of an exact denoiser
 
 STREAMED = 1e-6  # relative: moments measured block by block against those in one go, which scales float32 in float32

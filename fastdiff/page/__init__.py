@@ -2,7 +2,8 @@
 
 What the page computes it computes by itself, with the noise law and the tables of this library: `noise.js` draws the
 same bits, `chain.js` runs the rows that are written into the page, `denoisers.js` has the exact denoisers and the
-perceptron. The modules are joined as they are, without a build step.
+perceptron. The modules are joined as they are, without a build step; those that compute run in workers as well, which
+the page makes of its own text.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fastdiff.schedule import Schedule
 if TYPE_CHECKING:
     from fastdiff.model import Diffusion
 
-MODULES = ("noise", "algebra", "denoisers", "payload", "chain", "draw", "python", "app")
+COMPUTING = ("noise", "algebra", "denoisers", "payload", "chain", "crew")  # what workers run as well
+SHOWING = ("draw", "python", "app")
 MOST_BYTES = 20_000_000  # of weights
 DRAWN = 24  # samples of a model that the page begins with
 POINTS = 50
@@ -68,12 +70,15 @@ def document(model: Diffusion | None = None, *, name: str = "m.safetensors") -> 
     """
     payload = json.dumps(_of_model(model, name) if model is not None else _of_families(), separators=(",", ":"))
     room = files("fastdiff.page")
-    modules = [_inlined(module, room.joinpath(f"{module}.js").read_text("utf-8")) for module in MODULES]
-    script = "const modules = {};\n" + "".join(modules)
+    computing, showing = (
+        "".join(_inlined(module, room.joinpath(f"{module}.js").read_text("utf-8")) for module in part)
+        for part in (COMPUTING, SHOWING)
+    )
     parts = {
         "style": room.joinpath("page.css").read_text("utf-8"),
         "payload": payload.replace("</", "<\\/"),
-        "script": script.replace("</script", "<\\/script"),
+        "computing": f'"use strict";\nconst modules = {{}};\n{computing}'.replace("</script", "<\\/script"),
+        "showing": showing.replace("</script", "<\\/script"),
     }
     html = room.joinpath("page.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], html)

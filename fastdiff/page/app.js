@@ -1,7 +1,8 @@
 // The page: what is chosen, what is computed of it, and what is shown.
 
 import { eigen } from "./algebra.js";
-import { COLUMNS, Chain, Told, evaluates, replacing, startsAnywhere } from "./chain.js";
+import { Chain, Told, evaluates, startsAnywhere } from "./chain.js";
+import { Crew, filler } from "./crew.js";
 import { Empirical, Gaussian } from "./denoisers.js";
 import { Graph, cleared, colour, heatMap, histogram, mixed, recolour, short, spectrum } from "./draw.js";
 import { STREAM, fillNormal, roundKeys } from "./noise.js";
@@ -477,7 +478,8 @@ function paintBack() {
 
 // ---------------------------------------------------------------------------------------- 4: fill
 
-let filling = null;
+let filling = null; // a chain, or what a crew draws
+let crew; // undefined until it is wanted, null where a page can have none
 
 /** The curve as it is seen: NaN where it is erased, in all channels, and where it is constant. */
 function seen() {
@@ -486,8 +488,7 @@ function seen() {
 }
 
 function refill() {
-  filling = null;
-  jobs.delete("fill");
+  unfill();
   fillSoon = true;
   if (fillVisible) fill();
   repaint(paintFill);
@@ -498,14 +499,34 @@ let fillSoon = true, fillVisible = false;
 function fill() {
   fillSoon = false;
   const rows = table(), known = seen(), deviation = state.error, seed = BigInt(state.seed);
-  let denoiser = state.law, hook = null;
   state.posterior = null;
-  if (!network) denoiser = state.posterior = state.law.given(known, deviation);
-  else if (state.method === "tmpd") denoiser = new Told(network, schedule, known, deviation);
-  else hook = replacing({ rows, schedule, seen: known, deviation, d, seed });
-  filling = new Chain({ rows, denoiser, n: state.ways, d, seed, hook });
+  if (network) {
+    const job = { rows, schedule, seen: known, deviation, method: state.method, n: state.ways, seed };
+    if (crew === undefined) crew = Crew.of($("computing").textContent, network, dismiss);
+    if (crew) {
+      filling = crew.start(network, job, () => repaint(paintFill));
+      return repaint(paintFill);
+    }
+    filling = filler(network, job);
+  } else {
+    const denoiser = (state.posterior = state.law.given(known, deviation));
+    filling = new Chain({ rows, denoiser, n: state.ways, d, seed });
+  }
   jobs.set("fill", steps(filling));
   repaint(paintFill);
+}
+
+/** Fill here what a worker cannot. */
+function dismiss() {
+  crew?.end();
+  crew = null;
+  if (filling && !filling.done) fill();
+}
+
+function unfill() {
+  filling = null;
+  jobs.delete("fill");
+  crew?.stop();
 }
 
 function* steps(which) {
@@ -527,7 +548,7 @@ function paintFill() {
   $("error-shown").textContent = `± ${state.error.toFixed(2)}`;
   let facts = "";
   if (filling) {
-    const x = filling.path.at(-1), n = filling.n, value = (row, i) => toData(x[row * d + at(i)], at(i));
+    const x = filling.latest, n = filling.n, value = (row, i) => toData(x[row * d + at(i)], at(i));
     const inside = (i) => i >= from - 1 && i <= to + 1;
     for (let row = 0; row < n; row++) {
       graph.line((i) => (inside(i) ? value(row, i) : NaN), { stroke: colour("draw"), width: 1, alpha: 0.3 });
@@ -540,7 +561,7 @@ function paintFill() {
       let hits = 0;
       for (let i = from; i <= to; i++) hits += curve(k)(i) >= quantile(0.05)(i) && curve(k)(i) <= quantile(0.95)(i);
       facts = `${n} draws; lines: median, 5 and 95 %. Of the ${to - from + 1} erased points ${hits} lie between the last two.`;
-    } else facts = `row ${filling.path.length - 1} of ${filling.rows.length}`;
+    } else facts = `row ${filling.passed} of ${filling.rows.length}`;
   }
   graph.line((i) => (i >= from && i <= to ? curve(k)(i) : NaN), { stroke: colour("warm"), width: 2, dash: [5, 5] });
   graph.line((i) => (i >= from && i <= to ? NaN : curve(k)(i)), { stroke: colour("seen"), width: 3 });
@@ -591,8 +612,7 @@ function onErase(canvas) {
 function erase(from, to, now = true) {
   if (to - from >= points - 1) to = points - 2; // something is to be seen
   state.erased = [from, to];
-  filling = null;
-  jobs.delete("fill");
+  unfill();
   if (now) refill();
   repaint(paintFill);
 }
@@ -653,8 +673,18 @@ function setTheme(name) {
   recolour();
 }
 
+const PAINTS = [paintStrip, paintPad, paintForward, paintBack, paintFill];
+
 function repaintAll() {
-  repaint(paintStrip, paintPad, paintForward, paintBack, paintFill);
+  repaint(...PAINTS);
+}
+
+/** On paper it is light. */
+function printing(on) {
+  const name = $("theme").dataset.name;
+  setTheme(on ? "light" : name);
+  Object.assign($("theme").dataset, { name });
+  for (const paint of PAINTS) paint(); // at once: no frame comes before the paper
 }
 
 function begin() {
@@ -667,6 +697,8 @@ function begin() {
     setTheme($("theme").dataset.name);
     repaintAll();
   });
+  const paper = matchMedia("print");
+  paper.addEventListener("change", () => printing(paper.matches));
   new ResizeObserver(repaintAll).observe(document.querySelector("main"));
 
   for (const family of page.families) {
@@ -870,10 +902,11 @@ begin();
 
 // What tests read.
 window.fastdiff = {
-  page, state, frames,
+  page, state, frames, jobs,
   get forward() { return seenNow; },
   get chain() { return chain; },
   get filling() { return filling; },
-  finished: () => jobs.size === 0,
+  finished: () => jobs.size === 0 && (filling === null || filling.done),
+  get workers() { return crew ? crew.workers.length : 0; },
   normals: (rows, width, given) => fillNormal(new Float32Array(rows * width), rows, width, { ...given, keys: roundKeys(BigInt(given.seed)) }),
 };

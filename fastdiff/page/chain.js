@@ -22,14 +22,15 @@ export const startsAnywhere = (rows) => depth(rows) === 0 && rows.every((row, i)
  * n samples on their way through a table.
  *
  * `x` (n, d) is the state, `path` holds the states before and after all rows so far. `initial` (n, d) starts from
- * something else than noise. `hook(row number, x, first, count)` may change states after a row.
+ * something else than noise. `hook(row number, x, first, count)` may change states after a row. `first` is the index of
+ * the first sample: the noise of sample k of a seed is the same wherever it is drawn.
  */
 export class Chain {
-  constructor({ rows, denoiser, n, d, seed, initial = null, hook = null }) {
-    Object.assign(this, { rows, denoiser, n, d, hook });
+  constructor({ rows, denoiser, n, d, seed, first = 0, initial = null, hook = null }) {
+    Object.assign(this, { rows, denoiser, n, d, first, hook });
     this.keys = roundKeys(seed);
     this.x = initial ? Float64Array.from(initial) : new Float64Array(n * d);
-    if (!initial) fillNormal(this.x, n, d, { keys: this.keys, stream: STREAM.INIT });
+    if (!initial) fillNormal(this.x, n, d, { keys: this.keys, stream: STREAM.INIT, first });
     this.memory = Array.from({ length: depth(rows) }, () => new Float64Array(n * d));
     this.path = [Float32Array.from(this.x)];
     this.out = new Float64Array(n * d);
@@ -37,8 +38,18 @@ export class Chain {
     this.visits = 0;
   }
 
+  /** Rows so far. */
+  get passed() {
+    return this.path.length - 1;
+  }
+
   get done() {
-    return this.path.length > this.rows.length;
+    return this.passed === this.rows.length;
+  }
+
+  /** The states after these. */
+  get latest() {
+    return this.path.at(-1);
   }
 
   /** Work on one row, `block` samples at a time; yields between two blocks, and returns after the row. */
@@ -47,8 +58,8 @@ export class Chain {
     for (let first = 0; first < n; first += block) {
       const count = Math.min(block, n - first), from = first * d, to = from + count * d;
       const view = (array) => array.subarray(from, to);
-      this.take(row, view(this.x), view(this.out), this.memory.map(view), view(this.z), first, count);
-      if (this.hook) this.hook(i, view(this.x), first, count);
+      this.take(row, view(this.x), view(this.out), this.memory.map(view), view(this.z), this.first + first, count);
+      if (this.hook) this.hook(i, view(this.x), this.first + first, count);
       if (to < n * d) yield;
     }
     path.push(Float32Array.from(this.x));

@@ -317,26 +317,44 @@ function times(x, n, flat, { inputs, outputs, weight, bias }, y) {
   }
 }
 
-/** d W^T for rows d (n, outputs). */
+/** d W^T for rows d (n, outputs): four rows and two inputs at a time, whose eight sums stay in registers. */
 function timesTransposed(d, n, flat, { inputs, outputs, weight }) {
   const out = new Float64Array(n * inputs);
   let i = 0;
   for (; i + 4 <= n; i += 4) {
     const d0 = i * outputs, d1 = d0 + outputs, d2 = d1 + outputs, d3 = d2 + outputs;
-    for (let k = 0; k < inputs; k++) {
-      const from = weight + k * outputs;
-      let a = 0, b = 0, c = 0, e = 0;
+    const o0 = i * inputs, o1 = o0 + inputs, o2 = o1 + inputs, o3 = o2 + inputs;
+    let k = 0;
+    for (; k + 2 <= inputs; k += 2) {
+      const one = weight + k * outputs, two = one + outputs;
+      let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
       for (let j = 0; j < outputs; j++) {
-        const w = flat[from + j];
-        a += w * d[d0 + j];
-        b += w * d[d1 + j];
-        c += w * d[d2 + j];
-        e += w * d[d3 + j];
+        const w = flat[one + j], v = flat[two + j], x0 = d[d0 + j], x1 = d[d1 + j], x2 = d[d2 + j], x3 = d[d3 + j];
+        a0 += w * x0;
+        a1 += w * x1;
+        a2 += w * x2;
+        a3 += w * x3;
+        b0 += v * x0;
+        b1 += v * x1;
+        b2 += v * x2;
+        b3 += v * x3;
       }
-      out[i * inputs + k] = a;
-      out[(i + 1) * inputs + k] = b;
-      out[(i + 2) * inputs + k] = c;
-      out[(i + 3) * inputs + k] = e;
+      out[o0 + k] = a0;
+      out[o1 + k] = a1;
+      out[o2 + k] = a2;
+      out[o3 + k] = a3;
+      out[o0 + k + 1] = b0;
+      out[o1 + k + 1] = b1;
+      out[o2 + k + 1] = b2;
+      out[o3 + k + 1] = b3;
+    }
+    for (; k < inputs; k++) {
+      const from = weight + k * outputs;
+      for (let row = 0; row < 4; row++) {
+        let sum = 0;
+        for (let j = 0; j < outputs; j++) sum += flat[from + j] * d[(i + row) * outputs + j];
+        out[(i + row) * inputs + k] = sum;
+      }
     }
   }
   for (; i < n; i++) {
