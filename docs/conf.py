@@ -27,7 +27,12 @@ extensions = [
 ]
 html_theme = "pydata_sphinx_theme"
 html_title = "fastdiff"
-html_theme_options = {"show_prev_next": False, "navbar_align": "left", "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "show_prev_next": False,
+    "navbar_align": "left",
+    "header_links_before_dropdown": 9,  # to Developers
+    "secondary_sidebar_items": ["page-toc"],
+}
 html_show_sourcelink = False
 exclude_patterns = [
     "_build",

@@ -107,7 +107,7 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     out.draw(
         "curve_reverse.png", plots.reverse_chain(path[:, 0], curve[0], rate=RATE, sampler=how), "noise on its way back"
     )
-    out.draw("curve_lines.png", plots.reverse_lines(path[:, 0], timesteps), "the same, a line for each point")
+    out.draw("curve_lines.png", plots.reverse_lines(path[:, 0], timesteps, sampler=how), "the same, by points")
     around = plots.around_target(drawn, curve[0], rate=RATE, sampler=how)
     out.draw("curve_generated.png", around, "generated curves, target")
     model.save(out.file("curve.safetensors", "the model"))

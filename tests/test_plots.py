@@ -197,7 +197,8 @@ def test_reverse_chain_goes_from_light_to_dark_with_the_target_in_red():
 
 
 def test_reverse_lines_draws_one_line_a_dimension():
-    axes = plots.reverse_lines(PATH, np.arange(T)[::-1]).axes[0]
+    axes = plots.reverse_lines(PATH, np.arange(T)[::-1], sampler="ddpm, 100 steps").axes[0]
+    assert axes.get_xlabel().endswith(": ddpm, 100 steps")
     segments = axes.collections[0].get_segments()
     assert len(segments) == POINTS
     np.testing.assert_allclose(segments[7][:, 1], PATH[:, 7])

@@ -144,7 +144,7 @@ def reverse_chain(
     return figure
 
 
-def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -> Figure:
+def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None, *, sampler: str | None = None) -> Figure:
     """Draw one reverse chain as one line per dimension against the step, five of them in colour.
 
     Parameters
@@ -154,6 +154,8 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
     timesteps : array_like, optional
         (steps,) int, descending: ``sampler.timesteps``. The horizontal axis then counts the steps of noise
         that are left, ``t + 1``, down to 0. Otherwise it counts the sampling steps done.
+    sampler : str, optional
+        What drew it, for the horizontal axis: `Sampler.label`.
 
     Examples
     --------
@@ -161,7 +163,7 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
     >>> s = fd.Schedule.cosine(20)
     >>> law, table = fd.denoisers.Empirical(fd.data.harmonic_curves(8), s), fd.samplers.ddim(s, 10)
     >>> new, path = fd.sample(law, table, n=4, trajectory=True, backend="numpy")
-    >>> figure = plots.reverse_lines(path[:, 0], table.timesteps)
+    >>> figure = plots.reverse_lines(path[:, 0], table.timesteps, sampler=table.label)
     >>> [len(drawn.get_segments()) for drawn in figure.axes[0].collections]  # a line for each value
     [50]
     """
@@ -185,7 +187,7 @@ def reverse_lines(path: npt.ArrayLike, timesteps: npt.ArrayLike | None = None) -
         axes.autoscale_view()
         if timesteps is not None:
             axes.invert_xaxis()
-        axes.set(xlabel=label, ylabel="value")
+        axes.set(xlabel=named_by(label, sampler), ylabel="value")
         figure.suptitle("Each point of the curve finds its value", x=0.02, ha="left", fontsize=10.5, fontweight="bold")
         whole_numbers(axes)
         legend(axes)
