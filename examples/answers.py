@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     exact[:, SEEN] = truth[SEEN]  # their variance is 0 but for rounding
 
     both = np.stack([drawn[:, 0], exact], axis=1)
-    names = ("The model's answers", "A Gaussian's, exact")
+    names = (f"The model's answers: {model.named_sampler(given=True).label}", "A Gaussian's, exact")
     figure = plots.imputed(np.stack([known, known]), both, truth=np.stack([truth, truth]), names=names, rate=50)
     plots.save(figure, args.output / "answers.png")
     hidden = np.isnan(known)

@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     seen[1700:1714, 0] = seen[1740:1760] = np.nan  # and for a while
     model = fd.Diffusion().fit(fd.data.windows(seen, 48, 6), steps=args.steps, judge=False)
 
+    how = model.named_sampler(given=True).label
     part = slice(1660, 1800)
     bands = model.impute(seen[part], args.draws, quantiles=LEVELS)
     figure = plots.bands(
-        seen[part], dict(zip(LEVELS, bands, strict=True)), truth=truth[part], names=NAMES, title="Gaps, and bands"
+        seen[part], dict(zip(LEVELS, bands, strict=True)), truth=truth[part], names=NAMES, title=f"Gaps: {how}"
     )
     plots.save(figure, args.output / "gaps.png")
     gone = np.isnan(seen[part])
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole = truth[1500 : 1600 + ahead]
     known, room = np.where(np.arange(len(whole))[:, None] < 100, whole, np.nan), np.full((100, 2), np.nan)
     lines = {level: np.concatenate([room, one]) for level, one in zip(LEVELS, fan, strict=True)}
-    plots.save(plots.bands(known, lines, truth=whole, names=NAMES, title="What comes next"), args.output / "fan.png")
+    figure = plots.bands(known, lines, truth=whole, names=NAMES, title=f"What comes next: {how}")
+    plots.save(figure, args.output / "fan.png")
 
     strange = truth[1000:1100].copy()
     strange[40, 0] += 0.8  # a spike

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+import fastdiff as fd
 from fastdiff import plots
+from fastdiff.cli import main
 from fastdiff.data import harmonic_curves
 from fastdiff.errors import ArgumentError
 from fastdiff.plots import evaluation_page
@@ -261,3 +263,20 @@ def test_a_large_training_set_is_thinned(monkeypatch):
 def test_the_page_refuses(arguments, more, named):
     with pytest.raises(ArgumentError, match=f"^{named}: got "):
         plots.evaluation(*arguments, **more)
+
+
+def test_the_command_names_the_sampler(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fd.Diffusion(backend="numpy").fit(TRAIN, steps=2, batch=8, progress=False).save("m.safetensors")
+    fd.data.save_curves("curves.csv", REAL)
+    shown, draw = {}, plots.evaluation
+
+    def seen(*arguments, **options):
+        shown.update(options["measures"])
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(plots, "evaluation", seen)
+    command = "evaluate m.safetensors curves.csv -o page.png -n 8 --backend numpy --quiet"
+    assert main(command.split()) == 0
+    assert shown["sampler"] == "dpmpp_2m, 50 steps"
+    assert (tmp_path / "page.png").exists()

@@ -9,6 +9,7 @@ from typing import Any
 from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
 from fastdiff.cli.messages import note
 from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.sample import drawn_by
 from fastdiff.display import aligned, shown
 from fastdiff.errors import check_int, check_seed
 
@@ -61,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.model} beside {args.data}")
         print("\n".join(aligned(_measures(report))))
     if args.output:
-        from fastdiff import plots
+        from fastdiff import judgement, plots
 
-        lines = {key: shown(value) for key, value in _measures(report).items()}
+        _, how = judgement.how(model.net, len(found.drawn))
+        lines = {"sampler": drawn_by(model, how.get("sampler", "auto"), how.get("steps"))}
+        lines |= {key: shown(value) for key, value in _measures(report).items()}
         figure = plots.evaluation(
             found.real.reshape(len(found.real), -1),
             found.drawn.reshape(len(found.drawn), -1),
