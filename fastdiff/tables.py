@@ -229,7 +229,7 @@ class _Layout:
         cells = [cell.translate(_SWAP) for cell in cells] if self.comma else cells  # as the file has them
         at, first = f"{self.path}, line {line}, column {self.kept[bad[0]] + 1}", cells[bad[0]]
         if not first:
-            return DataError(f"{at}: empty cell")
+            return DataError(f"{at}: empty cell; train --missing takes it for a missing value (missing=True in Python)")
         shown = first if len(first) <= 30 else f"{first[:27]}..."
         texts = [_called(self.names, self.kept[k]) for k in bad if cells[k]]
         hint = f"; {doubts.remedy(*texts)}" if len(texts) < len(cells) else ""

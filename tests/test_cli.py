@@ -317,6 +317,25 @@ def test_impute_fills_in_what_is_missing(run, holes):
     np.testing.assert_array_equal(np.load("one.npy"), want)
 
 
+@pytest.mark.filterwarnings("ignore::fastdiff.errors.QualityWarning")  # of a few rows
+def test_training_learns_around_what_is_missing_where_it_is_told(run, model):
+    X = harmonic_curves(40, points=12, seed=1)
+    X[::3, 3:6] = np.nan
+    rows = [["" if np.isnan(value) else f"{value:.9g}" for value in row] for row in X]
+    Path("gaps.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    command = "train gaps.csv -o g.safetensors --steps 2 --batch 8 --quiet --backend numpy"
+    code, _, err = run(command)
+    assert code == 2
+    assert "gaps.csv, line 1, column 4: empty cell; train --missing" in err
+    assert not Path("g.safetensors").exists()
+    code, _, err = run(f"{command} --missing")
+    assert code == 0, err
+    there = load_curves("gaps.csv", missing=True)
+    np.testing.assert_array_equal(there, X)
+    same = fd.Diffusion(backend="numpy").fit(there, steps=2, batch=8, progress=False)
+    assert fd.load("g.safetensors").digest() == same.digest()
+
+
 def test_a_sample_given_a_part_of_a_curve(run, holes):
     Path("part.csv").write_text(Path("holes.csv").read_text().splitlines()[0] + "\n")
     assert run("sample m.safetensors -n 3 -o new.csv --known part.csv --trace new.png --quiet --backend numpy")[0] == 0

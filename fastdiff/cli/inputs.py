@@ -126,7 +126,7 @@ def training_data(
 def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
-    return load_curves(args.data, **reading(args))
+    return load_curves(args.data, **reading(args), missing=getattr(args, "missing", False))
 
 
 def is_series(args: argparse.Namespace, shape: tuple[int, ...] | None) -> bool:

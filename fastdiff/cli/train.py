@@ -151,6 +151,12 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--loss-plot", metavar="FILE", help="draw the loss into this .png file")
     add_table_options(train)
+    train.add_argument(
+        "--missing",
+        action="store_true",
+        help="empty cells of curves, nan, NA and null are values that are missing; what is there is learned from "
+        "(default: an error)",
+    )
     add_common(train, seed="of weights, batches and noise (default 0)", usual_seed=None)
     pictures = train.add_argument_group("pictures")
     pictures.add_argument(
