@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         from fastdiff import judgement, plots
 
-        _, how = judgement.how(model.net, len(found.drawn))
+        _, how = judgement.how(model._fitted()[0], len(found.drawn))
         lines = {"sampler": drawn_by(model, how.get("sampler", "auto"), how.get("steps"))}
         lines |= {key: shown(value) for key, value in _measures(report).items()}
         figure = plots.evaluation(
