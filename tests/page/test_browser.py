@@ -32,7 +32,7 @@ def settled(page):
 
 def samples(page):
     """The samples that the third part ends with, (n, d) in the denoiser's space."""
-    settled(page)
+    page.wait_for_function("fastdiff.chain.done", timeout=60_000)
     return np.array(page.evaluate("Array.from(fastdiff.chain.x)")).reshape(-1, page.evaluate("fastdiff.page.d"))
 
 
