@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -468,7 +469,13 @@ def _is_text(clock: Any) -> bool:
 
 def _by_calendar(frame: Frame) -> str | None:
     """By what a clock of pandas goes on, if it goes on evenly: months and the like have steps that differ."""
-    return getattr(frame.clock, "inferred_freq", None) if len(frame.clock) > 2 else None
+    if len(frame.clock) <= 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 3.1 says that it will be an offset and no name: both are read
+        found = getattr(frame.clock, "inferred_freq", None)
+    name: str | None = getattr(found, "freqstr", found)
+    return name
 
 
 def recording(x: Any, argument: str = "X") -> tuple[Values, Frame | None]:
