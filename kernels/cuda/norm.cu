@@ -521,22 +521,26 @@ FD_KERNEL norm_backward_apply(const real *dy, const real *__restrict__ x, const 
     }
 }
 
-// dgamma and dbeta: every eighth image in order, then the eight sums.
-FD_KERNEL norm_parameters(const real *__restrict__ sums_nc, const real *__restrict__ modulation,
-                          real *__restrict__ dgamma, real *__restrict__ dbeta, int64 images, int channels) {
+// dgamma and dbeta of many norms: every eighth image in order, then the eight sums. A block takes 32 channels.
+FD_KERNEL norm_parameters(const real *__restrict__ sums_nc, const real *__restrict__ modulation, real *dgamma,
+                          real *dbeta, NormTasks tasks) {
     FD_SHARED_ARRAY(real, sums, 2 * SUM_LANES * FD_WARP);
-    const int lane = threadIdx.x / FD_WARP;
-    const int64 channel = (int64)blockIdx.x * FD_WARP + threadIdx.x % FD_WARP;
+    FD_SHARED_ARRAY(NormTask, mine, 1);
+    const int lane = threadIdx.x / FD_WARP, block = fd_find_task(tasks, mine), channels = mine->channels;
+    const int64 channel = (int64)block * FD_WARP + threadIdx.x % FD_WARP, images = mine->images;
+    const bool modulated = mine->modulated;
+    sums_nc += mine->sums;
+    modulation += modulated ? mine->modulation : 0;
     real a = 0, b = 0;
     for (int64 n = lane; channel < channels && n < images; n += SUM_LANES) {
-        const real factor = modulation ? 1.0f + modulation[n * 2 * channels + channel] : 1.0f;
+        const real factor = modulated ? 1.0f + modulation[n * 2 * channels + channel] : 1.0f;
         a = fmaf(factor, sums_nc[2 * (n * channels + channel)], a);
         b = fmaf(factor, sums_nc[2 * (n * channels + channel) + 1], b);
     }
     sum_lanes(a, b, sums);
     if (lane == 0 && channel < channels) {
-        dbeta[channel] = a;
-        dgamma[channel] = b;
+        dbeta[mine->dbeta + channel] = a;
+        dgamma[mine->dgamma + channel] = b;
     }
 }
 
