@@ -221,6 +221,9 @@ def weight_gradients(be, size):
                         for array, same in zip(got, bits or got, strict=True):
                             assert_same_bits(array, same)
                         bits = got
+                        alone = be.asarray(unfilled(*dshift.shape))
+                        be.conv_backward(given.geometry, dy, x, w, None, None, None, dshift=alone)
+                        assert_same_bits(be.to_numpy(alone), bits[2])
             for array, wanted, terms in zip(bits, want, (pixels, pixels, pixels // len(given.x)), strict=True):
                 assert_close(array, wanted, terms=terms + 1, scale=max(1, np.abs(wanted).max()))
 

@@ -302,12 +302,14 @@ class ConvOperations(Device):
             if wanted and not (self._cudnn and self._cudnn.input_gradient(geometry, dy, w, dx, add)):
                 form = product(geometry, x.shape, dy.shape, True)
                 self._gather("conv_input", form, dy, self._weights(form, w, True), dx, (dx if add else None,))
+            if dw is None or db is None or self._cudnn:
+                self._sum_images(dy, dshift)
             if dw is None or db is None:
-                self._sum_images(dy, dshift)
                 return
-            if self._cudnn and self._cudnn.weight_gradient(geometry, dy, x, dw, db, dshift):
-                self._sum_images(dy, dshift)
-                return
+            if self._cudnn:
+                if self._cudnn.weight_gradient(geometry, dy, x, dw, db, dshift):
+                    return
+                dshift = None  # it is there
             task = WeightGradient(product(geometry, x.shape, dy.shape, False), dy, x, dw, db, dshift)
             if self._waiting is not None:
                 self._waiting.convs.append(task)
