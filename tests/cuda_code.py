@@ -56,8 +56,10 @@ VALUES = {
 # Whatever the kept table says: at least so many loads at once, and such a share of products.
 LEAST_LOADS = {
     "forward_noise_wide": 4,
-    "norm_forward": 2,
-    "norm_backward": 2,
+    "norm_forward": 4,
+    "norm_chunks": 4,
+    "norm_apply": 4,
+    "norm_backward": 4,
     "conv_mma_128x128": 8,
     "conv_mma_adjoint_128x128": 8,
 }
@@ -193,9 +195,17 @@ def length(code: list[Instruction], labels: dict[str, int]) -> int:
     return last + 1 - first - sum(slow)
 
 
-def look(code: list[Instruction], labels: dict[str, int], values: int = 0) -> Found:
-    """Return what the code of an entry reaches; `values`: those of a turn of its longest loop."""
-    bodies = [code[first : last + 1] for first, last in loops(code, labels)]
+def look(code: list[Instruction], labels: dict[str, int], values: int = 0, inner: bool = False) -> Found:
+    """Return what the code of an entry reaches; `values`: those of a turn of its longest loop.
+
+    With `inner` only loads in loops without another in them count.
+    """
+    bounds = loops(code, labels)
+    if inner:
+        bounds = [
+            (f, t) for f, t in bounds if not any(f <= first and last <= t for first, last in set(bounds) - {(f, t)})
+        ]
+    bodies = [code[first : last + 1] for first, last in bounds]
     reads = [body for body in bodies if any(name.startswith("LDG") and ".128" in name for name, *_ in body)]
     return Found(
         max(map(loads_at_once, reads), default=0),
@@ -207,5 +217,6 @@ def look(code: list[Instruction], labels: dict[str, int], values: int = 0) -> Fo
 def found(program: str, code: bytes) -> dict[str, Found]:
     """Return what every entry in machine code reaches; `program` as from `disassembler`."""
     return {
-        entry: look(*parts, VALUES.get(entry, (0, 0))[0]) for entry, parts in entries(listing(program, code)).items()
+        entry: look(*parts, VALUES.get(entry, (0, 0))[0], entry in LEAST_LOADS and "norm" in entry)
+        for entry, parts in entries(listing(program, code)).items()
     }

@@ -168,7 +168,7 @@ def many_layers_of_rows(be, size):
         want = wide(x).reshape(n, -1) @ wide(be.to_numpy(w))[0, 0] + wide(be.to_numpy(b))
         assert_close(be.to_numpy(out).reshape(n, -1), want, terms=channels + 1)
     for add in (False, True):
-        dx = be.asarray(start if add else unfilled(*start.shape))
+        dx = be.asarray(start.copy() if add else unfilled(*start.shape))
         be.linears_backward(dx, [(be.asarray(dy), w) for dy, (w, *_) in zip(dys, layers, strict=True)], add=add)
         want = wide(start).reshape(n, -1) * add
         for dy, w in zip(dys, ws, strict=True):
