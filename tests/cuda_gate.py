@@ -6,6 +6,10 @@ compiler finds other entries than `runtime.entries` does or parameters of other 
 of ``cuda_resources.txt``, which ``--renew`` writes. It takes NVRTC, which compiles in production, through the wheels
 cuda-core and nvidia-cuda-nvrtc, or else nvcc; with neither it says so (exit code 2). Numbers are compared where the
 compiler is the one that the kept table names.
+
+Where nvdisasm is (of the toolkit, or the wheel nvidia-cuda-nvdisasm) the table also shows what the machine code is
+like: loads of 16 bytes that are on their way at once, instructions for a value that streams, the share of
+multiplications in a matrix product; ``cuda_code.py`` has what may not be worse. Without it they are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_code
 import numpy as np
 
 from fastdiff.kernels.cuda import runtime
@@ -61,13 +66,16 @@ class Use(NamedTuple):
     stack: int
     spills: int
     parameters: int = 0
+    code: cuda_code.Found | None = None
 
     @property
     def fault(self) -> str:
         """What is wrong with it, or nothing."""
         if self.spills:
             return f"spills {self.spills} bytes of registers"
-        return f"keeps {self.stack} bytes in local memory" if self.stack else ""
+        if self.stack:
+            return f"keeps {self.stack} bytes in local memory"
+        return "" if self.code is None else cuda_code.fault(self.entry, self.code)
 
 
 # -- compilers ---------------------------------------------------------------------------------------------------
@@ -199,10 +207,20 @@ def declared_size(parameters: Sequence[runtime.Parameter]) -> int:
     return end
 
 
+COLUMNS = ("registers", "shared", "stack", "spills", "parameters", "loads", "a value", "products")
+OF_CODE = 3  # of them
+
+
+def _code(found: cuda_code.Found | None) -> tuple[str, ...]:
+    if found is None:
+        return ("",) * OF_CODE
+    return str(found.loads), f"{found.instructions:.1f}" if found.instructions else "-", f"{found.products:.2f}"
+
+
 def table(rows: Sequence[Use]) -> str:
     """Return the rows as text."""
-    heads = ("entry", "arch", "registers", "shared", "stack", "spills", "parameters", "")
-    cells = [heads, *((r.entry, r.arch, *map(str, r[2:]), "FAILS" if r.fault else "") for r in rows)]
+    heads = ("entry", "arch", *COLUMNS, "")
+    cells = [heads, *((r.entry, r.arch, *map(str, r[2:7]), *_code(r.code), "FAILS" if r.fault else "") for r in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     lines = []
     for row in cells:
@@ -220,6 +238,7 @@ def examine(
     wanted: dict[str, dict[str, int]] | None,
     compile_text: Compile,
     architectures: Sequence[str],
+    disassembler: str = "",
 ) -> tuple[list[Use], list[str]]:
     """Compile sources for architectures.
 
@@ -232,6 +251,8 @@ def examine(
     compile_text : callable
         Takes a text and an architecture.
     architectures : sequence of str
+    disassembler : str, optional
+        The path of nvdisasm; "": the machine code is not looked at.
 
     Returns
     -------
@@ -240,21 +261,26 @@ def examine(
     """
     jobs = [(name, arch) for name in sources for arch in architectures]
 
-    def work(job: tuple[str, str]) -> Compiled | CompileError:
+    def work(job: tuple[str, str]) -> tuple[Compiled, dict[str, cuda_code.Found]] | CompileError:
         try:
-            return compile_text(sources[job[0]], job[1])
+            made = compile_text(sources[job[0]], job[1])
         except CompileError as error:
             return error
+        return made, cuda_code.found(disassembler, made.code) if disassembler else {}
 
     rows: list[Use] = []
     faults: list[str] = []
     with ThreadPoolExecutor(2) as pool:
-        for (name, arch), made in zip(jobs, pool.map(work, jobs), strict=True):
-            if isinstance(made, CompileError):
-                faults.append(f"{name}.cu does not compile for {arch}:\n{made}")
+        for (name, arch), done in zip(jobs, pool.map(work, jobs), strict=True):
+            if isinstance(done, CompileError):
+                faults.append(f"{name}.cu does not compile for {arch}:\n{done}")
                 continue
+            made, code = done
             sizes = parameter_sizes(made.code)
-            found = [use._replace(parameters=sizes.get(use.entry, 0)) for use in uses(made.log, arch)]
+            found = [
+                use._replace(parameters=sizes.get(use.entry, 0), code=code.get(use.entry))
+                for use in uses(made.log, arch)
+            ]
             rows += found
             faults += [f"{name}.cu: {use.entry} {use.fault} on {arch}" for use in found if use.fault]
             if wanted is None:
@@ -273,11 +299,14 @@ def examine(
 
 def changes(text: str) -> list[str]:
     """Return the lines in which a table differs from the kept one, if that is of the same compiler."""
-    kept = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
-    if kept and kept[0] != text.splitlines()[0]:
+    kept, now = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else [], text.splitlines()
+    if kept and kept[0] != now[0]:
         print(f"not compared with {KEPT.name}, which is of {kept[0]}\n")  # noqa: T201
         return []
-    lines = difflib.unified_diff(kept, text.splitlines(), "kept", "now", n=0, lineterm="")
+    least = min((len(line.split()) for line in now[2:]), default=0)
+    if least < 2 + len(COLUMNS):  # without what the machine code is like
+        kept, now = ([*lines[:1], *(" ".join(line.split()[:least]) for line in lines[2:])] for lines in (kept, now))
+    lines = difflib.unified_diff(kept, now, "kept", "now", n=0, lineterm="")
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
@@ -303,7 +332,9 @@ def main(argv: list[str] | None = None) -> int:
             for source in sources
         }
     architectures = args.arch or list(ARCHITECTURES)
-    rows, faults = examine(sources, wanted, compile_text, architectures)
+    if not (disassembler := cuda_code.disassembler()):
+        print(f"the machine code is not looked at: {cuda_code.MISSING}\n")  # noqa: T201
+    rows, faults = examine(sources, wanted, compile_text, architectures, disassembler)
     if not rows and not faults:
         faults = ["there is nothing to compile"]
     counted = f"{len(sources)} sources, {len({row.entry for row in rows})} entries"

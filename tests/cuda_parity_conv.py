@@ -147,6 +147,35 @@ def convolutions_of_rows(be, size):
         outputs_agree(be, given, TILES[:1])
 
 
+@covers("conv", "conv_rows_many", "conv_input_rows_many")
+def many_layers_of_rows(be, size):
+    """More of them than a launch takes, with the bits of each alone; their input gradients are added up."""
+    n, channels = (5, 9) if size == "small" else (256, 128)
+    widths = [4, 9, 33] * 9
+    x, start = normals(1, n, 1, 1, channels), normals(2, n, 1, 1, channels)
+    ws = [normals(10 + i, 1, 1, channels, width) for i, width in enumerate(widths)]
+    bs = [normals(50 + i, width) for i, width in enumerate(widths)]
+    dys = [normals(90 + i, n, 1, 1, width) for i, width in enumerate(widths)]
+    there = be.asarray(x)
+    layers = [
+        (be.asarray(w), be.asarray(b), be.asarray(unfilled(n, 1, 1, len(b)))) for w, b in zip(ws, bs, strict=True)
+    ]
+    be.linears(there, layers)
+    for w, b, out in layers:
+        alone = be.asarray(unfilled(*out.shape))
+        be.conv(Conv(), there, w, b, alone)
+        assert_same_bits(be.to_numpy(out), be.to_numpy(alone))
+        want = wide(x).reshape(n, -1) @ wide(be.to_numpy(w))[0, 0] + wide(be.to_numpy(b))
+        assert_close(be.to_numpy(out).reshape(n, -1), want, terms=channels + 1)
+    for add in (False, True):
+        dx = be.asarray(start.copy() if add else unfilled(*start.shape))
+        be.linears_backward(dx, [(be.asarray(dy), w) for dy, (w, *_) in zip(dys, layers, strict=True)], add=add)
+        want = wide(start).reshape(n, -1) * add
+        for dy, w in zip(dys, ws, strict=True):
+            want = want + wide(dy).reshape(n, -1) @ wide(w)[0, 0].T
+        assert_close(be.to_numpy(dx).reshape(n, -1), want, terms=sum(widths) + 1)
+
+
 def input_gradients_agree(be, given, tiles):
     (want, *_), bits = given.gradients(), None
     for tile in tiles:
@@ -192,6 +221,9 @@ def weight_gradients(be, size):
                         for array, same in zip(got, bits or got, strict=True):
                             assert_same_bits(array, same)
                         bits = got
+                        alone = be.asarray(unfilled(*dshift.shape))
+                        be.conv_backward(given.geometry, dy, x, w, None, None, None, dshift=alone)
+                        assert_same_bits(be.to_numpy(alone), bits[2])
             for array, wanted, terms in zip(bits, want, (pixels, pixels, pixels // len(given.x)), strict=True):
                 assert_close(array, wanted, terms=terms + 1, scale=max(1, np.abs(wanted).max()))
 

@@ -21,6 +21,7 @@ from fastdiff.kernels.cuda import runtime
 
 be, dead = cuda.CudaBackend(DeviceRuntime()), []
 be.runtime.arch = "90"
+be.runtime.kernel = lambda source, entry: runtime.entries(source)[entry]
 
 
 def wait():

@@ -73,7 +73,8 @@ def test_auto_logs_its_choice_once(caplog):
     backends._choose_auto.cache_clear()
     with caplog.at_level(logging.INFO, "fastdiff"):
         assert get_backend() is get_backend("auto") is CPU
-    assert [record.getMessage() for record in caplog.records] == ["backend 'auto' chose 'cpu'"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("backend 'auto' chose 'cpu', and not 'cuda': ")
 
 
 def test_threads_are_for_cpu():
@@ -85,6 +86,39 @@ def test_threads_are_for_cpu():
     for name in ("numpy", NUMPY, CPU):
         with pytest.raises(ArgumentError, match=r"^threads: got 2, wants None"):
             get_backend(name, threads=2)
+
+
+def test_auto_is_cuda_where_its_family_was_measured(monkeypatch, tmp_path, caplog):
+    """Else the log says why not; without any measurement no GPU is looked at."""
+
+    def chosen():
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            name = backends._choose_auto.__wrapped__()
+        return name, caplog.records[-1].getMessage()
+
+    assert not list(backends.MEASURED.glob("*")), "a family is measured: the README and docs/gpu.md must say so"
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_shared", None)
+        name, said = chosen()
+        assert (name, said) == ("cpu", "backend 'auto' chose 'cpu', and not 'cuda': not measured on a GPU yet, which "
+                                "'make gpu' does")  # fmt: skip
+    monkeypatch.setattr(backends, "MEASURED", tmp_path)
+    (tmp_path / "sm_90.json").write_text("{}")
+    arch = "90"
+
+    def shared(name, *options):
+        assert (name, *options) == ("cuda", None, "raw", "float32", True, "own")
+        if not arch:
+            raise BackendError("the NVIDIA driver is too old")
+        return SimpleNamespace(runtime=SimpleNamespace(arch=arch))
+
+    monkeypatch.setattr(backends, "_shared", shared)
+    assert chosen() == ("cuda", "backend 'auto' chose 'cuda'")
+    arch = "120"
+    assert chosen()[1].endswith("'cuda': measured on GPUs of sm_90, and this one is of sm_120; 'make gpu' measures it")
+    arch = ""
+    assert chosen() == ("cpu", "backend 'auto' chose 'cpu', and not 'cuda': the NVIDIA driver is too old")
 
 
 @pytest.mark.parametrize("bad", ["gpu", "CPU", "", None, 1, NumpyBackend, object()])

@@ -18,6 +18,7 @@ from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import conv as operations
+from fastdiff.backends.cuda import conv_mma as cuda_conv_mma
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cuda import runtime
 
@@ -122,10 +123,10 @@ def test_tiles_are_those_of_the_kernels():
         re.DOTALL,
     )
     tiles = {tile.name: tile for tile in (*TILES, operations.ROWS)}
-    assert len(found) == 3 * len(TILES) + 2
+    assert len(found) == 3 * len(TILES) + 4
     for bound, entry, name, *shape, split in found:
         pixels, channels, down, across = map(int, shape)
-        tile = tiles[name]
+        tile = tiles[name.removesuffix("_many")]
         assert (tile.pixels, tile.channels) == (pixels, channels), entry
         assert tile.threads == int(bound) == pixels // down * (channels // across) * int(split or 1), entry
         assert entry in runtime.entries("conv")
@@ -133,12 +134,14 @@ def test_tiles_are_those_of_the_kernels():
 
 def test_tiles_fill_the_device():
     def name(*sizes):
-        return operations.best_tile(*sizes, multiprocessors=132).name
+        return operations.best_tile(132, sizes).name
 
     assert name(256 * 32 * 32, 128, 1) == name(256 * 8 * 8, 256, 1) == "128x64"
     assert name(16 * 8 * 8, 256, 1) == name(16 * 16 * 16, 128, 1) == name(256 * 32 * 32, 32, 1) == "64x32"
     assert name(256 * 32 * 32, 3, 1) == "128x8"
     assert name(256 * 16 * 16, 64, 4) == "128x64"
+    small = 16 * 8 * 8, 256, 1
+    assert operations.best_tile(132, *[small] * 8).name == "128x64"  # together they are many
 
 
 def test_chunks_depend_on_sizes_alone():
@@ -153,6 +156,61 @@ def test_chunks_depend_on_sizes_alone():
             assert chunks * rows * outputs * pairs <= operations.MOST_PARTIALS
     assert operations.chunks_of(16 * 1024, 1, 1152, 128) == (29, 576)
     assert operations.chunks_of(16 * 1024, 1, 20_736, 2048)[0] == 1
+
+
+def gradients_of(be, cases):
+    """Weight gradients of some convolutions, with dshift."""
+    wanted = []
+    for case in cases:
+        arrays = [unfilled(*shape) for shape in (case.w.shape, case.b.shape, (len(case.x), len(case.b)))]
+        be.conv_backward(case.geometry, case.dy, case.x, case.w, None, *arrays[:2], dshift=arrays[2])
+        wanted.append(arrays)
+    return wanted
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("together", [1 << 25, 2000])
+def test_gradients_that_wait_have_the_same_bits(monkeypatch, precision, together):
+    """Of many convolutions, more than a launch takes, in chunks and not; too many partial sums are added up at once."""
+    monkeypatch.setattr(operations, "TOGETHER", together)
+    monkeypatch.setattr(operations, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(cuda_conv_mma, "LEAST_TILES", 1)
+    cuda_conv_mma.weight_plan.cache_clear()
+    shapes = [(SAME, 2, 5, 5, 3, 4), (Conv(), 3, 1, 1, 8, 40), (SAME._replace(up=(2, 2)), 1, 4, 4, 4, 6)] * 10
+    cases = [Arrays(Case(*shape), i) for i, shape in enumerate(shapes)]
+    be, alone = (CudaBackend(HostRuntime("shuffled"), precision=precision) for _ in range(2))
+    want = gradients_of(alone, cases)
+    with be.gradients_together() as finish:
+        got = gradients_of(be, cases[:20])
+        assert not be.runtime.launches
+        finish()
+        launched = len(be.runtime.launches)
+        got += gradients_of(be, cases[20:])
+        assert len(be.runtime.launches) == launched
+    cuda_conv_mma.weight_plan.cache_clear()
+    for some, others in zip(got, want, strict=True):
+        for array, other in zip(some, others, strict=True):
+            assert_same_bits(array, other)
+    assert len(be.runtime.launches) < len(alone.runtime.launches) // (5 if together > 2000 else 1)
+    be.runtime.launches.clear()
+    for some, others in zip(gradients_of(be, cases[:1]), want, strict=False):  # and none waits any more
+        for array, other in zip(some, others, strict=True):
+            assert_same_bits(array, other)
+
+
+def test_after_an_error_nothing_waits():
+    be = CudaBackend(HostRuntime())
+
+    def fails():
+        with be.gradients_together():
+            gradients_of(be, [Arrays(Case(SAME, 1, 5, 5, 3, 4), 1)])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert not be.runtime.launches
+    gradients_of(be, [Arrays(Case(SAME, 1, 5, 5, 3, 4), 1)])
+    assert be.runtime.launches
 
 
 def test_a_weight_gradient_in_one_chunk_is_one_launch():

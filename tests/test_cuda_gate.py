@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_code
 import cuda_gate
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastdiff.backends.cuda.mlp import THREADS
 from fastdiff.kernels.cuda import runtime
 
 GATE = Path(cuda_gate.__file__)
+CODE = cuda_code.Found(4, 0.0, 0.5)
 REGISTERS = 1 << 16  # of a multiprocessor, on all of these architectures
 
 LOG = """\
@@ -126,8 +128,107 @@ def test_parameters_of_another_size_fail(compiler):
     assert faults == ["source.cu: packed on sm_90 takes 28 bytes of parameters, declared are 24"]
 
 
+UNROLLED = """
+extern "C" __global__ void moved(const float4 *__restrict__ x, float4 *__restrict__ y, int n) {
+#pragma unroll UNROLL
+    for (int i = 0; i < 64; ++i) y[i * n] = x[i * n];
+}
+"""
+MULTIPLIED = """
+extern "C" __global__ void multiplied(const float *__restrict__ x, float *__restrict__ y, int n) {
+    __shared__ float tile[1024];
+    tile[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    float sums[8] = {};
+    for (int i = 0; i < n; i++) {
+#pragma unroll UNROLL
+        for (int j = 0; j < 8; j++) sums[j] = fmaf(tile[i * 8 + j], tile[i * 8 + 7 - j], sums[j]);
+    }
+    for (int j = 0; j < 8; j++) y[threadIdx.x * 8 + j] = sums[j];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def disassembler():
+    return cuda_code.disassembler() or pytest.skip(f"the machine code: {cuda_code.MISSING}")
+
+
+def test_a_lost_unroll_is_seen(compiler, disassembler):
+    compile_text = cuda_gate.find_compiler()[1]
+
+    def found(text, unroll):
+        code = compile_text(text.replace("UNROLL", str(unroll)), "sm_90").code
+        ((of, made),) = cuda_code.found(disassembler, code).items()
+        assert of in text
+        return made
+
+    assert found(UNROLLED, 8).loads >= 4
+    assert found(UNROLLED, 1).loads == 1
+    assert found(MULTIPLIED, 8).products > 2 * found(MULTIPLIED, 1).products > 0
+
+
+SASS = """
+	.text.streamed:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   MOV R20, 0x70 ;
+        /*0050*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
+.L_x_2:
+        /*0060*/                   FFMA R7, R7, R9, R10 ;
+        /*0070*/                   LDG.E.128 R12, desc[UR4][R2.64+0x20] ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+        /*00b0*/                   NOP;
+"""
+
+
+def test_listings_are_read():
+    """The loop has six instructions but for the call, and its second turn begins before anything reads R12."""
+    ((name, (code, labels)),) = cuda_code.entries(SASS).items()
+    assert (name, len(code), cuda_code.loops(code, labels)) == ("streamed", 11, [(1, 8)])
+    assert cuda_code.look(code, labels, 2) == cuda_code.Found(3, 3.0, 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("entry", "found", "said"),
+    [
+        ("normal", cuda_code.Found(0, 63.0, 0.0), "takes 63.0 instructions a value, allowed are 62"),
+        ("norm_forward", cuda_code.Found(1, 0.0, 0.0), "has 1 loads of 16 bytes on their way at once"),
+        ("mlp_chain", cuda_code.Found(0, 0.0, 0.5), "multiplies with 50% of its instructions, wanted are 60%"),
+    ],
+)
+def test_what_may_not_be_worse(entry, found, said):
+    use = cuda_gate.Use("sm_90", entry, 70, 0, 0, 0, 8, found)
+    assert said in use.fault
+    assert "FAILS" in cuda_gate.table([use])
+    assert not use._replace(code=cuda_code.Found(99, 1.0, 1.0)).fault
+    known = {entry for source in runtime.source_names() for entry in runtime.entries(source)}
+    assert known >= {*cuda_code.VALUES, *cuda_code.LEAST_LOADS, *cuda_code.LEAST_PRODUCTS}
+
+
+def test_without_nvdisasm_the_rest_is_compared(monkeypatch, tmp_path, capsys):
+    kept, row = tmp_path / "kept.txt", cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8, CODE)
+    monkeypatch.setattr(cuda_gate, "KEPT", kept)
+    kept.write_text(f"NVRTC 13.0\n{cuda_gate.table([row])}\n")
+    assert cuda_gate.changes(f"NVRTC 13.0\n{cuda_gate.table([row._replace(code=None)])}\n") == []
+    assert cuda_gate.changes(f"NVRTC 13.0\n{cuda_gate.table([row._replace(code=None, shared=0)])}\n")
+    assert len(cuda_gate.changes(f"NVRTC 13.0\n{cuda_gate.table([row._replace(code=CODE._replace(loads=3))])}\n")) == 2
+    monkeypatch.setattr(cuda_code.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cuda_code, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda_gate, "find_compiler", lambda wanted: ("NVRTC 13.0", None))
+    monkeypatch.setattr(cuda_gate, "examine", lambda *args: ([row._replace(code=None)], []))
+    cuda_gate.main(["--arch", "sm_90"])
+    assert "not looked at: there is no nvdisasm" in capsys.readouterr().out
+
+
 def test_the_table_is_renewed_on_request_only(monkeypatch, tmp_path, capsys):
-    kept, rows = tmp_path / "kept.txt", [cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8)]
+    kept, rows = tmp_path / "kept.txt", [cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8, CODE)]
     monkeypatch.setattr(cuda_gate, "KEPT", kept)
     monkeypatch.setattr(cuda_gate, "find_compiler", lambda wanted: ("NVRTC 13.0", None))
     monkeypatch.setattr(cuda_gate, "examine", lambda *args: (rows, []))
@@ -147,7 +248,7 @@ def test_a_change_of_the_kept_table_fails(monkeypatch, tmp_path, capsys):
     """In whatever direction; the table of another compiler is left alone."""
     kept = tmp_path / "kept.txt"
     monkeypatch.setattr(cuda_gate, "KEPT", kept)
-    row = cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8)
+    row = cuda_gate.Use("sm_90", "first", 70, 1024, 0, 0, 8, CODE)
     text = f"NVRTC 13.0\n{cuda_gate.table([row])}\n"
     assert len(cuda_gate.changes(text)) == 3
     kept.write_text(text)
@@ -165,11 +266,11 @@ def test_a_change_of_the_kept_table_fails(monkeypatch, tmp_path, capsys):
 
 def test_what_ptxas_says_is_read():
     first, second, helper = cuda_gate.uses(LOG, "sm_90")
-    assert first == ("sm_90", "first", 70, 1024, 0, 0, 0)
+    assert first == ("sm_90", "first", 70, 1024, 0, 0, 0, None)
     assert not first.fault
-    assert second == ("sm_90", "second", 255, 0, 256, 24, 0)
+    assert second == ("sm_90", "second", 255, 0, 256, 24, 0, None)
     assert "spills 24 bytes" in second.fault
-    assert helper == ("sm_90", "_Z6helperf", 0, 0, 40, 0, 0)
+    assert helper == ("sm_90", "_Z6helperf", 0, 0, 40, 0, 0, None)
     assert "40 bytes in local memory" in helper.fault
     lines = cuda_gate.table([first, second]).splitlines()
     assert [line.split() for line in lines[1:]] == [

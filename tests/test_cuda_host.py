@@ -750,11 +750,30 @@ def test_a_driver_that_refuses_new_code_is_named(stand_in, monkeypatch):
     assert len(cupy.compiled) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(stand_in, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_no_obstacle(stand_in, monkeypatch, tmp_path, caplog):
+    """It costs one line, however many kernels are compiled."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTDIFF_CACHE_DIR", str(tmp_path / "file"))
-    stand_in()
-    CHECKS["optimiser"].run(CudaBackend(), "small")
+    cupy = stand_in()
+    with caplog.at_level("WARNING"):
+        for check in ("optimiser", "normals"):
+            CHECKS[check].run(CudaBackend(), "small")
+    assert len(cupy.compiled) == 2
+    (record,) = caplog.records
+    assert "are not kept" in record.getMessage()
+    assert f"another folder than {tmp_path / 'file' / 'cuda'}" in record.getMessage()
+
+
+def test_two_gpus_of_different_kinds(stand_in, tmp_path):
+    """Each backend compiles for its own, and the code of both is kept."""
+    for arch in ("90", "120", "90"):
+        cupy = stand_in()
+        be = CudaBackend()
+        be.runtime.arch = arch
+        CHECKS["optimiser"].run(be, "small")
+    assert cupy.compiled == []  # the third found it
+    kept = sorted(path.name.split("-")[1] for path in (tmp_path / "cuda").iterdir())
+    assert kept == ["sm_120", "sm_90"]
 
 
 def test_where_compiled_kernels_are_kept(monkeypatch, tmp_path):
@@ -845,7 +864,7 @@ def test_foreign_arrays_are_taken_in_or_refused(stand_in):
     elsewhere = DeviceArray(np.ones((4, 4), np.float32), where=1)
     assert be.asarray(elsewhere).device.id == 0
     assert (be.owns(here), be.owns(elsewhere), be.owns(np.ones(3))) == (True, False, False)
-    with pytest.raises(TypeError, match="out_nd is on device 1, wants device 0"):
+    with pytest.raises(BackendError, match="out_nd is on GPU 1, and this backend works on GPU 0, Stand-in: bring it"):
         be.normal(elsewhere, Draw(0, 0))
     with pytest.raises(TypeError, match=r"out_nd is (list|ndarray), wants a CuPy array"):
         be.runtime.launch(

@@ -14,9 +14,12 @@ from test_unet import NETS, batch_of, made
 from tolerances import CUDA_STEPS, assert_close, assert_same_bits
 
 import fastdiff as fd
+from fastdiff import bench
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import Batch, LayerBackend
+from fastdiff.bench.networks import IMAGE_T, UNET
 from fastdiff.errors import ArgumentError, TrainingError
+from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the 
 TERMS = 200  # of a way through one of these networks, as in test_unet
 PICTURES = {"shape": (8, 8, 1), "channels": (4, 8), "groups": 2, "classes": 3, "attention": (True, True)}
 ALL = {**NETS, "pictures": PICTURES, "modulated pictures": {**PICTURES, "scale_shift": True, "dropout": 0.2}}
+MOST_LAUNCHES = 300
 QUIET = {"progress": False, "batch": 4}
 
 
@@ -93,6 +97,37 @@ def test_the_batch_changes_nothing(be):
         assert_same_bits(net.predict(x[part], t[part], labels[part], backend=HOST), want[part])
     net.chunk = 2
     assert_same_bits(net.predict(x, t, labels, backend=be), want)
+
+
+# ------------------------------------------------------------------------------------------- launches
+
+
+class Counting(HostRuntime):
+    """A device of many multiprocessors that runs nothing."""
+
+    def __init__(self):
+        super().__init__(block=256, multiprocessors=132)
+
+    def empty(self, shape, dtype=runtime.REAL):
+        return np.zeros(shape, dtype)
+
+    def launch(self, source, entry, grid, block, args, shared_bytes=0):
+        runtime.cast_arguments(source, entry, args)
+        self.launches.append((source, entry))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True}], ids=["shifted", "modulated"])
+def test_launches_of_a_training_step(precision, options):
+    """Of the network of the benchmarks, 3.94 M parameters, with a batch of 16."""
+    be = CudaBackend(Counting(), precision=precision, graphs=False)
+    work = bench.BY_NAME["unet-train-16"]
+    net = fd.UNet(work.shape, T=IMAGE_T, channels=work.channels, **UNET, **options)
+    assert options or net.flat.size == 3_940_560
+    pictures = np.arange(2 * math.prod(work.shape)).reshape(2, *work.shape) % 256
+    fd.Diffusion(net, backend=be, seed=0).fit(pictures.astype(np.uint8), steps=1, batch=16, progress=False)
+    assert 0 < len(be.runtime.launches) <= MOST_LAUNCHES
+    assert be.runtime.launches.count(("norm", "norm_parameters")) == 1
 
 
 # ------------------------------------------------------------------------------------------- models

@@ -66,7 +66,7 @@ blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def planned(record, n, be=NUMPY, dtype=np.float64, training=True):
     program = Program(n, "training" if training else "output")
     record(program)
-    program.plan()
+    program.plan(be.gradients_wait)
     program.lay(be.empty((program.size,), dtype))
     return program
 

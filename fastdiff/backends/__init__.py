@@ -11,6 +11,7 @@ import os
 import sys
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -131,11 +132,31 @@ def _no_compiler() -> bool:
         return False  # as Numba takes it
 
 
+MEASURED = Path(__file__).parent / "cuda" / "measured"
+"""Results of `make gpu`, a file for each family of GPUs, as sm_90.json: only there is "auto" the GPU."""
+
+
+def _why_not_cuda() -> str:
+    """Return why "auto" is not "cuda" here, or nothing; a GPU is looked at only where some family was measured."""
+    families = sorted(path.stem for path in MEASURED.glob("sm_*.json"))
+    if not families:
+        return "not measured on a GPU yet, which 'make gpu' does"
+    try:
+        be = _shared("cuda", None, "raw", "float32", True, "own")
+    except BackendError as error:
+        return str(error)
+    family = f"sm_{be.runtime.arch}"  # type: ignore[attr-defined]
+    if family in families:
+        return ""
+    return f"measured on GPUs of {', '.join(families)}, and this one is of {family}; 'make gpu' measures it"
+
+
 @cache
 def _choose_auto() -> str:
-    # Not "cuda", until its speed has been measured on a GPU.
-    name = "numpy" if _no_compiler() else "cpu"
-    log.info("backend 'auto' chose %r%s", name, ", as NUMBA_DISABLE_JIT is set" if name == "numpy" else "")
+    why = _why_not_cuda()
+    name = "cuda" if not why else "numpy" if _no_compiler() else "cpu"
+    why = f", and not 'cuda': {why}" if why else ""
+    log.info("backend 'auto' chose %r%s%s", name, ", as NUMBA_DISABLE_JIT is set" if name == "numpy" else "", why)
     return name
 
 
@@ -156,8 +177,9 @@ def get_backend(
     Parameters
     ----------
     backend : {"auto", "numpy", "cpu", "cuda"} or Backend
-        A backend object is returned as it is. "auto" is the CPU in this version, or "numpy" where
-        NUMBA_DISABLE_JIT is set; it logs once what it chose.
+        A backend object is returned as it is. "auto" is "cuda" on a GPU of a family whose measurements are part of
+        the package (so far of none), else the CPU, or "numpy" where NUMBA_DISABLE_JIT is set; it logs once what it
+        chose, and why.
     threads : int, optional
         For "cpu": how many threads its kernels use; by default one per core this process may run on, and no more
         than a container's quota of time allows. Results do not depend on it.

@@ -8,6 +8,7 @@ respect to ``y``. A gradient is filled, not added to, except where a parameter `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastdiff.backends.protocol import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
@@ -117,6 +118,9 @@ class LayerBackend(Backend, Protocol):
     repeats_resize: bool
     """Whether `resize` may be among the operations of `record`."""
 
+    gradients_wait: int
+    """How many convolutions' gradients of parameters `gradients_together` may keep waiting; 0: none."""
+
     def queue(self) -> int:
         """Return which queue work is issued on now: work on another one does not wait for it, nor for its memory."""
 
@@ -161,6 +165,20 @@ class LayerBackend(Backend, Protocol):
 
         Both of dw and db may be None: of x only the shape is used then.
         """
+
+    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
+        """Return a context within which gradients of parameters may come later, many of them by few launches.
+
+        `conv_backward` may leave dw, db and `dshift` to the next call of the function that the context gives, and
+        `norm_backward` dgamma and dbeta to the context's end, which calls that too. Until then the arrays that these
+        are made of must stay as they are: dy and x, and `modulation`. No bits depend on it.
+        """
+
+    def linears(self, x: Array, layers: Sequence[tuple[Array, Array, Array]]) -> None:
+        """Fill the last of every (w, b, out) with a linear layer, as `conv` with one pixel does, of x (N, 1, 1, C)."""
+
+    def linears_backward(self, dx: Array, layers: Sequence[tuple[Array, Array]], *, add: bool = False) -> None:
+        """Fill `dx` (N, 1, 1, C) for all (dy, w) of linear layers of one x; with `add`, dx is added to."""
 
     def norm(
         self,

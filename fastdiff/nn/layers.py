@@ -95,6 +95,15 @@ class _Operation:
         A term of the result: its gradient is the result's own.
     in_place : bool
         Whether the gradient of `source` may take the place of the result's.
+    waits : bool
+        Whether the backward pass may leave gradients of parameters, made of the result's gradient and of what it reads,
+        for later; and that of `fresh`.
+    linear : (Value, Value) or None
+        Weights and biases, if it is a linear layer of one pixel and nothing else.
+    beside : list of _Operation
+        All linear layers of what it reads, itself among them, where a backend computes them together.
+    finishes : bool
+        Whether those that wait are made before its backward pass, which changes or needs something of theirs.
     """
 
     forward: Callable[[LayerBackend], None]
@@ -107,6 +116,10 @@ class _Operation:
     fresh: tuple[Value, ...] = ()
     through: Value | None = None
     in_place: bool = False
+    waits: bool = False
+    linear: tuple[Value, Value] | None = None
+    beside: list[_Operation] = field(default_factory=list, init=False)
+    finishes: bool = field(default=False, init=False)
     again: list[tuple[Value, Value]] = field(default_factory=list, init=False)  # of `fresh`: gradients that there are
     add: bool = field(default=False, init=False)
     add_through: bool = field(default=False, init=False)
@@ -161,6 +174,8 @@ class Program:
         self._repeats = True  # whether every run does the same, but for the values in its arrays
         self._resizes = False
         self._blocks: list[_Block] = []
+        self._modulations: list[Value] = []
+        self._waits = False
         self._dropped = 0  # blocks of the noise law that dropout has used, for each image
         self._draw = NO_DRAW
 
@@ -237,12 +252,14 @@ class Program:
             added = residual and residual.grad
             be.conv(geometry, dx.grad, w.forms[0], zero.data, y.grad, shift=_rows(shift, "grad"), residual=added)
 
+        linear = None if parts or geometry != Conv() or x.shape[1:3] != (1, 1) else (w, b)
         fresh = () if shift is None or not shift.varies else (shift,)
         through = residual if residual is not None and residual.varies else None
         return self._record(
             _Operation(
                 forward, backward if y.varies else None, (y,), (x, *parts), tangent,
-                () if self._by_input else (x,), x, fresh, through,
+                () if self._by_input else (x,), x, fresh, through, waits=not self._by_input,
+                linear=linear,
             )
         )  # fmt: skip
 
@@ -252,6 +269,7 @@ class Program:
         """Record GroupNorm; `modulation` has one row (gain, shift) an image."""
         gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
         parts = () if modulation is None else (modulation,)
+        self._modulations += parts
         y, stats = self._result(x.shape, x, gamma, beta, *parts), Value((self.n, groups, 2))
         spare, unused = self._spare(gamma.shape, beta.shape), () if x.varies else (Value(x.shape),)
         dx, one, zero = x, gamma, beta
@@ -462,15 +480,19 @@ class Program:
             own[...] = array
         return own
 
-    def plan(self) -> None:
+    def plan(self, wait: int = 0) -> None:
         """Decide the place of every array; the last value recorded is the result.
+
+        `wait` is a backend's `gradients_wait`.
 
         Operation i of F runs forward at time i and backward at time 2 F - i; at time F the caller has the result, and
         fills its gradient. The gradient of a value is filled by the last operation that uses it and added to by those
         before, so it lives from the former's backward pass to that of the value's own operation. A tangent lives as
         long as its value.
         """
-        end = len(self._operations)
+        end, self._waits = len(self._operations), wait > 0
+        if wait:
+            self._operations = _side_by_side(self._operations)
         for time, operation in enumerate(self._operations):
             for value in operation.makes:
                 value.block = self._block(value.shape, time)
@@ -489,9 +511,22 @@ class Program:
         if self.purpose in ("training", "vjp") and self.output.varies:
             # The cotangent is there before the forward pass; the gradient of a loss comes after it.
             self.output.grad_block = self._block(self.output.shape, 0 if self.purpose == "vjp" else end)
+            waiting: list[_Operation] = []
             for time, operation in enumerate(reversed(self._operations), end + 1):
-                if operation.backward is not None:
-                    self._plan_backward(operation, time)
+                if operation.backward is None:
+                    continue
+                full = len(waiting) >= wait and not operation.beside
+                if waiting and (full or _disturbs(operation, waiting)):
+                    operation.finishes = True
+                    _keep(waiting, time)
+                self._plan_backward(operation, time)
+                if operation.waits and wait and self.purpose == "training":
+                    waiting.append(operation)
+                    if operation.again:  # its gradients are added at once
+                        _keep(waiting, time)
+            _keep(waiting, 2 * end + 1)
+            if wait and self.purpose == "training":
+                _use(tuple(self._modulations), 2 * end + 1)
         if self.purpose == "vjp" and self.product.grad_block is not None:
             self.product.grad_block.stop = 2 * end + 1
         self.size = _arrange(self._blocks)
@@ -619,18 +654,45 @@ class Program:
         for (*_, name), pair in zip(self._convs, forms, strict=True):
             self._tensors[name].forms = pair
         for operation in self._operations:
-            operation.forward(be)
+            if not operation.beside:
+                operation.forward(be)
+            elif operation is operation.beside[0]:
+                be.linears(operation.reads[0].data, [(w.data, b.data, y.data) for w, b, y in _layers(operation)])
             if self.purpose == "jvp" and operation.tangent is not None and operation.makes[0].varies:
                 operation.tangent(be)
         if backward:
             be.squared_error(self.output.data, self._target, self.output.grad, self._loss, self._terms)
         elif self.purpose != "vjp":
             return
+        if not (backward and self._waits):
+            self._go_back(be, lambda: None)
+            return
+        with be.gradients_together() as finish:
+            self._go_back(be, finish)
+
+    def _linears_backward(self, be: LayerBackend, operation: _Operation) -> None:
+        """Do the backward passes of all linear layers beside one, in the order of the others: the last one first."""
+        x, layers = operation.reads[0], _layers(operation)[::-1]
+        if x.varies:
+            be.linears_backward(x.grad, [(y.grad, w.data) for w, _, y in layers], add=operation.beside[-1].add)
+        for w, b, y in () if self._by_input else layers:
+            be.conv_backward(Conv(), y.grad, x.data, w.data, None, w.grad, b.grad)
+
+    def _go_back(self, be: LayerBackend, finish: Callable[[], None]) -> None:
+        """Do the backward pass; `finish` makes the gradients of parameters that wait."""
         for operation in reversed(self._operations):
-            if operation.backward is not None:
+            if operation.finishes:
+                finish()
+            if operation.beside and operation is not operation.beside[0]:
+                continue
+            if operation.beside and operation.backward is not None:
+                self._linears_backward(be, operation)
+            elif operation.backward is not None:
                 for value, to in operation.again:
                     value.grad, to.grad = to.grad, value.grad
                 operation.backward(be, operation.add)
+                if operation.again and operation.waits:
+                    finish()
                 for value, to in operation.again:
                     value.grad, to.grad = to.grad, value.grad
                     be.add(value.grad, to.grad, value.grad)
@@ -642,6 +704,46 @@ def _rows(value: Value | None, which: str = "data") -> Array:
     """Data or gradient of a value as rows (n, width)."""
     array = None if value is None else getattr(value, which)
     return None if array is None else array.reshape(len(array), -1)
+
+
+def _side_by_side(operations: list[_Operation]) -> list[_Operation]:
+    """The operations, linear layers of one value side by side where the first of them was."""
+    groups: dict[int, list[_Operation]] = {}
+    for operation in operations[:-1]:  # the last one makes the result
+        if operation.linear is not None:
+            groups.setdefault(id(operation.reads[0]), []).append(operation)
+    ordered: list[_Operation] = []
+    for operation in operations:
+        group = groups.get(id(operation.reads[0]), []) if operation.linear is not None else []
+        if len(group) < 2 or operation not in group:
+            ordered.append(operation)
+        elif operation is group[0]:
+            ordered += group
+            for each in group:
+                each.beside = group
+    return ordered
+
+
+def _layers(operation: _Operation) -> list[tuple[Value, Value, Value]]:
+    """Weights, biases and results of linear layers that are computed together."""
+    return [(*each.linear, each.makes[0]) for each in operation.beside if each.linear is not None]
+
+
+def _disturbs(operation: _Operation, waiting: list[_Operation]) -> bool:
+    """Whether a backward pass writes to gradients that others wait with, or is of a value whose gradient waits."""
+    made = operation.makes[0]
+    to = (*operation.fresh, *(value for value in (operation.source, operation.through) if value is not None))
+    written = [value.grad_block for value in (*to, *((made,) if operation.in_place else ())) if value.grad_block]
+    return any(each.makes[0].grad_block in written or made in each.fresh for each in waiting)
+
+
+def _keep(waiting: list[_Operation], time: int) -> None:
+    """Keep what operations wait with until they are finished, at a time; none waits then."""
+    for operation in waiting:
+        for block in (operation.makes[0].grad_block, operation.reads[0].block):
+            if block is not None:
+                block.stop = max(block.stop, time)
+    waiting.clear()
 
 
 def _use(values: tuple[Value, ...], time: int) -> None:

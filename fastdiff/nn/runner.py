@@ -182,7 +182,7 @@ class Memory:
             return laid
         program = Program(n, purpose)
         net.record(program)
-        program.plan()
+        program.plan(be.gradients_wait)
         if arena is None or len(arena) < program.size:
             programs = {}
             self.spaces[queue] = None, programs

@@ -133,6 +133,19 @@ FD_DEVICE void fd_walk_on(Walk &walk, int64 per_row) {
     }
 }
 
+// What a block works on, where a launch has several tasks, each for some blocks: *mine, in shared memory, becomes its
+// task, and its number among the blocks of that is returned.
+template <class Tasks, class Task>
+FD_DEVICE int fd_find_task(const Tasks &tasks, Task *mine) {
+    if (threadIdx.x == 0) {
+        int t = 0;
+        while (t + 1 < (int)(sizeof(tasks.task) / sizeof(Task)) && tasks.task[t + 1].first <= (int)blockIdx.x) t++;
+        *mine = tasks.task[t];
+    }
+    fd_syncthreads();
+    return (int)blockIdx.x - mine->first;
+}
+
 // 16 bytes at once, from and to 16-byte aligned addresses.
 FD_DEVICE float4 fd_load4(const float *p) { return *reinterpret_cast<const float4 *>(p); }
 FD_DEVICE void fd_store4(float *p, float4 v) { *reinterpret_cast<float4 *>(p) = v; }

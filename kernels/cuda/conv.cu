@@ -128,7 +128,7 @@ FD_DEVICE void conv_finish4(real *to, float4 y, const real *first, const real *s
 // channels within pairs of phases within tiles of pixels.
 template <bool ADJOINT, class Tile, int SPLIT>
 FD_DEVICE void conv_gather(const real *source, const real *weight, const real *bias, const real *shift,
-                           const real *residual, real *target, const ConvSizes &sizes, int vectors) {
+                           const real *residual, real *target, const ConvSizes &sizes, int vectors, uint32 block) {
     constexpr int THREADS = Tile::THREADS, BM = Tile::BM, BN = Tile::BN, TM = Tile::TM, TN = Tile::TN;
     constexpr int DEPTH = Tile::DEPTH, LINE = DEPTH / 4;  // LINE groups of four are one row of memory
     FD_SHARED_ARRAY(real, a_tiles, SPLIT * 2 * Tile::A_SIZE);
@@ -142,8 +142,8 @@ FD_DEVICE void conv_gather(const real *source, const real *weight, const real *b
 
     const int across = (to + BN - 1) / BN, pairs_across = conv_phases<ADJOINT>(sizes, 1);
     const int pairs = conv_phases<ADJOINT>(sizes, 0) * pairs_across;
-    const uint32 item = blockIdx.x / across;
-    const int pair = (int)(item % pairs), first_channel = (int)(blockIdx.x % across) * BN;
+    const uint32 item = block / across;
+    const int pair = (int)(item % pairs), first_channel = (int)(block % across) * BN;
     if (threadIdx.x == 0) {
         phases[0] = conv_phase<ADJOINT>(sizes, 0, pair / pairs_across);
         phases[1] = conv_phase<ADJOINT>(sizes, 1, pair % pairs_across);
@@ -294,53 +294,67 @@ FD_DEVICE void conv_gather(const real *source, const real *weight, const real *b
 FD_KERNEL FD_BOUNDS(128, 3)
     conv_128x64(const real *__restrict__ source, const real *__restrict__ weight, const real *bias, const real *shift,
                 const real *residual, real *target, ConvSizes sizes, int vectors) {
-    conv_gather<false, ConvTile<128, 64, 8, 8, 8>, 1>(source, weight, bias, shift, residual, target, sizes, vectors);
+    conv_gather<false, ConvTile<128, 64, 8, 8, 8>, 1>(source, weight, bias, shift, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(128, 4)
     conv_64x32(const real *__restrict__ source, const real *__restrict__ weight, const real *bias, const real *shift,
                const real *residual, real *target, ConvSizes sizes, int vectors) {
-    conv_gather<false, ConvTile<64, 32, 4, 4, 16>, 1>(source, weight, bias, shift, residual, target, sizes, vectors);
+    conv_gather<false, ConvTile<64, 32, 4, 4, 16>, 1>(source, weight, bias, shift, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(64, 8)
     conv_128x8(const real *__restrict__ source, const real *__restrict__ weight, const real *bias, const real *shift,
                const real *residual, real *target, ConvSizes sizes, int vectors) {
-    conv_gather<false, ConvTile<128, 8, 4, 4, 8>, 1>(source, weight, bias, shift, residual, target, sizes, vectors);
+    conv_gather<false, ConvTile<128, 8, 4, 4, 8>, 1>(source, weight, bias, shift, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(256, 1)
     conv_rows(const real *__restrict__ source, const real *__restrict__ weight, const real *bias, const real *shift,
               const real *residual, real *target, ConvSizes sizes, int vectors) {
-    conv_gather<false, ConvTile<32, 32, 4, 4, 16>, 4>(source, weight, bias, shift, residual, target, sizes, vectors);
+    conv_gather<false, ConvTile<32, 32, 4, 4, 16>, 4>(source, weight, bias, shift, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(128, 3)
     conv_input_128x64(const real *__restrict__ source, const real *__restrict__ weight, const real *residual,
                       real *target, ConvSizes sizes, int vectors) {
-    conv_gather<true, ConvTile<128, 64, 8, 8, 8>, 1>(source, weight, nullptr, nullptr, residual, target, sizes,
-                                                     vectors);
+    conv_gather<true, ConvTile<128, 64, 8, 8, 8>, 1>(source, weight, nullptr, nullptr, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(128, 4)
     conv_input_64x32(const real *__restrict__ source, const real *__restrict__ weight, const real *residual,
                      real *target, ConvSizes sizes, int vectors) {
-    conv_gather<true, ConvTile<64, 32, 4, 4, 16>, 1>(source, weight, nullptr, nullptr, residual, target, sizes,
-                                                     vectors);
+    conv_gather<true, ConvTile<64, 32, 4, 4, 16>, 1>(source, weight, nullptr, nullptr, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(64, 8)
     conv_input_128x8(const real *__restrict__ source, const real *__restrict__ weight, const real *residual,
                      real *target, ConvSizes sizes, int vectors) {
-    conv_gather<true, ConvTile<128, 8, 4, 4, 8>, 1>(source, weight, nullptr, nullptr, residual, target, sizes,
-                                                    vectors);
+    conv_gather<true, ConvTile<128, 8, 4, 4, 8>, 1>(source, weight, nullptr, nullptr, residual, target, sizes, vectors, blockIdx.x);
 }
 
 FD_KERNEL FD_BOUNDS(256, 1)
     conv_input_rows(const real *__restrict__ source, const real *__restrict__ weight, const real *residual,
                     real *target, ConvSizes sizes, int vectors) {
-    conv_gather<true, ConvTile<32, 32, 4, 4, 16>, 4>(source, weight, nullptr, nullptr, residual, target, sizes,
-                                                     vectors);
+    conv_gather<true, ConvTile<32, 32, 4, 4, 16>, 4>(source, weight, nullptr, nullptr, residual, target, sizes, vectors, blockIdx.x);
+}
+
+// The same for many layers of rows, with their own weights and targets; sources too, for input gradients.
+FD_KERNEL FD_BOUNDS(256, 1) conv_rows_many(const real *__restrict__ source, const real *__restrict__ weight,
+                                           const real *bias, real *target, GatherTasks tasks) {
+    FD_SHARED_ARRAY(GatherTask, mine, 1);
+    const int block = fd_find_task(tasks, mine);
+    conv_gather<false, ConvTile<32, 32, 4, 4, 16>, 4>(source + mine->source, weight + mine->weight, bias + mine->bias,
+                                                      nullptr, nullptr, target + mine->target, mine->sizes,
+                                                      mine->vectors, block);
+}
+
+FD_KERNEL FD_BOUNDS(256, 1) conv_input_rows_many(const real *__restrict__ source, const real *__restrict__ weight,
+                                                 real *target, GatherTasks tasks) {
+    FD_SHARED_ARRAY(GatherTask, mine, 1);
+    const int block = fd_find_task(tasks, mine);
+    conv_gather<true, ConvTile<32, 32, 4, 4, 16>, 4>(source + mine->source, weight + mine->weight, nullptr, nullptr,
+                                                     nullptr, target + mine->target, mine->sizes, mine->vectors, block);
 }
 
 // Folded weights (places, C, K) of a convolution with upsampling: each place is the sum, over taps (r, s) ascending, of
@@ -385,24 +399,33 @@ struct ConvTask {
 // partials (chunks, places, C, K), with the places of forward weights: sums over the pixels of a chunk of one phase,
 // `chunk` pixels each, of x under the tap times dy; sums (chunks, phases, K): those of dy. Rows of a tile are taps
 // times channels, these rounded up to fours. Blocks: tiles of K within tiles of rows within pairs of phases within
-// chunks.
+// chunks, of one task after the other. A task of chunk 0 is sums over images, of dy, to where partials would be.
 template <class Tile>
-FD_DEVICE void conv_outer(const real *x, const real *dy, real *partials, real *sums, const ConvSizes &sizes,
-                          int64 chunk, int vectors) {
+FD_DEVICE void conv_outer(const real *x, const real *dy, real *partials, real *sums, const WeightTasks &tasks) {
     constexpr int THREADS = Tile::THREADS, BM = Tile::BM, BN = Tile::BN, TM = Tile::TM, TN = Tile::TN;
     constexpr int DEPTH = Tile::DEPTH;
     FD_SHARED_ARRAY(real, a_tiles, 2 * Tile::A_SIZE);
     FD_SHARED_ARRAY(real, b_tiles, 2 * Tile::B_SIZE);
     FD_SHARED_ARRAY(ConvSeen, pixels, 2 * AHEAD);
     FD_SHARED_ARRAY(ConvTask, task, 1);
+    FD_SHARED_ARRAY(WeightTask, mine, 1);
+    const int block = fd_find_task(tasks, mine), vectors = mine->vectors;
+    const ConvSizes &sizes = mine->sizes;
+    x += mine->x, dy += mine->dy, partials += mine->partials, sums += mine->sums;
+    if (mine->chunk == 0) {
+        conv_sum_image(dy, partials, block, (int64)sizes.output[0] * sizes.output[1], sizes.outputs, a_tiles);
+        return;
+    }
     const int thread = threadIdx.x, C = sizes.channels, K = sizes.outputs, wide = (C + 3) / 4 * 4;
+    const int height = sizes.input[0], width = sizes.input[1];
     if (thread == 0) {
         const int pairs_across = conv_phases<false>(sizes, 1), pairs = conv_phases<false>(sizes, 0) * pairs_across;
         const int places = conv_places<false>(sizes, 0) * conv_places<false>(sizes, 1);
         const int across = (K + BN - 1) / BN, down = (int)(((int64)places / pairs * wide + BM - 1) / BM);
-        const uint32 item = blockIdx.x / across / down;
-        task->pair = (int)(item % pairs), task->number = (int)(item / pairs);
-        task->row = (int)(blockIdx.x / across % down) * BM, task->column = (int)(blockIdx.x % across) * BN;
+        const int item = block / across / down;
+        const int64 chunk = mine->chunk;
+        task->pair = item % pairs, task->number = item / pairs;
+        task->row = block / across % down * BM, task->column = block % across * BN;
         task->rows = conv_phase<false>(sizes, 0, task->pair / pairs_across);
         task->columns = conv_phase<false>(sizes, 1, task->pair % pairs_across);
         const int64 all = (int64)sizes.images * task->rows.count * task->columns.count;
@@ -418,7 +441,7 @@ FD_DEVICE void conv_outer(const real *x, const real *dy, real *partials, real *s
     const int a_row = task->row + thread % (BM / 4) * 4, channel = a_row % wide;
     const int i = a_row / wide / task->columns.taps, j = a_row / wide % task->columns.taps;
     const int a_left = C - channel, b_column = task->column + thread % (BN / 4) * 4;
-    const int64 tap_offset = (int64)i * sizes.input[1] + j;
+    const int64 tap_offset = (int64)i * width + j;
     float4 a[Tile::A_LOADS], b[Tile::B_LOADS];
 
     const auto look = [&](int first) {  // at AHEAD pixels
@@ -434,8 +457,8 @@ FD_DEVICE void conv_outer(const real *x, const real *dy, real *partials, real *s
         FD_UNROLL
         for (int l = 0; l < Tile::A_LOADS; l++) {
             const ConvSeen &pixel = pixels[(first + (l * THREADS + thread) / (BM / 4)) % (2 * AHEAD)];
-            const bool there = a_left > 0 && pixel.target >= 0 && (uint32)(pixel.row + i) < (uint32)sizes.input[0] &&
-                               (uint32)(pixel.column + j) < (uint32)sizes.input[1];
+            const bool there = a_left > 0 && pixel.target >= 0 && (uint32)(pixel.row + i) < (uint32)height &&
+                               (uint32)(pixel.column + j) < (uint32)width;
             a[l] = there ? conv_load4(x + (pixel.source + tap_offset) * C + channel, a_left, vectors & VECTOR_SOURCE)
                          : make_float4(0, 0, 0, 0);
         }
@@ -512,78 +535,78 @@ FD_DEVICE void conv_outer(const real *x, const real *dy, real *partials, real *s
 
 FD_KERNEL FD_BOUNDS(128, 3)
     conv_weights_128x64(const real *__restrict__ x, const real *__restrict__ dy, real *partials, real *sums,
-                        ConvSizes sizes, int64 chunk, int vectors) {
-    conv_outer<ConvTile<128, 64, 8, 8, 8>>(x, dy, partials, sums, sizes, chunk, vectors);
+                        WeightTasks tasks) {
+    conv_outer<ConvTile<128, 64, 8, 8, 8>>(x, dy, partials, sums, tasks);
 }
 
 FD_KERNEL FD_BOUNDS(128, 4)
     conv_weights_64x32(const real *__restrict__ x, const real *__restrict__ dy, real *partials, real *sums,
-                       ConvSizes sizes, int64 chunk, int vectors) {
-    conv_outer<ConvTile<64, 32, 4, 4, 16>>(x, dy, partials, sums, sizes, chunk, vectors);
+                       WeightTasks tasks) {
+    conv_outer<ConvTile<64, 32, 4, 4, 16>>(x, dy, partials, sums, tasks);
 }
 
 FD_KERNEL FD_BOUNDS(64, 8)
     conv_weights_128x8(const real *__restrict__ x, const real *__restrict__ dy, real *partials, real *sums,
-                       ConvSizes sizes, int64 chunk, int vectors) {
-    conv_outer<ConvTile<128, 8, 4, 4, 8>>(x, dy, partials, sums, sizes, chunk, vectors);
+                       WeightTasks tasks) {
+    conv_outer<ConvTile<128, 8, 4, 4, 8>>(x, dy, partials, sums, tasks);
 }
 
-// dw (kernel, C, K) and db (K) from partials and sums of `chunks` chunks: a tap adds up the places that it is part of,
-// one in every phase, and each of them its chunks in order. Row kernel C of the same loop is db.
-FD_KERNEL conv_weights_finish(const real *__restrict__ partials, const real *__restrict__ sums, real *dw, real *db,
-                              ConvSizes sizes, int64 chunks) {
+// Element e of dw (kernel, C, K) and, behind it, db (K) from partials and sums of `chunks` chunks: a tap adds up the
+// places that it is part of, one in every phase, and each of them its chunks in order. Row kernel C of the same loop is
+// db.
+FD_DEVICE void conv_finish(const real *partials, const real *sums, real *dw, real *db, const ConvSizes &sizes,
+                           int64 chunks, int64 e) {
     const int C = sizes.channels, K = sizes.outputs, taps = sizes.kernel[0] * sizes.kernel[1];
     const int pairs_across = conv_phases<false>(sizes, 1), pairs = conv_phases<false>(sizes, 0) * pairs_across;
     const int64 size = (int64)conv_places<false>(sizes, 0) * conv_places<false>(sizes, 1) * C * K;
     const int64 matrix = (int64)C * K, total = taps * matrix + K;
-    FD_GRID_STRIDE(e, total) {
-        const int tap = (int)(e / matrix);
-        real sum = 0;
-        for (int pair = 0; pair < pairs; pair++) {
-            const real *from;
-            int64 stride;
-            if (tap == taps) {
-                from = sums + (int64)pair * K + (e - taps * matrix), stride = (int64)pairs * K;
-            } else {
-                int place[2];
-                FD_UNROLL
-                for (int axis = 0; axis < 2; axis++) {
-                    const int phase = axis ? pair % pairs_across : pair / pairs_across;
-                    const int at = axis ? tap % sizes.kernel[1] : tap / sizes.kernel[1];
-                    const ConvPhase p = conv_phase<false>(sizes, axis, phase);
-                    const int meets = conv_floor(phase * sizes.stride[axis] + at - sizes.pad[axis], sizes.up[axis]);
-                    place[axis] = p.weight + (meets - p.low) * p.weight_step;
-                }
-                const int64 first = (int64)place[0] * conv_places<false>(sizes, 1) + place[1];
-                from = partials + first * matrix + (e - tap * matrix), stride = size;
+    if (e >= total) return;
+    const int tap = (int)(e / matrix);
+    real sum = 0;
+    for (int pair = 0; pair < pairs; pair++) {
+        const real *from;
+        int64 stride;
+        if (tap == taps) {
+            from = sums + (int64)pair * K + (e - taps * matrix), stride = (int64)pairs * K;
+        } else {
+            int place[2];
+            FD_UNROLL
+            for (int axis = 0; axis < 2; axis++) {
+                const int phase = axis ? pair % pairs_across : pair / pairs_across;
+                const int at = axis ? tap % sizes.kernel[1] : tap / sizes.kernel[1];
+                const ConvPhase p = conv_phase<false>(sizes, axis, phase);
+                const int meets = conv_floor(phase * sizes.stride[axis] + at - sizes.pad[axis], sizes.up[axis]);
+                place[axis] = p.weight + (meets - p.low) * p.weight_step;
             }
-            real part = 0;
-            int64 chunk = 0;
-            for (; chunk + 4 <= chunks; chunk += 4, from += 4 * stride) {
-                const real v0 = from[0], v1 = from[stride], v2 = from[2 * stride], v3 = from[3 * stride];
-                part = part + v0 + v1 + v2 + v3;
-            }
-            for (; chunk < chunks; chunk++, from += stride) part = part + *from;
-            sum = sum + part;
+            const int64 first = (int64)place[0] * conv_places<false>(sizes, 1) + place[1];
+            from = partials + first * matrix + (e - tap * matrix), stride = size;
         }
-        (tap < taps ? dw[e] : db[e - taps * matrix]) = sum;
+        real part = 0;
+        int64 chunk = 0;
+        for (; chunk + 4 <= chunks; chunk += 4, from += 4 * stride) {
+            const real v0 = from[0], v1 = from[stride], v2 = from[2 * stride], v3 = from[3 * stride];
+            part = part + v0 + v1 + v2 + v3;
+        }
+        for (; chunk < chunks; chunk++, from += stride) part = part + *from;
+        sum = sum + part;
     }
+    (tap < taps ? dw[e] : db[e - taps * matrix]) = sum;
 }
 
-// dshift (images, K): the sums over the pixels of every image of dy (images, pixels, K). A warp adds up every eighth
-// pixel of 32 channels, a block its eight warps in order.
+// What is left of tasks, an element a thread.
+FD_KERNEL FD_BOUNDS(256, 4)
+    conv_weights_finish(const real *__restrict__ partials, const real *__restrict__ sums, real *dw, real *db,
+                        FinishTasks tasks) {
+    FD_SHARED_ARRAY(FinishTask, mine, 1);
+    const int64 block = fd_find_task(tasks, mine);
+    conv_finish(partials + mine->partials, sums + mine->sums, dw + mine->dw, db + mine->db, mine->sizes, mine->chunks,
+                block * blockDim.x + threadIdx.x);
+}
+
 FD_KERNEL conv_image_sums(const real *__restrict__ dy, real *dshift, int64 images, int64 pixels, int K) {
     FD_SHARED_ARRAY(real, parts, 8 * FD_WARP);
-    const int lane = threadIdx.x % FD_WARP, warp = threadIdx.x / FD_WARP, across = (K + FD_WARP - 1) / FD_WARP;
-    for (int64 item = blockIdx.x; item < images * across; item += gridDim.x) {
-        const int64 image = item / across;
-        const int k = (int)(item % across) * FD_WARP + lane;
-        real sum = 0;
-        for (int64 pixel = warp; k < K && pixel < pixels; pixel += 8) sum = sum + dy[(image * pixels + pixel) * K + k];
-        parts[threadIdx.x] = sum;
-        fd_syncthreads();
-        for (int w = 1; warp == 0 && w < 8; w++) sum = sum + parts[w * FD_WARP + lane];
-        if (warp == 0 && k < K) dshift[image * K + k] = sum;
-        fd_syncthreads();
+    const int64 items = images * ((K + FD_WARP - 1) / FD_WARP);
+    for (int64 item = blockIdx.x; item < items; item += gridDim.x) {
+        conv_sum_image(dy, dshift, item, pixels, K, parts);
     }
 }

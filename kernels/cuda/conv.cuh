@@ -15,6 +15,7 @@
 //   conv_pixel         target pixel m of a phase as (image, index along rows, index along columns); row-major
 //   conv_advance       the same, further by a fixed number of pixels, without a division
 //   conv_target<A>     the number of that pixel in the target, to be multiplied by the channels
+//   conv_sum_image     the sums over an image of a gradient
 //   conv_weight<A>     number of the matrix (C, K) that belongs to tap (i, j) of a phase
 //
 // Weights: without upsampling (sizes.fold = 0) matrix (r, s) of w itself. With it, taps that meet one input value are
@@ -112,4 +113,24 @@ FD_DEVICE int64 conv_target(const ConvSizes &sizes, const ConvPixel &pixel, cons
     const int *const size = ADJOINT ? sizes.input : sizes.output;
     return ((int64)pixel.image * size[0] + pixel.row * rows.period + rows.phase) * size[1] +
            pixel.column * columns.period + columns.phase;
+}
+
+// dshift (images, K): the sums over the pixels of every image of dy (images, pixels, K). Item by item a block takes 32
+// channels of an image: every eighth pixel, and then the eight sums in order. `parts` holds 256 values.
+FD_DEVICE void conv_sum_image(const real *dy, real *dshift, int64 item, int64 pixels, int K, real *parts) {
+    const int lane = threadIdx.x % FD_WARP, warps = blockDim.x / FD_WARP, across = (K + FD_WARP - 1) / FD_WARP;
+    const int64 image = item / across;
+    const int k = (int)(item % across) * FD_WARP + lane;
+    for (int part = threadIdx.x / FD_WARP; part < 8; part += warps) {
+        real sum = 0;
+        for (int64 pixel = part; k < K && pixel < pixels; pixel += 8) sum = sum + dy[(image * pixels + pixel) * K + k];
+        parts[part * FD_WARP + lane] = sum;
+    }
+    fd_syncthreads();
+    if (threadIdx.x < FD_WARP && k < K) {
+        real sum = parts[lane];
+        for (int part = 1; part < 8; part++) sum = sum + parts[part * FD_WARP + lane];
+        dshift[image * K + k] = sum;
+    }
+    fd_syncthreads();
 }

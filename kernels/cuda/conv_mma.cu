@@ -413,25 +413,36 @@ FD_KERNEL FD_BOUNDS(128, 4)
 
 // dw (taps, C, K) = sum over output pixels of x at a tap times dy, and db (K) = sum of dy, for every chunk of pixels;
 // those of the next chunk lie `row` values further. A warp makes DEPTH channels of x times 32 of dy for one tap; a
-// block, tap_rows x tap_columns taps of channel_blocks * DEPTH channels times WN * 32. A chunk is `chunk` tiles of
-// PIXELS. Blocks: tiles of dy's channels within channels of x within taps within chunks.
+// block, tap_rows x tap_columns taps of channel_blocks * DEPTH channels times WN * 32, by as many threads as its task
+// says; others, which other tasks need, stand by. A chunk is `chunk` tiles of PIXELS. Blocks: tiles of dy's channels
+// within channels of x within taps within chunks, of one task after the other.
 enum { PIXELS = 64 };
 
 template <int WN>
-FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, int64 row, const ConvSizes &sizes,
-                          int rows_log, int columns_log, int tap_rows, int tap_columns, int channel_blocks, int chunk,
-                          int flags) {
+FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, const MmaTasks &tasks) {
     constexpr int NT = 4, BN = WN * NT * 8, DY_PITCH = BN + 8, DY_GROUPS = BN / GROUP;
     FD_SHARED(unsigned char, shared);
-    const int thread = threadIdx.x, threads = blockDim.x, lane = thread % FD_WARP, warp = thread / FD_WARP / WN;
+    FD_SHARED_ARRAY(MmaTask, mine, 1);
+    int at = fd_find_task(tasks, mine);
+    const ConvSizes &sizes = mine->sizes;
+    const int64 row = mine->row;
+    const int tap_rows = mine->tap_rows, tap_columns = mine->tap_columns, channel_blocks = mine->channel_blocks;
+    const int flags = mine->flags, threads = mine->threads, lane = threadIdx.x % FD_WARP;
+    const bool stands_by = (int)threadIdx.x >= threads;
+    const int thread = stands_by ? 1 << 30 : threadIdx.x, warp = threadIdx.x / FD_WARP / WN;
+    x += mine->x, dy += mine->dy, dw += mine->dw, db += mine->db;
+    if (mine->chunk == 0) {  // sums over images, of dy, to dw
+        conv_sum_image(dy, dw, at, (int64)sizes.output[0] * sizes.output[1], sizes.outputs,
+                       reinterpret_cast<real *>(shared));
+        return;
+    }
     const int C = sizes.channels, K = sizes.outputs;
     const int *const kernel = sizes.kernel;
-    const MmaTile tile = mma_tile(PIXELS, rows_log, columns_log);
+    const MmaTile tile = mma_tile(PIXELS, mine->rows_log, mine->columns_log);
     const int tiles_across = (sizes.output[1] + tile.columns - 1) / tile.columns;
     const int tiles_down = (sizes.output[0] + tile.rows - 1) / tile.rows;
     const int tiles = (sizes.images + tile.images - 1) / tile.images * tiles_down * tiles_across;
 
-    int at = blockIdx.x;
     const auto take = [&](int size, int block) {  // which of the blocks of a size, and the rest of the number
         const int count = (size + block - 1) / block, which = at % count;
         at /= count;
@@ -442,7 +453,7 @@ FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, int
     // What this warp makes.
     const int channel = first_channel + warp % channel_blocks * DEPTH;
     const int r = warp / channel_blocks / tap_columns, s = warp / channel_blocks % tap_columns;
-    const bool works = channel < C && first_r + r < kernel[0] && first_s + s < kernel[1];
+    const bool works = !stands_by && channel < C && first_r + r < kernel[0] && first_s + s < kernel[1];
 
     const int box_rows = (tile.rows - 1) * sizes.stride[0] + tap_rows;
     const int box_columns = (tile.columns - 1) * sizes.stride[1] + tap_columns;
@@ -548,10 +559,10 @@ FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, int
     // The rows that this lane names to ldmatrix are pixels; both operands are read across.
     const int which = lane / 8, row_of = lane % 8;
     const int x_row = (r * box_columns + s) * x_pitch + channel - first_channel + which % 2 * 8;
-    const int first_n = thread / FD_WARP % WN * NT * 8;
+    const int first_n = (int)threadIdx.x / FD_WARP % WN * NT * 8;
     const int dy_row = (which % 2 * 8 + row_of) * DY_PITCH + first_n + which / 2 * 8;
 
-    const int begin = number * chunk, end = min(tiles, begin + chunk);
+    const int begin = number * mine->chunk, end = min(tiles, begin + mine->chunk);
     if (begin < end) begin_tile(begin);
     for (int t = begin; t < end; t++) {
         fd_cp_async_wait(0);
@@ -583,7 +594,7 @@ FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, int
         float *const columns = reinterpret_cast<float *>(shared);
         fd_syncthreads();
         FD_UNROLL
-        for (int i = 0; i < GROUP; i++) columns[thread * GROUP + i] = sums[i];
+        for (int i = 0; !stands_by && i < GROUP; i++) columns[thread * GROUP + i] = sums[i];
         fd_syncthreads();
         if (thread < BN && first_output + thread < K) {
             float sum = 0;
@@ -609,27 +620,25 @@ FD_DEVICE void mma_weight(const real *x, const real *dy, real *dw, real *db, int
 }
 
 FD_KERNEL FD_BOUNDS(576, 1)
-    conv_mma_weight_64(const real *x, const real *dy, real *dw, real *db, int64 row, ConvSizes sizes, int rows_log,
-                       int columns_log, int tap_rows, int tap_columns, int channel_blocks, int chunk, int flags) {
-    mma_weight<2>(x, dy, dw, db, row, sizes, rows_log, columns_log, tap_rows, tap_columns, channel_blocks, chunk,
-                  flags);
+    conv_mma_weight_64(const real *x, const real *dy, real *dw, real *db, MmaTasks tasks) {
+    mma_weight<2>(x, dy, dw, db, tasks);
 }
 
 FD_KERNEL FD_BOUNDS(288, 2)
-    conv_mma_weight_32(const real *x, const real *dy, real *dw, real *db, int64 row, ConvSizes sizes, int rows_log,
-                       int columns_log, int tap_rows, int tap_columns, int channel_blocks, int chunk, int flags) {
-    mma_weight<1>(x, dy, dw, db, row, sizes, rows_log, columns_log, tap_rows, tap_columns, channel_blocks, chunk,
-                  flags);
+    conv_mma_weight_32(const real *x, const real *dy, real *dw, real *db, MmaTasks tasks) {
+    mma_weight<1>(x, dy, dw, db, tasks);
 }
 
 // Row g of (dw, db) = rows g fan, g fan + 1, ... of partials (count, row), added in this order; the first `size` values
-// of a row are those of dw, the rest those of db.
-FD_KERNEL conv_mma_sum(const real *partials, real *dw, real *db, int64 row, int64 size, int64 count, int64 fan) {
-    const int64 groups = (count + fan - 1) / fan;
-    for (Walk walk = fd_walk(row); walk.row < groups; fd_walk_on(walk, row)) {
-        const int64 first = walk.row * fan, end = min(count, first + fan), i = walk.item;
-        real sum = 0;
-        for (int64 k = first; k < end; k++) sum += partials[k * row + i];
-        (i < size ? dw + i : db + (i - size))[walk.row * row] = sum;
-    }
+// of a row are those of dw, the rest those of db. A thread makes a value of a task.
+FD_KERNEL FD_BOUNDS(256, 4)
+    conv_mma_sum(const real *partials, real *dw, real *db, SumTasks tasks, int fan) {
+    FD_SHARED_ARRAY(SumTask, mine, 1);
+    const int64 block = fd_find_task(tasks, mine), row = mine->row, count = mine->count;
+    const int64 at = block * blockDim.x + threadIdx.x, g = at / row, i = at - g * row, first = g * fan;
+    if (first >= count) return;
+    const real *const from = partials + mine->partials + i;
+    real sum = 0;
+    for (int64 k = first; k < min(count, first + fan); k++) sum += from[k * row];
+    (i < mine->size ? dw + mine->dw + i : db + mine->db + (i - mine->size))[g * row] = sum;
 }

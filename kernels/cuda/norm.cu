@@ -92,10 +92,10 @@ FD_DEVICE void normalise(const real (&values)[V], real *to, real mean, real scal
     put<V>(to, y, at_once);
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_items(const real *x, const real *gamma, const real *beta, const real *modulation, real *out,
                           real *stats, int64 images, int64 pixels, int channels, int group, int bundle, real eps,
-                          int silu, real *tile, real *sums, bool at_once) {
+                          int silu, real *tile, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle);
     const int step = V * blockDim.x;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
@@ -106,7 +106,17 @@ FD_DEVICE void norm_items(const real *x, const real *gamma, const real *beta, co
         real values[V], sum = 0, squares = 0;
         real *own = tile + V * threadIdx.x;  // a thread finds again what it put there itself
         for (int c = lanes.column; lanes.active && c < lanes.count; c += lanes.columns) {
-            for (int64 p = lanes.row; p < pixels; p += lanes.rows, own += step) {
+            int64 p = lanes.row;
+            for (; p + 3 * lanes.rows < pixels; p += 4 * lanes.rows, own += 4 * step) {
+                real some[4][V];
+                take_pixels<V, 4>(some, from + p * channels + V * c, lanes.rows * channels, at_once);
+                FD_UNROLL
+                for (int k = 0; k < 4; k++) {
+                    put<V>(own + k * step, some[k]);
+                    sum += total<V>(some[k]);
+                }
+            }
+            for (; p < pixels; p += lanes.rows, own += step) {
                 take<V>(values, from + p * channels + V * c, at_once);
                 put<V>(own, values);
                 sum += total<V>(values);
@@ -146,18 +156,18 @@ FD_KERNEL FD_BOUNDS(512, 2) norm_forward(const real *__restrict__ x, const real 
                                          int channels, int group, int bundle, real eps, int silu, int fours) {
     FD_SHARED(real, tile);
     FD_SHARED_ARRAY(real, sums, 2 * MOST_THREADS);
-    if (fours) {
-        norm_items<4>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile,
-                      sums, fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_items<4, true>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+    } else if (fours) {
+        norm_items<4, false>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
     } else {
-        norm_items<1>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile,
-                      sums, false);
+        norm_items<1, false>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
     }
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_chunk_items(const real *x, real *chunks_ngk, int64 images, int64 pixels, int64 rows, int64 chunks,
-                                int channels, int group, int bundle, real *sums, bool at_once) {
+                                int channels, int group, int bundle, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle) * chunks;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Item item = item_of(i, pixels, rows, chunks, channels, bundle);
@@ -165,7 +175,14 @@ FD_DEVICE void norm_chunk_items(const real *x, real *chunks_ngk, int64 images, i
         const real *const from = x + item.image * pixels * channels + item.begin;
         real values[V], sum = 0, squares = 0;
         for (int c = lanes.column; lanes.active && c < lanes.count; c += lanes.columns) {
-            for (int64 p = item.first + lanes.row; p < item.last; p += lanes.rows) {
+            int64 p = item.first + lanes.row;
+            for (; p + 3 * lanes.rows < item.last; p += 4 * lanes.rows) {
+                real some[4][V];
+                take_pixels<V, 4>(some, from + p * channels + V * c, lanes.rows * channels, at_once);
+                FD_UNROLL
+                for (int k = 0; k < 4; k++) sum += total<V>(some[k]);
+            }
+            for (; p < item.last; p += lanes.rows) {
                 take<V>(values, from + p * channels + V * c, at_once);
                 sum += total<V>(values);
             }
@@ -191,19 +208,19 @@ FD_DEVICE void norm_chunk_items(const real *x, real *chunks_ngk, int64 images, i
 FD_KERNEL norm_chunks(const real *__restrict__ x, real *__restrict__ chunks_ngk, int64 images, int64 pixels, int64 rows,
                       int64 chunks, int channels, int group, int bundle, int fours) {
     FD_SHARED_ARRAY(real, sums, MOST_THREADS);
-    if (fours) {
-        norm_chunk_items<4>(x, chunks_ngk, images, pixels, rows, chunks, channels, group, bundle, sums,
-                            fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_chunk_items<4, true>(x, chunks_ngk, images, pixels, rows, chunks, channels, group, bundle, sums);
+    } else if (fours) {
+        norm_chunk_items<4, false>(x, chunks_ngk, images, pixels, rows, chunks, channels, group, bundle, sums);
     } else {
-        norm_chunk_items<1>(x, chunks_ngk, images, pixels, rows, chunks, channels, group, bundle, sums, false);
+        norm_chunk_items<1, false>(x, chunks_ngk, images, pixels, rows, chunks, channels, group, bundle, sums);
     }
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_apply_items(const real *x, const real *chunks_ngk, const real *gamma, const real *beta,
                                 const real *modulation, real *out, real *stats, int64 images, int64 pixels, int64 rows,
-                                int64 chunks, int channels, int group, int bundle, real eps, int silu, real *found,
-                                bool at_once) {
+                                int64 chunks, int channels, int group, int bundle, real eps, int silu, real *found) {
     const int64 items = images * ((channels + bundle - 1) / bundle) * chunks;
     const int warp = threadIdx.x / FD_WARP, lane = threadIdx.x % FD_WARP, warps = blockDim.x / FD_WARP;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
@@ -241,7 +258,17 @@ FD_DEVICE void norm_apply_items(const real *x, const real *chunks_ngk, const rea
         for (int c = lanes.column; lanes.active && c < lanes.count; c += lanes.columns) {
             real factor[V], offset[V], values[V];
             affine<V>(factor, offset, gamma, beta, modulation, item.image, channels, item.begin + V * c, at_once);
-            for (int64 p = item.first + lanes.row; p < item.last; p += lanes.rows) {
+            int64 p = item.first + lanes.row;
+            for (; p + 3 * lanes.rows < item.last; p += 4 * lanes.rows) {
+                const int64 from = at + p * channels + V * c, stride = lanes.rows * channels;
+                real some[4][V];
+                take_pixels<V, 4>(some, x + from, stride, at_once);
+                FD_UNROLL
+                for (int k = 0; k < 4; k++) {
+                    normalise<V>(some[k], out + from + k * stride, mean, scale, factor, offset, silu, at_once);
+                }
+            }
+            for (; p < item.last; p += lanes.rows) {
                 take<V>(values, x + at + p * channels + V * c, at_once);
                 normalise<V>(values, out + at + p * channels + V * c, mean, scale, factor, offset, silu, at_once);
             }
@@ -256,12 +283,12 @@ FD_KERNEL norm_apply(const real *__restrict__ x, const real *__restrict__ chunks
                      real *__restrict__ stats, int64 images, int64 pixels, int64 rows, int64 chunks, int channels,
                      int group, int bundle, real eps, int silu, int fours) {
     FD_SHARED_ARRAY(real, found, 2 * MOST_GROUPS);
-    if (fours) {
-        norm_apply_items<4>(x, chunks_ngk, gamma, beta, modulation, out, stats, images, pixels, rows, chunks, channels,
-                            group, bundle, eps, silu, found, fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_apply_items<4, true>(x, chunks_ngk, gamma, beta, modulation, out, stats, images, pixels, rows, chunks, channels, group, bundle, eps, silu, found);
+    } else if (fours) {
+        norm_apply_items<4, false>(x, chunks_ngk, gamma, beta, modulation, out, stats, images, pixels, rows, chunks, channels, group, bundle, eps, silu, found);
     } else {
-        norm_apply_items<1>(x, chunks_ngk, gamma, beta, modulation, out, stats, images, pixels, rows, chunks, channels,
-                            group, bundle, eps, silu, found, false);
+        norm_apply_items<1, false>(x, chunks_ngk, gamma, beta, modulation, out, stats, images, pixels, rows, chunks, channels, group, bundle, eps, silu, found);
     }
 }
 
@@ -295,11 +322,11 @@ FD_DEVICE void put_sums(real a, real b, real *sums_nc, real *dmodulation, const 
     }
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_backward_items(const real *dy, const real *x, const real *gamma, const real *beta,
                                    const real *modulation, const real *stats, real *dx, real *sums_nc,
                                    real *dmodulation, int64 images, int64 pixels, int channels, int group, int bundle,
-                                   int silu, int add, real *tile, real *sums, bool at_once) {
+                                   int silu, int add, real *tile, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle);
     const int step = V * blockDim.x;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
@@ -316,16 +343,29 @@ FD_DEVICE void norm_backward_items(const real *dy, const real *x, const real *ga
             real factor[V], offset[V], ab[2 * V] = {};
             if (here) {
                 affine<V>(factor, offset, gamma, beta, modulation, item.image, channels, channel, at_once);
-                for (int64 p = lanes.row; p < pixels; p += lanes.rows, own += step) {
-                    take<V>(h, x + at + p * channels + V * c, at_once);
-                    take<V>(dv, dy + at + p * channels + V * c, at_once);
-                    differentiate<V>(h, dv, mean, scale, factor, offset, silu);
-                    put<V>(own, dv);
+                int64 p = lanes.row;
+                const auto add_pixel = [&](real (&of_x)[V], real (&of_dy)[V]) {
+                    differentiate<V>(of_x, of_dy, mean, scale, factor, offset, silu);
+                    put<V>(own, of_dy);
+                    own += step;
                     FD_UNROLL
                     for (int j = 0; j < V; j++) {
-                        ab[j] += dv[j];
-                        ab[V + j] = fmaf(dv[j], h[j], ab[V + j]);
+                        ab[j] += of_dy[j];
+                        ab[V + j] = fmaf(of_dy[j], of_x[j], ab[V + j]);
                     }
+                };
+                for (; p + lanes.rows < pixels; p += 2 * lanes.rows) {
+                    const int64 from = at + p * channels + V * c, stride = lanes.rows * channels;
+                    real some[2][V], of_dy[2][V];
+                    take_pixels<V, 2>(some, x + from, stride, at_once);
+                    take_pixels<V, 2>(of_dy, dy + from, stride, at_once);
+                    add_pixel(some[0], of_dy[0]);
+                    add_pixel(some[1], of_dy[1]);
+                }
+                for (; p < pixels; p += lanes.rows) {
+                    take<V>(h, x + at + p * channels + V * c, at_once);
+                    take<V>(dv, dy + at + p * channels + V * c, at_once);
+                    add_pixel(h, dv);
                 }
             }
             sum_rows<2 * V>(ab, lanes, sums);
@@ -364,20 +404,20 @@ FD_KERNEL FD_BOUNDS(256, 3) norm_backward(const real *dy, const real *__restrict
                                           int group, int bundle, int silu, int add, int fours) {
     FD_SHARED(real, tile);
     FD_SHARED_ARRAY(real, sums, 8 * MOST_THREADS);
-    if (fours) {
-        norm_backward_items<4>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels,
-                               channels, group, bundle, silu, add, tile, sums, fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_backward_items<4, true>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
+    } else if (fours) {
+        norm_backward_items<4, false>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
     } else {
-        norm_backward_items<1>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels,
-                               channels, group, bundle, silu, add, tile, sums, false);
+        norm_backward_items<1, false>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
     }
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_backward_chunk_items(const real *dy, const real *x, const real *gamma, const real *beta,
                                          const real *modulation, const real *stats, real *sums_nkc, int64 images,
                                          int64 pixels, int64 rows, int64 chunks, int channels, int group, int bundle,
-                                         int silu, real *sums, bool at_once) {
+                                         int silu, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle) * chunks;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Item item = item_of(i, pixels, rows, chunks, channels, bundle);
@@ -423,12 +463,12 @@ FD_KERNEL norm_backward_chunks(const real *__restrict__ dy, const real *__restri
                                real *__restrict__ sums_nkc, int64 images, int64 pixels, int64 rows, int64 chunks,
                                int channels, int group, int bundle, int silu, int fours) {
     FD_SHARED_ARRAY(real, sums, 8 * MOST_THREADS);
-    if (fours) {
-        norm_backward_chunk_items<4>(dy, x, gamma, beta, modulation, stats, sums_nkc, images, pixels, rows, chunks,
-                                     channels, group, bundle, silu, sums, fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_backward_chunk_items<4, true>(dy, x, gamma, beta, modulation, stats, sums_nkc, images, pixels, rows, chunks, channels, group, bundle, silu, sums);
+    } else if (fours) {
+        norm_backward_chunk_items<4, false>(dy, x, gamma, beta, modulation, stats, sums_nkc, images, pixels, rows, chunks, channels, group, bundle, silu, sums);
     } else {
-        norm_backward_chunk_items<1>(dy, x, gamma, beta, modulation, stats, sums_nkc, images, pixels, rows, chunks,
-                                     channels, group, bundle, silu, sums, false);
+        norm_backward_chunk_items<1, false>(dy, x, gamma, beta, modulation, stats, sums_nkc, images, pixels, rows, chunks, channels, group, bundle, silu, sums);
     }
 }
 
@@ -468,11 +508,11 @@ FD_KERNEL norm_backward_images(const real *__restrict__ sums_nkc, const real *__
     }
 }
 
-template <int V>
+template <int V, bool at_once>
 FD_DEVICE void norm_backward_apply_items(const real *dy, const real *x, const real *gamma, const real *beta,
                                          const real *modulation, const real *stats, const real *sums_nc, real *dx,
                                          int64 images, int64 pixels, int64 rows, int64 chunks, int channels, int group,
-                                         int bundle, int silu, int add, real *sums, bool at_once) {
+                                         int bundle, int silu, int add, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle) * chunks;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Item item = item_of(i, pixels, rows, chunks, channels, bundle);
@@ -512,31 +552,35 @@ FD_KERNEL norm_backward_apply(const real *dy, const real *__restrict__ x, const 
                               int64 pixels, int64 rows, int64 chunks, int channels, int group, int bundle, int silu,
                               int add, int fours) {
     FD_SHARED_ARRAY(real, sums, 2 * MOST_THREADS);
-    if (fours) {
-        norm_backward_apply_items<4>(dy, x, gamma, beta, modulation, stats, sums_nc, dx, images, pixels, rows, chunks,
-                                     channels, group, bundle, silu, add, sums, fours == AT_ONCE);
+    if (fours == AT_ONCE) {
+        norm_backward_apply_items<4, true>(dy, x, gamma, beta, modulation, stats, sums_nc, dx, images, pixels, rows, chunks, channels, group, bundle, silu, add, sums);
+    } else if (fours) {
+        norm_backward_apply_items<4, false>(dy, x, gamma, beta, modulation, stats, sums_nc, dx, images, pixels, rows, chunks, channels, group, bundle, silu, add, sums);
     } else {
-        norm_backward_apply_items<1>(dy, x, gamma, beta, modulation, stats, sums_nc, dx, images, pixels, rows, chunks,
-                                     channels, group, bundle, silu, add, sums, false);
+        norm_backward_apply_items<1, false>(dy, x, gamma, beta, modulation, stats, sums_nc, dx, images, pixels, rows, chunks, channels, group, bundle, silu, add, sums);
     }
 }
 
-// dgamma and dbeta: every eighth image in order, then the eight sums.
-FD_KERNEL norm_parameters(const real *__restrict__ sums_nc, const real *__restrict__ modulation,
-                          real *__restrict__ dgamma, real *__restrict__ dbeta, int64 images, int channels) {
+// dgamma and dbeta of many norms: every eighth image in order, then the eight sums. A block takes 32 channels.
+FD_KERNEL norm_parameters(const real *__restrict__ sums_nc, const real *__restrict__ modulation, real *dgamma,
+                          real *dbeta, NormTasks tasks) {
     FD_SHARED_ARRAY(real, sums, 2 * SUM_LANES * FD_WARP);
-    const int lane = threadIdx.x / FD_WARP;
-    const int64 channel = (int64)blockIdx.x * FD_WARP + threadIdx.x % FD_WARP;
+    FD_SHARED_ARRAY(NormTask, mine, 1);
+    const int lane = threadIdx.x / FD_WARP, block = fd_find_task(tasks, mine), channels = mine->channels;
+    const int64 channel = (int64)block * FD_WARP + threadIdx.x % FD_WARP, images = mine->images;
+    const bool modulated = mine->modulated;
+    sums_nc += mine->sums;
+    modulation += modulated ? mine->modulation : 0;
     real a = 0, b = 0;
     for (int64 n = lane; channel < channels && n < images; n += SUM_LANES) {
-        const real factor = modulation ? 1.0f + modulation[n * 2 * channels + channel] : 1.0f;
+        const real factor = modulated ? 1.0f + modulation[n * 2 * channels + channel] : 1.0f;
         a = fmaf(factor, sums_nc[2 * (n * channels + channel)], a);
         b = fmaf(factor, sums_nc[2 * (n * channels + channel) + 1], b);
     }
     sum_lanes(a, b, sums);
     if (lane == 0 && channel < channels) {
-        dbeta[channel] = a;
-        dgamma[channel] = b;
+        dbeta[mine->dbeta + channel] = a;
+        dgamma[mine->dgamma + channel] = b;
     }
 }
 

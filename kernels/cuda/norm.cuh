@@ -34,6 +34,13 @@ FD_DEVICE void take(real (&values)[V], const real *from, bool at_once = true) {
     }
 }
 
+// The same of K pixels that lie `stride` values apart: all of them are on their way before one is needed.
+template <int V, int K>
+FD_DEVICE void take_pixels(real (&values)[K][V], const real *from, int64 stride, bool at_once) {
+    FD_UNROLL
+    for (int k = 0; k < K; k++) take<V>(values[k], from + k * stride, at_once);
+}
+
 template <int V>
 FD_DEVICE void put(real *to, const real (&values)[V], bool at_once = true) {
     if (V == 4 && at_once) {

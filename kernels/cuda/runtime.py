@@ -47,8 +47,34 @@ SCALARS = {
     "int64": np.dtype(np.int64),
     "uint64": np.dtype(np.uint64),
 }
+# Tasks that a launch takes at most, where it takes several: its parameters have 4 KB.
+TASKS = {"WeightTask": 24, "FinishTask": 24, "MmaTask": 24, "SumTask": 64, "GatherTask": 24, "NormTask": 48}
 # Structures passed by value; their C text is made from this, fields of one type are a plain vector.
 _ROUND_KEYS = np.dtype([("words", np.uint32, (20,))])
+_CONV_SIZES = np.dtype(
+    [(name, np.int32) for name in ("images", "channels", "outputs")]
+    + [
+        (name, np.int32, (2,))
+        for name in ("input", "output", "kernel", "stride", "pad", "up", "up_period", "stride_period", "fold")
+    ]
+)
+
+
+def _task(wide: str, narrow: str, sizes: bool = True) -> np.dtype[Any]:
+    """What a launch is told of one of its tasks; `first` is the first block that works on it."""
+    fields: list[Any] = [(name, np.int64) for name in wide.split()]
+    fields += [("sizes", _CONV_SIZES)] if sizes else []
+    return np.dtype(fields + [(name, np.int32) for name in (*narrow.split(), "first")], align=True)
+
+
+_TASKS = {
+    "WeightTask": _task("x dy partials sums chunk", "vectors"),
+    "FinishTask": _task("partials sums dw db", "chunks"),
+    "MmaTask": _task("x dy dw db row", "rows_log columns_log tap_rows tap_columns channel_blocks chunk flags threads"),
+    "SumTask": _task("partials dw db row size", "count", sizes=False),
+    "GatherTask": _task("source weight bias target", "vectors"),
+    "NormTask": _task("sums modulation dgamma dbeta images", "channels modulated", sizes=False),
+}
 _TABLE_ROW = np.dtype([(name, REAL) for name in ("p", "q", "a", "b", "c1", "c2", "c3", "e", "s", "r", "low", "high")])
 STRUCTURES: dict[str, np.dtype[Any]] = {
     # The ten key pairs of Philox, from `fastdiff.noise.round_keys`.
@@ -71,14 +97,21 @@ STRUCTURES: dict[str, np.dtype[Any]] = {
         [(name, REAL) for name in ("one_beta1", "one_beta2", "root", "eps", "keep", "rate", "one_ema")]
     ),
     # A convolution, see conv.cuh; pairs are along rows and along columns.
-    "ConvSizes": np.dtype(
-        [(name, np.int32) for name in ("images", "channels", "outputs")]
-        + [
-            (name, np.int32, (2,))
-            for name in ("input", "output", "kernel", "stride", "pad", "up", "up_period", "stride_period", "fold")
-        ]
-    ),
+    "ConvSizes": _CONV_SIZES,
+    # Tasks of a launch, see fd_find_task; places are numbers of values behind the arrays of the launch.
+    **_TASKS,
+    **{f"{name}s": np.dtype([("task", dtype, (TASKS[name],))], align=True) for name, dtype in _TASKS.items()},
 }
+NOWHERE = 2**31 - 1  # where a task that is not there begins
+
+
+def tasks_of(kind: str, rows: Sequence[tuple[Any, ...]]) -> npt.NDArray[Any]:
+    """Return tasks of a kind, as "WeightTask", to be passed by value: the fields of each in their order."""
+    record = np.zeros(1, STRUCTURES[f"{kind}s"])
+    record["task"]["first"] = NOWHERE
+    for i, row in enumerate(rows):
+        record["task"][0, i] = row
+    return record
 
 
 class Parameter(NamedTuple):
@@ -129,6 +162,7 @@ def constants() -> str:
     ]
     names = {dtype: name for name, dtype in STRUCTURES.items()} | {REAL: "FD_REAL", np.dtype(np.int32): "int"}
     names |= {np.dtype(np.uint32): "unsigned int", np.dtype(np.uint64): "unsigned long long"}
+    names |= {np.dtype(np.int64): "long long"}
     for structure, dtype in STRUCTURES.items():
         fields = []
         for field in dtype.names or ():
@@ -421,8 +455,19 @@ def cached_cubin(nvrtc: Any, name: str, arch: str, anew: bool = False) -> bytes:
             file.write(code)
         os.replace(temporary, path)  # whole or not at all, whoever else compiles it now
     except OSError as error:
-        log.info("compiled kernels are not kept: %s (FASTDIFF_CACHE_DIR names a folder)", error)
+        _warn_unkept(str(path.parent), str(error))
     return code
+
+
+@cache
+def _warn_unkept(folder: str, error: str) -> None:
+    """Say so once for a folder, and not for each source."""
+    log.warning(
+        "compiled CUDA kernels are not kept, and every process compiles them anew: %s; FASTDIFF_CACHE_DIR names "
+        "another folder than %s",
+        error,
+        folder,
+    )
 
 
 def _size(count: float) -> str:
@@ -564,8 +609,9 @@ class CupyRuntime:
                 if not isinstance(value, self._cupy.ndarray):
                     raise TypeError(f"{entry}: {parameter.name} is {type(value).__name__}, wants a CuPy array")
                 if value.data.device_id != self.device_id:
-                    raise TypeError(
-                        f"{entry}: {parameter.name} is on device {value.data.device_id}, wants device {self.device_id}"
+                    raise BackendError(
+                        f"{entry}: {parameter.name} is on GPU {value.data.device_id}, and this backend works on GPU "
+                        f"{self.device_id}, {self.device}: bring it there, or make a backend while its GPU is current"
                     )
         kernel = self.kernel(source, entry)
         if shared_bytes > self._shared.get((source, entry), 0):

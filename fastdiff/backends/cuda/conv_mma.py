@@ -7,6 +7,7 @@ of the layer and the batch alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -16,10 +17,10 @@ import numpy as np
 
 from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.errors import BackendError
-from fastdiff.kernels.cuda.runtime import STRUCTURES, Runtime
+from fastdiff.kernels.cuda.runtime import STRUCTURES, TASKS, Runtime, tasks_of
 
 if TYPE_CHECKING:
-    from fastdiff.backends.cuda.conv import Product
+    from fastdiff.backends.cuda.conv import Partial, Product, WeightGradient
 
 Array = Any
 
@@ -32,6 +33,9 @@ COPY_SOURCE, COPY_GRADIENT, PAIRS = 1, 2, 4
 # A weight gradient comes in so many blocks, if a chunk still has so many tiles, and all partial sums so many values.
 BLOCKS, LEAST_TILES, MOST_PARTIALS = 528, 4, 1 << 24
 FAN = 32  # partial sums that a thread adds up
+SUM_THREADS = 256  # of conv_mma_sum
+VALUE = 4  # bytes
+STATIC = 256  # bytes of shared memory that conv_mma_weight has besides
 
 
 class Tile(NamedTuple):
@@ -184,7 +188,7 @@ def weight_plan(sizes: bytes) -> WeightPlan:
                 of_x = pixels * (4 * (channel_blocks * WARP + PAD) + 4 * channel_blocks * WARP)
                 of_dy = PIXELS * (4 * (across + PAD) + 4 * across)
                 shared = of_x + of_dy + 4 * PIXELS + _ceil(pixels, 4) * 16
-                if max(sides) < SIDE and shared <= min(SHARED_LIMITS.values()):
+                if max(sides) < SIDE and shared + STATIC <= min(SHARED_LIMITS.values()):
                     found.append((tiles * (PIXELS + pixels), Shape(rows_log, columns_log, True, tiles, shared)))
             if found:
                 shape = min(found)[1]
@@ -205,6 +209,12 @@ def _pairs(form: Product, w: Array) -> int:
 def warps_across(outputs: int) -> int:
     """Warps of a block of a weight gradient that lie side by side along the channels of dy."""
     return 1 if outputs <= WARP else 2
+
+
+def by_kind(tasks: Sequence[WeightGradient]) -> list[list[WeightGradient]]:
+    """Return weight gradients, those of one kernel together."""
+    kinds = [[task for task in tasks if warps_across(task.db.size) == warps] for warps in (1, 2)]
+    return [kind for kind in kinds if kind]
 
 
 class PackedWeights:
@@ -292,33 +302,80 @@ class TensorCores:
             shape.shared,
         )  # fmt: skip
 
-    def weight_gradient(self, form: Product, dy: Array, x: Array, dw: Array, db: Array) -> None:
-        """Fill dw and db: sums over chunks of pixels, and where there are several, the sum of these."""
-        launch, (channels, outputs), size = self.runtime.launch, dw.shape[2:], dw.size
-        plan, row = weight_plan(form.sizes.tobytes()), size + outputs
-        sums = dw, db
-        if plan.chunks > 1:
-            partials = self.scratch("partials", plan.chunks * row)
-            sums = partials, partials[size:]
-        warps = warps_across(outputs)
-        flags = COPY_SOURCE * self._together(4, channels, x) + COPY_GRADIENT * self._together(4, outputs, dy)
-        launch(
-            "conv_mma", f"conv_mma_weight_{WARP * warps}", plan.chunks * plan.blocks,
-            math.prod(plan.taps) * plan.channel_blocks * warps * WARP,
-            (x, dy, *sums, row, form.sizes, plan.shape.rows_log, plan.shape.columns_log, *plan.taps,
-             plan.channel_blocks, plan.chunk, flags + PAIRS * self._together(2, outputs, sums[0])),
-            plan.shape.shared,
-        )  # fmt: skip
-        count, level = plan.chunks, 0
-        while count > 1:
-            groups, level = _ceil(count, FAN), level + 1
-            partials, sums = sums[0], (dw, db)
-            if groups > 1:
-                buffer = self.scratch(f"partials{level}", groups * row)
-                sums = buffer, buffer[size:]
-            args = (partials, *sums, row, size, count, FAN)
-            launch("conv_mma", "conv_mma_sum", *self.runtime.grid_1d(groups * row), args)
-            count = groups
+    def values_of(self, task: WeightGradient) -> int:
+        """Return how many values the partial sums of a weight gradient have."""
+        chunks = weight_plan(task.form.sizes.tobytes()).chunks
+        return chunks * (task.dw.size + task.db.size) if chunks > 1 else 0
+
+    def start(self, tasks: Sequence[WeightGradient], room: Array, number: int) -> list[Partial]:
+        """Launch what makes dw, db and dshift, or partial sums, which are returned and lie in `room`; all of a kind."""
+        from fastdiff.backends.cuda.conv import Partial, image_blocks
+
+        first, warps = tasks[0], warps_across(tasks[0].db.size)
+        rows: list[tuple[Any, ...]] = []
+        partials: list[Partial] = []
+        blocks = at = most = shared = 0
+        base = bias_base = room
+        for task in tasks:
+            form, dy, x, dw, db, _ = task
+            plan, row = weight_plan(form.sizes.tobytes()), dw.size + db.size
+            threads = math.prod(plan.taps) * plan.channel_blocks * warps * WARP
+            to, to_bias = dw, db
+            if plan.chunks > 1:
+                sums = room[at : at + plan.chunks * row]
+                to, to_bias, at = sums, sums[dw.size :], at + sums.size
+                partials.append(Partial(task, sums, to_bias, plan.chunks))
+            flags = COPY_SOURCE * self._together(4, dw.shape[2], x) + COPY_GRADIENT * self._together(4, db.size, dy)
+            flags += PAIRS * self._together(2, db.size, to)
+            base, bias_base = (to, to_bias) if not rows else (base, bias_base)
+            pairs = (x, first.x), (dy, first.dy), (to, base), (to_bias, bias_base)
+            places = [self._apart(*pair) for pair in pairs]
+            shape = plan.shape.rows_log, plan.shape.columns_log, *plan.taps, plan.channel_blocks
+            rows.append((*places, row, form.sizes[0], *shape, plan.chunk, flags, threads, blocks))
+            blocks += plan.chunks * plan.blocks
+            most, shared = max(most, threads), max(shared, plan.shape.shared)
+        for task in tasks:
+            if task.dshift is not None:
+                places = [0, self._apart(task.dy, first.dy), self._apart(task.dshift, base), 0, 0]
+                rows.append((*places, task.form.sizes[0], *(0,) * 8, blocks))
+                blocks += image_blocks(task.dshift)
+        args = (first.x, first.dy, base, bias_base, tasks_of("MmaTask", rows))
+        self.runtime.launch("conv_mma", f"conv_mma_weight_{WARP * warps}", blocks, most, args, shared)
+        return partials
+
+    def add_up(self, partials: Sequence[Partial]) -> None:
+        """Fill dw and db with the sums of partial sums, `FAN` at a time, and so in levels."""
+        level = 0
+        while partials:
+            level += 1
+            first, further, at = partials[0], [], 0
+            room = sum(_ceil(each.chunks, FAN) * self._row(each) for each in partials if each.chunks > FAN)
+            buffer = self.scratch(f"partials, level {level}", max(1, room))
+            rows: list[tuple[int, ...]] = []
+            sizes: list[int] = []
+            for each in partials:
+                task, row, groups = each.task, self._row(each), _ceil(each.chunks, FAN)
+                to, to_bias = task.dw, task.db
+                if groups > 1:
+                    sums = buffer[at : at + groups * row]
+                    to, to_bias, at = sums, sums[task.dw.size :], at + sums.size
+                    further.append(each._replace(sums=sums, of_bias=to_bias, chunks=groups))
+                pairs = (each.sums, first.sums), (to, first.task.dw), (to_bias, first.task.db)
+                rows.append((*(self._apart(*pair) for pair in pairs), row, task.dw.size, each.chunks))
+                sizes.append(_ceil(groups * row, SUM_THREADS))
+            for begin in range(0, len(rows), TASKS["SumTask"]):
+                some, blocks = slice(begin, begin + TASKS["SumTask"]), itertools.accumulate([0, *sizes[begin:]])
+                record = tasks_of("SumTask", [(*row, block) for row, block in zip(rows[some], blocks, strict=False)])
+                args = (first.sums, first.task.dw, first.task.db, record, FAN)
+                self.runtime.launch("conv_mma", "conv_mma_sum", sum(sizes[some]), SUM_THREADS, args)
+            partials = further
+
+    def _row(self, partial: Partial) -> int:
+        return int(partial.task.dw.size + partial.task.db.size)
+
+    def _apart(self, array: Array, base: Array) -> int:
+        """How many values an array lies behind another."""
+        return (self.runtime.address(array) - self.runtime.address(base)) // VALUE
 
     def _together(self, count: int, channels: int, array: Array) -> bool:
         """Whether so many values of a row of `channels` are aligned to their size."""

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff.errors import BackendError
 from fastdiff.kernels.cuda import runtime as runtimes
 
 Array = Any
 
 VECTOR = 16  # bytes that are read and written at once where everything is aligned to them
 WIDE = 16  # a row of a multiple of this many values has four aligned quarters
+MOST_WIDTH = 1 << 31  # of other rows
 TABLES = 32  # kept on the device
 # Shared memory that a block may have, by compute capability (CUDA C++ programming guide, "Compute Capabilities").
 SHARED_LIMITS = {"8.0": 163 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
@@ -51,6 +53,8 @@ class Device:
         if n == 0 or width == 0:
             return
         wide = width % WIDE == 0 and self._aligned(*arrays)
+        if not wide and width >= MOST_WIDTH:
+            raise BackendError(f"rows of {width} values: backend 'cuda' takes fewer than {MOST_WIDTH}")
         items = n * (width // WIDE if wide else -(-width // 4))
         grid, block = self.runtime.grid_1d(items)
         args = (*(arrays if before is None else before), *after)

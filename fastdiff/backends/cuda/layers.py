@@ -8,14 +8,16 @@ allocates nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.backends.cuda.conv import ConvOperations
+from fastdiff.backends.cuda.conv import ConvOperations, NormGradient
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.protocol import TrainingDraws
+from fastdiff.kernels.cuda.runtime import TASKS, tasks_of
 from fastdiff.noise import TARGETS, Draw, drop_limit, round_keys
 
 Array = Any
@@ -152,8 +154,10 @@ class LayerOperations(ConvOperations):
         blocks, across = images * -(-channels // plan.bundle), -(-channels // WARP)
         how = channels, channels // groups, plan.bundle
         fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx)
+        waiting = self._waiting
         with self._lock:
-            sums = self._scratch("norm", 2 * images * channels)
+            name = "norm" if waiting is None else f"norm {len(waiting.norms)}"
+            sums = self._scratch(name, 2 * images * channels)
             if plan.backward is not None:
                 threads, shared = plan.backward
                 args: tuple[Any, ...] = (*given, dx, sums, dmodulation, images, pixels, *how, silu, add, fours)
@@ -167,8 +171,23 @@ class LayerOperations(ConvOperations):
                 self._launch_layer("norm", "norm_backward_images", images * across * THREADS, args, THREADS)
                 args = (*given, sums, dx, *sizes, silu, add, fours)
                 self._launch_layer("norm", "norm_backward_apply", items, args, THREADS)
-            args = (sums, modulation, dgamma, dbeta, images, channels)
-            self.runtime.launch("norm", "norm_parameters", across, THREADS, args)
+            task = NormGradient(sums, modulation, dgamma, dbeta, images)
+            if waiting is None:
+                self._finish_norms([task])
+            else:
+                waiting.norms.append(task)
+
+    def _finish_norms(self, norms: Sequence[NormGradient]) -> None:
+        for begin in range(0, len(norms), TASKS["NormTask"]):
+            some, rows, blocks = norms[begin : begin + TASKS["NormTask"]], [], 0
+            first, modulated = some[0], next((each.modulation for each in some if each.modulation is not None), None)
+            for sums, modulation, dgamma, dbeta, images in some:
+                pairs = (sums, first.sums), (modulation, modulated), (dgamma, first.dgamma), (dbeta, first.dbeta)
+                places = (0 if array is None else self._apart(array, base) for array, base in pairs)
+                rows.append((*places, images, dgamma.size, modulation is not None, blocks))
+                blocks += -(-dgamma.size // WARP)
+            args = (first.sums, modulated, first.dgamma, first.dbeta, tasks_of("NormTask", rows))
+            self.runtime.launch("norm", "norm_parameters", blocks, THREADS, args)
 
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends.layers import Batch, ConvShapes, LayerBackend, Prepared, Recording, Sampling
+from fastdiff.backends.layers import Batch, Conv, ConvShapes, LayerBackend, Prepared, Recording, Sampling
 from fastdiff.backends.numpy.functions import cut, guided
 from fastdiff.backends.numpy.told import ToldOperations
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
@@ -24,6 +25,7 @@ class HostBackend(ToldOperations):
 
     steps_ahead = 1
     repeats_resize = True
+    gradients_wait = 0
 
     def owns(self, value: Any) -> bool:
         return isinstance(value, np.ndarray)
@@ -48,6 +50,17 @@ class HostBackend(ToldOperations):
 
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
         return AsTheyAre()
+
+    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
+        return nullcontext(lambda: None)
+
+    def linears(self, x: Array, layers: Sequence[tuple[Array, Array, Array]]) -> None:
+        for w, b, out in layers:
+            cast(LayerBackend, self).conv(Conv(), x, w, b, out)
+
+    def linears_backward(self, dx: Array, layers: Sequence[tuple[Array, Array]], *, add: bool = False) -> None:
+        for i, (dy, w) in enumerate(layers):
+            cast(LayerBackend, self).conv_backward(Conv(), dy, dx, w, dx, None, None, add=add or i > 0)
 
     def resize(self, x: Array, out: Array) -> None:
         height, width = map(min, x.shape[1:3], out.shape[1:3])
