@@ -96,6 +96,9 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     first_row = check_int("first_row", draws.first_row, low=0, high=most)
     if whole:
         points, T = len(X), net.shape[0]
+        if np.shape(X)[1:] != net.shape[1:]:
+            wants = f"a recording (time, {net.shape[-1]}), or rows of shape {net.shape}: (N, ...)"
+            raise ArgumentError("X", f"shape {np.shape(X)}", wants)
         padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
         padded[0, :points] = X
         told = _laid(model, draws.covariates, (1, points), 0, padded.shape[1], whole=True)
@@ -210,10 +213,14 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
     if len(net.shape) == 1:
         if columns not in (1, net.shape[0]):
             raise ArgumentError(argument, f"{columns} columns", f"curves of {net.shape[0]} columns, or one of values")
-        return (frame.values, frame, False) if columns > 1 else (frame.values[:, 0], frame, True)
+        if columns > 1:
+            return frame.values, frame, False
+        frame.check_clock()
+        return frame.values[:, 0], frame, True
     if columns != net.shape[-1] or (model.channel_names is not None and frame.names != model.channel_names):
         wants = f"the {net.shape[-1]} of the model" + (f": {model.channel_names}" if model.channel_names else "")
         raise ArgumentError(argument, f"the columns {frame.names}", wants)
+    frame.check_clock()
     return frame.values, frame, True
 
 

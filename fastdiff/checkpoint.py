@@ -15,8 +15,8 @@ features
 arithmetic
     Which one trained the weights; absent: 1. 2 is that of networks that convolve along rows, curves among them, since
     these convolutions are Winograd's on the CPU. Others have `ARITHMETIC`.
-digest
-    Checksum of the tensors, against accidents; absent: they are not checked.
+digest, header_digest
+    Checksums of the tensors, and of the header's other keys, against accidents; absent: they are not checked.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def write(
         "features": used,
         "digest": digest(arrays),
     }
-    text = json.dumps(facts, allow_nan=False)
+    facts = json.loads(json.dumps(facts, allow_nan=False))
+    text = json.dumps({**facts, "header_digest": header_digest(facts)})
     with writing(path) as file:
         tensor_file.write(file, arrays, {_KEY: text})
 
@@ -163,6 +164,12 @@ def digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     return f"sum64:{crc:08x}"
 
 
+def header_digest(header: Mapping[str, Any]) -> str:
+    """Return the checksum of a header's keys but this one: CRC-32 of its JSON text, sorted and without blanks."""
+    facts = {key: value for key, value in header.items() if key != "header_digest"}
+    return f"crc32:{zlib.crc32(json.dumps(facts, sort_keys=True, separators=(',', ':')).encode()):08x}"
+
+
 def _earlier_digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     """The checksum of the first files of format 3: CRC-32 of every byte."""
     crc = 0
@@ -211,6 +218,12 @@ def _checked_header(path: str | os.PathLike[str], file: TensorFile) -> dict[str,
             f"{path}: noise law {header.get('noise_law')!r}, this fastdiff has {NOISE_LAW_VERSION}: "
             "its samples would differ from those the checkpoint was made for"
         )
+    try:
+        whole = header.get("header_digest") in (None, header_digest(header))
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}: its header was altered or damaged after it was written: the digest differs")
     dtypes = {one.dtype for one in file.tensors.values()}
     if not dtypes <= _DTYPES:
         raise CheckpointError(

@@ -189,7 +189,7 @@ def save_scheduler(sampler: Sampler, folder: str | os.PathLike[str]) -> None:
     ------
     ArgumentError
         If no scheduler of diffusers stands for this table.
-    CheckpointError
+    DataError
         If it cannot be written.
 
     Warns

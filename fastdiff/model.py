@@ -30,6 +30,7 @@ from fastdiff.errors import (
     check_array,
     check_choice,
     check_flags,
+    check_float,
     check_int,
     check_seed,
     is_on_device,
@@ -53,6 +54,7 @@ log = logging.getLogger("fastdiff")
 
 REPLACING = ("replace", "repaint")  # methods that leave a table's clip
 TABLES = 8  # named ones that a model keeps
+MOST_SPREAD = 100.0
 
 
 class Diffusion:
@@ -190,7 +192,7 @@ class Diffusion:
         self.channel_names: list[str] | None = None
         self._frame: series.Frame | None = None  # how frames are made that are like those of the data
         self.report_: dict[str, Any] | None = None
-        self.spread = 1.0
+        self._spread = 1.0
         self._held_out: tuple[str, float] | None = None  # how rows are held out; the first fit decides
         self._data: list[int] | None = None  # fingerprint of the first fit's rows
         self._gaussian: GaussianBase | None = None
@@ -500,6 +502,15 @@ class Diffusion:
             raise TrainingError("the weights of this model are not finite: load one that was saved before, or reset()")
         be = get_backend(self.backend)
         return NetworkDenoiser(net, be.asarray(flat, net.dtype), self.prediction, be, schedule)
+
+    @property
+    def spread(self) -> float:
+        """How many times as far from their mean answers are drawn as the network says; may be set."""
+        return self._spread
+
+    @spread.setter
+    def spread(self, value: float) -> None:
+        self._spread = check_float("spread", value, low=0, low_open=True, high=MOST_SPREAD)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""

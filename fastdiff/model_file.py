@@ -225,7 +225,7 @@ class Saved:
             covariates=covariates,
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
-            spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True),
+            spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True, high=100),
             kept_rows=_stored(tensors, KEPT, (kept, *net.shape)) if kept else None,
             conditional=check_choice("conditional", header.get("conditional"), TARGETS) if net.masked else None,
         )

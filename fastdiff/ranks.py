@@ -93,7 +93,11 @@ class Ranks:
     """
 
     def __init__(self, comm: Any) -> None:
-        if not all(callable(getattr(comm, name, None)) for name in METHODS):
+        try:
+            known = all(callable(getattr(comm, name, None)) for name in METHODS)
+        except Exception:  # noqa: BLE001 - whatever an object of somebody's does when it is asked
+            known = False
+        if not known:
             raise ArgumentError("comm", shown(comm), "a communicator of mpi4py, as MPI.COMM_WORLD")
         self.comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
         self.sent, self.wish, self.stops = 0, False, False

@@ -9,12 +9,13 @@ from typing import Any, cast
 import numpy as np
 
 from fastdiff.backends import Backend, Row, backend_for
-from fastdiff.conditioning import OWN_NOISE, ConditionedEvaluator, plan
+from fastdiff.conditioning import METHODS, OWN_NOISE, ConditionedEvaluator, plan
 from fastdiff.denoiser import Denoiser, Evaluator, asked_on, checked_asked, denoiser_of, memory_of
 from fastdiff.errors import (
     ArgumentError,
     check_array,
     check_callable,
+    check_choice,
     check_flags,
     check_int,
     check_room,
@@ -151,6 +152,7 @@ def sample(
     n = check_int("n", (16 if states is None else len(states)) if n is None else n, low=0)
     seed, first_sample = check_seed(seed), check_rows(first_sample, n)
     planned = None
+    check_choice("method", method, ("auto", *METHODS))
     if given is not None:
         if shaped is not None and not isinstance(shaped, NoiseShape):
             raise ArgumentError("noise_shape", type(shaped).__name__, "a fastdiff.NoiseShape, with observations")

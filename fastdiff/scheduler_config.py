@@ -498,6 +498,9 @@ def _without(sampler: Sampler) -> ArgumentError:
     trials = [(key, {**known, key: usual[key]}) for key in known]
     if "published" in usual and not known.get("published"):
         trials.append(("published", {**known, "published": True}))
+    for key, values in (("final", ("sigma_min", "zero")), ("spacing", ("linspace", "leading", "trailing"))):
+        if key in usual:
+            trials += [(key, {**known, key: value}) for value in values if value != known.get(key, usual[key])]
     with warnings.catch_warnings(action="ignore"):
         for key, options in trials:
             try:

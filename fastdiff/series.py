@@ -131,6 +131,11 @@ class Frame:
         values = np.stack(columns, axis=1)
         return cls(x, kind, [names[keys.index(key)] for key in kept], kept, values, clock, clock_name)
 
+    def check_clock(self) -> None:
+        """Refuse a clock, where there is one, whose steps are neither even nor those of a calendar."""
+        if self.clock is not None and not (_is_text(self.clock) or _by_calendar(self)):
+            check_even(np.asarray(self.clock.values if hasattr(self.clock, "values") else self.clock))
+
     def filled(self, values: Values) -> Any:
         """Return a copy of the frame with other values (rows, columns) in its columns of values."""
         if self.kind == "polars":
@@ -411,8 +416,7 @@ def windows(x: Any, length: int | str, stride: int | None = None) -> Any:
         values, of = recording(one, name)
         if of is not None:
             frame, found = of, of.names
-            if of.clock is not None and not (_by_calendar(of) or _is_text(of.clock)):
-                check_even(np.asarray(of.clock.values if hasattr(of.clock, "values") else of.clock))
+            of.check_clock()
             if names is not None and names != found:
                 raise ArgumentError(name, f"the channels {found}", f"{names}, as the recording before has")
             names = found

@@ -139,3 +139,11 @@ def test_what_is_calibrated(rows, options, measured):
     made = fd.Diffusion(backend="cpu").fit(rows, **{"steps": 2, "validation": 0.25, "judge": True, **options, **QUIET})
     assert ("held" in (made.report_ or {})) == measured
     assert measured or made.spread == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, 101, "a", None, [1]])
+def test_a_spread_is_a_number(value):
+    made = fd.Diffusion()
+    with pytest.raises(ArgumentError, match="spread: got"):
+        made.spread = value
+    assert made.spread == 1

@@ -234,6 +234,29 @@ def test_frames_are_answered_by_frames(of_series):
         of_series.impute(Table({"b": frame.data["a"], "a": frame.data["b"]}))
 
 
+def test_a_recording_has_the_channels_and_the_clock_that_were_learned(of_series, tmp_path, capsys):
+    for shape in ((40, 1), (40, 3), (3, 8)):
+        with pytest.raises(ArgumentError, match=r"X: got shape .* wants a recording \(time, 2\)"):
+            of_series.impute(np.full(shape, np.nan), 2)
+    frame = frame_of()
+    rows = np.r_[0:9, 12:20]
+    cut = Table({name: column[rows] for name, column in frame.data.items()}, frame.index.values[rows])
+    for ask in (of_series.impute, of_series.anomaly):
+        with pytest.raises(ArgumentError, match="clock: got steps from 1 hours to 4 hours"):
+            ask(cut)
+    of_series.channel_names = ["a", "b"]
+    of_series.save(m := tmp_path / "m.safetensors")
+    for name, header, hours, words in [
+        ("swapped", "when,b,a", range(10), "the columns b,a, where"),
+        ("cut", "when,a,b", [0, 1, 2, 5, 6, 7, 8, 9], "clock: got steps"),
+    ]:
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join([header, *(f"2024-01-01 {k:02d}:00,{k % 3},{k % 2}" for k in hours)]) + "\n")
+        assert main(["impute", str(m), str(path), "-o", str(tmp_path / "o.csv"), "--quiet"]) != 0
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "o.csv").exists()
+
+
 def test_the_command_line_fills_in_and_goes_on(of_series, tmp_path, capsys):
     of_series.save(m := tmp_path / "m.safetensors")
     frame = frame_of()

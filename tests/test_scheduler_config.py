@@ -332,3 +332,14 @@ def test_networks_are_not_loaded_with_levels_that_are_not_theirs(tmp_path):
         load_diffusers(tmp_path)
     written(tmp_path / "scheduler", _class_name="PNDMScheduler", num_train_timesteps=50, beta_end=0.3)
     assert load_diffusers(tmp_path)[1].T == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("dpmpp_3m", "published"), ("deis", "final"), ("dpmsolver", "final"), ("tcd", "final"), ("euler", "spacing")],
+)
+def test_what_no_scheduler_stands_for_is_named(name, option, tmp_path):
+    schedule = Schedule.flow(50) if name == "euler" else Schedule.cosine(50)
+    prediction = "velocity" if name == "euler" else "noise"
+    with pytest.raises(ArgumentError, match=f"^{option}: got"):
+        save_scheduler(samplers.named(name, schedule, 8, prediction=prediction), tmp_path)

@@ -100,6 +100,11 @@ def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[s
     X = series.load_recording(args.data, **reading(args))
     frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     seen = X if frame is None else frame.values
+    if frame is not None:
+        frame.check_clock()
+        if model.channel_names is not None and frame.names != model.channel_names:
+            wants = f"where {args.model} has {','.join(model.channel_names)}: --columns names some, in their order"
+            raise FastdiffError(f"{args.data}: the columns {','.join(frame.names)}, {wants}")
     if (told := inputs_of(args, model)) is not None:
         options["covariates"] = told
     holes = np.isnan(seen)

@@ -48,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+FOR_PROGRAMS = ("tensors", "training", "parameters", "digest", "header_digest")
+
+
 def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a model file without what only programs want: those are in the JSON."""
-    brief = {key: value for key, value in facts.items() if key not in ("tensors", "training", "parameters", "digest")}
+    brief = {key: value for key, value in facts.items() if key not in FOR_PROGRAMS}
     network = {**facts["network"], "parameters": facts["parameters"]}
     training = facts["training"] or "not in this file: it can sample, but not be trained on"
     kept = facts.get("kept_rows", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 from collections.abc import Sequence
@@ -160,10 +161,11 @@ def add_quantiles(command: argparse.ArgumentParser) -> None:
 
 
 def _levels(text: str) -> list[float]:
-    levels = [float(word) for word in text.split(",")]
-    if not all(0 <= level <= 1 for level in levels):
-        raise ValueError
-    return levels
+    with contextlib.suppress(ValueError):
+        levels = [float(word) for word in text.split(",")]
+        if all(0 <= level <= 1 for level in levels):
+            return levels
+    raise argparse.ArgumentTypeError(f"got {text!r}, wants numbers from 0 to 1, as in 0.05,0.5,0.95")
 
 
 def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int | None) -> None:

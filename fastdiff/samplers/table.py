@@ -256,7 +256,9 @@ def _checked_rows(rows: npt.ArrayLike | Sequence[Row], schedule: Schedule) -> tu
     """The rows as named tuples of plain numbers, if they keep the rules of the table."""
     table = check_array("rows", rows, dtype=np.float64) + 0.0  # no negative zeros
     if table.ndim != 2 or table.shape[1] not in WIDTHS or not len(table):
-        raise ArgumentError("rows", f"shape {table.shape}", "rows of numbers (t, p, q, a, b, c1, c2, c3, e, s)")
+        raise ArgumentError(
+            "rows", f"shape {table.shape}", "rows of numbers (t, p, q, a, b, c1, c2, c3, e, s), or with r as well"
+        )
     if table.shape[1] == 8:
         table = np.insert(table, (6, 6), 0.0, axis=1)
     t, s = table[:, 0], table[:, 9]

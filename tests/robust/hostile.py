@@ -161,6 +161,7 @@ def changed_json(content: bytes, chance: random.Random) -> bytes:
         break
     if inner is not None:
         inner.pop("digest", None)
+        inner.pop("header_digest", None)
         whole["__metadata__"]["fastdiff"] = json.dumps(inner)
     text = json.dumps(whole).encode()
     return text if not start else len(text).to_bytes(8, "little") + text + rest
@@ -222,7 +223,7 @@ def costly(folder: Path) -> list[Path]:
     }  # fmt: skip
     found = []
     for name, change in changes.items():
-        outer["__metadata__"]["fastdiff"] = json.dumps({**header, **change, "digest": None})
+        outer["__metadata__"]["fastdiff"] = json.dumps({**header, **change, "digest": None, "header_digest": None})
         text = json.dumps(outer).encode()
         found.append(folder / f"{name}.safetensors")
         found[-1].write_bytes(len(text).to_bytes(8, "little") + text + values)
