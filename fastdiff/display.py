@@ -41,7 +41,7 @@ class Summary:
         return "\n".join([self.title, *aligned(self.facts)])
 
     def _repr_html_(self) -> str:
-        rows = [(name.replace(" ", "\N{NO-BREAK SPACE}"), value) for name, value in _rows(self.facts, "")]
+        rows = [(name.replace(" ", "\u00a0"), value) for name, value in _rows(self.facts, "")]
         return f"<strong>{escape(self.title)}</strong>{_table((), rows)}"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -230,11 +230,11 @@ class ConvOperations(Device):
         """What waits, in this thread; None: nothing may."""
         return getattr(self._local, "waiting", None)
 
+    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
+        return nullcontext(lambda: None) if self._cudnn else self._together()
+
     @contextmanager
-    def gradients_together(self) -> Iterator[Callable[[], None]]:
-        if self._cudnn:
-            yield lambda: None
-            return
+    def _together(self) -> Iterator[Callable[[], None]]:
         waiting = self._local.waiting = Waiting()
 
         def finish() -> None:
