@@ -302,7 +302,7 @@ class Trainer:
                         stop = callback(model.step - 1, model.history["loss"][-1])
                     if stop:
                         break
-                if stops:
+                if interrupted() if ranks is None else stops:  # a callback may have been interrupted
                     raise KeyboardInterrupt
             check()
             if look is not None and model.step % LOOK_EVERY == 0:

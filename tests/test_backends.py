@@ -26,7 +26,15 @@ from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff import backends, samplers
-from fastdiff.backends import Backend, Row, TrainingDraws, TrainState, available_backends, get_backend
+from fastdiff.backends import (
+    Backend,
+    Row,
+    SharingBackend,
+    TrainingDraws,
+    TrainState,
+    available_backends,
+    get_backend,
+)
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.backends.numpy import NumpyBackend
@@ -53,6 +61,8 @@ def test_same_signatures(kind):
     """Names, order, kinds, defaults and annotations; and nothing public besides."""
     wanted, found = operations(LayerBackend), operations(kind)
     found.pop("renew", None)  # what `fastdiff.forks` calls in a forked child
+    shared = found.pop("mlp_shared_training", None)  # of a `SharingBackend`, as the CPU is
+    assert shared is None or inspect.signature(shared) == inspect.signature(SharingBackend.mlp_shared_training)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert inspect.signature(found[name]) == inspect.signature(wanted[name]), name

@@ -101,7 +101,7 @@ _SAMPLERS = {
     "lcm": _Named(lcm, 4, "only for networks distilled to jump to the data"),
     "tcd": _Named(tcd, 8, "ddim that noises anew: for networks distilled to leap"),
     "consistency": _Named(consistency, 2, "lcm with the scalings of consistency models"),
-    "euler": _Named(euler, 50, "ddim by another name, and churn; on flow schedules straight paths"),
+    "euler": _Named(euler, 50, "ddim by another name, and churn; on flow, straight paths"),
     "euler_ancestral": _Named(euler_ancestral, 50, "ddim with ancestral noise: forgets errors, wants steps"),
 }
 
