@@ -544,7 +544,7 @@ def test_the_short_form_of_quality_is_the_data_sets_by_their_sizes():
 
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
-    assert names == ["README.md", "choose.md", "performance.md", "quality.md"]
+    assert names == ["README.md", "choose.md", "performance.md", "quality.md", "scaling.md"]
     assert readme_numbers.main(["--check"]) == 0
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")
