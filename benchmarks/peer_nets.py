@@ -297,8 +297,10 @@ def _told_chain(
     A = F.one_hot(places, d).float().transpose(0, 1).contiguous()
     where = places.expand(m, n, m)
     unit = torch.eye(m, dtype=torch.float64)
+    reach = 4 * d**0.5 * y.abs().amax(dim=1, keepdim=True).clamp(min=1.0).float()
     for i, ((t, p, q, a, b, _, _, _, e, s, _), (signal, level)) in enumerate(zip(rows, levels, strict=True)):
-        steps, gain, least = torch.tensor([int(t)]), level**2 / signal, 0.004 * level**2 / (signal**2 + level**2)
+        steps, gain, power = torch.tensor([int(t)]), level**2 / signal, level**2 / (signal**2 + level**2)
+        least = 1e-4 * power
         out, pull = torch.func.vjp(lambda x, steps=steps: net(x, steps), x)
         p0, q0 = 1 / signal, -level / signal  # the mean of x0 is p0 x + q0 out
         back = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(A).mul_(q0).add_(A, alpha=p0)
@@ -309,7 +311,9 @@ def _told_chain(
         for _ in range(2):
             term = torch.cholesky_solve(least**2 * term, factor)
             w = w + term
-        out = out + gain / q0 * torch.einsum("nj,jnd->nd", w[..., 0].float(), back)
+        slope = gain * torch.einsum("nj,jnd->nd", w[..., 0].float(), back)
+        slope *= (power**0.5 * reach / slope.norm(dim=1, keepdim=True)).clamp(max=1.0)
+        out = out + slope / q0
         x.mul_(a + b * p).add_(out, alpha=b * q + e)
         if s:
             x.add_(torch.randn_like(x) if draws is None else draws[i], alpha=s)
