@@ -633,7 +633,7 @@ def test_answers_measure_draws_of_a_mixture(monkeypatch, tmp_path):
     records = answers.answers([("exact", values), ("worse", {**values, "CRPS": 2 * values["CRPS"]})])
     assert "a CRPS of at most 1.15 x the Gaussian's" in records[1].missed
     priced = [report.Price(8, 3.5, 3.4, 3.6, 10), report.Price(16, 18.5, 18.4, 19.6, 18)]
-    made = report.AnswersReport(report.Header(**HEADER), 8, 79, 4, 10, records, 2, 40, 3, found, records, priced)
+    made = report.AnswersReport(report.Header(**HEADER), 8, 79, 4, 10, 0.9, records, 2, 40, 3, found, records, priced)
     made.save(tmp_path, "answers-cpu")
     assert report.load(tmp_path / "answers-cpu.json") == made
     assert "| 2 | 1 |" in made.table()
