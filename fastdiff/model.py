@@ -38,7 +38,7 @@ from fastdiff.errors import (
 )
 from fastdiff.files import check_path
 from fastdiff.likelihood import Bound, LogDensity
-from fastdiff.model_file import Saved, naming_faults
+from fastdiff.model_file import WIDEST, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, Unset
 from fastdiff.noise import TARGETS
@@ -54,7 +54,6 @@ log = logging.getLogger("fastdiff")
 
 REPLACING = ("replace", "repaint")  # methods that leave a table's clip
 TABLES = 8  # named ones that a model keeps
-MOST_SPREAD = 100.0
 
 
 class Diffusion:
@@ -510,7 +509,7 @@ class Diffusion:
 
     @spread.setter
     def spread(self, value: float) -> None:
-        self._spread = check_float("spread", value, low=0, low_open=True, high=MOST_SPREAD)
+        self._spread = check_float("spread", value, low=0, low_open=True, high=WIDEST)
 
     def _sampled(self, ema: bool) -> NetworkDenoiser:
         """`denoiser`, the same one until the model is trained further: a backend may keep what it has made for it."""

@@ -44,6 +44,7 @@ from fastdiff.training import Optimizer, empty_history
 Tensors = dict[str, npt.NDArray[Any]]
 
 KEPT = "kept_rows"  # the tensor of training rows, in the data's units; NaN where a value is missing
+WIDEST = 100.0  # what a spread may be, at most
 
 
 @contextmanager
@@ -225,7 +226,7 @@ class Saved:
             covariates=covariates,
             covariate_names=_names(header, "covariate_names", net.covariates),
             label_drop=check_float("label_drop", header.get("label_drop", 0.0), low=0, high=1),
-            spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True, high=100),
+            spread=check_float("spread", header.get("spread", 1.0), low=0, low_open=True, high=WIDEST),
             kept_rows=_stored(tensors, KEPT, (kept, *net.shape)) if kept else None,
             conditional=check_choice("conditional", header.get("conditional"), TARGETS) if net.masked else None,
         )

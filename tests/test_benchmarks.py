@@ -542,6 +542,20 @@ def test_the_short_form_of_quality_is_the_data_sets_by_their_sizes():
     assert rows[0][-1] == f"**{one.ours.mean:.3f}**"
 
 
+def test_the_readme_counts_accidents_as_the_table_does():
+    table = json.loads((report.RESULTS / "robust.json").read_text())
+    text = " ".join(readme_numbers.ROOT.joinpath("README.md").read_text().split())
+    said = text[text.index("[Accidents are counted]") : text.index("strange calls") + 20]
+    for name, what in {
+        "loads_beside_a_saver": "loads", "killed_saves": "killed saves", "flips": "flipped bits",
+        "mutations": "mutated files", "cold_interrupts": "interrupts", "forks": "forks",
+        "repeats": "repeated trainings", "calls": "strange calls",
+    }.items():  # fmt: skip
+        rows = table[name] if name == "mutations" else table[name][:1]
+        assert f"{sum(row['tries'] for row in rows):,} {what}" in said
+        assert not any(row["failures"] for row in table[name])
+
+
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
     assert names == ["README.md", "choose.md", "performance.md", "quality.md", "scaling.md"]
