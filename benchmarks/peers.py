@@ -14,7 +14,8 @@ shapes is the median of theirs.
 
 The memory of a side is the most that its process had while it worked, less what it had with its libraries imported.
 
-Without --only, --quick or --threads the results go to ``results/peers-cpu.json`` and ``.md``.
+Without --only, --quick or --threads the results go to ``results/peers-cpu.json`` and ``.md``, with the reason where
+a workload could not be compared; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -460,13 +461,13 @@ def main() -> int:
     how = {"scale": 0.001, "turn": 0.01, "pause": 0.01} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
     libraries = sorted({each.variant for each in chosen} & LIBRARIES.keys())
     head = replace(header(args.threads, "torch", "diffusers", *libraries), scale=how["scale"])
-    report, failed, begin = PeersReport(head, []), [], time.perf_counter()
+    report, begin = PeersReport(head, []), time.perf_counter()
     for comparison in chosen:
         try:
             row = compare(comparison, rounds=rounds, threads=args.threads, **how)
         except PeersError as error:
-            failed.append(comparison.name)
-            print(f"{comparison.name}: {error}", flush=True)
+            report.failed.append(f"{comparison.name}: {error}")
+            print(report.failed[-1], flush=True)
             continue
         report.rows.append(row)
         words = [f"{comparison.name}: {row.ratio.median:.2f} ({row.ratio.min:.2f} .. {row.ratio.max:.2f})"]
@@ -478,7 +479,7 @@ def main() -> int:
             words.append(row.memory.line())
         print("  ".join(words), flush=True)
     print(f"\n{report.table()}\n{time.perf_counter() - begin:.0f} s")
-    return finish(report, args.name, output, failed)
+    return finish(report, args.name, output, []) or int(bool(report.failed))
 
 
 if __name__ == "__main__":

@@ -207,9 +207,10 @@ class Compared(NamedTuple):
 
 @dataclass
 class PeersReport(Report):
-    """Ours beside peers."""
+    """Ours beside peers; of workloads that could not be compared, why."""
 
     rows: list[Compared]
+    failed: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         head = f"{self.header.tiny('ratios')}{self.header.line()}"
@@ -227,6 +228,7 @@ class PeersReport(Report):
             *markdown(["work", "against", "ours", "theirs", "ratio", "target"], rows, left=2),
             *self._shapes(),
             *self._memory(),
+            *(line for why in self.failed for line in ("", f"Not compared: {why}.")),
         ]
 
     def _shapes(self) -> list[str]:

@@ -355,6 +355,24 @@ def test_a_row_of_many_shapes_has_the_median_of_their_ratios(monkeypatch):
     assert "missed" not in report.Memory(60, 100, 0.6).line()
 
 
+def test_a_workload_that_cannot_be_compared_is_named_in_the_results(monkeypatch, tmp_path, capsys):
+    def compared(comparison, **_):
+        if comparison.name == "train-tutorial-10":
+            raise peers.PeersError("parity of weights: differs by 2, allowed 1")
+        ratio, seconds = report.Ratio(2.0, 1, 3), report.Sides(1e-3, 2e-3)
+        return report.Compared(comparison.name, "a step", "theirs", ratio, seconds, None, None)
+
+    monkeypatch.setattr(peers, "compare", compared)
+    argv = ["peers.py", "--quick", "--only", "train-tutorial-10", "train-tutorial-1000", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert peers.main() == 1  # and what was measured is not lost
+    found = report.load(tmp_path / "peers-cpu.json")
+    assert [row.name for row in found.rows] == ["train-tutorial-1000"]
+    assert found.failed == ["train-tutorial-10: parity of weights: differs by 2, allowed 1"]
+    assert "Not compared: train-tutorial-10: parity of weights" in (tmp_path / "peers-cpu.md").read_text()
+    assert found.failed[0] in capsys.readouterr().out
+
+
 def test_a_row_says_what_it_is_compared_with():
     against = {comparison.name: comparison.against for comparison in peers.COMPARISONS}
     assert against["unet-train-16"] == "diffusers UNet2DModel, AdamW, clipping"
