@@ -441,6 +441,17 @@ def as_array(argument: str, value: Any, wants: str) -> Any:
         raise ArgumentError(argument, f"{type(value).__name__} ({error})", wants) from error
 
 
+def check_size(argument: str, array: Any, most: float, *, wants: str | None = None, names: Any = None) -> None:
+    """Refuse finite values beyond `most` of a host array, naming the place of the first; `names` are of columns."""
+    if is_on_device(array) or array.dtype.kind != "f":
+        return
+    beyond = np.isfinite(array) & (np.abs(array) > most)
+    if beyond.any():
+        at = tuple(int(i) for i in np.argwhere(beyond)[0])
+        where = f"at index {at}" if names is None else f"in column {names[at[1]]!r}, row {at[0]}"
+        raise ArgumentError(argument, f"{array[at]:.3g} {where}", wants or f"values of at most {most:g}")
+
+
 def all_finite(array: npt.NDArray[Any]) -> bool:
     """Whether all values are finite, in one pass and without an array of booleans as long as `array`."""
     if array.flags.c_contiguous and array.dtype.itemsize >= 4:
