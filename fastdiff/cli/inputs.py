@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.errors import DataWarning, FastdiffError
@@ -264,9 +265,17 @@ def describe_pictures(images: npt.NDArray[Any]) -> str:
     return f"{'gray' if channels == 1 else 'colour'} pictures of {height} x {width} pixels"
 
 
-def check_picture(path: str) -> None:
-    from fastdiff import plots
+def check_output(args: argparse.Namespace, path: str, endings: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written, or is there and not to be replaced: the one rule of all commands."""
     from fastdiff.files import check_writable
 
+    check_writable(path, endings)
+    if os.path.exists(path) and not args.overwrite:
+        raise FastdiffError(f"{path}: is there; --overwrite replaces it")
+
+
+def check_picture(args: argparse.Namespace, path: str) -> None:
+    from fastdiff import plots
+
     plots.check_available()
-    check_writable(path, plots.ENDINGS)
+    check_output(args, path, plots.ENDINGS)
