@@ -786,7 +786,7 @@ def save_answers(
 ) -> None:
     """Write draws (draws, rows, ...) of a recording, or its quantiles, which are then columns side by side.
 
-    `later`: rows after those of the frame, instead of these.
+    Of several draws there is a column "draw". `later`: rows after those of the frame, instead of these.
     """
     if check_ending(path, ENDINGS) == ".npy":
         with writing(path) as file:
@@ -802,7 +802,8 @@ def save_answers(
     elif frame is not None and frame.clock is not None:
         table[frame.clock_name] = np.asarray(frame.times(rows) if later else frame.clock)
     if levels is None:
-        table = {"draw": np.repeat(np.arange(count), rows)} | {k: np.tile(v, count) for k, v in table.items()}
+        numbers = {"draw": np.repeat(np.arange(count), rows)} if count > 1 else {}
+        table = numbers | {k: np.tile(v, count) for k, v in table.items()}
         table |= {name: values[:, :, k].reshape(-1) for k, name in enumerate(called)}
     else:
         for k, name in enumerate(called):

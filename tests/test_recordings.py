@@ -273,6 +273,8 @@ def test_the_command_line_fills_in_and_goes_on(of_series, tmp_path, capsys):
     table = out.read_text().splitlines()
     assert (table[0], len(table)) == ("when,a 0.1,a 0.5,a 0.9,b 0.1,b 0.5,b 0.9", 21)
     assert "4 of 40 values filled in" in capsys.readouterr().out
+    assert main(["score", str(m), str(path), "-o", str(out), "--quiet", "--overwrite"]) == 2
+    assert "values are missing in 2 of 5 rows: fastdiff impute" in capsys.readouterr().err
     assert main(["forecast", str(m), str(path), "-o", str(out), "--horizon", "6", *common, *picture]) == 0
     table = out.read_text().splitlines()
     assert (table[0], len(table)) == ("draw,when,a,b", 25)
@@ -302,16 +304,16 @@ def test_a_recording_goes_on_in_its_own_habits(of_series, tmp_path, capsys):
     path, out = tmp_path / "x.csv", tmp_path / "o.csv"
     path.write_text("\n".join(["Zeit;a;b", *written(".")]) + "\n")
     filled, _ = answered("impute")
-    assert filled[0] == "draw;Zeit;a;b"
-    assert [line.split(";")[1] for line in filled[1:]] == [line.split(";")[0] for line in written(".")]
-    assert float(filled[1].split(";")[2].replace(",", ".")) == float(f"{frame.data['a'][0]:.4f}")
+    assert filled[0] == "Zeit;a;b"
+    assert [line.split(";")[0] for line in filled[1:]] == [line.split(";")[0] for line in written(".")]
+    assert float(filled[1].split(";")[1].replace(",", ".")) == float(f"{frame.data['a'][0]:.4f}")
     later, _ = answered("forecast", "--horizon", "6")
-    assert [line.split(";")[1] for line in later[1:]] == [f"31.01.2024 {k}:00" for k in (20, 21, 22, 23)] + [
+    assert [line.split(";")[0] for line in later[1:]] == [f"31.01.2024 {k}:00" for k in (20, 21, 22, 23)] + [
         f"01.02.2024 0{k}:00" for k in (0, 1)
     ]
     path.write_text("\n".join(["Zeit;a;b", *written("/")]) + "\n")
     later, said = answered("forecast", "--horizon", "6", "--index", "Zeit")
-    assert later[0] == "draw;a;b"
+    assert later[0] == "a;b"
     assert "has no times: those of the recording, like '31/01/2024 19:00', are not read" in said
 
 

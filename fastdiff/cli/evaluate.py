@@ -6,7 +6,14 @@ import argparse
 import json
 from typing import Any
 
-from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
+from fastdiff.cli.inputs import (
+    add_picture_options,
+    add_table_options,
+    check_picture,
+    check_whole,
+    covariates,
+    training_data,
+)
 from fastdiff.cli.messages import note
 from fastdiff.cli.parser import add_command, add_common, add_overwrite
 from fastdiff.cli.sample import drawn_by
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     model = fd.load(args.model, backend=args.backend)
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
+    check_whole(args, data)
     training = None
     if args.training is not None:
         training, _, _ = training_data(argparse.Namespace(**{**vars(args), "data": args.training}), model)

@@ -101,9 +101,9 @@ def training_data(
     if not (learned or os.path.isdir(args.data) or args.size is not None):
         for name in ("labels", "gray", "flip", "crop", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
             if getattr(args, name, None):
-                raise FastdiffError(
-                    f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
-                )
+                other = "; a column of classes: --covariates NAME, or fit(X, y) in Python" if name == "labels" else ""
+                where = "a folder, or with --size an .npy file"
+                raise FastdiffError(f"--{name.replace('_', '-')} is for pictures: {where}{other}")
         if is_series(args, shape):
             return series_of(args, shape), None, None
         return _curves(args), None, None
@@ -128,6 +128,17 @@ def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
     return load_curves(args.data, **reading(args), missing=getattr(args, "missing", False))
+
+
+def check_whole(args: argparse.Namespace, data: npt.NDArray[Any]) -> None:
+    """Refuse rows with missing values, which training takes and nothing that compares them does."""
+    import numpy as np
+
+    X = np.asarray(data)
+    gaps = np.isnan(X).reshape(len(X), -1).any(axis=1) if X.dtype.kind == "f" else np.zeros(len(X), bool)
+    if gaps.any():
+        fill = f"fastdiff impute {args.model} {args.data} -o filled.csv fills them in"
+        raise FastdiffError(f"{args.data}: values are missing in {gaps.sum()} of {len(X)} rows: {fill}")
 
 
 def is_series(args: argparse.Namespace, shape: tuple[int, ...] | None) -> bool:

@@ -10,6 +10,7 @@ from fastdiff.cli.inputs import (
     add_table_options,
     check_output,
     check_picture,
+    check_whole,
     covariates,
     training_data,
 )
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     seed = model.seed if args.seed is None else check_seed(args.seed, "--seed")
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
+    check_whole(args, data)
     options: dict[str, Any] = {"seed": seed, "progress": not args.quiet}
     options["covariates"] = covariates(args, model) if data.ndim == 2 else None
     found = model.log_density(data, labels, method=args.method, probes=probes, **options)
