@@ -474,7 +474,7 @@ def check_indices(argument: str, value: Any, count: int, n: int) -> Any:
     """Return indices as (n,) int64 within 0 .. count - 1, as `check_timesteps` does."""
     on_device, array = is_on_device(value), as_array(argument, value, f"an integer or shape ({n},)")
     if array.dtype.kind not in "iu":
-        words = f": np.unique({argument}, return_inverse=True)[1] numbers words" if array.dtype.kind in "OTU" else ""
+        words = f": np.unique({argument}, return_inverse=True)[1] numbers words" if array.dtype.kind in "OUT" else ""
         raise ArgumentError(argument, f"dtype {array.dtype}", f"integers{words}")
     if array.shape not in ((), (n,)):
         raise ArgumentError(argument, f"shape {array.shape}", f"an integer or shape ({n},)")
