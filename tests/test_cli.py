@@ -740,6 +740,7 @@ def test_a_snapshot_that_fails_does_not_cost_the_training(run, pictures, monkeyp
         ("train classes/ant -o n.safetensors --accumulate 100", r"accumulate: got 100"),
         ("train classes/ant -o n.safetensors --dropout 1", r"dropout: got 1"),
         ("train curves.csv -o n.safetensors --flip", r"--flip is for pictures"),
+        ("train curves.csv -o n.safetensors --labels", r"--labels is for pictures.*classes: --covariates NAME, or fit"),
         ("train curves.csv -o n.safetensors --dropout 0.1", r"--dropout is for pictures"),
         ("train curves.csv -o n.safetensors --accumulate 2", r"accumulate: got 2"),
         ("train classes --resume p.safetensors", r"--labels is wanted: p\.safetensors has the classes ant, cat"),
