@@ -142,7 +142,7 @@ docs: $(VENV)/.installed-docs
 
 # The page where a curve diffuses, page.html; MODEL=m.safetensors: with a model in it.
 page: $(VENV)/.installed-plot
-	$(BIN)/fastdiff page $(MODEL) -o page.html
+	$(BIN)/fastdiff page $(MODEL) -o page.html --overwrite
 
 # The page in node and in Chromium, skipped where they are missing (tests/page/install.sh gets them on Debian).
 # Pictures of it are in build/page.

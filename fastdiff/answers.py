@@ -18,7 +18,7 @@ from fastdiff import series
 from fastdiff.backends import Backend, get_backend
 from fastdiff.backends.protocol import DRAWS
 from fastdiff.covariates import checked_covariates
-from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, is_on_device
+from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, check_size
 from fastdiff.nn import Network
 from fastdiff.noise import MAX_ROW
 from fastdiff.normaliser import Normaliser
@@ -33,7 +33,6 @@ from fastdiff.recordings import (
     steps_of,
     summary,
 )
-from fastdiff.samplers import Sampler
 from fastdiff.schedule import Schedule
 
 log = logging.getLogger("fastdiff")
@@ -49,11 +48,9 @@ class Model(Protocol):
     """What a question needs of a `Diffusion`."""
 
     backend: str | Backend
-    spread: float
     channel_names: list[str] | None
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
-    def named_sampler(self, name: str, steps: int | None, *, given: bool) -> Sampler: ...
     def impute(self, *args: Any, **options: Any) -> Any: ...
     def sample(self, *args: Any, **options: Any) -> Any: ...
 
@@ -118,13 +115,12 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     form = net.covariate_form
     shape = None if form is None else form.shape
     told = None if draws.covariates is None else checked_covariates(draws.covariates, shape, len(values))
-    options = _spread(model, draws.options)
     at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (count * values.shape[1]))
     for start in range(0, len(missing), max(1, at_once)):
         some = missing[start : start + at_once]
         drawn = model.sample(
             count, labels=draws.labels_of(some, len(values)), covariates=None if told is None else told[some],
-            first_sample=draws.first, given=known.some(some, first_row), **options,
+            first_sample=draws.first, given=known.some(some, first_row), **draws.options,
         )  # fmt: skip
         out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
     return out if frame is None else _frames([frame.filled(one) for one in out], levels)
@@ -201,14 +197,13 @@ def _asked(model: Model, argument: str, X: Any) -> tuple[Any, series.Frame | Non
     """Return what a question is about as an array, the frame that it was, and whether it is one recording."""
     net, _, _ = model._fitted()
     if isinstance(X, series.Windows):
-        return X.values, None, False
+        X = X.values
     if not series.is_frame(X):
         X = check_array(argument, X, finite=False)
-        most = 0.0 if is_on_device(X) else np.abs(X[np.isfinite(X)]).max(initial=0)
-        if most > MOST_ASKED:
-            raise ArgumentError(argument, f"values up to {most:.3g}", f"values of at most {MOST_ASKED:g}")
+        check_size(argument, X, MOST_ASKED)
         return X, None, X.ndim == len(net.shape) < 3
     frame = series.Frame.of(X, argument)
+    check_size(argument, frame.values, MOST_ASKED, names=frame.names)
     columns = frame.values.shape[1]
     if len(net.shape) == 1:
         if columns not in (1, net.shape[0]):
@@ -251,29 +246,17 @@ def _filled(
     net, _, _ = model._fitted()
     count = check_int("draws", draws.count, low=1, high=DRAWS)
     first = check_int("first_draw", draws.first, low=0, high=DRAWS - count)
-    options = _spread(model, draws.options)
 
     def drawn(known: Observations, rows: npt.NDArray[np.int64], start: int) -> Values:
         labels, told = draws.labels_of(rows, len(seen)), None
         if covariates is not None:
             told = covariates[rows] if covariates.ndim == 2 else covariates[rows, start : start + net.shape[0]]
         got: Values = get_backend(model.backend).to_numpy(
-            model.sample(1, labels=labels, covariates=told, given=known, **options)
+            model.sample(1, labels=labels, covariates=told, given=known, **draws.options)
         )
         return got[0]
 
     return filled(seen, net.shape, count, drawn, windows, first)
-
-
-def _spread(model: Model, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the table that draws as widely as held-out rows ask for, where a table is to be chosen."""
-    name, method = options["sampler"], options["method"]
-    if model.spread == 1 or not isinstance(name, str) or method not in ("auto", "tmpd"):
-        return options
-    with as_named(name="sampler"):
-        table = model.named_sampler(name, options["steps"], given=True)
-    table = table.unclipped().widened(model.spread)
-    return {**options, "sampler": table, "steps": None}
 
 
 def _columns(values: Values) -> Values:

@@ -37,7 +37,7 @@ import numpy.typing as npt
 from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
 from fastdiff.backends.numpy.told import arnoldi, damped, rows_of, times, transposed
 from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY, ToldRoom
-from fastdiff.denoiser import CovariateForm, Denoiser, Evaluator, covariate_form, denoiser_of
+from fastdiff.denoiser import Around, Denoiser, Evaluator, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.masks import MaskDenoiser
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
@@ -478,7 +478,7 @@ class ConditionedEvaluator(Evaluator):
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioned:
+class Conditioned(Around):
     """A denoiser given observations, which any table takes: see `condition`.
 
     Attributes
@@ -488,15 +488,17 @@ class Conditioned:
     known : Observations
     method : str
     draws : Draws
+    output : str
+        What is predicted.
     """
 
-    inner: Denoiser
     schedule: Schedule
     known: Observations
     method: str
     draws: Draws
-    prediction: str
-    shape: tuple[int, ...] | None
+    output: str
+
+    learned_variance = False  # what is moved is the mean alone
 
     @property
     def T(self) -> int:
@@ -504,18 +506,9 @@ class Conditioned:
         return self.schedule.T
 
     @property
-    def classes(self) -> int | None:
-        """How many classes the denoiser has."""
-        return self.inner.classes
-
-    @property
-    def covariate_form(self) -> CovariateForm | None:
-        """What covariates the denoiser has."""
-        return covariate_form(self.inner)
-
-    @property
-    def asks_nothing(self) -> bool:
-        return bool(getattr(self.inner, "asks_nothing", False))
+    def prediction(self) -> str:
+        """What the output is."""
+        return self.output
 
     @property
     def exact(self) -> bool:
@@ -599,7 +592,7 @@ def condition(
     if not isinstance(method, str) or method not in ("auto", *GUIDED):
         raise ArgumentError("method", shown(method), f"'auto', {', '.join(map(repr, GUIDED))}: others are no denoisers")
     chosen = "tmpd" if method == "auto" else method
-    return Conditioned(source, schedule, known, chosen, Draws(1, DRAWS), prediction, source.shape)
+    return Conditioned(source, schedule, known, chosen, Draws(1, DRAWS), prediction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -767,7 +760,7 @@ def plan(
     if sampler.clip is not None:
         wants = f"clip None with {method!r}: bounds of x0 are not those of the conditional mean; or 'replace'"
         raise ArgumentError("sampler", f"clip {sampler.clip}", wants)
-    guided = Conditioned(source, sampler.schedule, known, method, draws, sampler.prediction, source.shape)
+    guided = Conditioned(source, sampler.schedule, known, method, draws, sampler.prediction)
     return Plan(known, method, draws, sampler, guided)
 
 

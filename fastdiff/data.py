@@ -129,6 +129,35 @@ def harmonic_curves(
 # --------------------------------------------------------------------------------------- read
 
 
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    header: bool | None = None,
+    index: Column | None = None,
+    drop: Column | Sequence[Column] = (),
+    columns: Column | Sequence[Column] | None = None,
+    decimal: str = ".",
+    delimiter: str | None = None,
+    missing: bool = False,
+) -> tables.Table:
+    """Read what `load_curves` reads, as a table that knows where its numbers stand."""
+    suffix = check_ending(path, ENDINGS)
+    check_flags(missing=missing, header=bool(header) if header is None else header)
+    for name, some in (("drop", drop), ("columns", columns)):
+        known = some is None or isinstance(some, (int, np.integer, str, list, tuple))
+        if not known or (
+            isinstance(some, (list, tuple)) and not all(isinstance(k, (int, np.integer, str)) for k in some)
+        ):
+            raise ArgumentError(name, shown(some), "a name or number of a column, or a list of them")
+    if not (index is None or isinstance(index, (int, np.integer, str))):
+        raise ArgumentError("index", shown(index), "a name or number of a column")
+    of_index = [] if index is None else [index]
+    dropped, only = ([some] if isinstance(some, (int, np.integer, str)) else some for some in (drop, columns))
+    asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)
+    with naming(path, "cannot be read"):
+        return (tables.read_csv if suffix == ".csv" else tables.read_npy)(Path(path), asked)
+
+
 def load_curves(
     path: str | os.PathLike[str],
     *,
@@ -196,21 +225,10 @@ def load_curves(
     >>> fd.data.load_curves('new.csv').tolist()
     [[0.0, 1.0], [2.0, 3.5]]
     """
-    suffix = check_ending(path, ENDINGS)
-    check_flags(missing=missing, header=bool(header) if header is None else header)
-    for name, some in (("drop", drop), ("columns", columns)):
-        known = some is None or isinstance(some, (int, np.integer, str, list, tuple))
-        if not known or (
-            isinstance(some, (list, tuple)) and not all(isinstance(k, (int, np.integer, str)) for k in some)
-        ):
-            raise ArgumentError(name, shown(some), "a name or number of a column, or a list of them")
-    if not (index is None or isinstance(index, (int, np.integer, str))):
-        raise ArgumentError("index", shown(index), "a name or number of a column")
-    of_index = [] if index is None else [index]
-    dropped, only = ([some] if isinstance(some, (int, np.integer, str)) else some for some in (drop, columns))
-    asked = tables.Asked(header, of_index, list(dropped or ()), only, decimal, delimiter, missing)
-    with naming(path, "cannot be read"):
-        table = (tables.read_csv if suffix == ".csv" else tables.read_npy)(Path(path), asked)
+    table = read_table(
+        path, header=header, index=index, drop=drop, columns=columns, decimal=decimal, delimiter=delimiter,
+        missing=missing,
+    )  # fmt: skip
     curves = table.as_float32(missing=missing)
     for doubt in [] if np.isnan(curves).any() else table.doubts(header=header):
         warnings.warn(f"{path}: {doubt}", DataWarning, stacklevel=2)

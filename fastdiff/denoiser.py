@@ -281,6 +281,47 @@ class Denoiser(Protocol):
         """Return it on a backend, for samples of this shape."""
 
 
+@dataclass(frozen=True, eq=False)
+class Around:
+    """A denoiser around another one: what it does not say itself is that one's.
+
+    Attributes
+    ----------
+    inner : Denoiser
+    """
+
+    inner: Denoiser
+
+    @property
+    def T(self) -> int | None:
+        return self.inner.T
+
+    @property
+    def prediction(self) -> str | None:
+        return self.inner.prediction
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        return self.inner.shape
+
+    @property
+    def classes(self) -> int | None:
+        return self.inner.classes
+
+    @property
+    def covariate_form(self) -> CovariateForm | None:
+        return covariate_form(self.inner)
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether labels and covariates do not matter."""
+        return bool(getattr(self.inner, "asks_nothing", False))
+
+    @property
+    def learned_variance(self) -> bool:
+        return bool(getattr(self.inner, "learned_variance", False))
+
+
 _denoisers: WeakSet[type] = WeakSet()  # known to be: to ask takes 12 us, some percent of sampling one curve
 
 

@@ -441,6 +441,17 @@ def as_array(argument: str, value: Any, wants: str) -> Any:
         raise ArgumentError(argument, f"{type(value).__name__} ({error})", wants) from error
 
 
+def check_size(argument: str, array: Any, most: float, *, wants: str | None = None, names: Any = None) -> None:
+    """Refuse finite values beyond `most` of a host array, naming the place of the first; `names` are of columns."""
+    if is_on_device(array) or array.dtype.kind != "f":
+        return
+    beyond = np.isfinite(array) & (np.abs(array) > most)
+    if beyond.any():
+        at = tuple(int(i) for i in np.argwhere(beyond)[0])
+        where = f"at index {at}" if names is None else f"in column {names[at[1]]!r}, row {at[0]}"
+        raise ArgumentError(argument, f"{array[at]:.3g} {where}", wants or f"values of at most {most:g}")
+
+
 def all_finite(array: npt.NDArray[Any]) -> bool:
     """Whether all values are finite, in one pass and without an array of booleans as long as `array`."""
     if array.flags.c_contiguous and array.dtype.itemsize >= 4:
@@ -463,7 +474,8 @@ def check_indices(argument: str, value: Any, count: int, n: int) -> Any:
     """Return indices as (n,) int64 within 0 .. count - 1, as `check_timesteps` does."""
     on_device, array = is_on_device(value), as_array(argument, value, f"an integer or shape ({n},)")
     if array.dtype.kind not in "iu":
-        raise ArgumentError(argument, f"dtype {array.dtype}", "integers")
+        words = f": np.unique({argument}, return_inverse=True)[1] numbers words" if array.dtype.kind in "OUT" else ""
+        raise ArgumentError(argument, f"dtype {array.dtype}", f"integers{words}")
     if array.shape not in ((), (n,)):
         raise ArgumentError(argument, f"shape {array.shape}", f"an integer or shape ({n},)")
     if on_device:

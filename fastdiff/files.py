@@ -57,6 +57,8 @@ def check_path(argument: str, value: Any) -> Path:
         os.fsencode(path)
     except (TypeError, ValueError) as error:  # lone surrogates that are no bytes of a name
         raise ArgumentError(argument, shown(value), wants) from error
+    if not text:  # which Path takes for the folder one is in
+        raise ArgumentError(argument, shown(value), f"{wants}, and not empty")
     if "\0" in str(path):
         raise ArgumentError(argument, shown(value), f"{wants}, without the character 0")
     return path

@@ -458,7 +458,8 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
     X, gaps = parts.rows, None
     missing = has_gaps(X)
     if missing:
-        check_gaps(X, "X, but for the rows held out")
+        if parts.held_out is not None:  # else these are all rows, which have been looked at
+            check_gaps(X, "X, but for the rows held out")
         if model.noise_shape is not None or (model.net is not None and model.net.learned_variance):
             what = "a noise_shape" if model.noise_shape is not None else "a learned variance"
             raise ArgumentError("X", f"missing values, with {what}", "rows without any")

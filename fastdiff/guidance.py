@@ -23,14 +23,13 @@ from fastdiff.backends import Array, Backend, Row, backend_for
 from fastdiff.conditioning import Conditioned
 from fastdiff.denoiser import (
     ANY_CLASSES,
+    Around,
     Asked,
-    CovariateForm,
     Denoiser,
     Evaluator,
     asked_on,
     asked_parts,
     checked_asked,
-    covariate_form,
     denoiser_of,
 )
 from fastdiff.errors import (
@@ -49,7 +48,7 @@ from fastdiff.schedule import Schedule
 MOST_GUIDANCE = 1e6
 
 
-class Guided:
+class Guided(Around):
     """A denoiser that follows what is asked of it with a weight: u + g (c - u).
 
     Parameters
@@ -90,7 +89,7 @@ class Guided:
         interval: tuple[int, int] | None = None,
         rescale: float = 0.0,
     ) -> None:
-        self.denoiser = source = denoiser_of(denoiser)
+        super().__init__(source := denoiser_of(denoiser))
         self.guidance = check_float("guidance", guidance, low=0, high=MOST_GUIDANCE)
         self.rescale = check_float("rescale", rescale, low=0, high=1)
         with as_named(denoiser="unconditional"):
@@ -116,37 +115,13 @@ class Guided:
             raise ArgumentError("unconditional", "None", "a second denoiser: the first one takes no labels")
 
     @property
-    def T(self) -> int | None:
-        return self.denoiser.T
-
-    @property
-    def prediction(self) -> str | None:
-        return self.denoiser.prediction
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        return self.denoiser.shape
-
-    @property
     def schedule(self) -> Schedule | None:
-        return getattr(self.denoiser, "schedule", None)
-
-    @property
-    def classes(self) -> int | None:
-        return self.denoiser.classes
-
-    @property
-    def covariate_form(self) -> CovariateForm | None:
-        return covariate_form(self.denoiser)
+        return getattr(self.inner, "schedule", None)
 
     @property
     def masked(self) -> bool:
         """Whether it is told what is known of its samples."""
-        return bool(getattr(self.denoiser, "masked", False))
-
-    @property
-    def learned_variance(self) -> bool:
-        return bool(getattr(self.denoiser, "learned_variance", False))
+        return bool(getattr(self.inner, "masked", False))
 
     @property
     def asks_nothing(self) -> bool:
@@ -207,7 +182,7 @@ class Guided:
         """
         if self.rescale:
             raise ArgumentError("rescale", f"{self.rescale:g}", "0: a rescaled output is not affine")
-        asked = _affine(self.denoiser, prediction, t)
+        asked = _affine(self.inner, prediction, t)
         if self.weight(t) == 1:
             return asked
         unasked = _affine(self.unconditional, prediction, t)
@@ -216,14 +191,14 @@ class Guided:
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
         """Return it on a backend; the denoiser itself where g is 1."""
-        inner = self.denoiser.on(be, shape)
+        inner = self.inner.on(be, shape)
         if self.guidance == 1:
             return inner
         other = None if self.unconditional is None else self.unconditional.on(be, shape)
         return _GuidedEvaluator(self, be, inner, other)
 
     def __repr__(self) -> str:
-        return f"Guided({self.denoiser!r}, {self.guidance:g})"
+        return f"Guided({self.inner!r}, {self.guidance:g})"
 
 
 def guided(denoiser: Denoiser, guidance: Any, *, interval: Any = None, rescale: Any = 0.0) -> Guided:

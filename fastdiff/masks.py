@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend, Row
-from fastdiff.denoiser import Asked, CovariateForm, Denoiser, Evaluator, asked_parts, covariate_form
+from fastdiff.denoiser import Around, Asked, Denoiser, Evaluator, asked_parts
 from fastdiff.errors import ArgumentError, shown
 from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
@@ -57,7 +57,7 @@ def as_told(known: Observations) -> Float64:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskDenoiser:
+class MaskDenoiser(Around):
     """A network, or a guided one, that is told what is known of its samples.
 
     Attributes
@@ -70,7 +70,6 @@ class MaskDenoiser:
         Which samples are given what, and whose noise they have.
     """
 
-    inner: Denoiser
     schedule: Schedule
     known: Float64
     draws: Draws
@@ -81,34 +80,6 @@ class MaskDenoiser:
         if method != "auto":
             raise ArgumentError("method", shown(method), "'auto': this network is told what is known")
         return cls(inner, schedule, as_told(known), draws)
-
-    @property
-    def T(self) -> int | None:
-        return self.inner.T
-
-    @property
-    def prediction(self) -> str | None:
-        return self.inner.prediction
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        return self.inner.shape
-
-    @property
-    def classes(self) -> int | None:
-        return self.inner.classes
-
-    @property
-    def covariate_form(self) -> CovariateForm | None:
-        return covariate_form(self.inner)
-
-    @property
-    def asks_nothing(self) -> bool:
-        return bool(getattr(self.inner, "asks_nothing", False))
-
-    @property
-    def learned_variance(self) -> bool:
-        return bool(getattr(self.inner, "learned_variance", False))
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
         return _MaskEvaluator(self, be, self.inner.on(be, shape))

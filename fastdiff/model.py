@@ -33,6 +33,7 @@ from fastdiff.errors import (
     check_float,
     check_int,
     check_seed,
+    check_size,
     is_on_device,
     shown,
 )
@@ -44,7 +45,7 @@ from fastdiff.nn.optim import UNSET, Unset
 from fastdiff.noise import TARGETS
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
-from fastdiff.observations import Given, Observations, observations
+from fastdiff.observations import Given, Known, Linear, Observations, observations
 from fastdiff.progress import say
 from fastdiff.samplers import Sampler
 from fastdiff.schedule import PREDICTIONS, Schedule
@@ -107,8 +108,9 @@ class Diffusion:
         What the last judgement measured of the samples, after the step named "step": see
         `fastdiff.judgement.Report`, and `fastdiff.calibration.Spread`.
     spread : float
-        How many times as far from their mean `impute`, `forecast` and `anomaly` draw as the network says, with "tmpd"
-        and a named sampler: learned from held-out rows by a fit that ends with a judgement; see `fastdiff.calibration`.
+        How many times as far from their mean draws given something are as the network says, with "tmpd" and a named
+        sampler, be it of `sample`, `impute`, `forecast` or `anomaly`: learned from held-out rows by a fit that ends
+        with a judgement; see `fastdiff.calibration`. 1 changes no bit.
     kept_rows : array or None
         Training rows that `fit` was asked to keep, in the data's units.
     class_names, covariate_names, channel_names : list of str or None
@@ -524,6 +526,8 @@ class Diffusion:
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler:
         """Return the table that `sample` runs for the name of a sampler, alone or with observations: see there.
 
+        With observations `sample` widens it by `spread`, and a table that it is given stays as it is.
+
         Examples
         --------
         >>> X = fd.data.harmonic_curves(200, points=12)
@@ -627,8 +631,8 @@ class Diffusion:
         progress : bool, optional
             Show a progress bar.
         given : Known, Linear or Weight, or a list of them, optional
-            What is known of the samples, in the units of the data: n draws are made for each observation. What lies
-            far outside of the data is drawn far from what the network has learnt.
+            What is known of the samples, in the units of the data: n draws are made for each observation, as widely as
+            `spread` says. What lies far outside of the data is drawn far from what the network has learnt.
         method : {"auto", "tmpd", "pigdm", "dps", "replace", "repaint", "smc"}, optional
             How, see `fastdiff.conditioning`; of a network that is told of a mask "auto" is the only one, and takes
             values that are known without noise. The first three do not clip; "repaint" and "smc" take "ddpm" by
@@ -677,6 +681,8 @@ class Diffusion:
                 sampler = self.named_sampler(sampler, steps, given=known is not None)
             if known is not None and not net.masked and not (isinstance(method, str) and method in REPLACING):
                 sampler = sampler.unclipped()
+            if known is not None and self.spread != 1 and isinstance(method, str) and method in ("auto", "tmpd"):
+                sampler = sampler.unclipped().widened(self.spread)
         elif steps is not None:
             raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
         elif sampler.prediction != self.prediction:
@@ -894,6 +900,10 @@ class Diffusion:
 
     def _observations(self, given: Given) -> Observations:
         """What is known of samples, in the units of the data."""
+        for k, item in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+            name = f"given[{k}]" if isinstance(given, (list, tuple)) else "given"
+            if isinstance(item, (Known, Linear)):
+                check_size(name, item.values if isinstance(item, Known) else item.y, answers.MOST_ASKED)
         return observations(given, self._fitted()[0].shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:

@@ -72,6 +72,11 @@ class _Config:
             raise ArgumentError(key, shown(value), "true or false")
         return bool(value)
 
+    def number(self, key: str, usual: float | None = None) -> float | None:
+        """The number of a key, checked whatever else is asked for; None: there is none."""
+        value = self.take(key, usual)
+        return None if value is None else check_float(key, value)
+
     def differs(self, key: str, what: str, usual: Any = None) -> None:
         """Note what is left undone, where the key is set to something else than `usual`."""
         value = self.take(key, usual)
@@ -105,10 +110,9 @@ def _spacing(c: _Config, T: int, steps: int, *, usual: str = "linspace", skips_z
             c.notes.append(f"{key}: its levels {how}")
             return spacing
     spacing = c.choice("timestep_spacing", usual, ("linspace", "leading", "trailing"))
+    c.number("steps_offset")
     if spacing == "leading":
         c.differs("steps_offset", "the last timestep is 0 here", 0)
-    else:
-        c.take("steps_offset")
     if skips_zero and spacing == "leading":
         c.notes.append("timestep_spacing = 'leading': begins at the last timestep here, as 'linspace'")
     if not skips_zero and usual == "linspace" and spacing == "linspace" and (T - 1) % max(1, steps - 1):
@@ -119,8 +123,8 @@ def _spacing(c: _Config, T: int, steps: int, *, usual: str = "linspace", skips_z
 def _clip(c: _Config, usual: bool) -> float | None:
     c.differs("thresholding", "no dynamic thresholding; x0 is clipped as the caller says", False)
     for key in ("dynamic_thresholding_ratio", "sample_max_value"):
-        c.take(key)
-    reach = c.take("clip_sample_range", 1.0)
+        c.number(key)
+    reach = c.number("clip_sample_range", 1.0)
     return check_float("clip_sample_range", reach, low=0, low_open=True) if c.flag("clip_sample", usual) else None
 
 
@@ -213,9 +217,9 @@ def _pndm(c: _Config, T: int, steps: int) -> Method:
 
 def _distilled(c: _Config, T: int, steps: int) -> str:
     """The spacing of LCM and TCD, which choose among the timesteps of the distillation."""
-    _clip_keys = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
-    for key in _clip_keys:
+    for key in ("timestep_spacing", "set_alpha_to_one"):
         c.take(key)
+    c.number("steps_offset")
     original = check_int("original_inference_steps", c.take("original_inference_steps", 50), low=1, high=T)
     chosen = np.floor(np.linspace(0, original, min(steps, original), endpoint=False)).astype(np.int64)
     theirs = (np.arange(1, original + 1) * (T // original) - 1)[::-1][chosen]

@@ -40,6 +40,8 @@ PERIODS = ("day", "week")  # that windows can be
 DAY = 86_400 * 10**9  # nanoseconds
 ENDINGS = (".csv", ".npy", ".parquet")  # of recordings
 _DATE = re.compile(r"\d{4}-\d{1,2}|\d{1,4}[./]\d{1,2}[./]\d{1,4}|\d{1,2}:\d{2}")
+# 31.12.2024, or 31.12.2024 23:00
+_DOTTED = re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4})(?:[ T]+(\d{1,2})(:\d{2}(?::\d{2}(?:\.\d+)?)?))?")
 
 
 # ------------------------------------------------------------------------------------------- frames
@@ -574,12 +576,32 @@ def on_grid(x: Any, *, fill: str = "missing") -> Any:
 # ------------------------------------------------------------------------------------------- files
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a CSV file writes: what is between cells (None: blanks), the decimal sign, and 31.12.2024 for 2024-12-31."""
+
+    separator: str | None = ","
+    decimal: str = "."
+    dotted: bool = False
+
+    def cells(self, column: Values) -> list[str]:
+        """Return a column as text."""
+        if column.dtype.kind == "f":
+            return ["" if np.isnan(value) else f"{value:.9g}".replace(".", self.decimal) for value in column]
+        if column.dtype.kind != "M":
+            return [str(value) for value in column]
+        parts = [str(value).partition("T") for value in column]
+        if self.dotted:
+            parts = [(".".join(reversed(date.split("-"))), sign, time) for date, sign, time in parts]
+        return [f"{date} {time}" if time else date for date, _, time in parts]
+
+
 class Columns:
     """The least of a frame: named columns of one length, as files have them, one of them perhaps the clock."""
 
-    def __init__(self, data: Mapping[str, Any], clock: str | None = None) -> None:
+    def __init__(self, data: Mapping[str, Any], clock: str | None = None, style: Style | None = None) -> None:
         self.data = {name: np.asarray(column) for name, column in data.items()}
-        self.clock = clock
+        self.clock, self.style = clock, style or Style()
 
     @property
     def columns(self) -> list[str]:
@@ -594,14 +616,15 @@ class Columns:
 
     def head(self, rows: int) -> Columns:
         """Return the first rows."""
-        return Columns({name: column[:rows] for name, column in self.data.items()}, self.clock)
+        return Columns({name: column[:rows] for name, column in self.data.items()}, self.clock, self.style)
 
 
 def load_recording(path: str | os.PathLike[str], **reading: Any) -> Any:
     """Read a recording of a ``.csv`` or ``.parquet`` file as `Columns`, or the array of an ``.npy`` file.
 
     A CSV file has a line for each time. Its first column is taken for the clock where its cells are dates or times of
-    day, or where it is the `index`; that is logged. Empty cells are missing values.
+    day, or where it is the `index`; that is logged. Of dates 2024-12-31 and 31.12.2024 are read. Empty cells are
+    missing values.
 
     Parameters
     ----------
@@ -656,14 +679,14 @@ def _csv(path: Path, index: Any = None, drop: Any = (), columns: Any = None, **r
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: {names.count(twice)} columns are called {twice!r}: give each a name of its own")
+    table.as_float32(missing=True)  # which says where a value is infinite, or too large
     found: dict[str, Any] = {}
-    clock = None
+    clock, dotted = None, False
     if asked.index:
-        clock, cells = tables.text_column(path, asked, table)
-        found[clock] = _times(cells)
-    for row in np.flatnonzero(np.isinf(table.values).any(axis=1))[:1]:
-        raise DataError(f"{path}, {table.rows[row]}: a value that is infinite")
-    return Columns(found | dict(zip(names, table.values.T, strict=True)), clock)
+        clock, cells = tables.text_column(table)
+        found[clock], dotted = _times(cells, table.asked.decimal)
+    style = Style(table.separator, table.asked.decimal, dotted)
+    return Columns(found | dict(zip(names, table.values.T, strict=True)), clock, style)
 
 
 def _first_cells(path: Path, asked: Asked) -> list[str]:
@@ -674,16 +697,20 @@ def _first_cells(path: Path, asked: Asked) -> list[str]:
     return [re.split(between, line)[0].strip().strip('"') for line in lines]
 
 
-def _times(cells: Sequence[str]) -> Values:
-    """Times as NumPy has them where it can read them, else numbers, or the text as it is."""
-    for dtype in ("datetime64", np.float64):
+def _times(cells: Sequence[str], decimal: str) -> tuple[Values, bool]:
+    """Times as NumPy has them where it can read them, else numbers, or text as it is; and whether days come first."""
+    parts = [_DOTTED.fullmatch(cell) for cell in cells]
+    days = [f"{p[3]}-{p[2]:0>2}-{p[1]:0>2}" + (f"T{p[4]:0>2}{p[5]}" if p[4] else "") for p in parts if p]
+    dotted = len(days) == len(cells)
+    numbers = [cell.replace(decimal, ".") for cell in cells]
+    for dtype, written in (("datetime64", days if dotted else cells), (np.float64, numbers)):
         try:
-            found = np.array(cells, dtype)
+            found = np.array(written, dtype)
         except ValueError:
             continue
         if not (np.isnat(found) if dtype == "datetime64" else np.isnan(found)).any():
-            return found
-    return np.array(cells, object)
+            return found, dotted
+    return np.array(cells, object), False
 
 
 def save_recording(path: str | os.PathLike[str], table: Columns) -> None:
@@ -698,10 +725,10 @@ def save_recording(path: str | os.PathLike[str], table: Columns) -> None:
         with writing(path) as file:
             parquet.write_table(pyarrow.table(columns), file)
         return
-    cells = [_as_text(column) for column in table.data.values()]
+    cells = [table.style.cells(column) for column in table.data.values()]
     with writing(path) as file:
         text = io.StringIO(newline="")
-        lines = csv.writer(text, lineterminator="\n")
+        lines = csv.writer(text, delimiter=table.style.separator or "\t", lineterminator="\n")
         lines.writerow(table.columns)
         lines.writerows(zip(*cells, strict=True))
         file.write(text.getvalue().encode())
@@ -711,12 +738,6 @@ def _in_seconds(column: Values) -> Values:
     """Times in a unit that Parquet has."""
     hours = column.dtype.kind == "M" and np.datetime_data(column.dtype)[0] in ("Y", "M", "W", "h", "m")
     return column.astype("datetime64[s]") if hours else column
-
-
-def _as_text(column: Values) -> list[str]:
-    if column.dtype.kind == "f":
-        return ["" if np.isnan(value) else f"{value:.9g}" for value in column]
-    return [str(value).replace("T", " ") if column.dtype.kind == "M" else str(value) for value in column]
 
 
 # ------------------------------------------------------------------------------------------- for models
@@ -765,7 +786,7 @@ def save_answers(
 ) -> None:
     """Write draws (draws, rows, ...) of a recording, or its quantiles, which are then columns side by side.
 
-    `later`: rows after those of the frame, instead of these.
+    Of several draws there is a column "draw". `later`: rows after those of the frame, instead of these.
     """
     if check_ending(path, ENDINGS) == ".npy":
         with writing(path) as file:
@@ -775,12 +796,17 @@ def save_answers(
     count, rows, channels = values.shape
     called = (None if frame is None else frame.names) or names or [f"channel {k + 1}" for k in range(channels)]
     table: dict[str, Any] = {}
-    if frame is not None and frame.clock is not None and not (later and _is_text(frame.clock)):
+    if frame is not None and frame.clock is not None and later and _is_text(frame.clock):
+        words = "%s has no times: those of the recording, like %r, are not read; 2024-12-31 and 31.12.2024 would be"
+        log.info(words, path, frame.clock[-1])
+    elif frame is not None and frame.clock is not None:
         table[frame.clock_name] = np.asarray(frame.times(rows) if later else frame.clock)
     if levels is None:
-        table = {"draw": np.repeat(np.arange(count), rows)} | {k: np.tile(v, count) for k, v in table.items()}
+        numbers = {"draw": np.repeat(np.arange(count), rows)} if count > 1 else {}
+        table = numbers | {k: np.tile(v, count) for k, v in table.items()}
         table |= {name: values[:, :, k].reshape(-1) for k, name in enumerate(called)}
     else:
         for k, name in enumerate(called):
             table |= {f"{name} {level:g}": values[q, :, k] for q, level in enumerate(levels)}
-    save_recording(path, Columns(table))
+    style = frame.like.style if frame is not None and frame.kind == "columns" else None
+    save_recording(path, Columns(table, style=style))

@@ -12,7 +12,16 @@ import numpy.typing as npt
 from fastdiff import defaults, noise
 from fastdiff.backends import Backend, backend_for
 from fastdiff.backends.numpy.functions import cut
-from fastdiff.errors import ArgumentError, check_array, check_float, check_indices, check_int, is_on_device, shown
+from fastdiff.errors import (
+    ArgumentError,
+    check_array,
+    check_float,
+    check_indices,
+    check_int,
+    check_size,
+    is_on_device,
+    shown,
+)
 from fastdiff.nn import Network
 from fastdiff.noise import Draw, Stream
 from fastdiff.noise_shape import NoiseShape
@@ -100,11 +109,10 @@ def checked(
         what = KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
     if getattr(net, "dtype", None) != np.float64 and (largest := greatest(given)) > LARGEST:
-        raise ArgumentError(
-            "X",
-            f"values up to {largest:.3g}",
-            f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples",
-        )
+        wants = f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples"
+        if isinstance(given, np.ndarray):
+            check_size("X", given, LARGEST, wants=wants)
+        raise ArgumentError("X", f"values up to {largest:.3g}", wants)
     classes = getattr(net, "classes", None)
     if net is None and y is not None:
         y = check_indices("y", _on_host(be, y), 1 << 20, len(given))

@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import logging
+import os
 import re
 from array import array
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ import numpy.typing as npt
 
 from fastdiff import doubts
 from fastdiff.errors import ArgumentError, DataError, check_choice, check_int, shown
-from fastdiff.files import load_npy, reading
+from fastdiff.files import load_npy, reading, writing
 
 Column = int | str
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # what tables write where there is no value
 DELIMITERS = {"tab": "\t", "\\t": "\t", "space": " "}
 SIGNS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}  # that are looked for, in this order
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")  # 1,5 and 1.234,5
 _COMMAS = "of decimal commas make points, or --decimal , reads them (decimal=',' in Python)"
 _SWAP = str.maketrans(",.", ".,")
 
@@ -79,8 +80,12 @@ class Table:
         What each of them is called by `index` and `drop`.
     rows : sequence of str
         Where each row stands: ``line 3``, ``curve 0``.
+    asked : Asked
+        How it was to be read.
     names : sequence of str or None
         What the columns are called, if the file says so.
+    separator : str or None
+        What is between the cells of a CSV file; None: blanks.
     """
 
     path: Path
@@ -88,7 +93,9 @@ class Table:
     columns: Sequence[int]
     called: Sequence[str]
     rows: Sequence[str]
+    asked: Asked
     names: Sequence[str] | None = None
+    separator: str | None = ","
 
     def as_float32(self, *, missing: bool = False) -> npt.NDArray[np.float32]:
         """Return the values in float32, all of them finite, or NaN with `missing`; else raise `DataError`."""
@@ -121,7 +128,8 @@ def read_npy(path: Path, asked: Asked) -> Table:
     width = values.shape[1]
     kept = _kept(path, width, asked)
     rows, columns = _Rows("curve", range(len(values))), [k + 1 for k in kept]
-    return Table(path, values if len(kept) == width else values[:, kept], columns, [str(k) for k in columns], rows)
+    wide = values if len(kept) == width else values[:, kept]
+    return Table(path, wide, columns, [str(k) for k in columns], rows, asked)
 
 
 def read_csv(path: Path, asked: Asked) -> Table:
@@ -150,29 +158,65 @@ def read_csv(path: Path, asked: Asked) -> Table:
     wide = np.frombuffer(values, dtype=np.float64).reshape(len(lines), len(layout.kept))
     names = None if layout.names is None else [layout.names[k] for k in layout.kept]
     called = [_called(layout.names, k) for k in layout.kept]
-    return Table(path, wide, [k + 1 for k in layout.kept], called, _Rows("line", lines), names)
+    columns = [k + 1 for k in layout.kept]
+    return Table(path, wide, columns, called, _Rows("line", lines), asked, names, layout.separator)
 
 
-def text_column(path: Path, asked: Asked, table: Table) -> tuple[str, list[str]]:
-    """Return name and cells, as text, of the column that `asked` takes for the index of a CSV file that was read."""
-    lines = {int(where.split()[-1]) for where in table.rows}
-    name, cells, place, separator = "time", [], None, asked.delimiter
-    with path.open(encoding="utf-8-sig") as file:
+def text_column(table: Table) -> tuple[str, list[str]]:
+    """Return name and cells, as text, of the column that was taken for the index of a CSV file."""
+    names, lines = _lines(table)
+    (place,) = _places(table.path, "index", table.asked.index, len(_cells(lines[0], table.separator)), names)
+    return (names[place] if names else "") or "time", [_cells(line, table.separator)[place] for line in lines]
+
+
+def save_filled(path: str | os.PathLike[str], values: npt.NDArray[Any], table: Table, levels: Any = None) -> None:
+    """Write rows (times, N, d) as the file writes them that they come from, with values where it has none.
+
+    All other cells are the file's, those of columns that were left out too, and so are the line of names, separator
+    and decimal sign. Of several draws there is a column "draw" before them, if the file has names; of quantiles there
+    are columns "quantile" and "row", from 1, and a line of names.
+    """
+    names, lines = _lines(table)
+    if levels is not None:
+        labels = ["quantile", "row"]
+        names = names or [f"column_{k + 1}" for k in range(len(_cells(lines[0], table.separator)))]
+    else:
+        labels = ["draw"] if names and len(values) > 1 else []
+
+    def text(number: float) -> str:
+        return f"{number:.9g}".replace(".", table.asked.decimal)
+
+    with writing(path) as binary:
+        file = io.TextIOWrapper(binary, "utf-8", newline="")
+        out = csv.writer(file, delimiter=table.separator or " ", lineterminator="\n")
+        if names:
+            out.writerow([*labels, *names])
+        for k, rows in enumerate(values):
+            for number, (line, seen, row) in enumerate(zip(lines, table.values, rows, strict=True), 1):
+                cells = _cells(line, table.separator)
+                for place in np.flatnonzero(np.isnan(seen)).tolist():
+                    cells[table.columns[place] - 1] = text(row[place])
+                told: tuple[Any, ...] = (k,) if labels else ()
+                out.writerow([*(told if levels is None else (text(levels[k]), number)), *cells])
+        file.detach()  # which writes what is left, and leaves the file open
+
+
+def _lines(table: Table) -> tuple[list[str], list[str]]:
+    """Return the names of all columns of a file that was read, if it has any, and the lines of its rows, as text."""
+    if table.path.suffix.lower() != ".csv":
+        whole = load_npy(table.path, (2,), "(curves, points)")
+        return [], [",".join(f"{value:.9g}" for value in row) for row in whole]
+    numbers = {int(where.split()[-1]) for where in table.rows}
+    names: list[str] = []
+    lines: list[str] = []
+    with table.path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            text = line.strip("\r\n" if asked.delimiter == "\t" else " \r\n")
-            if not text.strip() or text.startswith("#"):
-                continue
-            if place is None:
-                if separator is None:
-                    separator = next((s for s in SIGNS if s in text and not (asked.decimal == "," and s == ",")), None)
-                separator = None if separator == " " else separator
-                top = _cells(text, separator)
-                names = top if number not in lines else []
-                (place,) = _places(path, "index", asked.index, len(top), names)
-                name = (names[place] if names else "") or name
-            if number in lines:
-                cells.append(_cells(text, separator)[place])
-    return name, cells
+            text = line.strip("\r\n" if table.asked.delimiter == "\t" else " \r\n")
+            if number in numbers:
+                lines.append(text)
+            elif text.strip() and not text.startswith("#"):  # before them all
+                names = _cells(text, table.separator)
+    return names, lines
 
 
 @dataclass(frozen=True)
@@ -201,6 +245,7 @@ class _Layout:
     names: Sequence[str] | None  # of all columns, if the first line has names
     missing: bool  # whether a cell may say that there is no value
     comma: bool  # whether the decimal sign is one
+    doubt: DataError | None  # what is wrong, unless the first row tells of more: decimal commas
 
     def numbers(self, text: str, line: int) -> array[float]:
         """Return the values of a line."""
@@ -209,6 +254,8 @@ class _Layout:
         cells = _cells(text, self.separator)
         if len(cells) != self.width:
             raise DataError(f"{where}: {len(cells)} cells, where line {self.first} has {self.width}")
+        if self.doubt is not None:
+            raise self._decimal_comma(cells, range(self.width), line) or self.doubt
         if len(self.kept) < self.width:
             cells = [cells[k] for k in self.kept]
             text = "".join(cells)
@@ -224,7 +271,16 @@ class _Layout:
                 return array("d", map(float, cells))
             raise self._bad_cell(cells, line) from None
 
+    def _decimal_comma(self, cells: Sequence[str], places: Sequence[int], line: int) -> DataError | None:
+        """What is said of the first decimal comma, where the sign is the point: it comes before all other advice."""
+        for place, cell in zip(places, cells, strict=True):
+            if not self.comma and _DECIMAL_COMMA.fullmatch(cell):
+                return DataError(f"{self.path}, line {line}, column {place + 1}: {cell!r} is not a number; {_COMMAS}")
+        return None
+
     def _bad_cell(self, cells: Sequence[str], line: int) -> DataError:
+        if (commas := self._decimal_comma(cells, self.kept, line)) is not None:
+            return commas
         bad = [k for k, cell in enumerate(cells) if _number(cell) is None]
         cells = [cell.translate(_SWAP) for cell in cells] if self.comma else cells  # as the file has them
         at, first = f"{self.path}, line {line}, column {self.kept[bad[0]] + 1}", cells[bad[0]]
@@ -233,9 +289,7 @@ class _Layout:
         shown = first if len(first) <= 30 else f"{first[:27]}..."
         texts = [_called(self.names, self.kept[k]) for k in bad if cells[k]]
         hint = f"; {doubts.remedy(*texts)}" if len(texts) < len(cells) else ""
-        if _DECIMAL_COMMA.fullmatch(first):
-            hint = f"; {_COMMAS}"
-        elif self.comma and _number(first) is not None:
+        if self.comma and (_number(first) is not None or _DECIMAL_COMMA.fullmatch(first)):
             hint = "; the decimal sign is to be a comma, and points between thousands are not read"
         if line == self.first:
             hint += "; --header if these are column names (header=True)"
@@ -257,8 +311,9 @@ def _layout(path: Path, line: int, text: str, asked: Asked) -> _Layout:
     names = [] if header is False else top
     of_index = _places(path, "index", asked.index, width, names)
     kept = _kept(path, width, asked, names)
+    doubt = None
     if 0 in kept and width > 1 and not top[0] and all(top[1:]):
-        raise DataError(
+        doubt = DataError(
             f"{where}: the first column has no name and looks like a row index; {doubts.remedy('1', index=True)}; "
             "or write the file without it (pandas: index=False)"
         )
@@ -277,7 +332,7 @@ def _layout(path: Path, line: int, text: str, asked: Asked) -> _Layout:
         "column names" if header else "the first curve", len(kept),
         f", left out: {', '.join(left[:10])}{', ...' * (len(left) > 10)}" if left else "",
     )  # fmt: skip
-    return _Layout(path, line, separator, width, kept, top if header else None, asked.missing, comma)
+    return _Layout(path, line, separator, width, kept, top if header else None, asked.missing, comma, doubt)
 
 
 def _places(path: Path, argument: str, columns: Sequence[Column], width: int, names: Sequence[str] = ()) -> list[int]:

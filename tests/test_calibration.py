@@ -123,6 +123,23 @@ def test_answers_are_spread_by_it(model):
         model.spread = spread
 
 
+def test_a_sample_given_something_is_drawn_as_widely_as_an_answer(model):
+    holes = calibration.hidden(ar(1, seed=7), seed=5)
+    known, table = fd.Known(holes), model.named_sampler(given=True)
+    np.testing.assert_array_equal(model.sample(8, given=known), model.impute(holes, 8))
+    raw = model.sample(8, given=known, sampler=table)
+    assert (model.sample(8, given=known) != raw).any()
+    np.testing.assert_array_equal(model.sample(8), model.sample(8, sampler=model.named_sampler()))  # nothing is given
+    by_pigdm = model.sample(8, given=known, method="pigdm")
+    np.testing.assert_array_equal(by_pigdm, model.sample(8, given=known, method="pigdm", sampler=table))
+    spread = model.spread
+    try:
+        model.spread = 1.0
+        np.testing.assert_array_equal(model.sample(8, given=known), raw)
+    finally:
+        model.spread = spread
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "measured"),
     [

@@ -317,6 +317,100 @@ def test_impute_fills_in_what_is_missing(run, holes):
     np.testing.assert_array_equal(np.load("one.npy"), want)
 
 
+def test_rows_come_back_as_they_came(run, model):
+    """Names, an index of text, a column that is left out, semicolons, decimal commas: only what was missing changes."""
+    X = harmonic_curves(3, points=12, seed=1)
+    cells = [[f"n{k}", *(f"{value:.4f}".replace(".", ",") for value in row), "so; so"] for k, row in enumerate(X)]
+    cells[1][3], cells[2][12], cells[0][9] = "", "NA", "0,50"
+    lines = [";".join([*row[:-1], f'"{row[-1]}"']) for row in cells]
+    names = ";".join(["Ort", *(f"p {k}" for k in range(12)), "Note"])
+    Path("rows.csv").write_text("\n".join([names, *lines]) + "\n")
+    command = "impute m.safetensors rows.csv --index Ort --drop Note --decimal , --quiet --backend numpy"
+    code, out, _ = run(f"{command} -o filled.csv")
+    assert code == 0
+    assert "2 of 36 values filled in, in 2 of 3 curves, 1 time\n" in out
+    read = {"index": "Ort", "drop": "Note", "decimal": ","}
+    drawn = fd.load("m.safetensors", backend="numpy").impute(load_curves("rows.csv", **read, missing=True), 2)
+    filled = Path("filled.csv").read_text().splitlines()
+    cells[1][3], cells[2][12] = (f"{drawn[0, row, at]:.9g}".replace(".", ",") for row, at in ((1, 2), (2, 11)))
+    assert filled == [names, *(";".join([*row[:-1], f'"{row[-1]}"']) for row in cells)]
+    assert run(f"{command} -o draws.csv --draws 2")[0] == 0
+    draws = Path("draws.csv").read_text().splitlines()
+    assert draws[:4] == [f"draw;{names}", *(f"0;{line}" for line in filled[1:])]
+    assert [line[:4] for line in draws[4:]] == ["1;n0", "1;n1", "1;n2"]
+    assert run(f"{command} -o bands.csv --draws 2 --quantiles 0.25,1")[0] == 0
+    bands = [line.split(";") for line in Path("bands.csv").read_text().splitlines()]
+    assert bands[0] == ["quantile", "row", *names.split(";")]
+    assert [line[:3] for line in bands[1:]] == [[q, str(k + 1), f"n{k}"] for q in ("0,25", "1") for k in range(3)]
+    np.testing.assert_allclose(float(bands[5][5].replace(",", ".")), drawn[:, 1, 2].max(), rtol=1e-6)
+
+
+def test_quantiles_of_rows_without_names_get_them(run, holes):
+    command = "impute m.safetensors holes.csv -o bands.csv --draws 3 --quantiles 0.1,0.9 --quiet --backend numpy"
+    code, out, _ = run(command)
+    assert code == 0
+    assert "by 2 quantiles of 3 draws" in out
+    lines = [line.split(",") for line in Path("bands.csv").read_text().splitlines()]
+    assert lines[0] == ["quantile", "row", *(f"column_{k}" for k in range(1, 13))]
+    assert [line[:2] for line in lines[1:]] == [[q, str(k)] for q in ("0.1", "0.9") for k in range(1, 5)]
+    want = fd.load("m.safetensors", backend="numpy").impute(holes, 3, quantiles=(0.1, 0.9))
+    found = load_curves("bands.csv", drop=["quantile", "row"])
+    np.testing.assert_allclose(found.reshape(want.shape), want, rtol=1e-6)
+    np.save("holes.npy", holes)
+    assert run(command.replace("holes.csv", "holes.npy") + " --overwrite")[0] == 0
+    np.testing.assert_array_equal(load_curves("bands.csv", drop=["quantile", "row"]), found)
+
+
+def test_what_is_missing_is_drawn_for_its_covariates(run):
+    X, c = harmonic_curves(64, points=6), np.arange(64.0) % 7
+    model = fd.Diffusion(backend="numpy").fit(X, covariates=c, steps=2, batch=8, progress=False)
+    model.covariate_names = ["age"]
+    model.save("k.safetensors")
+    holes = np.where(np.arange(6) == np.arange(3)[:, None], np.nan, X[:3])
+    rows = [[f"{age:g}", *("" if np.isnan(v) else f"{v:.9g}" for v in row)] for age, row in zip(c, holes, strict=False)]
+    Path("holes.csv").write_text("\n".join(["age,a,b,c,d,e,f", *map(",".join, rows)]) + "\n")
+    command = "impute k.safetensors holes.csv -o f.npy --draws 4 --quiet --backend numpy"
+    code, _, err = run(command)
+    assert code == 2
+    assert "--covariates is wanted: the model is asked for age" in err
+    picture = "--quantiles 0,1 --plot band.png"
+    assert run(f"{command} --covariates age {picture}")[0] == 0
+    want = fd.load("k.safetensors", backend="numpy").impute(holes, 4, covariates=c[:3], quantiles=(0, 1))
+    np.testing.assert_allclose(np.load("f.npy"), want, rtol=1e-6)
+
+
+THERE = [
+    "sample m.safetensors -n 2 -o there.csv",
+    "sample m.safetensors -n 2 -o new.csv --plot there.png",
+    "sample m.safetensors -n 2 -o new.csv --trace there.png",
+    "sample m.safetensors -n 2 -o new.csv --gif there.gif",
+    "impute m.safetensors holes.csv -o holes.csv",
+    "impute m.safetensors holes.csv -o new.csv --plot there.png",
+    "train curves.csv -o n.safetensors --steps 1 --loss-plot there.png",
+    "train curves.csv -o m.safetensors --steps 1",
+    "score m.safetensors curves.csv -o there.csv",
+    "evaluate m.safetensors curves.csv -n 8 -o there.png",
+    "page m.safetensors -o there.html",
+    "bench --plot there.png",
+    "forecast m.safetensors curves.csv --horizon 2 -o there.csv",
+]
+
+
+@pytest.mark.parametrize("command", THERE)
+@pytest.mark.usefixtures("holes")
+def test_no_command_replaces_a_file_that_is_there(run, command):
+    for ending in ("csv", "png", "gif", "html"):
+        Path(f"there.{ending}").write_text("mine")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    code, out, err = run(command)
+    assert (code, out) == (2, "")
+    assert re.search(r"^fastdiff: error: \S+: is there; --overwrite replaces it", err, re.M)
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    if command in THERE[4:8]:  # the others draw and write in the same way, later
+        assert run(f"{command} --overwrite --quiet --backend numpy")[0] == 0
+        assert {path for path in before if path.read_bytes() != before[path]}
+
+
 @pytest.mark.filterwarnings("ignore::fastdiff.errors.QualityWarning")  # of a few rows
 def test_training_learns_around_what_is_missing_where_it_is_told(run, model):
     X = harmonic_curves(40, points=12, seed=1)
@@ -646,6 +740,7 @@ def test_a_snapshot_that_fails_does_not_cost_the_training(run, pictures, monkeyp
         ("train classes/ant -o n.safetensors --accumulate 100", r"accumulate: got 100"),
         ("train classes/ant -o n.safetensors --dropout 1", r"dropout: got 1"),
         ("train curves.csv -o n.safetensors --flip", r"--flip is for pictures"),
+        ("train curves.csv -o n.safetensors --labels", r"--labels is for pictures.*classes: --covariates NAME, or fit"),
         ("train curves.csv -o n.safetensors --dropout 0.1", r"--dropout is for pictures"),
         ("train curves.csv -o n.safetensors --accumulate 2", r"accumulate: got 2"),
         ("train classes --resume p.safetensors", r"--labels is wanted: p\.safetensors has the classes ant, cat"),
@@ -705,7 +800,7 @@ def drawn(monkeypatch):
 
 
 def test_figures_of_samples_say_how_they_were_drawn(run, model, drawer, drawn):
-    how = "--sampler ddim --sample-steps 5 --quiet --backend numpy"
+    how = "--sampler ddim --sample-steps 5 --quiet --backend numpy --overwrite"
     assert run(f"sample m.safetensors -o x.csv --plot x.png --trace t.png {how}")[0] == 0
     assert run(f"sample p.safetensors -n 4 -o new --plot x.png --trace t.png {how}")[0] == 0
     assert run(f"train classes -o q.safetensors --overwrite {LEARN} --labels --steps 1 --snapshots 1")[0] == 0
@@ -719,7 +814,7 @@ def test_figures_of_samples_say_how_they_were_drawn(run, model, drawer, drawn):
 def test_a_schedule_is_warned_of_once_where_a_figure_is_drawn(run):
     assert run(f"{TRAIN} -o m.safetensors --steps 1 --schedule linear --timesteps 10")[0] == 0
     for options in ("", " --plot x.png"):
-        warned = run(f"sample m.safetensors -o x.csv --quiet --backend numpy{options}")[2].count("warning")
+        warned = run(f"sample m.safetensors -o x.csv --quiet --backend numpy --overwrite{options}")[2].count("warning")
         if not options:
             alone = warned
     assert warned == alone

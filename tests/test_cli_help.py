@@ -105,6 +105,8 @@ def test_the_doctor_finds_what_is_bad(capsys, monkeypatch):
     assert [re.split(r" {2,}", line)[1] for line in bad] == ["scipy", "kernels", "noise, cpu"]
     assert "NUMBA_CACHE_DIR" in bad[1]
     assert re.search(r"^  none  pyarrow +not installed; Parquet files: pip install", out, re.M)
+    looked_at = {"pandas", "pyarrow", "scikit-learn", "zarr", "dask", "mpi4py", "matplotlib", "pillow"}
+    assert looked_at <= set(re.findall(r"^  \w+ +(\S+)", out, re.M))
 
 
 def test_the_doctor_looks_at_bits(monkeypatch):

@@ -144,6 +144,12 @@ def test_backends_agree_where_values_are_missing(net):
     np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-5 * np.abs(found[0][1]).max())
 
 
+def test_gaps_are_told_once_where_nothing_is_held_out(caplog):
+    caplog.set_level(logging.INFO, "fastdiff")
+    fd.Diffusion(backend="cpu").fit(holed(120)[1], steps=1, validation=0, progress=False)
+    assert caplog.text.count("% of the values are missing") == 1
+
+
 def test_a_model_learns_from_gaps(caplog):
     """The law of its samples is that of whole rows; a network has not learned that missing values are zero."""
     caplog.set_level(logging.INFO, "fastdiff")

@@ -511,7 +511,8 @@ def test_covariates_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert (model.net.points, model.net.covariates, model.covariate_names) == (12, 2, ["age", "size"])
     by_hand = fd.Diffusion(seed=0).fit(CURVES, covariates=table[:, :2], steps=2, batch=8, progress=False)
     assert_same_bits(model.net.flat, by_hand.net.flat)
-    sample = ["sample", "m.safetensors", "-n", "3", "-o", "new.csv", "--quiet", "--guidance", "2", "--covariates"]
+    sample = ["sample", "m.safetensors", "-n", "3", "-o", "new.csv", "--quiet", "--overwrite"]
+    sample += ["--guidance", "2", "--covariates"]
     for asked in ("30,1", "size=1,age=30", "asked.csv"):
         np.savetxt("asked.csv", [[30, 1]] * 3, "%g", ",")
         assert main([*sample, asked]) == 0

@@ -383,6 +383,7 @@ def test_bad_labels_of_samples_are_refused(denoiser, labels, message):
         ({}, BYTES, LABELS, {}, "y: .*no classes"),
         ({"classes": 3}, BYTES, None, {}, "y: got None"),
         ({"classes": 3}, BYTES, LABELS + 1, {}, "y: got 3, wants integers from 0 to 2"),
+        ({"classes": 3}, BYTES, LABELS.astype(str), {}, r"y: got dtype <U\d+, wants integers: np\.unique\(y, "),
         ({"classes": 3}, BYTES, LABELS - 1, {}, "y: got -1"),
         ({"classes": 3}, BYTES, LABELS[:5], {}, "y: got shape"),
         ({"classes": 3}, BYTES, LABELS / 2, {}, "y: got dtype"),

@@ -69,6 +69,10 @@ def test_what_a_page_cannot_carry(tmp_path, monkeypatch, model, capsys):
     shaped.fit(fd.data.harmonic_curves(40, points=12), steps=1, progress=False)
     with pytest.raises(ArgumentError, match="white noise"):
         page.document(shaped)
+    along = fd.Diffusion(fd.UNet((12,), channels=(4, 4), blocks=1, T=5), backend="numpy")
+    along.fit(fd.data.harmonic_curves(40, points=12), steps=1, batch=4, progress=False)
+    with pytest.raises(ArgumentError, match=r"network UNet, wants a perceptron.*fd\.MLP\(12\).*fastdiff sample .*gif"):
+        page.document(along)
     monkeypatch.setattr(page, "MOST_BYTES", 100_000)
     with pytest.raises(ArgumentError, match=r"weights of 0\.\d MB.*at most 0\.1 MB"):
         page.document(model)

@@ -266,13 +266,15 @@ def test_the_command_line_fills_in_and_goes_on(of_series, tmp_path, capsys):
     ]
     path = tmp_path / "x.csv"
     path.write_text("when,a,b\n" + "\n".join(lines) + "\n")
-    out, common = tmp_path / "o.csv", ["--draws", "4", "--quiet", "--backend", "cpu"]
+    out, common = tmp_path / "o.csv", ["--draws", "4", "--quiet", "--backend", "cpu", "--overwrite"]
     levels = ["--quantiles", "0.1,0.5,0.9"]
     picture = ["--plot", str(tmp_path / "o.png")]
     assert main(["impute", str(m), str(path), "-o", str(out), *common, *levels, *picture]) == 0
     table = out.read_text().splitlines()
     assert (table[0], len(table)) == ("when,a 0.1,a 0.5,a 0.9,b 0.1,b 0.5,b 0.9", 21)
     assert "4 of 40 values filled in" in capsys.readouterr().out
+    assert main(["score", str(m), str(path), "-o", str(out), "--quiet", "--overwrite"]) == 2
+    assert "values are missing in 2 of 5 rows: fastdiff impute" in capsys.readouterr().err
     assert main(["forecast", str(m), str(path), "-o", str(out), "--horizon", "6", *common, *picture]) == 0
     table = out.read_text().splitlines()
     assert (table[0], len(table)) == ("draw,when,a,b", 25)
@@ -280,3 +282,55 @@ def test_the_command_line_fills_in_and_goes_on(of_series, tmp_path, capsys):
     assert main(["forecast", str(m), str(path), "-o", str(tmp_path / "o.npy"), "--horizon", "6", *common]) == 0
     assert np.load(tmp_path / "o.npy").shape == (4, 6, 2)
     assert main(["forecast", str(m), str(path), "-o", str(out), "--horizon", "0", *common]) == 2
+
+
+def test_a_recording_goes_on_in_its_own_habits(of_series, tmp_path, capsys):
+    """Semicolons, decimal commas, and days before months, as the file has them."""
+    of_series.save(m := tmp_path / "m.safetensors")
+    frame = frame_of()
+
+    def text(number):
+        return "" if np.isnan(number) else f"{number:.4f}".replace(".", ",")
+
+    def written(sign):
+        pairs = enumerate(zip(frame.data["a"], frame.data["b"], strict=True))
+        return [f"31{sign}01{sign}2024 {k:02d}:00;{text(a)};{text(b)}" for k, (a, b) in pairs]
+
+    def answered(command, *more):
+        common = ["--decimal", ",", "--draws", "1", "--quiet", "--backend", "cpu", "--overwrite", *more]
+        assert main([command, str(m), str(path), "-o", str(out), *common]) == 0
+        return out.read_text().splitlines(), capsys.readouterr().err
+
+    path, out = tmp_path / "x.csv", tmp_path / "o.csv"
+    path.write_text("\n".join(["Zeit;a;b", *written(".")]) + "\n")
+    filled, _ = answered("impute")
+    assert filled[0] == "Zeit;a;b"
+    assert [line.split(";")[0] for line in filled[1:]] == [line.split(";")[0] for line in written(".")]
+    assert float(filled[1].split(";")[1].replace(",", ".")) == float(f"{frame.data['a'][0]:.4f}")
+    later, _ = answered("forecast", "--horizon", "6")
+    assert [line.split(";")[0] for line in later[1:]] == [f"31.01.2024 {k}:00" for k in (20, 21, 22, 23)] + [
+        f"01.02.2024 0{k}:00" for k in (0, 1)
+    ]
+    path.write_text("\n".join(["Zeit;a;b", *written("/")]) + "\n")
+    later, said = answered("forecast", "--horizon", "6", "--index", "Zeit")
+    assert later[0] == "a;b"
+    assert "has no times: those of the recording, like '31/01/2024 19:00', are not read" in said
+
+
+def test_a_huge_value_is_found_where_it_stands(model, of_series):
+    """It is refused by its place, and not by samples that are not finite."""
+    frame = frame_of(gaps=False)
+    frame.data["b"][7] = 1e300
+    for ask in (lambda: of_series.impute(frame, 2), lambda: of_series.forecast(frame, 3, 2)):
+        with pytest.raises(ArgumentError, match=r"(X|past): got 1e\+300 in column 'b', row 7, wants values of at most"):
+            ask()
+    rows = ar(2, seed=1)
+    rows[1, 3] = -1e300
+    with pytest.raises(ArgumentError, match=r"X: got -1e\+300 at index \(1, 3\)"):
+        model.impute(rows, 2)
+    with pytest.raises(ArgumentError, match=r"given: got -1e\+300 at index \(3,\)"):
+        model.sample(2, given=fd.Known(rows[1]))
+    with pytest.raises(ArgumentError, match=r"given\[1\]: got 1e\+300 at index \(0,\)"):
+        model.sample(2, given=[fd.Known(rows[0]), fd.Linear(np.eye(8)[:1], [1e300], 0.1)])
+    with pytest.raises(ArgumentError, match=r"X: got -1e\+300 at index \(1, 3\), wants at most 1e\+37"):
+        model.score_samples(rows)

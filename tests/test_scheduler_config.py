@@ -292,6 +292,11 @@ def test_what_is_done_otherwise_is_warned_of(content, words, tmp_path):
         {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": "yes"},
         {"_class_name": "UniPCMultistepScheduler", "lower_order_final": 3},
         {"_class_name": "UniPCMultistepScheduler", "lambda_min_clipped": "low"},
+        {"_class_name": "DDIMScheduler", "steps_offset": "one"},
+        {"_class_name": "PNDMScheduler", "timestep_spacing": "trailing", "steps_offset": "one"},
+        {"_class_name": "LCMScheduler", "steps_offset": [1]},
+        {"_class_name": "DDIMScheduler", "clip_sample": False, "clip_sample_range": "wide"},
+        {"_class_name": "UniPCMultistepScheduler", "sample_max_value": "large"},
     ],
 )
 def test_what_we_do_not_have_is_refused(content, tmp_path):
@@ -318,6 +323,8 @@ def test_other_errors(tmp_path, caplog):
         save_scheduler(samplers.Sampler(samplers.ddim(LINEAR, 10).rows, LINEAR), tmp_path / "not made")
     with pytest.raises(ArgumentError, match="sampler: got str"):
         save_scheduler("ddim", tmp_path / "not made")
+    with pytest.raises(ArgumentError, match=r"folder: got '', wants a path.* not empty"):
+        save_scheduler(samplers.ddim(LINEAR, 10), "")
     assert not (tmp_path / "not made").exists()
 
 

@@ -359,7 +359,8 @@ def test_a_recording_of_a_csv_file(tmp_path, caplog):
     ("text", "words"),
     [
         ("a,b\n1,2\n1,x\n", "line 3, column 2: 'x'"), ("a,a\n1,2\n", "2 columns are called 'a'"),
-        ("a,b\n1,2\n3\n", "line 3: 1 cells"), ("a,b\n", "no curves"), ("a,b\n1,inf\n", "line 2: a value that is inf"),
+        ("a,b\n1,2\n3\n", "line 3: 1 cells"), ("a,b\n", "no curves"), ("a,b\n1,inf\n", "line 2, column 2: inf is not"),
+        ("a,b\n1,2\n1e300,3\n", "line 3, column 1: 1e\\+300 is too large"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_recordings(tmp_path, text, words):

@@ -371,6 +371,10 @@ def test_a_decimal_comma_is_called_so(tmp_path):
         ("a;b\n2,0;3,0\n", "line 2, column 1: '2,0'"),
         ("0,25 -1,5\n2,0 3,0\n", "line 1: '0,25'"),
         ("1\t2\n2\t3,0\n", "line 2, column 2: '3,0'"),
+        ("Tag;Wert;Menge\n01.01.2024 00:00;1,5;2,5\n", "line 2, column 2: '1,5'"),  # before the columns of text
+        ("01.01.2024;1,5;7\n", "line 1, column 2: '1,5'"),
+        (";a;b\n0;1,5;2,5\n", "line 2, column 2: '1,5'"),
+        ("a;b\n1;1.234,5\n", "line 2, column 2: '1.234,5'"),
     ):
         table.write_text(text)
         with pytest.raises(DataError, match=f"{where} {commas}"):
@@ -399,7 +403,8 @@ def test_points_beside_decimal_commas_are_refused(tmp_path):
     table = tmp_path / "x.csv"
     for cell in ("1.234", "1.234,5", "1.5"):
         table.write_text(f"0,5;1\n{cell};2\n")
-        with pytest.raises(DataError, match=rf"line 2, column 1: '{cell}' is not a number"):
+        wants = "is not a number; the decimal sign is to be a comma"
+        with pytest.raises(DataError, match=rf"line 2, column 1: '{cell}' {wants}"):
             load_curves(table, decimal=",")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastdiff.cli.inputs import check_picture
 from fastdiff.cli.messages import note
-from fastdiff.cli.parser import BACKENDS, add_command, installed_version
+from fastdiff.cli.parser import BACKENDS, add_command, add_overwrite, installed_version
 from fastdiff.errors import FastdiffError, check_int
 
 
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     )
     bench.add_argument("--only", metavar="NAME", action="append", help="work whose name begins so: normals, train, ...")
     bench.add_argument("--plot", metavar="FILE", help="draw the shares into this .png file")
+    add_overwrite(bench)
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="where (default: the fastest; numpy: small sizes only)"
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from fastdiff import bench
 
     if args.plot:
-        check_picture(args.plot)
+        check_picture(args, args.plot)
     threads = None if args.threads is None else check_int("--threads", args.threads, low=1)
     names = [name for name in bench.QUICK if any(map(name.startswith, args.only or [""]))]
     if not names:

@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 from fastdiff.cli.messages import BROKEN
 from fastdiff.cli.parser import add_command, installed, installed_version
 
-EXTRAS = {  # what is installed beside fastdiff: what for, and by which extra
-    "matplotlib": ("figures", "plot"),
-    "pillow": ("pictures", "plot"),
-    "pyarrow": ("Parquet files", "series"),
-    "scikit-learn": ("its estimators", "sklearn"),
+EXTRAS = {  # what is installed beside fastdiff: what for, and what pip installs
+    "matplotlib": ("figures", "fastdiff-engine[plot]"),
+    "pillow": ("pictures", "fastdiff-engine[plot]"),
+    "pandas": ("frames, where they are of pandas", "pandas"),
+    "pyarrow": ("Parquet files", "fastdiff-engine[series]"),
+    "scikit-learn": ("its estimators", "fastdiff-engine[sklearn]"),
+    "zarr": ("sample --to, and arrays on disk", "fastdiff-engine[scale]"),
+    "dask": ("workers of a cluster", "fastdiff-engine[scale]"),
+    "mpi4py": ("training over ranks", "fastdiff-engine[mpi]"),
 }
 
 
@@ -69,8 +73,8 @@ def examine() -> Iterator[Finding]:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what was asked for
             yield Finding("bad", part, _line(error))
     yield from _gpu()
-    for name, (what, extra) in EXTRAS.items():
-        missing = f'not installed; {what}: pip install "fastdiff-engine[{extra}]"'
+    for name, (what, source) in EXTRAS.items():
+        missing = f'not installed; {what}: pip install "{source}"'
         yield Finding("ok" if installed(name) else "none", name, installed(name) or missing)
 
 

@@ -6,9 +6,16 @@ import argparse
 import json
 from typing import Any
 
-from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
+from fastdiff.cli.inputs import (
+    add_picture_options,
+    add_table_options,
+    check_picture,
+    check_whole,
+    covariates,
+    training_data,
+)
 from fastdiff.cli.messages import note
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.parser import add_command, add_common, add_overwrite
 from fastdiff.cli.sample import drawn_by
 from fastdiff.display import aligned, shown
 from fastdiff.errors import check_int, check_seed
@@ -35,6 +42,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--training", metavar="DATA", help="what the model has learned from, where DATA is other")
     evaluate.add_argument("--labels", action="store_true", help="the folder holds one folder for each class")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    add_overwrite(evaluate)
     add_common(evaluate, seed="of the samples (default: the model's)", usual_seed=None)
     evaluate.set_defaults(run=run, size=None, gray=False, flip=False)
     evaluate.set_defaults(snapshots=None, channels=None, dropout=None)
@@ -44,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     import fastdiff as fd
 
     if args.output:
-        check_picture(args.output)
+        check_picture(args, args.output)
     samples = None if args.n is None else check_int("-n", args.n, low=2)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
     model = fd.load(args.model, backend=args.backend)
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
+    check_whole(args, data)
     training = None
     if args.training is not None:
         training, _, _ = training_data(argparse.Namespace(**{**vars(args), "data": args.training}), model)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture, inputs_of, reading
-from fastdiff.cli.parser import add_command, add_common, add_method, add_quantiles
+from fastdiff.cli.inputs import add_table_options, check_output, check_picture, inputs_of, reading
+from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite, add_quantiles
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
 SHOWN = 3  # windows of the past in the figure
@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
     add_quantiles(forecast)
     forecast.add_argument("--plot", metavar="FILE", help="draw the end of the recording and a fan into this .png")
     add_method(forecast)
+    add_overwrite(forecast)
     add_common(forecast, seed="of the noise (default: the model's)", usual_seed=None)
     forecast.set_defaults(run=run)
 
@@ -46,13 +47,12 @@ def run(args: argparse.Namespace) -> int:
 
     import fastdiff as fd
     from fastdiff import plots, series
-    from fastdiff.files import check_writable
 
     draws, horizon = check_int("--draws", args.draws, low=1), check_int("--horizon", args.horizon, low=1)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
-    check_writable(args.output, series.ENDINGS)
+    check_output(args, args.output, series.ENDINGS)
     if args.plot:
-        check_picture(args.plot)
+        check_picture(args, args.plot)
     model = fd.load(args.model, backend=args.backend)
     assert model.net is not None
     if len(model.net.shape) > 2:

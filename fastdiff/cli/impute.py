@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_table_options, check_picture, inputs_of, reading
-from fastdiff.cli.parser import add_command, add_common, add_method, add_quantiles
+from fastdiff.cli.inputs import add_table_options, check_output, check_picture, covariates, inputs_of, reading
+from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite, add_quantiles
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
 SHOWN = 6  # rows in the figure
@@ -20,9 +20,10 @@ def add(commands: Any) -> None:
         "fill in what is missing in curves",
         "Draws the missing values of curves from a trained model, given the values that are\n"
         "there, which stay as they are. Missing are empty cells and the words nan, NA and null.\n"
-        "A .csv file gets one line for each curve, all curves of the first draw before those of\n"
-        "the second; an .npy file the array (draws, curves, points). Of a model of windows DATA\n"
-        "is a recording, a line for each time, which is filled in from window to window.",
+        "A .csv file gets the lines of DATA as they are, filled in, all of the first draw before\n"
+        "those of the second; with --quantiles columns before them say which quantile of which\n"
+        "row. An .npy file gets the array (draws, curves, points). Of a model of windows DATA is\n"
+        "a recording, a line for each time, which is filled in from window to window.",
         "examples:\n"
         "  fastdiff impute m.safetensors holes.csv -o filled.csv\n"
         "  fastdiff impute m.safetensors holes.csv -o draws.npy --draws 100 --plot band.png\n"
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
     impute.add_argument("--first-draw", type=int, default=0, metavar="K", help="index of the first draw")
     impute.add_argument("--plot", metavar="FILE", help="draw the first curves, with bands of the draws, into this .png")
     add_method(impute)
+    add_overwrite(impute)
     add_common(impute, seed="of the noise (default: the model's)", usual_seed=None)
     impute.set_defaults(run=run)
 
@@ -48,15 +50,16 @@ def run(args: argparse.Namespace) -> int:
 
     import fastdiff as fd
     from fastdiff import plots, series
-    from fastdiff.data import ENDINGS, load_curves, save_curves
-    from fastdiff.files import check_writable, writing
+    from fastdiff.data import ENDINGS, read_table
+    from fastdiff.files import writing
+    from fastdiff.tables import save_filled
 
     draws = check_int("--draws", args.draws, low=1)
     first = check_int("--first-draw", args.first_draw, low=0)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
-    check_writable(args.output, series.ENDINGS)
+    check_output(args, args.output, series.ENDINGS)
     if args.plot:
-        check_picture(args.plot)
+        check_picture(args, args.plot)
     model = fd.load(args.model, backend=args.backend)
     assert model.net is not None
     if len(model.net.shape) > 2:
@@ -66,29 +69,40 @@ def run(args: argparse.Namespace) -> int:
         return _recording(args, model, draws, options)
     if not args.output.endswith(ENDINGS):
         raise FastdiffError(f"{args.output}: curves go to a .csv or .npy file")
-    X = load_curves(args.data, **reading(args), missing=True)
+    told = covariates(args, model)
+    table = read_table(args.data, **reading(args), missing=True)
+    X = table.as_float32(missing=True)
     if X.shape[1:] != model.net.shape:
         wants = f"where those of {args.model} have {model.net.shape[0]}"
         raise FastdiffError(f"{args.data}: curves of {X.shape[1]} points, {wants}")
     holes = np.isnan(X)
     if args.plot and not holes.any():
         raise FastdiffError("--plot: there is nothing to show, for no value is missing")
-    filled = model.impute(X, draws, quantiles=args.quantiles, **options)
+    filled = model.impute(X, draws, quantiles=args.quantiles, covariates=told, **options)
     if args.output.endswith(".npy"):
         with writing(args.output) as file:
             np.lib.format.write_array(file, filled, allow_pickle=False)
     else:
-        save_curves(args.output, filled.reshape(-1, X.shape[1]))
+        save_filled(args.output, filled, table, args.quantiles)
     print(
         f"{args.output}: {holes.sum()} of {holes.size} values filled in, in {holes.any(axis=1).sum()} of {len(X)} "
-        f"curves, {draws} {'time' if draws == 1 else 'times'}"
+        f"curves, {_how(args, draws)}"
     )
     if args.plot:
         some = np.flatnonzero(holes.any(axis=1))[:SHOWN]
-        shown = filled[:, some] if args.quantiles is None else model.impute(X[some], draws, **options)
+        shown = filled[:, some]
+        if args.quantiles is not None:
+            told = None if told is None else told[some]
+            shown = model.impute(X[some], draws, covariates=told, **options)
         plots.save(plots.imputed(X[some], shown), args.plot)
         print(f"{args.plot}: the first {len(some)} curves with missing values")
     return 0
+
+
+def _how(args: argparse.Namespace, draws: int) -> str:
+    if args.quantiles is not None:
+        return f"by {len(args.quantiles)} quantiles of {draws} draws"
+    return f"{draws} time{'s' if draws > 1 else ''}"
 
 
 def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[str, Any]) -> int:
@@ -115,8 +129,7 @@ def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[s
         series.save_answers(args.output, found, frame, args.quantiles, model.channel_names, later=False)
     else:
         series.save_series(args.output, found.reshape(-1, *seen.shape[1:]), model.channel_names)
-    what = f"{draws} times" if args.quantiles is None else f"by {len(args.quantiles)} quantiles of {draws} draws"
-    print(f"{args.output}: {holes.sum()} of {holes.size} values filled in, {what}")
+    print(f"{args.output}: {holes.sum()} of {holes.size} values filled in, {_how(args, draws)}")
     if args.plot:
         levels = args.quantiles or plots.BANDS
         of_levels = found if args.quantiles else np.quantile(found, levels, axis=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.errors import DataWarning, FastdiffError
@@ -100,9 +101,9 @@ def training_data(
     if not (learned or os.path.isdir(args.data) or args.size is not None):
         for name in ("labels", "gray", "flip", "crop", "snapshots", "channels", "dropout", "data_range", "skip_bad"):
             if getattr(args, name, None):
-                raise FastdiffError(
-                    f"--{name.replace('_', '-')} is for pictures: a folder, or with --size an .npy file"
-                )
+                other = "; a column of classes: --covariates NAME, or fit(X, y) in Python" if name == "labels" else ""
+                where = "a folder, or with --size an .npy file"
+                raise FastdiffError(f"--{name.replace('_', '-')} is for pictures: {where}{other}")
         if is_series(args, shape):
             return series_of(args, shape), None, None
         return _curves(args), None, None
@@ -127,6 +128,17 @@ def _curves(args: argparse.Namespace) -> npt.NDArray[np.float32]:
     from fastdiff.data import load_curves
 
     return load_curves(args.data, **reading(args), missing=getattr(args, "missing", False))
+
+
+def check_whole(args: argparse.Namespace, data: npt.NDArray[Any]) -> None:
+    """Refuse rows with missing values, which training takes and nothing that compares them does."""
+    import numpy as np
+
+    X = np.asarray(data)
+    gaps = np.isnan(X).reshape(len(X), -1).any(axis=1) if X.dtype.kind == "f" else np.zeros(len(X), bool)
+    if gaps.any():
+        fill = f"fastdiff impute {args.model} {args.data} -o filled.csv fills them in"
+        raise FastdiffError(f"{args.data}: values are missing in {gaps.sum()} of {len(X)} rows: {fill}")
 
 
 def is_series(args: argparse.Namespace, shape: tuple[int, ...] | None) -> bool:
@@ -264,9 +276,17 @@ def describe_pictures(images: npt.NDArray[Any]) -> str:
     return f"{'gray' if channels == 1 else 'colour'} pictures of {height} x {width} pixels"
 
 
-def check_picture(path: str) -> None:
-    from fastdiff import plots
+def check_output(args: argparse.Namespace, path: str, endings: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written, or is there and not to be replaced: the one rule of all commands."""
     from fastdiff.files import check_writable
 
+    check_writable(path, endings)
+    if os.path.exists(path) and not args.overwrite:
+        raise FastdiffError(f"{path}: is there; --overwrite replaces it")
+
+
+def check_picture(args: argparse.Namespace, path: str) -> None:
+    from fastdiff import plots
+
     plots.check_available()
-    check_writable(path, plots.ENDINGS)
+    check_output(args, path, plots.ENDINGS)

@@ -6,7 +6,8 @@ import argparse
 import os
 from typing import Any
 
-from fastdiff.cli.parser import add_command
+from fastdiff.cli.inputs import check_output
+from fastdiff.cli.parser import add_command, add_overwrite
 
 
 def add(commands: Any) -> None:
@@ -16,7 +17,8 @@ def add(commands: Any) -> None:
         "write a page in which a curve diffuses",
         "Writes one HTML file that runs in a browser and loads nothing: draw a curve, see it\n"
         "dissolve and come back, erase a stretch and see it filled a hundred ways. With a model\n"
-        "of curves or series its network travels inside; none of the data does.",
+        "of curves or series its network travels inside; none of the data does. It has to be a\n"
+        "perceptron, which train makes of them, and not one of --conditional: no U-Net.",
         "examples:\n"
         "  fastdiff page -o page.html\n"
         "  fastdiff page m.safetensors -o page.html\n"
@@ -25,6 +27,7 @@ def add(commands: Any) -> None:
     )
     page.add_argument("model", metavar="MODEL", nargs="?", help="a .safetensors file written by fastdiff train")
     page.add_argument("-o", "--output", metavar="FILE", default="page.html", help="an .html file (default page.html)")
+    add_overwrite(page)
     page.set_defaults(run=run)
 
 
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import fastdiff as fd
     from fastdiff import page
 
+    check_output(args, args.output, (".html",))
     if args.model is None:
         page.save(args.output)
     else:

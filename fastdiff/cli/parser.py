@@ -154,6 +154,12 @@ def add_method(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace files that are there; without it that is an error"
+    )
+
+
 def add_quantiles(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantiles", type=_levels, metavar="Q,Q,...", help="write these quantiles of the draws, as in 0.05,0.5,0.95"

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.inputs import check_picture, describe_pictures
-from fastdiff.cli.parser import add_command, add_common, add_method
+from fastdiff.cli.inputs import check_output, check_picture, describe_pictures
+from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite
 from fastdiff.errors import FastdiffError, ScheduleWarning, check_int, check_seed
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
         metavar="G",
         help="how much labels and covariates count: 1 as in the data (default), more for typical ones, 0 not at all",
     )
-    sample.add_argument("--overwrite", action="store_true", help="replace pictures in the folder")
+    add_overwrite(sample)
     sample.add_argument(
         "--sampler",
         choices=("auto", *samplers.names()),
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             raise FastdiffError(f"{name} goes with {'--to' if args.to is None else '-o'}")
     for path in (args.plot, args.trace):
         if path:
-            check_picture(path)
+            check_picture(args, path)
     model = fd.load(args.model, backend=args.backend)
     assert model.net is not None
     options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
@@ -169,14 +169,13 @@ def _sample_curves(args: argparse.Namespace, model: Diffusion, options: Mapping[
 
     from fastdiff import plots, progress, series
     from fastdiff.data import ENDINGS, save_curves
-    from fastdiff.files import check_writable
 
     n = args.n
     assert model.net is not None
     shape = model.net.shape
-    check_writable(args.output, ENDINGS if len(shape) == 1 else series.ENDINGS)
+    check_output(args, args.output, ENDINGS if len(shape) == 1 else series.ENDINGS)
     if args.gif:
-        check_writable(args.gif, (".gif",))
+        check_output(args, args.gif, (".gif",))
     labels, numbers = in_turn(model, args.labels, n, args.first_sample), asked_numbers(model, args.covariates, n)
     parts = []
     with progress.bar(show=not args.quiet, total=n, desc="sampling", unit="curve", leave=False) as bar:
@@ -225,21 +224,21 @@ def _sample_pictures(args: argparse.Namespace, model: Diffusion, options: Mappin
 
     from fastdiff import plots
     from fastdiff.data import picture_files, save_images
-    from fastdiff.files import check_writable, writing
+    from fastdiff.files import writing
 
     n, first, output = args.n, args.first_sample, args.output
     labels, numbers = in_turn(model, args.labels, n, first), asked_numbers(model, args.covariates, n)
     ending = "" if output.endswith(("/", os.sep)) or os.path.isdir(output) else Path(output).suffix.lower()
     if ending == ".png":
-        check_picture(output)
+        check_picture(args, output)
     elif ending == ".npy":
-        check_writable(output)
+        check_output(args, output)
     elif ending:
         raise FastdiffError(f"-o {output}: pictures go to a folder, to one .png file or to an .npy file")
     else:
         picture_files(output, n, first=first, overwrite=args.overwrite)
     if args.gif:
-        check_writable(args.gif, (".gif",))
+        check_output(args, args.gif, (".gif",))
     # The chains that are shown are drawn first, with all their states; where a sample is cut changes no bits.
     traced = min(n, SHOWN) if args.trace or args.gif else 0
     parts = []

@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.inputs import add_picture_options, add_table_options, check_picture, covariates, training_data
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.inputs import (
+    add_picture_options,
+    add_table_options,
+    check_output,
+    check_picture,
+    check_whole,
+    covariates,
+    training_data,
+)
+from fastdiff.cli.parser import add_command, add_common, add_overwrite
 from fastdiff.display import aligned
 from fastdiff.errors import check_int, check_seed
 
@@ -40,6 +48,7 @@ def add(commands: Any) -> None:
     )
     score.add_argument("--plot", metavar="FILE", help="draw the variational bound's terms into this .png file")
     score.add_argument("--labels", action="store_true", help="the folder holds one folder for each class")
+    add_overwrite(score)
     add_common(score, seed="of what is drawn (default: the model's)", usual_seed=None)
     score.set_defaults(run=run, size=None, gray=False, flip=False)
     score.set_defaults(snapshots=None, channels=None, dropout=None)
@@ -49,16 +58,17 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     import fastdiff as fd
-    from fastdiff.files import check_writable, writing
+    from fastdiff.files import writing
 
-    check_writable(args.output, ENDINGS)
+    check_output(args, args.output, ENDINGS)
     if args.plot:
-        check_picture(args.plot)
+        check_picture(args, args.plot)
     probes = check_int("--probes", args.probes, low=1)
     model = fd.load(args.model, backend=args.backend)
     seed = model.seed if args.seed is None else check_seed(args.seed, "--seed")
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
+    check_whole(args, data)
     options: dict[str, Any] = {"seed": seed, "progress": not args.quiet}
     options["covariates"] = covariates(args, model) if data.ndim == 2 else None
     found = model.log_density(data, labels, method=args.method, probes=probes, **options)

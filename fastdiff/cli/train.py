@@ -23,7 +23,7 @@ from fastdiff.cli.inputs import (
     training_data,
 )
 from fastdiff.cli.messages import REFUSED, PatientInterrupt, fail, note, uninterrupted
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.parser import add_command, add_common, add_overwrite
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
 from fastdiff.nn.optim import LR_PLANS
@@ -122,9 +122,7 @@ def add(commands: Any) -> None:
         help="continue this model for --steps more; -o may be left out, then it is updated; how fast it learns goes on "
         "as before where it is not said",
     )
-    train.add_argument(
-        "--overwrite", action="store_true", help="replace a model that is at -o; without it that is an error"
-    )
+    add_overwrite(train)
     train.add_argument("--save-every", type=int, metavar="N", help="save the model every N steps as well")
     train.add_argument(
         "--keep", type=int, metavar="K", help="let the last K of those stay, as MODEL-STEP.safetensors (default 1: -o)"
@@ -282,7 +280,8 @@ def _train(args: argparse.Namespace, team: Ranks | None) -> int:
         # All that could fail is tried before the minutes of training.
         if speaks:
             check_writable(output, (".safetensors",))
-        if speaks and os.path.exists(output) and output != args.resume and not args.overwrite:
+        args.overwrite = args.overwrite or output == args.resume  # which is updated, and its figures
+        if speaks and os.path.exists(output) and not args.overwrite:
             raise FastdiffError(
                 f"{output}: is there; --overwrite replaces it, and --resume {output} goes on training it"
             )
@@ -294,14 +293,14 @@ def _train(args: argparse.Namespace, team: Ranks | None) -> int:
                 raise FastdiffError("--keep says how many of the states of --save-every stay")
             saves["keep"] = check_int("--keep", args.keep, low=1)
         if args.loss_plot:
-            check_picture(args.loss_plot)
+            check_picture(args, args.loss_plot)
         log = None
         if args.log:
             check_writable(args.log, (".csv", ".jsonl"))
             log = FileLogger(args.log)
         if args.snapshots is not None:
             check_int("--snapshots", args.snapshots, low=1)
-            check_picture(_snapshot(output, 0))
+            check_picture(args, _snapshot(output, 0))
         model = _resumed(args) if args.resume else None
         data, labels, names = training_data(args, model)
         numbers = covariates(args, model) if data.ndim < 4 else None

@@ -31,6 +31,7 @@ COMPUTING = ("noise", "algebra", "denoisers", "payload", "chain", "crew")  # wha
 SHOWING = ("draw", "python", "app")
 MOST_BYTES = 20_000_000  # of weights
 DRAWN = 24  # samples of a model that the page begins with
+ELSEWHERE = "fastdiff sample MODEL -o new.csv --gif chain.gif shows this one"
 POINTS = 50
 SCHEDULE = "fd.Schedule.sigmoid(200, beta_start=1e-5, beta_end=0.1)"
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "heun", "dpmpp_sde")
@@ -174,12 +175,15 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
         wants = "one of curves or series; for pictures: fastdiff sample MODEL -o new.png --gif chain.gif"
         raise ArgumentError("model", f"a network on pictures {net.shape}", wants)
     if not isinstance(net, MLP):
-        raise ArgumentError("model", f"a network {type(net).__name__}", "a perceptron, fastdiff.MLP: the page has that")
+        shape = net.shape if len(net.shape) > 1 else net.shape[0]
+        wants = f"a perceptron, which the page has: train an fd.Diffusion(fd.MLP({shape})); {ELSEWHERE}"
+        raise ArgumentError("model", f"a network {type(net).__name__}", wants)
     if net.pointwise or net.masked:
         what = "covariates of every point" if net.pointwise else "a mask"
-        raise ArgumentError("model", f"a network that is told {what}", "one that is not: the page has no place for it")
+        wants = f"one that is not: the page has no place for it; {ELSEWHERE}"
+        raise ArgumentError("model", f"a network that is told {what}", wants)
     if normaliser.noise_shape is not None:
-        raise ArgumentError("model", "noise with a shape", "white noise: the page draws no other")
+        raise ArgumentError("model", "noise with a shape", f"white noise: the page draws no other; {ELSEWHERE}")
     plan, used = net.plan, model.denoiser()
     flat = np.asarray(used.backend.to_numpy(used.flat))
     arrays: dict[str, npt.NDArray[Any]] = {"flat": flat}
