@@ -23,6 +23,7 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.conv_mma import PackedWeights, TensorCores, by_kind
 from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.device import Device
+from fastdiff.backends.cuda.norm_gradients import NormGradients
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.forks import cached_property
@@ -37,6 +38,7 @@ DEPTH = 16  # pixels that a tile of a weight gradient takes at once: chunks are 
 BLOCKS, BLOCK_ROWS, BLOCK_COLUMNS = 528, 128, 64
 LEAST_CHUNK, MOST_PARTIALS = 256, 1 << 24
 SUM_THREADS, SUM_COLUMNS = 256, 32  # of conv_image_sums, and of conv_weights_finish
+COLUMNS = 8  # of a block of column_sums, which has as many threads
 WAIT = 16  # convolutions
 VALUE = 4  # bytes
 TOGETHER = 1 << 25  # all partial sums of the weight gradients that one launch makes have so many values, or are of one
@@ -149,16 +151,6 @@ class WeightGradient(NamedTuple):
     dshift: Array | None = None
 
 
-class NormGradient(NamedTuple):
-    """The sums of a norm's backward pass, of so many images, and what is to be made of them."""
-
-    sums: Array
-    modulation: Array | None
-    dgamma: Array
-    dbeta: Array
-    images: int
-
-
 class Partial(NamedTuple):
     """The partial sums of a weight gradient, those of its bias, and how many there are."""
 
@@ -178,8 +170,8 @@ class Waiting:
         In how many buffers these lie, and how many values they have.
     """
 
+    norms: NormGradients
     convs: list[WeightGradient] = field(default_factory=list)
-    norms: list[NormGradient] = field(default_factory=list)
     partials: list[Partial] = field(default_factory=list)
     rounds: int = 0
     values: int = 0
@@ -235,7 +227,7 @@ class ConvOperations(Device):
 
     @contextmanager
     def _together(self) -> Iterator[Callable[[], None]]:
-        waiting = self._local.waiting = Waiting()
+        waiting = self._local.waiting = Waiting(NormGradients(self.runtime, self._apart))
 
         def finish() -> None:
             with self._lock:
@@ -247,13 +239,9 @@ class ConvOperations(Device):
             finish()
             with self._lock:
                 self._add_up(waiting.partials)
-            self._finish_norms(waiting.norms)
+            waiting.norms.finish()
         finally:
             self._local.waiting = None
-
-    def _finish_norms(self, norms: Sequence[NormGradient]) -> None:
-        """Fill dgamma and dbeta."""
-        raise NotImplementedError
 
     @cached_property
     def _tensor_cores(self) -> TensorCores:
@@ -479,7 +467,9 @@ class ConvOperations(Device):
 
     def _sum_columns(self, x: Array, out: Array, rows: int) -> None:
         """Fill out with the sums of the columns of x."""
-        raise NotImplementedError
+        if out.size:
+            grid, block = self.runtime.grid_1d(-(-out.size // COLUMNS) * SUM_THREADS, SUM_THREADS)
+            self.runtime.launch("pointwise", "column_sums", grid, block, (x, out, rows, out.size))
 
     def _sum_images(self, dy: Array, dshift: Array | None) -> None:
         """Fill dshift, where there is one."""
