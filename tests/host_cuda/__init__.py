@@ -177,6 +177,7 @@ class HostRuntime:
 
     name = "host"
     device = "host"
+    arch = ""
     shared_limit = 227 * 1024
     waves = 2
 

@@ -24,6 +24,7 @@ from fastdiff.backends.cuda.conv_mma import PackedWeights, TensorCores, by_kind
 from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.device import Device
 from fastdiff.backends.cuda.norm_gradients import NormGradients
+from fastdiff.backends.cuda.tuning import Tuning, tuning
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.forks import cached_property
@@ -122,14 +123,14 @@ def blocks_of(tile: Tile, pixels: int, channels: int, times: int) -> int:
     return -(-pixels // tile.pixels) * -(-channels // tile.channels) * times
 
 
-def best_tile(multiprocessors: int, *outputs: tuple[int, int, int]) -> Tile:
+def best_tile(multiprocessors: int, *outputs: tuple[int, int, int], tiles: Sequence[Tile] | None = None) -> Tile:
     """Return the tile that makes all outputs, as for `blocks_of`, in the fewest turns of all multiprocessors."""
 
     def cost(tile: Tile) -> float:
         blocks = sum(blocks_of(tile, *each) for each in outputs)
         return -(-blocks // multiprocessors) * tile.pixels * tile.channels / tile.rate
 
-    return min(TILES, key=cost)
+    return min(TILES if tiles is None else tiles, key=cost)
 
 
 def chunks_of(pixels: int, pairs: int, rows: int, outputs: int) -> tuple[int, int]:
@@ -245,7 +246,11 @@ class ConvOperations(Device):
 
     @cached_property
     def _tensor_cores(self) -> TensorCores:
-        return TensorCores(self.runtime, self._scratch)
+        return TensorCores(self.runtime, self._scratch, self._tuning)
+
+    @cached_property
+    def _tuning(self) -> Tuning:
+        return tuning(self.runtime.arch)
 
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
         if self.precision != "bf16" or self._cudnn or not convs:
@@ -337,7 +342,8 @@ class ConvOperations(Device):
     ) -> None:
         channels = target.shape[-1]
         outputs = form.pixels, channels, form.pairs
-        tile = ROWS if rows else best_tile(self.runtime.multiprocessors, outputs)
+        tiles = (ROWS,) if rows else self._tuning.of(entry, TILES, form.sizes)
+        tile = best_tile(self.runtime.multiprocessors, outputs, tiles=tiles)
         vectors = self._vectors((source, source.shape[-1]), (w, int(form.sizes["outputs"][0])))
         vectors += 4 * self._fours(channels, target, *added)
         args = (source, w, *added, target, form.sizes, vectors)
@@ -396,7 +402,8 @@ class ConvOperations(Device):
             (rows, task.db.size, task.form.pairs * chunks)
             for task, (rows, chunks, *_) in zip(tasks, plans, strict=True)
         ]
-        tile = best_tile(self.runtime.multiprocessors, *outputs)
+        tiles = self._tuning.of("conv_weights", TILES)
+        tile = best_tile(self.runtime.multiprocessors, *outputs, tiles=tiles)
         bias_room = self._scratch(f"sums of {number}", max(1, sum(times * width for _, width, times in outputs)))
         rows: list[tuple[Any, ...]] = []
         partials: list[Partial] = []
