@@ -156,7 +156,7 @@ BAD = {
     "warps behind barriers of their own": ("s[i] = i; fd_syncwarp(); x[i] = s[i ^ 32];", 1, "reads what was"),
     "blocks write": ("x[i] = b;", 2, f"writes what was written {ARRAY}"),
     "blocks write elsewhere": ("far[i] = b;", 2, f"writes what was written {ARRAY}"),
-    "lanes meet elsewhere": ("far[i] = i; x[i] = far[i ^ 1];", 1, f"reads what was written {ARRAY}"),
+    "lanes meet elsewhere": ("far[i] = i; x[i] = far[i ^ 1];", 1, f"what was .* {ARRAY}"),
     "a block reads, another writes": ("if (b) x[i] = 1; else x[64 + i] = x[63 - i];", 2, f"what was .* {ARRAY}"),
     "blocks read, one writes": (
         "if (b < 2) x[64 + 64 * b + i] = x[0]; else if (i == 0) x[0] = 1;", 3, f"what was .* {ARRAY}",
