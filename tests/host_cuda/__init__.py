@@ -307,7 +307,9 @@ class HostRuntime:
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
                 if self.races:
-                    watched = np.array(_union((start, self._ends[start]) for start in self._known), np.uintp)
+                    # Kept until the end, so that none of them makes room for memory of the host run itself.
+                    alive = dict(self._known.items())
+                    watched = np.array(_union((start, self._ends[start]) for start in alive), np.uintp)
                     library.fd_races_watch(watched.ctypes, ctypes.c_size_t(len(watched)))
                 error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
                 static = library.fd_static_shared()
