@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,8 @@ from typing import Any, NamedTuple
 
 import bare  # noqa: F401 - so that the others are found
 import numpy as np
+from gpu_profile import Profile
+from gpu_sweep import Swept, tuning_of
 from report import Report, markdown
 
 from fastdiff import bench
@@ -128,6 +131,34 @@ def deciding(workload: Workload) -> tuple[str, ...]:
     """The ways of PyTorch that the targets of a workload are about."""
     targets = TARGETS.get(workload.name, {})
     return (*(BEST if "best" in targets else ()), *(name for name in targets if name in WAYS))
+
+
+# What is launched first of each source, tiny.
+FAMILIES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "noise": ("normals-48x1000000", (20,)),
+    "step": ("step-64x256x256x3", (4, 4, 3)),
+    "covariance": ("similarity-4096x128", (8,)),
+    "mlp": ("mlp-tutorial-100000", (10,)),
+    "optim": ("adamw-4000000", (100,)),
+    "pointwise": ("gelu-64x1024x256", (1, 4, 8)),
+    "norm": ("norm-64x32x32x64", (4, 4, 8)),
+    "layer_norm": ("layer-norm-64x1024x128", (1, 4, 8)),
+    "attention": ("attention-16x64x128", (5, 32)),
+    "conv": ("conv-back-16x32x32x64", (4, 4, 8)),
+    "conv_mma": ("conv-back-16x32x32x64", (4, 4, 8)),
+    "told": ("chain-given-tutorial-1000", (10,)),
+}
+
+
+def launch_first(be: Any, source: str) -> None:
+    """Launch something of a source, and what that needs of others; its numbers are finite."""
+    from fastdiff.backends.cuda import CudaBackend
+
+    name, shape = FAMILIES[source]
+    be = CudaBackend(be.runtime, precision="bf16") if source == "conv_mma" else be
+    work = replace(bench.BY_NAME[name], n=2, shape=shape).ours(be)
+    if not np.isfinite(bench.workload.on_host(be, bench.workload.first(work.run()))).all():
+        raise AssertionError("not all numbers are finite")
 
 
 # -- the work ------------------------------------------------------------------------------------------------------
@@ -435,6 +466,22 @@ class Results(Report):
     compile: dict[str, float] = field(default_factory=dict)  # seconds of each source
     ahead: dict[str, str] = field(default_factory=dict)  # what came of compiling PyTorch's networks
     tests: dict[str, dict[str, str]] = field(default_factory=dict)  # outcomes, by stage
+    sweep: list[Swept] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[str]:
+        """Tests that failed."""
+        outcomes = [each for stage in self.tests.values() for each in stage.items()]
+        return [name.split("::")[-1] for name, outcome in outcomes if outcome.startswith("failed")]
+
+    def measured(self) -> dict[str, Any]:
+        """What the package is to know of this family of GPUs."""
+        names = ("gpu", "arch", "date", "commit", "sources", "scale", *OPTIONAL)
+        targets = {row.title: {target: row.verdict(target) for target in row.targets} for row in targeted(self.rows)}
+        tests = {stage: Counter(told.split(":")[0] for told in each.values()) for stage, each in self.tests.items()}
+        head = {name: self.header.get(name) for name in names}
+        return {**head, "tests": tests, "targets": targets, "tuning": tuning_of(self.sweep) if self.sweep else {}}
 
     def lines(self) -> list[str]:
         h = self.header
@@ -456,7 +503,8 @@ class Results(Report):
             lines += ["", "Image networks, and their layers alone: times of ours and of PyTorch's.", ""]
             lines += markdown(names, [image_cells(row) for row in images])
         lines += ["", *target_lines(self.rows)]
-        lines += ["", *(f"{name}: {outcome}." for name, outcome in self.stages.items())]
+        lines += ["", *(line for profile in self.profiles for line in profile_lines(profile))]
+        lines += [f"{name}: {outcome}." for name, outcome in self.stages.items()]
         lines += [f"{name}: **{fault.splitlines()[0]}**." for name, fault in self.faults.items()]
         why = {"": "not yet", "time": "no time left", "all": "given up"}[self.ended]
         for stage, names in self.left.items():
@@ -482,10 +530,22 @@ def image_cells(row: Row) -> list[str]:
     return [row.heading, *ours, "" if share is None else f"{share:.0%}", *theirs, row.verdicts]
 
 
+def targeted(rows: list[Row]) -> list[Row]:
+    """Return a row for all that has a target."""
+    measured = {row.name: row for row in rows}
+    return [measured.get(name) or row_of(BY_NAME[name], {}, {}, 1.0, []) for name in TARGETS]
+
+
+def profile_lines(profile: Profile) -> list[str]:
+    """Return lines that say where the time of a step goes."""
+    whole = f"A training step of the U-Net in {profile.name}, kernel by kernel: {profile.launches:g} launches, "
+    head = ["kernel", "launches", "microseconds", "share"]
+    return [f"{whole}{duration(profile.seconds)}.", "", *markdown(head, list(profile.rows())), ""]
+
+
 def target_lines(rows: list[Row]) -> Iterator[str]:
     """Return lines that say of every target whether it was met."""
-    measured = {row.name: row for row in rows}
-    every = [measured.get(name) or row_of(BY_NAME[name], {}, {}, 1.0, []) for name in TARGETS]
+    every = targeted(rows)
     outcomes = [row.outcome(target) for row in every for target in row.targets]
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome.strip('*')}" for outcome in OUTCOMES)
     yield f"Targets: {counts}."

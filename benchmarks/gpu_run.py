@@ -1,16 +1,20 @@
-"""Tests and benchmarks on a machine with a GPU: ``make gpu``, which is ``python benchmarks/gpu.py``.
+"""Tests, tuning and benchmarks on a machine with a GPU: ``make gpu``, which is ``python benchmarks/gpu.py``.
 
-First the kernels are compiled. Then stages, in this order: the tests in tests/gpu but for those at full size ("tests");
-the times of our kernels beside a copy and PyTorch, see `gpu.py`, what has a target first ("benchmarks"); the tests at
-full size ("full"); the small parity tests under compute-sanitizer, where it is installed ("sanitizer").
+First the kernels are compiled, and of each source one is launched. Then stages, in this order: the tests in tests/gpu
+but for those at full size ("tests"); every tile of every convolution, see `gpu_sweep.py` ("sweep"); where the time of a
+training step goes, see `gpu_profile.py` ("profile"); the times of our kernels beside a copy and PyTorch, see `gpu.py`,
+what has a target first, on the tiles that were just found ("benchmarks"); the tests at full size ("full"); the small
+parity tests under compute-sanitizer, where it is installed ("sanitizer").
 
 This program never touches the GPU. Processes do, one after the other: one that dies or says nothing for too long costs
 the test, or the way of a workload, that it had in hand, and another goes on behind it.
 
 The results go to ``gpu.json`` and ``.md`` in benchmarks/results, unless only a part was run, after every test and every
-round of times. With ``--minutes`` all ends at that time, and the results name what was not run; then PyTorch's networks
-are compiled beside the first stages, by processes of their own. ``--continue`` goes on with the results of an earlier
-run of the same card, source and versions; ``--continue FOLDER`` takes them from there.
+round of times; once the small tests have all passed, beside them is what the package may have of this family of GPUs,
+such as ``sm_90.json``. With ``--minutes`` all ends at that time, every stage leaves some to those behind it, and the
+results name what was not run; then PyTorch's networks are compiled, and a few tests run under compute-sanitizer, beside
+the first stage, by processes of their own. ``--continue`` goes on with the results of an earlier run of the same card,
+source and versions; ``--continue FOLDER`` takes them from there.
 
 Nothing needs to be installed but Python, what fastdiff imports, CuPy and pytest; what is missing, such as diffusers for
 PyTorch's networks, may be carried along as unpacked wheels on PYTHONPATH. Where only one folder of the machine comes
@@ -26,24 +30,27 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import gpu
 import gpu_events
+import gpu_sweep
 from machine import cores, header
-from report import RESULTS, plain, record
+from report import RESULTS, plain, record, write
 
 from fastdiff.bench.networks import Pictures
 
@@ -51,18 +58,27 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 TESTS = ROOT / "tests" / "gpu"
 WORKER = (sys.executable, str(HERE / "gpu_worker.py"))
-STAGES = ("tests", "benchmarks", "full", "sanitizer")
+STAGES = ("tests", "sweep", "profile", "benchmarks", "full", "sanitizer")
+TIMED = ("sweep", "profile", "benchmarks")  # nothing else may run beside them
+# Checks that are run under tools beside the tests: a family each, of those that use shared memory.
+SOME = ("norms", "layer_norms", "attentions", "chains", "maps_of_rows", "weight_gradients", "conv_mma_outputs")
 SELECTED = {
     "tests": "not full] and not test_cudnn",
     "full": "full] or test_cudnn",
     "sanitizer": "test_parity and small",
+    "some": " or ".join(f"{name}-small" for name in SOME),
 }
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TICK = 0.05  # seconds between two looks at a process
-PATIENCE = {"start": 300, "tests": 120, "full": 300, "sanitizer": 600, "ours": 90, "theirs": 240}  # seconds of silence
+PATIENCE = {  # seconds of silence
+    "start": 300, "tests": 120, "full": 300, "sanitizer": 600, "some": 600, "ours": 90, "theirs": 240,
+}  # fmt: skip
 RESTARTS = 10  # a stage in which so many processes die in a row is given up
 SHARE = 1 / 4  # of the time: no way of a workload is begun later, and none of PyTorch's may be silent for longer
 AHEAD = 1 / 4  # of the time, after which nothing is compiled ahead
+# Of the time that is left: when it is over a stage waits for those behind it, and goes on after them. Each has some
+# seconds in any case.
+SHARES, LEAST = {"tests": 1 / 4, "sweep": 1 / 10, "profile": 1 / 20, "benchmarks": 5 / 6}, 6.0
 NO_TIME = "no time left"
 Event = dict[str, Any]
 
@@ -169,11 +185,14 @@ class Session:
     """Names of what is planned and not done, by stage."""
     output: Path | None
     quick: bool
-    until: float
+    end: float
     seconds: float
-    """From the start until then."""
+    """From the start until that end."""
     folder: Path
     """For the files of the processes."""
+    until: float = float("inf")
+    """When the stage ends."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def follow(
         self, name: str, command: tuple[str, ...], patience: Callable[[Event], str], **more: str
@@ -188,7 +207,8 @@ class Session:
 
     def fault(self, name: str, why: str) -> None:
         """Add what failed, and say so."""
-        self.results.faults[name] = why
+        with self.lock:
+            self.results.faults[name] = why
         print(f"gpu.py: {name}: {why}", file=sys.stderr, flush=True)
 
     def add(self, row: gpu.Row) -> None:
@@ -202,6 +222,10 @@ class Session:
 
     def save(self) -> None:
         """Write what is known."""
+        with self.lock:
+            self._save()
+
+    def _save(self) -> None:
         results = self.results
         ways = [f"{row.title}: {way}" for row in results.rows for way in row.cut]
         results.left = {stage: names for stage, names in (self.left | {"ways": ways}).items() if names}
@@ -213,8 +237,32 @@ class Session:
             failed = f", **{len(bad)} failed**: {', '.join(bad)}" if bad else ""
             if outcomes:
                 results.stages[f"GPU tests, {stage}"] = passed + failed
+        if results.sweep:
+            names = {row.name for row in results.sweep}
+            results.stages["Tiles"] = f"timed of {len(names)} convolutions and products, in {len(results.sweep)} ways"
+        self._save_measured()
         if self.output is not None:
             results.save(self.output, "gpu")
+
+    def _save_measured(self) -> None:
+        """Write what the package is to know: for the benchmarks, and beside the results once the tests have passed."""
+        results = self.results
+        if not (arch := results.header.get("arch")):
+            return
+        name, text = f"sm_{arch}.json", json.dumps(plain(results.measured()), indent=1) + "\n"
+        write(self.folder / name, text)
+        passed = "tests" in results.header["complete"] and not results.wrong
+        results.stages.pop("For the package", None)
+        if passed:
+            results.stages["For the package"] = (
+                f"{name}, in fastdiff/backends/cuda/measured: there 'auto' is 'cuda' on GPUs of sm_{arch}, and the "
+                "tiles are those measured here"
+            )
+        if self.output is not None and passed:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write(self.output / name, text)
+        elif self.output is not None and "tests" in self.left:
+            (self.output / name).unlink(missing_ok=True)
 
 
 # -- the stages ----------------------------------------------------------------------------------------------------
@@ -226,8 +274,8 @@ def job(**what: Any) -> tuple[str, ...]:
 
 
 def start(session: Session, ready: Callable[[], None]) -> str:
-    """Start the backend, then call `ready`, and compile the kernels; return "", or why there is no GPU."""
-    unusable = ""
+    """Start the backend, call `ready`, compile and launch the kernels; return "", or why there is no GPU."""
+    unusable, launched = "", []
 
     def take(event: Event) -> None:
         nonlocal unusable
@@ -239,6 +287,10 @@ def start(session: Session, ready: Callable[[], None]) -> str:
             session.results.compile[event["end"]] = round(event["seconds"], 2)
             if event["fault"]:
                 session.fault(f"{event['end']}.cu", event["fault"])
+        if "launched" in event:
+            launched.append(event["launched"])
+            if event["fault"]:
+                session.fault(f"{event['launched']}.cu, first launch", event["fault"])
 
     for event in session.follow("start", job(do="start"), lambda event: "start"):
         take(event)
@@ -246,6 +298,8 @@ def start(session: Session, ready: Callable[[], None]) -> str:
         return unusable or event["over"]
     times = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in session.results.compile.items())
     session.results.stages["Kernels compiled"] = times
+    if launched:
+        session.results.stages["First launches"] = f"{len(launched)} of {len(gpu.FAMILIES)} families"
     print(f"kernels compiled: {times}", flush=True)
     if event["over"] not in ("", NO_TIME):
         session.fault("start", event["over"])
@@ -257,7 +311,8 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
     # Their own conftest only: that of tests/ needs packages which a GPU machine need not have.
     pytest = (sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", "-W", "default", "-q")
     name, over = name or stage, ""
-    outcomes = session.results.tests.setdefault(name, {})
+    with session.lock:
+        outcomes = session.results.tests.setdefault(name, {})
     if under:  # a tool says at its end what it has found
         outcomes.clear()
     with (session.folder / name).open("w", encoding="utf-8") as events:
@@ -273,7 +328,8 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
         nonlocal over
         over = over or event.get("over", "")
         if "end" in event:
-            outcomes[event["end"]] = event["outcome"]
+            with session.lock:
+                outcomes[event["end"]] = event["outcome"]
             session.save()
 
     def lost(test: str, why: str) -> bool:
@@ -285,6 +341,25 @@ def run_tests(session: Session, stage: str, under: tuple[str, ...] = (), name: s
     return over
 
 
+def under_tool(session: Session, tool: str, stage: str, name: str) -> bool:
+    """Run tests under a tool of compute-sanitizer; return whether there was time for all of them."""
+    log = session.folder / f"{name}.log"
+    options = ("--error-exitcode", "1", "--target-processes", "all", "--log-file", str(log))
+    over = run_tests(session, stage, ("compute-sanitizer", "--tool", tool, *options), name)
+    if over == NO_TIME or time.monotonic() >= session.until:
+        return False
+    if over:
+        session.fault(name, over + (f"\n{log.read_text()[:4000]}" if log.exists() else ""))
+    return True
+
+
+def sanitize_some(session: Session) -> None:
+    """Run a few of them, beside the tests."""
+    for tool in TOOLS[:2]:
+        if not under_tool(session, tool, "some", f"{tool}, some"):
+            return
+
+
 def sanitize(session: Session) -> None:
     """Run the small parity tests under the tools of compute-sanitizer."""
     if not shutil.which("compute-sanitizer"):
@@ -292,14 +367,34 @@ def sanitize(session: Session) -> None:
         session.left["sanitizer"] = []
         return
     for tool in list(session.left["sanitizer"]):
-        log = session.folder / f"{tool}.log"
-        options = ("--error-exitcode", "1", "--target-processes", "all", "--log-file", str(log))
-        over = run_tests(session, "sanitizer", ("compute-sanitizer", "--tool", tool, *options), tool)
-        if time.monotonic() >= session.until:
+        if not under_tool(session, tool, "sanitizer", tool):
             return
-        if over:
-            session.fault(tool, over + (f"\n{log.read_text()[:4000]}" if log.exists() else ""))
         session.left["sanitizer"].remove(tool)
+
+
+def collect(session: Session, stage: str, kind: type, rows: list[Any]) -> None:
+    """Have a worker do what is left of a stage; its rows are of a kind, and of the name of what they belong to."""
+
+    def process() -> Iterator[Event]:
+        command = job(do=stage, cases=session.left[stage], quick=session.quick, measured=str(session.folder))
+        return session.follow(stage, command, lambda event: "ours")
+
+    def take(event: Event) -> None:
+        if "begin" in event:  # again, perhaps
+            rows[:] = [row for row in rows if row.name != event["begin"]]
+        if "row" in event:
+            rows.append(record(kind, event["row"]))
+        if event.get("fault"):
+            session.fault(event["end"], event["fault"])
+        if "end" in event:
+            session.save()
+
+    def lost(name: str, why: str) -> bool:
+        session.fault(name, why)
+        return False
+
+    if why := drive(session.left[stage], process, take, lost):
+        session.fault(stage, why)
 
 
 def benchmarks(session: Session) -> None:
@@ -314,7 +409,8 @@ def benchmarks(session: Session) -> None:
     def process() -> Iterator[Event]:
         left, share = session.left["benchmarks"], SHARE * session.seconds
         without = {name: hung | dead.get(name, {}) for name in left}
-        command = job(do="workloads", workloads=left, quick=session.quick, share=share, without=without)
+        how = {"quick": session.quick, "share": share, "without": without, "measured": str(session.folder)}
+        command = job(do="workloads", workloads=left, **how)
         return session.follow(
             "workloads", command, lambda event: "theirs" if event.get("way") in gpu.IMAGE_WAYS else "ours"
         )
@@ -348,7 +444,7 @@ def benchmarks(session: Session) -> None:
 def ahead(session: Session) -> list[Future[dict[str, str]]]:
     """Compile PyTorch's networks beside the first stages, one process a way; PyTorch's own cache keeps the code."""
     pool = ThreadPoolExecutor(max(1, cores() // 2))
-    until = session.until - (1 - AHEAD) * session.seconds
+    until = session.end - (1 - AHEAD) * session.seconds
 
     def run(name: str, way: str) -> dict[str, str]:
         began, events = time.monotonic(), session.folder / f"{name}-{way}"
@@ -392,9 +488,10 @@ def go_on(session: Session, folder: Path) -> None:
     if earlier is None or other:
         print(f"starts anew: {f'{path} differs in {other}' if other else f'there is no {path}'}", flush=True)
         return
-    kept = {*gpu.BY_NAME, *TOOLS}
+    kept = {*gpu.BY_NAME, *TOOLS}.union(*session.left.values())
     results.faults |= {name: why for name, why in earlier.faults.items() if name.split(",")[0] in kept}
     results.rows, results.tests, results.ahead = earlier.rows, earlier.tests, earlier.ahead
+    results.sweep[:], results.profiles[:] = earlier.sweep, earlier.profiles
     rows = {row.name: row for row in results.rows if row.rounds[0] == row.rounds[1]}
     done = {name for name, row in rows.items() if row.complete} | results.faults.keys()
     for stage, left in session.left.items():
@@ -403,7 +500,7 @@ def go_on(session: Session, folder: Path) -> None:
             left.sort(key=lambda name: (name in rows, name in rows and not rows[name].unknown))
         elif stage in earlier.header["complete"]:
             left.clear()
-        elif stage == "sanitizer":
+        elif stage in ("sweep", "profile", "sanitizer"):
             left[:] = earlier.left.get(stage, left)
     print(f"goes on with {path}", flush=True)
 
@@ -428,9 +525,12 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no such workload; there are {', '.join(names)}")
     stages = [stage for stage in STAGES if stage in (args.stage or STAGES)]
-    plan = {"tests": ["all"], "benchmarks": gpu.in_order(chosen), "full": ["all"], "sanitizer": list(TOOLS)}
+    plan = {
+        "tests": ["all"], "sweep": list(gpu_sweep.cases(args.quick)) if "sweep" in stages else [],
+        "profile": list(gpu_sweep.ENTRIES), "benchmarks": gpu.in_order(chosen), "full": ["all"],
+        "sanitizer": list(TOOLS),
+    }  # fmt: skip
     seconds = 60 * args.minutes if args.minutes else float("inf")
-    until = time.monotonic() + seconds
     head = {**plain(header(1)), "sources": sources(), "scale": 0.001 if args.quick else 1.0, "minutes": args.minutes}
     results = gpu.Results(head | {name: installed(name) for name in gpu.OPTIONAL})
     with tempfile.TemporaryDirectory() as folder:
@@ -439,11 +539,12 @@ def main(argv: list[str] | None = None) -> int:
             {stage: plan[stage] for stage in stages},
             args.output or (None if args.only or args.quick or args.stage else RESULTS),
             args.quick,
-            until,
+            time.monotonic() + seconds,
             seconds,
             Path(folder),
         )
-        futures = []
+        session.until = session.end
+        compiling: list[Future[dict[str, str]]] = []
         both = all(map(importlib.util.find_spec, ("torch", "diffusers")))
 
         def ready() -> None:
@@ -451,29 +552,57 @@ def main(argv: list[str] | None = None) -> int:
                 go_on(session, session.output or RESULTS if args.go_on == Path() else args.go_on)
             session.save()
             if args.minutes and both and "benchmarks" in stages and not args.quick:
-                futures.extend(ahead(session))
+                compiling.extend(ahead(session))
 
         if why := start(session, ready):
             print(f"gpu.py: {why}", file=sys.stderr)
             return 2
         session.save()
-        for stage in stages:
-            if stage == "benchmarks":
-                for future in futures:
-                    results.ahead |= future.result()
-                if results.ahead:
-                    words = (f"{what} {outcome}" for what, outcome in results.ahead.items())
-                    results.stages["Compiled ahead"] = "; ".join(words)
-                benchmarks(session)
-            elif stage == "sanitizer":
-                sanitize(session)
-            else:
-                run_tests(session, stage)
-            session.save()
-    results.ended = "time" if time.monotonic() >= until else "all"
-    session.save()
+        run_stages(session, stages, compiling)
+        results.ended = "time" if time.monotonic() >= session.end else "all"
+        session.save()
     print(f"\n{results.table()}")
     if session.output is not None:
         print(f"written to {session.output}")
-    failed = any(outcome.startswith("failed") for each in results.tests.values() for outcome in each.values())
-    return 1 if failed or results.faults else 3 if results.left else 0
+    return 1 if results.wrong or results.faults else 3 if results.left else 0
+
+
+def run_stages(session: Session, stages: list[str], compiling: list[Future[dict[str, str]]]) -> None:
+    """Run the stages, each for its share of the time, then what was cut off; `compiling` goes on beside the tests."""
+    results = session.results
+    collected: dict[str, tuple[type, list[Any]]] = {
+        "sweep": (gpu.Swept, results.sweep), "profile": (gpu.Profile, results.profiles)
+    }  # fmt: skip
+    done: list[str] = []  # in full, or given up
+
+    def run(stage: str) -> None:
+        if stage == "benchmarks":
+            benchmarks(session)
+        elif stage == "sanitizer":
+            sanitize(session)
+        elif stage in collected:
+            collect(session, stage, *collected[stage])
+        else:
+            run_tests(session, stage)
+
+    with ThreadPoolExecutor(1) as pool:
+        beside: Future[None] | None = None
+        for last in (False, True):
+            for stage in [stage for stage in stages if stage not in done]:
+                if stage in TIMED and beside is not None:
+                    beside.result()
+                if stage in TIMED and compiling:
+                    results.ahead |= {what: how for each in compiling for what, how in each.result().items()}
+                    compiling.clear()
+                    words = (f"{what} {outcome}" for what, outcome in results.ahead.items())
+                    results.stages["Compiled ahead"] = "; ".join(words)
+                now = time.monotonic()
+                share = 1.0 if last or stage == stages[-1] else SHARES.get(stage, 1.0)
+                session.until = min(session.end, now + max(LEAST, share * (session.end - now)))
+                under_tools = stage == "tests" and not last and "sanitizer" in stages and math.isfinite(session.end)
+                if under_tools and shutil.which("compute-sanitizer"):
+                    beside = pool.submit(sanitize_some, session)
+                run(stage)
+                if time.monotonic() < session.until:
+                    done.append(stage)
+                session.save()

@@ -1,4 +1,4 @@
-"""A worker of `make gpu` that does what FASTDIFF_TEST_PLAN says of each workload, and keeps its jobs in a file.
+"""A worker of `make gpu` that does what FASTDIFF_TEST_PLAN says of each workload or case, and keeps its jobs in a file.
 
 A plan is a list of steps: {"way": name} says what is made next, and what follows is left out with it; {"do": "hang"},
 "die" or "dead" ends the process, {"tell": event} tells. Who hangs leaves its number in FASTDIFF_TEST_HUNG.
@@ -35,11 +35,11 @@ def main():
     with Path(os.environ["FASTDIFF_TEST_JOBS"]).open("a") as jobs:
         jobs.write(json.dumps(job) + "\n")
     if job["do"] == "start":
-        tell(gpu=plans.get("gpu", "a card"), cupy="14", threads=1)
+        tell(gpu=plans.get("gpu", "a card"), cupy="14", threads=1, arch=plans.get("arch"))
         do(plans.get("start"))
     if job["do"] == "make":
         do(plans.get("ahead"))
-    for name in job.get("workloads", ()):
+    for name in job.get("workloads", job.get("cases", ())):
         tell(begin=name)
         left_out, fault = False, ""
         for step in plans.get(name, ()):

@@ -69,6 +69,11 @@ PLANTED = {
     "outputs of a layer": (
         "mlp.cu", "second);\n                fd_syncthreads();", "second);", "chains", "reads what was",
     ),
+    # Outputs of the second task on, which are no arguments: only the first one's are.
+    "tasks behind the first": (
+        "common.cuh", "return (int)blockIdx.x - mine->first;", "return mine->first ? 0 : (int)blockIdx.x;",
+        "many_layers_of_rows", "writes what was written of an array",
+    ),
 }  # fmt: skip
 
 
@@ -86,20 +91,25 @@ def test_planted_faults_are_found(altered, fault):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Launch the only entry of a body on an array of 256 floats, in so many blocks of 64 threads."""
+    """Launch the only entry of a body in so many blocks of 64 threads.
+
+    On arrays x of 256 floats and k of integers; `far` is another, which is no argument: `place` says where it lies.
+    """
     read, texts = runtime._read, {}
     monkeypatch.setattr(runtime, "_read", lambda name: texts.get(name) or read(name))
 
     def launch(body, grid=1):
         name = f"race{zlib.crc32(body.encode())}"
         texts[f"{name}.cu"] = (
-            "FD_KERNEL kernel(float *x, int *k) {\n    FD_SHARED_ARRAY(float, s, 256);\n"
+            "FD_KERNEL kernel(float *x, int *k, const int64 *place) {\n    FD_SHARED_ARRAY(float, s, 256);\n"
+            "    float *const far = reinterpret_cast<float *>(place[0]);\n    (void)far;\n"
             "    const int i = threadIdx.x, b = blockIdx.x;\n    (void)s, (void)i, (void)b, (void)x, (void)k;\n"
             f"    {body}\n}}"
         )
-        arrays = np.zeros(256, np.float32), np.zeros(256, np.int32)
+        arrays, far = (np.zeros(256, np.float32), np.zeros(256, np.int32)), np.zeros(256, np.float32)
         for order in host_cuda.ORDERS:
-            HostRuntime(order, races=True).launch(name, "kernel", grid, 64, arrays)
+            here = HostRuntime(order, races=True)
+            here.launch(name, "kernel", grid, 64, (*arrays, np.array([here.address(far)])))
         return arrays
 
     return launch
@@ -113,6 +123,7 @@ GOOD = {
         "s[i] = 1; fd_syncwarp(); x[i] = s[i / 32 * 32]; fd_syncwarp(); if (i % 32 == 0) s[i] += 1;", 1,
     ),
     "blocks apart": ("x[b * 64 + i] = i;", 4),
+    "blocks apart, elsewhere": ("far[b * 64 + i] = i; x[b * 64 + i] = far[b * 64 + i];", 4),
     "all read one": ("x[64 + 64 * b + i] = x[0];", 3),
     "atomic": ("fd_atomic_add(k, 1);", 2),
     "atomic, then a barrier": ("fd_atomic_add(k, 1); fd_syncthreads(); x[i] = (float)k[0];", 1),
@@ -144,6 +155,8 @@ BAD = {
     ),
     "warps behind barriers of their own": ("s[i] = i; fd_syncwarp(); x[i] = s[i ^ 32];", 1, "reads what was"),
     "blocks write": ("x[i] = b;", 2, f"writes what was written {ARRAY}"),
+    "blocks write elsewhere": ("far[i] = b;", 2, f"writes what was written {ARRAY}"),
+    "lanes meet elsewhere": ("far[i] = i; x[i] = far[i ^ 1];", 1, f"what was .* {ARRAY}"),
     "a block reads, another writes": ("if (b) x[i] = 1; else x[64 + i] = x[63 - i];", 2, f"what was .* {ARRAY}"),
     "blocks read, one writes": (
         "if (b < 2) x[64 + 64 * b + i] = x[0]; else if (i == 0) x[0] = 1;", 3, f"what was .* {ARRAY}",

@@ -24,7 +24,7 @@ from fastdiff.bench.networks import Pictures, PicturesSampling
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-gpu, gpu_run = map(importlib.import_module, ("gpu", "gpu_run"))
+gpu, gpu_run, gpu_sweep = map(importlib.import_module, ("gpu", "gpu_run", "gpu_sweep"))
 record = importlib.import_module("report").record
 
 FORWARD = bench.BY_NAME["forward-1000000x50"]
@@ -267,8 +267,10 @@ def test_the_whole_program_on_a_device_of_the_host(monkeypatch, tmp_path, capfd)
     assert all(row["rounds"] == [1, 1] for row in results["rows"])
     compiled = ", ".join(f"{source} {seconds:.1f} s" for source, seconds in results["compile"].items())
     absent = dict.fromkeys(("PyTorch", "diffusers", "cudnn"), "not installed")
-    assert results["stages"] == {"Kernels compiled": compiled} | absent
-    assert len(results["compile"]) == len(list((HERE.parent / "kernels" / "cuda").glob("*.cu")))
+    launched = f"{len(gpu.FAMILIES)} of {len(gpu.FAMILIES)} families"
+    assert results["stages"] == {"Kernels compiled": compiled, "First launches": launched} | absent
+    variants = len(gpu_sweep.STAGES) - 1
+    assert len(results["compile"]) == len(list((HERE.parent / "kernels" / "cuda").glob("*.cu"))) + variants
     assert results["faults"] == {
         "optim.cu": "optim.cu does not compile",
         "reshape-1000000x128": "RuntimeError: ours: RuntimeError: an illegal memory access was encountered",

@@ -16,13 +16,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import host_cuda
 import numpy
 import pytest
+
+from fastdiff import backends
+from fastdiff.backends.cuda import conv, conv_mma, tuning
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-gpu, gpu_run = map(importlib.import_module, ("gpu", "gpu_run"))
+gpu, gpu_run, gpu_sweep = map(importlib.import_module, ("gpu", "gpu_run", "gpu_sweep"))
 
 FORWARD, STEP, NORMALS = "forward-1000000x50", "step-64x256x256x3", "normals-48x1000000"
 TRAIN, SAMPLE = "unet-train-16", "unet-ddim-50-16"
@@ -178,6 +182,7 @@ def test_at_the_end_of_the_time_all_ends(run):
     """What was being done, too; what is left is named, and the exit code does not say that all is well."""
     plan = {FORWARD: [row(FORWARD)], STEP: [row(STEP, 2), HANG]}
     run.be_patient()
+    run.monkeypatch.setattr(gpu_run, "SHARES", {})
     run.monkeypatch.setattr(gpu_run.shutil, "which", lambda name: name)
     assert run("--minutes", "5", *BENCHMARKS_ONLY, "--stage", "full", "--stage", "sanitizer", **plan) == 3
     assert len(run.asked()) == 1
@@ -338,6 +343,9 @@ import os
 import cupy
 import pytest
 
+from fastdiff import backends
+from fastdiff.backends.cuda import conv, conv_mma, tuning
+
 @pytest.mark.parametrize("size", ["small", "full"])
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_parity(name, size):
@@ -455,3 +463,199 @@ def test_no_tools(run, suite, monkeypatch):
     monkeypatch.setattr(gpu_run.shutil, "which", lambda name: None)
     assert run("--stage", "sanitizer") == 0
     assert run.results["stages"]["compute-sanitizer"] == "not installed"
+
+
+# -- tiles, profiles, and what the package may have ------------------------------------------------------------------
+
+CASES = [f"3x3 of {n}x4x4x8 to 8" for n in (1, 2, 3)]
+
+
+def swept(name, **seconds):
+    """A step that tells the times of tiles."""
+    found = {tile.removeprefix("t"): value for tile, value in seconds.items()}
+    speeds = {tile: 1 / value for tile, value in found.items()}
+    row = gpu_sweep.Swept(name=name, entry="conv", key=f"conv {name}", stages=3, seconds=found, speeds=speeds)
+    return {"tell": {"row": asdict(row)}}
+
+
+def profiled(name):
+    return {"tell": {"row": {"name": name, "kernels": [{"name": "adamw", "launches": 1.0, "seconds": 1e-3}]}}}
+
+
+@pytest.fixture
+def sweeping(run):
+    run.monkeypatch.setattr(gpu_run.gpu_sweep, "cases", lambda quick: dict.fromkeys(CASES))
+    return ("--stage", "sweep", "--stage", "profile")
+
+
+def test_a_sweep_and_profiles(run, sweeping):
+    """A case whose process dies is left out; one that was cut off is done again, and has its rows once."""
+    a, b, c = CASES
+    plan = {a: [swept(a, t128x64=2.0, t64x32=1.0)], b: [swept(b, t128x64=1.0), DIE], c: [{"fault": "ValueError: no"}]}
+    assert run(*sweeping, float32=[profiled("float32")], bf16=[HANG], **plan) == 1
+    assert run.faults == {b: "died of SIGABRT", c: "ValueError: no", "bf16": SILENT}
+    assert [row["name"] for row in run.results["sweep"]] == [a, b]
+    assert [each["name"] for each in run.results["profiles"]] == ["float32"]
+    assert "| adamw | 1 | 1000.0 | 100% |" in run.table
+    assert "Tiles: timed of 2 convolutions and products, in 2 ways." in run.table
+    assert run.header["complete"] == ["sweep", "profile"]
+    assert not list(run.folder.glob("sm_*")), "of no family that was told"
+    run.be_patient()
+    assert run("--minutes", "5", *sweeping, **{a: [swept(a, t128x64=2.0)], b: [swept(b, t64x32=3.0), HANG]}) == 3
+    assert (run.left, run.header["complete"]) == ({"sweep": [b, c]}, ["profile"])
+    again = {b: [swept(b, t64x32=4.0)], c: [swept(c, t64x32=5.0)]}
+    assert run("--continue", *sweeping, **again) == 0
+    assert [(row["name"], row["seconds"]) for row in run.results["sweep"]] == [
+        (a, {"128x64": 2.0}), (b, {"64x32": 4.0}), (c, {"64x32": 5.0}),
+    ]  # fmt: skip
+    assert [job["cases"] for job in map(json.loads, run.jobs.read_text().splitlines()) if job["do"] == "sweep"] == [
+        [b, c]
+    ]
+
+
+def test_what_the_package_may_have(run, suite, sweeping, monkeypatch):
+    """A file that the package reads, once the tests have passed; the benchmarks choose tiles by it in any case."""
+    plan = {CASES[0]: [swept(CASES[0], t128x64=2.0, t64x32=1.0)]}
+    (suite / "test_suite.py").write_text("def test_a(): pass\ndef test_b(): raise OSError")
+    file = run.folder / "sm_90.json"
+    assert run("--stage", "tests", *sweeping, arch="90", **plan) == 1
+    assert not file.exists()
+    (suite / "test_suite.py").write_text("def test_a(): pass")
+    only = ("--stage", "benchmarks", "--only", FORWARD)
+    assert run("--stage", "tests", *sweeping, *only, arch="90", **plan, **{FORWARD: [row(FORWARD)]}) == 0
+    told = run.results["stages"]["For the package"]
+    assert told.startswith("sm_90.json, in fastdiff/backends/cuda/measured: ")
+    assert f"For the package: {told}." in run.table
+    found = json.loads(file.read_text())
+    assert (found["gpu"], found["arch"], found["scale"]) == ("a card", "90", 1.0)
+    assert found["tests"] == {"tests": {"passed": 1}}
+    assert sum(map(len, found["targets"].values())) == sum(map(len, gpu.TARGETS.values()))
+    monkeypatch.setattr(backends, "MEASURED", run.folder)
+    on_gpu = SimpleNamespace(runtime=SimpleNamespace(arch="90"))
+    monkeypatch.setattr(backends, "_shared", lambda *options: on_gpu)
+    assert backends._choose_auto.__wrapped__() == "cuda"
+    monkeypatch.setattr(tuning, "MEASURED", run.folder)
+    tuning.tuning.cache_clear()
+    rates = {"conv_128x64": 1.0, "conv_64x32": 2.0}
+    assert tuning.tuning("90") == tuning.Tuning({f"conv {CASES[0]}": "64x32"}, rates)
+    tuning.tuning.cache_clear()
+    (folder,) = {job["measured"] for job in map(json.loads, run.jobs.read_text().splitlines()) if "measured" in job}
+    assert folder != str(run.folder)
+    (suite / "test_suite.py").write_text("def test_a(): raise OSError")
+    assert run("--stage", "tests", arch="90") == 1
+    assert not file.exists()
+
+
+def test_every_stage_leaves_time_to_those_behind_it(run, sweeping):
+    """And goes on when they are done."""
+    a, b, _ = CASES
+    run.be_patient()
+    plan = {a: [swept(a, t128x64=1.0)], b: [HANG], FORWARD: [row(FORWARD)], STEP: [row(STEP)], NORMALS: [row(NORMALS)]}
+    assert run("--minutes", "50", *sweeping, *BENCHMARKS_ONLY, **plan) == 3
+    assert [json.loads(line)["do"] for line in run.jobs.read_text().splitlines()] == [
+        "start", "sweep", "profile", "workloads", "sweep",
+    ]  # fmt: skip
+    assert set(run.rows) == {FORWARD, STEP, NORMALS}
+    assert run.header["complete"] == ["profile", "benchmarks"]
+    assert run.left == {"sweep": [b, CASES[2]]}
+
+
+def test_some_tests_run_under_tools_beside_the_others(run, suite):
+    """Where there is a limit of time, and before anything is timed."""
+    (suite / "test_suite.py").write_text("def test_a(): pass\ndef test_of_norms_small(): pass")
+    run.monkeypatch.setattr(gpu_run, "SELECTED", gpu_run.SELECTED | {"some": "norms_small", "sanitizer": "norms_small"})
+    order = []
+    for name in ("run_tests", "sanitize_some", "benchmarks", "sanitize"):
+        real = getattr(gpu_run, name)
+
+        def noted(*args, name=name, real=real):
+            order.append(name)
+            found = real(*args)
+            order.append(f"end of {name}")
+            return found
+
+        run.monkeypatch.setattr(gpu_run, name, noted)
+    stages = ("--stage", "tests", "--stage", "sanitizer", "--stage", "benchmarks", "--only", FORWARD)
+    assert run("--minutes", "50", *stages, **{FORWARD: [row(FORWARD)]}) == 1  # racecheck always finds something
+    assert order.index("sanitize_some") < order.index("end of sanitize_some") < order.index("benchmarks")
+    assert order.index("end of benchmarks") < order.index("sanitize")
+    assert set(run.results["tests"]) == {"tests", "memcheck, some", "racecheck, some", *gpu_run.TOOLS}
+    assert run.faults == dict.fromkeys(("racecheck, some", "racecheck"), "exit code 1\na hazard")
+
+
+def test_checks_under_tools_are_known():
+    known = importlib.import_module("cuda_parity").CHECKS
+    for name in ("cuda_parity_conv", "cuda_parity_conv_mma", "cuda_parity_layers", "cuda_parity_mlp"):
+        importlib.import_module(name)
+    importlib.import_module("cuda_parity_covariance")
+    assert set(gpu_run.SOME) <= set(known)
+
+
+# -- a rehearsal ------------------------------------------------------------------------------------------------------
+
+REHEARSED = {  # of every stage something that the host run does in a second or two
+    "tests": "optimiser-small or guidance-small", "full": "constants-small", "sanitizer": "constants-small",
+    "some": "constants-small",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not host_cuda.has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_a_rehearsal(tmp_path):
+    """The program itself on a stand-in for CuPy, in 20 seconds; then what was left. All files are whole at any time."""
+    host_cuda.build_all()
+    host_cuda.build(host_cuda.host_text("conv_mma.2"))
+    out, tools = tmp_path / "out", tmp_path / "bin"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text(
+        f"#!{sys.executable}\nimport os, sys\ni = sys.argv.index({sys.executable!r})\n"
+        "os.execv(sys.argv[i], sys.argv[i:])\n"
+    )
+    (tools / "compute-sanitizer").chmod(0o755)
+    script = (
+        f"import sys; sys.path.append({str(BENCHMARKS)!r}); import gpu_run; gpu_run.SELECTED = {REHEARSED}\n"
+        "sys.exit(gpu_run.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE / "gpu_stand_in"), "FASTDIFF_CACHE_DIR": str(tmp_path), "OPENBLAS_NUM_THREADS": "1",
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }  # fmt: skip
+
+    def run(*options):
+        command = [sys.executable, "-c", script, "--quick", "--output", str(out), "--only=forward", "--only=norm-"]
+        begin = time.monotonic()
+        with subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True) as program:
+            while program.poll() is None:
+                for path in out.glob("[!.]*.json"):
+                    json.loads(path.read_text())
+                time.sleep(0.1)
+            said = program.stdout.read()
+        return program.returncode, time.monotonic() - begin, said, json.loads((out / "gpu.json").read_text())
+
+    code, took, said, first = run("--minutes", str(20 / 60))
+    assert code in (0, 3), said  # whether there was time for all of it
+    assert took < 30
+    assert first["faults"] == {}
+    assert set(first["header"]["complete"]) | first["left"].keys() == set(gpu_run.STAGES)
+    assert first["stages"]["First launches"] == f"{len(gpu.FAMILIES)} of {len(gpu.FAMILIES)} families"
+    code, _, said, second = run("--continue")
+    assert code == 0, said
+    assert "goes on with" in said
+    assert (second["left"], second["faults"], second["ended"]) == ({}, {}, "all")
+    assert second["header"]["complete"] == list(gpu_run.STAGES)
+    left = {name for names in first["left"].values() for name in names}
+    for name in ("rows", "sweep", "profiles"):
+        assert all(each in second[name] for each in first[name] if each["name"] not in left)
+    assert {each["name"] for each in second["rows"]} == {"forward-1000000x50", "norm-1024x32x32x64"}
+    assert {each["name"] for each in second["sweep"]} == set(gpu_sweep.cases(quick=True))
+    assert {each["name"] for each in second["profiles"]} == {"float32", "bf16"}
+    for stage in ("tests", "full", *gpu_run.TOOLS):
+        assert set(second["tests"][stage].values()) == {"passed"}
+    table = (out / "gpu.md").read_text()
+    for name, targets in gpu.TARGETS.items():
+        title = gpu.BY_NAME[name].title
+        assert table.count(f"\n| {title} | ") >= len(targets)
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.md", "sm_90.json"]
+    found = tuning.Tuning(**json.loads((out / "sm_90.json").read_text())["tuning"])
+    assert set(found.tiles.values()) <= {tile.name for module in (conv, conv_mma) for tile in module.TILES}
+    assert len(found.tiles) == 8
+    assert found.stages in gpu_sweep.STAGES[:2]

@@ -12,7 +12,10 @@
 // weight gradient adds up pixels of fixed chunks, and conv_mma_sum the chunks.
 #include "conv.cuh"
 
-enum { DEPTH = 32, GROUP = 8, GROUPS = DEPTH / GROUP, PITCH = DEPTH + 8, STAGES = 3 };
+#ifndef FD_STAGES
+#define FD_STAGES 3  // as `Tuning` of the backend has it
+#endif
+enum { DEPTH = 32, GROUP = 8, GROUPS = DEPTH / GROUP, PITCH = DEPTH + 8, STAGES = FD_STAGES };
 enum { COPY_SOURCE = 1, COPY_GRADIENT = 2, PAIRS = 4 };  // 16 bytes at once; float2 in the results
 
 // How a kernel cuts its work, from the backend's conv_mma.py: a tile is (images, 2^rows_log, 2^columns_log) pixels.

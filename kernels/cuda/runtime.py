@@ -173,6 +173,12 @@ def constants() -> str:
     return "\n".join(["#ifndef FD_REAL", "#define FD_REAL float", "#endif", *lines, ""])
 
 
+def _file(name: str) -> tuple[str, str]:
+    """The file of a source, and the text in front of it: "conv_mma.4" is ``conv_mma.cu`` with FD_STAGES 4."""
+    file, _, stages = name.partition(".")
+    return f"{file}.cu", f"#define FD_STAGES {stages}\n" if stages else ""
+
+
 _INCLUDE = re.compile(r'^(#include "(\w+\.cuh)")$', re.MULTILINE)
 
 
@@ -182,10 +188,12 @@ def source_text(name: str) -> str:
 
     A header that it includes, by a line such as ``#include "elementary.cuh"``, goes in front of it.
     """
-    own = [header for _, header in _INCLUDE.findall(_read(f"{name}.cu"))]
-    parts = ("common.cuh", "laws.cuh", *own, f"{name}.cu")
+    file, defined = _file(name)
+    own = [header for _, header in _INCLUDE.findall(_read(file))]
+    parts = ("common.cuh", "laws.cuh", *own, file)
     texts = (_INCLUDE.sub(r"// \1", _read(part)) for part in parts)
-    return "\n".join([constants(), *(f'#line 1 "{part}"\n{text}' for part, text in zip(parts, texts, strict=True))])
+    marked = (f'#line 1 "{part}"\n{text}' for part, text in zip(parts, texts, strict=True))
+    return "\n".join([constants() + defined, *marked])
 
 
 _ENTRY = re.compile(r"FD_KERNEL\s+(?:FD_BOUNDS\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)\s*\{")
@@ -195,7 +203,7 @@ _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
 @cache
 def entries(name: str) -> dict[str, tuple[Parameter, ...]]:
     """Return the entries of the source ``name.cu`` with their parameters, read from its text."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", _read(f"{name}.cu"), flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", _read(_file(name)[0]), flags=re.DOTALL)
     found = {}
     for entry, declared in _ENTRY.findall(text):
         parameters = []
@@ -265,6 +273,8 @@ class Runtime(Protocol):
     name: str
     device: str
     """What it runs on, in words."""
+    arch: str
+    """Its compute capability, such as "90"."""
     multiprocessors: int
     shared_limit: int
     """Bytes of dynamic shared memory that a block may ask for."""

@@ -20,6 +20,8 @@ from tolerances import CUDNN_ERROR, assert_close, assert_same_bits
 import fastdiff as fd
 from fastdiff.backends import CONVOLUTIONS, PRECISIONS
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda.tuning import Tuning
+from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw
 
 pytestmark = pytest.mark.gpu
@@ -60,6 +62,18 @@ def convolved(be, given):
             array.fill(np.nan)
         recording.run()
     return [be.to_numpy(array) for array in made]
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_stages(be, stages):
+    """Of weights in shared memory: other numbers of them than the default change no bits."""
+    usual, other = (CudaBackend(be.runtime, precision="bf16") for _ in range(2))
+    other._tuning = Tuning(stages=stages)
+    for given in cuda_parity_conv.cases("small"):
+        for got, want in zip(convolved(other, given), convolved(usual, given), strict=True):
+            assert_same_bits(got, want)
+    for entry in runtime.entries("conv_mma"):
+        assert be.runtime.attribute(f"conv_mma.{stages}", entry, "LOCAL_SIZE_BYTES") == 0
 
 
 @pytest.mark.skipif(find_spec("cudnn") is None, reason="cuDNN needs nvidia-cudnn-frontend")

@@ -177,6 +177,7 @@ class HostRuntime:
 
     name = "host"
     device = "host"
+    arch = ""
     shared_limit = 227 * 1024
     waves = 2
 
@@ -201,6 +202,7 @@ class HostRuntime:
         self.accesses: dict[tuple[str, str], int] = {}
         """How often the last launch of each entry touched memory, where races are looked for."""
         self._captured = None
+        self._ends: dict[int, int] = {}  # of arrays that begin there, dead ones too
 
     @cached_property
     def _known(self):
@@ -252,12 +254,12 @@ class HostRuntime:
         return array.ctypes.data
 
     def _know(self, array):
-        """Where the array ends, and where the memory begins that it is a part of."""
+        """Where the array ends, and where the memory begins that it is a part of; a kernel may touch all of this."""
         owner = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
         start = owner.ctypes.data
-        self._known[start] = owner
+        self._known[start], self._ends[start] = owner, start + owner.nbytes
         return array.ctypes.data + array.nbytes, start
 
     def _lives(self, end, start):
@@ -283,13 +285,12 @@ class HostRuntime:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
         cast = runtime.cast_arguments(source, entry, args)
         pointers = (ctypes.c_void_p * max(1, len(cast)))()
-        kept, used, arrays, limit = [], [], [], HostRuntime.shared_limit  # that of the device, whatever is allowed here
+        kept, used, limit = [], [], HostRuntime.shared_limit  # that of the device, whatever is allowed here
         for i, (parameter, value) in enumerate(zip(runtime.entries(source)[entry], cast, strict=True)):
             if parameter.pointer:
                 memory = None if value is None else self._argument(entry, parameter, value)
                 pointers[i] = None if memory is None else memory.ctypes.data
                 used += [] if memory is None else [self._know(memory)]
-                arrays += [] if memory is None else [(memory.ctypes.data, memory.ctypes.data + memory.nbytes)]
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
@@ -305,8 +306,11 @@ class HostRuntime:
                 raise HostError(f"{source}.cu, {entry}: memory of the graph has been given back")
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
-                for begin, end in _union(arrays) if self.races else ():
-                    library.fd_races_watch(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin))
+                if self.races:
+                    # Kept until the end, so that none of them makes room for memory of the host run itself.
+                    alive = dict(self._known.items())
+                    watched = np.array(_union((start, self._ends[start]) for start in alive), np.uintp)
+                    library.fd_races_watch(watched.ctypes, ctypes.c_size_t(len(watched)))
                 error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
                 static = library.fd_static_shared()
                 if self.races:

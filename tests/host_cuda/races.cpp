@@ -2,13 +2,15 @@
 //
 // A source compiled with -fsanitize=thread calls the __tsan_ functions below at every access, and with
 // -fsanitize=alignment the __ubsan_ one at a wrong address; no sanitizer's library is linked. Every two bytes of watched
-// memory, which is shared memory and the arrays of a launch, remember who wrote them last and who has read them since.
-// What orders two accesses: one thread made both, or a barrier of their block lies between, or fd_syncwarp of their
-// warp. Shuffles do not, nor does anything order two blocks. Atomic additions are at odds with plain accesses only.
+// memory, which is shared memory and all arrays that the runtime knows, passed to the launch or not, remember who wrote
+// them last and who has read them since. What orders two accesses: one thread made both, or a barrier of their block
+// lies between, or fd_syncwarp of their warp. Shuffles do not, nor does anything order two blocks. Atomic additions are
+// at odds with plain accesses only.
 #include "races.hpp"
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -43,26 +45,24 @@ struct Region {
     Cell *cells;
 };
 
-std::vector<Region> regions;
-size_t last_region;
+std::vector<Region> shared_regions, arrays;  // the arrays in order, apart from each other
+Region *last_array;
 Access now;  // the thread that runs
 unsigned warp_barriers[max_warps];
 bool running;
 long long accesses;  // of watched memory, in this launch
 char found[600];
 
-Region *region_of(uintptr_t address) {
-    if (last_region < regions.size() && address >= regions[last_region].begin && address < regions[last_region].end)
-        return &regions[last_region];
-    for (size_t i = 0; i < regions.size(); i++)
-        if (address >= regions[i].begin && address < regions[i].end) return &regions[last_region = i];
-    return nullptr;
-}
+bool inside(const Region &region, uintptr_t address) { return address >= region.begin && address < region.end; }
 
-void add_region(uintptr_t begin, size_t size, bool shared) {
-    const size_t cells = (size + 1) / 2 + 1;
-    regions.push_back({begin, begin + size, shared, static_cast<Cell *>(calloc(cells, sizeof(Cell)))});
-    if (!regions.back().cells) abort();
+Region *region_of(uintptr_t address) {
+    for (Region &region : shared_regions)
+        if (inside(region, address)) return &region;
+    if (last_array && inside(*last_array, address)) return last_array;
+    const auto behind = std::upper_bound(arrays.begin(), arrays.end(), address,
+                                         [](uintptr_t a, const Region &region) { return a < region.begin; });
+    if (behind == arrays.begin() || !inside(behind[-1], address)) return nullptr;
+    return last_array = &behind[-1];
 }
 
 // +0x... is a place in the library, which its user makes a line of it.
@@ -123,7 +123,12 @@ void write(Cell &cell, const Region &region, bool atomic) {
     cell.known = true;
 }
 
-Cell &cell_of(const Region &region, uintptr_t address) {
+Cell &cell_of(Region &region, uintptr_t address) {
+    if (!region.cells) {  // of most arrays nothing is touched
+        const size_t cells = (region.end - region.begin + 1) / 2 + 1;
+        region.cells = static_cast<Cell *>(calloc(cells, sizeof(Cell)));
+        if (!region.cells) abort();
+    }
     Cell &cell = region.cells[address / 2 - region.begin / 2];
     if (region.shared && cell.block != now.block + 1) {  // that of another block was other memory
         cell = {};
@@ -135,7 +140,7 @@ Cell &cell_of(const Region &region, uintptr_t address) {
 void access(const void *at, size_t size, Kind kind, const void *place) {
     if (!running || found[0]) return;
     const uintptr_t address = reinterpret_cast<uintptr_t>(at);
-    const Region *const region = region_of(address);
+    Region *const region = region_of(address);
     if (!region) return;
     now.place = place;
     accesses++;
@@ -154,11 +159,14 @@ void begin_launch() {
     running = true;
     found[0] = 0;
     accesses = 0;
-    last_region = 0;
+    last_array = nullptr;
     now = {};
 }
 
-void watch_shared(const void *memory, size_t size) { add_region(reinterpret_cast<uintptr_t>(memory), size, true); }
+void watch_shared(const void *memory, size_t size) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+    shared_regions.push_back({begin, begin + size, true, nullptr});
+}
 
 void begin_block(unsigned block) {
     now.block = block;
@@ -179,15 +187,17 @@ void atomic(const void *address, size_t size) { access(address, size, Kind::atom
 // What lies there now is garbage.
 void forget(const void *address, size_t size) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-    const Region *const region = region_of(begin);
+    Region *const region = region_of(begin);
     for (uintptr_t a = begin / 2 * 2; region && a < begin + size && a < region->end; a += 2)
         cell_of(*region, a).known = false;
 }
 
 const char *end_launch() {
     running = false;
-    for (const Region &region : regions) free(region.cells);
-    regions.clear();
+    for (std::vector<Region> *const regions : {&shared_regions, &arrays}) {
+        for (const Region &region : *regions) free(region.cells);
+        regions->clear();
+    }
     return found[0] ? found : nullptr;
 }
 
@@ -197,9 +207,10 @@ using fd_races::Kind;
 
 #define SEEN extern "C" __attribute__((visibility("hidden"))) void
 
-// An array that the next launch may touch.
-extern "C" void fd_races_watch(const void *memory, size_t size) {
-    fd_races::add_region(reinterpret_cast<uintptr_t>(memory), size, false);
+// Arrays that the next launch may touch: where each begins and ends, in order, none in another.
+extern "C" void fd_races_watch(const uintptr_t *ends, size_t count) {
+    fd_races::arrays.clear();
+    for (size_t i = 0; i < count; i++) fd_races::arrays.push_back({ends[2 * i], ends[2 * i + 1], false, nullptr});
 }
 
 // How often the last launch touched what is watched.

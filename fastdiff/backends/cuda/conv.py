@@ -23,6 +23,8 @@ import numpy.typing as npt
 from fastdiff.backends.cuda.conv_mma import PackedWeights, TensorCores, by_kind
 from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.device import Device
+from fastdiff.backends.cuda.norm_gradients import NormGradients
+from fastdiff.backends.cuda.tuning import Tuning, tuning
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.forks import cached_property
@@ -37,6 +39,7 @@ DEPTH = 16  # pixels that a tile of a weight gradient takes at once: chunks are 
 BLOCKS, BLOCK_ROWS, BLOCK_COLUMNS = 528, 128, 64
 LEAST_CHUNK, MOST_PARTIALS = 256, 1 << 24
 SUM_THREADS, SUM_COLUMNS = 256, 32  # of conv_image_sums, and of conv_weights_finish
+COLUMNS = 8  # of a block of column_sums, which has as many threads
 WAIT = 16  # convolutions
 VALUE = 4  # bytes
 TOGETHER = 1 << 25  # all partial sums of the weight gradients that one launch makes have so many values, or are of one
@@ -120,14 +123,14 @@ def blocks_of(tile: Tile, pixels: int, channels: int, times: int) -> int:
     return -(-pixels // tile.pixels) * -(-channels // tile.channels) * times
 
 
-def best_tile(multiprocessors: int, *outputs: tuple[int, int, int]) -> Tile:
+def best_tile(multiprocessors: int, *outputs: tuple[int, int, int], tiles: Sequence[Tile] | None = None) -> Tile:
     """Return the tile that makes all outputs, as for `blocks_of`, in the fewest turns of all multiprocessors."""
 
     def cost(tile: Tile) -> float:
         blocks = sum(blocks_of(tile, *each) for each in outputs)
         return -(-blocks // multiprocessors) * tile.pixels * tile.channels / tile.rate
 
-    return min(TILES, key=cost)
+    return min(TILES if tiles is None else tiles, key=cost)
 
 
 def chunks_of(pixels: int, pairs: int, rows: int, outputs: int) -> tuple[int, int]:
@@ -149,16 +152,6 @@ class WeightGradient(NamedTuple):
     dshift: Array | None = None
 
 
-class NormGradient(NamedTuple):
-    """The sums of a norm's backward pass, of so many images, and what is to be made of them."""
-
-    sums: Array
-    modulation: Array | None
-    dgamma: Array
-    dbeta: Array
-    images: int
-
-
 class Partial(NamedTuple):
     """The partial sums of a weight gradient, those of its bias, and how many there are."""
 
@@ -178,8 +171,8 @@ class Waiting:
         In how many buffers these lie, and how many values they have.
     """
 
+    norms: NormGradients
     convs: list[WeightGradient] = field(default_factory=list)
-    norms: list[NormGradient] = field(default_factory=list)
     partials: list[Partial] = field(default_factory=list)
     rounds: int = 0
     values: int = 0
@@ -235,7 +228,7 @@ class ConvOperations(Device):
 
     @contextmanager
     def _together(self) -> Iterator[Callable[[], None]]:
-        waiting = self._local.waiting = Waiting()
+        waiting = self._local.waiting = Waiting(NormGradients(self.runtime, self._apart))
 
         def finish() -> None:
             with self._lock:
@@ -247,17 +240,17 @@ class ConvOperations(Device):
             finish()
             with self._lock:
                 self._add_up(waiting.partials)
-            self._finish_norms(waiting.norms)
+            waiting.norms.finish()
         finally:
             self._local.waiting = None
 
-    def _finish_norms(self, norms: Sequence[NormGradient]) -> None:
-        """Fill dgamma and dbeta."""
-        raise NotImplementedError
-
     @cached_property
     def _tensor_cores(self) -> TensorCores:
-        return TensorCores(self.runtime, self._scratch)
+        return TensorCores(self.runtime, self._scratch, self._tuning)
+
+    @cached_property
+    def _tuning(self) -> Tuning:
+        return tuning(self.runtime.arch)
 
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
         if self.precision != "bf16" or self._cudnn or not convs:
@@ -349,7 +342,8 @@ class ConvOperations(Device):
     ) -> None:
         channels = target.shape[-1]
         outputs = form.pixels, channels, form.pairs
-        tile = ROWS if rows else best_tile(self.runtime.multiprocessors, outputs)
+        tiles = (ROWS,) if rows else self._tuning.of(entry, TILES, form.sizes)
+        tile = best_tile(self.runtime.multiprocessors, outputs, tiles=tiles)
         vectors = self._vectors((source, source.shape[-1]), (w, int(form.sizes["outputs"][0])))
         vectors += 4 * self._fours(channels, target, *added)
         args = (source, w, *added, target, form.sizes, vectors)
@@ -408,7 +402,8 @@ class ConvOperations(Device):
             (rows, task.db.size, task.form.pairs * chunks)
             for task, (rows, chunks, *_) in zip(tasks, plans, strict=True)
         ]
-        tile = best_tile(self.runtime.multiprocessors, *outputs)
+        tiles = self._tuning.of("conv_weights", TILES)
+        tile = best_tile(self.runtime.multiprocessors, *outputs, tiles=tiles)
         bias_room = self._scratch(f"sums of {number}", max(1, sum(times * width for _, width, times in outputs)))
         rows: list[tuple[Any, ...]] = []
         partials: list[Partial] = []
@@ -479,7 +474,9 @@ class ConvOperations(Device):
 
     def _sum_columns(self, x: Array, out: Array, rows: int) -> None:
         """Fill out with the sums of the columns of x."""
-        raise NotImplementedError
+        if out.size:
+            grid, block = self.runtime.grid_1d(-(-out.size // COLUMNS) * SUM_THREADS, SUM_THREADS)
+            self.runtime.launch("pointwise", "column_sums", grid, block, (x, out, rows, out.size))
 
     def _sum_images(self, dy: Array, dshift: Array | None) -> None:
         """Fill dshift, where there is one."""

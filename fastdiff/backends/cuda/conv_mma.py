@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastdiff.backends.cuda.device import SHARED_LIMITS
+from fastdiff.backends.cuda.tuning import Tuning
 from fastdiff.errors import BackendError
 from fastdiff.kernels.cuda.runtime import STRUCTURES, TASKS, Runtime, tasks_of
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Array = Any
 
-DEPTH, STAGES, PIXELS = 32, 3, 64  # as in conv_mma.cu
+DEPTH, PIXELS = 32, 64  # as in conv_mma.cu
 PAD = 8  # values between two rows in shared memory
 WARP = 32  # threads; also the channels of x, and of dy, in the part of a weight gradient that a warp makes
 FULL = 9  # parts of a block of it, for every 32 channels of dy
@@ -134,7 +135,9 @@ def _side(log: int, step: int, taps: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def gather_shape(sizes: bytes, adjoint: bool, tile: Tile, copied: bool, limit: int) -> Shape | None:
+def gather_shape(
+    sizes: bytes, adjoint: bool, tile: Tile, copied: bool, limit: int, stages: int = Tuning().stages
+) -> Shape | None:
     """Return the shape that stages the fewest pixels, None where none fits into so much shared memory.
 
     Parameters
@@ -148,6 +151,8 @@ def gather_shape(sizes: bytes, adjoint: bool, tile: Tile, copied: bool, limit: i
         Whether source pixels are copied while the block computes, which takes room.
     limit : int
         Bytes.
+    stages : int
+        Of weights, in shared memory.
     """
     of = np.frombuffer(sizes, STRUCTURES["ConvSizes"])[0]
     size = of["input" if adjoint else "output"].tolist()
@@ -159,7 +164,7 @@ def gather_shape(sizes: bytes, adjoint: bool, tile: Tile, copied: bool, limit: i
     taps = [most_taps(kernel[a], stride[a], pad[a], up[a], adjoint) for a in (0, 1)]
     every = math.prod(taps)
     line, lines = (DEPTH, tile.channels) if adjoint else (tile.channels, DEPTH)
-    weights = 2 * STAGES * lines * (line + PAD)
+    weights = 2 * stages * lines * (line + PAD)
     best: tuple[int, Shape] | None = None
     for rows_log, columns_log, deep, tiles in _shapes(tile.pixels, int(of["images"]), count):
         whole = deep * _side(rows_log, step[0], taps[0]) * _side(columns_log, step[1], taps[1])
@@ -264,10 +269,12 @@ class TensorCores:
     runtime : Runtime
     scratch : callable
         Takes a name and a size and returns an array of at least so many float32 values, for the current queue alone.
+    tuning : Tuning
     """
 
-    def __init__(self, runtime: Runtime, scratch: Callable[[str, int], Array]) -> None:
-        self.runtime, self.scratch = runtime, scratch
+    def __init__(self, runtime: Runtime, scratch: Callable[[str, int], Array], tuning: Tuning) -> None:
+        self.runtime, self.scratch, self.tuning = runtime, scratch, tuning
+        self.source = "conv_mma" if tuning.stages == Tuning().stages else f"conv_mma.{tuning.stages}"
 
     def weights(self, form: Product, w: Array, adjoint: bool) -> Array:
         """Return the weights as `gather` reads them: folded for upsampled images, in pairs of bf16."""
@@ -284,8 +291,10 @@ class TensorCores:
         channels, multiprocessors = target.shape[-1], self.runtime.multiprocessors
         copied = self._together(4, source.shape[-1], source)
         choices = []
-        for tile in TILES:
-            shape = gather_shape(form.sizes.tobytes(), adjoint, tile, copied, self.runtime.shared_limit)
+        entry = "conv_mma_adjoint" if adjoint else "conv_mma"
+        for tile in self.tuning.of(entry, TILES, form.sizes):
+            limits = self.runtime.shared_limit, self.tuning.stages
+            shape = gather_shape(form.sizes.tobytes(), adjoint, tile, copied, *limits)
             if shape is not None:
                 blocks = shape.tiles * form.pairs * _ceil(channels, tile.channels)
                 cost = _ceil(blocks, multiprocessors) * tile.pixels * tile.channels / tile.rate
@@ -297,7 +306,7 @@ class TensorCores:
         bias, shift, residual = (None, None, *added) if adjoint else added
         flags = COPY_SOURCE * copied + PAIRS * self._together(2, channels, target)
         self.runtime.launch(
-            "conv_mma", f"conv_mma_{'adjoint_' * adjoint}{tile.name}", blocks, tile.threads,
+            self.source, f"{entry}_{tile.name}", blocks, tile.threads,
             (source, w, bias, shift, residual, target, form.sizes, shape.rows_log, shape.columns_log, shape.box, flags),
             shape.shared,
         )  # fmt: skip

@@ -8,16 +8,15 @@ allocates nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.backends.cuda.conv import ConvOperations, NormGradient
+from fastdiff.backends.cuda.conv import ConvOperations
+from fastdiff.backends.cuda.norm_gradients import NormGradient, NormGradients
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.protocol import TrainingDraws
-from fastdiff.kernels.cuda.runtime import TASKS, tasks_of
 from fastdiff.noise import TARGETS, Draw, drop_limit, round_keys
 
 Array = Any
@@ -33,7 +32,6 @@ FEWEST_THREADS, FORWARD_THREADS, THREADS = 64, 512, 256
 WARP = 32
 AT_ONCE = 2
 MOST_ROWS = 256  # LayerNorm: rows of a chunk
-SUM_COLUMNS = 8
 # Attention, as in attention.cu.
 SIDE, TILE, DEPTH = 16, 64, 32
 TANGENT_COLUMNS = 128
@@ -156,7 +154,8 @@ class LayerOperations(ConvOperations):
         fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx)
         waiting = self._waiting
         with self._lock:
-            name = "norm" if waiting is None else f"norm {len(waiting.norms)}"
+            norms = NormGradients(self.runtime, self._apart) if waiting is None else waiting.norms
+            name = "norm" if waiting is None else f"norm {len(norms.waiting)}"
             sums = self._scratch(name, 2 * images * channels)
             if plan.backward is not None:
                 threads, shared = plan.backward
@@ -171,23 +170,9 @@ class LayerOperations(ConvOperations):
                 self._launch_layer("norm", "norm_backward_images", images * across * THREADS, args, THREADS)
                 args = (*given, sums, dx, *sizes, silu, add, fours)
                 self._launch_layer("norm", "norm_backward_apply", items, args, THREADS)
-            task = NormGradient(sums, modulation, dgamma, dbeta, images)
+            norms.waiting.append(NormGradient(sums, modulation, dgamma, dbeta, images))
             if waiting is None:
-                self._finish_norms([task])
-            else:
-                waiting.norms.append(task)
-
-    def _finish_norms(self, norms: Sequence[NormGradient]) -> None:
-        for begin in range(0, len(norms), TASKS["NormTask"]):
-            some, rows, blocks = norms[begin : begin + TASKS["NormTask"]], [], 0
-            first, modulated = some[0], next((each.modulation for each in some if each.modulation is not None), None)
-            for sums, modulation, dgamma, dbeta, images in some:
-                pairs = (sums, first.sums), (modulation, modulated), (dgamma, first.dgamma), (dbeta, first.dbeta)
-                places = (0 if array is None else self._apart(array, base) for array, base in pairs)
-                rows.append((*places, images, dgamma.size, modulation is not None, blocks))
-                blocks += -(-dgamma.size // WARP)
-            args = (first.sums, modulated, first.dgamma, first.dbeta, tasks_of("NormTask", rows))
-            self.runtime.launch("norm", "norm_parameters", blocks, THREADS, args)
+                norms.finish()
 
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0
@@ -247,10 +232,6 @@ class LayerOperations(ConvOperations):
         lanes = min(WARP, 1 << (channels // vector - 1).bit_length())
         fours = 0 if vector == 1 else AT_ONCE if self._by_fours(*arrays) else 1
         return stats.size // 2, channels, lanes, fours
-
-    def _sum_columns(self, x: Array, out: Array, rows: int) -> None:
-        items = -(-out.size // SUM_COLUMNS) * THREADS
-        self._launch_layer("pointwise", "column_sums", items, (x, out, rows, out.size), THREADS)
 
     # ------------------------------------------------------------------------------------------- attention
 
