@@ -456,7 +456,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self, driver=13000, devices=1):
         super().__init__("cupy")
-        self.host, self.compiled, self.most = DeviceRuntime(), [], 2**40
+        self.host, self.compiled, self.most, self.used = DeviceRuntime(), [], 2**40, 0
         api = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: driver,
@@ -464,11 +464,8 @@ class StandIn(types.ModuleType):
             getDeviceCount=lambda: self.count(devices),
             getDeviceProperties=lambda number: {"name": b"Stand-in"},
             memGetInfo=lambda: (3 << 20, 80 << 30),
+            deviceGetPCIBusId=lambda number: f"0000:{number:02x}:00.0",
         )
-        device = types.SimpleNamespace(
-            id=0, compute_capability="90",
-            attributes={"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024},
-        )  # fmt: skip
         nvrtc = types.SimpleNamespace(
             getVersion=lambda: (13, 0),
             createProgram=lambda text, name, headers, includes: [name, text],
@@ -478,7 +475,7 @@ class StandIn(types.ModuleType):
             destroyProgram=list.clear,
         )
         self.cuda = types.SimpleNamespace(
-            runtime=api, Device=lambda *number: contextlib.nullcontext(device) if number else device, nvrtc=nvrtc,
+            runtime=api, Device=partial(StandInDevice, self), nvrtc=nvrtc,
             driver=StandInDriver(), function=types.SimpleNamespace(Module=partial(StandInModule, self)),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), Stream=partial(StandInStream, self),
             get_current_stream=lambda: self.streams[-1],
@@ -522,6 +519,20 @@ class StandIn(types.ModuleType):
     def dot(self, a, b, out):
         self._fits(out.size)
         self.host.matmul(a, b, out)
+
+
+class StandInDevice(contextlib.nullcontext):
+    """One by its number, or the current one."""
+
+    compute_capability = "90"
+    attributes = types.MappingProxyType({"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024})
+
+    def __init__(self, cupy, number=None):
+        super().__init__()
+        self.cupy, self.id = cupy, cupy.used if number is None else number
+
+    def use(self):
+        self.cupy.used = self.id
 
 
 class StandInDriver:
@@ -904,3 +915,36 @@ def test_the_cupy_runtime_survives_pickle(stand_in):
     be = pickle.loads(pickle.dumps(CudaBackend()))
     assert be.runtime.device == "Stand-in"
     assert isinstance(be.runtime, runtime.Runtime)
+
+
+# ------------------------------------------------------------------------------------------- one of several GPUs
+
+
+@pytest.mark.parametrize(
+    ("told", "devices", "used", "want"),
+    [
+        ({}, 4, 0, 0),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1, 0, 0),  # its engine shows it one
+        ({"MPI_LOCALRANKID": "5"}, 4, 0, 1),
+        ({"SLURM_LOCALID": "3"}, 4, 0, 3),
+        ({"SLURM_LOCALID": "3"}, 4, 2, 2),  # somebody has chosen
+    ],
+)
+def test_the_processes_of_a_launcher_share_the_gpus(stand_in, monkeypatch, told, devices, used, want):
+    for name in runtime.LOCAL_NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    stand_in(devices=devices).used = used
+    be = backends._shared.__wrapped__("cuda", None, "raw", "float32", True, "own")
+    assert (be.runtime.device_id, be.runtime.place) == (want, f"0000:0{want}:00.0")
+
+
+def test_nccl_of_cupy(stand_in, monkeypatch):
+    stand_in()
+    be = CudaBackend()
+    assert be.runtime.nccl is None
+    for available in (True, False):
+        nccl = types.SimpleNamespace(available=available)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nccl=nccl))
+        assert be.runtime.nccl is (nccl if available else None)

@@ -176,7 +176,8 @@ class HostRuntime:
     """
 
     name = "host"
-    device = "host"
+    device = place = "host"
+    nccl = None
     shared_limit = 227 * 1024
     waves = 2
 

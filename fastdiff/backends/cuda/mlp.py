@@ -22,12 +22,14 @@ from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
 from fastdiff.backends.cuda.step import no_variance, row_records, step_plan
 from fastdiff.backends.cuda.told import ToldOperations
+from fastdiff.backends.layers import Recording
 from fastdiff.backends.protocol import (
     AdamW,
     Backend,
     DenseLayer,
     LinearPart,
     MLPPlan,
+    PartGradient,
     Row,
     Told,
     ToldRoom,
@@ -285,16 +287,18 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     """Perceptrons: forward, gradient, training, and a sampling chain."""
 
     @cached_property
-    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
+    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[tuple[int, int], _Network]]:
         return weakref.WeakKeyDictionary()
 
-    def _network(self, plan: MLPPlan) -> _Network:
-        """The network's buffers for the current queue: work on another one may still use those of that one."""
-        queues = self._mlp_networks.setdefault(plan, {})
-        queue = self.runtime.queue()
-        if queue not in queues:
-            queues[queue] = _Network(plan, self.runtime)
-        return queues[queue]
+    def _network(self, plan: MLPPlan, part: int = 0) -> _Network:
+        """The network's buffers for the current queue: work on another one may still use those of that one.
+
+        Parts of a batch, of so many rows each, have buffers of their own.
+        """
+        networks, key = self._mlp_networks.setdefault(plan, {}), (self.runtime.queue(), part)
+        if key not in networks:
+            networks[key] = _Network(plan, self.runtime)
+        return networks[key]
 
     def _launch(self, entry: str, items: int, *args: Any) -> None:
         """Launch a kernel that loops over `items`."""
@@ -509,24 +513,27 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     ) -> Training:
         return _Steps(self, plan, draws, batch, state, results)
 
-    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int) -> _Network:
-        net = self._network(plan)
+    def mlp_parts(self, plan: MLPPlan, params: Array, draws: TrainingDraws) -> PartGradient:
+        return _Parts(self, plan, params, draws).gradient
+
+    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int, part: int = 0) -> _Network:
+        net = self._network(plan, part)
         net.grow(batch)
         net.use(draws)
         return net
 
-    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
-        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
-        x, t, target = self._draw(net, step)
+    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array, first: int = 0) -> Array:
+        """Issue `mlp_train_gradient` of positions from `first` on; once that is done, what is returned has the loss."""
+        x, t, target = self._draw(net, step, first)
         terms = None
         if net.terms is not None:
             terms = net.buffers["terms"]
             self.take(net.terms, t, terms)
-        asked = None if not net.plan.asked else self._draw_asked(net, step)
+        asked = None if not net.plan.asked else self._draw_asked(net, step, first)
         self._gradient(net, params, (x, t, target, asked), grads, None, terms)
         return net.loss
 
-    def _draw_asked(self, net: _Network, step: int) -> Array:
+    def _draw_asked(self, net: _Network, step: int, first: int) -> Array:
         """What is asked of the rows of a training step, in the network's buffer."""
         asked, draws, plan = net.buffers["asked"], net.draws, net.plan
         assert draws is not None
@@ -535,16 +542,16 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             self._launch(
                 "mlp_draw_asked", len(asked) * (plan.classes + columns),
                 net.labels, net.covariates, asked, len(asked), draws.bound, plan.classes, columns, plan.asked,
-                drop_limit(draws.drop), step, self._step_at(), net.keys,
+                drop_limit(draws.drop), first, step, self._step_at(), net.keys,
             )  # fmt: skip
         if plan.known:
-            first, d, flat = plan.asked - plan.known, plan.known // 2, asked.reshape(-1)
+            start, d, flat = plan.asked - plan.known, plan.known // 2, asked.reshape(-1)
             batch = net.buffers["x"], net.buffers["t"], net.buffers["target"]
-            known = flat[first:], flat[first + d :], plan.asked
-            self._draw_known(draws, net.data, net.tables, batch, known, (step, 0))
+            known = flat[start:], flat[start + d :], plan.asked
+            self._draw_known(draws, net.data, net.tables, batch, known, (step, first))
         return asked
 
-    def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
+    def _draw(self, net: _Network, step: int, first: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
         assert net.data is not None and net.draws is not None  # noqa: PT018
         n, d = net.buffers["x"].shape
@@ -552,8 +559,8 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, step, self._step_at(),
-            net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, first, step,
+            self._step_at(), net.keys,
         )  # fmt: skip
         return x, t, target
 
@@ -749,6 +756,32 @@ class _Steps:
 
                 self._of, self._recorded = (net, net.moves), be.record_training(gradient, state, self.results)
             self._recorded.run(step, options)
+
+
+class _Parts:
+    """Gradients of parts of a training batch, each of which is a graph."""
+
+    def __init__(self, be: MLPOperations, plan: MLPPlan, params: Array, draws: TrainingDraws) -> None:
+        self.be, self.plan, self.params, self.draws = be, plan, params, draws
+        self._step = [0]
+        self._recorded: dict[int, tuple[_Network, int, Recording]] = {}  # by the first position
+
+    def gradient(self, step: int, first: int, n: int, grads: Array) -> Array:
+        """Do what `PartsBackend.mlp_parts` says; a part always has the same `grads`."""
+        be, params, at = self.be, self.params, self._step
+        with be._lock:
+            net = be._trained(self.plan, self.draws, n, part=n)
+            recorded = self._recorded.get(first)
+            if recorded is None or recorded[:2] != (net, net.moves):
+
+                def body() -> None:
+                    be._train_gradient(net, params, at[0], grads, first)
+
+                recorded = self._recorded[first] = net, net.moves, be.record(body)
+            at[0] = step
+            be._set_step(step)
+            recorded[2].run()
+            return net.loss
 
 
 class _ToldStep:
