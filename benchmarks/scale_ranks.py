@@ -1,8 +1,8 @@
 """Training over ranks, measured: ``mpiexec -n 2 python benchmarks/scale_ranks.py STEPS`` prints JSON.
 
-Each network takes steps alone, on one thread, and then together with the other ranks. What a plan is made of is measured
-apart: steps of ranks that have all chunks, one after the other and beside each other, steps of one chunk, and sums while
-nothing is computed. See `report.OverRanks`.
+Each network takes steps alone, on one thread, and then together with the other ranks. What a plan is made of is
+measured apart: steps of ranks that have all chunks, one after the other and beside each other, steps of one chunk, and
+sums while nothing is computed. See `report.OverRanks`.
 """
 
 from __future__ import annotations
