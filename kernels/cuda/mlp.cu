@@ -245,24 +245,22 @@ FD_KERNEL mlp_time_gradient(const real *dtime, const int64 *t, const int *order,
 
 // ------------------------------------------------------------------------------------------- training draws
 
-// Positions first_row .. first_row + n - 1 of the batch of a training step by the noise law: t,
-// x = signal[t] x0 + noise[t] eps and target = target_noise[t] eps + target_data[t] x0, with x0 a drawn row of data
-// (N, d). tables (4, T) holds signal, noise, target_noise, target_data. A row of data has `pitch` values: where these are
-// more than d, those behind x0 are added to the target. N = 0: the data are those of the batch, by position. Where
-// `step_at` is not null it holds the step. One thread per noise block: it draws its sample's row and timestep again,
-// which is cheaper than a launch.
+// The batch of a training step by the noise law: t, x = signal[t] x0 + noise[t] eps and
+// target = target_noise[t] eps + target_data[t] x0, with x0 a drawn row of data (N, d). tables (4, T) holds signal,
+// noise, target_noise, target_data. A row of data has `pitch` values: where these are more than d, those behind x0 are
+// added to the target. N = 0: the data are those of the batch, by position. Where `step_at` is not null it holds the
+// step. One thread per noise block: it draws
+// its sample's row and timestep again, which is cheaper than a launch.
 FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *target, int64 *t, int64 n, int64 d,
-                         int64 pitch, int64 N, int64 T, uint64 first_row, uint32 step,
-                         const uint32 *step_at, RoundKeys keys) {
+                         int64 pitch, int64 N, int64 T, uint32 step, const uint32 *step_at, RoundKeys keys) {
     const int64 quarter = (d + 3) / 4;
     if (step_at) step = *step_at;
     for (Walk walk = fd_walk(quarter); walk.row < n; fd_walk_on(walk, quarter)) {
-        const int64 at = walk.row, q = walk.item;
-        const uint64 row = first_row + at;
+        const int64 row = walk.row, q = walk.item;
         const uint64 time_word = fd_words(row, 0, step, FD_STREAM_TRAIN_TIME, keys).w0;
         const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
         const int64 s = (int64)((time_word * (uint64)T) >> 32);
-        const real *x0 = data + (N ? (int64)((data_word * (uint64)N) >> 32) : (int64)row) * pitch;
+        const real *x0 = data + (N ? (int64)((data_word * (uint64)N) >> 32) : row) * pitch;
         const real signal = tables[s], noise = tables[T + s];
         const real target_noise = tables[2 * T + s], target_data = tables[3 * T + s];
         const Normals normals = fd_normals(row, (uint32)q, step, FD_STREAM_TRAIN_NOISE, keys);
@@ -271,28 +269,27 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
         for (int k = 0; k < 4; k++) {
             const int64 j = q + k * quarter;
             if (j >= d) break;
-            x[at * d + j] = signal * x0[j] + noise * z[k];
+            x[row * d + j] = signal * x0[j] + noise * z[k];
             real wanted = target_noise * z[k] + target_data * x0[j];
             if (pitch > d) wanted += x0[d + j];
-            target[at * d + j] = wanted;
+            target[row * d + j] = wanted;
         }
-        if (q == 0) t[at] = s;
+        if (q == 0) t[row] = s;
     }
 }
 
-// What is asked of positions first_row ... of a training step, asked (n, pitch): 1 in the column of the class, then the
-// `columns` covariates; columns beyond these are left alone. labels (N,) are null where there are no classes; words of
-// stream DROP below `limit` leave out the one and the other. N = 0 as above.
+// What is asked of the rows of a training step, asked (n, pitch): 1 in the column of the class, then the `columns`
+// covariates; columns beyond these are left alone. labels (N,) are null where there are no classes; words of stream DROP
+// below `limit` leave out the one and the other. N = 0 as above.
 FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *asked, int64 n, int64 N, int64 classes,
-                         int64 columns, int64 pitch, uint64 limit, uint64 first_row, uint32 step,
-                         const uint32 *step_at, RoundKeys keys) {
+                         int64 columns, int64 pitch, uint64 limit, uint32 step, const uint32 *step_at,
+                         RoundKeys keys) {
     const int64 width = classes + columns;
     if (step_at) step = *step_at;
     for (Walk walk = fd_walk(width); walk.row < n; fd_walk_on(walk, width)) {
-        const int64 j = walk.item;
-        const uint64 row = first_row + walk.row;
+        const int64 row = walk.row, j = walk.item;
         const uint64 data_word = fd_words(row, 0, step, FD_STREAM_BATCH, keys).w0;
-        const int64 from = N ? (int64)((data_word * (uint64)N) >> 32) : (int64)row;
+        const int64 from = N ? (int64)((data_word * (uint64)N) >> 32) : row;
         const Words drop = fd_words(row, 0, step, FD_STREAM_DROP, keys);
         real value = 0;
         if (j < classes) {
@@ -300,7 +297,7 @@ FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *aske
         } else if (drop.w1 >= limit) {
             value = covariates[from * columns + j - classes];
         }
-        asked[walk.row * pitch + j] = value;
+        asked[row * pitch + j] = value;
     }
 }
 

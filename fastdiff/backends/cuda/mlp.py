@@ -22,7 +22,7 @@ from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
 from fastdiff.backends.cuda.step import no_variance, row_records, step_plan
 from fastdiff.backends.cuda.told import ToldOperations
-from fastdiff.backends.layers import Recording
+from fastdiff.backends.layers import Batch, Recording
 from fastdiff.backends.protocol import (
     AdamW,
     Backend,
@@ -522,18 +522,54 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         net.use(draws)
         return net
 
-    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array, first: int = 0) -> Array:
-        """Issue `mlp_train_gradient` of positions from `first` on; once that is done, what is returned has the loss."""
-        x, t, target = self._draw(net, step, first)
-        terms = None
+    def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
+        """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
+        x, t, target = self._draw(net, step)
+        asked = None if not net.plan.asked else self._draw_asked(net, step)
+        return self._drawn_gradient(net, params, (x, t, target, asked), grads)
+
+    def _drawn_gradient(
+        self, net: _Network, params: Array, batch: tuple[Array, Array, Array, Array | None], grads: Array
+    ) -> Array:
+        """Issue the gradient of a batch that has been drawn; what is returned will hold the loss."""
+        terms, t = None, batch[1]
         if net.terms is not None:
             terms = net.buffers["terms"]
             self.take(net.terms, t, terms)
-        asked = None if not net.plan.asked else self._draw_asked(net, step, first)
-        self._gradient(net, params, (x, t, target, asked), grads, None, terms)
+        self._gradient(net, params, batch, grads, None, terms)
         return net.loss
 
-    def _draw_asked(self, net: _Network, step: int, first: int) -> Array:
+    def _draw_part(self, net: _Network, step: int, first: int) -> tuple[Array, Array, Array, Array | None]:
+        """x_t, t and target of so many positions of a training step, from `first` on, and what is asked of them."""
+        plan, draws = net.plan, net.draws
+        assert net.data is not None and draws is not None  # noqa: PT018
+        x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        (n, d), columns = x.shape, plan.asked - plan.classes - plan.known
+        # As an image network draws a row of pixels.
+        data = net.data.reshape(len(net.data), *((2,) if draws.masked else ()), 1, d, 1)
+        draws = draws._replace(data=data, labels=net.labels, covariates=net.covariates)
+        labels = self._scratch("labels of a part", n, np.int64)[:n] if plan.classes else None
+        numbers = self._room_of("numbers", n, columns) if columns else None
+        image = n, 1, d, 1
+        self.draw_batch(draws, Batch(x.reshape(image), t, target.reshape(image), labels, None, numbers), step, first)
+        pieces = [] if numbers is None else [numbers]
+        if labels is not None:  # the null class has none of the columns
+            pieces.insert(0, self._room_of("classes", n, plan.classes))
+            self.take(self._table(np.eye(plan.classes + 1, plan.classes)), labels, pieces[0])
+        if plan.known:
+            pieces.append(self._room_of("known", n, plan.known))
+            flat = pieces[-1].reshape(-1)
+            self._draw_known(draws, net.data, net.tables, (x, t, target), (flat, flat[d:], plan.known), (step, first))
+        while len(pieces) > 1:
+            *before, a, b = pieces
+            pieces = [*before, self._room_of(f"{len(before)} and more", n, a.shape[1] + b.shape[1])]
+            self.concatenate(a, b, pieces[-1])
+        return x, t, target, pieces[0] if pieces else None
+
+    def _room_of(self, what: str, n: int, width: int) -> Array:
+        return self._scratch(f"{what} of a part", n * width)[: n * width].reshape(n, width)
+
+    def _draw_asked(self, net: _Network, step: int) -> Array:
         """What is asked of the rows of a training step, in the network's buffer."""
         asked, draws, plan = net.buffers["asked"], net.draws, net.plan
         assert draws is not None
@@ -542,16 +578,16 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             self._launch(
                 "mlp_draw_asked", len(asked) * (plan.classes + columns),
                 net.labels, net.covariates, asked, len(asked), draws.bound, plan.classes, columns, plan.asked,
-                drop_limit(draws.drop), first, step, self._step_at(), net.keys,
+                drop_limit(draws.drop), step, self._step_at(), net.keys,
             )  # fmt: skip
         if plan.known:
-            start, d, flat = plan.asked - plan.known, plan.known // 2, asked.reshape(-1)
+            first, d, flat = plan.asked - plan.known, plan.known // 2, asked.reshape(-1)
             batch = net.buffers["x"], net.buffers["t"], net.buffers["target"]
-            known = flat[start:], flat[start + d :], plan.asked
-            self._draw_known(draws, net.data, net.tables, batch, known, (step, first))
+            known = flat[first:], flat[first + d :], plan.asked
+            self._draw_known(draws, net.data, net.tables, batch, known, (step, 0))
         return asked
 
-    def _draw(self, net: _Network, step: int, first: int) -> tuple[Array, Array, Array]:
+    def _draw(self, net: _Network, step: int) -> tuple[Array, Array, Array]:
         """x_t, t and target of a training step, in the network's buffers."""
         assert net.data is not None and net.draws is not None  # noqa: PT018
         n, d = net.buffers["x"].shape
@@ -559,8 +595,8 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         pitch = net.data.size // len(net.data)  # values behind x0 are added to the target
         self._launch(
             "mlp_draw_batch", n * (-(-d // 4)),
-            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, first, step,
-            self._step_at(), net.keys,
+            net.data, net.tables, x, target, t, n, d, pitch, net.draws.bound, net.plan.T, step, self._step_at(),
+            net.keys,
         )  # fmt: skip
         return x, t, target
 
@@ -775,7 +811,7 @@ class _Parts:
             if recorded is None or recorded[:2] != (net, net.moves):
 
                 def body() -> None:
-                    be._train_gradient(net, params, at[0], grads, first)
+                    be._drawn_gradient(net, params, be._draw_part(net, at[0], first), grads)
 
                 recorded = self._recorded[first] = net, net.moves, be.record(body)
             at[0] = step
