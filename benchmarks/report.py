@@ -842,6 +842,7 @@ class ScalingReport(Report):
 # What a plan takes for granted of machines that were not measured.
 STORE_BYTES = 1e9  # a second, that a shared store takes from all workers together
 LINK = Network(seconds_of_a_byte=1 / 1.25e9, delay=50e-6)  # 10 Gbit/s
+PIECE_BYTES = 1 << 18  # of a sum that travel together: `fastdiff.ranks.PIECE`
 PLANNED = 10**9
 PLANNED_WORKERS = (1, 2, 8, 64, 512, 4096)
 PLANNED_RANKS = (1, 2, 4, 8, 32)
@@ -877,7 +878,7 @@ class OverRanks(NamedTuple):
         Seconds in which all chunks are added.
     nothing, summed : float
         Of a sum by itself, of a loss and of as many values as there are parameters.
-    up, down : list of int
+    up, down : tuple of int
         Bytes of the messages from one rank to the next that has more, and of those with the result.
     sent, least : float
         Bytes of a step, and the fewest possible.
@@ -888,20 +889,21 @@ class OverRanks(NamedTuple):
     what: str
     ranks: int
     parameters: int
-    chunks: int
     alone: float
     together: float
-    lone: float
-    beside: float
-    few: float
-    adding: float
-    nothing: float
     summed: float
-    up: list[int]
-    down: list[int]
     sent: float
     least: float
     equal: bool
+    # Older results have none of these.
+    chunks: int = 0
+    lone: float = 0.0
+    beside: float = 0.0
+    few: float = 0.0
+    adding: float = 0.0
+    nothing: float = 0.0
+    up: tuple[int, ...] = ()
+    down: tuple[int, ...] = ()
 
     @property
     def each(self) -> float:
@@ -910,6 +912,10 @@ class OverRanks(NamedTuple):
 
     def planned(self, ranks: int, network: Network | None = None) -> float:
         """Seconds of a step on so many ranks; by default of this machine, which they share."""
+        if not self.chunks:
+            pieces = math.ceil(self.sent / (2 * (self.ranks - 1)) / PIECE_BYTES)
+            messages = [self.sent / (2 * (self.ranks - 1)) / pieces] * pieces
+            return self.alone / ranks + (network.sum_seconds(ranks, messages, messages) if network else self.summed)
         divided = max(0.0, self.beside - self.each - self.adding)
         seconds = self.each + divided * math.ceil(self.chunks / ranks) / self.chunks
         faster = 1.0 if network is None else self.lone / self.beside

@@ -343,7 +343,7 @@ class Diffusion:
         comm : communicator of mpi4py, optional
             Train together: every rank makes this call with the same model, data and options, computes its share of each
             batch, and has in the end the same model, to the bit that of one process: see `fastdiff.ranks`. The first
-            rank alone shows progress, calls callbacks, whose stop is for all, and saves. On "cpu" and "cuda", and U-Nets
+            rank alone shows progress, calls callbacks, whose stop is for all, and saves. On "cpu" and "cuda", U-Nets
             also on "numpy".
 
         Returns

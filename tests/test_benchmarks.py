@@ -773,8 +773,8 @@ def test_plans_of_sums(ranks, pieces):
 
 def test_the_table_of_workers():
     over = report.OverRanks(
-        "net, batch 64", 2, 1000, 8, alone=0.1, together=0.06, lone=0.1, beside=0.11, few=0.02, adding=0.0,
-        nothing=0.0, summed=0.01, up=[4000], down=[4000], sent=8800, least=8000, equal=True,
+        "net, batch 64", 2, 1000, alone=0.1, together=0.06, summed=0.01, sent=8800, least=8000, equal=True,
+        chunks=8, lone=0.1, beside=0.11, few=0.02, up=(4000,), down=(4000,),
     )  # fmt: skip
     header = report.load(report.RESULTS / "quality-cpu.json").header
     made = report.WorkersReport(
@@ -787,6 +787,9 @@ def test_the_table_of_workers():
     assert f"| 16 chunks on two processes | {bench.duration(12.5)} | planned {bench.duration(12.009)} |" in text
     steps = f"{bench.duration(0.1)} | {bench.duration(0.06)}"
     assert f"| net, batch 64 | {steps} | 1.67 x | 1.14 | {bench.duration(0.01)} | 0.009 MB | 1.10 | yes |" in text
+    # More ranks than chunks gain nothing but a longer way; on machines of their own they do not slow each other down.
+    assert over.planned(8) < over.planned(16)
+    assert over.planned(2, plans.Network(0.0, 0.0)) == pytest.approx(0.1 / 0.11 * (over.each + (0.11 - over.each) / 2))
     assert "missed" not in text
     slow = replace(made, overhead=0.06, rates={"1": 1e4, "2": 1.7e4}, chunks_of_memory=3.2)
     assert slow.table().count("**missed**") == 3
