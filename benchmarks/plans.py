@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -55,26 +55,28 @@ class Network(NamedTuple):
     seconds_of_a_byte : float
     delay : float
         Of a message.
-    add : float
-        Seconds in which a rank adds its share to a byte of a sum.
     """
 
     seconds_of_a_byte: float
     delay: float
-    add: float = 0.0
 
-    def sum_seconds(self, ranks: int, size: int, piece: int) -> float:
-        """Return how long the ordered sum of `fastdiff.ranks` takes for `size` bytes, in pieces.
+    def sum_seconds(self, ranks: int, up: Sequence[float], down: Sequence[float], adding: float = 0.0) -> float:
+        """Return how long the ordered sum of `fastdiff.ranks` takes.
 
-        Piece by piece and rank by rank: a piece goes out when it has come and been added to, and when the one before
-        it is gone.
+        `up` are the bytes of the messages that go from rank to rank, and `down` of those that bring the result to all,
+        one for each. A message goes out when it has come and been added to, and when the one before it is gone. All
+        ranks together add for so many seconds.
         """
-        pieces = max(1, math.ceil(size / piece))
-        wire, add = size / pieces * self.seconds_of_a_byte, size / pieces * self.add
-        came = [0.0] * pieces  # when this rank has each piece
-        for _ in range(2 * (ranks - 1)):  # from the first to the last, and round to the one before that
+        came = [0.0] * len(up)  # when this rank has each message
+        for rank in range(ranks):
+            busy = gone = 0.0
+            for i, size in enumerate(up):
+                busy = max(busy, came[i]) + adding / ranks * size / sum(up)
+                gone = max(gone, busy) + size * self.seconds_of_a_byte
+                came[i] = busy if rank == ranks - 1 else gone + self.delay
+        for _ in range(ranks - 1):
             gone = 0.0
-            for i in range(pieces):
-                gone = max(gone, came[i] + add) + wire
+            for i, size in enumerate(down):
+                gone = max(gone, came[i]) + size * self.seconds_of_a_byte
                 came[i] = gone + self.delay
-        return came[-1] if ranks > 1 else 0.0
+        return came[-1]

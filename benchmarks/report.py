@@ -864,9 +864,28 @@ class Growth(NamedTuple):
 
 
 class OverRanks(NamedTuple):
-    """Steps of a network alone and over ranks: seconds; the sum by itself; bytes a step, and the least possible.
+    """Steps of a network alone and over ranks.
 
-    `equal`: whether both ended in the same weights.
+    Attributes
+    ----------
+    what : str
+    ranks, parameters, chunks : int
+        Chunks that a batch comes in.
+    alone, together : float
+        Seconds of a step without ranks, and on all of them.
+    lone, beside, few : float
+        Of one of a rank that has all chunks, while the others wait; while the others do the same; and then with a batch
+        of one chunk.
+    adding : float
+        Seconds in which all chunks are added.
+    nothing, summed : float
+        Of a sum by itself, of a loss and of as many values as there are parameters.
+    up, down : tuple of int
+        Bytes of the messages from one rank to the next that has more, and of those with the result.
+    sent, least : float
+        Bytes of a step, and the fewest possible.
+    equal : bool
+        Whether one process and the ranks ended in the same weights.
     """
 
     what: str
@@ -878,17 +897,39 @@ class OverRanks(NamedTuple):
     sent: float
     least: float
     equal: bool
+    # Older results have none of these.
+    chunks: int = 0
+    lone: float = 0.0
+    beside: float = 0.0
+    few: float = 0.0
+    adding: float = 0.0
+    nothing: float = 0.0
+    up: tuple[int, ...] = ()
+    down: tuple[int, ...] = ()
+
+    @property
+    def each(self) -> float:
+        """Seconds of what every rank does, however few chunks it has."""
+        return max(0.0, self.few - (self.beside - self.few) / (self.chunks - 1))
 
     def planned(self, ranks: int, network: Network | None = None) -> float:
-        """Seconds of a step on so many ranks; by default with the sum as it was measured here."""
-        size = math.ceil(self.sent / (2 * (self.ranks - 1)))  # over a link, there and back
-        summed = self.summed if network is None else network.sum_seconds(ranks, size, PIECE_BYTES)
-        return self.alone / ranks + summed
+        """Seconds of a step on so many ranks; by default of this machine, which they share."""
+        if not self.chunks:
+            pieces = math.ceil(self.sent / (2 * (self.ranks - 1)) / PIECE_BYTES)
+            messages = [self.sent / (2 * (self.ranks - 1)) / pieces] * pieces
+            return self.alone / ranks + (network.sum_seconds(ranks, messages, messages) if network else self.summed)
+        divided = max(0.0, self.beside - self.each - self.adding)
+        seconds = self.each + divided * math.ceil(self.chunks / ranks) / self.chunks
+        faster = 1.0 if network is None else self.lone / self.beside
+        links = 2 * (self.ranks - 1)
+        here = Network((self.summed - self.nothing) / (links * 4 * self.parameters), self.nothing / links)
+        return faster * seconds + (network or here).sum_seconds(ranks, self.up, self.down, faster * self.adding)
 
     def cells(self) -> list[str]:
         return [
             self.what, duration(self.alone), duration(self.together), f"{self.alone / self.together:.2f} x",
-            f"{self.planned(self.ranks) / self.together:.2f}", f"{self.sent / 1e6:.3f} MB",
+            f"{self.planned(self.ranks) / self.together:.2f}", duration(self.summed),
+            f"{self.sent / 1e6:.3f} MB",
             f"{self.sent / self.least:.2f}", "yes" if self.equal else "**no**",
         ]  # fmt: skip
 
@@ -911,6 +952,7 @@ class WorkersReport(Report):
     growth: list[Growth]
     growth_steps: int  # of the sampler of these
     ranks: list[OverRanks]
+    ranks_at: str = ""  # date and commit of these, where they are of another time
 
     def workers(self, store: float) -> Workers:
         """What a plan is made of, for a store that takes so many bytes a second."""
@@ -946,8 +988,8 @@ class WorkersReport(Report):
         ]
         sizes = [f"samples, {self.growth_steps} steps, 2 processes", "time", "on disk", "memory"]
         head = [
-            "training, one thread a rank", "alone", "2 ranks", "faster", "planned / measured", "sent a step",
-            "of the least", "same bits",
+            f"training, one thread a rank{self.ranks_at}", "alone", "2 ranks", "faster", "planned / measured",
+            "a sum by itself", "sent a step", "of the least", "same bits",
         ]  # fmt: skip
         return [
             self.header.line(),

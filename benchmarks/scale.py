@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from machine import cores, header
-from report import RESULTS, Growth, OverRanks, WorkersReport
+from report import RESULTS, Growth, OverRanks, WorkersReport, load
 
 import fastdiff as fd
 
@@ -119,7 +120,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="of the sampler of the long run")
     parser.add_argument("--many", type=int, default=500_000, help="rows of a chunk whose memory is measured")
     parser.add_argument("--train", type=int, default=30, help="steps of a training over ranks; 0: none")
+    parser.add_argument("--only", choices=["ranks"], help="measure that anew, and keep the rest of the results")
     args = parser.parse_args(argv)
+    if args.only:
+        kept = load(args.output / "workers-cpu.json")
+        assert isinstance(kept, WorkersReport)
+        now = header(cores(), "mpi4py")
+        at = f" ({now.date}, commit {now.commit})"
+        return written(replace(kept, ranks=over_ranks(args.train), ranks_at=at), args.output)
     one = model()
     one.sample(1000)
     chunk = max(100, int(2000 * args.seconds / processor_seconds(one.sample, 2000)))
@@ -145,7 +153,12 @@ def main(argv: list[str] | None = None) -> int:
         growth_steps=args.steps,
         ranks=ranks,
     )
-    report.save(args.output, "workers-cpu")
+    return written(report, args.output)
+
+
+def written(report: WorkersReport, output: Path) -> int:
+    """Write and print the results."""
+    report.save(output, "workers-cpu")
     print(report.table(), end="")
     return 0
 

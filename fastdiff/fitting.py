@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fastdiff import calibration, checkpoint, defaults, judgement, sampling, series, split
 from fastdiff.backends import Backend, SharingBackend, TrainingDraws, TrainState, get_backend
+from fastdiff.backends.layers import PartsBackend
 from fastdiff.base import GaussianBase
 from fastdiff.callbacks import Reporter, listeners
 from fastdiff.covariates import CovariateScale, checked_covariates, none_known
@@ -286,12 +287,14 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
 def _batch(kind: type[Network], wishes: Wishes, be: Backend) -> tuple[int, int]:
     """How many rows a step takes, and in how many parts."""
     batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
-    usual = 1 if wishes.comm is None or not kind.in_parts else min(PARTS, batch)
+    together = wishes.comm is not None
+    in_parts = kind.in_parts or (together and isinstance(be, PartsBackend))
+    usual = min(PARTS, batch) if together and in_parts else 1
     accumulate = usual if wishes.accumulate is None else check_int("accumulate", wishes.accumulate, low=1)
-    if accumulate > (batch if kind.in_parts else 1):
-        wants = f"at most batch = {batch}" if kind.in_parts else f"1, where {kind.__name__} takes a batch whole"
+    if accumulate > (batch if in_parts else 1):
+        wants = f"at most batch = {batch}" if in_parts else f"1, where {kind.__name__} takes a batch whole"
         raise ArgumentError("accumulate", str(accumulate), wants)
-    if wishes.comm is not None and (be.name == "cuda" or not (kind.in_parts or isinstance(be, SharingBackend))):
+    if together and not (in_parts or isinstance(be, SharingBackend)):
         wants = f"None, or backend='cpu' instead of {be.name!r}: {kind.__name__} is not shared on that"
         raise ArgumentError("comm", shown(wishes.comm), wants)
     return batch, accumulate
@@ -320,7 +323,7 @@ def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[
     learned = () if net is None else (net.flat, model._average, *(() if optimizer is None else optimizer[1:]))
     return {
         "the version of fastdiff": (fastdiff.__version__, NOISE_LAW_VERSION),
-        "backend": be.name,
+        "backend": _in_words(be),
         "data": split.fingerprint(found.every),
         "seed": int(model.seed),
         "step": model.step,
@@ -337,6 +340,12 @@ def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[
         "the network": None if net is None else shown(net),
         "weights": _checksum(*learned),
     }
+
+
+def _in_words(be: Backend) -> str:
+    """A backend with what its bits depend on."""
+    options = (getattr(be, name, "") for name in ("precision", "convolutions"))
+    return " ".join(filter(None, (be.name, *options)))
 
 
 def _checksum(*arrays: Any) -> int:

@@ -320,7 +320,7 @@ class Diffusion:
             noise law. Held-out rows, and those that a judgement compares with, are cut once.
         accumulate : int, optional
             Take a U-Net's batch in so many parts, whose gradients are added: less memory, and the same step up to
-            the rounding of those sums. By default 1, with `comm` 8.
+            the rounding of those sums. By default 1, with `comm` 8; there a perceptron's on "cuda" too.
         data_range : pair of float, optional
             The values of pictures that become -1 and 1 in the network. By default 0 and 255 for bytes, else the
             smallest and the largest one of X, which is logged; it stays that of the first call.
@@ -345,7 +345,8 @@ class Diffusion:
         comm : communicator of mpi4py, optional
             Train together: every rank makes this call with the same model, data and options, computes its share of each
             batch, and has in the end the same model, to the bit that of one process: see `fastdiff.ranks`. The first
-            rank alone shows progress, calls callbacks, whose stop is for all, and saves. On "cpu"; "numpy" for U-Nets.
+            rank alone shows progress, calls callbacks, whose stop is for all, and saves. On "cpu" and "cuda", U-Nets
+            also on "numpy".
 
         Returns
         -------

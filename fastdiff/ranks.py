@@ -6,6 +6,9 @@ what those before have summed, adds chunk by chunk, and passes it on, and the la
 order of additions is that of one process, whatever the number of ranks, and weights are equal to the bit. Of r ranks
 each sends 2 (r - 1) / r gradients a step, as few as a sum for all can do with, and in pieces, so that all send at once.
 
+GPUs take the batch of every network in parts. Where each rank has one, and CuPy has NCCL, all parts are gathered on all
+of them, which add them in their order; else sums of parts go from rank to rank as well, in the memory of the hosts.
+
 ::
 
     from mpi4py import MPI
@@ -22,13 +25,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, Segment, get_backend
-from fastdiff.errors import ArgumentError, FastdiffError, TrainingError, shown
+from fastdiff.backends import Array, Backend, Gather, Segment, get_backend
+from fastdiff.errors import ArgumentError, BackendError, FastdiffError, TrainingError, check_flags, shown
 
 log = logging.getLogger("fastdiff")
 
@@ -78,6 +82,8 @@ class Ranks:
     ----------
     comm : communicator of mpi4py
         Or another with `METHODS`.
+    nccl : bool, optional
+        Whether sums of GPUs may go through NCCL.
 
     Attributes
     ----------
@@ -92,7 +98,7 @@ class Ranks:
         Whether any wanted it when the last step was taken: all know.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, *, nccl: bool = True) -> None:
         try:
             known = all(callable(getattr(comm, name, None)) for name in METHODS)
         except Exception:  # noqa: BLE001 - whatever an object of somebody's does when it is asked
@@ -100,7 +106,8 @@ class Ranks:
         if not known:
             raise ArgumentError("comm", shown(comm), "a communicator of mpi4py, as MPI.COMM_WORLD")
         self.comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
-        self.sent, self.wish, self.stops = 0, False, False
+        check_flags(nccl=nccl)
+        self.sent, self.wish, self.stops, self.nccl = 0, False, False, nccl
         self.wanted: Callable[[], bool] = lambda: False
 
     @classmethod
@@ -110,12 +117,17 @@ class Ranks:
 
     # -------------------------------------------------------------------------------------------------- a step
 
+    def shares(self, items: int) -> list[range]:
+        """Which of so many items are each rank's; the first rank has one if anybody has."""
+        ends = [-(-items * rank // self.size) for rank in range(self.size + 1)]
+        return [range(*pair) for pair in pairwise(ends)]
+
     def share(self, items: int) -> range:
-        """Which of so many items are this rank's; the first rank has one if anybody has."""
+        """Which of so many items are this rank's."""
         if self.rank == 0 and items < self.size:
             words = "%d of %d ranks have nothing to do, for a batch has %d chunks: take a larger one, or accumulate"
             log.warning(words, self.size - items, self.size, items)
-        return range(-(-items * self.rank // self.size), -(-items * (self.rank + 1) // self.size))
+        return self.shares(items)[self.rank]
 
     def sum(self, segments: Sequence[Segment], losses: Sequence[float]) -> float:
         """Do `Team.sum`, and find out whether anybody wants to stop."""
@@ -141,9 +153,10 @@ class Ranks:
         last = self.rank + 1 == self.size
         for i, segment in enumerate(segments):
             if segment.sums is not None:
+                came = segment.sums if segment.came is None else segment.came
                 for piece in _pieces(segment.sums, segment.in_pieces):
                     if self.rank:
-                        _wait(self.comm.Irecv(segment.sums[piece], source=self.rank - 1))
+                        _wait(self.comm.Irecv(came[piece], source=self.rank - 1))
                     segment.add(piece)
                     if not last:
                         on_its_way[i, piece.start] = self._send(segment.sums[piece], self.rank + 1)
@@ -246,6 +259,55 @@ class Ranks:
             return get_backend("cpu", threads=max(1, be.threads // self.comm.allgather(mine).count(mine)))
         self.comm.allgather(None)
         return be
+
+    # -------------------------------------------------------------------------------------------------- devices
+
+    def gathering(self, be: Backend) -> Gather | None:
+        """Return what gathers arrays of GPUs by NCCL; None: there is another way, and the log says once why."""
+        if be.name != "cuda" or self.size == 1:
+            return None
+        runtime = cast(Any, be).runtime
+        found = self.comm.allgather((platform.node(), runtime.place, runtime.nccl is not None, self.nccl))
+        places = [place for *place, _, _ in found]
+        why = "" if all(wanted for *_, wanted in found) else "as was asked for"
+        if lacking := [rank for rank, (*_, there, _) in enumerate(found) if not there]:
+            why = why or f"the CuPy of rank {lacking[0]} has no NCCL"
+        if shared := [rank for rank, place in enumerate(places) if place in places[:rank]]:
+            other = places.index(places[shared[0]])
+            why = why or f"ranks {other} and {shared[0]} share a GPU, and NCCL wants one for each"
+        if not why:
+            return _Nccl(self, runtime)
+        if self.rank == 0:
+            log.info("gradients of GPUs are added in the memory of the hosts: %s", why)
+        return None
+
+
+class _Nccl:
+    """Gathers arrays of GPUs, on the stream that a backend works on."""
+
+    def __init__(self, ranks: Ranks, runtime: Any) -> None:
+        self.ranks, self.runtime = ranks, runtime
+        nccl = runtime.nccl
+        self._types = {np.dtype(np.float32): nccl.NCCL_FLOAT32, np.dtype(np.float64): nccl.NCCL_FLOAT64}
+        with self._named():
+            number = ranks.first(nccl.get_unique_id() if ranks.rank == 0 else None)
+            self._comm = nccl.NcclCommunicator(ranks.size, number, ranks.rank)
+
+    def __call__(self, mine: Array, every: Array) -> None:
+        address, size = self.runtime.address, mine.size
+        with self._named():
+            self._comm.check_async_error()  # of what was issued before
+            self._comm.allGather(address(mine), address(every), size, self._types[mine.dtype], self.runtime.stream())
+        self.ranks.sent += (self.ranks.size - 1) * mine.nbytes
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of an error of NCCL where it is, and what to do."""
+        try:
+            yield
+        except self.runtime.nccl.NcclError as error:
+            todo = "NCCL_DEBUG=INFO says more; fit(comm=fastdiff.ranks.Ranks(comm, nccl=False)) does without it"
+            raise BackendError(f"NCCL fails on {self.runtime.device}: {error}; {todo}") from error
 
 
 def _pieces(array: npt.NDArray[Any], in_pieces: bool) -> list[slice]:

@@ -290,7 +290,9 @@ class Trainer:
                 self.brought = False
                 issued += 1
                 stops = interrupted() if ranks is None else ranks.stops
-                late = issued - model.step >= be.steps_ahead or perf_counter() - read_at > READ_SECONDS
+                late = issued - model.step >= be.steps_ahead
+                if ranks is None:  # else all read losses after the same steps
+                    late = late or perf_counter() - read_at > READ_SECONDS
                 if not (late or callback is not None or stops or issued == end):
                     continue
                 settle()

@@ -164,9 +164,13 @@ def asked_networks(be, size):
             )  # fmt: skip
             want = np.zeros_like(wide)
             loss = NUMPY.mlp_train_gradient(net.plan, wide, draws, 12, n, want)
-            found = be.mlp_train_gradient(net.plan, params, draws._replace(data=data.astype(np.float32)), 12, n, grads)
+            draws = draws._replace(data=data.astype(np.float32))
+            found = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
             assert_close(np.float32(found), loss, terms=terms(net))
             compare_gradients(net, be.to_numpy(grads), want, n)
+            found, gradient = in_parts(be, net, draws, n)
+            assert_close(np.float32(found), loss, terms=terms(net))
+            compare_gradients(net, gradient, want, n)
 
 
 GRADIENT = ("mlp_bias_activate", "mlp_layer_backward", "mlp_order_times", "mlp_scale", "mlp_add_part")
@@ -224,6 +228,9 @@ def training_gradients(be, size):
         loss = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
         assert_close(np.float32(loss), want_loss, terms=terms(net))
         compare_gradients(net, be.to_numpy(grads), want, n)
+        loss, gradient = in_parts(be, net, draws, n)
+        assert_close(np.float32(loss), want_loss, terms=terms(net))
+        compare_gradients(net, gradient, want, n)
 
 
 @covers("pointwise", "take", "weighted_error")
@@ -282,6 +289,18 @@ def training_steps(be, size):
         assert not np.isfinite(be.to_numpy(results)[:, 1]).any(), be.to_numpy(results)
         for column, wanted in zip(state, before, strict=True):
             assert_same_bits(be.to_numpy(column), wanted)
+
+
+def in_parts(be, net, draws, n):
+    """Loss and gradient of a batch that comes in two parts, each for the second time: by then it is a graph."""
+    grads, total, loss = be.asarray(np.zeros_like(net.flat)), np.zeros(net.flat.shape), 0.0
+    gradient = be.mlp_parts(net.plan, be.asarray(net.flat), draws)
+    for first, end in ((0, n // 3), (n // 3, n)):
+        for step in (7, 12):
+            found = gradient(step, first, end - first, grads)
+        loss += float(be.to_numpy(found)[0]) * (end - first) / n
+        total += be.to_numpy(grads) * ((end - first) / n)
+    return loss, total.astype(np.float32)
 
 
 def compare_gradients(net, got, want, n):

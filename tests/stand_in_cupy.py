@@ -45,7 +45,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self, driver=13000, devices=1):
         super().__init__("cupy")
-        self.host, self.compiled, self.most = DeviceRuntime(), [], 2**40
+        self.host, self.compiled, self.most, self.used = DeviceRuntime(), [], 2**40, 0
         api = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: driver,
@@ -54,11 +54,8 @@ class StandIn(types.ModuleType):
             getDeviceProperties=lambda number: {"name": b"Stand-in"},
             memGetInfo=lambda: (3 << 20, 80 << 30),
             deviceSynchronize=lambda: None,
+            deviceGetPCIBusId=lambda number: f"0000:{number:02x}:00.0",
         )
-        device = types.SimpleNamespace(
-            id=0, compute_capability="90",
-            attributes={"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024},
-        )  # fmt: skip
         nvrtc = types.SimpleNamespace(
             getVersion=lambda: (13, 0),
             createProgram=lambda text, name, headers, includes: [name, text],
@@ -68,7 +65,7 @@ class StandIn(types.ModuleType):
             destroyProgram=list.clear,
         )
         self.cuda = types.SimpleNamespace(
-            runtime=api, Device=lambda *number: contextlib.nullcontext(device) if number else device, nvrtc=nvrtc,
+            runtime=api, Device=partial(StandInDevice, self), nvrtc=nvrtc,
             driver=StandInDriver(), function=types.SimpleNamespace(Module=partial(StandInModule, self)),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), Stream=partial(StandInStream, self),
             get_current_stream=lambda: self.streams[-1], Event=StandInEvent,
@@ -114,6 +111,20 @@ class StandIn(types.ModuleType):
     def dot(self, a, b, out):
         self._fits(out.size)
         self.host.matmul(a, b, out)
+
+
+class StandInDevice(contextlib.nullcontext):
+    """One by its number, or the current one."""
+
+    compute_capability = "90"
+    attributes = types.MappingProxyType({"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024})
+
+    def __init__(self, cupy, number=None):
+        super().__init__()
+        self.cupy, self.id = cupy, cupy.used if number is None else number
+
+    def use(self):
+        self.cupy.used = self.id
 
 
 class StandInDriver:

@@ -781,13 +781,19 @@ def test_plans_of_workers():
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (2, 100), (4, 10), (32, 400)])
 def test_plans_of_sums(ranks, pieces):
     """A piece goes over 2 (r - 1) links, one after the other, and pieces follow each other."""
-    link = plans.Network(seconds_of_a_byte=1e-3, delay=0.5)
+    link, messages = plans.Network(seconds_of_a_byte=1e-3, delay=0.5), [8000 / pieces] * pieces
     want = 0 if ranks == 1 else (1 + (2 * (ranks - 1) - 1) / pieces) * 8 + 2 * (ranks - 1) * 0.5
-    assert link.sum_seconds(ranks, 8000, -(-8000 // pieces)) == pytest.approx(want, rel=0.02)
+    assert link.sum_seconds(ranks, messages, messages) == pytest.approx(want)
+    # What is added is so by one rank after the other; while one does others add to earlier messages.
+    added = plans.Network(0.0, 0.0).sum_seconds(ranks, messages, messages, 4.0)
+    assert added == pytest.approx(4.0 / ranks * (1 + (ranks - 1) / pieces))
 
 
 def test_the_table_of_workers():
-    over = report.OverRanks("net, batch 64", 2, 1000, 0.1, 0.06, 0.01, 8800, 8000, True)
+    over = report.OverRanks(
+        "net, batch 64", 2, 1000, alone=0.1, together=0.06, summed=0.01, sent=8800, least=8000, equal=True,
+        chunks=8, lone=0.1, beside=0.11, few=0.02, up=(4000,), down=(4000,),
+    )  # fmt: skip
     header = report.load(report.RESULTS / "quality-cpu.json").header
     made = report.WorkersReport(
         header, points=50, chunk=10_000, seconds=1.0, overhead=0.01, start=4.0, hand_out=1e-3,
@@ -798,7 +804,10 @@ def test_the_table_of_workers():
     assert "| two processes | 19,000 samples/s, 1.90 x | at least 1.8 x |" in text
     assert f"| 16 chunks on two processes | {bench.duration(12.5)} | planned {bench.duration(12.009)} |" in text
     steps = f"{bench.duration(0.1)} | {bench.duration(0.06)}"
-    assert f"| net, batch 64 | {steps} | 1.67 x | 1.00 | 0.009 MB | 1.10 | yes |" in text
+    assert f"| net, batch 64 | {steps} | 1.67 x | 1.14 | {bench.duration(0.01)} | 0.009 MB | 1.10 | yes |" in text
+    # More ranks than chunks gain nothing but a longer way; on machines of their own they do not slow each other down.
+    assert over.planned(8) < over.planned(16)
+    assert over.planned(2, plans.Network(0.0, 0.0)) == pytest.approx(0.1 / 0.11 * (over.each + (0.11 - over.each) / 2))
     assert "missed" not in text
     slow = replace(made, overhead=0.06, rates={"1": 1e4, "2": 1.7e4}, chunks_of_memory=3.2)
     assert slow.table().count("**missed**") == 3

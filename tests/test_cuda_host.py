@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -724,3 +725,36 @@ def test_the_cupy_runtime_survives_pickle(stand_in):
     be = pickle.loads(pickle.dumps(CudaBackend()))
     assert be.runtime.device == "Stand-in"
     assert isinstance(be.runtime, runtime.Runtime)
+
+
+# ------------------------------------------------------------------------------------------- one of several GPUs
+
+
+@pytest.mark.parametrize(
+    ("told", "devices", "used", "want"),
+    [
+        ({}, 4, 0, 0),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1, 0, 0),  # its engine shows it one
+        ({"MPI_LOCALRANKID": "5"}, 4, 0, 1),
+        ({"SLURM_LOCALID": "3"}, 4, 0, 3),
+        ({"SLURM_LOCALID": "3"}, 4, 2, 2),  # somebody has chosen
+    ],
+)
+def test_the_processes_of_a_launcher_share_the_gpus(stand_in, monkeypatch, told, devices, used, want):
+    for name in runtime.LOCAL_NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    stand_in(devices=devices).used = used
+    be = backends._shared.__wrapped__("cuda", None, "raw", "float32", True, "own")
+    assert (be.runtime.device_id, be.runtime.place) == (want, f"0000:0{want}:00.0")
+
+
+def test_nccl_of_cupy(stand_in, monkeypatch):
+    stand_in()
+    be = CudaBackend()
+    assert be.runtime.nccl is None
+    for available in (True, False):
+        nccl = types.SimpleNamespace(available=available)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nccl=nccl))
+        assert be.runtime.nccl is (nccl if available else None)

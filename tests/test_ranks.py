@@ -11,6 +11,7 @@ from fastdiff import ranks
 from fastdiff.backends import Segment
 from fastdiff.backends.cpu import CpuBackend
 from fastdiff.errors import ArgumentError, FastdiffError, TrainingError
+from fastdiff.noise import Draw, Stream, scaled_words
 
 CURVES = fd.data.harmonic_curves(300, points=12)
 PICTURES = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 1), np.uint8)
@@ -131,6 +132,27 @@ def test_tutorial_network_and_a_base():
     for make in (tutorial, usual):
         want = make().fit(CURVES, steps=5, batch=300, **QUIET)
         assert_same(together(2, make, (CURVES,), steps=5, batch=300), want)
+
+
+def test_rows_of_the_time_table_that_nobody_had_before_do_not_travel():
+    """Of 256 samples, whose timesteps are few of 200, the first rank sends the sums of its own."""
+
+    def make():
+        return fd.Diffusion(fd.MLP(12, hidden=(16, 16), T=200), backend=one_thread(), seed=3)
+
+    def work(comm):
+        team, model = ranks.Ranks(comm), make()
+        model.fit(CURVES, steps=1, batch=256, comm=team, **QUIET)
+        return model, team.sent
+
+    (model, up), (_, down) = on_ranks(2, work)
+    assert_same([model], make().fit(CURVES, steps=1, batch=256, **QUIET))
+    plan, t = model.net.plan, scaled_words(256, 200, Draw(3, Stream.TRAIN_TIME, 0))
+    had = len(np.unique(t[:128]))
+    assert had < len(np.unique(t)) < 200
+    loss_and_wish = 16
+    assert up == 4 * (plan.time_weight + had * plan.time_width) + loss_and_wish
+    assert down == model.net.flat.nbytes + loss_and_wish
 
 
 @pytest.mark.parametrize("size", [1, 3])

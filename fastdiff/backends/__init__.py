@@ -25,8 +25,10 @@ from fastdiff.backends.protocol import (
     Array,
     Backend,
     DenseLayer,
+    Gather,
     LinearPart,
     MLPPlan,
+    PartGradient,
     Row,
     RowMap,
     Segment,
@@ -51,8 +53,10 @@ __all__ = [
     "Array",
     "Backend",
     "DenseLayer",
+    "Gather",
     "LinearPart",
     "MLPPlan",
+    "PartGradient",
     "Row",
     "RowMap",
     "Segment",
@@ -103,7 +107,9 @@ def _shared(name: str, threads: int | None, kernels: str, precision: str, graphs
             return NumpyBackend()
         if name == "cuda":
             from fastdiff.backends.cuda import CudaBackend
+            from fastdiff.kernels.cuda.runtime import use_own_device
 
+            use_own_device()
             return CudaBackend(kernels=kernels, precision=precision, graphs=graphs, convolutions=convolutions)
         if _no_compiler():
             raise BackendError(

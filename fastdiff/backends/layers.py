@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from fastdiff.backends.protocol import AdamW, Array, Backend, Row, Training, TrainingDraws, TrainState
+from fastdiff.backends.protocol import (
+    AdamW,
+    Array,
+    Backend,
+    MLPPlan,
+    PartGradient,
+    Row,
+    Training,
+    TrainingDraws,
+    TrainState,
+)
 from fastdiff.noise import Draw
 
 
@@ -358,3 +368,11 @@ class LayerBackend(Backend, Protocol):
         `output` is as a body of `record`. It reads x from `state` (n, D), which holds a copy of it before; what that
         holds afterwards is not defined.
         """
+
+
+@runtime_checkable
+class PartsBackend(LayerBackend, Protocol):
+    """A backend on which a team takes the batch of a perceptron in parts, as it does those of other networks."""
+
+    def mlp_parts(self, plan: MLPPlan, params: Array, draws: TrainingDraws) -> PartGradient:
+        """Return what fills the gradient of a part of a training step's batch; a part always has the same array."""

@@ -398,6 +398,8 @@ class Segment(NamedTuple):
         What makes `result`, where that is not `sums`.
     in_pieces : bool, optional
         Whether `sums` may travel piece by piece, or is added to whole.
+    came : array, optional
+        The first part of `sums` where no more than that comes: what follows is zero before.
     """
 
     sums: Array | None
@@ -405,13 +407,28 @@ class Segment(NamedTuple):
     result: Array | None
     make: Callable[[], None] | None = None
     in_pieces: bool = True
+    came: Array | None = None
+
+
+PartGradient = Callable[[int, int, int, Array], Array]
+"""Of a training step, the first position of a part, how many it has, and an array that is filled with its gradient.
+Returns the mean loss, an array of one value that is valid until the next call."""
+
+Gather = Callable[[Array, Array], None]
+"""Fills the second array, (members, ...), with the first one, (...), of each member; both are on devices."""
 
 
 class Team(Protocol):
     """Processes that take training steps together: see `fastdiff.ranks`."""
 
+    def shares(self, items: int) -> list[range]:
+        """Return which of so many items, in a row, each member has; those of all members follow each other."""
+
     def share(self, items: int) -> range:
-        """Return which of so many items, in a row, are this member's; those of all members follow each other."""
+        """Return this member's of `shares`."""
+
+    def gathering(self, be: Backend) -> Gather | None:
+        """Return what gathers arrays of a backend on devices; None: nothing does."""
 
     def sum(self, segments: Sequence[Segment], losses: Sequence[float]) -> float:
         """Sum segments in the order of the members; return the sum of the losses of all, added one by one."""

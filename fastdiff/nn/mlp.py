@@ -27,11 +27,12 @@ from fastdiff.backends import (
     TrainingDraws,
     TrainState,
 )
+from fastdiff.backends.layers import PartsBackend
 from fastdiff.denoiser import Asked, asked_parts
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_seed, check_several, shown
 from fastdiff.nn.network import MAX_WIDTH, Network, Start, check_keys, register
 from fastdiff.nn.params import Layout
-from fastdiff.nn.runner import Runner
+from fastdiff.nn.runner import Runner, in_parts
 from fastdiff.noise import Draw
 
 TIME_FEATURES = 32
@@ -409,5 +410,8 @@ class MLPRunner(Runner):
         draws = draws._replace(data=draws.data.reshape(*lead, self.net.points))
         if team is None:
             return self.be.mlp_training(self.net.plan, draws, batch, state, results)
-        assert isinstance(self.be, SharingBackend)
-        return self.be.mlp_shared_training(self.net.plan, draws, batch, state, results, team)
+        if isinstance(self.be, SharingBackend):
+            return self.be.mlp_shared_training(self.net.plan, draws, batch, state, results, team)
+        assert isinstance(self.be, PartsBackend)
+        gradient = self.be.mlp_parts(self.net.plan, self.weights, draws)
+        return in_parts(self.be, gradient, (batch, parts), state, results, team)

@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import AdamW, Array, Backend, Row, Segment, Team, Training, TrainingDraws, TrainState
+from fastdiff.backends import (
+    AdamW,
+    Array,
+    Backend,
+    Gather,
+    PartGradient,
+    Row,
+    Segment,
+    Team,
+    Training,
+    TrainingDraws,
+    TrainState,
+)
 from fastdiff.backends.layers import Batch, LayerBackend, Recording
 from fastdiff.denoiser import Asked, Evaluator, asked_parts
 from fastdiff.errors import BackendError
@@ -304,7 +316,7 @@ class ProgramRunner(Runner):
         y, steps = self._output
         steps.fill(t)
         self._fill(y, self.be.asarray(x, dtype), steps, labels, forms)
-        return self.be.asarray(_in_parts(self.be, y, self._parts(n)), x.dtype)
+        return self.be.asarray(_both_parts(self.be, y, self._parts(n)), x.dtype)
 
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
         self._fill_product("vjp", dx, x, t, dy, labels)
@@ -487,10 +499,7 @@ class ProgramRunner(Runner):
         draws = draws._replace(data=data, labels=labels, terms=terms, covariates=covariates)
         if parts == 1 and team is None:
             return _Whole(self, draws, batch, state, results)
-        bounds = [batch * i // parts for i in range(parts + 1)]
-        if team is None:
-            return _InParts(self, draws, bounds, state, results)
-        return _SharedParts(self, draws, bounds, state, results, team)
+        return in_parts(self.be, partial(self.drawn_gradient, draws), (batch, parts), state, results, team)
 
 
 @dataclass(frozen=True)
@@ -510,7 +519,7 @@ class _Output:
 
     def __call__(self) -> Array:
         laid = self.memory.laid(self.net, self.be, len(self.given["x"]), "output")
-        return _in_parts(self.be, laid.run(self.be, self.params, self.given, forms=self.forms), self.parts)
+        return _both_parts(self.be, laid.run(self.be, self.params, self.given, forms=self.forms), self.parts)
 
 
 class _Whole:
@@ -541,24 +550,28 @@ class _InParts:
     """A training step whose batch goes through the network in parts: their gradients, weighted by sizes, are added."""
 
     def __init__(
-        self, runner: ProgramRunner, draws: TrainingDraws, bounds: list[int], state: TrainState, results: Array
+        self, be: LayerBackend, gradient: PartGradient, bounds: list[int], state: TrainState, results: Array
     ) -> None:
-        self.runner, self.draws, self.bounds, self.state, self.results = runner, draws, bounds, state, results
-        be, net = runner.be, runner.net
-        self.part = be.asarray(net.layout.zeros(net.dtype), net.dtype)
-        self.total = be.empty((1,), np.float64)
+        self.be, self.gradient, self.bounds, self.state, self.results = be, gradient, bounds, state, results
+        self.part, self.total = self._zeros(), be.empty((1,), np.float64)
+
+    def _zeros(self, *several: int) -> Array:
+        """Room for a gradient, or for several."""
+        made = self.be.empty((*several, *self.state.grads.shape), self.state.grads.dtype)
+        made.fill(0)
+        return made
 
     def run(self, step: int, options: AdamW) -> None:
         grads, total = self.state.grads, self.total
         grads[...], total[...] = 0, 0
         for first, end in pairwise(self.bounds):
             total[...] += self._weighted(step, first, end, self.part)
-            grads[...] += self.part
-        self.runner.be.finish_step(total, step, self.state, options, self.results)
+            self.be.add(grads, self.part, grads)
+        self.be.finish_step(total, step, self.state, options, self.results)
 
     def _weighted(self, step: int, first: int, end: int, part: Array) -> Array:
         """Fill `part` with what a part of the batch adds to the gradient, and return what it adds to the loss."""
-        loss = self.runner.drawn_gradient(self.draws, step, first, end - first, part)
+        loss = self.gradient(step, first, end - first, part)
         weight = (end - first) / self.bounds[-1]
         loss *= weight
         part[...] *= part.dtype.type(weight)
@@ -566,43 +579,109 @@ class _InParts:
 
 
 class _SharedParts(_InParts):
-    """One whose parts are shared by a team, on a backend of the host; they are added in their order."""
+    """One whose parts are shared by a team; they are added in their order, in the memory of the hosts."""
 
     def __init__(
         self,
-        runner: ProgramRunner,
-        draws: TrainingDraws,
+        be: LayerBackend,
+        gradient: PartGradient,
         bounds: list[int],
         state: TrainState,
         results: Array,
         team: Team,
     ) -> None:
-        super().__init__(runner, draws, bounds, state, results)
-        share = team.share(len(bounds) - 1)
-        self.team, self.mine = team, list(pairwise(bounds[share.start : share.stop + 1]))
+        super().__init__(be, gradient, bounds, state, results)
+        self.team, share = team, team.share(len(bounds) - 1)
+        self.mine = list(pairwise(bounds[share.start : share.stop + 1]))
         self.rows = slice(bounds[share.start], bounds[share.stop])
+        self.losses = be.empty((len(self.mine),), np.float64)
         # Whoever comes first adds to nothing; the others keep theirs until what is before them has come.
-        self.first = share.start == 0
-        self.kept = [] if self.first else [runner.net.layout.zeros(runner.net.dtype) for _ in self.mine]
+        self.first, self.alone = share.start == 0, len(team.shares(1)) == 1
+        self.there = not isinstance(state.grads, np.ndarray)
+        self.sums = np.empty(state.grads.shape, state.grads.dtype) if self.there else state.grads
+        self.kept = [] if self.first else [np.zeros_like(self.sums) for _ in self.mine]
 
     def run(self, step: int, options: AdamW) -> None:
-        grads, losses = self.state.grads, []
+        be, grads, sums = self.be, self.state.grads, self.sums
         grads[...] = 0
         for i, (first, end) in enumerate(self.mine):
-            part = self.part if self.first else self.kept[i]
-            losses.append(float(self._weighted(step, first, end, part)[0]))
+            part = self.part if self.first or self.there else self.kept[i]
+            self.losses[i : i + 1] = self._weighted(step, first, end, part)
             if self.first:
-                grads[...] += part
+                be.add(grads, part, grads)
+            elif self.there:
+                self.kept[i][...] = be.to_numpy(part)
 
         def add(piece: slice) -> None:
             for part in self.kept:
-                grads[piece] += part[piece]
+                sums[piece] += part[piece]
 
-        self.total[...] = self.team.sum([Segment(grads, add, grads)], losses)
-        self.runner.be.finish_step(self.total, step, self.state, options, self.results)
+        crosses = self.there and not self.alone
+        if crosses and self.first:
+            sums[...] = be.to_numpy(grads)
+        segments = [] if self.alone else [Segment(sums, add, sums)]
+        self.total[...] = self.team.sum(segments, be.to_numpy(self.losses).tolist())
+        if crosses:
+            grads[...] = be.asarray(sums, sums.dtype)
+        be.finish_step(self.total, step, self.state, options, self.results)
 
 
-def _in_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:
+class _GatheredParts(_InParts):
+    """One whose parts are shared by a team that gathers them on the devices of all, where each adds them in order."""
+
+    def __init__(
+        self,
+        be: LayerBackend,
+        gradient: PartGradient,
+        bounds: list[int],
+        state: TrainState,
+        results: Array,
+        team: Team,
+        gather: Gather,
+    ) -> None:
+        super().__init__(be, gradient, bounds, state, results)
+        self.team, self.gather, share, shares = team, gather, team.share(len(bounds) - 1), team.shares(len(bounds) - 1)
+        self.mine = list(pairwise(bounds[share.start : share.stop + 1]))
+        self.rows = slice(bounds[share.start], bounds[share.stop])
+        self.order = [(k, i) for k, each in enumerate(shares) for i in range(len(each))]
+        most = max(map(len, shares))  # which all send, be they needed or not
+        self.kept, self.every = self._zeros(most), self._zeros(len(shares), most)
+        self.losses, self.every_loss = be.empty((most,), np.float64), be.empty((len(shares), most), np.float64)
+        self.losses.fill(0)
+
+    def run(self, step: int, options: AdamW) -> None:
+        grads, total = self.state.grads, self.total
+        for i, (first, end) in enumerate(self.mine):
+            self.losses[i : i + 1] = self._weighted(step, first, end, self.part)
+            self.kept[i][...] = self.part  # one graph for all
+        self.gather(self.kept, self.every)
+        self.gather(self.losses, self.every_loss)
+        grads[...], total[...] = 0, 0
+        for k, i in self.order:
+            self.be.add(grads, self.every[k, i], grads)
+            total[...] += self.every_loss[k, i : i + 1]
+        self.team.sum([], [])  # whether anybody wants to stop
+        self.be.finish_step(total, step, self.state, options, self.results)
+
+
+def in_parts(
+    be: LayerBackend,
+    gradient: PartGradient,
+    sizes: tuple[int, int],
+    state: TrainState,
+    results: Array,
+    team: Team | None,
+) -> Training:
+    """Return what takes training steps of a batch that comes in parts, both of which are the sizes."""
+    batch, parts = sizes
+    of = be, gradient, [batch * i // parts for i in range(parts + 1)], state, results
+    if team is None:
+        return _InParts(*of)
+    gather = team.gathering(be)
+    return _SharedParts(*of, team) if gather is None else _GatheredParts(*of, team, gather)
+
+
+def _both_parts(be: LayerBackend, y: Array, parts: Array | None) -> Array:
     """An output (n, H, W, outputs) as `Evaluator.evaluate` returns it: (n, D), or with room for the parts (2, n, D)."""
     if parts is None:
         return y.reshape(len(y), -1)

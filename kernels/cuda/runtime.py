@@ -275,11 +275,17 @@ class Runtime(Protocol):
     """What it runs on, in words."""
     arch: str
     """Its compute capability, such as "90"."""
+    place: str
+    """Which device of its machine that is, whatever numbers a process gives them."""
     multiprocessors: int
     shared_limit: int
     """Bytes of dynamic shared memory that a block may ask for."""
     block: int
     """Threads of a block where the kernel does not fix them; any number will do."""
+
+    @property
+    def nccl(self) -> Any:
+        """The module cupy.cuda.nccl; None: there is none."""
 
     @property
     def capturing(self) -> bool:
@@ -347,6 +353,7 @@ def grid_1d(n: int, block: int, most: int) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------- CuPy
 
 CPU_INSTEAD = "backend='cpu' works without a GPU"
+LOCAL_NUMBERS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")  # of Open MPI, MPICH, srun
 INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 
 
@@ -386,6 +393,18 @@ def import_cupy() -> Any:
             f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}); {CPU_INSTEAD}"
         )
     return cupy
+
+
+def use_own_device() -> None:
+    """Where a launcher has begun several processes on this machine, and each sees several GPUs, have each its own.
+
+    It becomes the current one: that of the process's number here, counted round. Engines that give each worker its
+    CUDA_VISIBLE_DEVICES leave nothing to choose, and neither does who has made another device current.
+    """
+    number = next((os.environ[name] for name in LOCAL_NUMBERS if os.environ.get(name, "").isdecimal()), "0")
+    with contextlib.suppress(BackendError):  # whoever makes a backend will say why
+        if int(number) and (cuda := import_cupy().cuda).Device().id == 0:
+            cuda.Device(int(number) % cuda.runtime.getDeviceCount()).use()
 
 
 # Of an ELF header: offsets of the tables of segments and sections, then sizes and counts of their entries.
@@ -510,12 +529,21 @@ class CupyRuntime:
         self.arch = str(device.compute_capability)
         title = cupy.cuda.runtime.getDeviceProperties(self.device_id)["name"]
         self.device = title.decode() if isinstance(title, bytes) else str(title)
+        self.place = str(cupy.cuda.runtime.deviceGetPCIBusId(self.device_id))
         self._kernels: dict[tuple[str, str], Any] = {}
         self._shared: dict[tuple[str, str], int] = {}
         self._captured = threading.local()  # its `queue`, while this thread captures
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CupyRuntime, ()
+
+    @property
+    def nccl(self) -> Any:
+        try:
+            from cupy.cuda import nccl
+        except ImportError:
+            return None
+        return nccl if getattr(nccl, "available", False) else None
 
     @property
     def capturing(self) -> bool:

@@ -176,8 +176,9 @@ class HostRuntime:
     """
 
     name = "host"
-    device = "host"
+    device = place = "host"
     arch = ""
+    nccl = None
     shared_limit = 227 * 1024
     waves = 2
 

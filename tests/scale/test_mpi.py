@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import trainer
+from host_cuda import has_compiler
 
 import fastdiff as fd
 from fastdiff.ranks import PARTS
@@ -62,6 +63,24 @@ def test_weights_are_equal_to_the_bit(size, other, one_process, folder):
         # Of a perceptron the gradients of the few timesteps are summed, and not those of what makes them.
         assert (0.7 if case == "curves" else 1) * least <= int(sent) <= 1.05 * least
     assert len(run.stdout.splitlines()) == len(trainer.CASES)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_gpus_have_the_same_bits_on_1_2_and_4_ranks(tmp_path):
+    """By the host run: in the memory of the hosts, and gathered by what stands in for NCCL."""
+    found = {}
+    for size, way in ((1, "hosts"), (2, "hosts"), (2, "nccl"), (4, "hosts"), (4, "nccl")):
+        run = mpi(size, sys.executable, trainer.__file__, tmp_path, way)
+        assert run.returncode == 0, run.stderr
+        for line in run.stdout.splitlines():
+            case, sent, *digests = line.split()
+            assert found.setdefault(case, digests) == digests, (size, way)
+            assert len(digests) == 1
+            parameters = trainer.made(case).net.flat.nbytes
+            # Through the hosts a sum goes there and back; NCCL brings all parts to everybody.
+            least = (size - 1) * trainer.FEW * parameters * (2 if way == "hosts" else PARTS)
+            assert least <= int(sent) <= 1.05 * least
+    assert found.keys() == trainer.CASES.keys()
 
 
 def test_a_rank_that_is_killed_ends_all(tmp_path):

@@ -1,7 +1,7 @@
-"""Trainings over ranks, as a program that a launcher begins: FOLDER OTHER, or FOLDER victim.
+"""Trainings over ranks, as a program that a launcher begins: FOLDER OTHER, FOLDER victim, FOLDER hosts or FOLDER nccl.
 
 It trains each of `CASES` into FOLDER, and goes on with what OTHER, a folder of another number of ranks, had halfway;
-or it trains curves, until one rank is killed.
+or it trains curves, until one rank is killed; or each case for a few steps on the host run of the CUDA kernels.
 """
 
 import os
@@ -20,14 +20,16 @@ CASES = {
     "pictures": (16, np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), np.uint8)),
 }
 STEPS, EVERY, KILLED_AT = 200, 20, 50
+FEW = 4  # steps, and so large batches, on the host run
+FEW_ROWS = {"curves": 24, "pictures": 8}
 QUIET = {"progress": False, "judge": False}
 
 
-def made(case):
+def made(case, backend="cpu"):
     if case == "curves":
-        return fd.Diffusion(fd.MLP(12, hidden=(32, 32), T=20), backend="cpu", seed=3)
+        return fd.Diffusion(fd.MLP(12, hidden=(32, 32), T=20), backend=backend, seed=3)
     net = fd.UNet((8, 8, 1), channels=(8, 16), blocks=1, attention=(False, True), T=10)
-    return fd.Diffusion(net, backend="cpu", seed=3)
+    return fd.Diffusion(net, backend=backend, seed=3)
 
 
 def trained(folder, other, comm):
@@ -62,12 +64,32 @@ def killed(folder, comm):
     )
 
 
+def on_host_run(comm, nccl):
+    """Digests by case, of the host run of the CUDA kernels on a pretended device, and the bytes that were sent."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from device_array import DeviceRuntime
+    from fake_nccl import FakeNccl
+
+    from fastdiff.backends.cuda import CudaBackend
+
+    found = []
+    for case, (_, X) in CASES.items():
+        be, ranks = CudaBackend(DeviceRuntime()), Ranks(comm)
+        if nccl:
+            be.runtime.place, be.runtime.nccl = f"GPU {ranks.rank}", FakeNccl(comm)
+        model = made(case, be).fit(X, steps=FEW, batch=FEW_ROWS[case], comm=ranks, **QUIET)
+        digests = set(comm.allgather(model.digest(ema=False)))
+        found.append((case, sum(comm.allgather(ranks.sent)), *digests))
+    return found
+
+
 if __name__ == "__main__":
     folder, other = map(Path, sys.argv[1:])
     world = MPI.COMM_WORLD
     if other == Path("victim"):
         killed(folder, world)
-    found = trained(folder, other, world)
+    on_host = str(other) in ("hosts", "nccl")
+    found = on_host_run(world, str(other) == "nccl") if on_host else trained(folder, other, world)
     if world.Get_rank() == 0:
         for line in found:
             sys.stdout.write(" ".join(map(str, line)) + "\n")

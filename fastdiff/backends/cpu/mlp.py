@@ -486,7 +486,7 @@ class _Shared:
         self.be, self.plan, self.draws, self.batch, self.team = be, plan, draws, batch, team
         self.state, self.results = state, results
         self.tiles = team.share(-(-batch // mlp_kernels.TILE))
-        self.rows = slice(self.tiles.start * mlp_kernels.TILE, min(batch, self.tiles.stop * mlp_kernels.TILE))
+        self.rows = slice(*(min(batch, at * mlp_kernels.TILE) for at in (self.tiles.start, self.tiles.stop)))
         self.summed, count = plan.time_weight if plan.time_width else plan.size, len(self.tiles)
         self.partials = np.zeros((count, self.summed), np.float32)
         self.dtimes = np.empty((count, mlp_kernels.TILE * max(1, plan.time_width)), np.float32)
@@ -495,34 +495,47 @@ class _Shared:
 
     def run(self, step: int, options: AdamW) -> None:
         plan, grads = self.plan, self.state.grads
-        count, t, slots, features = self._computed(step)
-        width, summed = plan.time_width, grads[: self.summed]
+        count, t, features = self._computed(step)
+        width, summed, own = plan.time_width, grads[: self.summed], t[self.rows]
         parts = [Segment(summed, self._add, summed)]
-        if width:
-            at = plan.time_weight
-            dtable = grads[at : at + plan.T * width] if plan.features is None else self.dtable[: count * width]
+        if width and plan.features is None:
+            dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
             if self.tiles.start == 0:
                 dtable[:] = 0
-
-            def add(part: slice) -> None:
-                mlp_kernels.collect_times(self.dtimes.reshape(-1), t, slots, dtable, width)
+            rows = np.arange(plan.T)
+            parts.append(Segment(dtable, lambda _: self._collect(own, rows, dtable), dtable, in_pieces=False))
+        elif width:
+            # The table's rows in the order in which the batch has their timesteps first: those that nobody before this
+            # member had are zero, and do not travel.
+            first = np.full(plan.T, self.batch)
+            first[t[::-1]] = np.arange(self.batch)[::-1]
+            rows, used = np.argsort(np.argsort(first, kind="stable")), first < self.batch
+            before, after = (width * np.count_nonzero(first < at) for at in (self.rows.start, self.rows.stop))
+            dtable = self.dtable
+            dtable[:after] = 0
 
             def make() -> None:
+                made = np.take(dtable.reshape(plan.T, width), rows[used], axis=0).reshape(-1)
                 mlp_kernels.time_table_backward(
-                    count, features, features.size // count, dtable, width, grads, plan.time_weight, plan.time_bias
+                    count, features, features.size // count, made, width, grads, plan.time_weight, plan.time_bias
                 )
 
-            if plan.features is None:
-                parts.append(Segment(dtable, add, dtable, in_pieces=False))
-            else:
-                parts.append(Segment(dtable, add, None, in_pieces=False))
-                parts.append(Segment(None, add, grads[self.summed :], make))
+            def collect(_: slice) -> None:
+                self._collect(own, rows, dtable)
+
+            parts.append(Segment(dtable[:after], collect, None, came=dtable[:before], in_pieces=False))
+            parts.append(Segment(None, collect, grads[self.summed :], make))
         total = self.team.sum(parts, self.losses.tolist())
         loss = np.array([total / (self.batch * plan.layers[-1].outputs)])
         cast(LayerBackend, self.be).finish_step(loss, step, self.state, options, self.results)
 
-    def _computed(self, step: int) -> tuple[int, Array, Array, Array]:
-        """Fill the sums of this member's tiles; return the rows of the time table and where its timesteps find them."""
+    def _collect(self, t: Array, rows: Array, dtable: Array) -> None:
+        mlp_kernels.collect_times(self.dtimes.reshape(-1), t, rows, dtable, self.plan.time_width)
+
+    def _computed(self, step: int) -> tuple[int, Array, Array]:
+        """Fill the sums of this member's tiles; return how many rows of the time table there are, the timesteps of the
+        batch, and the features of the rows.
+        """
         be, plan, draws, params = self.be, self.plan, self.draws, self.state.params
         with be._workers.lock:
             net, asked = be._drawn(plan, draws, step, self.batch)
@@ -541,7 +554,7 @@ class _Shared:
 
             be._workers.run(body, len(self.tiles), 1)
             features = net.rows[: count * plan.features.shape[1]] if plan.features is not None else net.rows
-            return count, net.t[self.rows].copy(), net.slots.copy(), features.copy()
+            return count, net.t.copy(), features.copy()
 
     def _add(self, part: slice) -> None:
         grads = self.state.grads

@@ -22,12 +22,14 @@ from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
 from fastdiff.backends.cuda.step import no_variance, row_records, step_plan
 from fastdiff.backends.cuda.told import ToldOperations
+from fastdiff.backends.layers import Batch, Recording
 from fastdiff.backends.protocol import (
     AdamW,
     Backend,
     DenseLayer,
     LinearPart,
     MLPPlan,
+    PartGradient,
     Row,
     Told,
     ToldRoom,
@@ -285,16 +287,18 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     """Perceptrons: forward, gradient, training, and a sampling chain."""
 
     @cached_property
-    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[int, _Network]]:
+    def _mlp_networks(self) -> weakref.WeakKeyDictionary[MLPPlan, dict[tuple[int, int], _Network]]:
         return weakref.WeakKeyDictionary()
 
-    def _network(self, plan: MLPPlan) -> _Network:
-        """The network's buffers for the current queue: work on another one may still use those of that one."""
-        queues = self._mlp_networks.setdefault(plan, {})
-        queue = self.runtime.queue()
-        if queue not in queues:
-            queues[queue] = _Network(plan, self.runtime)
-        return queues[queue]
+    def _network(self, plan: MLPPlan, part: int = 0) -> _Network:
+        """The network's buffers for the current queue: work on another one may still use those of that one.
+
+        Parts of a batch, of so many rows each, have buffers of their own.
+        """
+        networks, key = self._mlp_networks.setdefault(plan, {}), (self.runtime.queue(), part)
+        if key not in networks:
+            networks[key] = _Network(plan, self.runtime)
+        return networks[key]
 
     def _launch(self, entry: str, items: int, *args: Any) -> None:
         """Launch a kernel that loops over `items`."""
@@ -509,8 +513,11 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     ) -> Training:
         return _Steps(self, plan, draws, batch, state, results)
 
-    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int) -> _Network:
-        net = self._network(plan)
+    def mlp_parts(self, plan: MLPPlan, params: Array, draws: TrainingDraws) -> PartGradient:
+        return _Parts(self, plan, params, draws).gradient
+
+    def _trained(self, plan: MLPPlan, draws: TrainingDraws, batch: int, part: int = 0) -> _Network:
+        net = self._network(plan, part)
         net.grow(batch)
         net.use(draws)
         return net
@@ -518,13 +525,49 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
     def _train_gradient(self, net: _Network, params: Array, step: int, grads: Array) -> Array:
         """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
         x, t, target = self._draw(net, step)
-        terms = None
+        asked = None if not net.plan.asked else self._draw_asked(net, step)
+        return self._drawn_gradient(net, params, (x, t, target, asked), grads)
+
+    def _drawn_gradient(
+        self, net: _Network, params: Array, batch: tuple[Array, Array, Array, Array | None], grads: Array
+    ) -> Array:
+        """Issue the gradient of a batch that has been drawn; what is returned will hold the loss."""
+        terms, t = None, batch[1]
         if net.terms is not None:
             terms = net.buffers["terms"]
             self.take(net.terms, t, terms)
-        asked = None if not net.plan.asked else self._draw_asked(net, step)
-        self._gradient(net, params, (x, t, target, asked), grads, None, terms)
+        self._gradient(net, params, batch, grads, None, terms)
         return net.loss
+
+    def _draw_part(self, net: _Network, step: int, first: int) -> tuple[Array, Array, Array, Array | None]:
+        """x_t, t and target of so many positions of a training step, from `first` on, and what is asked of them."""
+        plan, draws = net.plan, net.draws
+        assert net.data is not None and draws is not None  # noqa: PT018
+        x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
+        (n, d), columns = x.shape, plan.asked - plan.classes - plan.known
+        # As an image network draws a row of pixels.
+        data = net.data.reshape(len(net.data), *((2,) if draws.masked else ()), 1, d, 1)
+        draws = draws._replace(data=data, labels=net.labels, covariates=net.covariates)
+        labels = self._scratch("labels of a part", n, np.int64)[:n] if plan.classes else None
+        numbers = self._room_of("numbers", n, columns) if columns else None
+        image = n, 1, d, 1
+        self.draw_batch(draws, Batch(x.reshape(image), t, target.reshape(image), labels, None, numbers), step, first)
+        pieces = [] if numbers is None else [numbers]
+        if labels is not None:  # the null class has none of the columns
+            pieces.insert(0, self._room_of("classes", n, plan.classes))
+            self.take(self._table(np.eye(plan.classes + 1, plan.classes)), labels, pieces[0])
+        if plan.known:
+            pieces.append(self._room_of("known", n, plan.known))
+            flat = pieces[-1].reshape(-1)
+            self._draw_known(draws, net.data, net.tables, (x, t, target), (flat, flat[d:], plan.known), (step, first))
+        while len(pieces) > 1:
+            *before, a, b = pieces
+            pieces = [*before, self._room_of(f"{len(before)} and more", n, a.shape[1] + b.shape[1])]
+            self.concatenate(a, b, pieces[-1])
+        return x, t, target, pieces[0] if pieces else None
+
+    def _room_of(self, what: str, n: int, width: int) -> Array:
+        return self._scratch(f"{what} of a part", n * width)[: n * width].reshape(n, width)
 
     def _draw_asked(self, net: _Network, step: int) -> Array:
         """What is asked of the rows of a training step, in the network's buffer."""
@@ -749,6 +792,32 @@ class _Steps:
 
                 self._of, self._recorded = (net, net.moves), be.record_training(gradient, state, self.results)
             self._recorded.run(step, options)
+
+
+class _Parts:
+    """Gradients of parts of a training batch, each of which is a graph."""
+
+    def __init__(self, be: MLPOperations, plan: MLPPlan, params: Array, draws: TrainingDraws) -> None:
+        self.be, self.plan, self.params, self.draws = be, plan, params, draws
+        self._step = [0]
+        self._recorded: dict[int, tuple[_Network, int, Recording]] = {}  # by the first position
+
+    def gradient(self, step: int, first: int, n: int, grads: Array) -> Array:
+        """Do what `PartsBackend.mlp_parts` says; a part always has the same `grads`."""
+        be, params, at = self.be, self.params, self._step
+        with be._lock:
+            net = be._trained(self.plan, self.draws, n, part=n)
+            recorded = self._recorded.get(first)
+            if recorded is None or recorded[:2] != (net, net.moves):
+
+                def body() -> None:
+                    be._drawn_gradient(net, params, be._draw_part(net, at[0], first), grads)
+
+                recorded = self._recorded[first] = net, net.moves, be.record(body)
+            at[0] = step
+            be._set_step(step)
+            recorded[2].run()
+            return net.loss
 
 
 class _ToldStep:

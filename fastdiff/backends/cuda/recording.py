@@ -40,6 +40,12 @@ class RecordingOperations(OptimOperations, StepOperations):
     def record_sampling(self, output: Callable[[], Array], state: Array) -> Sampling:
         return _Sampling(self, output, state)
 
+    def _set_step(self, step: int, scalars: tuple[float, ...] = (0.0,) * 7) -> None:
+        """Put the number of a training step, and the optimiser's scalars, where graphs find them."""
+        if self.graphs:
+            places = self._scratch("step", 1, np.uint32), self._scalars_at()
+            self.runtime.launch("optim", "set_step", 1, 1, (step, scalars, *places))
+
     def _row_at(self) -> Array:
         """Where a recorded step finds its row and the noise law."""
         return self._scratch("row", runtimes.STRUCTURES["RowRecord"].itemsize, np.uint8)
@@ -118,9 +124,7 @@ class _Training:
         with be._lock:
             if options.clip_norm != self._clip_norm:  # a number in the graph
                 self._graph, self._clip_norm = _Graph(be), options.clip_norm
-            if be.graphs:
-                record = step, be._scalars(options), be._scratch("step", 1, np.uint32), be._scalars_at()
-                be.runtime.launch("optim", "set_step", 1, 1, record)
+            be._set_step(step, be._scalars(options))
             self._graph.run(lambda: be._issue_adamw(self.state, options, (self.gradient(step), self.results, step)))
 
 
