@@ -188,7 +188,7 @@ def profile(title: str, passes: list[Timed], ends: tuple[int, int], shapes: bool
 def training_passes(be: Any, calls: list[Call], workload: PicturesForward, passes: int) -> list[Timed]:
     """Training steps; a step ends where the optimiser does."""
     model = untrained(workload.network(), workload.schedule(), be)
-    how = {"batch": workload.n, "data_range": (-1.0, 1.0), **training_only()}
+    how = {"batch": workload.n, **training_only()} | ({"data_range": (-1.0, 1.0)} if len(workload.shape) > 2 else {})
     X = workload.pictures(4 * workload.n)
     model.fit(X, steps=1, **how)
     calls.clear()
@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", action="store_true", help="every shape of a layer apart; writes nothing")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=32, help="height and width of the pictures")
+    parser.add_argument("--points", type=int, help="series of so many, of 5 channels, instead of pictures")
     parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=PASSES)
@@ -249,16 +250,17 @@ def main(argv: list[str] | None = None) -> int:
     defaults = all(getattr(args, name) == parser.get_default(name) for name in vars(args) if name != "output")
     output = args.output or (RESULTS if defaults else None)
 
-    shape, channels = (args.size, args.size, 3), tuple(args.channels)
+    shape = (args.points, 5) if args.points else (args.size, args.size, 3)
+    channels = tuple(args.channels)
     workload = PicturesForward("", "", args.batch, shape, channels=channels)
     be = CpuBackend(args.threads)
     report = ProfileReport(header(args.threads), bench.roofs_of(be).arithmetic, [], rounding(be, max(channels)))
     calls = watched(be)
-    where = f"U-Net, {args.size} x {args.size} x 3, channels {channels}, batch {args.batch}"
+    where = f"U-Net, {' x '.join(map(str, shape))}, channels {channels}, batch {args.batch}"
     for what, run in (("training step", training_passes), ("forward pass", forward_passes)):
         if args.only is None or what.startswith(args.only):
             passes = run(be, calls, workload, args.passes)
-            report.passes.append(profile(f"{what}, {where}", passes, (3, 3), args.shapes))
+            report.passes.append(profile(f"{what}, {where}", passes, (shape[-1],) * 2, args.shapes))
     print(report.table(), end="")
     return finish(report, "profile-cpu", output, [])
 

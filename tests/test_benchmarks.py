@@ -433,6 +433,8 @@ def test_the_profile_by_layer(monkeypatch, tmp_path, capsys):
         assert 1e-8 < results["rounding"]["numpy"][what] < error < 1e-5
     assert profile.main([*how[:-1], str(tmp_path / "other"), "--shapes", "--only", "forward"]) == 0
     assert "conv 3x3, 8 x 8, 32 to 32" in capsys.readouterr().out
+    assert profile.main([*how, "--points", "8", "--only", "training"]) == 0
+    assert "conv 1x3, 1 x 8" in capsys.readouterr().out
 
 
 def test_the_profile_of_a_training_step(monkeypatch, capsys):

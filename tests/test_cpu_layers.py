@@ -25,6 +25,7 @@ from fastdiff.kernels.cpu import (
     gemm,
     gemm_nested,
     layer_norm,
+    linear,
     norm,
     pointwise,
     winograd,
@@ -79,6 +80,7 @@ GEOMETRIES = {
 }
 SHAPES = [(1, 5, 7, 3, 5), (3, 8, 8, 16, 70), (2, 1, 9, 4, 1), (9, 2, 2, 33, 32), (2, 20, 33, 2, 3), (5, 4, 4, 8, 130)]
 SHAPES += [(6, 1, 1, 9, 8), (3, 1, 37, 130, 144), (1, 5, 70, 300, 40), (3, 11, 6, 17, 70), (7, 4, 5, 64, 130)]
+SHAPES += [(5, 1, 117, 24, 132)]  # more blocks than one in each direction, of a convolution along rows and of a linear one
 
 
 def assert_conv(geometry, shape, shifted, residual, add):
@@ -388,7 +390,8 @@ def layers(be, rows, whole=False):
         (SAME, (20, 16, 24, 40)), (SAME, (8, 8, 64, 70)), (SAME, (2, 3, 40, 40)), (Conv(), (16, 16, 40, 48)),
         (Conv(), (1, 1, 300, 200)), (GEOMETRIES["up"], (8, 8, 20, 24)),
         (GEOMETRIES["down, padded behind"], (16, 16, 8, 9)), (GEOMETRIES["curve"], (1, 37, 32, 48)),
-        (GEOMETRIES["curve"], (1, 16, 130, 144)),
+        (GEOMETRIES["curve"], (1, 16, 130, 144)), (GEOMETRIES["curve"], (1, 75, 140, 136)),
+        (Conv(), (1, 2, 150, 260)), (Conv(), (1, 75, 140, 136)),
     ):  # fmt: skip
         x, w, b = images(1, height, width, c), normals(2, *geometry.kernel, c, k), normals(3, k)
         n, size = len(x), geometry.size(height, width)
@@ -593,6 +596,18 @@ def test_a_failure_while_writing_down_leaves_nothing_behind():
     assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1", "curve"])
+def test_no_images_are_convolved(name):
+    """Nothing to compute, and gradients of parameters that are sums of nothing."""
+    geometry, height = GEOMETRIES[name], 1 if name == "curve" else 9
+    x, y, w = np.empty((0, height, 9, 16), F32), np.empty((0, height, 9, 20), F32), normals(1, *geometry.kernel, 16, 20)
+    dw, db = unfilled(*w.shape), unfilled(20)
+    CPU.conv(geometry, x, w, db, y)
+    CPU.conv_backward(geometry, y, x, w, x.copy(), dw, db)
+    assert not dw.any()
+    assert not db.any()
+
+
 def test_no_images():
     """Nothing to compute, and gradients of parameters that are sums of nothing."""
     x, w, dw, db = np.empty((0, 5, 5, 3), F32), normals(1, 3, 3, 3, 4), unfilled(3, 3, 3, 4), unfilled(4)
@@ -664,6 +679,7 @@ def hot_kernels():
     normed = x, one, one, y, u, nothing, 16, 4, np.array([EPS]), True, rows, totals
     return {
         "start of a convolution": (conv._start, (x, 16, 0, 16, N, one, nothing, z, u), ["add"]),
+        "start of a linear layer": (linear._start, (x, 0, 4, 2, 0, N, N, one, nothing, z, u), ["add"]),
         "sums over pixels": (conv.pixel_sums_range, (0, 1, x, 16, N, y, u), ["add"]),
         "moments": (norm._moments, (x, 16 * N, y, True, z, totals[0]), many),
         "norm": (norm.norm_range, (0, 1, *normed), [*many, "divide"]),

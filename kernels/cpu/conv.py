@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from fastdiff.kernels.cpu.gemm import TILES, gemm, host_width
+from fastdiff.kernels.cpu.gemm import TILES, host_width
 from fastdiff.kernels.cpu.gemm_nested import gemm_nested
 from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.transpose import transpose_part
@@ -29,7 +29,6 @@ PART_COLUMNS = 14
 FEW = 6  # rows of a tile of the matrix product
 LEAST_SUM = 16  # pixels: a sum over fewer is not worth fetching and storing what it adds to
 PANEL = 80 << 10  # weights that stay in the second-level cache: with more, kernel rows take turns
-TURNED = 16  # rows that are transposed together
 PATTERN = 1024  # values: rows of biases are repeated up to this length
 
 LANES = TILES[host_width()][0]
@@ -69,14 +68,6 @@ def pack_range(start, stop, values, rows, columns, packed):
             for j in range(n):
                 packed[to + j] = values[source + j]
             at += n
-
-
-@kernel
-def turn_range(start, stop, values, rows, columns, turned):
-    """Blocks start ... stop - 1 of `TURNED` rows of a matrix (rows, columns), in its transpose (columns, rows)."""
-    first = start * TURNED
-    last = min(stop * TURNED, rows)
-    transpose_part(values, first * columns, columns, turned, first, rows, last - first, columns, False)
 
 
 @kernel
@@ -219,19 +210,6 @@ def conv_weights_range(start, stop, group, slots, sizes, parts, firsts, x, dy, s
                                 x, a_off + i * a_n + tap * p[IN_TAP], 1, a_k, a_u,
                                 dy, b_off + i * b_n, b_k, b_u, p[LENGTH], n, inner, outer,
                             )  # fmt: skip
-
-
-@kernel
-def linear_weights_range(start, stop, group, pixels, c, k, turned, dy, sums):
-    """The same of a linear layer over `pixels` pixels: x is `turned`, (c, pixels), dy packed, a group is of pixels."""
-    panels = panels_of(k)
-    for item in range(start, stop):
-        at, n = panel_of(item % panels, panels, k)
-        first = (item // panels) * group
-        gemm(
-            sums, (item // panels) * c * k + at, k, turned, first, pixels, 1, dy, at * pixels + first * n, n, c, n,
-            min(group, pixels - first), False,
-        )  # fmt: skip
 
 
 @kernel

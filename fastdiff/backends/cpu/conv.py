@@ -17,7 +17,7 @@ import numpy as np
 from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cpu import conv as kernels
-from fastdiff.kernels.cpu import winograd, winograd_rows
+from fastdiff.kernels.cpu import linear, winograd, winograd_rows
 from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
 
 BLOCK = 256  # pixels of an image that are convolved together: they stay in cache for all channels
@@ -31,16 +31,19 @@ FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a th
 GROUP_TILES, MOST_GROUPS = 64, 8  # tiles summed together, at least; sums over groups of tiles, at most
 CACHED_BOTH = 4096  # tiles times channels of input and output that are summed at once
 SUM_TILES = 256  # tiles whose weight gradient is summed at once
-# The same along rows: values of a place, of all places of both sides; tiles, with so many weights for each, for which
-# the transformed weights are read again.
-ROW_TILES, ROW_CACHED, ROW_CACHED_BOTH = 128, 1 << 16, 1 << 14
-LEAST_ROW_TILES, WEIGHTS_OF_A_TILE = 64, 256
-FEW_ROW_SUMS = 128 * 128
+LEAST_ROWS, LEAST_COLUMNS = 32, 64  # of a block, where smaller ones give all threads some
+BLOCKS = 2  # for each thread, at least
+FEW_ROW_SUMS = 128 * 128  # weights: with more there are enough blocks of them, and one sum for each
 ROW_SAVED = 1.6
 # Floating-point operations of a convolution that last as long, for each value: of a light pass, of a transform.
 LIGHT_WORK, TAPS_WORK = 30, 300
 SAVED = 3  # of the time of a convolution, by Winograd
 NOTHING = np.empty(0, np.float32)
+
+
+def _vectors(channels: int, parts: int) -> int:
+    """Channels of each of so many parts, in whole vectors."""
+    return -(-channels // (parts * winograd.LANES)) * winograd.LANES
 
 
 class _Phase(NamedTuple):
@@ -179,8 +182,8 @@ class _Product:
         self.adjoint = adjoint
         # Whether the weights can be used as they are.
         self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
-        # Whether it is one matrix product over all pixels.
-        self.linear = geometry == Conv() and self.blocks == 1
+        # Whether it is one matrix product over all pixels of all images.
+        self.linear = geometry == Conv()
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
         self.images, self.channels, self.pixels, self.weights = images, (c, k), height * width, blocks * c * k
         self.sizes = np.array([images, in_height * in_width, c, height, width, k, block_rows], np.int64)
@@ -256,9 +259,13 @@ class ConvOperations(Scripted):
 
         Arrays are flat; `begin` says what y starts as: whether anew, bias, shift, residual.
         """
+        if product.linear:
+            return self._by_blocks(product, x, w, y, begin)
+        if product.by_rows:
+            return self._by_rows(product, x, w, y, begin)
         c, k = product.channels
         phases: Phases = []
-        by_product = not product.by_winograd and not product.by_rows
+        by_product = not product.by_winograd
         packed = by_product and k >= PACKED_CHANNELS and product.images * product.pixels >= PACKED_USES
         if packed or not product.direct:
             spread, rows = self._scratch("weights", product.weights), product.weights // max(k, 1)
@@ -272,7 +279,7 @@ class ConvOperations(Scripted):
             w = spread
         if by_product:
             return phases + self._by_product(product, x, w, y, begin, packed)
-        return phases + (self._by_winograd if product.by_winograd else self._by_rows)(product, x, w, y, begin)
+        return phases + self._by_winograd(product, x, w, y, begin)
 
     def _by_product(
         self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...], packed: bool
@@ -310,48 +317,62 @@ class ConvOperations(Scripted):
             [(winograd.conv_range, arguments, items * shares, work)],
         ]
 
-    def _by_rows(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
-        (c, k), total = product.channels, product.row_tiles
-        panels, kernel = kernels.panels_of(k), winograd_rows
-        # A place's inputs stay in cache; the weights are read for enough tiles. The bits do not depend on it.
-        least = max(1, min(LEAST_ROW_TILES, c * k // WEIGHTS_OF_A_TILE))
-        most = max(ROW_CACHED_BOTH // (c + k), min(ROW_TILES, ROW_CACHED // c), 1)
-        tiles = min(most, max(least, -(-total // (PIECES * self.threads))))
-        items = -(-total // tiles)
-        shares = max(1, min(panels, self.threads // max(items, 1)))
-        taps = self._scratch("taps", winograd.SEEN * kernel.plane_of(c, k))
+    def _cut(self, rows: int, most: int, k: int, times: int = 1) -> tuple[int, int, int]:
+        """Rows and columns of a block of (rows, k), at most `most` and `MOST`, and how many there are.
+
+        They are smaller where there would be too few for all threads, `times` over. The bits do not depend on it.
+        """
+        wanted = -(-BLOCKS * self.threads // times)
+        parts = max(1, -(-rows // most))
+        shares = max(-(-k // linear.MOST), min(-(-k // LEAST_COLUMNS), -(-wanted // parts)))
+        parts = max(parts, min(-(-rows // LEAST_ROWS), -(-wanted // shares)))
+        tall, wide = max(1, _vectors(rows, parts)), _vectors(k, shares)
+        return tall, wide, -(-rows // tall) * -(-k // wide)
+
+    def _by_blocks(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        k = product.channels[1]
+        tall, wide, blocks = self._cut(product.images * product.pixels, linear.PIXELS, k)
         arguments = (
-            tiles, shares, product.plain_sizes, x, taps, y, *begin, self._each("strip", winograd.SEEN * c),
-            self._each("inputs", winograd.SEEN * kernel.plane_of(tiles, c)),
-            self._each("outputs", winograd.SEEN * kernel.plane_of(tiles, k)),
-            self._each("base", winograd.WIDE), self._each("tile", winograd.WIDE * winograd.TILE),
+            tall, wide, product.plain_sizes, x, w, product.adjoint, y, *begin,
+            self._each("taps", linear.SIZE), self._each("base", linear.MOST),
         )  # fmt: skip
-        work = product.work * product.images / (ROW_SAVED * max(items * shares, 1))
-        return [
-            [(kernel.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k // winograd.SEEN))],
-            [(kernel.conv_range, arguments, items * shares, work)],
-        ]
+        work = (product.work + LIGHT_WORK * product.pixels * k) * product.images / max(blocks, 1)
+        return [[(linear.linear_range, arguments, blocks, work)]]
+
+    def _by_rows(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        kernel, k = winograd_rows, product.channels[1]
+        tiles, wide, blocks = self._cut(product.row_tiles, linear.MOST, k)
+        arguments = (
+            tiles, wide, product.plain_sizes, x, w, product.adjoint, y, *begin,
+            self._each("strip", winograd.SEEN * linear.MOST), self._each("turned", kernel.TAPS * linear.MOST**2),
+            self._each("inputs", kernel.PLANES), self._each("taps", kernel.PLANES),
+            self._each("outputs", kernel.PLANES), self._each("base", linear.MOST),
+            self._each("tile", linear.MOST * winograd.TILE),
+        )  # fmt: skip
+        work = product.work * product.images / (ROW_SAVED * max(blocks, 1))
+        return [[(kernel.conv_range, arguments, blocks, work)]]
 
     def _weights_by_product(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
         c, k = product.channels
         whole = product.direct and product.groups == 1
         sums = dw if whole else self._scratch("sums", product.groups * product.weights)
-        work = product.work * product.images / max(product.weight_items, 1)
-        pixels = product.images * product.pixels
-        packed = k >= PACKED_CHANNELS and product.weights // k >= PACKED_USES and 0 < pixels * k <= PACKED_VALUES
         phases: Phases = []
-        if packed:
-            panels = self._scratch("outputs", pixels * k)
-            phases.append([(kernels.pack_range, (dy, pixels, k, panels), pixels, float(LIGHT_WORK * k))])
-            dy = panels
-        if packed and product.linear and c >= PACKED_CHANNELS:
-            turned = self._scratch("inputs", pixels * c)
-            blocks = -(-pixels // kernels.TURNED)
-            turn = kernels.turn_range, (x, pixels, c, turned), blocks, float(LIGHT_WORK * kernels.TURNED * c)
-            phases[0].append(turn)
-            arguments: tuple[Any, ...] = (product.group * product.pixels, pixels, c, k, turned, dy, sums)
-            phases.append([(kernels.linear_weights_range, arguments, product.weight_items, work)])
+        if product.linear and product.blocks == 1 and product.images:
+            deep, wide, blocks = self._cut(c, linear.MOST, k, product.groups)
+            work, blocks = product.work * product.images / (product.groups * blocks), product.groups * blocks
+            arguments: tuple[Any, ...] = (
+                product.group, deep, wide, product.plain_sizes, x, dy,
+                self._each("inputs", linear.SIZE), self._each("outputs", linear.SIZE), sums,
+            )  # fmt: skip
+            phases.append([(linear.linear_weights_range, arguments, blocks, work)])
         else:
+            pixels = product.images * product.pixels
+            packed = k >= PACKED_CHANNELS and product.weights // k >= PACKED_USES and 0 < pixels * k <= PACKED_VALUES
+            if packed:
+                panels = self._scratch("outputs", pixels * k)
+                phases.append([(kernels.pack_range, (dy, pixels, k, panels), pixels, float(LIGHT_WORK * k))])
+                dy = panels
+            work = product.work * product.images / max(product.weight_items, 1)
             arguments = (
                 product.group, product.slots, product.sizes, product.parts, product.firsts, x, dy, sums,
                 product.weights, packed,
@@ -403,41 +424,21 @@ class ConvOperations(Scripted):
         return [*phases, [(winograd.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups))]]
 
     def _weights_by_rows(self, product: _Product, x: Array, dy: Array, dw: Array) -> Phases:
-        total = product.row_tiles
+        (c, k), total, kernel = product.channels, product.row_tiles, winograd_rows
         if not total:
             return [[(kernels.clear, (dw,), dw.size, 1.0)]]
-        (c, k), kernel = product.channels, winograd_rows
-        panels, size = kernels.panels_of(k), winograd.SEEN * kernel.plane_of(c, k)
-        strip = self._each("strip", winograd.SEEN * max(c, k))
-        work_of_a_tile = 2.0 * winograd.SEEN * c * k
-        transforms = float(TAPS_WORK * (c + k) // winograd.SEEN)
-        phases: Phases = []
-        if c * k <= FEW_ROW_SUMS:
-            # Each thread has groups of tiles, and their sums, to itself and in its own cache.
-            group = max(GROUP_TILES, -(-total // MOST_GROUPS))
-            tiles, groups = max(1, min(group, ROW_CACHED_BOTH // (c + k))), -(-total // group)
-            sums = self._scratch("sums", groups * size)
-            arguments: tuple[Any, ...] = (
-                group, tiles, product.plain_sizes, x, dy, strip,
-                self._each("inputs", winograd.SEEN * kernel.plane_of(tiles, c)),
-                self._each("outputs", winograd.SEEN * kernel.plane_of(tiles, k)), sums, size,
-            )  # fmt: skip
-            phases.append([(kernel.gradient_range, arguments, groups, group * (work_of_a_tile + transforms))])
-        else:
-            # All threads transform tiles, and then share out the places; the order of a sum is that of the tiles.
-            groups, step = 1, max(1, min(total, SUM_TILES, max(LEAST_ROW_TILES, ROW_CACHED // c)))
-            sums = self._scratch("sums", size)
-            inputs = self._scratch("inputs", winograd.SEEN * kernel.plane_of(step, c))
-            outputs = self._scratch("outputs", winograd.SEEN * kernel.plane_of(step, k))
-            for first in range(0, total, step):
-                tiles = min(step, total - first)
-                arguments = first, tiles, product.plain_sizes, x, dy, strip, inputs, outputs
-                places = winograd.SEEN * panels
-                phases += [
-                    [(kernel.gradient_tiles_range, arguments, tiles, transforms)],
-                    [(kernel.gradient_sums_range, (tiles, c, k, inputs, outputs, sums, first > 0), places,
-                      tiles * work_of_a_tile / places)],
-                ]  # fmt: skip
-        zeros = np.zeros(winograd.LANES, np.float32)
-        taps = sums, groups, size, c, k, zeros, dw
-        return [*phases, [(kernel.gradient_taps_range, taps, c, float(TAPS_WORK * k * groups // winograd.SEEN))]]
+        group = max(GROUP_TILES, -(-total // MOST_GROUPS)) if c * k <= FEW_ROW_SUMS else total
+        groups = -(-total // group)
+        deep, wide, blocks = self._cut(c, linear.MOST, k, groups)
+        sums = dw if groups == 1 else self._scratch("sums", groups * dw.size)
+        arguments = (
+            group, deep, wide, product.plain_sizes, x, dy, self._each("strip", winograd.SEEN * linear.MOST),
+            self._each("inputs", kernel.PLANES), self._each("outputs", kernel.PLANES),
+            self._each("taps", kernel.PLANES), sums,
+        )  # fmt: skip
+        work = product.work * product.images / (ROW_SAVED * groups * blocks)
+        phases: Phases = [[(kernel.gradient_range, arguments, groups * blocks, work)]]
+        if groups > 1:
+            collect = product.collected, sums, groups, dw, c * k
+            phases.append([(kernels.collect_weights, collect, kernel.TAPS, float(LIGHT_WORK * c * k * groups))])
+        return phases
