@@ -80,7 +80,7 @@ GEOMETRIES = {
 }
 SHAPES = [(1, 5, 7, 3, 5), (3, 8, 8, 16, 70), (2, 1, 9, 4, 1), (9, 2, 2, 33, 32), (2, 20, 33, 2, 3), (5, 4, 4, 8, 130)]
 SHAPES += [(6, 1, 1, 9, 8), (3, 1, 37, 130, 144), (1, 5, 70, 300, 40), (3, 11, 6, 17, 70), (7, 4, 5, 64, 130)]
-SHAPES += [(5, 1, 117, 24, 132)]  # more blocks than one in each direction, of a convolution along rows and of a linear one
+SHAPES += [(5, 1, 117, 24, 132)]  # several blocks in each direction, along rows and in a linear layer
 
 
 def assert_conv(geometry, shape, shifted, residual, add):

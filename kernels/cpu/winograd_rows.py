@@ -15,9 +15,11 @@ again. All sums of an output have an order of their own, whatever is computed to
 
 from __future__ import annotations
 
+from numba.extending import register_jitable
+
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.linear import MOST, ROW
+from fastdiff.kernels.cpu.linear import MOST
 from fastdiff.kernels.cpu.transpose import transpose_part
 from fastdiff.kernels.cpu.winograd import (
     APART,
@@ -40,8 +42,13 @@ taps_line = transform_of(of_taps, 3, lines=1)
 weights_line = transform_of(to_taps, SEEN, lines=1)
 
 TAPS = 3
-PLANE = MOST * ROW + APART  # values from a place to the next one
-PLANES = SEEN * PLANE
+PLANES = SEEN * (MOST * (MOST + APART) + APART)  # values of a block, at all places
+
+
+@register_jitable
+def _distances(rows, columns):
+    """Values from a row of a block to the next one, and from a place to the next: they meet in no set of a cache."""
+    return columns + APART, rows * (columns + APART) + APART
 
 
 @kernel
@@ -49,16 +56,17 @@ def _transformed(x, first, last, width, c, at, n, gradient, edge, v):
     """V (tiles, n) of every place for tiles first ... last - 1, channels at ... at + n - 1; of a `gradient`, A dy."""
     across = (width + TILE - 1) // TILE
     seen, before = (TILE, 0) if gradient else (SEEN, 1)
+    distance, plane = _distances(last - first, n)
     for t in range(first, last):
         row, column = t // across, TILE * (t % across) - before
-        to = (t - first) * ROW
+        to = (t - first) * distance
         if column >= 0 and column + seen <= width:
             source = (row * width + column) * c + at
             for j in range(0, n, LANES):
                 if gradient:
-                    gradients_line(x, source + j, 0, c, min(LANES, n - j), v, to + j, 0, PLANE)
+                    gradients_line(x, source + j, 0, c, min(LANES, n - j), v, to + j, 0, plane)
                 else:
-                    inputs_line(x, source + j, 0, c, min(LANES, n - j), v, to + j, 0, PLANE)
+                    inputs_line(x, source + j, 0, c, min(LANES, n - j), v, to + j, 0, plane)
             continue
         for i in range(seen):  # with zeros around the row
             part = edge[i * n : (i + 1) * n]
@@ -71,9 +79,9 @@ def _transformed(x, first, last, width, c, at, n, gradient, edge, v):
                 part[:] = ZERO
         for j in range(0, n, LANES):
             if gradient:
-                gradients_line(edge, j, 0, n, min(LANES, n - j), v, to + j, 0, PLANE)
+                gradients_line(edge, j, 0, n, min(LANES, n - j), v, to + j, 0, plane)
             else:
-                inputs_line(edge, j, 0, n, min(LANES, n - j), v, to + j, 0, PLANE)
+                inputs_line(edge, j, 0, n, min(LANES, n - j), v, to + j, 0, plane)
 
 
 @kernel
@@ -86,13 +94,14 @@ def _taps(w, c, k, first, count, at, n, adjoint, turned, u):
         for tap in range(TAPS):
             source = ((TAPS - 1 - tap) * k + at) * c + first
             transpose_part(w, source, c, turned, tap * count * n, n, n, count, False)
+    distance, plane = _distances(count, n)
     for i in range(count):
         for j in range(0, n, LANES):
-            used = min(LANES, n - j)
+            used, to = min(LANES, n - j), i * distance + j
             if adjoint:
-                taps_line(turned, i * n + j, 0, count * n, used, u, i * ROW + j, 0, PLANE)
+                taps_line(turned, i * n + j, 0, count * n, used, u, to, 0, plane)
             else:
-                taps_line(w, (first + i) * k + at + j, 0, c * k, used, u, i * ROW + j, 0, PLANE)
+                taps_line(w, (first + i) * k + at + j, 0, c * k, used, u, to, 0, plane)
 
 
 @kernel
@@ -106,19 +115,28 @@ def conv_range(
     """
     images, height, width, c, k = sizes
     across = (width + TILE - 1) // TILE
-    shares = (k + wide - 1) // wide
+    total = images * height * across
+    blocks = (total + tiles - 1) // tiles
     added = residual if begin else y
+    held = -1  # where the output channels begin whose taps are in u, all of them
     for item in range(start, stop):
-        first, at = (item // shares) * tiles, (item % shares) * wide
-        last, n = min(first + tiles, images * height * across), min(wide, k - at)
+        first, at = (item % blocks) * tiles, (item // blocks) * wide
+        last, n = min(first + tiles, total), min(wide, k - at)
         count = last - first
+        row_m, plane_m = _distances(count, n)
         for deep in range(0, c, MOST):
             channels = min(MOST, c - deep)
             _transformed(x, first, last, width, c, deep, channels, False, edge, v)
-            _taps(w, c, k, deep, channels, at, n, adjoint, turned, u)
+            if at != held:
+                _taps(w, c, k, deep, channels, at, n, adjoint, turned, u)
+            (row_v, plane_v), (row_u, plane_u) = _distances(count, channels), _distances(channels, n)
             for place in range(SEEN):
-                here = place * PLANE
-                gemm(m, here, ROW, v, here, ROW, 1, u, here, ROW, count, n, channels, deep > 0)
+                gemm(
+                    m, place * plane_m, row_m, v, place * plane_v, row_v, 1, u, place * plane_u, row_u, count, n,
+                    channels, deep > 0,
+                )  # fmt: skip
+        if c <= MOST:
+            held = at
         image = -1
         for t in range(count):
             row, column = (first + t) // across, TILE * ((first + t) % across)
@@ -129,16 +147,16 @@ def conv_range(
                 if len(shift) > 0:
                     for j in range(n):
                         base[j] += shift[image * k + at + j]
-            to, source = (row * width + column) * k + at, t * ROW
+            to, source = (row * width + column) * k + at, t * row_m
             inside = min(TILE, width - column)
             for j in range(0, n, LANES):
                 used = min(LANES, n - j)
                 if inside < TILE:
-                    outputs_and_base(m, source + j, 0, PLANE, used, tile, j, 0, n, base, j)
+                    outputs_and_base(m, source + j, 0, plane_m, used, tile, j, 0, n, base, j)
                 elif len(added) > 0:
-                    outputs_base_other(m, source + j, 0, PLANE, used, y, to + j, 0, k, base, j, added, to + j)
+                    outputs_base_other(m, source + j, 0, plane_m, used, y, to + j, 0, k, base, j, added, to + j)
                 else:
-                    outputs_and_base(m, source + j, 0, PLANE, used, y, to + j, 0, k, base, j)
+                    outputs_and_base(m, source + j, 0, plane_m, used, y, to + j, 0, k, base, j)
             if inside < TILE:
                 for s in range(inside):
                     for j in range(n):
@@ -159,14 +177,18 @@ def gradient_range(start, stop, group, deep, wide, sizes, x, dy, edge, v, d, du,
         part, share, number = item % parts, (item // parts) % shares, item // (parts * shares)
         above, at, begin = part * deep, share * wide, number * group
         channels, n, end = min(deep, c - above), min(wide, k - at), min(begin + group, total)
+        row, plane = _distances(channels, n)
         for first in range(begin, end, MOST):
             last = min(first + MOST, end)
             _transformed(x, first, last, width, c, above, channels, False, edge, v)
             _transformed(dy, first, last, width, k, at, n, True, edge, d)
+            (row_v, plane_v), (row_d, plane_d) = _distances(last - first, channels), _distances(last - first, n)
             for place in range(SEEN):
-                here = place * PLANE
-                gemm(du, here, ROW, v, here, 1, ROW, d, here, ROW, channels, n, last - first, first > begin)
+                gemm(
+                    du, place * plane, row, v, place * plane_v, 1, row_v, d, place * plane_d, row_d, channels, n,
+                    last - first, first > begin,
+                )  # fmt: skip
         for i in range(channels):
             to = (number * TAPS * c + above + i) * k + at
             for j in range(0, n, LANES):
-                weights_line(du, i * ROW + j, 0, PLANE, min(LANES, n - j), sums, to + j, 0, c * k)
+                weights_line(du, i * row + j, 0, plane, min(LANES, n - j), sums, to + j, 0, c * k)
