@@ -11,9 +11,11 @@ from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.transpose import transpose_part
 
-MOST, PIXELS = 128, 256  # channels of a block; its pixels
+MOST, PIXELS = 128, 256  # channels of a block on a side that is written; its pixels
+DEEP = 512  # channels, or pixels, that are summed before the sums are stored
 ROW = MOST + 16  # values from a row of a copied block to the next one
-SIZE = MOST * ROW
+TURNED = DEEP + 16  # the same of a turned block
+SIZE = DEEP * ROW
 FEW = 8  # pixels, for which weights are read where they are
 
 
@@ -67,8 +69,8 @@ def linear_range(start, stop, pixels, wide, sizes, x, w, adjoint, y, begin, bias
         if begin and len(bias) > 0:
             _start(y, first, count, of_image, at, n, k, bias, shift, residual, base)
             started = True
-        for deep in range(0, c, MOST):
-            channels = min(MOST, c - deep)
+        for deep in range(0, c, DEEP):
+            channels = min(DEEP, c - deep)
             add = started or deep > 0
             if not adjoint and count <= FEW:
                 gemm(y, first * k + at, k, x, first * c + deep, c, 1, w, deep * k + at, k, count, n, channels, add)
@@ -91,11 +93,13 @@ def linear_weights_range(start, stop, group, deep, wide, sizes, x, dy, v, d, sum
     parts, shares = (c + deep - 1) // deep, (k + wide - 1) // wide
     for item in range(start, stop):
         part, share, number = item % parts, (item // parts) % shares, item // (parts * shares)
-        above, at = part * deep, share * wide
         begin, end = number * group * of_image, min((number + 1) * group, images) * of_image
-        channels, n, to = min(deep, c - above), min(wide, k - at), (number * c + above) * k + at
-        for first in range(begin, end, MOST):
-            count = min(MOST, end - first)
-            _copied(x, first * c + above, c, count, channels, v)
-            _copied(dy, first * k + at, k, count, n, d)
-            gemm(sums, to, k, v, 0, 1, ROW, d, 0, ROW, channels, n, count, first > begin)
+        above, to = part * deep, (number * c + part * deep) * k
+        channels = min(deep, c - above)
+        for first in range(begin, end, DEEP):
+            count = min(DEEP, end - first)
+            transpose_part(x, first * c + above, c, v, 0, TURNED, count, channels, False)
+            for at in range(share * wide, min((share + 1) * wide, k), MOST):
+                n = min(MOST, min((share + 1) * wide, k) - at)
+                _copied(dy, first * k + at, k, count, n, d)
+                gemm(sums, to + at, k, v, 0, TURNED, 1, d, 0, ROW, channels, n, count, first > begin)

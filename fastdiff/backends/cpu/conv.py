@@ -358,8 +358,12 @@ class ConvOperations(Scripted):
         sums = dw if whole else self._scratch("sums", product.groups * product.weights)
         phases: Phases = []
         if product.linear and product.blocks == 1 and product.images:
-            deep, wide, blocks = self._cut(c, linear.MOST, k, product.groups)
-            work, blocks = product.work * product.images / (product.groups * blocks), product.groups * blocks
+            # Few pieces: each turns its part of x.
+            parts = -(-c // linear.MOST)
+            shares = min(-(-k // linear.MOST), -(-BLOCKS * self.threads // (product.groups * parts)))
+            deep, wide = _vectors(c, parts), _vectors(k, shares)
+            blocks = product.groups * -(-c // deep) * -(-k // wide)
+            work = product.work * product.images / blocks
             arguments: tuple[Any, ...] = (
                 product.group, deep, wide, product.plain_sizes, x, dy,
                 self._each("inputs", linear.SIZE), self._each("outputs", linear.SIZE), sums,
