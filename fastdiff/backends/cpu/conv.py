@@ -1,8 +1,9 @@
-"""Convolutions on the CPU: how their work is cut, and which of three forms does it.
+"""Convolutions on the CPU: how their work is cut, and which of four forms does it.
 
-A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; Winograd's forms take
-convolutions with stride 1 between enough channels, of 3x3 taps (`kernels.cpu.winograd`) and of 3 taps along rows
-(`kernels.cpu.winograd_rows`). All give a sample's values in an order of additions that its layer alone decides.
+A *product* is a matrix product straight on the pixels (`kernels.cpu.conv`), for any geometry; a linear layer, or a 1x1
+convolution, is one over all pixels (`kernels.cpu.linear`); Winograd's forms take convolutions with stride 1 between
+enough channels, of 3x3 taps (`kernels.cpu.winograd`) and of 3 taps along rows (`kernels.cpu.winograd_rows`). All give a
+sample's values in an order of additions that its layer alone decides.
 """
 
 from __future__ import annotations
