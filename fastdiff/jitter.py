@@ -1,4 +1,4 @@
-"""Rows that are learned from with jitter: between the data's rows and draws of their Gaussian, as far as the rows allow.
+"""Rows to learn from with jitter: between the data's rows and draws of their Gaussian, as far as rows allow.
 
 Few rows can be learned by heart, and of a network that is stopped before it does, samples are hardly better than the
 Gaussian's. Rows with jitter cannot be learned further than their jitter. Its law is a row's at signal-to-noise ratio r,
@@ -15,8 +15,8 @@ density is (Bishop 1995, "Training with noise is equivalent to Tikhonov regulari
 rows that were left out, fold by fold, are likeliest. A network knows more than a mixture, what lies between rows, and
 gets `SHARPER` times that ratio: 3, 10 and none were tried on seven data sets of `make quality` (2026-12-01).
 
-Copy k of row i of N is made of normals of stream DATA, step 24, row k N + i of the noise law, on the host and so the same
-for all backends.
+Copy k of row i of N is made of normals of stream DATA, step 24, row k N + i of the noise law, on the host and so the
+same for all backends.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def test_where_there_is_none_it_cannot_be_asked_for(options, fit, why):
     X = rows_of(30, 8)
     if fit:
         X[3, 4] = np.nan
-    with pytest.raises(fd.errors.ArgumentError, match=f"jitter: got True, wants None or False: .*{why}"):
+    with pytest.raises(fd.errors.ArgumentError, match=rf"jitter: got True, wants None or False: .*{why}"):
         fd.Diffusion(**options).fit(X, steps=2, jitter=True, progress=False)
 
 
