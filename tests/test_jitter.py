@@ -155,5 +155,5 @@ def test_where_there_is_none_it_cannot_be_asked_for(options, fit, why):
 
 
 def test_jitter_is_a_flag():
-    with pytest.raises(fd.errors.ArgumentError, match="jitter: got 0.5"):
+    with pytest.raises(fd.errors.ArgumentError, match=r"jitter: got 0\.5"):
         fd.Diffusion().fit(rows_of(30, 8), steps=2, jitter=0.5, progress=False)
