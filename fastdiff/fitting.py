@@ -38,6 +38,7 @@ from fastdiff.errors import (
 )
 from fastdiff.files import check_path, check_writable
 from fastdiff.gaps import MOST_COPIES, Gaps, check_gaps, has_gaps
+from fastdiff.jitter import Jitter
 from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
@@ -88,6 +89,7 @@ class Wishes:
     accumulate: int | None
     flip: bool
     crop: int | tuple[int, int] | None
+    jitter: bool | None
     patience: int | None
     judge: bool | None
     calibrate: bool | None
@@ -113,8 +115,10 @@ class Wishes:
             path = check_path("checkpoint", self.checkpoint)
             if writes:
                 check_writable(path)
-        judge, calibrate = (False if each is None else each for each in (self.judge, self.calibrate))
-        check_flags(judge=judge, calibrate=calibrate, flip=self.flip, progress=self.progress)
+        judge, calibrate, jitter = (
+            False if each is None else each for each in (self.judge, self.calibrate, self.jitter)
+        )
+        check_flags(judge=judge, calibrate=calibrate, jitter=jitter, flip=self.flip, progress=self.progress)
         check_callable("callback", self.callback)
         keep_rows = None if self.keep_rows is None else check_int("keep_rows", self.keep_rows, low=0)
         return replace(
@@ -255,8 +259,10 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
 
     kept = "" if saver is None else f"; what was saved last is in {wishes.checkpoint}"
     with nullcontext() if ranks is None else ranks.ending_together(kept):
-        lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip))
-        keeper = _keeper(model, lessons, gaps, wishes.patience, by_rule=by_rule)
+        few = by_rule and _few(net, parts.rows)
+        jitter = _jitters(model, parts.rows, gaps, wishes.jitter, few=few)
+        lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip), jitter=jitter)
+        keeper = _keeper(model, lessons, wishes.patience, few=few)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
         trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
         trainer.turns, trainer.feed = model._turns, lessons.feed
@@ -317,7 +323,8 @@ def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[
 
     parts, net, optimizer = found.parts, model.net, model._optimizer
     names = (
-        "steps", "label_drop", "data_range", "flip", "crop", "patience", "judge", "calibrate", "every", "keep_rows",
+        "steps", "label_drop", "data_range", "flip", "crop", "jitter", "patience", "judge", "calibrate", "every",
+        "keep_rows",
     )  # fmt: skip
     plan = {name: value for name, value in wishes.plan.items() if value is not UNSET}
     learned = () if net is None else (net.flat, model._average, *(() if optimizer is None else optimizer[1:]))
@@ -534,7 +541,9 @@ class Lessons(NamedTuple):
     feed: Feed | None = None
 
 
-def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, batch: int, *, flip: bool) -> Lessons:
+def _lessons(
+    model: Model, found: Rows, gaps: Gaps | None, share: float, batch: int, *, flip: bool, jitter: bool
+) -> Lessons:
     net, schedule, normaliser = model._fitted()
     assert model._optimizer is not None
     be, parts = get_backend(model.backend), found.parts
@@ -542,7 +551,13 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, batch: 
     whole = rows if parts.whole is None else parts.whole
     stored = rows if isinstance(rows, StoredRows) else None
     if stored is None:
-        data = be.asarray(normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data(), net.dtype)
+        data = normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data()
+        if jitter:
+            assert model._gaussian is not None
+            inner = _inner_rows(normaliser, whole)
+            how = Jitter.of(model._gaussian, inner)
+            data = data if how is None else how.copies(inner, model.seed).reshape(-1, *whole.shape[1:])
+        data = be.asarray(data, net.dtype)
     tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
     terms = loss_terms(schedule, model.prediction, model._optimizer.plan, learned_variance=net.learned_variance)
     if gaps is not None:  # the loss is that of what is there
@@ -580,20 +595,37 @@ def _lessons(model: Model, found: Rows, gaps: Gaps | None, share: float, batch: 
     return Lessons(draws, looks, rows, unseen, feed)
 
 
-def _keeper(
-    model: Model, lessons: Lessons, gaps: Gaps | None, patience: int | None, *, by_rule: bool
-) -> judgement.Watch | Patience | None:
+def _few(net: Network, rows: Any) -> bool:
+    """Whether there are so few curves or series that a network may learn them by heart, and that it shows in samples.
+
+    Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
+    """
+    return 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and net.asked == net.known
+
+
+def _jitters(model: Model, rows: Any, gaps: Gaps | None, asked: bool | None, *, few: bool) -> bool:
+    """Whether rows are learned from with jitter."""
+    why = {
+        "with a Gaussian base": model._gaussian is None,
+        "where no values are missing": gaps is not None,
+        "of rows in memory": isinstance(rows, StoredRows),
+        "for a network that is not told of a mask": model.conditional is not None,
+    }
+    lacking = [what for what, lacks in why.items() if lacks]
+    if asked and lacking:
+        raise ArgumentError("jitter", "True", f"None or False: there is jitter only {lacking[0]}")
+    return few and not lacking if asked is None else asked
+
+
+def _keeper(model: Model, lessons: Lessons, patience: int | None, *, few: bool) -> judgement.Watch | Patience | None:
     """What looks at the weights of a training, and says which stay."""
     net, _, normaliser = model._fitted()
     rows = lessons.rows
     if patience is not None and lessons.looks is not None:
         return Patience(patience, lessons.looks)
-    # Samples that are asked for what a row is lie near that row: of these a watch would take good ones for copies.
-    if by_rule and 2 <= len(rows) <= defaults.WATCHED_ROWS and rows.ndim < 4 and net.asked == net.known:
+    if few:
         be = get_backend(model.backend)
-        here = gaps is None and lessons.feed is None
-        learned = be.to_numpy(lessons.draws.data) if here else normaliser.apply(rows[:], net.dtype)
-        learned = learned.reshape(len(rows), -1)
+        learned = normaliser.apply(rows[:], net.dtype).reshape(len(rows), -1)
         return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
     return None
 

@@ -250,6 +250,7 @@ class Diffusion:
         calibrate: bool | None = None,
         flip: bool = False,
         crop: int | tuple[int, int] | None = None,
+        jitter: bool | None = None,
         accumulate: int | None = None,
         data_range: tuple[float, float] | None = None,
         progress: bool = True,
@@ -318,6 +319,10 @@ class Diffusion:
         crop : int or pair of int, optional
             Height and width of what is learned: at each step another part of every picture, by stream AUGMENT of the
             noise law. Held-out rows, and those that a judgement compares with, are cut once.
+        jitter : bool, optional
+            Learn from copies of the curves or series that are moved towards draws of the Gaussian base, as far as rows
+            that are left out allow (see `fastdiff.jitter`), and which cannot be learned by heart. By default in calls
+            without `steps` on up to 4,096 rows without missing values, asked for nothing.
         accumulate : int, optional
             Take a U-Net's batch in so many parts, whose gradients are added: less memory, and the same step up to
             the rounding of those sums. By default 1, with `comm` 8; there a perceptron's on "cuda" too.
@@ -379,9 +384,9 @@ class Diffusion:
         }  # fmt: skip
         wishes = fitting.Wishes(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
-            steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, patience=patience, judge=judge,
-            calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks, checkpoint=checkpoint,
-            every=every, keep=keep, keep_rows=keep_rows, comm=comm,
+            steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, jitter=jitter, patience=patience,
+            judge=judge, calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks,
+            checkpoint=checkpoint, every=every, keep=keep, keep_rows=keep_rows, comm=comm,
         )  # fmt: skip
         fitting.fit(self, X, y, wishes)
         return self

@@ -115,6 +115,11 @@ def add(commands: Any) -> None:
         metavar="N",
         help="stop where the loss on held-out data has not fallen for N steps, and keep the best weights",
     )
+    train.add_argument(
+        "--jitter",
+        action=argparse.BooleanOptionalAction,
+        help="learn from copies of the rows, moved towards a fitted Gaussian (default: of few rows, without --steps)",
+    )
     train.add_argument("--log", metavar="FILE", help="add loss and rate of every 10 steps to this .csv or .jsonl file")
     train.add_argument(
         "--resume",
@@ -341,6 +346,7 @@ def _train(args: argparse.Namespace, team: Ranks | None) -> int:
                 batch=batch,
                 **plan,
                 validation=args.validation,
+                jitter=args.jitter,
                 patience=args.patience,
                 callbacks=[] if log is None else [_warned(log)],
                 judge=args.judge,
@@ -538,6 +544,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         if value != usual:
             words += [option, str(value)]
     words += [option for option, given in (("--labels", args.labels), ("--flip", args.flip)) if given]
+    words += [] if args.jitter is None else ["--jitter" if args.jitter else "--no-jitter"]
     if args.crop is not None:  # only then the pictures are not of the model's size
         for option, size in (("--size", args.size or SIZE), ("--crop", args.crop)):
             words += [option, "x".join(map(str, _both(size)))]
