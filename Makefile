@@ -12,12 +12,14 @@ REQUIRE_ALL := $(filter-out 0,$(FASTDIFF_REQUIRE_ALL))
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras, renewed when pyproject.toml changes.
+# One stamp per extra, renewed when pyproject.toml changes. Several at once: make .venv/.installed-test,plot
+comma := ,
+extras = $(subst $(comma), ,$*)
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing fastdiff and what '$*' needs into $(VENV) (once)"
-	$(if $(filter peers,$*),$(PIP) "torch==2.13.0")
+	$(if $(filter peers,$(extras)),$(PIP) "torch==2.13.0")
 	$(PIP) --editable ".[$*]"
-	@touch $@
+	@touch $@ $(addprefix $(VENV)/.installed-,$(extras))
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/fastdiff demo -o demo

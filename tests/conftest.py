@@ -20,6 +20,8 @@ CUDA = ("gpu", "test_cuda_*", "test_gpu_*")
 REST = ("peers", "test_asv.py", "test_bench.py", "test_benchmarks.py", "test_precision.py")
 TIMED = ("test_speed_guard.py",)
 PARTS = ("quick", "cuda", "timed", "rest")
+# Of a part: its files, and the mark that is in the text of others that have tests of it.
+FILES = {"timed": (TIMED, "mark.timed"), "rest": (REST, "mark.slow")}
 LEFT_OUT = pytest.StashKey[set[str]]()
 REQUIRE_ALL = os.environ.get("FASTDIFF_REQUIRE_ALL", "0") != "0"
 
@@ -65,10 +67,15 @@ def pytest_ignore_collect(collection_path, config):
     named = (Path(argument.split("::")[0]).resolve() for argument in config.args)
     if collection_path == SCALE and not any(path.is_relative_to(SCALE) for path in named):
         return True
-    if config.getoption("part") != "quick" or not _in(CUDA + REST + TIMED, collection_path):
-        return None  # as pytest decides
-    config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)
-    return True
+    part = config.getoption("part")
+    if part == "quick" and _in(CUDA + REST + TIMED, collection_path):
+        config.stash.setdefault(LEFT_OUT, set()).add(collection_path.name)
+        return True
+    if part in FILES and collection_path.suffix == ".py":  # to import all files takes long
+        lane, mark = FILES[part]
+        if not _in(lane, collection_path) and mark not in collection_path.read_text(encoding="utf-8"):
+            return True
+    return None  # as pytest decides
 
 
 def pytest_collect_directory(path, parent):

@@ -589,13 +589,22 @@ def pictures():
 LEARN = "--backend numpy --quiet --size 4 --batch 4 --channels 4 --schedule cosine --timesteps 8"
 
 
+@pytest.fixture(scope="module")
+def trained_drawer():
+    """The bytes of the model below, after its first use."""
+    return []
+
+
 @pytest.fixture
-def drawer(pictures, run):
+def drawer(pictures, run, trained_drawer):
     """A model of two classes after three steps, long enough ones that the classes differ."""
-    assert run(f"train classes -o p.safetensors --overwrite {LEARN} --labels --steps 3 --lr 0.1")[0] == 0
-    made = fd.load("p.safetensors", backend="numpy")
-    assert np.mean(made.sample(5, labels=0) != made.sample(5, labels=1)) > 0.2
-    return made
+    if not trained_drawer:
+        assert run(f"train classes -o p.safetensors --overwrite {LEARN} --labels --steps 3 --lr 0.1")[0] == 0
+        made = fd.load("p.safetensors", backend="numpy")
+        assert np.mean(made.sample(5, labels=0) != made.sample(5, labels=1)) > 0.2
+        trained_drawer.append(Path("p.safetensors").read_bytes())
+    Path("p.safetensors").write_bytes(trained_drawer[0])
+    return fd.load("p.safetensors", backend="numpy")
 
 
 def pixels(path):

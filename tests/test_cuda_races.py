@@ -7,7 +7,6 @@ here show that it does.
 from __future__ import annotations
 
 import re
-import zlib
 
 import cuda_parity_conv  # noqa: F401 - registers its checks
 import cuda_parity_conv_mma  # noqa: F401 - registers its checks
@@ -91,28 +90,33 @@ def test_planted_faults_are_found(altered, fault):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Launch the only entry of a body in so many blocks of 64 threads.
+    """Launch the body of a name in so many blocks of 64 threads. All bodies are of one source, compiled once.
 
     On arrays x of 256 floats and k of integers; `far` is another, which is no argument: `place` says where it lies.
     """
-    read, texts = runtime._read, {}
-    monkeypatch.setattr(runtime, "_read", lambda name: texts.get(name) or read(name))
+    read, text = runtime._read, "".join(kernel(name, body) for name, (body, *_) in {**GOOD, **BAD}.items())
+    monkeypatch.setattr(runtime, "_read", lambda name: text if name == "bodies.cu" else read(name))
 
-    def launch(body, grid=1):
-        name = f"race{zlib.crc32(body.encode())}"
-        texts[f"{name}.cu"] = (
-            "FD_KERNEL kernel(float *x, int *k, const int64 *place) {\n    FD_SHARED_ARRAY(float, s, 256);\n"
-            "    float *const far = reinterpret_cast<float *>(place[0]);\n    (void)far;\n"
-            "    const int i = threadIdx.x, b = blockIdx.x;\n    (void)s, (void)i, (void)b, (void)x, (void)k;\n"
-            f"    {body}\n}}"
-        )
+    def launch(name, grid):
         arrays, far = (np.zeros(256, np.float32), np.zeros(256, np.int32)), np.zeros(256, np.float32)
         for order in host_cuda.ORDERS:
             here = HostRuntime(order, races=True)
-            here.launch(name, "kernel", grid, 64, (*arrays, np.array([here.address(far)])))
-        return arrays
+            here.launch("bodies", entry(name), grid, 64, (*arrays, np.array([here.address(far)])))
 
     return launch
+
+
+def entry(name):
+    return "race_" + re.sub(r"\W", "_", name)
+
+
+def kernel(name, body):
+    return (
+        f"FD_KERNEL {entry(name)}(float *x, int *k, const int64 *place) {{\n    FD_SHARED_ARRAY(float, s, 256);\n"
+        "    float *const far = reinterpret_cast<float *>(place[0]);\n    (void)far;\n"
+        "    const int i = threadIdx.x, b = blockIdx.x;\n    (void)s, (void)i, (void)b, (void)x, (void)k;\n"
+        f"    {body}\n}}\n"
+    )
 
 
 GOOD = {
@@ -137,7 +141,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_in_order_is_no_race(run, name):
-    run(*GOOD[name])
+    run(name, GOOD[name][1])
 
 
 SHARED, ARRAY = "of shared memory", "of an array"
@@ -174,9 +178,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_races_are_found(run, name):
-    body, grid, said = BAD[name]
-    with pytest.raises(HostError, match=rf"race\d+\.cu, kernel: block \d, thread \d+.*({said})"):
-        run(body, grid)
+    _, grid, said = BAD[name]
+    with pytest.raises(HostError, match=rf"bodies\.cu, {entry(name)}: block \d, thread \d+.*({said})"):
+        run(name, grid)
 
 
 # ------------------------------------------------------------------------------------------- work

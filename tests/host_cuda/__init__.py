@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -72,7 +72,12 @@ def _c_type(parameter: runtime.Parameter) -> str:
 
 def host_text(source: str) -> str:
     """Return the text that g++ compiles: the source, and a function per entry that launches it."""
-    parts = [runtime.source_text(source), '#line 1 "launchers"']
+    return _host_text(source, runtime.source_text(source))
+
+
+@cache  # every launch asks
+def _host_text(source: str, text: str) -> str:
+    parts = [text, '#line 1 "launchers"']
     for entry, parameters in runtime.entries(source).items():
         passed = ", ".join(
             f"{'*' if not p.pointer else ''}({'' if p.written else 'const '}{_c_type(p)} *)args[{i}]"
@@ -90,27 +95,44 @@ def host_text(source: str) -> str:
 def build(text: str, sanitize: bool = False, races: bool = False) -> Path:
     """Return the shared library of a text, compiled now or found from an earlier time."""
     flags = [*FLAGS, *(SANITIZERS if sanitize else ()), *(RACE_FLAGS if races else ())]
-    parts = [path.read_text() for path in (SHIM, RACES, RACES.with_suffix(".hpp"))]
-    key = hashlib.sha256("\0".join([text, *parts, CXX, *flags]).encode()).hexdigest()[:24]
+
+    def make(made: Path) -> None:
+        source, object_file = made.with_name("source.cpp"), made.with_name("source.o")
+        source.write_text(text)
+        command = [CXX, *flags, "-DFD_HOST", f"-I{SHIM.parent}", str(source), "-o"]
+        if races:
+            _run([*command, str(object_file), "-c"])
+            _run([CXX, *FLAGS, str(object_file), str(_race_checker()), "-ldl", "-o", str(made)])
+        else:
+            _run([*command, str(made)])
+
+    return _kept(".so", [text, *flags], make)
+
+
+@cache
+def _race_checker() -> Path:
+    """Return the object file of ``races.cpp``, which is in every library that looks for races."""
+    command = [CXX, *FLAGS, "-DFD_RACES", "-c", str(RACES), "-o"]
+    return _kept(".o", [RACES.name, *FLAGS], lambda made: _run([*command, str(made)]))
+
+
+def _kept(kind: str, parts: list[str], make: Callable[[Path], None]) -> Path:
+    """Return the file that is made of the parts and the shim."""
+    shim = [path.read_text() for path in (SHIM, RACES, RACES.with_suffix(".hpp"))]
+    key = hashlib.sha256("\0".join([*parts, *shim, CXX]).encode()).hexdigest()[:24]
     folder = ROOT / "build" / "host_cuda"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = Path(tempfile.gettempdir()) / "fastdiff-host-cuda"
         folder.mkdir(exist_ok=True)
-    library = folder / f"{key}.so"
-    if not library.exists():
+    file = folder / f"{key}{kind}"
+    if not file.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            source, made, object_file = (Path(work, name) for name in ("source.cpp", "made.so", "source.o"))
-            source.write_text(text)
-            command = [CXX, *flags, "-DFD_HOST", f"-I{SHIM.parent}", str(source), "-o"]
-            if races:
-                _run([*command, str(object_file), "-c"])
-                _run([CXX, *FLAGS, "-DFD_RACES", str(object_file), str(RACES), "-ldl", "-o", str(made)])
-            else:
-                _run([*command, str(made)])
-            made.replace(library)
-    return library
+            made = Path(work, f"made{kind}")
+            make(made)
+            made.replace(file)
+    return file
 
 
 def _run(command: list[str]) -> None:
@@ -128,6 +150,16 @@ def build_all(sanitize: bool = False, races: bool = False) -> None:
 @cache
 def _library(text: str, sanitize: bool, races: bool) -> ctypes.CDLL:
     return ctypes.CDLL(str(build(text, sanitize, races)))
+
+
+@cache
+def _launcher(text: str, sanitize: bool, races: bool, entry: str) -> Callable[..., bytes | None]:
+    function = _library(text, sanitize, races)[f"launch_{entry}"]
+    function.restype = ctypes.c_char_p
+    function.argtypes = [
+        ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
+    ]  # fmt: skip
+    return function
 
 
 def _with_lines(said: str, library: ctypes.CDLL) -> str:
@@ -161,8 +193,9 @@ class HostRuntime:
 
     Parameters
     ----------
-    order : {"forward", "backward", "shuffled"}
-        In which order the threads of a block, and the blocks, run.
+    order : {"forward", "backward", "shuffled", "mixed"}
+        In which order the threads of a block, and the blocks, run. Mixed: an entry's launches have all of them, any
+        three in turn each of them once.
     seed : int
         Of the shuffling.
     sanitize : bool
@@ -196,6 +229,9 @@ class HostRuntime:
         self.block, self.multiprocessors, self.races = block, multiprocessors, races
         self.launches: list[tuple[str, str]] = []
         """(source, entry) of every launch so far."""
+        self.met: set[tuple[str, str, str]] = set()
+        """(source, entry, order) of them."""
+        self._to_come: dict[tuple[str, str], list[str]] = {}
         self.graphs: list[int] = []
         """How many launches each graph has that was captured so far."""
         self.static_shared: dict[tuple[str, str], int] = {}
@@ -281,6 +317,15 @@ class HostRuntime:
         assert isinstance(value, np.ndarray), f"{entry}: {parameter.name} is {type(value)}"
         return value
 
+    def _order_of(self, source, entry):
+        order = self.order
+        if order == "mixed":
+            to_come = self._to_come.get((source, entry)) or list(ORDERS)
+            order = to_come.pop((self.seed >> 16) % len(to_come))
+            self._to_come[source, entry] = to_come
+        self.met.add((source, entry, order))
+        return ORDERS[order]
+
     def launch(self, source, entry, grid, block, args, shared_bytes=0):
         if shared_bytes > self.shared_limit:
             raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory")
@@ -295,12 +340,8 @@ class HostRuntime:
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
-        library = _library(host_text(source), self.sanitize, self.races)
-        function = library[f"launch_{entry}"]
-        function.restype = ctypes.c_char_p
-        function.argtypes = [
-            ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
-        ]  # fmt: skip
+        built = host_text(source), self.sanitize, self.races
+        library, function = _library(*built), _launcher(*built, entry)
 
         def run(kept=kept):  # which the pointers need
             if not all(self._lives(*where) for where in used):
@@ -312,7 +353,7 @@ class HostRuntime:
                     alive = dict(self._known.items())
                     watched = np.array(_union((start, self._ends[start]) for start in alive), np.uintp)
                     library.fd_races_watch(watched.ctypes, ctypes.c_size_t(len(watched)))
-                error = function(pointers, grid, block, shared_bytes, ORDERS[self.order], self.seed)
+                error = function(pointers, grid, block, shared_bytes, self._order_of(source, entry), self.seed)
                 static = library.fd_static_shared()
                 if self.races:
                     self.accesses[source, entry] = library.fd_races_accesses()
