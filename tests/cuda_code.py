@@ -37,26 +37,34 @@ class Found(NamedTuple):
     loads : int
         Reads of 16 bytes of global memory on their way at once, in the loop that has the most.
     instructions : float
-        For a value, in the longest loop; 0 for an entry that is not in `VALUES`.
+        For a value, in the shortest loop that draws normals; 0 for an entry that is not in `VALUES`.
     products : float
         The share of multiplications, on tensor cores or fused with sums, where most of them follow each other.
+    most : float
+        As `instructions`, in the longest of these loops.
     """
 
     loads: int
     instructions: float
     products: float
+    most: float = 0.0
 
 
-# Values that a turn of an entry's loop makes, and how many instructions one of them may take: what copies a value and
-# makes a normal is as fast as memory with 62 of them.
+# Values that a turn of an entry's loop makes, and how many instructions one of them may take, in its shortest loop and
+# in its longest: what copies a value and makes a normal is as fast as memory with 62 of them.
 VALUES = {
-    "normal": (4, 62), "normal_wide": (16, 62), "forward_noise": (4, 80), "forward_noise_wide": (16, 62),
-    "step_noisy": (4, 112), "step_noisy_wide": (16, 78), "step_recorded": (4, 110), "step_recorded_wide": (16, 81),
+    "normal": (4, 49, 49), "normal_wide": (16, 46, 46),
+    "forward_noise": (4, 62, 62), "forward_noise_wide": (16, 51, 51),
+    "step_noisy": (4, 62, 83), "step_noisy_wide": (16, 57, 72), "step_recorded": (4, 62, 88),
+    "step_recorded_wide": (16, 57, 75),
 }  # fmt: skip
 # Whatever the kept table says: at least so many loads at once, and such a share of products.
 LEAST_LOADS = {
     "forward_noise_wide": 4,
+    "step_noisy_wide": 4,
+    "step_recorded_wide": 4,
     "norm_forward": 4,
+    "norm_joined": 4,
     "norm_chunks": 4,
     "norm_apply": 4,
     "norm_backward": 4,
@@ -72,8 +80,9 @@ LEAST_PRODUCTS = {
 
 def fault(entry: str, found: Found) -> str:
     """What is worse than it may be, in words, or nothing."""
-    if entry in VALUES and found.instructions > (most := VALUES[entry][1]):
-        return f"takes {found.instructions:.1f} instructions a value, allowed are {most}"
+    for taken, allowed in zip((found.instructions, found.most), VALUES.get(entry, ())[1:], strict=False):
+        if not 0 < taken <= allowed:
+            return f"takes {taken:.1f} instructions a value, allowed are {allowed}"
     if found.loads < (least := LEAST_LOADS.get(entry, 0)):
         return f"has {found.loads} loads of 16 bytes on their way at once, wanted are {least}"
     if found.products < (share := LEAST_PRODUCTS.get(entry, 0)):
@@ -134,6 +143,12 @@ def loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, in
     return sorted(ends.items())
 
 
+def inner_loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """Return those of the loops that have no other in them."""
+    bounds = loops(code, labels)
+    return [(f, t) for f, t in bounds if not any(f <= first and last <= t for first, last in set(bounds) - {(f, t)})]
+
+
 def _registers(operand: str, width: int) -> set[int]:
     return {int(number) + i for number in _REGISTER.findall(operand) for i in range(width)}
 
@@ -181,42 +196,31 @@ def product_share(code: list[Instruction], labels: dict[str, int]) -> float:
     return products / size
 
 
-def length(code: list[Instruction], labels: dict[str, int]) -> int:
-    """Return the instructions of the longest loop, but for runs with a call.
-
-    These are roots and quotients of numbers that are denormal or not finite, which come seldom or never.
-    """
-    first, last = max(loops(code, labels), key=lambda ends: ends[1] - ends[0], default=(0, -1))
-    slow = [
-        end - begin
-        for begin, end in _runs(code, labels)
-        if first <= begin and end <= last + 1 and any(name.startswith("CALL") for name, *_ in code[begin:end])
-    ]
-    return last + 1 - first - sum(slow)
+def lengths(code: list[Instruction], labels: dict[str, int]) -> list[int]:
+    """Return the instructions of every loop that draws normals, which take roots, the shortest first."""
+    bodies = [code[first : last + 1] for first, last in inner_loops(code, labels)]
+    return sorted(len(body) for body in bodies if any(name.startswith("MUFU.RSQ") for name, *_ in body))
 
 
 def look(code: list[Instruction], labels: dict[str, int], values: int = 0, inner: bool = False) -> Found:
-    """Return what the code of an entry reaches; `values`: those of a turn of its longest loop.
+    """Return what the code of an entry reaches; `values`: those of a turn of its loops.
 
     With `inner` only loads in loops without another in them count.
     """
-    bounds = loops(code, labels)
-    if inner:
-        bounds = [
-            (f, t) for f, t in bounds if not any(f <= first and last <= t for first, last in set(bounds) - {(f, t)})
-        ]
-    bodies = [code[first : last + 1] for first, last in bounds]
+    bodies = [code[first : last + 1] for first, last in (inner_loops if inner else loops)(code, labels)]
+    drawn = [size / values for size in lengths(code, labels)] if values else []
     reads = [body for body in bodies if any(name.startswith("LDG") and ".128" in name for name, *_ in body)]
     return Found(
         max(map(loads_at_once, reads), default=0),
-        length(code, labels) / values if values else 0,
+        min(drawn, default=0),
         product_share(code, labels),
+        max(drawn, default=0),
     )
 
 
 def found(program: str, code: bytes) -> dict[str, Found]:
     """Return what every entry in machine code reaches; `program` as from `disassembler`."""
     return {
-        entry: look(*parts, VALUES.get(entry, (0, 0))[0], entry in LEAST_LOADS and "norm" in entry)
+        entry: look(*parts, VALUES.get(entry, (0,))[0], entry in LEAST_LOADS and "norm" in entry)
         for entry, parts in entries(listing(program, code)).items()
     }

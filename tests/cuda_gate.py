@@ -214,7 +214,10 @@ OF_CODE = 3  # of them
 def _code(found: cuda_code.Found | None) -> tuple[str, ...]:
     if found is None:
         return ("",) * OF_CODE
-    return str(found.loads), f"{found.instructions:.1f}" if found.instructions else "-", f"{found.products:.2f}"
+    taken = f"{found.instructions:.1f}" if found.instructions else "-"
+    if found.most > found.instructions:
+        taken += f"/{found.most:.1f}"
+    return str(found.loads), taken, f"{found.products:.2f}"
 
 
 def table(rows: Sequence[Use]) -> str:

@@ -146,6 +146,7 @@ def sampler_steps(be, size):
             row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s, r)
             step_agrees(be, shape, row, (-1.0, 1.0), depth=1)
             step_agrees(be, shape, row._replace(c2=0.3, c3=-0.5), (-1.0, 1.0), depth=3)
+            step_agrees(be, shape, row._replace(c1=0, e=0), (-1.0, 1.0), depth=0)
     # An m that nobody wants is not computed: the output may be absent.
     step_agrees(be, (3, 5), Row(3, 1.1, -0.4, 0.3, 0, s=0.5), None, depth=0)
     for power in (0.0, 3e-3, 60.0, -60.0):  # of the noise's scale

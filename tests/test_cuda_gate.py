@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,24 @@ def test_a_lost_unroll_is_seen(compiler, disassembler):
     assert found(MULTIPLIED, 8).products > 2 * found(MULTIPLIED, 1).products > 0
 
 
+ROOT = 'extern "C" __global__ void root(float *x) { x[threadIdx.x] = sqrtf(x[threadIdx.x]); }\n'
+
+
+@pytest.mark.parametrize("arch", cuda_gate.ARCHITECTURES)
+def test_a_root_has_the_steps_of_ours(compiler, disassembler, arch):
+    """`fd_root_by` of laws.cuh is what the compiler makes of sqrtf, but for its test for other numbers."""
+    compile_text = cuda_gate.find_compiler()[1]
+    code, _ = cuda_code.entries(cuda_code.listing(disassembler, compile_text(ROOT, arch).code))["root"]
+    steps = [(name.split(".")[0], *re.split(r",\s*", operands.replace(".reuse", ""))) for name, operands, _ in code]
+    (_, reciprocal, x), *steps = steps[[name for name, *_ in steps].index("MUFU") :]
+    steps = [step for step in steps if step[0] in ("FMUL", "FFMA")][:4]  # what follows is for other numbers
+    (_, root, *factors), (_, half, *halves), (_, rest, *squares), (_, _, *sums) = sorted(
+        steps, key=lambda step: (step[0] == "FFMA", "0.5" in step)
+    )
+    assert (set(factors), set(halves)) == ({x, reciprocal}, {reciprocal, "0.5"})
+    assert (squares, sums) == ([f"-{root}", root, x], [rest, half, root])
+
+
 SASS = """
 	.text.streamed:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -175,7 +194,7 @@ SASS = """
         /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
         /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
         /*0030*/              @!P0 BRA `(.L_x_2) ;
-        /*0040*/                   MOV R20, 0x70 ;
+        /*0040*/                   MUFU.RSQ R20, R21 ;
         /*0050*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
 .L_x_2:
         /*0060*/                   FFMA R7, R7, R9, R10 ;
@@ -189,16 +208,18 @@ SASS = """
 
 
 def test_listings_are_read():
-    """The loop has six instructions but for the call, and its second turn begins before anything reads R12."""
+    """The loop has eight instructions, and its second turn begins before anything reads R12."""
     ((name, (code, labels)),) = cuda_code.entries(SASS).items()
     assert (name, len(code), cuda_code.loops(code, labels)) == ("streamed", 11, [(1, 8)])
-    assert cuda_code.look(code, labels, 2) == cuda_code.Found(3, 3.0, 1 / 3)
+    assert cuda_code.look(code, labels, 2) == cuda_code.Found(3, 4.0, 1 / 3, 4.0)
 
 
 @pytest.mark.parametrize(
     ("entry", "found", "said"),
     [
-        ("normal", cuda_code.Found(0, 63.0, 0.0), "takes 63.0 instructions a value, allowed are 62"),
+        ("normal", cuda_code.Found(0, 63.0, 0.0, 63.0), "takes 63.0 instructions a value, allowed are 49"),
+        ("step_noisy", cuda_code.Found(0, 61.0, 0.0, 99.0), "takes 99.0 instructions a value, allowed are"),
+        ("step_noisy", cuda_code.Found(0, 0.0, 0.0), "takes 0.0 instructions a value"),
         ("norm_forward", cuda_code.Found(1, 0.0, 0.0), "has 1 loads of 16 bytes on their way at once"),
         ("mlp_chain", cuda_code.Found(0, 0.0, 0.5), "multiplies with 50% of its instructions, wanted are 60%"),
     ],
@@ -207,7 +228,7 @@ def test_what_may_not_be_worse(entry, found, said):
     use = cuda_gate.Use("sm_90", entry, 70, 0, 0, 0, 8, found)
     assert said in use.fault
     assert "FAILS" in cuda_gate.table([use])
-    assert not use._replace(code=cuda_code.Found(99, 1.0, 1.0)).fault
+    assert not use._replace(code=cuda_code.Found(99, 1.0, 1.0, 1.0)).fault
     known = {entry for source in runtime.source_names() for entry in runtime.entries(source)}
     assert known >= {*cuda_code.VALUES, *cuda_code.LEAST_LOADS, *cuda_code.LEAST_PRODUCTS}
 

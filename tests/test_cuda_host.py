@@ -290,6 +290,60 @@ def test_what_does_not_compile_is_shown(run):
         run("FD_KERNEL wrong(int n) {\n oops(n); }", 1, 1, 1)
 
 
+# ------------------------------------------------------------------------------------------- normals
+
+PAIRS = """
+FD_KERNEL pairs(const uint32 *radii, const uint32 *angles, float *a, float *b, int n) {
+    FD_GRID_STRIDE(i, n) fd_box_muller(radii[i], angles[i], a[i], b[i]);
+}
+"""
+# Numbers whose root is not the nearest float by some reciprocal root as near as a GPU's, of all up to powers of 4.
+ROOTS = """
+FD_KERNEL roots(int *found, int *count, float *some) {
+    FD_GRID_STRIDE(i, 1 << 24) {
+        const float x = fd_bits_float(0x3f800000 + (int)i);
+        const double reciprocal = 1 / sqrt((double)x);
+        for (int k = -3; k <= 3; k++) {
+            const float near = fd_bits_float(fd_float_bits((float)reciprocal) + k);
+            if (fabs(near / reciprocal - 1) > ERROR) continue;
+            count[0]++;
+            if (fd_root_by(x, near) != sqrtf(x) && count[1] < 8) found[count[1]++] = fd_float_bits(x);
+        }
+    }
+    some[0] = fd_root(0.0f), some[1] = fd_root(-0.0f);
+    some[2] = fd_root(1e-30f), some[3] = fd_root(5.9604645e-8f), some[4] = fd_root(45.8f);
+}
+"""
+
+
+def test_normals_of_all_kinds_of_words(run):
+    """Around every power of two, where logarithms change octaves and angles quarters; and of random words."""
+    near = np.arange(-300, 300, dtype=np.int64)
+    octave = (fd.noise.SQRT_HALF_BITS - 0x3F000000 + 2**23) << 8  # where a mantissa is the root of 1/2
+    words = [*(2**k for k in range(33)), *(octave >> k for k in range(32)), *(k << 29 for k in range(8))]
+    edges = np.unique(np.add.outer(words, near)).astype(np.int64) & 0xFFFFFFFF
+    random = np.random.default_rng(0).integers(0, 2**32, 200_000)
+    radii = np.concatenate([edges, random]).astype(np.uint32)
+    angles = np.concatenate([np.random.default_rng(1).permutation(edges), random[::-1]]).astype(np.uint32)
+    for given in ((radii, angles), (angles, radii)):
+        got = np.empty((2, len(radii)), np.float32)
+        run(PAIRS, 1, 64, *given, *got, len(radii))
+        assert_same_bits(got, np.stack(fd.noise.box_muller(*given)))
+
+
+def test_roots_are_the_nearest_floats(run):
+    """1 / sqrt of a GPU is within 2^-22.9, which two floats or three are.
+
+    For two numbers the largest of them will not do. It is not that of a GPU, whose own root has the same steps
+    (test_cuda_gate), and is the nearest float.
+    """
+    found, count, some = np.zeros(8, np.int32), np.zeros(2, np.int32), np.zeros(5, np.float32)
+    run(ROOTS.replace("ERROR", repr(2.0**-22.9)), 1, 1, found, count, some)
+    assert count[0] > 2 * 2**24
+    assert found[: count[1]].tolist() == [0x3FFC114A, 0x406E9372]
+    assert_same_bits(some, np.sqrt(np.array([0.0, -0.0, 1e-30, 5.9604645e-8, 45.8], np.float32)))
+
+
 # ------------------------------------------------------------------------------------------- arguments
 
 

@@ -5,12 +5,15 @@ The same texts run on a GPU (tests/gpu), where the fragment layouts are those of
 
 import zlib
 
+import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import numpy as np
 import pytest
+from cuda_parity import CHECKS
 from host_cuda import ORDERS, HostRuntime, has_compiler
 from test_cuda_host import needs_sanitizers, sanitized
 from tolerances import assert_same_bits
 
+from fastdiff.backends.cuda import CudaBackend
 from fastdiff.kernels.cuda import runtime
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
@@ -61,11 +64,11 @@ def run(monkeypatch):
     read, texts = runtime._read, {}
     monkeypatch.setattr(runtime, "_read", lambda name: texts.get(name) or read(name))
 
-    def launch(text, block, *args, order="forward"):
+    def launch(text, block, *args, **how):
         name = f"text{zlib.crc32(text.encode())}"
         texts[f"{name}.cu"] = text
         (entry,) = runtime.entries(name)
-        HostRuntime(order).launch(name, entry, 1, block, args)
+        HostRuntime(**how).launch(name, entry, 1, block, args)
 
     return launch
 
@@ -77,12 +80,12 @@ def pairs(values):
     return (bits >> 16).astype(np.uint16).view(np.uint32)
 
 
-def products(run, text, a_across, b_across, order="forward"):
+def products(run, text, a_across, b_across, **how):
     """What a text makes of whole numbers, and what it should; nothing is rounded on the way."""
     a, b, d = np.random.default_rng(0).integers(-9, 10, (3, 3, 16, 16)).astype(F)
     want = d + a @ b
     stored = (m.swapaxes(1, 2) if turn else m for m, turn in ((a, a_across), (b, not b_across)))
-    run(text, 96, *(pairs(m) for m in stored), d, a_across, b_across, order=order)
+    run(text, 96, *(pairs(m) for m in stored), d, a_across, b_across, **how)
     return d, want
 
 
@@ -90,7 +93,7 @@ def products(run, text, a_across, b_across, order="forward"):
 @pytest.mark.parametrize("a_across", [0, 1])
 @pytest.mark.parametrize("b_across", [0, 1])
 def test_products(run, a_across, b_across, order):
-    assert_same_bits(*products(run, PRODUCT, a_across, b_across, order))
+    assert_same_bits(*products(run, PRODUCT, a_across, b_across, order=order))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -100,6 +103,26 @@ def test_a_wrong_layout_shows(run, name):
     text = PRODUCT.replace(old, new).replace("for (int n = 0", declared + "\nfor (int n = 0")
     results = [products(run, text, *across) for across in ((0, 0), (1, 1))]
     assert any((got != want).any() for got, want in results)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_sums_are_cut_where_that_is_asked_for(run, cut):
+    """1.25 2^-24 is added to 1 and to -1: rounded, or cut off as tensor cores do."""
+    a, b, d = np.zeros((3, 16, 16), F)
+    a[:, 0], b[0], d[:8], d[8:] = 2.0**-12, 1.25 * 2.0**-12, 1, -1
+    want = np.where(d == 1, 1 if cut else 1 + 2.0**-23, -1 if cut else 2.0**-24 - 1).astype(F)
+    run(PRODUCT, 32, pairs(a), pairs(b.T), d, 0, 0, cut_sums=cut)
+    assert_same_bits(d, want)
+    assert_same_bits(*products(run, PRODUCT, 0, 1, cut_sums=cut))  # what needs no rounding
+
+
+ON_TENSOR_CORES = [name for name, check in CHECKS.items() if any(source == "conv_mma" for source, _ in check.covers)]
+
+
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+def test_bounds_hold_where_sums_are_cut(name):
+    """They are stated for sums that are rounded, and must cover the others."""
+    CHECKS[name].run(CudaBackend(HostRuntime(cut_sums=True)), "small")
 
 
 ROUND = """

@@ -55,6 +55,43 @@ typedef FD_REAL real;
 
 #define fd_product(a, b) __fmul_rn(a, b)  // rounded by itself, never a part of a fused multiply-add
 
+// About 1 / sqrt(x), within 2^-22.9 of it; of a zero the infinity of its sign.
+FD_DEVICE float fd_rsqrt(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// The lesser and the greater of two numbers; of two zeros any, and a NaN where one is there.
+FD_DEVICE float fd_least(float a, float b) {
+    float c;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+}
+FD_DEVICE float fd_most(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+}
+
+// The whole product, of which compilers know that it is one instruction's.
+FD_DEVICE uint64 fd_wide_product(uint32 a, uint32 b) {
+    uint64 product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+    return product;
+}
+// Two values change places where bits is not 0.
+FD_DEVICE void fd_swap_if(uint32 bits, float &a, float &b) {
+    const float first = a, second = b;
+    asm("{ .reg .pred p; setp.ne.u32 p, %4, 0; selp.f32 %0, %3, %2, p; selp.f32 %1, %2, %3, p; }"
+        : "=f"(a), "=f"(b)
+        : "f"(first), "f"(second), "r"(bits));
+}
+// A number that compilers do not compute again in every turn of a loop.
+FD_DEVICE int64 fd_kept(int64 n) {
+    asm volatile("mov.b64 %0, %0;" : "+l"(n));
+    return n;
+}
+
 #define fd_float_bits(x) __float_as_int(x)
 #define fd_bits_float(i) __int_as_float(i)
 
@@ -149,3 +186,52 @@ FD_DEVICE int fd_find_task(const Tasks &tasks, Task *mine) {
 // 16 bytes at once, from and to 16-byte aligned addresses.
 FD_DEVICE float4 fd_load4(const float *p) { return *reinterpret_cast<const float4 *>(p); }
 FD_DEVICE void fd_store4(float *p, float4 v) { *reinterpret_cast<float4 *>(p) = v; }
+
+// Where the four values of a Philox block stand: that of a row's first block in bytes behind the array's begin, and the
+// others so many bytes behind it; 0 where the row has ended before.
+struct Places {
+    int64 first, second, third, fourth;
+};
+
+// body(row, block, places) for every block of the n rows from `begin` on, of `width` values. A thread
+// keeps to one block, as long as a row has no more of them than the grid has threads, and takes it of every so many
+// rows: what depends on the block is computed once, and neighbours take neighbours.
+template <class Body>
+FD_DEVICE void fd_each_block(uint64 begin, int64 n, int64 width, Body body) {
+    const int64 quarter = (width + 3) / 4, thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64 threads = (int64)gridDim.x * blockDim.x, first = thread / quarter;
+    const int64 rows = threads < quarter ? 1 : threads / quarter, size = sizeof(real);
+    const int64 stride = fd_kept(size * rows * width);
+    for (int64 block = thread - first * quarter; first < rows && block < quarter; block += threads) {
+        const int64 step = size * quarter, left = size * (width - block);
+        Places places = {size * (first * width + block), fd_kept(step < left ? step : 0),
+                         fd_kept(2 * step < left ? 2 * step : 0), fd_kept(3 * step < left ? 3 * step : 0)};
+        FD_ROLL
+        for (uint64 row = begin + first; row < begin + n; row += rows) {
+            body(row, (uint32)block, places);
+            places.first += stride;
+        }
+    }
+}
+
+// The address so many bytes behind another.
+FD_DEVICE const real *fd_behind(const real *p, int64 bytes) {
+    return reinterpret_cast<const real *>(reinterpret_cast<const char *>(p) + bytes);
+}
+FD_DEVICE real *fd_behind(real *p, int64 bytes) { return reinterpret_cast<real *>(reinterpret_cast<char *>(p) + bytes); }
+
+// The four values of a block, the first again for those that are not there.
+FD_DEVICE float4 fd_gather(const real *array, const Places &places) {
+    const real *const first = fd_behind(array, places.first);
+    return make_float4(first[0], *fd_behind(first, places.second), *fd_behind(first, places.third),
+                       *fd_behind(first, places.fourth));
+}
+
+// Stores them. The first one comes last, so that it stays where others that are not there were stored.
+FD_DEVICE void fd_scatter(real *array, const Places &places, const float4 &v) {
+    real *const first = fd_behind(array, places.first);
+    *fd_behind(first, places.fourth) = v.w;
+    *fd_behind(first, places.third) = v.z;
+    *fd_behind(first, places.second) = v.y;
+    first[0] = v.x;
+}

@@ -119,10 +119,7 @@ FD_KERNEL similarity(const real *__restrict__ v_bn, real *__restrict__ out_bnn, 
 // zeros of the matrix.
 FD_DEVICE float4 row_block(const real *x, int64 width, int64 row, int64 q, uint64 first_row, uint32 step,
                            uint32 stream, const RoundKeys &keys) {
-    if (!x) {
-        const Normals z = fd_normals(first_row + row, (uint32)q, step, stream, keys);
-        return make_float4(z.z0, z.z1, z.z2, z.z3);
-    }
+    if (!x) return fd_normals(first_row + row, (uint32)q, step, stream, keys);
     const int64 quarter = (width + 3) / 4, left = width - q;
     x += row * width + q;
     return make_float4(x[0], quarter < left ? x[quarter] : 0, 2 * quarter < left ? x[2 * quarter] : 0,

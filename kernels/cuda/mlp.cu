@@ -263,8 +263,8 @@ FD_KERNEL mlp_draw_batch(const real *data, const real *tables, real *x, real *ta
         const real *x0 = data + (N ? (int64)((data_word * (uint64)N) >> 32) : row) * pitch;
         const real signal = tables[s], noise = tables[T + s];
         const real target_noise = tables[2 * T + s], target_data = tables[3 * T + s];
-        const Normals normals = fd_normals(row, (uint32)q, step, FD_STREAM_TRAIN_NOISE, keys);
-        const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
+        const float4 normals = fd_normals(row, (uint32)q, step, FD_STREAM_TRAIN_NOISE, keys);
+        const real z[4] = {normals.x, normals.y, normals.z, normals.w};
         FD_UNROLL
         for (int k = 0; k < 4; k++) {
             const int64 j = q + k * quarter;
@@ -477,10 +477,10 @@ FD_DEVICE void mlp_tiles(real *shared, real *x, real *y, const int64 *t, const T
                 const int row = i / quarter, q = i % quarter;
                 real z[4] = {0, 0, 0, 0};
                 if (coefficients.s != 0) {
-                    const Normals normals =
+                    const float4 normals =
                         fd_normals(first_row + begin + row, q, (uint32)steps[step_count + r], FD_STREAM_STEP,
                                    keys);
-                    z[0] = normals.z0, z[1] = normals.z1, z[2] = normals.z2, z[3] = normals.z3;
+                    z[0] = normals.x, z[1] = normals.y, z[2] = normals.z, z[3] = normals.w;
                 }
                 FD_UNROLL
                 for (int c = 0; c < 4; c++) {

@@ -224,8 +224,8 @@ FD_KERNEL draw_batch(const real *__restrict__ data, const int64 *__restrict__ la
         const int64 left = (int64)((uint64)places.w2 * (uint64)(wide - width + 1) >> 32);
         const int64 s = (int64)((time_word * (uint64)T) >> 32);
         const int64 from = N ? (int64)((data_word * (uint64)N) >> 32) : (int64)row;
-        const Normals normals = fd_normals(row, (uint32)walk.item, step, FD_STREAM_TRAIN_NOISE, keys);
-        const real z[4] = {normals.z0, normals.z1, normals.z2, normals.z3};
+        const float4 normals = fd_normals(row, (uint32)walk.item, step, FD_STREAM_TRAIN_NOISE, keys);
+        const real z[4] = {normals.x, normals.y, normals.z, normals.w};
         FD_UNROLL
         for (int k = 0; k < 4; k++) {
             const int64 j = walk.item + k * quarter;

@@ -151,7 +151,6 @@ def constants() -> str:
         f"#define FD_LN2_LOW ({real(law.LN2_LOW)})",
         f"#define FD_SQRT_HALF_BITS {law.SQRT_HALF_BITS:#x}",
         f"#define FD_ANGLE_UNIT ({real(law.ANGLE_UNIT)})",
-        f"#define FD_UNIFORM_UNIT ({real(law.UNIFORM_UNIT)})",
         *(f"#define FD_STREAM_{stream.name} {int(stream)}u" for stream in law.Stream),
         f"#define FD_LEAKY_SLOPE ({real(LEAKY_SLOPE)})",
         f"#define FD_KRYLOV {KRYLOV}",

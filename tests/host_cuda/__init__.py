@@ -200,6 +200,8 @@ class HostRuntime:
         Of the shuffling.
     sanitize : bool
         Whether libraries are built under AddressSanitizer and UndefinedBehaviorSanitizer; libasan must be preloaded.
+    cut_sums : bool
+        Whether tensor cores cut the sums of their products toward zero, as on a GPU, and do not round every one.
     races : bool
         Whether a launch fails that has a data race, a misaligned access or a read of shared memory never written.
     block : int
@@ -223,10 +225,11 @@ class HostRuntime:
         block: int = 61,
         multiprocessors: int = 2,
         races: bool = False,
+        cut_sums: bool = False,
     ) -> None:
         self.order, self.seed = order, seed
         self.sanitize = os.environ.get("FASTDIFF_HOST_SANITIZE", "0") != "0" if sanitize is None else sanitize
-        self.block, self.multiprocessors, self.races = block, multiprocessors, races
+        self.block, self.multiprocessors, self.races, self.cut_sums = block, multiprocessors, races, cut_sums
         self.launches: list[tuple[str, str]] = []
         """(source, entry) of every launch so far."""
         self.met: set[tuple[str, str, str]] = set()
@@ -348,6 +351,7 @@ class HostRuntime:
                 raise HostError(f"{source}.cu, {entry}: memory of the graph has been given back")
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
+                library.fd_cut_sums(int(self.cut_sums))
                 if self.races:
                     # Kept until the end, so that none of them makes room for memory of the host run itself.
                     alive = dict(self._known.items())

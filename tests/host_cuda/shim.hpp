@@ -6,6 +6,7 @@
 
 #include <sys/mman.h>
 
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -89,6 +90,14 @@ static inline float fd_bits_float(int i) {
     memcpy(&x, &i, 4);
     return x;
 }
+static inline float fd_rsqrt(float x) { return (float)(1.0 / std::sqrt((double)x)); }
+static inline float fd_least(float a, float b) { return b < a || b != b ? b : a; }
+static inline float fd_most(float a, float b) { return b > a || b != b ? b : a; }
+static inline unsigned long long fd_wide_product(uint32_t a, uint32_t b) { return (unsigned long long)a * b; }
+static inline void fd_swap_if(uint32_t bits, float &a, float &b) {
+    if (bits) std::swap(a, b);
+}
+static inline long long fd_kept(long long n) { return n; }
 static inline uint32_t fd_bf16x2(float first, float second) {
     uint32_t halves[2];
     const float values[2] = {first, second};
@@ -363,17 +372,43 @@ static inline float half_of(unsigned pair, unsigned which) {
     return fd_bits_float(int(which ? pair & 0xffff0000u : pair << 16));
 }
 
+static bool cut_sums;  // whether matrix products round as tensor cores do
+
+// The sum of products and what they are added to, cut toward zero and not rounded: every term where the last bit of a
+// float as large as the largest one is, and then the sum. Hardware keeps as many bits of the terms, or more (Fasi et
+// al. 2021, "Numerical behavior of NVIDIA tensor cores").
+template <unsigned N>
+static inline float cut_sum(const double (&terms)[N]) {
+    int top = INT_MIN;
+    double sum = 0;
+    for (double term : terms) {
+        if (!std::isfinite(term)) return float(std::accumulate(terms, terms + N, 0.0));
+        if (term != 0) top = std::max(top, std::ilogb(term));
+    }
+    if (top == INT_MIN) return 0;
+    for (double term : terms) sum += std::trunc(std::ldexp(term, 23 - top));
+    sum = std::ldexp(sum, top - 23);
+    const float nearest = float(sum);
+    return std::abs(double(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 static inline void multiply_matrices(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                                      const char *file, int line) {
     const Slot *const lanes = show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, file, line);
     for (unsigned i = 0; i < 4; i++) {
         const unsigned row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+        double terms[17] = {d[i]};
         for (unsigned k = 0; k < 16; k++) {
             Operands of_a, of_b;
             memcpy(&of_a, &lanes[row * 4 + k % 8 / 2], sizeof of_a);
             memcpy(&of_b, &lanes[column * 4 + k % 8 / 2], sizeof of_b);
-            d[i] += half_of(of_a.a[i / 2 + k / 8 * 2], k % 2) * half_of(of_b.b[k / 8], k % 2);
+            const float a_k = half_of(of_a.a[i / 2 + k / 8 * 2], k % 2), b_k = half_of(of_b.b[k / 8], k % 2);
+            if (cut_sums)
+                terms[k + 1] = double(a_k) * b_k;
+            else
+                d[i] += a_k * b_k;
         }
+        if (cut_sums) d[i] = cut_sum(terms);
     }
 }
 
@@ -520,3 +555,4 @@ static const char *launch(void (*kernel)(void **), void **args, unsigned grid, u
 }  // namespace fd_host
 
 extern "C" __attribute__((used)) size_t fd_static_shared() { return fd_host::static_size; }
+extern "C" __attribute__((used)) void fd_cut_sums(int on) { fd_host::cut_sums = on; }
