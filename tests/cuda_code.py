@@ -64,7 +64,6 @@ LEAST_LOADS = {
     "step_noisy_wide": 4,
     "step_recorded_wide": 4,
     "norm_forward": 4,
-    "norm_joined": 4,
     "norm_chunks": 4,
     "norm_apply": 4,
     "norm_backward": 4,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from functools import partial
 from unittest import mock
 
 import numpy as np
-from cuda_parity import NUMPY, both_ways, covers
+from cuda_parity import NUMPY, both_ways, covers, off_by_one
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
@@ -89,6 +91,9 @@ def norm_agrees(be, shape, groups, number):
     modulated = number % 3 != 0
     if modulated:
         options["modulation"] = normals(4, n, 2 * c)
+    lefts = {1, c // 2 // 4 * 4 or 1} if c > 1 else ()
+    for left, place in itertools.product(lefts, (be.asarray, partial(off_by_one, be))):
+        same_of_parts(be, x, left, place, options)
     outputs = [unfilled(*shape), unfilled(n, groups, 2)]
     (y, stats), (want, wanted_stats) = agree(be, "norm", [x, gamma, beta, 0, 1], outputs, eps=EPS, **options)
     assert_close(stats, wanted_stats, terms=9)
@@ -107,7 +112,29 @@ def norm_agrees(be, shape, groups, number):
             assert_close(a, b, terms=9 + n * height * width)
 
 
-@covers("norm", "norm_forward", "norm_backward", "norm_parameters")
+def same_of_parts(be, x, left, place, options):
+    """A norm of two parts has the bits of one of their concatenation, and its gradients have those of that."""
+    n, c, groups = len(x), x.shape[-1], options["groups"]
+    gamma, beta, dy = (place(normals(k, *size)) for k, size in ((2, (c,)), (3, (c,)), (5, x.shape)))
+    rest = {**options, **{name: place(value) for name, value in options.items() if name == "modulation"}}
+    found = []
+    for joined, add in itertools.product((False, True), (False, True)):
+        two = [np.ascontiguousarray(part) for part in np.split(x, [left], axis=-1)]
+        parts, to = (tuple(place(array) for array in arrays) for arrays in (two, map(np.zeros_like, two)))
+        whole, dx = place(unfilled(*x.shape) if joined else x), place(normals(6, *x.shape))
+        out, stats, dgamma, dbeta = (be.asarray(unfilled(*size)) for size in (x.shape, (n, groups, 2), (c,), (c,)))
+        be.norm(whole, gamma, beta, out, stats, eps=EPS, parts=parts if joined else None, **rest)
+        given = dy, whole, gamma, beta, stats, dx, dgamma, dbeta
+        be.norm_backward(*given, add=add, parts=to if joined else None, **rest)
+        if not joined:
+            be.split(dx, *to)
+        found.append([be.to_numpy(array) for array in (whole, out, stats, dgamma, dbeta, *to)])
+    for apart, joined in zip(found[:2], found[2:], strict=True):
+        for array, wanted in zip(joined, apart, strict=True):
+            assert_same_bits(array, wanted)
+
+
+@covers("norm", "norm_forward", "norm_joined", "norm_backward", "norm_parameters")
 def norms(be, size):
     for number, (shape, groups) in enumerate(NORMS[size]):
         norm_agrees(be, shape, groups, number)

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 from assembly import assert_packed
+from cuda_parity_layers import same_of_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import SMALL, peak_of
@@ -287,6 +288,13 @@ def test_attention_of_scores_beyond_the_range_of_exp():
     assert np.abs(sums).max() > 1000
     assert_close(log_sums, sums, terms=30)
     assert_close(out, want, terms=30, scale=8 * np.abs(sums).max())  # rounding of a score is an exponent's error
+
+
+@pytest.mark.parametrize("be", [CPU, REFERENCE], ids=lambda be: be.name)
+@pytest.mark.parametrize("left", [1, 5])
+def test_norms_of_parts(be, left):
+    options = {"groups": 2, "silu": True, "modulation": normals(4, 3, 12)}
+    same_of_parts(be, normals(1, 3, 4, 5, 6), left, be.asarray, options)
 
 
 # ------------------------------------------------------------------------------------------------ the rest

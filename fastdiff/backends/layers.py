@@ -202,12 +202,14 @@ class LayerBackend(Backend, Protocol):
         eps: float,
         silu: bool,
         modulation: Array | None = None,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         """Fill `out` with GroupNorm of x (N, H, W, C), times gamma (C,) plus beta, through SiLU where `silu`.
 
         Every group of C / groups neighbouring channels of an image is shifted to mean 0 and divided by
         sqrt(variance + eps), the biased variance. `stats` (N, groups, 2) takes mean and 1 / sqrt(variance + eps).
         `modulation` (N, 2 C) holds gain and shift: v becomes (1 + gain) v + shift before SiLU.
+        x is filled first with two `parts`, as `concatenate` joins them, where they are given.
         """
 
     def norm_backward(
@@ -226,8 +228,12 @@ class LayerBackend(Backend, Protocol):
         modulation: Array | None = None,
         dmodulation: Array | None = None,
         add: bool = False,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
-        """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off."""
+        """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off.
+
+        Two `parts` are filled with those of dx, as `concatenate` joined them; what dx holds then is not defined.
+        """
 
     def norm_tangent(
         self,

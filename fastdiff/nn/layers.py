@@ -102,6 +102,8 @@ class _Operation:
         Weights and biases, if it is a linear layer of one pixel and nothing else.
     beside : list of _Operation
         All linear layers of what it reads, itself among them, where a backend computes them together.
+    joins : bool
+        Whether it is a concatenation.
     finishes : bool
         Whether those that wait are made before its backward pass, which changes or needs something of theirs.
     """
@@ -117,6 +119,7 @@ class _Operation:
     through: Value | None = None
     in_place: bool = False
     waits: bool = False
+    joins: bool = False
     linear: tuple[Value, Value] | None = None
     beside: list[_Operation] = field(default_factory=list, init=False)
     finishes: bool = field(default=False, init=False)
@@ -266,7 +269,11 @@ class Program:
     def norm(
         self, name: str, x: Value, *, groups: int, eps: float, silu: bool, modulation: Value | None = None
     ) -> Value:
-        """Record GroupNorm; `modulation` has one row (gain, shift) an image."""
+        """Record GroupNorm; `modulation` has one row (gain, shift) an image.
+
+        A concatenation that nothing else has read becomes a part of it.
+        """
+        joins = self._taken_back(x)
         gamma, beta = (self.parameter(f"{name}.{part}", (x.width,)) for part in ("weight", "bias"))
         parts = () if modulation is None else (modulation,)
         self._modulations += parts
@@ -280,6 +287,7 @@ class Program:
             be.norm(
                 x.data, gamma.data, beta.data, y.data, stats.data,
                 groups=groups, eps=eps, silu=silu, modulation=_rows(modulation),
+                parts=None if joins is None else _pair(joins.reads, "data"),
             )  # fmt: skip
 
         def backward(be: LayerBackend, add: bool) -> None:
@@ -287,6 +295,7 @@ class Program:
             be.norm_backward(
                 y.grad, x.data, gamma.data, beta.data, stats.data, to.grad, dgamma.grad, dbeta.grad, groups=groups,
                 silu=silu, modulation=_rows(modulation), dmodulation=_rows(modulation, "grad"), add=add,
+                parts=None if joins is None or joins.backward is None else _pair(joins.fresh, "grad"),
             )  # fmt: skip
 
         def tangent(be: LayerBackend) -> None:
@@ -301,10 +310,13 @@ class Program:
             )  # fmt: skip
 
         fresh = tuple(value for value in (*spare, *unused, *parts) if value.varies)
+        makes, reads = (y, stats, *spare, *unused), (x, *parts)
+        if joins is not None:
+            makes, reads, fresh = (*makes, *joins.makes), (*reads, *joins.reads), (*fresh, *joins.fresh)
         return self._record(
             _Operation(
-                forward, backward if y.varies else None, (y, stats, *spare, *unused), (x, *parts), tangent,
-                (x, stats, *parts), x, fresh, in_place=True,
+                forward, backward if y.varies else None, makes, reads, tangent, (x, stats, *parts), x, fresh,
+                in_place=True,
             )
         )  # fmt: skip
 
@@ -423,9 +435,18 @@ class Program:
                 lambda be: be.concatenate(a.data, b.data, y.data),
                 (lambda be, add: be.split(y.grad, to[0].grad, to[1].grad)) if y.varies else None,
                 (y, *unused), (a, b), lambda be: be.concatenate(da.grad, db.grad, y.grad),
-                fresh=tuple(to) if y.varies else (),
+                fresh=tuple(to) if y.varies else (), joins=True,
             )
         )  # fmt: skip
+
+    def _taken_back(self, x: Value) -> _Operation | None:
+        """The concatenation that made x, if nothing has read that since; it is no longer an operation."""
+        for place, operation in reversed(list(enumerate(self._operations if self.purpose != "jvp" else ()))):
+            if operation.joins and operation.makes[0] is x:
+                return self._operations.pop(place)
+            if x in operation.reads:
+                return None
+        return None
 
     def take(self, table: Value, index: Value) -> Value:
         """Record the rows of a table that an image's index names, as (n, 1, 1, width)."""
@@ -704,6 +725,12 @@ def _rows(value: Value | None, which: str = "data") -> Array:
     """Data or gradient of a value as rows (n, width)."""
     array = None if value is None else getattr(value, which)
     return None if array is None else array.reshape(len(array), -1)
+
+
+def _pair(values: tuple[Value, ...], which: str) -> tuple[Array, Array]:
+    """Data or gradients of two values."""
+    first, second = (getattr(value, which) for value in values)
+    return first, second
 
 
 def _side_by_side(operations: list[_Operation]) -> list[_Operation]:

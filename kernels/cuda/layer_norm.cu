@@ -118,7 +118,7 @@ FD_DEVICE void differentiate_chunks(const real *dy, const real *x, const real *g
                         ab[j] += dv[j];
                         ab[V + j] = fmaf(dv[j], h[j], ab[V + j]);
                     }
-                    put_dx<V>(dx + at, h, dv, factor, row.y, row.z, row.w, add, at_once);
+                    put_dx<V>(dx + at, dx + at, h, dv, factor, row.y, row.z, row.w, add, at_once);
                 }
             }
             sum_rows<2 * V>(ab, block, sums);  // the barriers in it keep `known` until all have read it

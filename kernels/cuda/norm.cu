@@ -33,6 +33,22 @@ FD_DEVICE Item item_of(int64 item, int64 pixels, int64 rows, int64 chunks, int c
     return found;
 }
 
+// Channels of images that lie in `whole` or, where `left` is not 0, in two arrays side by side: their first `left` in the
+// first. `at` is where one of them lies in pixel 0, `pitch` how far pixels are from each other there.
+template <class T>
+struct Side {
+    T *at;
+    int pitch;
+};
+
+template <class T>
+FD_DEVICE Side<T> side_of(T *whole, T *first, T *second, int left, int64 pixel, int channels, int channel) {
+    if (!left) return {whole + pixel * channels + channel, channels};
+    if (channel < left) return {first + pixel * left + channel, left};
+    const int right = channels - left;
+    return {second + pixel * right + channel - left, right};
+}
+
 // The sums of the first row's values over the members of each group, in all lanes of the group.
 template <int K>
 FD_DEVICE void sum_members(real (&values)[K], const Lanes &lanes, real *sums) {
@@ -92,24 +108,27 @@ FD_DEVICE void normalise(const real (&values)[V], real *to, real mean, real scal
     put<V>(to, y, at_once);
 }
 
+// Of x, or where `left` is not 0 of `first` and `second` side by side, which `joined` is filled with.
 template <int V, bool at_once>
-FD_DEVICE void norm_items(const real *x, const real *gamma, const real *beta, const real *modulation, real *out,
-                          real *stats, int64 images, int64 pixels, int channels, int group, int bundle, real eps,
-                          int silu, real *tile, real *sums) {
+FD_DEVICE void norm_items(const real *x, const real *first, const real *second, int left, real *joined,
+                          const real *gamma, const real *beta, const real *modulation, real *out, real *stats,
+                          int64 images, int64 pixels, int channels, int group, int bundle, real eps, int silu,
+                          real *tile, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle);
     const int step = V * blockDim.x;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Item item = item_of(i, pixels, pixels, 1, channels, bundle);
         const Lanes lanes = lanes_of(item.width / V, group / V);
         const int64 at = item.image * pixels * channels + item.begin;
-        const real *const from = x + at;
         real values[V], sum = 0, squares = 0;
         real *own = tile + V * threadIdx.x;  // a thread finds again what it put there itself
         for (int c = lanes.column; lanes.active && c < lanes.count; c += lanes.columns) {
+            const Side<const real> from =
+                side_of<const real>(x, first, second, left, item.image * pixels, channels, item.begin + V * c);
             int64 p = lanes.row;
             for (; p + 3 * lanes.rows < pixels; p += 4 * lanes.rows, own += 4 * step) {
                 real some[4][V];
-                take_pixels<V, 4>(some, from + p * channels + V * c, lanes.rows * channels, at_once);
+                take_pixels<V, 4>(some, from.at + p * from.pitch, lanes.rows * from.pitch, at_once);
                 FD_UNROLL
                 for (int k = 0; k < 4; k++) {
                     put<V>(own + k * step, some[k]);
@@ -117,7 +136,7 @@ FD_DEVICE void norm_items(const real *x, const real *gamma, const real *beta, co
                 }
             }
             for (; p < pixels; p += lanes.rows, own += step) {
-                take<V>(values, from + p * channels + V * c, at_once);
+                take<V>(values, from.at + p * from.pitch, at_once);
                 put<V>(own, values);
                 sum += total<V>(values);
             }
@@ -143,6 +162,7 @@ FD_DEVICE void norm_items(const real *x, const real *gamma, const real *beta, co
             affine<V>(factor, offset, gamma, beta, modulation, item.image, channels, item.begin + V * c, at_once);
             for (int64 p = lanes.row; p < pixels; p += lanes.rows, own += step) {
                 take<V>(values, own);
+                if (left) put<V>(joined + at + p * channels + V * c, values, at_once);
                 normalise<V>(values, out + at + p * channels + V * c, mean, scale, factor, offset, silu, at_once);
             }
         }
@@ -157,11 +177,28 @@ FD_KERNEL FD_BOUNDS(512, 2) norm_forward(const real *__restrict__ x, const real 
     FD_SHARED(real, tile);
     FD_SHARED_ARRAY(real, sums, 2 * MOST_THREADS);
     if (fours == AT_ONCE) {
-        norm_items<4, true>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+        norm_items<4, true>(x, nullptr, nullptr, 0, nullptr, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
     } else if (fours) {
-        norm_items<4, false>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+        norm_items<4, false>(x, nullptr, nullptr, 0, nullptr, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
     } else {
-        norm_items<1, false>(x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+        norm_items<1, false>(x, nullptr, nullptr, 0, nullptr, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+    }
+}
+
+// The same of `first`, with `left` channels, and `second` side by side, which x is filled with. It has twice the registers.
+FD_KERNEL FD_BOUNDS(512, 1) norm_joined(real *__restrict__ x, const real *__restrict__ first,
+                                        const real *__restrict__ second, int left, const real *__restrict__ gamma,
+                                        const real *__restrict__ beta, const real *__restrict__ modulation,
+                                        real *__restrict__ out, real *__restrict__ stats, int64 images, int64 pixels,
+                                        int channels, int group, int bundle, real eps, int silu, int fours) {
+    FD_SHARED(real, tile);
+    FD_SHARED_ARRAY(real, sums, 2 * MOST_THREADS);
+    if (fours == AT_ONCE) {
+        norm_items<4, true>(nullptr, first, second, left, x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+    } else if (fours) {
+        norm_items<4, false>(nullptr, first, second, left, x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
+    } else {
+        norm_items<1, false>(nullptr, first, second, left, x, gamma, beta, modulation, out, stats, images, pixels, channels, group, bundle, eps, silu, tile, sums);
     }
 }
 
@@ -324,9 +361,9 @@ FD_DEVICE void put_sums(real a, real b, real *sums_nc, real *dmodulation, const 
 
 template <int V, bool at_once>
 FD_DEVICE void norm_backward_items(const real *dy, const real *x, const real *gamma, const real *beta,
-                                   const real *modulation, const real *stats, real *dx, real *sums_nc,
-                                   real *dmodulation, int64 images, int64 pixels, int channels, int group, int bundle,
-                                   int silu, int add, real *tile, real *sums) {
+                                   const real *modulation, const real *stats, real *dx, real *first, real *second,
+                                   int left, real *sums_nc, real *dmodulation, int64 images, int64 pixels, int channels,
+                                   int group, int bundle, int silu, int add, real *tile, real *sums) {
     const int64 items = images * ((channels + bundle - 1) / bundle);
     const int step = V * blockDim.x;
     for (int64 i = blockIdx.x; i < items; i += gridDim.x) {
@@ -384,32 +421,36 @@ FD_DEVICE void norm_backward_items(const real *dy, const real *x, const real *ga
         for (int c = lanes.column; lanes.active && c < lanes.count; c += lanes.columns) {
             real factor[V], offset[V];
             affine<V>(factor, offset, gamma, beta, modulation, item.image, channels, item.begin + V * c, at_once);
+            const Side<real> to =
+                side_of<real>(dx, first, second, left, item.image * pixels, channels, item.begin + V * c);
             for (int64 p = lanes.row; p < pixels; p += lanes.rows, own += step) {
                 take<V>(h, x + at + p * channels + V * c, at_once);  // from the cache
                 take<V>(dv, own);
                 FD_UNROLL
                 for (int j = 0; j < V; j++) h[j] = (h[j] - mean) * scale;
-                put_dx<V>(dx + at + p * channels + V * c, h, dv, factor, scale, dh, dhh, add, at_once);
+                const real *const before = dx + at + p * channels + V * c;
+                put_dx<V>(to.at + p * to.pitch, before, h, dv, factor, scale, dh, dhh, add, at_once);
             }
         }
     }
 }
 
-// Fills dx, dmodulation and the sums a and b (N, channels, 2); dx may be dy. Shared memory: as of
-// norm_forward, for dv.
+// Fills dx, dmodulation and the sums a and b (N, channels, 2); dx may be dy. Where `left` is not 0 dx is only read, and
+// the sum goes on to `first` and `second`. Shared memory: as of norm_forward, for dv.
 FD_KERNEL FD_BOUNDS(256, 3) norm_backward(const real *dy, const real *__restrict__ x, const real *__restrict__ gamma,
                                           const real *__restrict__ beta, const real *__restrict__ modulation,
-                                          const real *__restrict__ stats, real *dx, real *__restrict__ sums_nc,
+                                          const real *__restrict__ stats, real *dx, real *__restrict__ first,
+                                          real *__restrict__ second, int left, real *__restrict__ sums_nc,
                                           real *__restrict__ dmodulation, int64 images, int64 pixels, int channels,
                                           int group, int bundle, int silu, int add, int fours) {
     FD_SHARED(real, tile);
     FD_SHARED_ARRAY(real, sums, 8 * MOST_THREADS);
     if (fours == AT_ONCE) {
-        norm_backward_items<4, true>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
+        norm_backward_items<4, true>(dy, x, gamma, beta, modulation, stats, dx, first, second, left, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
     } else if (fours) {
-        norm_backward_items<4, false>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
+        norm_backward_items<4, false>(dy, x, gamma, beta, modulation, stats, dx, first, second, left, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
     } else {
-        norm_backward_items<1, false>(dy, x, gamma, beta, modulation, stats, dx, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
+        norm_backward_items<1, false>(dy, x, gamma, beta, modulation, stats, dx, first, second, left, sums_nc, dmodulation, images, pixels, channels, group, bundle, silu, add, tile, sums);
     }
 }
 
@@ -539,7 +580,8 @@ FD_DEVICE void norm_backward_apply_items(const real *dy, const real *x, const re
                 take<V>(h, x + at + p * channels + V * c, at_once);
                 take<V>(dv, dy + at + p * channels + V * c, at_once);
                 differentiate<V>(h, dv, mean, scale, factor, offset, silu);
-                put_dx<V>(dx + at + p * channels + V * c, h, dv, factor, scale, dh, dhh, add, at_once);
+                real *const to = dx + at + p * channels + V * c;
+                put_dx<V>(to, to, h, dv, factor, scale, dh, dhh, add, at_once);
             }
         }
     }

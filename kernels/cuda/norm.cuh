@@ -76,12 +76,12 @@ FD_DEVICE void sum_rows(real (&values)[K], const Lanes &lanes, real *sums) {
     fd_syncthreads();
 }
 
-// dh and dhh: the means of dh and dh h.
+// dh and dhh: the means of dh and dh h. With `add`, what lies at `before`, which may be dx, is added.
 template <int V>
-FD_DEVICE void put_dx(real *dx, const real (&h)[V], const real (&dv)[V], const real (&factor)[V], real scale, real dh,
-                      real dhh, int add, bool at_once) {
+FD_DEVICE void put_dx(real *dx, const real *before, const real (&h)[V], const real (&dv)[V], const real (&factor)[V],
+                      real scale, real dh, real dhh, int add, bool at_once) {
     real values[V] = {};
-    if (add) take<V>(values, dx, at_once);
+    if (add) take<V>(values, before, at_once);
     FD_UNROLL
     for (int j = 0; j < V; j++) values[j] += scale * ((factor[j] * dv[j] - dh) - h[j] * dhh);
     put<V>(dx, values, at_once);

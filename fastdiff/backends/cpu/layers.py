@@ -41,7 +41,10 @@ class LayerOperations(ConvOperations):
         eps: float,
         silu: bool,
         modulation: Array | None = None,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
+        if parts is not None:
+            self.concatenate(*parts, x)
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         given = NOTHING if modulation is None else modulation.reshape(-1)
         flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1), given
@@ -66,6 +69,7 @@ class LayerOperations(ConvOperations):
         modulation: Array | None = None,
         dmodulation: Array | None = None,
         add: bool = False,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         given, wanted = (NOTHING if a is None else a.reshape(-1) for a in (modulation, dmodulation))
@@ -80,6 +84,8 @@ class LayerOperations(ConvOperations):
                 [(norm_kernels.collect_norm, (sums, gamma, beta, given, dgamma, dbeta, wanted), channels,
                   float(4 * images))],
             )  # fmt: skip
+        if parts is not None:
+            self.split(dx, *parts)
 
     def norm_tangent(
         self,

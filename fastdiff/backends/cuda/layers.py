@@ -111,23 +111,28 @@ class LayerOperations(ConvOperations):
         eps: float,
         silu: bool,
         modulation: Array | None = None,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
         plan, given = norm_plan(pixels, channels, groups), (gamma, beta, modulation)
         blocks = images * -(-channels // plan.bundle)
         how = channels, channels // groups, plan.bundle
-        fours = self._norm_fours(plan, x, *given, out)
+        joined = self._joined(plan, plan.forward, parts)
+        if parts is not None and not joined[-1]:
+            self.concatenate(*parts, x)
+        fours = self._norm_fours(plan, x, *joined[:2], *given, out)
         if plan.forward is not None:
             threads, shared = plan.forward
-            args: tuple[Any, ...] = (x, *given, out, stats, images, pixels, *how, eps, silu, fours)
-            self._launch_layer("norm", "norm_forward", blocks * threads, args, threads, shared)
+            entry, sources = ("norm_joined", (x, *joined)) if joined[-1] else ("norm_forward", (x,))
+            args: tuple[Any, ...] = (*sources, *given, out, stats, images, pixels, *how, eps, silu, fours)
+            self._launch_layer("norm", entry, blocks * threads, args, threads, shared)
             return
         chunks = -(-pixels // plan.rows)
         sizes, items = (images, pixels, plan.rows, chunks, *how), blocks * chunks * THREADS
         with self._lock:
-            parts = self._scratch("norm", 2 * images * groups * chunks)
-            self._launch_layer("norm", "norm_chunks", items, (x, parts, *sizes, fours), THREADS)
-            args = (x, parts, *given, out, stats, *sizes, eps, silu, fours)
+            sums = self._scratch("norm", 2 * images * groups * chunks)
+            self._launch_layer("norm", "norm_chunks", items, (x, sums, *sizes, fours), THREADS)
+            args = (x, sums, *given, out, stats, *sizes, eps, silu, fours)
             self._launch_layer("norm", "norm_apply", items, args, THREADS)
 
     def norm_backward(
@@ -146,12 +151,14 @@ class LayerOperations(ConvOperations):
         modulation: Array | None = None,
         dmodulation: Array | None = None,
         add: bool = False,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
         plan, given = norm_plan(pixels, channels, groups), (dy, x, gamma, beta, modulation, stats)
         blocks, across = images * -(-channels // plan.bundle), -(-channels // WARP)
         how = channels, channels // groups, plan.bundle
-        fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx)
+        joined = self._joined(plan, plan.backward, parts)
+        fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx, *joined[:2])
         waiting = self._waiting
         with self._lock:
             norms = NormGradients(self.runtime, self._apart) if waiting is None else waiting.norms
@@ -159,20 +166,29 @@ class LayerOperations(ConvOperations):
             sums = self._scratch(name, 2 * images * channels)
             if plan.backward is not None:
                 threads, shared = plan.backward
-                args: tuple[Any, ...] = (*given, dx, sums, dmodulation, images, pixels, *how, silu, add, fours)
+                args: tuple[Any, ...] = (*given, dx, *joined, sums, dmodulation, images, pixels, *how, silu, add, fours)
                 self._launch_layer("norm", "norm_backward", blocks * threads, args, threads, shared)
             else:
                 chunks = -(-pixels // plan.rows)
                 sizes, items = (images, pixels, plan.rows, chunks, *how), blocks * chunks * THREADS
-                parts = self._scratch("norm chunks", 2 * images * chunks * channels)
-                self._launch_layer("norm", "norm_backward_chunks", items, (*given, parts, *sizes, silu, fours), THREADS)
-                args = (parts, gamma, beta, sums, dmodulation, images, chunks, channels)
+                some = self._scratch("norm chunks", 2 * images * chunks * channels)
+                self._launch_layer("norm", "norm_backward_chunks", items, (*given, some, *sizes, silu, fours), THREADS)
+                args = (some, gamma, beta, sums, dmodulation, images, chunks, channels)
                 self._launch_layer("norm", "norm_backward_images", images * across * THREADS, args, THREADS)
                 args = (*given, sums, dx, *sizes, silu, add, fours)
                 self._launch_layer("norm", "norm_backward_apply", items, args, THREADS)
             norms.waiting.append(NormGradient(sums, modulation, dgamma, dbeta, images))
             if waiting is None:
                 norms.finish()
+        if parts is not None and not joined[-1]:
+            self.split(dx, *parts)
+
+    def _joined(
+        self, plan: NormPlan, whole: tuple[int, int] | None, parts: tuple[Array, Array] | None
+    ) -> tuple[Array | None, Array | None, int]:
+        """The parts that a kernel joins, or parts, itself, and the channels of the first; of none, where it cannot."""
+        left = 0 if parts is None or whole is None else parts[0].shape[-1]
+        return (None, None, 0) if parts is None or left == 0 or (plan.fours and left % 4) else (*parts, left)
 
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0

@@ -44,8 +44,11 @@ class LayerOperations(ConvOperations):
         eps: float,
         silu: bool,
         modulation: Array | None = None,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         """u = gamma (x - mean) / sqrt(variance + eps) + beta, v = (1 + gain) u + shift, y = SiLU(v)."""
+        if parts is not None:
+            self.concatenate(*parts, x)
         grouped = _grouped(x, groups)
         mean = grouped.mean(axis=(1, 3))
         variance = np.square(grouped - mean[:, None, :, None]).mean(axis=(1, 3))
@@ -71,6 +74,7 @@ class LayerOperations(ConvOperations):
         modulation: Array | None = None,
         dmodulation: Array | None = None,
         add: bool = False,
+        parts: tuple[Array, Array] | None = None,
     ) -> None:
         """With h = (x - mean) r and r = 1 / sqrt(variance + eps), <.> being the mean over the m values of a group:
 
@@ -88,6 +92,8 @@ class LayerOperations(ConvOperations):
         dh, h = _grouped(du * gamma, groups), _grouped(h, groups)
         dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
         store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
+        if parts is not None:
+            self.split(dx, *parts)
 
     def norm_tangent(
         self,
