@@ -174,8 +174,9 @@ def circles(models: Models) -> Iterator[Asked]:
     """Outlines of circles."""
     X = fd.data.circles(circles_of.CIRCLES, circles_of.SIZE)
     net = fd.UNet(X.shape[1:], channels=circles_of.CHANNELS, blocks=1, T=circles_of.T)
-    model = models.learned("circles", net, X, circles_of.CIRCLE_STEPS, batch=circles_of.CIRCLE_BATCH)
-    own, drawn = roundness(X), roundness(model.sample(max(8, round(CIRCLES * models.share))))
+    steps, more = circles_of.CIRCLE_STEPS, {"batch": circles_of.CIRCLE_BATCH, "lr": circles_of.CIRCLE_RATE}
+    model = models.learned("circles", net, X, steps, **more)
+    own, drawn = roundness(X[:2000]), roundness(model.sample(max(8, round(CIRCLES * models.share))))
     without = int(np.isnan(drawn).sum())
     drawn = np.where(np.isnan(drawn), np.inf, drawn)  # a shape without an outline is not round
     name = "circles, the radius's relative deviation"

@@ -23,7 +23,7 @@ import fastdiff as fd
 from fastdiff import plots
 
 T, SIZE, MARGIN, CHANNELS = 200, 32, 2, (16, 32, 64)
-CIRCLES, CIRCLE_STEPS, CIRCLE_BATCH = 2000, 6000, 16
+CIRCLES, CIRCLE_STEPS, CIRCLE_BATCH, CIRCLE_RATE = 20_000, 6000, 16, 2e-3
 PORTRAIT_STEPS, PORTRAIT_BATCH = 1500, 8
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn(model, "portraits", args.output)
 
     X = fd.data.circles(CIRCLES, SIZE)
-    model = learn(X, args.steps or CIRCLE_STEPS, CIRCLE_BATCH, not args.quiet)
+    model = learn(X, args.steps or CIRCLE_STEPS, CIRCLE_BATCH, not args.quiet, lr=CIRCLE_RATE)
     circles = drawn(model, "circles", args.output)
     of_pixels, of_drawn = (deviations(some) for some in (X[: len(circles)], circles))
     print(f"deviation of the radius: {of_drawn:.4f} of drawn circles, {of_pixels:.4f} of the pixels' own")
