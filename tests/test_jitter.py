@@ -76,8 +76,9 @@ def test_rows_say_how_much():
     """Draws of a Gaussian: as much as there is; two shapes: little; the grid is not left."""
     random = np.random.default_rng(0)
     gaussian = random.normal(size=(100, 12)) @ random.normal(size=(12, 12))
-    found = [Jitter.of(GaussianBase.of(rows), rows).ratio for rows in (gaussian, rows_of(100, 12))]
-    assert found[0] < 0.1 < 1 < found[1] <= jitter.SHARPER * jitter.RATIOS[-1]
+    both = [Jitter.of(GaussianBase.of(rows), rows) for rows in (gaussian, rows_of(100, 12))]
+    of_gaussian, of_shapes = (each.ratio / jitter.SHARPER for each in both)
+    assert of_gaussian < 0.1 < 1 < of_shapes <= jitter.RATIOS[-1]
     few, same = rows_of(9, 5), np.zeros((50, 5))
     assert Jitter.of(GaussianBase.of(few), few) is None
     assert Jitter.of(GaussianBase.of(same), same) is None
