@@ -36,7 +36,7 @@ import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends import TrainState
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.layers import LayerBackend
+from fastdiff.backends.layers import PartsBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
@@ -401,11 +401,11 @@ def test_same_signatures():
     def operations(kind):
         return {name: f for name, f in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
 
-    wanted, found = operations(LayerBackend), operations(CudaBackend)
+    wanted, found = operations(PartsBackend), operations(CudaBackend)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert inspect.signature(found[name]) == inspect.signature(wanted[name]), name
-    assert isinstance(CudaBackend(HostRuntime()), LayerBackend)
+    assert isinstance(CudaBackend(HostRuntime()), PartsBackend)
     assert isinstance(HostRuntime(), runtime.Runtime)
 
 

@@ -12,6 +12,7 @@ from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import get_backend
 from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import conv as cuda_conv
 from fastdiff.backends.cuda import layers as cuda_layers
 from fastdiff.backends.cuda.layers import WHOLE, NormPlan, norm_plan
 from fastdiff.kernels.cuda import runtime
@@ -52,10 +53,10 @@ def test_numbers_are_those_of_the_kernels():
     for text, name, value in (
         (norm, "MOST_THREADS", cuda_layers.THREADS), (both_norms, "AT_ONCE", cuda_layers.AT_ONCE),
         (layer_norm, "THREADS", cuda_layers.THREADS), (layer_norm, "MOST_ROWS", cuda_layers.MOST_ROWS),
-        (pointwise, "SUM_COLUMNS", cuda_layers.SUM_COLUMNS),
+        (pointwise, "SUM_COLUMNS", cuda_conv.COLUMNS),
         (attention, "THREADS", cuda_layers.THREADS), (attention, "SIDE", cuda_layers.SIDE),
         (attention, "TILE", cuda_layers.TILE), (attention, "DEPTH", cuda_layers.DEPTH),
-        (pointwise, "CHUNK", cuda_layers.ERROR_CHUNK), (pointwise, "SUM_THREADS", cuda_layers.THREADS),
+        (pointwise, "CHUNK", cuda_layers.ERROR_CHUNK), (pointwise, "SUM_THREADS", cuda_conv.SUM_THREADS),
     ):  # fmt: skip
         assert re.search(rf"^#define {name} +{value}\b", text, re.M), name
     assert [int(n) for n in re.findall(r"FD_BOUNDS\((\d+), \d+\) norm_", norm)] == [512, 256]
