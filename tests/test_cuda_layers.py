@@ -59,7 +59,8 @@ def test_numbers_are_those_of_the_kernels():
         (pointwise, "CHUNK", cuda_layers.ERROR_CHUNK), (pointwise, "SUM_THREADS", cuda_conv.SUM_THREADS),
     ):  # fmt: skip
         assert re.search(rf"^#define {name} +{value}\b", text, re.M), name
-    assert [int(n) for n in re.findall(r"FD_BOUNDS\((\d+), \d+\) norm_", norm)] == [512, 512, 256]  # forward, joined, backward
+    of_entries = [int(n) for n in re.findall(r"FD_BOUNDS\((\d+), \d+\) norm_", norm)]
+    assert of_entries == [512, 512, 256]  # forward, joined, backward
 
 
 @pytest.mark.parametrize("chunks", [False, True])

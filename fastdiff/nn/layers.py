@@ -441,10 +441,13 @@ class Program:
 
     def _taken_back(self, x: Value) -> _Operation | None:
         """The concatenation that made x, if nothing has read that since; it is no longer an operation."""
-        for place, operation in reversed(list(enumerate(self._operations if self.purpose != "jvp" else ()))):
-            if operation.joins and operation.makes[0] is x:
-                return self._operations.pop(place)
-            if x in operation.reads:
+        if self.purpose == "jvp":
+            return None
+        for place in range(len(self._operations) - 1, -1, -1):
+            operation = self._operations[place]
+            if any(value is x for value in operation.makes):
+                return self._operations.pop(place) if operation.joins else None
+            if any(value is x for value in operation.reads):
                 return None
         return None
 
