@@ -57,8 +57,9 @@ class RoundedBackend(CpuBackend):
     record = NumpyBackend.record  # a script would repeat the products, and not the rounding
 
     def _convolve(self, product: Any, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Any:
-        phases = super()._convolve(product, rounded(x), rounded(w) if product.direct else w, y, begin)
-        if not product.direct:
+        as_given = product.direct or product.linear or product.by_rows
+        phases = super()._convolve(product, rounded(x), rounded(w) if as_given else w, y, begin)
+        if not as_given:
             self._do(phases.pop(0))  # lays out the weights, and adds up taps
             weights = self._scratch("weights", product.weights)
             weights[...] = rounded(weights)

@@ -23,7 +23,6 @@ from fastdiff.scale import engines, jobs
 from fastdiff.scale.store import Chunked
 
 N, CHUNK = 1010, 90  # they do not divide
-KILLS = int(os.environ.get("FASTDIFF_KILLS", "5"))
 
 
 def processes(workers, initializer=None):
@@ -159,7 +158,7 @@ def test_kills(tmp_path, model):
             if process.poll() is not None:
                 process = subprocess.Popen(command, env=environment)
             time.sleep(0.01)
-            if sum(killed.values()) < KILLS and done() > seen:
+            if sum(killed.values()) < driver.KILLS and done() > seen:
                 time.sleep(chance.random() * 0.1)
                 who = "driver" if chance.random() < 0.3 else "worker"
                 workers = _workers(process)
@@ -176,10 +175,10 @@ def test_kills(tmp_path, model):
         assert process.returncode == 0
     finally:
         process.kill()
-    assert sum(killed.values()) == KILLS, killed
+    assert sum(killed.values()) == driver.KILLS, killed
     assert all(killed.values())
     found = fd.scale.check(store)
-    assert (found.done, found.total, found.damaged) == (40, 40, [])
+    assert (found.done, found.total, found.damaged) == (driver.CHUNKS, driver.CHUNKS, [])
     import zarr
 
     want = model.sample(driver.ROWS, seed=driver.SEED)
