@@ -155,9 +155,15 @@ def _gains(variances: Array, schedule: Schedule, prediction: str) -> Array:
     return np.asarray(signal * noise * (1 - variances) / power)  # v = signal noise - noise x0
 
 
+def some_rows(rows: Any) -> Any:
+    """Evenly spaced ones of many, on which a share or a ratio is tried."""
+    step = len(rows) // MOST_FITTED or 1
+    return rows[: MOST_FITTED * step : step]
+
+
 def _least_share(rows: Any) -> float:
     """The share of the shrinkage under which rows that were left out are likeliest, fold by fold."""
-    rows = rows[: MOST_FITTED * (len(rows) // MOST_FITTED or 1) : len(rows) // MOST_FITTED or 1]
+    rows = some_rows(rows)
     if len(rows) < 2 * FOLDS:
         return 1.0
     likelihood = np.zeros(len(SHARES))

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.base import FOLDS, MOST_FITTED, GaussianBase
+from fastdiff.base import FOLDS, GaussianBase, some_rows
 from fastdiff.noise import Draw, Stream, fill_normal
 
 log = logging.getLogger("fastdiff")
@@ -53,7 +53,7 @@ class Jitter:
         """Choose the ratio for rows (N, d) that the base was fitted to; None for rows too few or too alike."""
         if len(rows) < 2 * FOLDS or not _varied(base):
             return None
-        some = rows[:MOST_FITTED]
+        some = some_rows(rows)
         likelihood = np.zeros(len(RATIOS))
         for fold in range(FOLDS):
             left_out = np.arange(len(some)) % FOLDS == fold

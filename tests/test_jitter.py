@@ -7,7 +7,7 @@ import pytest
 from scipy.special import logsumexp
 
 import fastdiff as fd
-from fastdiff import jitter
+from fastdiff import base, jitter
 from fastdiff.base import GaussianBase
 from fastdiff.jitter import Jitter
 from fastdiff.noise import Draw, Stream, fill_normal
@@ -85,6 +85,15 @@ def test_rows_say_how_much():
     held = rows_of(60, 6)
     held[:, 2] = 0  # a column without variance
     assert np.isfinite(Jitter.of(GaussianBase.of(held), held).copies(held, 0)).all()
+
+
+def test_of_many_rows_evenly_spaced_ones_say_it():
+    """And not the first ones: here these are a Gaussian's, and the others two shapes."""
+    random, most = np.random.default_rng(0), base.MOST_FITTED
+    rows = np.concatenate([random.normal(size=(most, 6)), rows_of(most, 6)])
+    found = Jitter.of(GaussianBase.of(rows), rows)
+    assert found.ratio == Jitter.of(GaussianBase.of(rows), rows[::2]).ratio
+    assert found.ratio > Jitter.of(GaussianBase.of(rows[:most]), rows[:most]).ratio
 
 
 def test_copies_are_of_the_noise_law():
