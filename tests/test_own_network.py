@@ -225,6 +225,16 @@ def test_bad_arguments(bad, argument):
     assert caught.value.argument == argument
 
 
+def test_a_value_is_not_put_beside_itself():
+    class Doubled(Ladder):
+        def record(self, p):
+            h = p.conv("first", p.given("x", (p.n, *self.image)), self.width)
+            p.conv("last", p.concatenate(h, h), self.outputs)
+
+    with pytest.raises(ArgumentError, match="b: got the value that a is, wants another one"):
+        Doubled(SHAPE)
+
+
 def test_weights_start_as_it_says():
     net = Ladder(SHAPE, classes=CLASSES, seed=7)
     assert not net.params["last.weight"].any()

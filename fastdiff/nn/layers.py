@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fastdiff.backends import Array
 from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
+from fastdiff.errors import ArgumentError
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
 
@@ -425,7 +426,9 @@ class Program:
         return self._record(_Operation(forward, backward if y.varies else None, (y,), (x,), tangent, (x,), x))
 
     def concatenate(self, a: Value, b: Value) -> Value:
-        """Record the channels of a, then those of b."""
+        """Record the channels of a, then those of b, which is another value."""
+        if a is b:  # each half would replace its gradient
+            raise ArgumentError("b", "the value that a is", "another one")
         y = self._result((*a.shape[:-1], a.width + b.width), a, b)
         to = [part if part.varies else Value(part.shape) for part in (a, b)]  # a gradient that nobody wants goes apart
         unused = tuple(value for value in to if value not in (a, b)) if y.varies else ()
