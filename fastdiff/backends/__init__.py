@@ -118,7 +118,7 @@ def _shared(name: str, threads: int | None, kernels: str, precision: str, graphs
         with delayed():  # kernels that others call are compiled, or loaded, when they are imported
             from fastdiff.backends.cpu import CpuBackend
 
-        return CpuBackend(threads=threads)
+        return CpuBackend(threads=threads, precision=precision)
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("fastdiff"):
             raise
@@ -192,7 +192,8 @@ def get_backend(
     kernels : {"raw", "numba"}, optional
         For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
     precision : {"float32", "bf16"}, optional
-        For "cuda": what the convolutions of image networks multiply; sums and everything else are float32.
+        For "cuda" and "cpu": what convolutions and linear layers of image networks multiply; sums and everything else
+        are float32. On a CPU "bf16" needs one with AMX (Intel's since Sapphire Rapids).
     graphs : bool, optional
         For "cuda": whether an image network's work that comes again is launched as a CUDA graph (default), or kernel
         by kernel, of the same bits; for comparison, and where a tool wants to see every launch.
@@ -205,7 +206,7 @@ def get_backend(
         An unknown name, or an option that the backend does not have.
     BackendError
         "cuda" where CuPy, a driver or a GPU is missing: the message says what to install. "cpu" where Numba is told
-        to compile nothing.
+        to compile nothing, or with "bf16" where the CPU has no AMX.
 
     Examples
     --------
@@ -229,8 +230,8 @@ def get_backend(
             raise ArgumentError("threads", str(threads), "None: only the cpu backend has threads")
     if kernels is not None and name != "cuda":
         raise ArgumentError("kernels", shown(kernels), "None: only the cuda backend has a choice of kernels")
-    if precision is not None and name != "cuda":
-        raise ArgumentError("precision", shown(precision), "None: only the cuda backend has a choice of precision")
+    if precision is not None and name == "numpy":
+        raise ArgumentError("precision", shown(precision), "None: the numpy backend has no choice of precision")
     if convolutions is not None and name != "cuda":
         raise ArgumentError("convolutions", shown(convolutions), "None: only the cuda backend has a choice of them")
     if graphs is not None and (name != "cuda" or not isinstance(graphs, bool)):

@@ -16,6 +16,8 @@ from fastdiff.backends.cpu.layers import LayerOperations
 from fastdiff.backends.cpu.mlp import MLPOperations
 from fastdiff.backends.cpu.optim import OptimOperations
 from fastdiff.backends.numpy.host import HostBackend
+from fastdiff.errors import BackendError
+from fastdiff.kernels.cpu import amx
 
 Array = npt.NDArray[Any]
 
@@ -71,19 +73,29 @@ class CpuBackend(CovarianceOperations, LayerOperations, MLPOperations, OptimOper
     ----------
     threads : int or None
         Number of threads; None: one per core that this process may run on, and no more than its container's quota.
+    precision : {"float32", "bf16"}, optional
+        What convolutions multiply; their sums and everything else are float32. "bf16" needs a CPU with AMX.
+
+    Raises
+    ------
+    BackendError
+        "bf16", and the CPU or the system has no AMX for this process.
     """
 
     name = "cpu"
     repeats_resize = False
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, precision: str = "float32") -> None:
+        if precision == "bf16" and (why := amx.why_not()):
+            raise BackendError(f"precision 'bf16' on a CPU: {why}; 'float32' runs everywhere")
         cores = usable_cores()
         if threads is not None and threads > cores:
             _say_crowded(threads, cores)
         super().__init__(threads or cores)
+        self.precision = precision
 
-    def __reduce__(self) -> tuple[Any, tuple[int]]:
-        return CpuBackend, (self.threads,)
+    def __reduce__(self) -> tuple[Any, tuple[int, str]]:
+        return CpuBackend, (self.threads, self.precision)
 
     def asarray(self, value: Any, dtype: npt.DTypeLike | None = None) -> Array:
         return np.ascontiguousarray(value, np.float32 if dtype is None else dtype)

@@ -8,13 +8,14 @@ sample's values in an order of additions that its layer alone decides.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from fastdiff.backends.cpu import conv_amx
+from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
 from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
 from fastdiff.backends.layers import Conv
 from fastdiff.kernels.cpu import conv as kernels
@@ -47,71 +48,6 @@ def _vectors(channels: int, parts: int) -> int:
     return -(-channels // (parts * winograd.LANES)) * winograd.LANES
 
 
-class _Phase(NamedTuple):
-    """Output positions first, first + step, ... along one axis, which see the input through the same taps.
-
-    Position first + m step sees input m stride + offset + i through the i-th of `taps`, each the sum of these taps of
-    the kernel.
-    """
-
-    first: int
-    step: int
-    stride: int
-    offset: int
-    taps: tuple[tuple[int, ...], ...]
-
-    def segments(self, low: int, high: int, size: int) -> list[tuple[int, int, int, int]]:
-        """Output positions low ... high - 1 by the taps that lie in an input of `size`: (m, count, first tap, taps)."""
-        found: list[tuple[int, int, int, int]] = []
-        for m in range(-(-(low - self.first) // self.step), -(-(high - self.first) // self.step)):
-            at = m * self.stride + self.offset
-            begin, end = max(0, -at), min(len(self.taps), size - at)
-            if begin >= end:
-                continue
-            last = found[-1] if found else None
-            if last is not None and last[2:] == (begin, end - begin) and last[0] + last[1] == m:
-                found[-1] = (last[0], last[1] + 1, begin, end - begin)
-            else:
-                found.append((m, 1, begin, end - begin))
-        return found
-
-
-def _phase(first: int, step: int, stride: int, pairs: list[tuple[int, int]]) -> _Phase:
-    """A phase of pairs (offset, tap)."""
-    offsets = [offset for offset, _ in pairs] or [0]
-    span = range(min(offsets), max(offsets) + 1) if pairs else range(0)
-    taps = tuple(tuple(tap for offset, tap in pairs if offset == at) for at in span)
-    return _Phase(first, step, stride, min(offsets), taps)
-
-
-def _phases(kernel: int, stride: int, pad: int, up: int) -> list[_Phase]:
-    """Output o sees input (o stride + s - pad) // up through tap s: taps that meet one input value are one tap."""
-    period = up // math.gcd(stride, up)
-    return [
-        _phase(p, period, period * stride // up, [((p * stride + s - pad) // up, s) for s in range(kernel)])
-        for p in range(period)
-    ]
-
-
-def _adjoint_phases(kernel: int, stride: int, pad: int, up: int) -> list[_Phase]:
-    """Input q gets the gradient of output o through tap s where o stride + s - pad = q up + d for some d < up."""
-    period = stride // math.gcd(stride, up)
-    return [
-        _phase(
-            p,
-            period,
-            period * up // stride,
-            [
-                (place // stride, s)
-                for s in range(kernel)
-                for d in range(up)
-                if (place := p * up + d + pad - s) % stride == 0
-            ],
-        )
-        for p in range(period)
-    ]
-
-
 class _Product:
     """How one convolution, or its input gradient (a convolution of dy, `adjoint`), is cut into pieces.
 
@@ -130,8 +66,8 @@ class _Product:
         height, width = geometry.size(in_height, in_width)
         if adjoint:
             in_height, in_width, c, height, width, k = height, width, k, in_height, in_width, c
-        make, kernel_columns = _adjoint_phases if adjoint else _phases, geometry.kernel[1]
-        phases = [
+        make, kernel_columns = adjoint_phases_of if adjoint else phases_of, geometry.kernel[1]
+        both = [
             make(geometry.kernel[axis], geometry.stride[axis], geometry.pad[2 * axis], geometry.up[axis])
             for axis in range(2)
         ]
@@ -145,11 +81,11 @@ class _Product:
             and winograd.SEEN * self.across < 3 * width - 2
         )
         block_rows = min(height, max(1, BLOCK // max(width, 1)))
-        pairs: list[tuple[_Phase, _Phase, int]] = []
+        pairs: list[tuple[Phase, Phase, int]] = []
         taps: list[tuple[int, int, int]] = []
         blocks = 0  # (c, k) of weights, those of a pair of phases after another's
-        for down in phases[0]:
-            for across in phases[1]:
+        for down in both[0]:
+            for across in both[1]:
                 pairs.append((down, across, blocks))
                 for of_rows in down.taps:
                     for of_columns in across.taps:
@@ -194,7 +130,7 @@ class _Product:
         groups = max(1, min(images, MAX_GROUPS, GROUP_BYTES // max(4 * self.weights, 1)))
         self.group = max(1, -(-images // groups))
         self.groups = -(-images // self.group)
-        self.slots = 1 if self.groups > MAX_GROUPS // 2 else max(len(down.taps) for down in phases[0])
+        self.slots = 1 if self.groups > MAX_GROUPS // 2 else max(len(down.taps) for down in both[0])
         self.weight_items = self.groups * kernels.panels_of(k) * self.slots
 
 
@@ -203,6 +139,8 @@ _product = lru_cache(maxsize=1024)(_Product)
 
 class ConvOperations(Scripted):
     """Convolutions of `LayerBackend`."""
+
+    precision = "float32"
 
     def conv(
         self,
@@ -215,10 +153,9 @@ class ConvOperations(Scripted):
         shift: Array | None = None,
         residual: Array | None = None,
     ) -> None:
-        product = _product(geometry, x.shape, out.shape[3], False)
         extra = (NOTHING if array is None else array.reshape(-1) for array in (shift, residual))
         with self._workers.lock:
-            self._do(*self._convolve(product, x.reshape(-1), w.reshape(-1), out.reshape(-1), (True, b, *extra)))
+            self._do(*self._convolve(geometry, x.shape, out.shape[3], False, (x, w, out), (True, b, *extra)))
 
     def conv_backward(
         self,
@@ -245,21 +182,35 @@ class ConvOperations(Scripted):
             several = [sums] if dshift is not None or db is not None else []
             if dw is not None and db is not None:
                 sums.append([(kernels.row_sums, (shifts, k, db), k, float(product.images))])
-                weights = self._weights_by_product
-                if product.by_winograd or product.by_rows:
-                    weights = self._weights_by_winograd if product.by_winograd else self._weights_by_rows
-                several.insert(0, weights(product, flat_x, flat_dy, dw.reshape(-1)))
+                if self.precision == "bf16":
+                    several.insert(0, conv_amx.weights(self, geometry, x.shape, k, (flat_x, flat_dy, dw.reshape(-1))))
+                else:
+                    weights = self._weights_by_product
+                    if product.by_winograd or product.by_rows:
+                        weights = self._weights_by_winograd if product.by_winograd else self._weights_by_rows
+                    several.insert(0, weights(product, flat_x, flat_dy, dw.reshape(-1)))
             if dx is not None:
-                adjoint = _product(geometry, x.shape, k, True)
                 begin = (not add, NOTHING, NOTHING, NOTHING)
-                several.append(self._convolve(adjoint, flat_dy, w.reshape(-1), dx.reshape(-1), begin))
+                several.append(self._convolve(geometry, x.shape, k, True, (dy, w, dx), begin))
             self._do(*map(list, map(chain.from_iterable, zip_longest(*several, fillvalue=()))))
 
-    def _convolve(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+    def _convolve(
+        self,
+        geometry: Conv,
+        shape: tuple[int, ...],
+        k: int,
+        adjoint: bool,
+        arrays: tuple[Array, Array, Array],
+        begin: tuple[Any, ...],
+    ) -> Phases:
         """The phases of a convolution, or of an input gradient: one of dy.
 
-        Arrays are flat; `begin` says what y starts as: whether anew, bias, shift, residual.
+        `arrays` are x, w and y; `begin` says what y starts as: whether anew, bias, shift, residual.
         """
+        x, w, y = (array.reshape(-1) for array in arrays)
+        if self.precision == "bf16":
+            return conv_amx.convolve(self, geometry, shape, k, adjoint, (x, w, y), begin)
+        product = _product(geometry, shape, k, adjoint)
         if product.linear:
             return self._by_blocks(product, x, w, y, begin)
         if product.by_rows:

@@ -1,0 +1,445 @@
+"""Convolutions of bf16 values by the matrix unit of a CPU (AMX): sums of products in float32, 16 x 16 at once.
+
+A *tile* is a register of 16 rows of 64 bytes. One instruction adds the product of a tile of 16 x 32 values and one of
+32 x 16, whose rows lie in pairs, value by value (rows 2i and 2i + 1 side by side), to a tile of 16 x 16 float32 sums.
+Sums of 32 x 32 are held in four tiles, so that two tiles of each factor make four products.
+
+**A grid.** All pixels of a batch, rounded to bf16, lie one after another as *cells*, the channels of each filled up
+with zeros to whole tiles, with cells of zeros after every row and rows of zeros after every image, as many as taps
+reach beyond an edge. The next row's left edge is the last one's right edge, so few are needed. A tap is a distance
+between cells then, and a convolution a sum over taps of products of one and the same matrix, read from another cell
+on; what comes of the cells of zeros is thrown away. With a stride each of its phases has a grid of its own.
+
+**The bits.** An output is the sum over taps, and over the channels of each, in order, in pairs; that of a weight over
+the cells, in order. So they depend on neither batch nor threads, nor on how work is cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, register_jitable
+
+from fastdiff.kernels.cpu.jit import float_bits, kernel
+from fastdiff.kernels.cpu.transpose import transpose_part
+
+SIDE, DEEP = 16, 32  # rows, and columns of sums, of a tile; bf16 values of a row of one
+BLOCK = 2 * SIDE  # rows and columns of the sums that are held at once
+TILE = SIDE * DEEP  # bf16 values of a tile
+TILE_BYTES, ROW_BYTES = 1024, 64
+CHUNK = 64  # cells that are turned at once
+CELLS = 2048  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
+ZERO = np.float32(0)
+NAN = np.uint32(0x7FC0)
+
+# Of a grid: images, rows, columns, channels, channels of a cell, rows and columns of an image's cells, stride, cells
+# before the first and of the grid in all, images that lie together, cells of these.
+GRID = (
+    "images", "height", "width", "channels", "wide", "rows", "columns", "stride_rows", "stride_columns", "head",
+    "total", "together", "pitch",
+)  # fmt: skip
+# Of a pair of phases: first output row and column, steps, how many, its first tap and the one after its last.
+FIRST_ROW, STEP_ROW, ROWS, FIRST_COLUMN, STEP_COLUMN, COLUMNS, FIRST_TAP, END_TAP = range(8)
+AT, WEIGHT = range(2)  # of a tap: the cell, of all grids, that cell 0 sees through it; its block of weights
+
+I8, I64 = ir.IntType(8), ir.IntType(64)
+POINTER = I8.as_pointer()
+PERMIT, TILES_STATE, NUMBER = 0x1023, 18, {"x86_64": 158}  # ARCH_REQ_XCOMP_PERM; XTILEDATA; of arch_prctl
+
+
+@cache
+def why_not() -> str:
+    """Why this process cannot use tiles; empty where it can. Linux gives them to a process that asks, once."""
+    if not sys.platform.startswith("linux") or platform.machine() not in NUMBER:
+        return f"AMX is used on Linux on x86-64 only, not on {sys.platform} on {platform.machine()}"
+    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+    if not {"+amx-tile", "+amx-bf16", "+avx512f"} <= features:
+        return "this CPU, or the one that Numba compiles for, has no AMX (Intel's since Sapphire Rapids have)"
+    if ctypes.CDLL(None).syscall(NUMBER[platform.machine()], PERMIT, TILES_STATE):
+        return "the system does not let this process use AMX (Linux does since 5.16)"
+    return ""
+
+
+def _tile_instruction(name, tiles, addresses):
+    """Make an intrinsic for an instruction of certain tiles, with an address and a distance of rows or without."""
+    count = 2 * addresses
+
+    def emit(context, builder, signature, args):
+        values = [ir.Constant(I8, tile) for tile in tiles]
+        if args:
+            values += [builder.inttoptr(args[0], POINTER), *args[1:]]
+        function = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), values)
+        return context.get_dummy_value()
+
+    if count:
+
+        @intrinsic
+        def instruction(typingctx, address, distance):
+            return types.void(types.int64, types.int64), emit
+
+    else:
+
+        @intrinsic
+        def instruction(typingctx):
+            return types.void(), emit
+
+    return instruction
+
+
+@intrinsic
+def tiles_begin(typingctx):
+    """Let the thread's tiles have 16 rows of 64 bytes."""
+    plan = bytearray(64)
+    plan[0] = 1
+    for tile in range(8):
+        plan[16 + 2 * tile], plan[48 + tile] = ROW_BYTES, SIDE
+
+    def emit(context, builder, signature, args):
+        place = cgutils.global_constant(builder.module, "fastdiff_tiles", cgutils.make_bytearray(bytes(plan)))
+        function = ir.FunctionType(ir.VoidType(), [POINTER])
+        load = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.ldtilecfg")
+        builder.call(load, [builder.bitcast(place, POINTER)])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+tiles_end = _tile_instruction("tilerelease", (), 0)
+# Tiles 0 to 3 hold sums, of upper and lower rows and left and right columns; 4 and 5 the rows, 6 and 7 the columns.
+clear_0, clear_1, clear_2, clear_3 = (_tile_instruction("tilezero", (tile,), 0) for tile in range(4))
+load_0, load_1, load_2, load_3, load_upper, load_lower, load_left, load_right = (
+    _tile_instruction("tileloadd64", (tile,), 1) for tile in range(8)
+)
+store_0, store_1, store_2, store_3 = (_tile_instruction("tilestored64", (tile,), 1) for tile in range(4))
+upper_left, upper_right, lower_left, lower_right = (
+    _tile_instruction("tdpbf16ps", (2 * row + column, 4 + row, 6 + column), 0)
+    for row in range(2)
+    for column in range(2)
+)
+
+
+@register_jitable
+def _rounded(value):
+    """The bits of a value in bf16, to nearest even; of what is no number those of one that is none."""
+    bits = np.uint32(float_bits(value))
+    near = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return near if value == value else NAN
+
+
+@register_jitable
+def _pair(low, high):
+    return _rounded(low) | (_rounded(high) << np.uint32(16))
+
+
+@kernel
+def grid_range(start, stop, grid, x, cells):
+    """Rows start ... stop - 1 of all images' cells, of x (images, height, width, channels); the last one is the edge.
+
+    That is all cells before the first image and after the last one, of zeros.
+    """
+    images, height, width, channels, wide, rows, columns, down, across, head, total, _, _ = grid
+    for item in range(start, stop):
+        if item == images * rows:
+            for g in range(down * across):
+                cells[g * total * wide : (g * total + head) * wide] = 0
+                cells[(g * total + head + images * rows * columns) * wide : (g + 1) * total * wide] = 0
+            continue
+        n, row = item // rows, item % rows
+        for g in range(down * across):
+            y, first = row * down + g // across, g % across
+            inside = (width - first + across - 1) // across if y < height else 0
+            to = (g * total + head + item * columns) * wide
+            source = ((n * height + y) * width + first) * channels
+            if channels == wide and across == 1:
+                values, out = x[source:], cells[to : to + inside * wide]
+                for i in range(len(out)):
+                    out[i] = _rounded(values[i])
+            else:
+                for j in range(inside):
+                    values, out = x[source + j * across * channels :], cells[to + j * wide :]
+                    for i in range(channels):
+                        out[i] = _rounded(values[i])
+                    out[channels:wide] = 0
+            cells[to + inside * wide : to + columns * wide] = 0
+
+
+@kernel
+def weights_tiles_range(start, stop, firsts, sources, w, tiles, c, k, transpose, block):
+    """Columns of 16 output channels start ... stop - 1 of the weights (taps, c, k), or (taps, k, c) with `transpose`.
+
+    Block b of `tiles` is the sum of the taps ``sources[firsts[b] : firsts[b + 1]]``, rounded: for every column of
+    tiles its blocks one after another, each tile after tile along the inputs. `block` takes one as it is.
+    """
+    blocks, parts = len(firsts) - 1, (c + DEEP - 1) // DEEP
+    for column in range(start, stop):
+        at = column * SIDE
+        n = min(SIDE, k - at)
+        for b in range(blocks):
+            for part in range(parts):
+                row = part * DEEP
+                rows = min(DEEP, c - row)
+                if n < SIDE or rows < DEEP or firsts[b] == firsts[b + 1]:
+                    block[:TILE] = ZERO
+                for s in range(firsts[b], firsts[b + 1]):
+                    add = s > firsts[b]
+                    if transpose:
+                        transpose_part(w, (sources[s] * k + at) * c + row, c, block, 0, SIDE, n, rows, add)
+                        continue
+                    for i in range(rows):
+                        values, out = w[(sources[s] * c + row + i) * k + at :][:n], block[i * SIDE :][:n]
+                        if add:
+                            for j in range(n):
+                                out[j] += values[j]
+                        else:
+                            for j in range(n):
+                                out[j] = values[j]
+                to = ((column * blocks + b) * parts + part) * (TILE // 2)
+                for i in range(SIDE):
+                    even, odd = block[2 * i * SIDE :][:SIDE], block[(2 * i + 1) * SIDE :][:SIDE]
+                    out_pairs = tiles[to + i * SIDE :][:SIDE]
+                    for j in range(SIDE):
+                        out_pairs[j] = _pair(even[j], odd[j])
+
+
+@kernel
+def conv_range(
+    start, stop, cells, columns, grid, phases, taps, blocks, x, w, y, shape, begin, bias, shift, residual, sums, base,
+):  # fmt: skip
+    """Items start ... stop - 1 of a convolution: `cells` cells and `columns` columns of tiles each, of every phase.
+
+    x is a grid and w tiles of `blocks` taps, as `grid_range` and `weights_tiles_range` make them; `shape` is that of
+    y. With `begin`, y becomes bias + shift of the image + residual + the convolution (an empty one of the three is 0);
+    else that is added to what it holds. `sums` takes a block of sums, `base` a row of one.
+    """
+    images, _, _, _, wide, grid_rows, grid_columns, _, _, _, _, _, _ = grid
+    height, width, k = shape
+    all_cells, of_image = images * grid_rows * grid_columns, grid_rows * grid_columns
+    parts, all_columns = wide // DEEP, (k + SIDE - 1) // SIDE
+    places, shares = (all_cells + cells - 1) // cells, (all_columns + columns - 1) // columns
+    added = residual if begin else y
+    x_at, w_at, sums_at = x.ctypes.data, w.ctypes.data, sums.ctypes.data
+    row_bytes, column_bytes = 2 * wide, blocks * parts * TILE_BYTES
+    tiles_begin()
+    for item in range(start, stop):
+        share, place, phase = item % shares, (item // shares) % places, phases[item // (shares * places)]
+        first = place * cells
+        end = min(first + cells, all_cells)
+        for column in range(share * columns, min((share + 1) * columns, all_columns), 2):
+            at = column * SIDE
+            n, both = min(BLOCK, k - at), k - at > SIDE
+            image = -1
+            for cell in range(first, end, BLOCK):
+                clear_0()
+                clear_1()
+                clear_2()
+                clear_3()
+                for t in range(phase[FIRST_TAP], phase[END_TAP]):
+                    a = x_at + (taps[t, AT] + cell) * row_bytes
+                    b = w_at + column * column_bytes + taps[t, WEIGHT] * parts * TILE_BYTES
+                    for _ in range(parts):
+                        load_upper(a, row_bytes)
+                        load_left(b, ROW_BYTES)
+                        upper_left()
+                        load_lower(a + SIDE * row_bytes, row_bytes)
+                        lower_left()
+                        if both:
+                            load_right(b + column_bytes, ROW_BYTES)
+                            upper_right()
+                            lower_right()
+                        a += ROW_BYTES
+                        b += TILE_BYTES
+                store_0(sums_at, 2 * ROW_BYTES)
+                store_1(sums_at + ROW_BYTES, 2 * ROW_BYTES)
+                store_2(sums_at + 2 * SIDE * ROW_BYTES, 2 * ROW_BYTES)
+                store_3(sums_at + (2 * SIDE + 1) * ROW_BYTES, 2 * ROW_BYTES)
+                row, i = (cell % of_image) // grid_columns, cell % grid_columns
+                own = cell // of_image
+                for r in range(min(BLOCK, end - cell)):
+                    if row < phase[ROWS] and i < phase[COLUMNS]:
+                        if own != image:
+                            image = own
+                            for j in range(n):
+                                base[j] = bias[at + j] if len(bias) > 0 else ZERO
+                            if len(shift) > 0:
+                                for j in range(n):
+                                    base[j] += shift[image * k + at + j]
+                        to = (own * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
+                        to = (to + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k + at
+                        values, out = sums[r * BLOCK :][:n], y[to:][:n]
+                        if len(added) > 0:
+                            other = added[to:][:n]
+                            for j in range(n):
+                                out[j] = values[j] + (base[j] + other[j])
+                        else:
+                            for j in range(n):
+                                out[j] = values[j] + base[j]
+                    i += 1
+                    if i == grid_columns:
+                        i, row = 0, row + 1
+                        if row == grid_rows:
+                            row, own = 0, own + 1
+    tiles_end()
+
+
+@register_jitable
+def _gather(grid, x, g, first, count, block):
+    """The block (count, channels) of a grid's cells from `first` on, counted from the first of the first group."""
+    images, height, width, channels, _, rows, columns, down, across, _, _, together, pitch = grid
+    group, cell = first // pitch, first % pitch
+    n, inside = group * together + cell // (rows * columns), cell % (rows * columns)
+    last = min((group + 1) * together, images)
+    row, i = inside // columns, inside % columns
+    for r in range(count):
+        out = block[r * channels :][:channels]
+        y, s = row * down + g // across, i * across + g % across
+        if n < last and y < height and s < width:
+            values = x[((n * height + y) * width + s) * channels :][:channels]
+            for j in range(channels):
+                out[j] = values[j]
+        else:
+            out[:] = ZERO
+        i += 1
+        if i == columns:
+            i, row = 0, row + 1
+            if row == rows:
+                row, n = 0, n + 1
+
+
+@kernel
+def turned_range(start, stop, grid, x, lines, distance, block, turned):
+    """Chunks start ... stop - 1 of CHUNK cells of every grid of x, channel by channel: lines (grids, wide, distance).
+
+    Groups of images lie `pitch` cells apart. The last chunk is the edge: what is before the first cell, and after the
+    last one.
+    """
+    images, channels, wide, grids, head = grid[0], grid[3], grid[4], grid[7] * grid[8], grid[9]
+    groups, pitch = (images + grid[11] - 1) // grid[11], grid[12]
+    chunks = (groups * pitch + CHUNK - 1) // CHUNK
+    for item in range(start, stop):
+        for g in range(grids):
+            if item == chunks:
+                for i in range(wide):
+                    line = lines[(g * wide + i) * distance :][:distance]
+                    line[:head] = 0
+                    line[head + groups * pitch :] = 0
+                    if i >= channels:
+                        line[:] = 0
+                continue
+            first = item * CHUNK
+            count = min(CHUNK, groups * pitch - first)
+            _gather(grid, x, g, first, count, block)
+            transpose_part(block, 0, channels, turned, 0, CHUNK, count, channels, False)
+            for i in range(channels):
+                values, out = turned[i * CHUNK :][:count], lines[(g * wide + i) * distance + head + first :][:count]
+                for j in range(count):
+                    out[j] = _rounded(values[j])
+
+
+@kernel
+def pairs_range(start, stop, grid, shape, phases, dy, pairs):
+    """Pairs of cells start ... stop - 1 of dy, of every phase: (phases, columns of tiles, pairs of cells, 16)."""
+    images, grid_rows, grid_columns, together, pitch = grid[0], grid[5], grid[6], grid[11], grid[12]
+    height, width, k = shape
+    all_columns = (k + SIDE - 1) // SIDE
+    half, of_image = (images + together - 1) // together * pitch // 2, grid_rows * grid_columns
+    for p in range(len(phases)):
+        phase = phases[p]
+        for pair in range(start, stop):
+            group, cell = 2 * pair // pitch, 2 * pair % pitch
+            low, high = -1, -1
+            for e in range(2):
+                n, inside = group * together + (cell + e) // of_image, (cell + e) % of_image
+                row, i = inside // grid_columns, inside % grid_columns
+                low, high = high, -1
+                if n < min((group + 1) * together, images) and row < phase[ROWS] and i < phase[COLUMNS]:
+                    high = (n * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
+                    high = (high + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k
+            for column in range(all_columns):
+                n = min(SIDE, k - column * SIDE)
+                out = pairs[((p * all_columns + column) * half + pair) * SIDE :][:SIDE]
+                even, odd = dy[max(low, 0) + column * SIDE :][:n], dy[max(high, 0) + column * SIDE :][:n]
+                if n < SIDE or (low < 0 and high < 0):
+                    out[:] = 0
+                if low >= 0 and high >= 0:
+                    for j in range(n):
+                        out[j] = _pair(even[j], odd[j])
+                elif low >= 0:
+                    for j in range(n):
+                        out[j] = _rounded(even[j])
+                elif high >= 0:
+                    for j in range(n):
+                        out[j] = _rounded(odd[j]) << np.uint32(16)
+
+
+@kernel
+def weights_range(start, stop, grid, phases, taps, blocks, k, lines, distance, pairs, sums, held):
+    """Items start ... stop - 1 of the weights' gradient: a group of images, 32 input and 32 output channels each.
+
+    `sums` (groups, blocks, channels, k) takes the sums over the cells of a group, in order; `held` takes a block of
+    sums for every tap.
+    """
+    images, c, wide, together, pitch = grid[0], grid[3], grid[4], grid[11], grid[12]
+    groups, all_columns = (images + together - 1) // together, (k + SIDE - 1) // SIDE
+    parts, shares = wide // BLOCK, (all_columns + 1) // 2
+    half = groups * pitch // 2
+    lines_at, pairs_at, held_at = lines.ctypes.data, pairs.ctypes.data, held.ctypes.data
+    row_bytes, column_bytes = 2 * distance, half * ROW_BYTES
+    tiles_begin()
+    for item in range(start, stop):
+        share, part, group = item % shares, (item // shares) % parts, item // (shares * parts)
+        both = 2 * share + 1 < all_columns
+        for first in range(0, pitch, CELLS):
+            steps = min(CELLS, pitch - first) // DEEP
+            cell = group * pitch + first
+            for p in range(len(phases)):
+                columns = pairs_at + (p * all_columns + 2 * share) * column_bytes + cell // 2 * ROW_BYTES
+                for t in range(phases[p, FIRST_TAP], phases[p, END_TAP]):
+                    to = held_at + t * 4 * TILE_BYTES
+                    if first == 0:
+                        clear_0()
+                        clear_1()
+                        clear_2()
+                        clear_3()
+                    else:
+                        load_0(to, ROW_BYTES)
+                        load_1(to + TILE_BYTES, ROW_BYTES)
+                        load_2(to + 2 * TILE_BYTES, ROW_BYTES)
+                        load_3(to + 3 * TILE_BYTES, ROW_BYTES)
+                    # A tap says which cell of which grid it sees: of a grid's lines, that is a place in each.
+                    g, at = taps[t, AT] // grid[10], taps[t, AT] % grid[10]
+                    a = lines_at + ((g * wide + part * BLOCK) * distance + at + cell) * 2
+                    b = columns
+                    for _ in range(steps):
+                        load_left(b, ROW_BYTES)
+                        load_upper(a, row_bytes)
+                        upper_left()
+                        load_lower(a + SIDE * row_bytes, row_bytes)
+                        lower_left()
+                        if both:
+                            load_right(b + column_bytes, ROW_BYTES)
+                            upper_right()
+                            lower_right()
+                        a += ROW_BYTES
+                        b += TILE_BYTES
+                    store_0(to, ROW_BYTES)
+                    store_1(to + TILE_BYTES, ROW_BYTES)
+                    store_2(to + 2 * TILE_BYTES, ROW_BYTES)
+                    store_3(to + 3 * TILE_BYTES, ROW_BYTES)
+        for t in range(len(taps)):
+            for quarter in range(4):
+                row, at = part * BLOCK + quarter // 2 * SIDE, share * BLOCK + quarter % 2 * SIDE
+                n = min(SIDE, k - at)
+                for i in range(min(SIDE, c - row)):
+                    to = ((group * blocks + taps[t, WEIGHT]) * c + row + i) * k + at
+                    for j in range(n):
+                        sums[to + j] = held[(4 * t + quarter) * (SIDE * SIDE) + i * SIDE + j]
+    tiles_end()
