@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".data", help="what real_data.py wrote")
     parser.add_argument("--only", action="append", choices=list(SETS), help="data sets (default: all)")
     parser.add_argument("--draws", type=int, default=39, help="of each series (default 39)")
-    parser.add_argument("--rows", type=int, default=100, help="unseen series of each seed (default 100)")
+    parser.add_argument("--rows", type=int, default=40, help="unseen series of each seed (default 40)")
     parser.add_argument("--seeds", type=int, default=5, help="networks, and choices of series (default 5)")
     parser.add_argument("--steps", type=int, help="training steps (default: what suits the data)")
     parser.add_argument("--conditional", choices=TARGETS, help="a network that is told of a mask (default: none)")
