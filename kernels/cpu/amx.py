@@ -28,7 +28,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
 
-from fastdiff.kernels.cpu.jit import float_bits, kernel
+from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.transpose import transpose_part
 
 SIDE, DEEP = 16, 32  # rows, and columns of sums, of a tile; bf16 values of a row of one
@@ -36,9 +36,8 @@ BLOCK = 2 * SIDE  # rows and columns of the sums that are held at once
 TILE = SIDE * DEEP  # bf16 values of a tile
 TILE_BYTES, ROW_BYTES = 1024, 64
 CHUNK = 64  # cells that are turned at once
-CELLS = 2048  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
+CELLS = 256  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
 ZERO = np.float32(0)
-NAN = np.uint32(0x7FC0)
 
 # Of a grid: images, rows, columns, channels, channels of a cell, rows and columns of an image's cells, stride, cells
 # before the first and of the grid in all, images that lie together, cells of these.
@@ -50,7 +49,8 @@ GRID = (
 FIRST_ROW, STEP_ROW, ROWS, FIRST_COLUMN, STEP_COLUMN, COLUMNS, FIRST_TAP, END_TAP = range(8)
 AT, WEIGHT = range(2)  # of a tap: the cell, of all grids, that cell 0 sees through it; its block of weights
 
-I8, I64 = ir.IntType(8), ir.IntType(64)
+I8, I16, I32, I64, F32 = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType()
+LANES, FLOAT, HALF = 16, 4, 2  # of a vector; bytes of a float32 and of a bf16
 POINTER = I8.as_pointer()
 PERMIT, TILES_STATE, NUMBER = 0x1023, 18, {"x86_64": 158}  # ARCH_REQ_XCOMP_PERM; XTILEDATA; of arch_prctl
 
@@ -127,17 +127,101 @@ upper_left, upper_right, lower_left, lower_right = (
 )
 
 
-@register_jitable
-def _rounded(value):
-    """The bits of a value in bf16, to nearest even; of what is no number those of one that is none."""
-    bits = np.uint32(float_bits(value))
-    near = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return near if value == value else NAN
+class _Lanes:
+    """Vectors of 16 values at addresses, of which the first `used` lanes are read and written."""
+
+    def __init__(self, builder, used):
+        self.builder, index = builder, ir.VectorType(I64, LANES)
+        first = builder.insert_element(ir.Constant(index, ir.Undefined), used, ir.Constant(I32, 0))
+        every = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+        self.mask = builder.icmp_signed("<", ir.Constant(index, list(range(LANES))), every)
+
+    def _call(self, name, result, *args):
+        function = ir.FunctionType(result, [each.type for each in args])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), args)
+
+    def _place(self, address, element):
+        return self.builder.inttoptr(address, ir.VectorType(element, LANES).as_pointer())
+
+    def load(self, address):
+        place, size = self._place(address, F32), ir.Constant(I32, 4)
+        zero = ir.Constant(ir.VectorType(F32, LANES), [0.0] * LANES)
+        return self._call(f"llvm.masked.load.v{LANES}f32.p0", zero.type, place, size, self.mask, zero)
+
+    def store(self, value, address):
+        name, size = {F32: "f32", I16: "i16"}[value.type.element], ir.Constant(I32, 2)
+        place = self._place(address, value.type.element)
+        self._call(f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), value, place, size, self.mask)
+
+    def number(self, value):
+        return ir.Constant(ir.VectorType(I32, LANES), [value] * LANES)
+
+    def rounded(self, value):
+        """The bits of values in bf16, to nearest even; of what is no number those of one that is none."""
+        builder, sixteen = self.builder, self.number(16)
+        bits = builder.bitcast(value, sixteen.type)
+        odd = builder.and_(builder.lshr(bits, sixteen), self.number(1))
+        near = builder.lshr(builder.add(bits, builder.add(odd, self.number(0x7FFF))), sixteen)
+        return builder.select(builder.fcmp_ordered("==", value, value), near, self.number(0x7FC0))
 
 
-@register_jitable
-def _pair(low, high):
-    return _rounded(low) | (_rounded(high) << np.uint32(16))
+@intrinsic
+def _round(typingctx, to, source, used):
+    """At most 16 values from an address on, rounded to bf16 at another."""
+
+    def emit(context, builder, signature, args):
+        lanes = _Lanes(builder, args[2])
+        lanes.store(builder.trunc(lanes.rounded(lanes.load(args[1])), ir.VectorType(I16, LANES)), args[0])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i), emit
+
+
+@intrinsic
+def _pair(typingctx, to, even, odd, used_even, used_odd):
+    """Of two rows of at most 16 values pairs in bf16, 16 of them: what is not used is 0."""
+
+    def emit(context, builder, signature, args):
+        low, high = (_Lanes(builder, args[3 + e]) for e in range(2))
+        first, second = low.rounded(low.load(args[1])), high.rounded(high.load(args[2]))
+        both = builder.or_(first, builder.shl(second, low.number(16)))
+        builder.store(both, builder.inttoptr(args[0], both.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, i, i), emit
+
+
+def _sum_of(count):
+    """Make an intrinsic that writes the sums of so many rows of at most 16 values."""
+
+    def emit(context, builder, signature, args):
+        lanes = _Lanes(builder, args[1])
+        values = [lanes.load(address) for address in args[2:]]
+        total = values[-1]
+        for value in reversed(values[:-1]):
+            total = builder.fadd(value, total)
+        lanes.store(total, args[0])
+        return context.get_dummy_value()
+
+    i = types.int64
+    if count == 2:
+
+        @intrinsic
+        def add(typingctx, to, used, first, second):
+            return types.void(i, i, i, i), emit
+
+    else:
+
+        @intrinsic
+        def add(typingctx, to, used, first, second, third):
+            return types.void(i, i, i, i, i), emit
+
+    return add
+
+
+_add_two, _add_three = _sum_of(2), _sum_of(3)
 
 
 @kernel
@@ -147,6 +231,7 @@ def grid_range(start, stop, grid, x, cells):
     That is all cells before the first image and after the last one, of zeros.
     """
     images, height, width, channels, wide, rows, columns, down, across, head, total, _, _ = grid
+    x_at, cells_at = x.ctypes.data, cells.ctypes.data
     for item in range(start, stop):
         if item == images * rows:
             for g in range(down * across):
@@ -159,16 +244,16 @@ def grid_range(start, stop, grid, x, cells):
             inside = (width - first + across - 1) // across if y < height else 0
             to = (g * total + head + item * columns) * wide
             source = ((n * height + y) * width + first) * channels
-            if channels == wide and across == 1:
-                values, out = x[source:], cells[to : to + inside * wide]
-                for i in range(len(out)):
-                    out[i] = _rounded(values[i])
-            else:
-                for j in range(inside):
-                    values, out = x[source + j * across * channels :], cells[to + j * wide :]
-                    for i in range(channels):
-                        out[i] = _rounded(values[i])
-                    out[channels:wide] = 0
+            runs, length, apart = (
+                (1, inside * wide, 0) if channels == wide and across == 1 else (inside, channels, wide)
+            )
+            for j in range(runs):
+                there = cells_at + HALF * (to + j * apart)
+                here = x_at + FLOAT * (source + j * across * channels)
+                for i in range(0, length, LANES):
+                    _round(there + HALF * i, here + FLOAT * i, length - i)
+                if channels < wide:
+                    cells[to + j * wide + channels : to + (j + 1) * wide] = 0
             cells[to + inside * wide : to + columns * wide] = 0
 
 
@@ -202,12 +287,10 @@ def weights_tiles_range(start, stop, firsts, sources, w, tiles, c, k, transpose,
                         else:
                             for j in range(n):
                                 out[j] = values[j]
-                to = ((column * blocks + b) * parts + part) * (TILE // 2)
+                to = tiles.ctypes.data + ((column * blocks + b) * parts + part) * TILE_BYTES
                 for i in range(SIDE):
-                    even, odd = block[2 * i * SIDE :][:SIDE], block[(2 * i + 1) * SIDE :][:SIDE]
-                    out_pairs = tiles[to + i * SIDE :][:SIDE]
-                    for j in range(SIDE):
-                        out_pairs[j] = _pair(even[j], odd[j])
+                    even = block.ctypes.data + 2 * i * ROW_BYTES
+                    _pair(to + i * ROW_BYTES, even, even + ROW_BYTES, SIDE, SIDE)
 
 
 @kernel
@@ -226,7 +309,8 @@ def conv_range(
     parts, all_columns = wide // DEEP, (k + SIDE - 1) // SIDE
     places, shares = (all_cells + cells - 1) // cells, (all_columns + columns - 1) // columns
     added = residual if begin else y
-    x_at, w_at, sums_at = x.ctypes.data, w.ctypes.data, sums.ctypes.data
+    x_at, w_at, y_at, added_at = x.ctypes.data, w.ctypes.data, y.ctypes.data, added.ctypes.data
+    sums_at, base_at = sums.ctypes.data, base.ctypes.data
     row_bytes, column_bytes = 2 * wide, blocks * parts * TILE_BYTES
     tiles_begin()
     for item in range(start, stop):
@@ -273,15 +357,14 @@ def conv_range(
                                 for j in range(n):
                                     base[j] += shift[image * k + at + j]
                         to = (own * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
-                        to = (to + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k + at
-                        values, out = sums[r * BLOCK :][:n], y[to:][:n]
-                        if len(added) > 0:
-                            other = added[to:][:n]
-                            for j in range(n):
-                                out[j] = values[j] + (base[j] + other[j])
-                        else:
-                            for j in range(n):
-                                out[j] = values[j] + base[j]
+                        to = FLOAT * ((to + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k + at)
+                        for half in range(0, n, LANES):
+                            there, values = to + FLOAT * half, sums_at + 2 * r * ROW_BYTES + FLOAT * half
+                            own_base = base_at + FLOAT * half
+                            if len(added) > 0:
+                                _add_three(y_at + there, n - half, values, own_base, added_at + there)
+                            else:
+                                _add_two(y_at + there, n - half, values, own_base)
                     i += 1
                     if i == grid_columns:
                         i, row = 0, row + 1
@@ -339,9 +422,9 @@ def turned_range(start, stop, grid, x, lines, distance, block, turned):
             _gather(grid, x, g, first, count, block)
             transpose_part(block, 0, channels, turned, 0, CHUNK, count, channels, False)
             for i in range(channels):
-                values, out = turned[i * CHUNK :][:count], lines[(g * wide + i) * distance + head + first :][:count]
-                for j in range(count):
-                    out[j] = _rounded(values[j])
+                there = lines.ctypes.data + HALF * ((g * wide + i) * distance + head + first)
+                for j in range(0, count, LANES):
+                    _round(there + HALF * j, turned.ctypes.data + FLOAT * (i * CHUNK + j), count - j)
 
 
 @kernel
@@ -353,31 +436,30 @@ def pairs_range(start, stop, grid, shape, phases, dy, pairs):
     half, of_image = (images + together - 1) // together * pitch // 2, grid_rows * grid_columns
     for p in range(len(phases)):
         phase = phases[p]
+        group, cell = 2 * start // pitch, 2 * start % pitch
+        n, inside = group * together + cell // of_image, cell % of_image
+        row, i = inside // grid_columns, inside % grid_columns
         for pair in range(start, stop):
-            group, cell = 2 * pair // pitch, 2 * pair % pitch
             low, high = -1, -1
-            for e in range(2):
-                n, inside = group * together + (cell + e) // of_image, (cell + e) % of_image
-                row, i = inside // grid_columns, inside % grid_columns
+            for _ in range(2):
                 low, high = high, -1
                 if n < min((group + 1) * together, images) and row < phase[ROWS] and i < phase[COLUMNS]:
                     high = (n * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
                     high = (high + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k
+                i, cell = i + 1, cell + 1
+                if i == grid_columns:
+                    i, row = 0, row + 1
+                    if row == grid_rows:
+                        row, n = 0, n + 1
+                if cell == pitch:
+                    cell, group, row, i = 0, group + 1, 0, 0
+                    n = group * together
             for column in range(all_columns):
-                n = min(SIDE, k - column * SIDE)
-                out = pairs[((p * all_columns + column) * half + pair) * SIDE :][:SIDE]
-                even, odd = dy[max(low, 0) + column * SIDE :][:n], dy[max(high, 0) + column * SIDE :][:n]
-                if n < SIDE or (low < 0 and high < 0):
-                    out[:] = 0
-                if low >= 0 and high >= 0:
-                    for j in range(n):
-                        out[j] = _pair(even[j], odd[j])
-                elif low >= 0:
-                    for j in range(n):
-                        out[j] = _rounded(even[j])
-                elif high >= 0:
-                    for j in range(n):
-                        out[j] = _rounded(odd[j]) << np.uint32(16)
+                n_here = min(SIDE, k - column * SIDE)
+                even = dy.ctypes.data + FLOAT * (low + column * SIDE)
+                odd = dy.ctypes.data + FLOAT * (high + column * SIDE)
+                to = pairs.ctypes.data + ((p * all_columns + column) * half + pair) * ROW_BYTES
+                _pair(to, even, odd, n_here if low >= 0 else 0, n_here if high >= 0 else 0)
 
 
 @kernel
