@@ -29,22 +29,17 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
 
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.transpose import transpose_part
+from fastdiff.kernels.cpu.transpose import transpose_part, turned
 
 SIDE, DEEP = 16, 32  # rows, and columns of sums, of a tile; bf16 values of a row of one
+HALF_SIDE = SIDE // 2
 BLOCK = 2 * SIDE  # rows and columns of the sums that are held at once
 TILE = SIDE * DEEP  # bf16 values of a tile
 TILE_BYTES, ROW_BYTES = 1024, 64
-CHUNK = 64  # cells that are turned at once
-CELLS = 256  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
+CHUNK = 64  # cells that a thread turns at once
+CELLS = 2048  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
 ZERO = np.float32(0)
 
-# Of a grid: images, rows, columns, channels, channels of a cell, rows and columns of an image's cells, stride, cells
-# before the first and of the grid in all, images that lie together, cells of these.
-GRID = (
-    "images", "height", "width", "channels", "wide", "rows", "columns", "stride_rows", "stride_columns", "head",
-    "total", "together", "pitch",
-)  # fmt: skip
 # Of a pair of phases: first output row and column, steps, how many, its first tap and the one after its last.
 FIRST_ROW, STEP_ROW, ROWS, FIRST_COLUMN, STEP_COLUMN, COLUMNS, FIRST_TAP, END_TAP = range(8)
 AT, WEIGHT = range(2)  # of a tap: the cell, of all grids, that cell 0 sees through it; its block of weights
@@ -193,6 +188,31 @@ def _pair(typingctx, to, even, odd, used_even, used_odd):
     return types.void(i, i, i, i, i), emit
 
 
+@intrinsic
+def _turn(typingctx, to, distance, places, offset, used):
+    """Of 16 rows at addresses (of none at 0) at most 16 values from an offset on, in bf16, one place after another."""
+
+    def emit(context, builder, signature, args):
+        to, distance, places, offset, used = args
+        rows = []
+        for e in range(SIDE):
+            place = builder.load(builder.inttoptr(builder.add(places, I64(8 * e)), I64.as_pointer()))
+            there = builder.icmp_signed("!=", place, I64(0))
+            lanes = _Lanes(builder, builder.select(there, used, I64(0)))
+            rows.append(lanes.rounded(lanes.load(builder.add(place, offset))))
+        pairs = [builder.or_(rows[e], builder.shl(rows[e + 1], lanes.number(16))) for e in range(0, SIDE, 2)]
+        for first in (0, HALF_SIDE):
+            picked = ir.Constant(ir.VectorType(I32, HALF_SIDE), [first + j for j in range(HALF_SIDE)])
+            square = turned(builder, [builder.shuffle_vector(pair, pair, picked) for pair in pairs])
+            for j, row in enumerate(square):
+                place = builder.add(to, builder.mul(distance, I64(first + j)))
+                builder.store(row, builder.inttoptr(place, row.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, i, i), emit
+
+
 def _sum_of(count):
     """Make an intrinsic that writes the sums of so many rows of at most 16 values."""
 
@@ -228,9 +248,10 @@ _add_two, _add_three = _sum_of(2), _sum_of(3)
 def grid_range(start, stop, grid, x, cells):
     """Rows start ... stop - 1 of all images' cells, of x (images, height, width, channels); the last one is the edge.
 
-    That is all cells before the first image and after the last one, of zeros.
+    That is all cells before the first image and after the last one, of zeros. `grid` has images, height, width,
+    channels, those of a cell, rows and columns of an image's cells, the strides, cells before the first, and in all.
     """
-    images, height, width, channels, wide, rows, columns, down, across, head, total, _, _ = grid
+    images, height, width, channels, wide, rows, columns, down, across, head, total = grid
     x_at, cells_at = x.ctypes.data, cells.ctypes.data
     for item in range(start, stop):
         if item == images * rows:
@@ -303,18 +324,22 @@ def conv_range(
     y. With `begin`, y becomes bias + shift of the image + residual + the convolution (an empty one of the three is 0);
     else that is added to what it holds. `sums` takes a block of sums, `base` a row of one.
     """
-    images, _, _, _, wide, grid_rows, grid_columns, _, _, _, _, _, _ = grid
+    images, wide, grid_rows, grid_columns = grid[0], grid[4], grid[5], grid[6]
     height, width, k = shape
     all_cells, of_image = images * grid_rows * grid_columns, grid_rows * grid_columns
     parts, all_columns = wide // DEEP, (k + SIDE - 1) // SIDE
     places, shares = (all_cells + cells - 1) // cells, (all_columns + columns - 1) // columns
     added = residual if begin else y
+    adding, biased, shifted = len(added) > 0, len(bias) > 0, len(shift) > 0
     x_at, w_at, y_at, added_at = x.ctypes.data, w.ctypes.data, y.ctypes.data, added.ctypes.data
     sums_at, base_at = sums.ctypes.data, base.ctypes.data
     row_bytes, column_bytes = 2 * wide, blocks * parts * TILE_BYTES
     tiles_begin()
     for item in range(start, stop):
         share, place, phase = item % shares, (item // shares) % places, phases[item // (shares * places)]
+        first_row, step_row, rows = phase[FIRST_ROW], phase[STEP_ROW], phase[ROWS]
+        first_column, step_column, valid = phase[FIRST_COLUMN], phase[STEP_COLUMN], phase[COLUMNS]
+        first_tap, end_tap = phase[FIRST_TAP], phase[END_TAP]
         first = place * cells
         end = min(first + cells, all_cells)
         for column in range(share * columns, min((share + 1) * columns, all_columns), 2):
@@ -326,7 +351,7 @@ def conv_range(
                 clear_1()
                 clear_2()
                 clear_3()
-                for t in range(phase[FIRST_TAP], phase[END_TAP]):
+                for t in range(first_tap, end_tap):
                     a = x_at + (taps[t, AT] + cell) * row_bytes
                     b = w_at + column * column_bytes + taps[t, WEIGHT] * parts * TILE_BYTES
                     for _ in range(parts):
@@ -345,26 +370,31 @@ def conv_range(
                 store_1(sums_at + ROW_BYTES, 2 * ROW_BYTES)
                 store_2(sums_at + 2 * SIDE * ROW_BYTES, 2 * ROW_BYTES)
                 store_3(sums_at + (2 * SIDE + 1) * ROW_BYTES, 2 * ROW_BYTES)
-                row, i = (cell % of_image) // grid_columns, cell % grid_columns
-                own = cell // of_image
-                for r in range(min(BLOCK, end - cell)):
-                    if row < phase[ROWS] and i < phase[COLUMNS]:
+                own, inside = cell // of_image, cell % of_image
+                row, i = inside // grid_columns, inside % grid_columns
+                values = sums_at
+                for _ in range(min(BLOCK, end - cell)):
+                    if row < rows and i < valid:
                         if own != image:
                             image = own
                             for j in range(n):
-                                base[j] = bias[at + j] if len(bias) > 0 else ZERO
-                            if len(shift) > 0:
+                                base[j] = bias[at + j] if biased else ZERO
+                            if shifted:
                                 for j in range(n):
                                     base[j] += shift[image * k + at + j]
-                        to = (own * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
-                        to = FLOAT * ((to + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k + at)
-                        for half in range(0, n, LANES):
-                            there, values = to + FLOAT * half, sums_at + 2 * r * ROW_BYTES + FLOAT * half
-                            own_base = base_at + FLOAT * half
-                            if len(added) > 0:
-                                _add_three(y_at + there, n - half, values, own_base, added_at + there)
+                        to = ((own * height + first_row + row * step_row) * width + first_column + i * step_column) * k
+                        there = FLOAT * (to + at)
+                        if adding:
+                            _add_three(y_at + there, n, values, base_at, added_at + there)
+                        else:
+                            _add_two(y_at + there, n, values, base_at)
+                        if both:
+                            there, right, more = there + ROW_BYTES, values + ROW_BYTES, n - LANES
+                            if adding:
+                                _add_three(y_at + there, more, right, base_at + ROW_BYTES, added_at + there)
                             else:
-                                _add_two(y_at + there, n - half, values, own_base)
+                                _add_two(y_at + there, more, right, base_at + ROW_BYTES)
+                    values += 2 * ROW_BYTES
                     i += 1
                     if i == grid_columns:
                         i, row = 0, row + 1
@@ -374,116 +404,116 @@ def conv_range(
 
 
 @register_jitable
-def _gather(grid, x, g, first, count, block):
-    """The block (count, channels) of a grid's cells from `first` on, counted from the first of the first group."""
-    images, height, width, channels, _, rows, columns, down, across, _, _, together, pitch = grid
-    group, cell = first // pitch, first % pitch
-    n, inside = group * together + cell // (rows * columns), cell % (rows * columns)
-    last = min((group + 1) * together, images)
-    row, i = inside // columns, inside % columns
-    for r in range(count):
-        out = block[r * channels :][:channels]
-        y, s = row * down + g // across, i * across + g % across
-        if n < last and y < height and s < width:
-            values = x[((n * height + y) * width + s) * channels :][:channels]
-            for j in range(channels):
-                out[j] = values[j]
-        else:
-            out[:] = ZERO
-        i += 1
-        if i == columns:
-            i, row = 0, row + 1
-            if row == rows:
-                row, n = 0, n + 1
+def _start(layout, cell):
+    """Image, row, column of a cell of groups of images, its place in its group, and the first image after that."""
+    images, rows, columns, together, pitch = layout
+    group, inside = cell // pitch, cell % pitch
+    n, of_image = group * together + inside // (rows * columns), inside % (rows * columns)
+    return n, of_image // columns, of_image % columns, inside, min((group + 1) * together, images)
+
+
+@register_jitable
+def _next(layout, n, row, i, inside, last):
+    """What `_start` gives for the cell after one."""
+    images, rows, columns, together, pitch = layout
+    i, inside = i + 1, inside + 1
+    if i == columns:
+        i, row = 0, row + 1
+        if row == rows:
+            row, n = 0, n + 1
+    if inside == pitch:
+        n, row, i, inside, last = -(-last // together) * together, 0, 0, 0, min(last + together, images)
+    return n, row, i, inside, last
 
 
 @kernel
-def turned_range(start, stop, grid, x, lines, distance, block, turned):
-    """Chunks start ... stop - 1 of CHUNK cells of every grid of x, channel by channel: lines (grids, wide, distance).
+def turned_range(start, stop, layout, shape, phases, dy, lines, distance, places):
+    """Cells 64 start ... 64 stop - 1 of dy, for every phase, channel by channel: lines (phases, wide, distance).
 
-    Groups of images lie `pitch` cells apart. The last chunk is the edge: what is before the first cell, and after the
-    last one.
+    `layout` says how groups of images lie in cells: images, rows and columns of cells of one, images of a group, its
+    cells. `places` takes 16 addresses.
     """
-    images, channels, wide, grids, head = grid[0], grid[3], grid[4], grid[7] * grid[8], grid[9]
-    groups, pitch = (images + grid[11] - 1) // grid[11], grid[12]
-    chunks = (groups * pitch + CHUNK - 1) // CHUNK
-    for item in range(start, stop):
-        for g in range(grids):
-            if item == chunks:
-                for i in range(wide):
-                    line = lines[(g * wide + i) * distance :][:distance]
-                    line[:head] = 0
-                    line[head + groups * pitch :] = 0
-                    if i >= channels:
-                        line[:] = 0
-                continue
-            first = item * CHUNK
-            count = min(CHUNK, groups * pitch - first)
-            _gather(grid, x, g, first, count, block)
-            transpose_part(block, 0, channels, turned, 0, CHUNK, count, channels, False)
-            for i in range(channels):
-                there = lines.ctypes.data + HALF * ((g * wide + i) * distance + head + first)
-                for j in range(0, count, LANES):
-                    _round(there + HALF * j, turned.ctypes.data + FLOAT * (i * CHUNK + j), count - j)
-
-
-@kernel
-def pairs_range(start, stop, grid, shape, phases, dy, pairs):
-    """Pairs of cells start ... stop - 1 of dy, of every phase: (phases, columns of tiles, pairs of cells, 16)."""
-    images, grid_rows, grid_columns, together, pitch = grid[0], grid[5], grid[6], grid[11], grid[12]
+    layout = layout[0], layout[1], layout[2], layout[3], layout[4]
     height, width, k = shape
-    all_columns = (k + SIDE - 1) // SIDE
-    half, of_image = (images + together - 1) // together * pitch // 2, grid_rows * grid_columns
+    wide = (k + BLOCK - 1) // BLOCK * BLOCK
+    dy_at, lines_at, places_at = dy.ctypes.data, lines.ctypes.data, places.ctypes.data
     for p in range(len(phases)):
         phase = phases[p]
-        group, cell = 2 * start // pitch, 2 * start % pitch
-        n, inside = group * together + cell // of_image, cell % of_image
-        row, i = inside // grid_columns, inside % grid_columns
-        for pair in range(start, stop):
-            low, high = -1, -1
-            for _ in range(2):
-                low, high = high, -1
-                if n < min((group + 1) * together, images) and row < phase[ROWS] and i < phase[COLUMNS]:
-                    high = (n * height + phase[FIRST_ROW] + row * phase[STEP_ROW]) * width
-                    high = (high + phase[FIRST_COLUMN] + i * phase[STEP_COLUMN]) * k
-                i, cell = i + 1, cell + 1
-                if i == grid_columns:
-                    i, row = 0, row + 1
-                    if row == grid_rows:
-                        row, n = 0, n + 1
-                if cell == pitch:
-                    cell, group, row, i = 0, group + 1, 0, 0
-                    n = group * together
-            for column in range(all_columns):
-                n_here = min(SIDE, k - column * SIDE)
-                even = dy.ctypes.data + FLOAT * (low + column * SIDE)
-                odd = dy.ctypes.data + FLOAT * (high + column * SIDE)
-                to = pairs.ctypes.data + ((p * all_columns + column) * half + pair) * ROW_BYTES
-                _pair(to, even, odd, n_here if low >= 0 else 0, n_here if high >= 0 else 0)
+        first_row, step_row, rows = phase[FIRST_ROW], phase[STEP_ROW], phase[ROWS]
+        first_column, step_column, valid = phase[FIRST_COLUMN], phase[STEP_COLUMN], phase[COLUMNS]
+        n, row, i, inside, last = _start(layout, start * CHUNK)
+        for cell in range(start * CHUNK, stop * CHUNK, SIDE):
+            for e in range(SIDE):
+                to = ((n * height + first_row + row * step_row) * width + first_column + i * step_column) * k
+                places[e] = dy_at + FLOAT * to if n < last and row < rows and i < valid else 0
+                n, row, i, inside, last = _next(layout, n, row, i, inside, last)
+            for at in range(0, wide, SIDE):
+                there = lines_at + HALF * ((p * wide + at) * distance + cell)
+                _turn(there, HALF * distance, places_at, FLOAT * at, k - at)
 
 
 @kernel
-def weights_range(start, stop, grid, phases, taps, blocks, k, lines, distance, pairs, sums, held):
-    """Items start ... stop - 1 of the weights' gradient: a group of images, 32 input and 32 output channels each.
+def pairs_range(start, stop, layout, sizes, grids, x, pairs):
+    """Pairs of cells start ... stop - 1 of x, for every grid: pairs (grids, 2, columns of tiles, all pairs, 16).
 
-    `sums` (groups, blocks, channels, k) takes the sums over the cells of a group, in order; `held` takes a block of
-    sums for every tap.
+    The first of two copies has cells 2i and 2i + 1 as a pair, the other one 2i + 1 and 2i + 2, so that taps see whole
+    pairs. `sizes` are height, width and channels of x, cells of zeros before the first, copies, and pairs in all.
     """
-    images, c, wide, together, pitch = grid[0], grid[3], grid[4], grid[11], grid[12]
-    groups, all_columns = (images + together - 1) // together, (k + SIDE - 1) // SIDE
-    parts, shares = wide // BLOCK, (all_columns + 1) // 2
-    half = groups * pitch // 2
+    cells = (layout[0] + layout[3] - 1) // layout[3] * layout[4]
+    layout = layout[0], layout[1], layout[2], layout[3], layout[4]
+    height, width, c, head, copies, half = sizes
+    columns = (c + SIDE - 1) // SIDE
+    x_at, pairs_at = x.ctypes.data, pairs.ctypes.data
+    for g in range(len(grids)):
+        grid = grids[g]
+        first_row, step_row, rows = grid[FIRST_ROW], grid[STEP_ROW], grid[ROWS]
+        first_column, step_column, valid = grid[FIRST_COLUMN], grid[STEP_COLUMN], grid[COLUMNS]
+        cell = 2 * start - head
+        n, row, i, inside, last = _start(layout, max(cell, 0))
+        low, high = 0, 0
+        for pair in range(2 * start, 2 * stop + 1):
+            low, high = high, 0
+            if 0 <= cell < cells:
+                if n < last and row < rows and i < valid:
+                    high = ((n * height + first_row + row * step_row) * width + first_column + i * step_column) * c
+                    high = x_at + FLOAT * high
+                n, row, i, inside, last = _next(layout, n, row, i, inside, last)
+            cell += 1
+            # `high` is cell `pair`, so that those of a copy are complete when it is even, or odd.
+            copy = 1 - pair % 2
+            number = (pair - 1) // 2 if copy == 0 else pair // 2 - 1
+            if copy >= copies or number < start:
+                continue
+            for column in range(columns):
+                used = min(SIDE, c - column * SIDE)
+                to = pairs_at + (((g * copies + copy) * columns + column) * half + number) * ROW_BYTES
+                at = FLOAT * column * SIDE
+                _pair(to, low + at, high + at, used if low else 0, used if high else 0)
+
+
+@kernel
+def weights_range(start, stop, layout, phases, taps, blocks, sizes, lines, pairs, sums, held):
+    """Items start ... stop - 1 of the weights' gradient: a group of images, 32 output and 32 input channels each.
+
+    `lines` are of dy and `pairs` of x, as `turned_range` and `pairs_range` make them. A tap is the first pair that it
+    sees, of all rows of pairs, and its block of weights. `sums` (groups, blocks, c, k) takes the sums over the cells of
+    a group, in order; `held` takes a block of sums for every tap. `sizes` are c, k, the distance of lines and the pairs
+    in all.
+    """
+    c, k, distance, half = sizes
+    pitch, columns, parts = layout[4], (c + SIDE - 1) // SIDE, (k + BLOCK - 1) // BLOCK
+    shares = (columns + 1) // 2
     lines_at, pairs_at, held_at = lines.ctypes.data, pairs.ctypes.data, held.ctypes.data
-    row_bytes, column_bytes = 2 * distance, half * ROW_BYTES
+    row_bytes, column_bytes = HALF * distance, half * ROW_BYTES
     tiles_begin()
     for item in range(start, stop):
         share, part, group = item % shares, (item // shares) % parts, item // (shares * parts)
-        both = 2 * share + 1 < all_columns
+        both = 2 * share + 1 < columns
         for first in range(0, pitch, CELLS):
             steps = min(CELLS, pitch - first) // DEEP
             cell = group * pitch + first
             for p in range(len(phases)):
-                columns = pairs_at + (p * all_columns + 2 * share) * column_bytes + cell // 2 * ROW_BYTES
+                first_line = lines_at + ((p * parts + part) * BLOCK * distance + cell) * HALF
                 for t in range(phases[p, FIRST_TAP], phases[p, END_TAP]):
                     to = held_at + t * 4 * TILE_BYTES
                     if first == 0:
@@ -496,10 +526,7 @@ def weights_range(start, stop, grid, phases, taps, blocks, k, lines, distance, p
                         load_1(to + TILE_BYTES, ROW_BYTES)
                         load_2(to + 2 * TILE_BYTES, ROW_BYTES)
                         load_3(to + 3 * TILE_BYTES, ROW_BYTES)
-                    # A tap says which cell of which grid it sees: of a grid's lines, that is a place in each.
-                    g, at = taps[t, AT] // grid[10], taps[t, AT] % grid[10]
-                    a = lines_at + ((g * wide + part * BLOCK) * distance + at + cell) * 2
-                    b = columns
+                    a, b = first_line, pairs_at + (taps[t, AT] + 2 * share * half + cell // 2) * ROW_BYTES
                     for _ in range(steps):
                         load_left(b, ROW_BYTES)
                         load_upper(a, row_bytes)
@@ -519,9 +546,7 @@ def weights_range(start, stop, grid, phases, taps, blocks, k, lines, distance, p
         for t in range(len(taps)):
             for quarter in range(4):
                 row, at = part * BLOCK + quarter // 2 * SIDE, share * BLOCK + quarter % 2 * SIDE
-                n = min(SIDE, k - at)
-                for i in range(min(SIDE, c - row)):
-                    to = ((group * blocks + taps[t, WEIGHT]) * c + row + i) * k + at
-                    for j in range(n):
-                        sums[to + j] = held[(4 * t + quarter) * (SIDE * SIDE) + i * SIDE + j]
+                to = ((group * blocks + taps[t, WEIGHT]) * c + at) * k + row
+                inside_rows, inside = max(0, min(SIDE, k - row)), max(0, min(SIDE, c - at))
+                transpose_part(held, (4 * t + quarter) * SIDE * SIDE, SIDE, sums, to, k, inside_rows, inside, False)
     tiles_end()

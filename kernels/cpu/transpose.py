@@ -15,6 +15,23 @@ SIDE = 8  # of a block
 ZERO = np.float32(0)
 
 
+def turned(builder, rows):
+    """SIDE vectors of SIDE values, turned."""
+    rows, span = list(rows), 1
+    while span < SIDE:  # exchange the off-diagonal halves of blocks of twice the span
+        upper = [lane if not lane & span else SIDE + lane - span for lane in range(SIDE)]
+        lower = [lane + span if not lane & span else SIDE + lane for lane in range(SIDE)]
+        for i in range(SIDE):
+            if not i & span:
+                pair = rows[i], rows[i + span]
+                rows[i], rows[i + span] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, SIDE), mask))
+                    for mask in (upper, lower)
+                )
+        span *= 2
+    return rows
+
+
 @intrinsic
 def _transpose_block(typingctx, source, at, distance, target, to, target_distance, add):
     """target[to + j target_distance + i] = source[at + i distance + j] for i, j < SIDE, or has it added."""
@@ -27,19 +44,7 @@ def _transpose_block(typingctx, source, at, distance, target, to, target_distanc
 
         vector = ir.VectorType(F32, SIDE)
         rows = [builder.load(place, align=FLOAT_BYTES) for place in vectors(0)]
-        span = 1
-        while span < SIDE:  # exchange the off-diagonal halves of blocks of twice the span
-            upper = [lane if not lane & span else SIDE + lane - span for lane in range(SIDE)]
-            lower = [lane + span if not lane & span else SIDE + lane for lane in range(SIDE)]
-            for i in range(SIDE):
-                if not i & span:
-                    pair = rows[i], rows[i + span]
-                    rows[i], rows[i + span] = (
-                        builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, SIDE), mask))
-                        for mask in (upper, lower)
-                    )
-            span *= 2
-        for row, place in zip(rows, vectors(3), strict=True):
+        for row, place in zip(turned(builder, rows), vectors(3), strict=True):
             old = builder.select(args[6], builder.load(place, align=FLOAT_BYTES), ir.Constant(vector, [0.0] * SIDE))
             builder.store(builder.fadd(row, old), place, align=FLOAT_BYTES)
         return context.get_dummy_value()

@@ -40,6 +40,10 @@ class _Axis(NamedTuple):
         before, beyond = max(0, -min(reach)), max(0, max(reach) - inside + 1)
         return cls(max(inside + max(before, beyond), most), before, beyond, stride)
 
+    def part(self, first: int, size: int) -> tuple[int, int, int]:
+        """Which positions a grid has: the first one, the stride, how many."""
+        return first, self.stride, -(-(size - first) // self.stride)
+
 
 class _Layer:
     """How one convolution, or its input gradient (a convolution of dy, `adjoint`), lies in cells and tiles.
@@ -99,10 +103,24 @@ class _Layer:
         pitch = -(-together * of_image // amx.CHUNK) * amx.CHUNK
         self.groups = -(-images // together)
         self.group_cells = self.groups * pitch
+        self.layout = np.array([images, rows.cells, columns.cells, together, pitch], np.int64)
+        self.sub_grids = np.array(
+            [
+                (*rows.part(y, in_height), *columns.part(x, in_width))
+                for y in range(rows.stride)
+                for x in range(columns.stride)
+            ], np.int64,
+        )  # fmt: skip
+        # Of the weights' gradient: the first pair that a tap sees, of the copy for even or for odd cells.
+        at, column_pairs = self.taps[:, 0] % total, -(-(self.edge + self.group_cells + 2) // 2)
+        self.copies = 1 + int((at % 2).any())
+        rows_of_pairs = (self.taps[:, 0] // total * self.copies + at % 2) * -(-c // amx.SIDE)
+        self.seen = np.stack([rows_of_pairs * column_pairs + at // 2, self.taps[:, 1]], axis=1)
+        self.pair_sizes = np.array([in_height, in_width, c, head, self.copies, column_pairs], np.int64)
         self.grid = np.array(
             [
                 images, in_height, in_width, c, wide, rows.cells, columns.cells, rows.stride, columns.stride, head,
-                total, together, pitch,
+                total,
             ], np.int64,
         )  # fmt: skip
         # Of the products of two tiles each of cells and channels, for a cell, and for a group's cells.
@@ -162,31 +180,28 @@ def weights(be: Scripted, geometry: Conv, shape: tuple[int, ...], k: int, arrays
     layer, (x, dy, dw) = _layer(geometry, shape, k, False), arrays
     if not layer.images:
         return [[(conv.clear, (dw,), dw.size, 1.0)]]
-    c, columns = layer.channels[0], -(-k // amx.SIDE)
+    c, phases, chunks = layer.channels[0], len(layer.pairs), layer.group_cells // amx.CHUNK
+    columns, parts, half = -(-c // amx.SIDE), -(-k // amx.BLOCK), int(layer.pair_sizes[-1])
     # A multiple of 64 bytes, and an odd one: lines that are a power of two apart would meet in the cache.
-    distance = -(-(layer.group_cells + layer.edge) // amx.DEEP) * amx.DEEP
-    distance += amx.DEEP * (distance // amx.DEEP % 2 == 0)
-    lines = be._scratch("lines", layer.grids * layer.wide * distance // 2).view(np.uint16)
-    pairs = be._scratch("pairs", len(layer.pairs) * columns * layer.group_cells // 2 * amx.SIDE).view(np.uint32)
+    distance = layer.group_cells + amx.DEEP * (layer.group_cells // amx.DEEP % 2 == 0)
+    lines = be._scratch("lines", phases * parts * amx.SIDE * distance).view(np.uint16)
+    pairs = be._scratch("pairs", layer.grids * layer.copies * columns * half * amx.SIDE)
     whole = layer.groups == 1 and [*map(tuple, layer.collected)] == [(i, i) for i in range(dw.size // (c * k))]
     sums = dw if whole else be._scratch("sums", layer.groups * layer.blocks * c * k)
     turned = (
-        layer.grid, x, lines, distance, be._each("block", amx.CHUNK * c), be._each("turned", amx.CHUNK * c),
+        layer.layout, layer.shape, layer.pairs, dy, lines, distance, be._each("places", 2 * amx.SIDE, dtype=np.int64),
     )  # fmt: skip
-    chunks = layer.group_cells // amx.CHUNK
-    of_pairs = layer.grid, layer.shape, layer.pairs, dy, pairs
-    items = layer.groups * (layer.wide // amx.BLOCK) * -(-columns // 2)
+    items = layer.groups * parts * -(-columns // 2)
     arguments = (
-        layer.grid, layer.pairs, layer.taps, layer.blocks, k, lines, distance, pairs, sums,
+        layer.layout, layer.pairs, layer.seen, layer.blocks, np.array([c, k, distance, half]), lines, pairs, sums,
         be._each("held", layer.blocks * 4 * amx.SIDE * amx.SIDE),
     )  # fmt: skip
-    work = layer.work * layer.group_cells / items
     found: Phases = [
         [
-            (amx.turned_range, turned, chunks + 1, float(2 * LIGHT_WORK * layer.grids * c * amx.CHUNK)),
-            (amx.pairs_range, of_pairs, layer.group_cells // 2, float(2 * LIGHT_WORK * len(layer.pairs) * k)),
+            (amx.turned_range, turned, chunks, float(LIGHT_WORK * phases * k * amx.CHUNK)),
+            (amx.pairs_range, (layer.layout, layer.pair_sizes, layer.sub_grids, x, pairs), half, 2.0 * LIGHT_WORK * c),
         ],
-        [(amx.weights_range, arguments, items, work)],
+        [(amx.weights_range, arguments, items, layer.work * layer.group_cells / items)],
     ]
     if not whole:
         collect = layer.collected, sums, layer.groups, dw, c * k
