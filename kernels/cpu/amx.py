@@ -123,10 +123,12 @@ upper_left, upper_right, lower_left, lower_right = (
 
 
 class _Lanes:
-    """Vectors of 16 values at addresses, of which the first `used` lanes are read and written."""
+    """Vectors of 16 values at addresses, of which the first `used` lanes, or all, are read and written."""
 
-    def __init__(self, builder, used):
-        self.builder, index = builder, ir.VectorType(I64, LANES)
+    def __init__(self, builder, used=None):
+        self.builder, index, self.mask = builder, ir.VectorType(I64, LANES), None
+        if used is None:
+            return
         first = builder.insert_element(ir.Constant(index, ir.Undefined), used, ir.Constant(I32, 0))
         every = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
         self.mask = builder.icmp_signed("<", ir.Constant(index, list(range(LANES))), every)
@@ -140,13 +142,17 @@ class _Lanes:
 
     def load(self, address):
         place, size = self._place(address, F32), ir.Constant(I32, 4)
+        if self.mask is None:
+            return self.builder.load(place, align=4)
         zero = ir.Constant(ir.VectorType(F32, LANES), [0.0] * LANES)
         return self._call(f"llvm.masked.load.v{LANES}f32.p0", zero.type, place, size, self.mask, zero)
 
     def store(self, value, address):
         name, size = {F32: "f32", I16: "i16"}[value.type.element], ir.Constant(I32, 2)
         place = self._place(address, value.type.element)
-        self._call(f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), value, place, size, self.mask)
+        if self.mask is None:
+            return self.builder.store(value, place, align=2)
+        return self._call(f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), value, place, size, self.mask)
 
     def number(self, value):
         return ir.Constant(ir.VectorType(I32, LANES), [value] * LANES)
@@ -160,13 +166,26 @@ class _Lanes:
         return builder.select(builder.fcmp_ordered("==", value, value), near, self.number(0x7FC0))
 
 
+def _for_lanes(builder, used, body):
+    """Emit `body` for whole vectors and for others."""
+    with builder.if_else(builder.icmp_signed(">=", used, I64(LANES))) as (whole, some):
+        with whole:
+            body(_Lanes(builder))
+        with some:
+            body(_Lanes(builder, used))
+
+
 @intrinsic
 def _round(typingctx, to, source, used):
     """At most 16 values from an address on, rounded to bf16 at another."""
 
     def emit(context, builder, signature, args):
-        lanes = _Lanes(builder, args[2])
-        lanes.store(builder.trunc(lanes.rounded(lanes.load(args[1])), ir.VectorType(I16, LANES)), args[0])
+        to, source, used = args
+
+        def body(lanes):
+            lanes.store(builder.trunc(lanes.rounded(lanes.load(source)), ir.VectorType(I16, LANES)), to)
+
+        _for_lanes(builder, used, body)
         return context.get_dummy_value()
 
     i = types.int64
@@ -217,12 +236,14 @@ def _sum_of(count):
     """Make an intrinsic that writes the sums of so many rows of at most 16 values."""
 
     def emit(context, builder, signature, args):
-        lanes = _Lanes(builder, args[1])
-        values = [lanes.load(address) for address in args[2:]]
-        total = values[-1]
-        for value in reversed(values[:-1]):
-            total = builder.fadd(value, total)
-        lanes.store(total, args[0])
+        def body(lanes):
+            values = [lanes.load(address) for address in args[2:]]
+            total = values[-1]
+            for value in reversed(values[:-1]):
+                total = builder.fadd(value, total)
+            lanes.store(total, args[0])
+
+        _for_lanes(builder, args[1], body)
         return context.get_dummy_value()
 
     i = types.int64
@@ -372,8 +393,9 @@ def conv_range(
                 store_3(sums_at + (2 * SIDE + 1) * ROW_BYTES, 2 * ROW_BYTES)
                 own, inside = cell // of_image, cell % of_image
                 row, i = inside // grid_columns, inside % grid_columns
-                values = sums_at
-                for _ in range(min(BLOCK, end - cell)):
+                values, left = sums_at, min(BLOCK, end - cell)
+                while left > 0:
+                    run = min(left, grid_columns - i)
                     if row < rows and i < valid:
                         if own != image:
                             image = own
@@ -383,19 +405,20 @@ def conv_range(
                                 for j in range(n):
                                     base[j] += shift[image * k + at + j]
                         to = ((own * height + first_row + row * step_row) * width + first_column + i * step_column) * k
-                        there = FLOAT * (to + at)
-                        if adding:
-                            _add_three(y_at + there, n, values, base_at, added_at + there)
-                        else:
-                            _add_two(y_at + there, n, values, base_at)
-                        if both:
-                            there, right, more = there + ROW_BYTES, values + ROW_BYTES, n - LANES
+                        there, apart, right = FLOAT * (to + at), FLOAT * step_column * k, base_at + ROW_BYTES
+                        for r in range(min(run, valid - i)):
+                            one = values + 2 * r * ROW_BYTES
                             if adding:
-                                _add_three(y_at + there, more, right, base_at + ROW_BYTES, added_at + there)
+                                _add_three(y_at + there, n, one, base_at, added_at + there)
+                                if both:
+                                    two = there + ROW_BYTES
+                                    _add_three(y_at + two, n - LANES, one + ROW_BYTES, right, added_at + two)
                             else:
-                                _add_two(y_at + there, more, right, base_at + ROW_BYTES)
-                    values += 2 * ROW_BYTES
-                    i += 1
+                                _add_two(y_at + there, n, one, base_at)
+                                if both:
+                                    _add_two(y_at + there + ROW_BYTES, n - LANES, one + ROW_BYTES, right)
+                            there += apart
+                    left, values, i = left - run, values + 2 * run * ROW_BYTES, i + run
                     if i == grid_columns:
                         i, row = 0, row + 1
                         if row == grid_rows:
