@@ -8,6 +8,7 @@ sample's values in an order of additions that its layer alone decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from fastdiff.backends.cpu import conv_amx
 from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
 from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
-from fastdiff.backends.layers import Conv
+from fastdiff.backends.layers import Conv, ConvShapes, Prepared
+from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.kernels.cpu import conv as kernels
 from fastdiff.kernels.cpu import linear, winograd, winograd_rows
 from fastdiff.kernels.cpu.conv import COLUMNS, LENGTH, ROWS, TAPS
@@ -141,6 +143,11 @@ class ConvOperations(Scripted):
     """Convolutions of `LayerBackend`."""
 
     precision = "float32"
+
+    def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
+        if self.precision != "bf16" or not convs:
+            return AsTheyAre()
+        return conv_amx.TiledWeights(self, convs, backward)
 
     def conv(
         self,

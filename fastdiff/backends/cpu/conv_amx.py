@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
-from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
-from fastdiff.backends.layers import Conv
+from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted
+from fastdiff.backends.layers import Conv, ConvShapes
 from fastdiff.kernels.cpu import amx, conv
 
 GROUP_BYTES, MOST_GROUPS, GROUP_CELLS = 1 << 20, 8, 512  # of a weight gradient: all its sums; groups; cells of one
@@ -98,6 +99,8 @@ class _Layer:
         self.grids, self.wide, self.total, self.adjoint = rows.stride * columns.stride, wide, total, adjoint
         self.images, self.channels, self.cells = images, (c, k), images * of_image
         self.shape, self.rows = np.array([height, width, k], np.int64), images * rows.cells
+        self.columns = -(-k // amx.SIDE)
+        self.tiles = self.columns * self.blocks * (wide // amx.DEEP) * amx.TILE // 2
         groups = max(1, min(images, MOST_GROUPS, GROUP_BYTES // max(4 * self.blocks * c * k, 1)))
         together = max(1, -(-images // groups), -(-GROUP_CELLS // max(of_image, 1)))
         pitch = -(-together * of_image // amx.CHUNK) * amx.CHUNK
@@ -130,6 +133,31 @@ class _Layer:
 _layer = lru_cache(maxsize=1024)(_Layer)
 
 
+class TiledWeights:
+    """Weights of convolutions in tiles, in memory of its own: see `Prepared`."""
+
+    def __init__(self, be: Scripted, convs: Sequence[ConvShapes], backward: bool) -> None:
+        adjoints = (False, True)[: 1 + backward]
+        self._be = be
+        self._layers = [[_layer(geometry, x, out[3], adjoint) for adjoint in adjoints] for geometry, x, out in convs]
+        self._forms = [[np.empty(layer.tiles, np.uint32) for layer in layers] for layers in self._layers]
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        be, jobs = self._be, []
+        for layers, forms, w in zip(self._layers, self._forms, weights, strict=True):
+            jobs += [_tiling(be, layer, w.reshape(-1), tiles) for layer, tiles in zip(layers, forms, strict=True)]
+        with be._workers.lock:
+            be._do(jobs)
+        return [[forms[0], forms[-1]] for forms in self._forms]
+
+
+def _tiling(be: Scripted, layer: _Layer, w: Array, tiles: Array) -> Job:
+    """What puts weights into tiles."""
+    c, k = layer.channels
+    arguments = layer.firsts, layer.sources, w, tiles, c, k, layer.adjoint, be._each("block", amx.TILE)
+    return amx.weights_tiles_range, arguments, layer.columns, float(LIGHT_WORK * len(layer.sources) * c * amx.SIDE)
+
+
 def convolve(
     be: Scripted,
     geometry: Conv,
@@ -139,31 +167,29 @@ def convolve(
     arrays: tuple[Array, Array, Array],
     begin: tuple[Any, ...],
 ) -> Phases:
-    """The phases of a convolution, or of an input gradient: of flat x, w and y; `begin` as of `amx.conv_range`."""
+    """The phases of a convolution, or of an input gradient: of flat x, w and y; `begin` as of `amx.conv_range`.
+
+    w may be in tiles, as of `TiledWeights`.
+    """
     layer, (x, w, y) = _layer(geometry, shape, k, adjoint), arrays
     if not layer.images:
         return []
-    c, k = layer.channels
-    columns = -(-k // amx.SIDE)
+    k = layer.channels[1]
     cells = be._scratch("cells", layer.grids * layer.total * layer.wide // 2).view(np.uint16)
-    size = columns * layer.blocks * (layer.wide // amx.DEEP) * amx.TILE // 2
-    tiles = be._scratch("tiles", size).view(np.uint32)
     of_row = float(LIGHT_WORK * layer.grids * layer.wide * layer.cells / layer.rows)
-    weights = layer.firsts, layer.sources, w, tiles, c, k, layer.adjoint, be._each("block", amx.TILE)
-    per, share = _cut(be.threads, layer.cells * len(layer.pairs), columns)
-    items = len(layer.pairs) * -(-layer.cells // per) * -(-columns // share)
+    before: list[Job] = [(amx.grid_range, (layer.grid, x, cells), layer.rows + 1, of_row)]
+    if w.dtype != np.uint32:
+        tiles = be._scratch("tiles", layer.tiles).view(np.uint32)
+        before.append(_tiling(be, layer, w, tiles))
+        w = tiles
+    per, share = _cut(be.threads, layer.cells * len(layer.pairs), layer.columns)
+    items = len(layer.pairs) * -(-layer.cells // per) * -(-layer.columns // share)
     arguments = (
-        per, share, layer.grid, layer.pairs, layer.taps, layer.blocks, cells, tiles, y, layer.shape, *begin,
+        per, share, layer.grid, layer.pairs, layer.taps, layer.blocks, cells, w, y, layer.shape, *begin,
         be._each("sums", amx.BLOCK * amx.BLOCK), be._each("base", amx.BLOCK),
     )  # fmt: skip
     work = (layer.work + LIGHT_WORK * k * len(layer.pairs)) * layer.cells / items
-    return [
-        [
-            (amx.grid_range, (layer.grid, x, cells), layer.rows + 1, of_row),
-            (amx.weights_tiles_range, weights, columns, float(LIGHT_WORK * len(layer.sources) * c * amx.SIDE)),
-        ],
-        [(amx.conv_range, arguments, items, work)],
-    ]
+    return [before, [(amx.conv_range, arguments, items, work)]]
 
 
 def _cut(threads: int, cells: int, columns: int) -> tuple[int, int]:
