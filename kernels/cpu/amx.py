@@ -1,8 +1,4 @@
-"""Convolutions of bf16 values by the matrix unit of a CPU (AMX): sums of products in float32, 16 x 16 at once.
-
-A *tile* is a register of 16 rows of 64 bytes. One instruction adds the product of a tile of 16 x 32 values and one of
-32 x 16, whose rows lie in pairs, value by value (rows 2i and 2i + 1 side by side), to a tile of 16 x 16 float32 sums.
-Sums of 32 x 32 are held in four tiles, so that two tiles of each factor make four products.
+"""Convolutions of bf16 values by the matrix unit of a CPU: sums of products in float32, 32 x 32 at once.
 
 **A grid.** All pixels of a batch, rounded to bf16, lie one after another as *cells*, the channels of each filled up
 with zeros to whole tiles, with cells of zeros after every row and rows of zeros after every image, as many as taps
@@ -16,26 +12,46 @@ the cells, in order. So they depend on neither batch nor threads, nor on how wor
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import sys
-from functools import cache
-
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
 
 from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.tiles import (
+    DEEP,
+    ROW_BYTES,
+    SIDE,
+    TILE_BYTES,
+    clear_0,
+    clear_1,
+    clear_2,
+    clear_3,
+    load_0,
+    load_1,
+    load_2,
+    load_3,
+    load_left,
+    load_lower,
+    load_right,
+    load_upper,
+    lower_left,
+    lower_right,
+    store_0,
+    store_1,
+    store_2,
+    store_3,
+    tiles_begin,
+    tiles_end,
+    upper_left,
+    upper_right,
+)  # fmt: skip
 from fastdiff.kernels.cpu.transpose import transpose_part, turned
 
-SIDE, DEEP = 16, 32  # rows, and columns of sums, of a tile; bf16 values of a row of one
 HALF_SIDE = SIDE // 2
 BLOCK = 2 * SIDE  # rows and columns of the sums that are held at once
 TILE = SIDE * DEEP  # bf16 values of a tile
-TILE_BYTES, ROW_BYTES = 1024, 64
 CHUNK = 64  # cells that a thread turns at once
 CELLS = 2048  # cells that all taps of a weight gradient read before the next ones: they stay in the cache
 ZERO = np.float32(0)
@@ -44,82 +60,8 @@ ZERO = np.float32(0)
 FIRST_ROW, STEP_ROW, ROWS, FIRST_COLUMN, STEP_COLUMN, COLUMNS, FIRST_TAP, END_TAP = range(8)
 AT, WEIGHT = range(2)  # of a tap: the cell, of all grids, that cell 0 sees through it; its block of weights
 
-I8, I16, I32, I64, F32 = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType()
+I16, I32, I64, F32 = *map(ir.IntType, (16, 32, 64)), ir.FloatType()
 LANES, FLOAT, HALF = 16, 4, 2  # of a vector; bytes of a float32 and of a bf16
-POINTER = I8.as_pointer()
-PERMIT, TILES_STATE, NUMBER = 0x1023, 18, {"x86_64": 158}  # ARCH_REQ_XCOMP_PERM; XTILEDATA; of arch_prctl
-
-
-@cache
-def why_not() -> str:
-    """Why this process cannot use tiles; empty where it can. Linux gives them to a process that asks, once."""
-    if not sys.platform.startswith("linux") or platform.machine() not in NUMBER:
-        return f"AMX is used on Linux on x86-64 only, not on {sys.platform} on {platform.machine()}"
-    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-    if not {"+amx-tile", "+amx-bf16", "+avx512f"} <= features:
-        return "this CPU, or the one that Numba compiles for, has no AMX (Intel's since Sapphire Rapids have)"
-    if ctypes.CDLL(None).syscall(NUMBER[platform.machine()], PERMIT, TILES_STATE):
-        return "the system does not let this process use AMX (Linux does since 5.16)"
-    return ""
-
-
-def _tile_instruction(name, tiles, addresses):
-    """Make an intrinsic for an instruction of certain tiles, with an address and a distance of rows or without."""
-    count = 2 * addresses
-
-    def emit(context, builder, signature, args):
-        values = [ir.Constant(I8, tile) for tile in tiles]
-        if args:
-            values += [builder.inttoptr(args[0], POINTER), *args[1:]]
-        function = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-        builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), values)
-        return context.get_dummy_value()
-
-    if count:
-
-        @intrinsic
-        def instruction(typingctx, address, distance):
-            return types.void(types.int64, types.int64), emit
-
-    else:
-
-        @intrinsic
-        def instruction(typingctx):
-            return types.void(), emit
-
-    return instruction
-
-
-@intrinsic
-def tiles_begin(typingctx):
-    """Let the thread's tiles have 16 rows of 64 bytes."""
-    plan = bytearray(64)
-    plan[0] = 1
-    for tile in range(8):
-        plan[16 + 2 * tile], plan[48 + tile] = ROW_BYTES, SIDE
-
-    def emit(context, builder, signature, args):
-        place = cgutils.global_constant(builder.module, "fastdiff_tiles", cgutils.make_bytearray(bytes(plan)))
-        function = ir.FunctionType(ir.VoidType(), [POINTER])
-        load = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.ldtilecfg")
-        builder.call(load, [builder.bitcast(place, POINTER)])
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-tiles_end = _tile_instruction("tilerelease", (), 0)
-# Tiles 0 to 3 hold sums, of upper and lower rows and left and right columns; 4 and 5 the rows, 6 and 7 the columns.
-clear_0, clear_1, clear_2, clear_3 = (_tile_instruction("tilezero", (tile,), 0) for tile in range(4))
-load_0, load_1, load_2, load_3, load_upper, load_lower, load_left, load_right = (
-    _tile_instruction("tileloadd64", (tile,), 1) for tile in range(8)
-)
-store_0, store_1, store_2, store_3 = (_tile_instruction("tilestored64", (tile,), 1) for tile in range(4))
-upper_left, upper_right, lower_left, lower_right = (
-    _tile_instruction("tdpbf16ps", (2 * row + column, 4 + row, 6 + column), 0)
-    for row in range(2)
-    for column in range(2)
-)
 
 
 class _Lanes:

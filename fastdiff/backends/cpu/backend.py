@@ -17,7 +17,7 @@ from fastdiff.backends.cpu.mlp import MLPOperations
 from fastdiff.backends.cpu.optim import OptimOperations
 from fastdiff.backends.numpy.host import HostBackend
 from fastdiff.errors import BackendError
-from fastdiff.kernels.cpu import amx
+from fastdiff.kernels.cpu import tiles
 
 Array = npt.NDArray[Any]
 
@@ -86,7 +86,7 @@ class CpuBackend(CovarianceOperations, LayerOperations, MLPOperations, OptimOper
     repeats_resize = False
 
     def __init__(self, threads: int | None = None, precision: str = "float32") -> None:
-        if precision == "bf16" and (why := amx.why_not()):
+        if precision == "bf16" and (why := tiles.why_not()):
             raise BackendError(f"precision 'bf16' on a CPU: {why}; 'float32' runs everywhere")
         cores = usable_cores()
         if threads is not None and threads > cores:

@@ -162,7 +162,7 @@ class ConvOperations(Scripted):
     ) -> None:
         extra = (NOTHING if array is None else array.reshape(-1) for array in (shift, residual))
         with self._workers.lock:
-            self._do(*self._convolve(geometry, x.shape, out.shape[3], False, (x, w, out), (True, b, *extra)))
+            self._do(*self._phases_of(geometry, x.shape, out.shape[3], False, (x, w, out), (True, b, *extra)))
 
     def conv_backward(
         self,
@@ -198,10 +198,10 @@ class ConvOperations(Scripted):
                     several.insert(0, weights(product, flat_x, flat_dy, dw.reshape(-1)))
             if dx is not None:
                 begin = (not add, NOTHING, NOTHING, NOTHING)
-                several.append(self._convolve(geometry, x.shape, k, True, (dy, w, dx), begin))
+                several.append(self._phases_of(geometry, x.shape, k, True, (dy, w, dx), begin))
             self._do(*map(list, map(chain.from_iterable, zip_longest(*several, fillvalue=()))))
 
-    def _convolve(
+    def _phases_of(
         self,
         geometry: Conv,
         shape: tuple[int, ...],
@@ -210,14 +210,17 @@ class ConvOperations(Scripted):
         arrays: tuple[Array, Array, Array],
         begin: tuple[Any, ...],
     ) -> Phases:
-        """The phases of a convolution, or of an input gradient: one of dy.
-
-        `arrays` are x, w and y; `begin` says what y starts as: whether anew, bias, shift, residual.
-        """
+        """The phases of a convolution of x by w to y, or of an input gradient: one of dy."""
         x, w, y = (array.reshape(-1) for array in arrays)
         if self.precision == "bf16":
             return conv_amx.convolve(self, geometry, shape, k, adjoint, (x, w, y), begin)
-        product = _product(geometry, shape, k, adjoint)
+        return self._convolve(_product(geometry, shape, k, adjoint), x, w, y, begin)
+
+    def _convolve(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
+        """The same in float32.
+
+        Arrays are flat; `begin` says what y starts as: whether anew, bias, shift, residual.
+        """
         if product.linear:
             return self._by_blocks(product, x, w, y, begin)
         if product.by_rows:
