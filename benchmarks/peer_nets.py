@@ -102,6 +102,18 @@ class Pictures(nn.Module):
         return self.unet(x.contiguous(memory_format=torch.channels_last), t).sample
 
 
+class Halves(nn.Module):
+    """A network that multiplies bf16 values, where autocast lets it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x, t).float()
+
+
 def channels_first(series: Any) -> Tensor:
     """Return our series (n, points, channels) as PyTorch takes them."""
     return tensor(series).transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""The U-Net of diffusers in OpenVINO: its graph is taken from PyTorch once, and compiled for one batch in float32."""
+"""The U-Net of diffusers in OpenVINO: its graph is taken from PyTorch once, and compiled for one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peer_nets import torch
 
 
 def forward_side(
-    workload: Any, inputs: Any, folder: Path, threads: int
+    workload: Any, inputs: Any, folder: Path, threads: int, halves: bool
 ) -> tuple[dict[str, Any], list[Callable[[], Any]]]:
     """Return the example's output, and what computes the whole batch's."""
     net = peer_nets.Pictures(folder / "unet").train(False)
@@ -23,7 +23,8 @@ def forward_side(
         with torch.no_grad():
             graph = ov.convert_model(net, example_input=given, input=[tuple(each.shape) for each in given])
         options = {
-            "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if halves else "f32", "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
         }  # fmt: skip
         request = ov.compile_model(graph, "CPU", options).create_infer_request()
         arrays = [each.numpy() for each in given]

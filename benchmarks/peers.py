@@ -42,6 +42,7 @@ from workloads import OF_PEERS
 
 from fastdiff.bench.networks import joined
 from fastdiff.bench.workload import Run, Workload
+from fastdiff.kernels.cpu.tiles import why_not
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,12 @@ VARIANTS = {
     "": "{}", "fused": "{}", "compiled": "torch.compile, {}", "numpy": "NumPy broadcasting",
     "looped": "{}, draw by draw", "jax": "JAX, jit of the whole",
     "openvino": "OpenVINO, float32, diffusers UNet2DModel",
+    "openvino-bf16": "OpenVINO, bf16, diffusers UNet2DModel", "bf16": "bf16 autocast, {}",
 }  # fmt: skip
-LIBRARIES = {"jax": ("jax",), "openvino": ("diffusers.models", "openvino")}  # of variants: more than PyTorch
+OPENVINO = ("diffusers.models", "openvino")
+LIBRARIES = {"jax": ("jax",), "openvino": OPENVINO, "openvino-bf16": OPENVINO}  # of variants: more than PyTorch
+HALVES = ("bf16", "openvino-bf16")  # variants in which both sides multiply bf16 values
+PARITY_HALVES = 0.05  # of their results: bf16 has 8 bits, and a network is deep
 COMPARISONS = (
     Comparison("normals-48x1000000", 5.0),
     Comparison("normals-960000x50", 5.0),
@@ -115,6 +120,11 @@ COMPARISONS = (
     Comparison("unet-forward-1", 1.5, "openvino"),
     Comparison("unet-forward-16", 2.0, "openvino"),
     Comparison("unet-forward-64", 1.7, "openvino"),
+    Comparison("unet-forward-1", 1.2, "openvino-bf16"),
+    Comparison("unet-forward-16", 1.2, "openvino-bf16"),
+    Comparison("unet-forward-64", 1.2, "openvino-bf16"),
+    Comparison("unet-train-ema-16", 1.8, "bf16"),
+    Comparison("unet-ddim-16", variant="bf16"),
     Comparison("unet-train-64px-4"),
     Comparison("unet-forward-64px-4"),
     Comparison("unet-train-wide-16"),
@@ -142,11 +152,16 @@ class PeersError(Exception):
 # -- the workers -----------------------------------------------------------------------------------------------
 
 
-def our_worker(workload: Workload, folder: Path, threads: int) -> tuple[list[Run], int]:
-    """Compute the example, leave it in the folder; return what is to be timed, by part, and the units of a run."""
+def our_backend(threads: int, variant: str) -> Any:
+    """Return the backend of a variant's comparison."""
     import fastdiff as fd
 
-    be = fd.get_backend("cpu", threads=threads)
+    return fd.get_backend("cpu", threads=threads, precision="bf16" if variant in HALVES else "float32")
+
+
+def our_worker(workload: Workload, folder: Path, threads: int, variant: str) -> tuple[list[Run], int]:
+    """Compute the example, leave it in the folder; return what is to be timed, by part, and the units of a run."""
+    be = our_backend(threads, variant)
     inputs, outputs = workload.peer_example.compare(be, folder)
     np.savez(folder / "inputs.npz", **inputs)
     np.savez(folder / "ours.npz", **outputs)
@@ -167,10 +182,10 @@ def peer_worker(workload: Workload, folder: Path, threads: int, variant: str) ->
         import peer_jax
 
         outputs, runs = peer_jax.SIDES[type(workload).__name__](workload, inputs)
-    elif variant == "openvino":
+    elif variant.startswith("openvino"):
         import peer_openvino
 
-        outputs, runs = peer_openvino.forward_side(workload, inputs, folder, threads)
+        outputs, runs = peer_openvino.forward_side(workload, inputs, folder, threads, variant in HALVES)
     else:
         import peer_nets
 
@@ -192,11 +207,9 @@ def serve(side: str, workload: Workload, folder: Path, threads: int, variant: st
         answers.flush()
 
     if side == "ours":
-        import fastdiff
-
-        fastdiff.get_backend("cpu", threads=threads)
+        our_backend(threads, variant)
         before = resident("VmRSS")
-        runs, units = our_worker(workload, folder, threads)
+        runs, units = our_worker(workload, folder, threads, variant)
     else:
         for library in LIBRARIES.get(variant, ("torch", "diffusers.models")):
             importlib.import_module(library)
@@ -297,7 +310,7 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(names, str(threads))}
 
 
-def check_parity(workload: Workload, folder: Path) -> dict[str, dict[str, float]]:
+def check_parity(workload: Workload, folder: Path, variant: str = "") -> dict[str, dict[str, float]]:
     """Compare the two results of the example; return what they differ by, or raise `PeersError`."""
     loaded = [np.load(folder / name) for name in ("inputs.npz", "ours.npz", "peer.npz")]
     inputs, ours, theirs = ({key: file[key] for key in file.files} for file in loaded)
@@ -316,7 +329,7 @@ def check_parity(workload: Workload, folder: Path) -> dict[str, dict[str, float]
             error = np.linalg.norm(value - other) / np.linalg.norm(other - joined(inputs))
         else:
             error = np.abs(value - other).max() / np.abs(other).max()
-        tolerance = workload.parity[name.partition("/")[0]]
+        tolerance = PARITY_HALVES if variant in HALVES else workload.parity[name.partition("/")[0]]
         parity[name] = {"difference": float(error), "tolerance": tolerance}
         if not error <= tolerance:  # NaN fails
             raise PeersError(f"parity of {name} in {workload.name}: differs by {error:.3g}, allowed {tolerance:g}")
@@ -358,7 +371,7 @@ def compare(comparison: Comparison, *, scale: float, rounds: int, turn: float, p
         for side in SIDES:
             workers.append(Worker(side, comparison, scale, folder, threads))
             stack.callback(workers[-1].close)
-        parity = check_parity(workload, folder)
+        parity = check_parity(workload, folder, comparison.variant)
         how = {"rounds": rounds, "turn": min(turn, SHAPE_TURN) if len(parts) > 1 else turn, "pause": pause}
         turns = [alternate(workers, part, others, **how) for part in range(len(parts))]
     done = [Sides(*(sum(getattr(one, side) for one in each) for side in SIDES)) for each in zip(*turns, strict=False)]
@@ -447,9 +460,12 @@ def main() -> int:
     if not chosen:
         parser.error(f"no such workload; there are {', '.join(c.name for c in COMPARISONS)}")
     for variant in {each.variant for each in chosen} & LIBRARIES.keys():
-        if importlib.util.find_spec(variant) is None:
-            print(f"rows of {variant} are left out: pip install {variant}", file=sys.stderr)
+        if importlib.util.find_spec(LIBRARIES[variant][-1]) is None:
+            print(f"rows of {variant} are left out: pip install {LIBRARIES[variant][-1]}", file=sys.stderr)
             chosen = [each for each in chosen if each.variant != variant]
+    if (why := why_not()) and any(each.variant in HALVES for each in chosen):
+        print(f"rows of bf16 are left out: {why}", file=sys.stderr)
+        chosen = [each for each in chosen if each.variant not in HALVES]
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     if not chosen:
@@ -459,7 +475,7 @@ def main() -> int:
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds
     how = {"scale": 0.001, "turn": 0.01, "pause": 0.01} if args.quick else {"scale": 1.0, "turn": TURN, "pause": PAUSE}
-    libraries = sorted({each.variant for each in chosen} & LIBRARIES.keys())
+    libraries = sorted({LIBRARIES[each.variant][-1] for each in chosen if each.variant in LIBRARIES})
     head = replace(header(args.threads, "torch", "diffusers", *libraries), scale=how["scale"])
     report, begin = PeersReport(head, []), time.perf_counter()
     for comparison in chosen:

@@ -421,6 +421,8 @@ class Pictures(Network):
     def peer_network(self, nets: Any, folder: Path, variant: str, training: bool = False) -> Any:
         """Return the network that `compare` has left in the folder."""
         net = nets.Pictures(folder / "unet").train(training)
+        if variant == "bf16":
+            return nets.Halves(net)
         if variant != "compiled":
             return net
         return nets.torch.compile(nets.expand_upsampling(net) if training else net, dynamic=False)
