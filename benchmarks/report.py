@@ -681,7 +681,8 @@ class Answered(NamedTuple):
     """Series with values hidden: what was found of draws by a model and by a Gaussian, and the ratio of their CRPS.
 
     `missed` names bands that are off, where the law of the data is known. `seconds` of CPU time are those of the
-    longest training, and `spread` is what the models learned of their draws.
+    longest training, `spread` is what the models learned of their draws, and
+    `series` how many unseen ones each seed has.
     """
 
     data: str
@@ -693,6 +694,7 @@ class Answered(NamedTuple):
     missed: list[str]
     seconds: float
     spread: float
+    series: int
 
     @property
     def met(self) -> bool:
@@ -710,7 +712,7 @@ class Answered(NamedTuple):
         target += "".join(f", {band}{MISSED}" for band in self.missed)
         ours = f"{', '.join(bands[0])} (± {errors:.1%})"
         return [
-            self.data,
+            f"{self.data} ({self.series})",
             self.hidden,
             *crps,
             f"**{self.ratio}**",
@@ -726,7 +728,6 @@ class SeriesReport(Report):
     """Imputation and forecasts of series, beside a Gaussian's."""
 
     draws: int
-    unseen: int
     seeds: int
     seconds: float
     rows: list[Answered]
@@ -734,13 +735,13 @@ class SeriesReport(Report):
     def lines(self) -> list[str]:
         bands = " / ".join(what.removeprefix("in ") for what in self.rows[0].ours if what != "CRPS")
         head = [
-            "data", "hidden", "CRPS", "the Gaussian's", "ratio", "target", f"in bands of {bands}",
+            "data (unseen series of a seed)", "hidden", "CRPS", "the Gaussian's", "ratio", "target", f"in bands of {bands}",
             "the Gaussian's bands", "spread",
         ]  # fmt: skip
         longest = max(row.seconds for row in self.rows)
         slow = "" if longest <= self.seconds else MISSED
         return [
-            f"{self.header.line()} {self.seeds} seeds, {self.unseen} unseen series each, {self.draws} draws; ratio: "
+            f"{self.header.line()} {self.seeds} seeds, {self.draws} draws; ratio: "
             "mean of the paired ratios and its standard error; of AR(1) the Gaussian is the exact conditional, and a "
             "band misses where it is off by more than three standard errors (the largest in brackets). The longest "
             f"training took {longest:.0f} s of CPU time, target at most {self.seconds:g} s{slow}.",

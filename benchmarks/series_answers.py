@@ -37,7 +37,7 @@ NAME, IN_PARTS = "series-cpu", ("data", "output", "only")  # of the results; opt
 
 
 class Data(NamedTuple):
-    """A data set: series of points x channels, how many train, and how many points a forecast has.
+    """A data set: series of points x channels, how many train and are answered, and how many points a forecast has.
 
     `targets` are bounds of the CRPS through the Gaussian's, in the order of `HIDDEN`.
     """
@@ -45,14 +45,15 @@ class Data(NamedTuple):
     points: int
     channels: int
     training: int
+    unseen: int
     end: int
     targets: tuple[float, ...]
 
 
 SETS = {
-    "ItalyPowerDemand": Data(24, 1, 67, 8, (0.9, 0.9, 1.0, 1.0)),
-    "JapaneseVowels_eq": Data(25, 12, 270, 6, (0.9, 0.9, 1.0, 1.0)),
-    AR: Data(16, 1, 2000, 8, (1.05,) * 4),
+    "ItalyPowerDemand": Data(24, 1, 67, 100, 8, (0.9, 0.9, 1.0, 1.0)),
+    "JapaneseVowels_eq": Data(25, 12, 270, 16, 6, (0.9, 0.9, 1.0, 1.0)),
+    AR: Data(16, 1, 2000, 40, 8, (1.05,) * 4),
 }
 
 
@@ -92,13 +93,14 @@ def answered(name: str, folder: Path, args: argparse.Namespace) -> list[Answered
     """The rows of a data set."""
     seen, unseen, law = data_set(name, folder)
     of, seconds, spreads = SETS[name], [], []
+    series = of.unseen if args.rows is None else args.rows
     found: dict[str, list[list[dict[str, Array]]]] = {what: [] for what in HIDDEN}
     for seed in range(args.seeds):
         begin = time.process_time()
         model = fd.Diffusion(seed=seed, conditional=args.conditional).fit(seen, steps=args.steps, progress=False)
         seconds.append(time.process_time() - begin)
         spreads.append(model.spread)
-        truth = unseen[np.random.default_rng(seed).permutation(len(unseen))[: args.rows]]
+        truth = unseen[np.random.default_rng(seed).permutation(len(unseen))[:series]]
         for what, each in found.items():
             each.append(scores(model, law, truth, hidden_of(truth, what, of.end, seed), args.draws))
             ratio = each[-1][0]["CRPS"].mean() / each[-1][1]["CRPS"].mean()
@@ -117,7 +119,7 @@ def answered(name: str, folder: Path, args: argparse.Namespace) -> list[Answered
         ]
         ratio = estimate(np.array(ratios)) if len(ratios) > 1 else Estimate(float(ratios[0]), 0.0)
         rows.append(
-            Answered(name, what, both[0], both[1], ratio, target, missed, max(seconds), float(np.mean(spreads)))
+            Answered(name, what, both[0], both[1], ratio, target, missed, max(seconds), float(np.mean(spreads)), series)
         )
     return rows
 
@@ -128,7 +130,7 @@ def others(report: SeriesReport, folder: Path | None) -> dict[str, list[Answered
     if path is None or not path.exists():
         return {}
     before = SeriesReport.read(path)
-    same = ("draws", "unseen", "seeds")
+    same = ("draws", "seeds")
     if before.header.commit != report.header.commit or any(getattr(before, k) != getattr(report, k) for k in same):
         return {}
     return {name: [row for row in before.rows if row.data == name] for name in SETS}
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".data", help="what real_data.py wrote")
     parser.add_argument("--only", action="append", choices=list(SETS), help="data sets (default: all)")
     parser.add_argument("--draws", type=int, default=39, help="of each series (default 39)")
-    parser.add_argument("--rows", type=int, default=40, help="unseen series of each seed (default 40)")
+    parser.add_argument("--rows", type=int, help="unseen series of each seed (default: what a set has in `SETS`)")
     parser.add_argument("--seeds", type=int, default=5, help="networks, and choices of series (default 5)")
     parser.add_argument("--steps", type=int, help="training steps (default: what suits the data)")
     parser.add_argument("--conditional", choices=TARGETS, help="a network that is told of a mask (default: none)")
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     found = {name: answered(name, args.data, args) for name in args.only or SETS}
     whole = all(value == parser.get_default(name) for name, value in vars(args).items() if name not in IN_PARTS)
     folder = args.output or (RESULTS if whole else None)
-    report = SeriesReport(header(fd.get_backend("cpu").threads), args.draws, args.rows, args.seeds, SECONDS, [])
+    report = SeriesReport(header(fd.get_backend("cpu").threads), args.draws, args.seeds, SECONDS, [])
     found = others(report, folder) | found
     report.rows += [row for name in SETS for row in found.get(name, [])]
     print(report.table(), end="")

@@ -682,7 +682,7 @@ def test_answers_measure_draws_of_a_mixture(monkeypatch, tmp_path):
 def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path):
     """Draws of the law itself miss nothing, and draws of a narrower one do; records come back from their file."""
     of_series, answers = (importlib.import_module(name) for name in ("series_answers", "answers"))
-    points, _, _, end, _ = of_series.SETS[of_series.AR]
+    points, _, _, _, end, _ = of_series.SETS[of_series.AR]
     law = of_series.data_set(of_series.AR, tmp_path)[2]
 
     class Model:
@@ -712,10 +712,10 @@ def test_answers_of_series_are_measured_beside_a_gaussian(monkeypatch, tmp_path)
     gone = of_series.hidden_of(np.zeros((3, points, 1)), "end", end, 0)
     assert gone.sum() == 3 * end
     assert gone[:, -end:].all()
-    made = report.SeriesReport(report.Header(**HEADER), 39, 40, 2, 1e-9, [*right, *narrow])
+    made = report.SeriesReport(report.Header(**HEADER), 39, 2, 1e-9, [*right, *narrow])
     made.save(tmp_path, "series-cpu")
     assert report.load(tmp_path / "series-cpu.json") == made
-    assert made.table().count("AR(1)") == 9
+    assert made.table().count("AR(1) (40)") == 8
     assert made.table().count("missed") > 4
 
 
