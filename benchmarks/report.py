@@ -735,8 +735,8 @@ class SeriesReport(Report):
     def lines(self) -> list[str]:
         bands = " / ".join(what.removeprefix("in ") for what in self.rows[0].ours if what != "CRPS")
         head = [
-            "data (unseen series of a seed)", "hidden", "CRPS", "the Gaussian's", "ratio", "target", f"in bands of {bands}",
-            "the Gaussian's bands", "spread",
+            "data (unseen series of a seed)", "hidden", "CRPS", "the Gaussian's", "ratio", "target",
+            f"in bands of {bands}", "the Gaussian's bands", "spread",
         ]  # fmt: skip
         longest = max(row.seconds for row in self.rows)
         slow = "" if longest <= self.seconds else MISSED
