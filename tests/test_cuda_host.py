@@ -36,7 +36,7 @@ import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends import TrainState
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.layers import PartsBackend
+from fastdiff.backends.layers import Affine, Norm, PartsBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
@@ -785,8 +785,9 @@ def test_static_shared_memory_counts_too(stand_in, shape, groups):
     cupy, (x, y, dx), (gamma, beta, *grads) = stand_in(), np.ones((3, *shape), np.float32), np.ones((4, shape[-1]), "f")
     be, stats = CudaBackend(), np.empty((1, groups, 2), np.float32)
     x, y, dx, gamma, beta, stats, *grads = map(be.asarray, (x, y, dx, gamma, beta, stats, *grads))
-    be.norm(x, gamma, beta, y, stats, groups=groups, eps=1e-5, silu=False)
-    be.norm_backward(y, x, gamma, beta, stats, dx, *grads, groups=groups, silu=False)
+    layer = Norm(x, Affine(gamma, beta), stats)
+    be.norm(layer, y, eps=1e-5)
+    be.norm_backward(layer, y, dx, Affine(*grads))
     assert {entry: cupy.host.static_shared["norm", entry] for entry in ("norm_forward", "norm_backward")} == {
         "norm_forward": 2048, "norm_backward": 8192,
     }  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array
-from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
+from fastdiff.backends.layers import Affine, Conv, ConvShapes, LayerBackend, Norm, Prepared, Recording
 from fastdiff.errors import ArgumentError
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
@@ -284,31 +284,23 @@ class Program:
         if self.purpose == "jvp":
             dx, one, zero = self._tangent(x), self._constant(gamma.shape, 1.0), self._constant(beta.shape, 0.0)
 
+        def layer() -> Norm:
+            return Norm(x.data, Affine(gamma.data, beta.data, _rows(modulation)), stats.data, silu)
+
         def forward(be: LayerBackend) -> None:
-            be.norm(
-                x.data, gamma.data, beta.data, y.data, stats.data,
-                groups=groups, eps=eps, silu=silu, modulation=_rows(modulation),
-                parts=None if joins is None else _pair(joins.reads, "data"),
-            )  # fmt: skip
+            be.norm(layer(), y.data, eps=eps, parts=None if joins is None else _pair(joins.reads, "data"))
 
         def backward(be: LayerBackend, add: bool) -> None:
             (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
-            be.norm_backward(
-                y.grad, x.data, gamma.data, beta.data, stats.data, to.grad, dgamma.grad, dbeta.grad, groups=groups,
-                silu=silu, modulation=_rows(modulation), dmodulation=_rows(modulation, "grad"), add=add,
-                parts=None if joins is None or joins.backward is None else _pair(joins.fresh, "grad"),
-            )  # fmt: skip
+            grads = Affine(dgamma.grad, dbeta.grad, _rows(modulation, "grad"))
+            parts = None if joins is None or joins.backward is None else _pair(joins.fresh, "grad")
+            be.norm_backward(layer(), y.grad, to.grad, grads, add=add, parts=parts)
 
         def tangent(be: LayerBackend) -> None:
             """The Jacobian of the normalised values h is symmetric, so that it is their backward pass."""
-            be.norm_backward(
-                dx.grad, x.data, one.data, zero.data, stats.data, y.grad, spare[0].data, spare[1].data,
-                groups=groups, silu=False,
-            )  # fmt: skip
-            be.norm_tangent(
-                y.grad, x.data, gamma.data, beta.data, stats.data, y.grad, silu=silu,
-                modulation=_rows(modulation), modulation_tangent=_rows(modulation, "grad"),
-            )  # fmt: skip
+            plain = Norm(x.data, Affine(one.data, zero.data), stats.data)
+            be.norm_backward(plain, dx.grad, y.grad, Affine(spare[0].data, spare[1].data))
+            be.norm_tangent(layer(), y.grad, y.grad, modulation_tangent=_rows(modulation, "grad"))
 
         fresh = tuple(value for value in (*spare, *unused, *parts) if value.varies)
         makes, reads = (y, stats, *spare, *unused), (x, *parts)
@@ -330,19 +322,20 @@ class Program:
         if self.purpose == "jvp":
             one = self._constant(gamma.shape, 1.0)
 
+        def layer() -> Norm:
+            return Norm(x.data, Affine(gamma.data, beta.data), stats.data)
+
         def forward(be: LayerBackend) -> None:
-            be.layer_norm(x.data, gamma.data, beta.data, y.data, stats.data, eps=eps)
+            be.layer_norm(layer(), y.data, eps=eps)
 
         def backward(be: LayerBackend, add: bool) -> None:
             (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
-            be.layer_norm_backward(
-                y.grad, x.data, gamma.data, stats.data, to.grad, dgamma.grad, dbeta.grad, add=add
-            )  # fmt: skip
+            be.layer_norm_backward(layer(), y.grad, to.grad, Affine(dgamma.grad, dbeta.grad), add=add)
 
         def tangent(be: LayerBackend) -> None:
-            dgamma, dbeta = (value.data for value in spare)
-            be.layer_norm_backward(x.grad, x.data, one.data, stats.data, y.grad, dgamma, dbeta)
-            be.norm_tangent(y.grad, x.data, gamma.data, beta.data, None, y.grad, silu=False)
+            plain = Norm(x.data, Affine(one.data, beta.data), stats.data)
+            be.layer_norm_backward(plain, x.grad, y.grad, Affine(spare[0].data, spare[1].data))
+            be.norm_tangent(layer()._replace(stats=None), y.grad, y.grad)
 
         return self._record(
             _Operation(
