@@ -294,6 +294,42 @@ class Told:
         return which, self.firsts[which] + at - which * self.per
 
 
+class ToldStates(NamedTuple):
+    """States of chains that are told of their samples, and where their outputs are from.
+
+    Attributes
+    ----------
+    told : Told
+    which : (n,) int64 array
+        The observation of each state.
+    t : (n,) int64 array
+        Timesteps at which the gain is not 0.
+    """
+
+    told: Told
+    which: Array
+    t: Array
+
+
+class Equations(NamedTuple):
+    """What moves outputs: the mean of x0 by gain sum_k w_k back[k], with w from H w = rest, solved in float64.
+
+    Attributes
+    ----------
+    back : (K, n, D) array
+        Like the states; K is ``told.products``.
+    H : (n, equations, K) float64 array
+    rest : (n, equations) float64 array
+    basis : (n, K + 1, m) float64 array or None
+        Of the Krylov space; None where these are `direct`.
+    """
+
+    back: Array
+    H: Array
+    rest: Array
+    basis: Array | None = None
+
+
 class TrainingDraws(NamedTuple):
     """What a training step draws its batch from: the noise law's TRAIN streams over a data set.
 
@@ -595,63 +631,38 @@ class Backend(Protocol):
     def told_rows(self, told: Told, which: Array, out: Array) -> None:
         """Fill `out` (m, n, D) with the rows of A of every state: cotangents of the products, where these are `direct`.
 
-        `which` (n,) int64 is the observation of each state. Here and below t is (n,) int64, and gains at t are not 0;
-        `x`, `out`, cotangents and products are the states' dtype, and what is solved with is float64.
+        `which` (n,) int64 is the observation of each state. Here and below `x`, `out`, cotangents and products are the
+        states' dtype.
         """
 
-    def told_direct(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        x: Array,
-        out: Array,
-        products: Array,
-        back: Array,
-        H: Array,
-        rest: Array,
-    ) -> None:
+    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
         """Begin to move the output `out` (n, D) for x, of observations with so few rows that all are solved with.
 
-        `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` like
-        them with the same of the mean of x0, p A + q J^T A; H (n, m, m) with gain A back^T + s^2, and `rest` (n, m)
-        with y - A (p x + q out).
+        `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` with the
+        same of the mean of x0, p A + q J^T A; H (n, m, m) with gain A back^T + s^2, and `rest` (n, m) with
+        y - A (p x + q out).
         """
 
-    def told_begin(
-        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
-    ) -> None:
-        """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986): K is ``told.products``.
+    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986).
 
-        Fills vector 0 of the `basis` (n, K + 1, m) with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that
-        norm and zeros, and `cotangent` (n, D) with A^T times the vector.
+        Fills vector 0 of the `basis` with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that norm and zeros,
+        and `cotangent` (n, D) with A^T times the vector.
         """
 
-    def told_arnoldi(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        k: int,
-        product: Array,
-        cotangent: Array,
-        back: Array,
-        basis: Array,
-        H: Array,
-    ) -> None:
+    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
         """Take Arnoldi's step k, from vector k of the basis to the next.
 
-        `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] of `back` (K, n, D)
-        with p times the one and q times the other, and column k of H (n, K + 1, K) and vector k + 1 with what the image
+        `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] with p times the one
+        and q times the other, and column k of H (n, K + 1, K) and vector k + 1 with what the image
         gain A back[k] + s^2 vector k is made of: vectors 0 ... k, and the rest by its norm, 0 where hardly any is left.
         The cotangent becomes A^T times the new vector.
         """
 
-    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
-        """Add to `out` (n, D) what moves the mean of x0 by gain sum_k w_k back[k], and no farther than it may be moved.
+    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
+        """Add to `out` (n, D) what moves the mean of x0 as the equations say, and no farther than it may be moved.
 
-        w has H w = rest, for H (n, equations, K) and `rest` (n, equations), as far as H can be trusted:
-        `fastdiff.conditioning.damped`. Afterwards `back` (K, n, D) is not defined.
+        They are solved as far as H can be trusted: `fastdiff.conditioning.damped`. Afterwards `back` is not defined.
         """
 
     def similarity(self, v: Array, out: Array) -> None:
@@ -721,10 +732,13 @@ class ToldRoom:
         (n, d), K, m, double = shape, told.products, told.y.shape[1], np.float64
         self.be, self.told, self.shape, self.dtype = be, told, shape, np.dtype(dtype)
         self.t, self._which = be.empty((n,), np.int64), be.empty((n,), np.int64)
-        self._back = be.empty((K, n, d), dtype)
         self._cotangent = be.empty((K, n, d) if told.direct else (n, d), dtype)
-        self._H, self._rest = be.empty((n, told.equations, K), double), be.empty((n, told.equations), double)
-        self._basis = None if told.direct else be.empty((n, K + 1, m), double)
+        self._equations = Equations(
+            be.empty((K, n, d), dtype),
+            be.empty((n, told.equations, K), double),
+            be.empty((n, told.equations), double),
+            None if told.direct else be.empty((n, K + 1, m), double),
+        )
         self._of: npt.NDArray[np.int64] | None = None  # which, on the host
 
     def place(self, which: npt.NDArray[np.int64]) -> None:
@@ -745,15 +759,14 @@ class ToldRoom:
 
         `product` returns J^T times cotangents (n, D), or `rows`, J being the Jacobian of the output by x.
         """
-        be, told, of = self.be, self.told, (self.told, self._which, self.t)
-        if told.direct:
-            be.told_direct(*of, x, out, product(self._cotangent), self._back, self._H, self._rest)
+        be, equations, states = self.be, self._equations, ToldStates(self.told, self._which, self.t)
+        if self.told.direct:
+            be.told_direct(states, x, out, product(self._cotangent), equations)
         else:
-            be.told_begin(*of, x, out, self._basis, self._rest, self._cotangent)
-            for k in range(told.products):
-                made = product(self._cotangent)
-                be.told_arnoldi(*of, k, made, self._cotangent, self._back, self._basis, self._H)
-        be.told_move(*of, self._H, self._rest, self._back, out)
+            be.told_begin(states, x, out, self._cotangent, equations)
+            for k in range(self.told.products):
+                be.told_arnoldi(states, k, product(self._cotangent), self._cotangent, equations)
+        be.told_move(states, out, equations)
 
 
 @runtime_checkable
