@@ -34,7 +34,7 @@ from tolerances import HANG_SECONDS, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends
-from fastdiff.backends import TrainState
+from fastdiff.backends import Inputs, TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.layers import Affine, Norm, PartsBackend
 from fastdiff.errors import ArgumentError, BackendError
@@ -723,7 +723,7 @@ def test_out_of_device_memory_wherever_some_is_needed(stand_in):
         lambda: fd.forward_noise(there, 3, schedule, backend=be),
         lambda: fd.sample(net, table, n=7, backend=be),
         lambda: fd.sample(lambda x, t: x, table, initial=there, backend=be),
-        lambda: be.mlp_forward(net.plan, be.asarray(net.flat[:1000]), there, be.asarray(t, np.int64)),
+        lambda: be.mlp_forward(net.plan, be.asarray(net.flat[:1000]), Inputs(there, be.asarray(t, np.int64))),
         lambda: fd.Diffusion(fd.MLP(143, hidden=(), T=5), schedule, backend=be).fit(x, steps=1, progress=False),
     ):
         with pytest.raises(BackendError, match=r"^out of device memory on Stand-in: asked for .* a smaller batch"):

@@ -196,6 +196,44 @@ class MLPPlan:
         return None if self.features_of is None else self.features_of(self.T)
 
 
+class Inputs(NamedTuple):
+    """What a perceptron is evaluated for.
+
+    Attributes
+    ----------
+    x : (n, inputs) array
+    t : (n,) int64 array
+    asked : (n, plan.asked) array or None
+        What is asked of every sample, as `MLPPlan.asks` returns it, of a network that is asked something; None:
+        nothing.
+    """
+
+    x: Array
+    t: Array
+    asked: Array | None = None
+
+
+class ChainTable(NamedTuple):
+    """A sampler's table as a perceptron's chain runs it.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+    clip : (float, float) or None
+    weights : (len(rows),) float32 array or None
+        Of guidance: the denoiser of a row is u + w (c - u), c being the output for what is asked and u that for nothing
+        but what is known, in that order of operations; c alone where w is 1, or there are none.
+    levels : (len(rows),) float32 array or None
+        What is asked says what is known, and that is held: before row i evaluates the network these values of x become
+        ``levels[i]`` times the known ones.
+    """
+
+    rows: tuple[Row, ...]
+    clip: tuple[float, float] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+    levels: npt.NDArray[np.float32] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RowMap:
     """A linear map of rows, x (m, n) to y (m, k): y = x scale + (x left) right + offset, in that order of terms.
@@ -536,24 +574,11 @@ class Backend(Protocol):
         output and v, of a denoiser with a learned variance, which rows with an r want.
         """
 
-    def mlp_forward(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
-    ) -> Array:
-        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given.
-
-        `asked` (n, plan.asked) is what is asked of every sample, as `MLPPlan.asks` returns it, of a network that is
-        asked something; None: nothing. So it is in the operations below.
-        """
+    def mlp_forward(self, plan: MLPPlan, params: Array, inputs: Inputs, out: Array | None = None) -> Array:
+        """Return the network's output (n, outputs), in `out` where given."""
 
     def mlp_gradient(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
-        grads: Array,
-        asked: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, target: Array, grads: Array
     ) -> tuple[float, Array]:
         """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x.
 
@@ -561,24 +586,14 @@ class Backend(Protocol):
         """
 
     def mlp_vjp(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        dy: Array,
-        dx: Array,
-        asked: Array | None = None,
-        y: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, dx: Array, y: Array | None = None
     ) -> None:
         """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`.
 
         One forward pass does for all vectors, and `y` (n, outputs), where it is given, takes its output.
         """
 
-    def mlp_jvp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
-    ) -> None:
+    def mlp_jvp(self, plan: MLPPlan, params: Array, inputs: Inputs, dx: Array, dy: Array) -> None:
         """Fill dy (n, outputs), or (k, n, outputs) for k vectors dx, with J dx: J is the Jacobian of `mlp_forward`."""
 
     def mlp_train_gradient(
@@ -587,24 +602,11 @@ class Backend(Protocol):
         """Draw the batch of a training step, fill `grads`, return the loss."""
 
     def mlp_chain(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        asked: Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        levels: npt.NDArray[np.float32] | None = None,
+        self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
         """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t.
 
-        With `weights` (len(rows),) the denoiser of a row is u + w (c - u), c being the output for what is asked and u
-        that for nothing but what is known, in that order of operations; c alone where w is 1.
-
-        With `levels` (len(rows),) what `asked` says is known is held: before row i evaluates the network these values
-        of x become ``levels[i]`` times the known ones.
+        `asked` is as of `Inputs`.
         """
 
     def hold(self, x: Array, known: Array, level: float) -> None:
