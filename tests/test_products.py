@@ -212,7 +212,7 @@ def test_values_that_share_memory_do_not_disturb_each_other(make, purpose):
         if separate:
             apart(program)
         vector = vector.reshape(program.output.shape if purpose == "vjp" else inputs["x"].shape)
-        results.append(program.run(NUMPY, net.params, inputs, vector=vector).copy())
+        results.append(program.run(NUMPY, net.params, {**inputs, "vector": vector}).copy())
     assert_same_bits(results[0], results[1])
     assert np.isfinite(results[0]).all()
 

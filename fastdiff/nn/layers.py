@@ -603,25 +603,24 @@ class Program:
         params: Mapping[str, Array],
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
-        target: Array | None = None,
-        terms: Array | None = None,
         *,
-        vector: Array | None = None,
         forms: list[list[Array]] | None = None,
         record: Record | None = None,
         draw: Draw = NO_DRAW,
     ) -> Array:
-        """Return the result, or its product with `vector`, which stays valid until the next run in the arena.
+        """Return the result, or a product with its Jacobian, which stays valid until the next run in the arena.
 
         Parameters
         ----------
         be : LayerBackend
-        params, given : mapping of str to array
-        grads, target, terms : optional
-            Fill the first with the gradients of the mean squared error, or of what the terms make of it
+        params : mapping of str to array
+        given : mapping of str to array
+            What was recorded as given, such as "x" and "t"; with `grads` also "target", and "terms" where there are
+            any; of a program for "vjp" also "vector", the cotangent, like the output, of one for "jvp" the tangent,
+            like "x".
+        grads : mapping of str to array, optional
+            Fill them with the gradients of the mean squared error, or of what the terms make of it
             (`LayerBackend.squared_error`), and return that, as an array of one value.
-        vector : array, optional
-            The cotangent, like the output, of a program for "vjp", or the tangent, like "x", of one for "jvp".
         forms : list of list of array, optional
             The weights as they were prepared; by default this is done in the run.
         record : callable, optional
@@ -635,8 +634,10 @@ class Program:
             value.data = given[name] if name in self._fixed else self._copy(be, name, given[name])
         for name, value in self._tensors.items():
             value.data, value.grad = params[name], None if grads is None else grads[name]
-        if target is not None:
-            self._target, self._loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
+        if grads is not None:
+            self._target = self._copy(be, "target", given["target"])
+            self._loss = self.own(be, "loss", (1,), np.float64)
+        terms, vector = given.get("terms"), given.get("vector")
         self._terms = None if terms is None else self._copy(be, "terms", terms)
         for (shape, number), value in self._constants.items():
             if value.data is None:
