@@ -273,7 +273,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
             trainer.saves = Saves(wishes.every, save)
         shows, tell = wishes.progress and first_rank, wishes.callbacks if first_rank else ()
         options: dict[str, Any] = {"validation": lessons.looks, "keeper": keeper, "progress": shows}
-        options["reporter"] = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
+        trainer.reporter = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
         try:
             train(trainer, model, optimizer.plan, callback=_told(wishes.callback, ranks), **options)
         finally:

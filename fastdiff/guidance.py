@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Array, Backend, Row, backend_for
+from fastdiff.backends import Array, Backend, ChainTable, Row, backend_for
 from fastdiff.conditioning import Conditioned
 from fastdiff.denoiser import (
     ANY_CLASSES,
@@ -340,13 +340,14 @@ class _GuidedEvaluator(Evaluator):
         labels: Array | Asked | None = None,
     ) -> None:
         """Run a perceptron's table in one piece, but for a rescaled output; others row by row, with the same bits."""
-        in_one = getattr(self.inner, "run_guided", None)
+        in_one = getattr(self.inner, "run_chain", None)
         if in_one is None or not self.to._joint or self.to.rescale:
             super().run_table(x, rows, clip, draw, labels)
         elif self.to.asks_nothing:
             self.inner.run_table(x, rows, clip, draw, self._of_nothing(x, labels))
         else:
-            in_one(x, rows, clip, draw, labels, np.array([self.to.weight(row.t) for row in rows], np.float32))
+            weights = np.array([self.to.weight(row.t) for row in rows], np.float32)
+            in_one(x, ChainTable(rows, clip, weights), draw, labels)
 
     def vjp(self, x: Array, t: int, cotangent: Array, labels: Array | Asked | None = None) -> Array:
         return self._product("vjp", x, t, cotangent, labels)

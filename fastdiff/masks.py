@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Array, Backend, Row
+from fastdiff.backends import Array, Backend, ChainTable, Row
 from fastdiff.denoiser import Around, Asked, Denoiser, Evaluator, asked_parts
 from fastdiff.errors import ArgumentError, shown
 from fastdiff.noise import Draw
@@ -130,14 +130,15 @@ class _MaskEvaluator(Evaluator):
         labels: Array | Asked | None = None,
     ) -> None:
         """Run a perceptron's table in one piece, and others row by row, with the same bits."""
-        in_one = getattr(self.inner, "run_held", None)
+        in_one = getattr(self.inner, "run_chain", None)
         if in_one is None:
             super().run_table(x, rows, clip, draw, labels)
             return
         told = self._told(x, draw.first_row, labels)
         levels = self.to.schedule.signal[[row.t for row in rows]].astype(np.float32)
+        table = ChainTable(rows, clip, levels=levels)
         for part, first in self._runs(x, rows, draw):
-            in_one(x[part], rows, clip, draw._replace(first_row=first), told[part], levels)
+            in_one(x[part], table, draw._replace(first_row=first), told[part])
 
     def _runs(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> list[tuple[slice, int]]:
         """Parts whose noise follows each other; all at once where there is none."""

@@ -184,6 +184,7 @@ class Trainer:
         self.brought = True  # whether the host has what has been trained
         self.saves: Saves | None = None
         self.turns: Turns | None = None  # of whoever is trained
+        self.reporter: Reporter | None = None  # it reports whenever losses have been read
         self.feed: Feed | None = None  # of data that are on disk
         self.mine: slice = getattr(self.steps, "rows", slice(None))  # the positions of a batch that are computed here
 
@@ -211,7 +212,6 @@ class Trainer:
         look: Callable[[Array], bool] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], Any] | None = None,
-        reporter: Reporter | None = None,
     ) -> None:
         """Take so many steps.
 
@@ -226,8 +226,6 @@ class Trainer:
             Called with the averaged weights at every step that is a multiple of `LOOK_EVERY`; a true result stops.
         progress, callback
             As of `Diffusion.fit`.
-        reporter : Reporter, optional
-            It reports whenever losses have been read.
         """
         be, results, saves, turns, ranks = self.be, self.results, self.saves, self.turns, self.ranks
         first = issued = model.step
@@ -296,8 +294,8 @@ class Trainer:
                 if not (late or callback is not None or stops or issued == end):
                     continue
                 settle()
-                if reporter is not None:
-                    reporter.report()
+                if self.reporter is not None:
+                    self.reporter.report()
                 if callback is not None:
                     self.bring_back()
                     with turns.pause() if turns is not None else nullcontext():
@@ -478,7 +476,6 @@ def train(
     keeper: Watch | Patience | None = None,
     progress: bool = True,
     callback: Callable[[int, float], Any] | None = None,
-    reporter: Reporter | None = None,
 ) -> None:
     """Train a model up to its `end_step`, looking at held-out rows and at weights; of those the best stay.
 
@@ -501,10 +498,10 @@ def train(
     looking = look if validation is not None or keeper is not None else None
     steps = model.end_step - model.step
     try:
-        trainer.run(model, steps, plan.options, look=looking, progress=progress, callback=callback, reporter=reporter)
+        trainer.run(model, steps, plan.options, look=looking, progress=progress, callback=callback)
     finally:
-        if reporter is not None:
-            reporter.report(end=True)
+        if trainer.reporter is not None:
+            trainer.reporter.report(end=True)
     if keeper is None:
         return
     if model.step == model.end_step and not keeper.stopped:

@@ -13,7 +13,7 @@ from tolerances import assert_close, assert_same_bits
 
 from fastdiff.backends import TrainingDraws, TrainState
 from fastdiff.backends.cuda import layers as cuda_layers
-from fastdiff.backends.layers import Batch
+from fastdiff.backends.layers import Affine, Batch, Norm
 from fastdiff.nn.optim import TrainingPlan
 from fastdiff.noise import TARGETS, Draw, Stream
 
@@ -32,6 +32,13 @@ def wide(value):
     return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == F else value
 
 
+def with_arrays(value, change):
+    """What a layer is given, with every array, or what stands for one, changed."""
+    if isinstance(value, (Norm, Affine)):
+        return type(value)(*(with_arrays(part, change) for part in value))
+    return change(value) if isinstance(value, np.ndarray) or type(value) is int else value
+
+
 def agree(be, method, given, outputs, **options):
     """Run a layer here, on aligned arrays and on others, and as the reference in float64; yield the outputs of both.
 
@@ -43,11 +50,14 @@ def agree(be, method, given, outputs, **options):
     rest = {name: value for name, value in options.items() if name not in arrays and name not in places}
 
     def run(backend, filled, rows):
-        positional = [filled[a] if isinstance(a, int) else next(rows) for a in given]
+        positional = [with_arrays(a, lambda a: filled[a] if type(a) is int else next(rows)) for a in given]
         named = {name: filled[place] for name, place in places.items()} | {name: next(rows) for name in arrays}
         getattr(backend, method)(*positional, **named, **rest)
 
-    hosts = [*(a for a in given if not isinstance(a, int)), *arrays.values()]
+    hosts = []
+    for value in given:
+        with_arrays(value, lambda a: None if type(a) is int else hosts.append(a))
+    hosts += arrays.values()
     run(NUMPY, want, iter([wide(a) for a in hosts]))
     bits = None
     for there in both_ways(be, *outputs, *hosts):
@@ -87,45 +97,39 @@ def norm_agrees(be, shape, groups, number):
     (n, height, width, c), values = shape, shape[1] * shape[2] * shape[3] // groups
     x = normals(1, *shape) * F(3) + F(5)
     gamma, beta = normals(2, c), normals(3, c)
-    options = {"groups": groups, "silu": number % 2 == 0}
-    modulated = number % 3 != 0
-    if modulated:
-        options["modulation"] = normals(4, n, 2 * c)
+    silu, modulated = number % 2 == 0, number % 3 != 0
+    affine = Affine(gamma, beta, normals(4, n, 2 * c) if modulated else None)
     lefts = {1, c // 2 // 4 * 4 or 1} if c > 1 else ()
     for left, place in itertools.product(lefts, (be.asarray, partial(off_by_one, be))):
-        same_of_parts(be, x, left, place, options)
+        same_of_parts(be, Norm(x, affine, unfilled(n, groups, 2), silu), left, place)
     outputs = [unfilled(*shape), unfilled(n, groups, 2)]
-    (y, stats), (want, wanted_stats) = agree(be, "norm", [x, gamma, beta, 0, 1], outputs, eps=EPS, **options)
+    (y, stats), (want, wanted_stats) = agree(be, "norm", [Norm(x, affine, 1, silu), 0], outputs, eps=EPS)
     assert_close(stats, wanted_stats, terms=9)
     assert_close(y, want, terms=9)
     dy = normals(5, *shape)
     for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
-        outputs, extra = [start, unfilled(c), unfilled(c)], {}
-        if modulated:
-            outputs.append(unfilled(n, 2 * c))
-            extra["dmodulation"] = 3
-        arrays = [0 if start is dy else dy, x, gamma, beta, stats, 0, 1, 2]
+        outputs = [start, unfilled(c), unfilled(c), *[unfilled(n, 2 * c)] * modulated]
+        grads = Affine(1, 2, 3 if modulated else None)
+        arrays = [Norm(x, affine, stats, silu), 0 if start is dy else dy, 0, grads]
         add = start is not dy and bool(np.isfinite(start).all())
-        got, want = agree(be, "norm_backward", arrays, outputs, add=add, **options, **extra)
+        got, want = agree(be, "norm_backward", arrays, outputs, add=add)
         assert_close(got[0], want[0], terms=9 + values // 8)
         for a, b in zip(got[1:], want[1:], strict=True):
             assert_close(a, b, terms=9 + n * height * width)
 
 
-def same_of_parts(be, x, left, place, options):
+def same_of_parts(be, layer, left, place):
     """A norm of two parts has the bits of one of their concatenation, and its gradients have those of that."""
-    n, c, groups = len(x), x.shape[-1], options["groups"]
-    gamma, beta, dy = (place(normals(k, *size)) for k, size in ((2, (c,)), (3, (c,)), (5, x.shape)))
-    rest = {**options, **{name: place(value) for name, value in options.items() if name == "modulation"}}
-    found = []
+    x, c, dy = layer.x, layer.x.shape[-1], place(normals(5, *layer.x.shape))
+    affine, found = with_arrays(layer.affine, place), []
     for joined, add in itertools.product((False, True), (False, True)):
         two = [np.ascontiguousarray(part) for part in np.split(x, [left], axis=-1)]
         parts, to = (tuple(place(array) for array in arrays) for arrays in (two, map(np.zeros_like, two)))
         whole, dx = place(unfilled(*x.shape) if joined else x), place(normals(6, *x.shape))
-        out, stats, dgamma, dbeta = (be.asarray(unfilled(*size)) for size in (x.shape, (n, groups, 2), (c,), (c,)))
-        be.norm(whole, gamma, beta, out, stats, eps=EPS, parts=parts if joined else None, **rest)
-        given = dy, whole, gamma, beta, stats, dx, dgamma, dbeta
-        be.norm_backward(*given, add=add, parts=to if joined else None, **rest)
+        out, stats, dgamma, dbeta = (be.asarray(unfilled(*size)) for size in (x.shape, layer.stats.shape, (c,), (c,)))
+        there = Norm(whole, affine, stats, layer.silu)
+        be.norm(there, out, eps=EPS, parts=parts if joined else None)
+        be.norm_backward(there, dy, dx, Affine(dgamma, dbeta), add=add, parts=to if joined else None)
         if not joined:
             be.split(dx, *to)
         found.append([be.to_numpy(array) for array in (whole, out, stats, dgamma, dbeta, *to)])
@@ -160,15 +164,15 @@ def norm_tangents(be, size):
         n, c, silu = shape[0], shape[-1], number % 2 == 0
         x, dh, gamma, beta = normals(1, *shape), normals(2, *shape), normals(3, c), normals(4, c)
         stats, modulation, other = normals(5, n, groups, 2), normals(6, n, 2 * c), normals(7, n, 2 * c)
-        for options in ({}, {"modulation": modulation}, {"modulation": modulation, "modulation_tangent": other}):
-            arrays = [dh, x, gamma, beta, stats, 0]
-            (got,), (want,) = agree(be, "norm_tangent", arrays, [unfilled(*shape)], silu=silu, **options)
+        for modulated, moves in ((None, None), (modulation, None), (modulation, other)):
+            layer, options = Norm(x, Affine(gamma, beta, modulated), stats, silu), {"modulation_tangent": moves}
+            (got,), (want,) = agree(be, "norm_tangent", [layer, dh, 0], [unfilled(*shape)], **options)
             assert_close(got, want, terms=9)
-            (same,), _ = agree(be, "norm_tangent", [0, *arrays[1:]], [dh], silu=silu, **options)
+            (same,), _ = agree(be, "norm_tangent", [layer, 0, 0], [dh], **options)
             assert_same_bits(same, got)
-        there = [None if a is None else be.asarray(a) for a in (dh, x, gamma, beta, None, unfilled(*shape))]
-        be.norm_tangent(*there, silu=False)
-        assert_same_bits(be.to_numpy(there[-1]), gamma * dh)
+        layer, out = with_arrays(Norm(x, Affine(gamma, beta), None), be.asarray), be.asarray(unfilled(*shape))
+        be.norm_tangent(layer, be.asarray(dh), out)
+        assert_same_bits(be.to_numpy(out), gamma * dh)
 
 
 # Rows that are less than a team, a team, a warp's and more than those; chunks that end early; one wider than a block.
@@ -182,14 +186,14 @@ def layer_norm_agrees(be, shape):
     x, c, rows = normals(1, *shape) * F(3) + F(5), shape[-1], int(np.prod(shape[:-1]))
     gamma, beta = normals(2, c), normals(3, c)
     outputs = [unfilled(*shape), unfilled(*shape[:-1], 2)]
-    (y, stats), (want, wanted_stats) = agree(be, "layer_norm", [x, gamma, beta, 0, 1], outputs, eps=EPS)
+    (y, stats), (want, wanted_stats) = agree(be, "layer_norm", [Norm(x, Affine(gamma, beta), 1), 0], outputs, eps=EPS)
     r = wanted_stats[..., 1]
     assert_close(stats[..., 0], wanted_stats[..., 0], terms=9)
     assert_close(stats[..., 1], r, terms=9, scale=10 * r**2)  # x has this size, before the mean is subtracted
     assert_close(y, want, terms=9, scale=10 * r[..., None] * np.maximum(1, np.abs(gamma)))
     dy = normals(5, *shape)
     for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
-        arrays = [0 if start is dy else dy, x, gamma, stats, 0, 1, 2]
+        arrays = [Norm(x, Affine(gamma, beta), stats), 0 if start is dy else dy, 0, Affine(1, 2)]
         add = start is not dy and bool(np.isfinite(start).all())
         got, want = agree(be, "layer_norm_backward", arrays, [start, unfilled(c), unfilled(c)], add=add)
         for array, wanted, terms in zip(got, want, (9 + c, 9 + rows, 9 + rows), strict=True):

@@ -10,7 +10,7 @@ from gradcheck import scatter, with_linear
 from rows import three_back
 from tolerances import assert_close, assert_same_bits
 
-from fastdiff.backends import TrainingDraws, TrainState
+from fastdiff.backends import ChainTable, Inputs, TrainingDraws, TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.nn import MLP
@@ -73,15 +73,15 @@ def networks_forward(be, size):
     n = BATCH[size]
     for net, wide in networks():
         x, t, _ = batch_of(net, n)
-        want = NUMPY.mlp_forward(net.plan, wide, x.astype(np.float64), t)
+        want = NUMPY.mlp_forward(net.plan, wide, Inputs(x.astype(np.float64), t))
         with contextlib.closing(both_paths(be)) as paths:
             for path in paths:
                 params, x_there, t_there = path.asarray(net.flat), path.asarray(x), path.asarray(t, np.int64)
-                got = path.to_numpy(path.mlp_forward(net.plan, params, x_there, t_there))
+                got = path.to_numpy(path.mlp_forward(net.plan, params, Inputs(x_there, t_there)))
                 assert_close(got, want, terms=terms(net))
                 for rows in (slice(3, 9), slice(7, 8)):  # a row does not depend on its batch
-                    there = path.asarray(x[rows]), path.asarray(t[rows], np.int64)
-                    assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, *there)), got[rows])
+                    there = Inputs(path.asarray(x[rows]), path.asarray(t[rows], np.int64))
+                    assert_same_bits(path.to_numpy(path.mlp_forward(net.plan, params, there)), got[rows])
 
 
 def deep_tables(schedule):
@@ -103,14 +103,14 @@ def chains(be, size):
             x, _, _ = batch_of(net, n)
             draw = Draw(4, Stream.STEP, first_row=2**32 - 5)
             want = x.astype(np.float64)
-            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, smp.clip, draw)
+            NUMPY.mlp_chain(net.plan, wide, want, ChainTable(smp.rows, smp.clip), draw)
             with contextlib.closing(both_paths(be)) as paths:
                 for path in paths:
                     params, got = path.asarray(net.flat), path.asarray(x.copy())
-                    path.mlp_chain(net.plan, params, got, smp.rows, smp.clip, draw)
+                    path.mlp_chain(net.plan, params, got, ChainTable(smp.rows, smp.clip), draw)
                     assert_close(path.to_numpy(got), want, terms=len(smp) * terms(net))
                     part = path.asarray(x[5:].copy())
-                    path.mlp_chain(net.plan, params, part, smp.rows, smp.clip, draw.after(5))
+                    path.mlp_chain(net.plan, params, part, ChainTable(smp.rows, smp.clip), draw.after(5))
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
 
 
@@ -131,29 +131,31 @@ def asked_networks(be, size):
             known = np.hstack([np.where(marks, random.normal(size=(n, 19)), 0), marks]).astype(np.float32)
         told = net.plan.asks(labels, covariates, known=known)
         wide_x, wide_told = x.astype(np.float64), told.astype(np.float64)
-        params, x_there, t_there, there = (be.asarray(a, a.dtype) for a in (net.flat, x, t, told))
-        got = be.to_numpy(be.mlp_forward(net.plan, params, x_there, t_there, asked=there))
-        assert_close(got, NUMPY.mlp_forward(net.plan, wide, wide_x, t, asked=wide_told), terms=terms(net) + 4)
-        alone = [be.asarray(a[3:9], a.dtype) for a in (x, t, told)]
-        assert_same_bits(be.to_numpy(be.mlp_forward(net.plan, params, *alone[:2], asked=alone[2])), got[3:9])
+        params, *there = (be.asarray(a, a.dtype) for a in (net.flat, x, t, told))
+        inputs, there = Inputs(wide_x, t, wide_told), Inputs(*there)
+        got = be.to_numpy(be.mlp_forward(net.plan, params, there))
+        assert_close(got, NUMPY.mlp_forward(net.plan, wide, inputs), terms=terms(net) + 4)
+        alone = Inputs(*(be.asarray(a[3:9], a.dtype) for a in (x, t, told)))
+        assert_same_bits(be.to_numpy(be.mlp_forward(net.plan, params, alone)), got[3:9])
 
         smp, draw = dpmpp_2m(schedule, 4, prediction="v"), Draw(4, Stream.STEP, first_row=7)
         for weights in (None, np.array([1, 2, 0.5, 1], np.float32)):
             want, state = wide_x.copy(), be.asarray(x.copy())
             levels = None if known is None else schedule.signal[[row.t for row in smp.rows]].astype(np.float32)
-            NUMPY.mlp_chain(net.plan, wide, want, smp.rows, None, draw, wide_told, weights, levels)
-            be.mlp_chain(net.plan, params, state, smp.rows, None, draw, there, weights, levels)
+            table = ChainTable(smp.rows, None, weights, levels)
+            NUMPY.mlp_chain(net.plan, wide, want, table, draw, wide_told)
+            be.mlp_chain(net.plan, params, state, table, draw, there.asked)
             assert_close(be.to_numpy(state), want, terms=12 * terms(net))
 
         want, grads = np.zeros_like(wide), be.asarray(np.zeros_like(net.flat))
-        loss, _ = NUMPY.mlp_gradient(net.plan, wide, wide_x, t, target.astype(np.float64), want, wide_told)
-        found, _ = be.mlp_gradient(net.plan, params, x_there, t_there, be.asarray(target), grads, there)
+        loss, _ = NUMPY.mlp_gradient(net.plan, wide, inputs, target.astype(np.float64), want)
+        found, _ = be.mlp_gradient(net.plan, params, there, be.asarray(target), grads)
         assert_close(np.float32(found), loss, terms=terms(net))
         compare_gradients(net, be.to_numpy(grads), want, n)
         for method in (be.mlp_vjp, be.mlp_jvp):
             want, got = np.empty((n, net.points)), be.empty((n, net.points))
-            getattr(NUMPY, method.__name__)(net.plan, wide, wide_x, t, target.astype(np.float64), want, wide_told)
-            method(net.plan, params, x_there, t_there, be.asarray(target), got, there)
+            getattr(NUMPY, method.__name__)(net.plan, wide, inputs, target.astype(np.float64), want)
+            method(net.plan, params, there, be.asarray(target), got)
             assert_close(be.to_numpy(got), want, terms=terms(net))
 
         data = random.normal(size=(n, net.points))
@@ -183,12 +185,10 @@ def gradients(be, size):
     for net, wide in networks():
         x, t, target = batch_of(net, BATCH[size])
         want = np.zeros_like(wide)
-        want_loss, want_dx = NUMPY.mlp_gradient(
-            net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want
-        )
+        inputs, there = Inputs(x.astype(np.float64), t), Inputs(be.asarray(x), be.asarray(t, np.int64))
+        want_loss, want_dx = NUMPY.mlp_gradient(net.plan, wide, inputs, target.astype(np.float64), want)
         grads = be.asarray(np.zeros_like(net.flat))
-        arrays = be.asarray(x), be.asarray(t, np.int64), be.asarray(target)
-        loss, dx = be.mlp_gradient(net.plan, be.asarray(net.flat), *arrays, grads)
+        loss, dx = be.mlp_gradient(net.plan, be.asarray(net.flat), there, be.asarray(target), grads)
         assert_close(np.float32(loss), want_loss, terms=terms(net))
         assert_close(be.to_numpy(dx), want_dx, terms=terms(net))
         compare_gradients(net, be.to_numpy(grads), want, BATCH[size])
@@ -199,15 +199,15 @@ def products(be, size):
     n = BATCH[size]
     for net, wide in networks():
         x, t, vector = batch_of(net, n)
-        vector = np.stack([vector, vector[::-1]])
+        vector, inputs = np.stack([vector, vector[::-1]]), Inputs(x.astype(np.float64), t)
         for method in (be.mlp_vjp, be.mlp_jvp):
             want, got = np.empty(vector.shape), be.empty(vector.shape)
-            getattr(NUMPY, method.__name__)(net.plan, wide, x.astype(np.float64), t, vector.astype(np.float64), want)
-            given, out = [be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)], be.empty(x.shape)
-            method(net.plan, *given, got, **({"y": out} if method == be.mlp_vjp else {}))
+            getattr(NUMPY, method.__name__)(net.plan, wide, inputs, vector.astype(np.float64), want)
+            (flat, *at, given), out = (be.asarray(a, a.dtype) for a in (net.flat, x, t, vector)), be.empty(x.shape)
+            method(net.plan, flat, Inputs(*at), given, got, **({"y": out} if method == be.mlp_vjp else {}))
             assert_close(be.to_numpy(got), want, terms=terms(net))
             if method == be.mlp_vjp:
-                wanted = NUMPY.mlp_forward(net.plan, wide, x.astype(np.float64), t)
+                wanted = NUMPY.mlp_forward(net.plan, wide, inputs)
                 assert_close(be.to_numpy(out), wanted, terms=terms(net))
 
 
@@ -224,7 +224,8 @@ def training_gradients(be, size):
             draws = draws._replace(data=np.stack([data, hidden], axis=1), masked=True)
         x, t, target = draw_batch(draws, net.T, 12, n)
         want = np.zeros_like(wide)
-        want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, x.astype(np.float64), t, target.astype(np.float64), want)
+        inputs = Inputs(x.astype(np.float64), t)
+        want_loss, _ = NUMPY.mlp_gradient(net.plan, wide, inputs, target.astype(np.float64), want)
         grads, params = be.asarray(np.zeros_like(net.flat)), be.asarray(net.flat)
         loss = be.mlp_train_gradient(net.plan, params, draws, 12, n, grads)
         assert_close(np.float32(loss), want_loss, terms=terms(net))

@@ -8,7 +8,7 @@ from gradcheck import scatter, with_linear
 from tolerances import TOLD, assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff.backends.protocol import Told
+from fastdiff.backends.protocol import Equations, Told, ToldStates
 from fastdiff.nn import MLP
 
 T, STATES = 9, {"small": 23, "full": 3001}
@@ -48,7 +48,16 @@ def agrees(be, operation, of, arrays, *numbers, changes, terms):
     """
     told, *places = of
     before = {name: array.copy() for name, array in arrays.items()}
-    getattr(NUMPY, operation)(told, *places, *numbers, *arrays.values())
+
+    def do(backend, places, arrays):
+        if operation == "told_rows":
+            backend.told_rows(told, *places, *arrays.values())
+            return
+        others = [array for name, array in arrays.items() if name not in Equations._fields]
+        equations = Equations(*(arrays.get(name) for name in Equations._fields))
+        getattr(backend, operation)(ToldStates(told, *places), *numbers, *others, equations)
+
+    do(NUMPY, places, arrays)
     whole = {}
     for some in (slice(None), slice(3, 10)):
         there = {
@@ -56,7 +65,7 @@ def agrees(be, operation, of, arrays, *numbers, changes, terms):
             for name, array in before.items()
         }
         at = [be.asarray(place[some].copy(), np.int64) for place in places]
-        getattr(be, operation)(told, *at, *numbers, *there.values())
+        do(be, at, there)
         for name in changes:
             got, want = be.to_numpy(there[name]), arrays[name]
             if some == slice(None):
@@ -86,7 +95,7 @@ def moved_outputs(be, size):
                 agrees(be, "told_direct", of, arrays, changes=["back", "H", "rest"], terms=terms)
             else:
                 basis, cotangent = np.zeros((n, K + 1, m)), np.zeros((n, d), np.float32)
-                arrays = {"x": x, "out": out, "basis": basis, "rest": rest, "cotangent": cotangent}
+                arrays = {"x": x, "out": out, "cotangent": cotangent, "rest": rest, "basis": basis}
                 agrees(be, "told_begin", of, arrays, changes=["basis", "rest", "cotangent"], terms=terms)
                 for k in range(K):
                     arrays = {"product": cotangent @ J, "cotangent": cotangent, "back": back, "basis": basis, "H": H}

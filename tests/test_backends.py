@@ -28,6 +28,8 @@ from tolerances import assert_close, assert_same_bits
 from fastdiff import backends, samplers
 from fastdiff.backends import (
     Backend,
+    ChainTable,
+    Inputs,
     Row,
     SharingBackend,
     TrainingDraws,
@@ -372,7 +374,7 @@ def batch_of(net, n, seed=0):
 def test_networks_agree_with_loops_and_with_each_other(net, n):
     x, t, _ = batch_of(net, n)
     params = {name: view.astype(np.float64).tolist() for name, view in net.params.items()}
-    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), x.astype(np.float64), t)
+    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), Inputs(x.astype(np.float64), t))
     for k in {0, n // 2, n - 1}:
         row = x[k].astype(np.float64).tolist()
         loop = naive.tutorial(params, row, t[k]) if net.kind == "tutorial" else naive.mlp(params, row, t[k], net.T)
@@ -380,7 +382,7 @@ def test_networks_agree_with_loops_and_with_each_other(net, n):
             loop = naive.with_linear(loop, row, net.plan.linear, t[k])
         assert_close(want[k], loop, terms=terms(net), scale=1000)  # the angles of the time features are that large
     for be in (NUMPY, CPU):
-        got = be.mlp_forward(net.plan, net.flat, x, t)
+        got = be.mlp_forward(net.plan, net.flat, Inputs(x, t))
         assert got.dtype == np.float32
         assert_close(got, want, terms=terms(net))
 
@@ -391,8 +393,8 @@ def through(made, sizes):
         view[...] = name.startswith("layers") and name.endswith("weight")
     x = np.concatenate([sizes, -sizes]).astype(np.float32)[:, None]
     t = np.zeros(len(x), np.int64)
-    want = NUMPY.mlp_forward(made.plan, made.flat.astype(np.float64), x.astype(np.float64), t)
-    return [(be.mlp_forward(made.plan, made.flat, x, t), want) for be in (NUMPY, CPU)]
+    want = NUMPY.mlp_forward(made.plan, made.flat.astype(np.float64), Inputs(x.astype(np.float64), t))
+    return [(be.mlp_forward(made.plan, made.flat, Inputs(x, t)), want) for be in (NUMPY, CPU)]
 
 
 def test_silu_is_accurate():
@@ -409,7 +411,7 @@ def test_activations_at_the_ends_of_the_range():
 
 def gradients(be, net, x, t, target):
     grads = unset(net, np.float32)
-    loss, dx = be.mlp_gradient(net.plan, net.flat, x, t, target, grads)
+    loss, dx = be.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)
     return loss, dx, grads
 
 
@@ -417,8 +419,8 @@ def gradients(be, net, x, t, target):
 def test_gradients_agree(net, n):
     x, t, target = batch_of(net, n, seed=1)
     grads = unset(net, np.float64)
-    wide = net.flat.astype(np.float64), x.astype(np.float64), t, target.astype(np.float64)
-    loss, dx = NUMPY.mlp_gradient(net.plan, *wide, grads)
+    wide = Inputs(x.astype(np.float64), t)
+    loss, dx = NUMPY.mlp_gradient(net.plan, net.flat.astype(np.float64), wide, target.astype(np.float64), grads)
     for be in (NUMPY, CPU):
         got_loss, got_dx, got = gradients(be, net, x, t, target)
         assert type(got_loss) is float
@@ -476,7 +478,7 @@ def test_a_training_gradient_may_weigh_its_rows(net, batch):
     want = unset(net, np.float64)
     want_loss = NUMPY.mlp_train_gradient(net.plan, wide, exact, 3, batch, want)
     x, t, target = draw_batch(exact, net.T, 3, batch)
-    y = NUMPY.mlp_forward(net.plan, wide, x, t)
+    y = NUMPY.mlp_forward(net.plan, wide, Inputs(x, t))
     assert want_loss == pytest.approx(np.mean(weights[t] * (y - target) ** 2), rel=1e-12)
     grads, even = unset(net, np.float32), unset(net, np.float32)
     loss = CPU.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
@@ -498,12 +500,14 @@ def test_a_training_gradient_may_weigh_its_rows(net, batch):
 def test_a_row_does_not_depend_on_its_batch(net, data, n):
     x, t, _ = batch_of(net, n)
     edges = [0, 1, 128, n] if data is None else [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=4))), n]
-    whole = CPU.mlp_forward(net.plan, net.flat, x, t)
+    whole = CPU.mlp_forward(net.plan, net.flat, Inputs(x, t))
     for be in THREADED:
-        parts = [be.mlp_forward(net.plan, net.flat, x[a:b].copy(), t[a:b]) for a, b in itertools.pairwise(edges)]
+        parts = [
+            be.mlp_forward(net.plan, net.flat, Inputs(x[a:b].copy(), t[a:b])) for a, b in itertools.pairwise(edges)
+        ]
         assert_same_bits(np.concatenate(parts), whole)
     shuffled = np.random.default_rng(n).permutation(n)
-    assert_same_bits(CPU.mlp_forward(net.plan, net.flat, x[shuffled], t[shuffled]), whole[shuffled])
+    assert_same_bits(CPU.mlp_forward(net.plan, net.flat, Inputs(x[shuffled], t[shuffled])), whole[shuffled])
 
 
 def table(net, name):
@@ -519,7 +523,7 @@ def table(net, name):
 
 def chained(be, net, smp, x, first):
     x = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=first))
+    be.mlp_chain(net.plan, net.flat, x, ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=first))
     return x
 
 
@@ -527,7 +531,7 @@ def walked(net, smp, x, first):
     """The chain of `chained`, on cpu, row by row."""
     x, memory = x.copy(), tuple(np.zeros((max(row.depth for row in smp.rows), *x.shape), x.dtype))
     for row in smp.rows:
-        out = CPU.mlp_forward(net.plan, net.flat, x, np.full(len(x), row.t)) if row.evaluates else None
+        out = CPU.mlp_forward(net.plan, net.flat, Inputs(x, np.full(len(x), row.t))) if row.evaluates else None
         CPU.sampler_step(x, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.step, first))
     return x
 
@@ -578,7 +582,8 @@ def test_curves_longer_than_a_chunk_of_noise(name):
     draws = draws_for(net)
     grads, want = (np.full(net.flat.shape, np.nan, np.float32) for _ in range(2))
     loss = CPU.mlp_train_gradient(net.plan, net.flat, draws, 3, 5, grads)
-    assert CPU.mlp_gradient(net.plan, net.flat, *draw_batch(draws, net.T, 3, 5), want)[0] == loss
+    x, t, target = draw_batch(draws, net.T, 3, 5)
+    assert CPU.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, want)[0] == loss
     assert_same_bits(grads, want)
 
 
@@ -588,7 +593,9 @@ def test_chains_agree(name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 40)
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
+    NUMPY.mlp_chain(
+        net.plan, net.flat.astype(np.float64), want, ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=6)
+    )
     for be in (NUMPY, CPU):
         assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net))
 
@@ -608,7 +615,7 @@ def test_training_does_not_depend_on_threads(net, batch):
 def test_networks_leave_nothing_behind():
     """A backend's buffers for a network go when the network goes."""
     made = MLP(3, hidden=(5,), T=7)
-    CPU.mlp_forward(made.plan, made.flat, np.ones((2, 3), np.float32), np.zeros(2, np.int64))
+    CPU.mlp_forward(made.plan, made.flat, Inputs(np.ones((2, 3), np.float32), np.zeros(2, np.int64)))
     gone = weakref.ref(made.plan)
     del made
     gc.collect()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from functools import partial
 
 import numba
 import numpy as np
 import pytest
 from assembly import assert_packed
-from cuda_parity_layers import same_of_parts
+from cuda_parity_layers import same_of_parts, with_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import SMALL, peak_of
@@ -18,7 +19,7 @@ from tolerances import WINOGRAD_ERROR, assert_close, assert_same_bits
 
 from fastdiff.backends.cpu import CpuBackend, workers
 from fastdiff.backends.cpu import conv as cpu_conv
-from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.backends.layers import Affine, Conv, LayerBackend, Norm
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.kernels.cpu import (
     attention,
@@ -52,12 +53,20 @@ def wide(value):
     return value.astype(F64) if isinstance(value, np.ndarray) and value.dtype == F32 else value
 
 
+def of_run(filled, cast, value):
+    return filled[value] if type(value) is int else cast(value)
+
+
 def both(method, given_arrays, outputs, **options):
-    """Run a layer on the CPU in float32 and as the reference in float64; return the outputs of both."""
+    """Run a layer on the CPU in float32 and as the reference in float64; return the outputs of both.
+
+    In what is given a number stands for the output of this place.
+    """
     results = []
     for be, cast in ((CPU, lambda value: value), (REFERENCE, wide)):
         filled = [cast(output).copy() for output in outputs]
-        arrays = [filled[a] if isinstance(a, int) else cast(a) for a in given_arrays]
+        change = partial(of_run, filled, cast)
+        arrays = [with_arrays(value, change) for value in given_arrays]
         named = {k: filled[v] if k.startswith("d") else cast(v) for k, v in options.items()}
         getattr(be, method)(*arrays, **named)
         results.append(filled)
@@ -189,22 +198,18 @@ def test_norm_agrees_with_the_reference(shape, groups, silu, modulated):
     n, height, width, c = shape
     x = normals(1, *shape) * np.float32(3) + np.float32(5)
     gamma, beta = normals(2, c), normals(3, c)
-    options = {"groups": groups, "silu": silu, "modulation": normals(4, n, 2 * c) if modulated else None}
+    affine = Affine(gamma, beta, normals(4, n, 2 * c) if modulated else None)
     outputs = [unfilled(*shape), unfilled(n, groups, 2)]
-    (y, stats), (want, wanted_stats) = both("norm", [x, gamma, beta, 0, 1], outputs, eps=EPS, **options)
+    (y, stats), (want, wanted_stats) = both("norm", [Norm(x, affine, 1, silu), 0], outputs, eps=EPS)
     assert_close(stats, wanted_stats, terms=9)
     assert_close(y, want, terms=9)
     dy, values = normals(5, *shape), height * width * c // groups
     for start in (unfilled(*shape), normals(6, *shape), dy):
         given_dy = 0 if start is dy else dy
-        outputs = [start, unfilled(c), unfilled(c)]
-        extra = {}
-        if modulated:
-            outputs.append(unfilled(n, 2 * c))
-            extra["dmodulation"] = 3
-        arrays = [given_dy, x, gamma, beta, stats, 0, 1, 2]
+        outputs = [start, unfilled(c), unfilled(c), *[unfilled(n, 2 * c)] * modulated]
+        arrays = [Norm(x, affine, stats, silu), given_dy, 0, Affine(1, 2, 3 if modulated else None)]
         add = start is not dy and bool(np.isfinite(start).all())
-        got, want = both("norm_backward", arrays, outputs, add=add, **options, **extra)
+        got, want = both("norm_backward", arrays, outputs, add=add)
         assert_close(got[0], want[0], terms=9 + values // 8)
         for a, b in zip(got[1:], want[1:], strict=True):
             assert_close(a, b, terms=9 + n * height * width)
@@ -216,12 +221,12 @@ def test_norm_tangent_agrees_with_the_reference(shape, silu):
     n, c = shape[0], shape[-1]
     x, dh, gamma, beta = normals(1, *shape), normals(2, *shape), normals(3, c), normals(4, c)
     stats, modulation, other = normals(5, n, 2, 2), normals(6, n, 2 * c), normals(7, n, 2 * c)
-    for options in ({}, {"modulation": modulation}, {"modulation": modulation, "modulation_tangent": other}):
-        for moments in (stats, None) if not silu and len(options) < 2 else (stats,):
-            arrays = [dh, x, gamma, beta, moments, 0]
-            (got,), (want,) = both("norm_tangent", arrays, [unfilled(*shape)], silu=silu, **options)
+    for modulated, moves in ((None, None), (modulation, None), (modulation, other)):
+        for moments in (stats, None) if not silu and moves is None else (stats,):
+            layer, options = Norm(x, Affine(gamma, beta, modulated), moments, silu), {"modulation_tangent": moves}
+            (got,), (want,) = both("norm_tangent", [layer, dh, 0], [unfilled(*shape)], **options)
             assert_close(got, want, terms=9)
-            (same,), _ = both("norm_tangent", [0, *arrays[1:]], [dh], silu=silu, **options)
+            (same,), _ = both("norm_tangent", [layer, 0, 0], [dh], **options)
             assert_same_bits(same, got)
 
 
@@ -229,8 +234,8 @@ def test_the_variance_of_a_group_far_from_zero():
     """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
     x = normals(1, 2, 64, 64, 8) + np.float32(1000)
     outputs = [unfilled(*x.shape), unfilled(2, 2, 2)]
-    options = {"groups": 2, "eps": EPS, "silu": False}
-    (_, stats), (_, want) = both("norm", [x, np.ones(8, F32), np.zeros(8, F32), 0, 1], outputs, **options)
+    affine = Affine(np.ones(8, F32), np.zeros(8, F32))
+    (_, stats), (_, want) = both("norm", [Norm(x, affine, 1), 0], outputs, eps=EPS)
     assert_close(stats[..., 1], want[..., 1], terms=9)
 
 
@@ -239,14 +244,14 @@ def test_layer_norm_agrees_with_the_reference(shape):
     x, c, rows = normals(1, *shape) * F32(3) + F32(5), shape[-1], int(np.prod(shape[:-1]))
     gamma, beta = normals(2, c), normals(3, c)
     outputs = [unfilled(*shape), unfilled(*shape[:-1], 2)]
-    (y, stats), (want, wanted_stats) = both("layer_norm", [x, gamma, beta, 0, 1], outputs, eps=EPS)
+    (y, stats), (want, wanted_stats) = both("layer_norm", [Norm(x, Affine(gamma, beta), 1), 0], outputs, eps=EPS)
     r = wanted_stats[..., 1]
     assert_close(stats[..., 0], wanted_stats[..., 0], terms=9)
     assert_close(stats[..., 1], r, terms=9, scale=10 * r**2)  # x has this size, before the mean is subtracted
     assert_close(y, want, terms=9, scale=10 * r[..., None] * np.maximum(1, np.abs(gamma)))
     dy = normals(5, *shape)
     for start in (unfilled(*shape), normals(6, *shape), dy):  # filled, added to, in the place of dy
-        arrays = [0 if start is dy else dy, x, gamma, stats, 0, 1, 2]
+        arrays = [Norm(x, Affine(gamma, beta), stats), 0 if start is dy else dy, 0, Affine(1, 2)]
         add = start is not dy and bool(np.isfinite(start).all())
         got, want = both("layer_norm_backward", arrays, [start, unfilled(c), unfilled(c)], add=add)
         for array, wanted, terms in zip(got, want, (9 + c, 9 + rows, 9 + rows), strict=True):
@@ -257,8 +262,8 @@ def test_the_variance_of_a_row_far_from_zero():
     """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
     x = normals(1, 2, 3, 5, 200) + F32(1000)
     outputs = [unfilled(*x.shape), unfilled(2, 3, 5, 2)]
-    arrays = [x, np.ones(200, F32), np.zeros(200, F32), 0, 1]
-    (out, stats), (want, wanted_stats) = both("layer_norm", arrays, outputs, eps=EPS)
+    layer = Norm(x, Affine(np.ones(200, F32), np.zeros(200, F32)), 1)
+    (out, stats), (want, wanted_stats) = both("layer_norm", [layer, 0], outputs, eps=EPS)
     assert_close(stats[..., 1], wanted_stats[..., 1], terms=9)
     assert_close(out, want, scale=1000.0)
 
@@ -293,8 +298,8 @@ def test_attention_of_scores_beyond_the_range_of_exp():
 @pytest.mark.parametrize("be", [CPU, REFERENCE], ids=lambda be: be.name)
 @pytest.mark.parametrize("left", [1, 5])
 def test_norms_of_parts(be, left):
-    options = {"groups": 2, "silu": True, "modulation": normals(4, 3, 12)}
-    same_of_parts(be, normals(1, 3, 4, 5, 6), left, be.asarray, options)
+    affine = Affine(normals(2, 6), normals(3, 6), normals(4, 3, 12))
+    same_of_parts(be, Norm(normals(1, 3, 4, 5, 6), affine, unfilled(3, 2, 2), silu=True), left, be.asarray)
 
 
 # ------------------------------------------------------------------------------------------------ the rest
@@ -422,9 +427,9 @@ def layers(be, rows, whole=False):
             unfilled(len(x), 2 * c),
         )
         sums = np.empty_like(gamma), np.empty_like(beta)
-        options = {"groups": 4, "silu": True, "modulation": images(5, 2 * c)}
-        be.norm(x, gamma, beta, out, stats, eps=EPS, **options)
-        be.norm_backward(dy, x, gamma, beta, stats, dx, *sums, dmodulation=dmodulation, **options)
+        layer = Norm(x, Affine(gamma, beta, images(5, 2 * c)), stats, silu=True)
+        be.norm(layer, out, eps=EPS)
+        be.norm_backward(layer, dy, dx, Affine(*sums, dmodulation))
         keep(out, dx, stats, dmodulation, *(sums if whole else []))
     for height, width, c in ((20, 15, 48), (1, 1, 7)):
         x, dy, gamma, beta = images(1, height, width, c), images(2, height, width, c), normals(3, c), normals(4, c)
@@ -434,8 +439,9 @@ def layers(be, rows, whole=False):
             unfilled(len(x), height, width, 2),
             normals(5, 2, c),
         )
-        be.layer_norm(x, gamma, beta, out, stats, eps=EPS)
-        be.layer_norm_backward(dy, x, gamma, stats, dx, *sums)
+        layer = Norm(x, Affine(gamma, beta), stats)
+        be.layer_norm(layer, out, eps=EPS)
+        be.layer_norm_backward(layer, dy, dx, Affine(*sums))
         keep(out, dx, stats, *(sums if whole else []))
     for length, channels in ((100, 32), (6, 8)):
         qkv, dy = images(1, length, 3 * channels), images(2, length, channels)
@@ -626,8 +632,9 @@ def test_no_images():
     assert not db.any()
     gamma, sums, position = np.ones(3, F32), normals(2, 2, 3), unfilled(5, 5, 3)
     stats = np.empty((0, 5, 5, 2), F32)
-    CPU.layer_norm(x, gamma, gamma, x.copy(), stats, eps=EPS)
-    CPU.layer_norm_backward(x, x, gamma, stats, x.copy(), *sums)
+    layer = Norm(x, Affine(gamma, gamma), stats)
+    CPU.layer_norm(layer, x.copy(), eps=EPS)
+    CPU.layer_norm_backward(layer, x, x.copy(), Affine(*sums))
     CPU.offset_backward(x, position)
     assert not sums.any()
     assert not position.any()
@@ -645,20 +652,21 @@ def test_warm_layers_allocate_no_arrays():
     flat, log_sums, index = (a.reshape(4, 256, 32) for a in (y, dy)), normals(4, 4, 2, 256), np.array([1, 0, 1, 2])
     out, dout = flat
     v_rows, shift, loss, rows = normals(5, 4, 32), normals(6, 4, 32), np.empty(1), normals(7, 4, 16, 16, 2)
+    group_norm, row_norm = Norm(x, Affine(v[0], v[1]), stats, silu=True), Norm(x, Affine(v[0], v[1]), rows)
 
     def work():
         CPU.conv(SAME, x, w, v[0], y, shift=shift, residual=residual)
         CPU.conv_backward(SAME, dy, x, w, dx, dw, v[1])
         CPU.conv(up, x, w, v[0], dup)
         CPU.conv_backward(up, dup, x, w, dx, dw, v[1])
-        CPU.norm(x, v[0], v[1], y, stats, groups=8, eps=EPS, silu=True)
-        CPU.norm_backward(dy, x, v[0], v[1], stats, dx, v[2], v[3], groups=8, silu=True)
+        CPU.norm(group_norm, y, eps=EPS)
+        CPU.norm_backward(group_norm, dy, dx, Affine(v[2], v[3]))
         CPU.attention(qkv, out, log_sums, heads=2)
         CPU.attention_backward(dout, qkv, out, log_sums, dqkv, heads=2)
         CPU.silu(x, y)
         CPU.silu_backward(dy, x, dx)
-        CPU.layer_norm(x, v[0], v[1], y, rows, eps=EPS)
-        CPU.layer_norm_backward(dy, x, v[0], rows, dx, v[2], v[3])
+        CPU.layer_norm(row_norm, y, eps=EPS)
+        CPU.layer_norm_backward(row_norm, dy, dx, Affine(v[2], v[3]))
         CPU.gelu(x, y)
         CPU.gelu_backward(dy, x, dx)
         CPU.offset(x, y[0], dx)

@@ -25,6 +25,7 @@ from tolerances import assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends, cli, demo
+from fastdiff.backends import Inputs
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.process import posterior
@@ -289,8 +290,8 @@ def test_a_gradient_of_no_samples(be):
     none, t = np.zeros((0, 3), np.float32), np.zeros(0, np.int64)
     for each in (be, fd.get_backend("numpy")):
         grads = each.asarray(np.ones_like(net.flat))
-        arrays = each.asarray(none), each.asarray(t, np.int64), each.asarray(none)
-        loss, dx = each.mlp_gradient(net.plan, each.asarray(net.flat), *arrays, grads)
+        inputs = Inputs(each.asarray(none), each.asarray(t, np.int64))
+        loss, dx = each.mlp_gradient(net.plan, each.asarray(net.flat), inputs, each.asarray(none), grads)
         assert math.isnan(loss)
         assert dx.shape == (0, 3)
         assert_same_bits(each.to_numpy(grads), np.zeros_like(net.flat))

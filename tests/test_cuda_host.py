@@ -34,9 +34,9 @@ from tolerances import HANG_SECONDS, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends
-from fastdiff.backends import TrainState
+from fastdiff.backends import Inputs, TrainState
 from fastdiff.backends.cuda import CudaBackend
-from fastdiff.backends.layers import PartsBackend
+from fastdiff.backends.layers import Affine, Norm, PartsBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
@@ -723,7 +723,7 @@ def test_out_of_device_memory_wherever_some_is_needed(stand_in):
         lambda: fd.forward_noise(there, 3, schedule, backend=be),
         lambda: fd.sample(net, table, n=7, backend=be),
         lambda: fd.sample(lambda x, t: x, table, initial=there, backend=be),
-        lambda: be.mlp_forward(net.plan, be.asarray(net.flat[:1000]), there, be.asarray(t, np.int64)),
+        lambda: be.mlp_forward(net.plan, be.asarray(net.flat[:1000]), Inputs(there, be.asarray(t, np.int64))),
         lambda: fd.Diffusion(fd.MLP(143, hidden=(), T=5), schedule, backend=be).fit(x, steps=1, progress=False),
     ):
         with pytest.raises(BackendError, match=r"^out of device memory on Stand-in: asked for .* a smaller batch"):
@@ -785,8 +785,9 @@ def test_static_shared_memory_counts_too(stand_in, shape, groups):
     cupy, (x, y, dx), (gamma, beta, *grads) = stand_in(), np.ones((3, *shape), np.float32), np.ones((4, shape[-1]), "f")
     be, stats = CudaBackend(), np.empty((1, groups, 2), np.float32)
     x, y, dx, gamma, beta, stats, *grads = map(be.asarray, (x, y, dx, gamma, beta, stats, *grads))
-    be.norm(x, gamma, beta, y, stats, groups=groups, eps=1e-5, silu=False)
-    be.norm_backward(y, x, gamma, beta, stats, dx, *grads, groups=groups, silu=False)
+    layer = Norm(x, Affine(gamma, beta), stats)
+    be.norm(layer, y, eps=1e-5)
+    be.norm_backward(layer, y, dx, Affine(*grads))
     assert {entry: cupy.host.static_shared["norm", entry] for entry in ("norm_forward", "norm_backward")} == {
         "norm_forward": 2048, "norm_backward": 8192,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import conv as cuda_conv
 from fastdiff.backends.cuda import layers as cuda_layers
 from fastdiff.backends.cuda.layers import WHOLE, NormPlan, norm_plan
+from fastdiff.backends.layers import Affine, Norm
 from fastdiff.kernels.cuda import runtime
 from fastdiff.noise import Draw, Stream
 
@@ -67,25 +69,21 @@ def test_numbers_are_those_of_the_kernels():
 def test_the_variance_of_a_group_far_from_zero(be, chunks):
     """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
     x, ones, zeros = normals(1, 1, 6, 7, 8) + F32(1000), np.ones(8, F32), np.zeros(8, F32)
-    options = {"groups": 2, "eps": EPS, "silu": False}
-    want, want_stats = np.empty(x.shape), np.empty((1, 2, 2))
-    NUMPY.norm(x.astype(np.float64), ones, zeros, want, want_stats, **options)
+    affine, want, want_stats = Affine(ones, zeros), np.empty(x.shape), np.empty((1, 2, 2))
+    NUMPY.norm(Norm(x.astype(np.float64), affine, want_stats), want, eps=EPS)
     out, stats = unfilled(*x.shape), unfilled(1, 2, 2)
-    if chunks:
-        with in_chunks():
-            be.norm(x, ones, zeros, out, stats, **options)
-    else:
-        be.norm(x, ones, zeros, out, stats, **options)
+    with in_chunks() if chunks else contextlib.nullcontext():
+        be.norm(Norm(x, affine, stats), out, eps=EPS)
     assert_close(stats[..., 1], want_stats[..., 1], terms=9)
     assert_close(out, want, scale=1000.0)
 
 
 def test_the_variance_of_a_row_far_from_zero(be):
     x, ones, zeros = normals(1, 1, 2, 3, 200) + F32(1000), np.ones(200, F32), np.zeros(200, F32)
-    want, want_stats = np.empty(x.shape), np.empty((1, 2, 3, 2))
-    NUMPY.layer_norm(x.astype(np.float64), ones, zeros, want, want_stats, eps=EPS)
+    affine, want, want_stats = Affine(ones, zeros), np.empty(x.shape), np.empty((1, 2, 3, 2))
+    NUMPY.layer_norm(Norm(x.astype(np.float64), affine, want_stats), want, eps=EPS)
     out, stats = unfilled(*x.shape), unfilled(1, 2, 3, 2)
-    be.layer_norm(x, ones, zeros, out, stats, eps=EPS)
+    be.layer_norm(Norm(x, affine, stats), out, eps=EPS)
     assert_close(stats[..., 1], want_stats[..., 1], terms=9)
     assert_close(out, want, scale=1000.0)
 
@@ -145,10 +143,11 @@ def layers(be, rows):
 
     def norms(height, width, c):
         x, dy, gamma, beta = images(1, height, width, c), images(2, height, width, c), normals(3, c), normals(4, c)
-        n, options = len(x), {"groups": c // 4, "silu": True, "modulation": images(5, 2 * c)}
+        n, affine = len(x), Affine(gamma, beta, images(5, 2 * c))
         out, dx, stats, dmodulation = unfilled(*x.shape), unfilled(*x.shape), unfilled(n, c // 4, 2), unfilled(n, 2 * c)
-        be.norm(x, gamma, beta, out, stats, eps=EPS, **options)
-        be.norm_backward(dy, x, gamma, beta, stats, dx, *np.empty((2, c), F32), dmodulation=dmodulation, **options)
+        layer = Norm(x, affine, stats, silu=True)
+        be.norm(layer, out, eps=EPS)
+        be.norm_backward(layer, dy, dx, Affine(*np.empty((2, c), F32), dmodulation))
         results.extend([out, dx, stats, dmodulation])
 
     norms(3, 4, 24)
@@ -156,8 +155,9 @@ def layers(be, rows):
         norms(3, 5, 24)
     x, dy, gamma, beta = images(1, 3, 5, 24), images(2, 3, 5, 24), normals(3, 24), normals(4, 24)
     out, dx, stats, gelu = unfilled(*x.shape), unfilled(*x.shape), unfilled(*x.shape[:-1], 2), unfilled(*x.shape)
-    be.layer_norm(x, gamma, beta, out, stats, eps=EPS)
-    be.layer_norm_backward(dy, x, gamma, stats, dx, *np.empty((2, 24), F32))
+    layer = Norm(x, Affine(gamma, beta), stats)
+    be.layer_norm(layer, out, eps=EPS)
+    be.layer_norm_backward(layer, dy, dx, Affine(*np.empty((2, 24), F32)))
     be.gelu(x, gelu)
     results.extend([out, dx, stats, gelu])
     qkv, dy = images(1, 19, 24), images(2, 19, 8)
@@ -182,11 +182,13 @@ def test_no_images(be):
     """Nothing to compute, and gradients of parameters that are sums of nothing."""
     x, gamma, sums = np.empty((0, 3, 3, 4), F32), np.ones(4, F32), np.full((2, 4), np.nan, F32)
     stats, qkv, table = np.empty((0, 1, 2), F32), np.empty((0, 9, 12), F32), unfilled(3, 4)
-    be.norm(x, gamma, gamma, x, stats, groups=1, eps=EPS, silu=True)
-    be.norm_backward(x, x, gamma, gamma, stats, x, *sums, groups=1, silu=True)
+    layer = Norm(x, Affine(gamma, gamma), stats, silu=True)
+    be.norm(layer, x, eps=EPS)
+    be.norm_backward(layer, x, x, Affine(*sums))
     rows, position, more = np.empty((0, 3, 3, 2), F32), unfilled(3, 3, 4), np.full((2, 4), np.nan, F32)
-    be.layer_norm(x, gamma, gamma, x, rows, eps=EPS)
-    be.layer_norm_backward(x, x, gamma, rows, x, *more)
+    layer = Norm(x, Affine(gamma, gamma), rows)
+    be.layer_norm(layer, x, eps=EPS)
+    be.layer_norm_backward(layer, x, x, Affine(*more))
     be.gelu(x, x)
     be.gelu_backward(x, x, x)
     be.offset(x, position, x)
@@ -213,7 +215,7 @@ def test_what_is_not_finite_stays_in_its_image(be):
     x, gamma = normals(1, 2, 3, 3, 8), np.ones(8, F32)
     x[0, 1, 1, 3] = np.nan
     out, stats = unfilled(*x.shape), unfilled(2, 2, 2)
-    be.norm(x, gamma, gamma, out, stats, groups=2, eps=EPS, silu=True)
+    be.norm(Norm(x, Affine(gamma, gamma), stats, silu=True), out, eps=EPS)
     assert np.isnan(out[0, ..., :4]).all()
     assert np.isfinite(out[0, ..., 4:]).all()
     assert np.isfinite(out[1]).all()

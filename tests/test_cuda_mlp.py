@@ -17,7 +17,17 @@ from host_cuda import ORDERS, HostRuntime, has_compiler
 from tolerances import assert_close, assert_same_bits
 
 from fastdiff import samplers
-from fastdiff.backends import AdamW, DenseLayer, MLPPlan, Row, TrainingDraws, TrainState, get_backend
+from fastdiff.backends import (
+    AdamW,
+    ChainTable,
+    DenseLayer,
+    Inputs,
+    MLPPlan,
+    Row,
+    TrainingDraws,
+    TrainState,
+    get_backend,
+)
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import mlp as operations
 from fastdiff.backends.cuda.mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
@@ -173,7 +183,7 @@ def test_packed_parameters(runtime):
     net = scatter(MLP(5, hidden=(3, 8, 1), T=2))
     be = CudaBackend(runtime)
     buffers = be._network(net.plan)
-    be.mlp_forward(net.plan, net.flat, normals(2, 5), np.zeros(2, np.int64))
+    be.mlp_forward(net.plan, net.flat, Inputs(normals(2, 5), np.zeros(2, np.int64)))
     want = []
     for layer in net.plan.layers:
         w = net.flat[layer.weight : layer.weight + layer.inputs * layer.outputs].reshape(layer.inputs, layer.outputs)
@@ -227,11 +237,11 @@ def test_the_ways_are_what_they_are_called(net):
 @pytest.mark.parametrize("n", [0, 1, 5, 70])
 def test_forward_agrees(net, be, n):
     x, t, _ = batch_of(net, n)
-    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), x.astype(np.float64), t)
+    want = NUMPY.mlp_forward(net.plan, net.flat.astype(np.float64), Inputs(x.astype(np.float64), t))
     out = be.empty(want.shape)
-    got = be.mlp_forward(net.plan, net.flat, x, t)
+    got = be.mlp_forward(net.plan, net.flat, Inputs(x, t))
     assert got.dtype == F
-    assert be.mlp_forward(net.plan, net.flat, x, t, out) is out
+    assert be.mlp_forward(net.plan, net.flat, Inputs(x, t), out) is out
     assert_same_bits(out, got)
     assert_close(got, want, terms=terms(net.plan))
 
@@ -239,7 +249,9 @@ def test_forward_agrees(net, be, n):
 @pytest.mark.skipif(host_width() == 0, reason="the CPU backend rounds its products here")
 def test_one_launch_has_the_bits_of_the_cpu_backend(net):
     x, t, _ = batch_of(net, 70)
-    assert_same_bits(ONE_LAUNCH.mlp_forward(net.plan, net.flat, x, t), CPU.mlp_forward(net.plan, net.flat, x, t))
+    assert_same_bits(
+        ONE_LAUNCH.mlp_forward(net.plan, net.flat, Inputs(x, t)), CPU.mlp_forward(net.plan, net.flat, Inputs(x, t))
+    )
 
 
 def unset(size, plan):
@@ -260,9 +272,9 @@ def check_gradients(be, plan, flat, x, t, target):
     padding = grads == 0
     wide = np.zeros(len(flat))
     want_loss, want_dx = NUMPY.mlp_gradient(
-        plan, flat.astype(np.float64), x.astype(np.float64), t, target.astype(np.float64), wide
+        plan, flat.astype(np.float64), Inputs(x.astype(np.float64), t), target.astype(np.float64), wide
     )
-    loss, dx = be.mlp_gradient(plan, flat, x, t, target, grads)
+    loss, dx = be.mlp_gradient(plan, flat, Inputs(x, t), target, grads)
     assert type(loss) is float
     assert_close(F(loss), want_loss, terms=terms(plan))
     assert_close(dx, want_dx, terms=terms(plan))
@@ -295,8 +307,8 @@ def test_every_kind_of_layer(be):
     plan = mixed_plan()
     flat, x, target = normals(plan.size) / 3, normals(37, 3, seed=1), normals(37, plan.layers[-1].outputs, seed=2)
     t = np.arange(37) % 6
-    want = NUMPY.mlp_forward(plan, flat.astype(np.float64), x.astype(np.float64), t)
-    assert_close(be.mlp_forward(plan, flat, x, t), want, terms=terms(plan))
+    want = NUMPY.mlp_forward(plan, flat.astype(np.float64), Inputs(x.astype(np.float64), t))
+    assert_close(be.mlp_forward(plan, flat, Inputs(x, t)), want, terms=terms(plan))
     check_gradients(be, plan, flat, x, t, target)
 
 
@@ -305,8 +317,8 @@ def test_a_training_gradient_is_the_gradient_of_the_drawn_batch(net, batch):
     draws = draws_for(net)
     grads, want = unset(len(net.flat), net.plan)[0], unset(len(net.flat), net.plan)[0]
     loss = ONE_LAUNCH.mlp_train_gradient(net.plan, net.flat, draws, 3, batch, grads)
-    drawn = perceptron.draw_batch(draws, net.T, 3, batch)
-    assert ONE_LAUNCH.mlp_gradient(net.plan, net.flat, *drawn, want)[0] == loss
+    x, t, target = perceptron.draw_batch(draws, net.T, 3, batch)
+    assert ONE_LAUNCH.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, want)[0] == loss
     assert_same_bits(grads, want)
 
 
@@ -340,12 +352,12 @@ def test_training_goes_the_way_of_the_reference(make):
 
 def test_a_row_does_not_depend_on_its_batch_or_the_order_of_threads(net):
     x, t, _ = batch_of(net, 130)
-    whole = ONE_LAUNCH.mlp_forward(net.plan, net.flat, x, t)
+    whole = ONE_LAUNCH.mlp_forward(net.plan, net.flat, Inputs(x, t))
     for be, edges in zip(BACKENDS.values(), ([0, 130], [0, 1, 130], [0, 9, 73, 130]), strict=True):
-        parts = [be.mlp_forward(net.plan, net.flat, x[a:b], t[a:b]) for a, b in itertools.pairwise(edges)]
+        parts = [be.mlp_forward(net.plan, net.flat, Inputs(x[a:b], t[a:b])) for a, b in itertools.pairwise(edges)]
         assert_same_bits(np.concatenate(parts), whole)
     shuffled = np.random.default_rng(0).permutation(130)
-    assert_same_bits(ONE_LAUNCH.mlp_forward(net.plan, net.flat, x[shuffled], t[shuffled]), whole[shuffled])
+    assert_same_bits(ONE_LAUNCH.mlp_forward(net.plan, net.flat, Inputs(x[shuffled], t[shuffled])), whole[shuffled])
 
 
 def table(net, name):
@@ -360,14 +372,14 @@ def table(net, name):
 
 def chained(be, net, smp, x, first):
     x = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=first))
+    be.mlp_chain(net.plan, net.flat, x, ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=first))
     return x
 
 
 def stepped(be, net, smp, x, first):
     state, memory = x.copy(), tuple(np.zeros((max(row.depth for row in smp.rows), *x.shape), x.dtype))
     for row in smp.rows:
-        out = be.mlp_forward(net.plan, net.flat, state, np.full(len(x), row.t)) if row.evaluates else None
+        out = be.mlp_forward(net.plan, net.flat, Inputs(state, np.full(len(x), row.t))) if row.evaluates else None
         be.sampler_step(state, out, memory, row, smp.clip, Draw(4, Stream.STEP, row.step, first))
     return state
 
@@ -390,7 +402,9 @@ def test_chains_agree(net, be, name):
     smp = table(net, name)
     x, _, _ = batch_of(net, 9)
     want = x.astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
+    NUMPY.mlp_chain(
+        net.plan, net.flat.astype(np.float64), want, ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=6)
+    )
     assert_close(chained(be, net, smp, x, 6), want, terms=len(smp) * terms(net.plan))
 
 
@@ -401,7 +415,9 @@ def test_every_sampler_is_a_chain(be, name):
     x, _, _ = batch_of(net, 9)
     got, want = chained(be, net, smp, x, 6), x.astype(np.float64)
     assert_same_bits(got, stepped(be, net, smp, x, 6))
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, Draw(4, Stream.STEP, first_row=6))
+    NUMPY.mlp_chain(
+        net.plan, net.flat.astype(np.float64), want, ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=6)
+    )
     assert_close(got, want, terms=len(smp) * terms(net.plan))
 
 
@@ -419,7 +435,7 @@ def test_every_term_of_a_table(be):
         assert_same_bits(got, stepped(be, net, smp, x, 2**56 - 70))
         want = x.astype(np.float64)
         draw = Draw(4, Stream.STEP, first_row=2**56 - 70)
-        NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, smp.rows, smp.clip, draw)
+        NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, ChainTable(smp.rows, smp.clip), draw)
         assert_close(got, want, terms=5 * terms(net.plan))
 
 
@@ -427,7 +443,7 @@ def test_a_table_for_a_learned_variance_is_refused(be):
     net, x = scatter(MLP(3, hidden=(5,), T=7)), normals(4, 3)
     row = Row(2, 1.0, 0.5, 0.3, 0.4, s=0.5, r=0.25)
     for run in (
-        lambda: be.mlp_chain(net.plan, net.flat, x, (row,), None, Draw(0, Stream.STEP)),
+        lambda: be.mlp_chain(net.plan, net.flat, x, ChainTable((row,)), Draw(0, Stream.STEP)),
         lambda: be.sampler_step(x, x.copy(), (), row, None, Draw(0, Stream.STEP)),
     ):
         with pytest.raises(ArgumentError, match=r"rows \(r\): got 0.25 at t = 2"):
@@ -438,7 +454,7 @@ def test_an_empty_chain_changes_nothing(be):
     net = scatter(MLP(3, hidden=(5,), T=7))
     x = normals(4, 3)
     kept = x.copy()
-    be.mlp_chain(net.plan, net.flat, x, (), None, Draw(0, Stream.STEP))
+    be.mlp_chain(net.plan, net.flat, x, ChainTable(()), Draw(0, Stream.STEP))
     assert_same_bits(x, kept)
     assert chained(be, net, table(net, "ddpm"), x[:0], 0).shape == (0, 3)
 
@@ -474,7 +490,7 @@ def test_the_chosen_way_is_told():
 
 def test_networks_leave_nothing_behind():
     made = MLP(3, hidden=(5,), T=7)
-    ONE_LAUNCH.mlp_forward(made.plan, made.flat, np.ones((2, 3), F), np.zeros(2, np.int64))
+    ONE_LAUNCH.mlp_forward(made.plan, made.flat, Inputs(np.ones((2, 3), F), np.zeros(2, np.int64)))
     gone = weakref.ref(made.plan)
     del made
     gc.collect()

@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import checkpoint, noise
-from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.backends import Inputs, TrainingDraws, get_backend
 from fastdiff.cli import main
 from fastdiff.denoiser import Asked, asked_on, checked_asked
 from fastdiff.denoisers import Gaussian, exact_chain
@@ -173,10 +173,10 @@ def test_gradients_of_what_is_asked(kind):
     grads = net.layout.zeros(np.float64)
     if kind is fd.MLP:
         asked = net.plan.asks(labels, covariates, np.float64)
-        NUMPY.mlp_gradient(net.plan, net.flat, x, t, target, grads, asked)
+        NUMPY.mlp_gradient(net.plan, net.flat, Inputs(x, t, asked), target, grads)
 
         def loss(flat):
-            return np.mean((NUMPY.mlp_forward(net.plan, flat, x, t, asked=asked) - target) ** 2)
+            return np.mean((NUMPY.mlp_forward(net.plan, flat, Inputs(x, t, asked)) - target) ** 2)
     else:
         runner = net.runner(NUMPY)
         batch = runner.batch(n, labels=True, covariates=True)
@@ -225,8 +225,8 @@ def test_cpu_networks_that_are_asked_agree_with_numpy():
         labels = None if net.classes is None else random.integers(0, net.classes + 1, n)
         numbers = None if net.covariates is None else random.normal(size=(n, net.covariates + 1)).astype(np.float32)
         asked = net.plan.asks(labels, numbers)
-        y = CPU.mlp_forward(net.plan, net.flat, x, t, asked=asked)
-        exact = NUMPY.mlp_forward(net.plan, wide, x.astype(np.float64), t, asked=asked.astype(np.float64))
+        y = CPU.mlp_forward(net.plan, net.flat, Inputs(x, t, asked))
+        exact = NUMPY.mlp_forward(net.plan, wide, Inputs(x.astype(np.float64), t, asked.astype(np.float64)))
         assert_close(y, exact, terms=100)
         tables = COSINE.signal, COSINE.noise, np.ones(T), np.zeros(T)
         told = None if labels is None else labels % net.classes

@@ -9,7 +9,7 @@ from gradcheck import assert_gradient, differences
 from tolerances import assert_close
 
 from fastdiff.backends import get_backend
-from fastdiff.backends.layers import Conv, LayerBackend
+from fastdiff.backends.layers import Affine, Conv, LayerBackend, Norm
 from fastdiff.noise import Draw, Stream
 
 NUMPY = get_backend("numpy")
@@ -110,7 +110,7 @@ def test_norm(shape, groups, silu, modulates, dtype):
     x += 3
     options = {"groups": groups, "eps": 1e-3, "modulation": modulation}
     (out,) = unset(x)
-    NUMPY.norm(x, gamma, beta, out, stats, silu=silu, **options)
+    NUMPY.norm(Norm(x, Affine(gamma, beta, modulation), stats, silu), out, eps=1e-3)
     scale = 10 / np.sqrt(x.var(axis=(1, 2)).min() + 1e-3)  # x / deviation, before the mean is subtracted
     assert_close(out, naive.norm(x, gamma, beta, activated=silu, **options), terms=x.size, scale=scale)
     grouped = x.reshape(shape[0], -1, groups, shape[-1] // groups)
@@ -124,24 +124,24 @@ def test_norm(shape, groups, silu, modulates, dtype):
 def test_norm_backward(shape, groups, silu, modulates):
     x, gamma, beta, stats, modulation = norm_case(shape, groups, modulates)
     out, (dy,) = np.empty_like(x), arrays(shape, seed=1)
-    options = {"groups": groups, "silu": silu, "modulation": modulation}
+    affine = Affine(gamma, beta, modulation)
 
     def loss():
-        NUMPY.norm(x, gamma, beta, out, stats, eps=0.1, **options)
+        NUMPY.norm(Norm(x, affine, stats, silu), out, eps=0.1)
         return np.sum(out * dy)
 
     loss()
-    saved = stats.copy()
+    layer = Norm(x, affine, stats.copy(), silu)
     dx, dgamma, dbeta = unset(x, gamma, beta)
     dmodulation = unset(modulation)[0] if modulates else None
-    NUMPY.norm_backward(dy, x, gamma, beta, saved, dx, dgamma, dbeta, dmodulation=dmodulation, **options)
+    NUMPY.norm_backward(layer, dy, dx, Affine(dgamma, dbeta, dmodulation))
     pairs = [(x, dx), (gamma, dgamma), (beta, dbeta), *([(modulation, dmodulation)] if modulates else [])]
     for array, gradient in pairs:
         assert_gradient(loss, array, gradient)
-    more, in_place, rest = x.copy(), dy.copy(), unset(gamma, beta)
-    NUMPY.norm_backward(dy, x, gamma, beta, saved, more, *rest, add=True, **options)
+    more, in_place, rest = x.copy(), dy.copy(), Affine(*unset(gamma, beta))
+    NUMPY.norm_backward(layer, dy, more, rest, add=True)
     assert_close(more, x + dx)
-    NUMPY.norm_backward(in_place, x, gamma, beta, saved, in_place, *rest, **options)
+    NUMPY.norm_backward(layer, in_place, in_place, rest)
     assert np.array_equal(in_place, dx)
 
 
@@ -152,22 +152,20 @@ def test_norm_tangent(shape, groups, silu, modulates):
     """<dy, J v> = <J^T dy, v>, the normalised values' own part being their backward pass."""
     x, gamma, beta, stats, modulation = norm_case(shape, groups, modulates)
     out, (dy, dx) = np.empty_like(x), arrays(shape, shape, seed=1)
-    options = {"silu": silu, "modulation": modulation}
-    NUMPY.norm(x, gamma, beta, out, stats, eps=0.1, groups=groups, **options)
+    layer = Norm(x, Affine(gamma, beta, modulation), stats, silu)
+    NUMPY.norm(layer, out, eps=0.1)
     by_x, dgamma, dbeta, dh, tangent = unset(x, gamma, beta, x, x)
     by_modulation = dmodulation = None
     if modulates:
         (by_modulation,), (dmodulation,) = unset(modulation), arrays(modulation.shape, seed=2)
-    NUMPY.norm_backward(
-        dy, x, gamma, beta, stats, by_x, dgamma, dbeta, groups=groups, dmodulation=by_modulation, **options
-    )
-    ones, zeros = np.ones_like(gamma), np.zeros_like(gamma)
-    NUMPY.norm_backward(dx, x, ones, zeros, stats, dh, dgamma, dbeta, groups=groups, silu=False)
-    NUMPY.norm_tangent(dh, x, gamma, beta, stats, tangent, modulation_tangent=dmodulation, **options)
+    NUMPY.norm_backward(layer, dy, by_x, Affine(dgamma, dbeta, by_modulation))
+    plain = Norm(x, Affine(np.ones_like(gamma), np.zeros_like(gamma)), stats)
+    NUMPY.norm_backward(plain, dx, dh, Affine(dgamma, dbeta))
+    NUMPY.norm_tangent(layer, dh, tangent, modulation_tangent=dmodulation)
     other = 0 if by_modulation is None else np.sum(by_modulation * dmodulation)
     scale = np.sum(np.abs(dy * tangent))
     assert_close(np.sum(dy * tangent), np.sum(by_x * dx) + other, terms=x.size, scale=scale)
-    NUMPY.norm_tangent(dh, x, gamma, beta, stats, dh, modulation_tangent=dmodulation, **options)
+    NUMPY.norm_tangent(layer, dh, dh, modulation_tangent=dmodulation)
     assert np.array_equal(dh, tangent)
 
 
@@ -180,7 +178,7 @@ def test_layer_norm(shape, dtype):
     x, gamma, beta = arrays(shape, shape[-1:], shape[-1:], dtype=dtype)
     x += 3
     out, stats = unset(x, np.empty((*shape[:-1], 2), dtype))
-    NUMPY.layer_norm(x, gamma, beta, out, stats, eps=1e-3)
+    NUMPY.layer_norm(Norm(x, Affine(gamma, beta), stats), out, eps=1e-3)
     scale = 10 / np.sqrt(x.var(axis=-1).min() + 1e-3)  # x / deviation, before the mean is subtracted
     assert_close(out, naive.layer_norm(x, gamma, beta, 1e-3), terms=shape[-1], scale=scale)
     assert_close(stats[..., 0], x.mean(axis=-1), terms=shape[-1])
@@ -193,19 +191,19 @@ def test_layer_norm_backward(shape):
     out, stats, (dy,) = np.empty_like(x), np.empty((*shape[:-1], 2)), arrays(shape, seed=1)
 
     def loss():
-        NUMPY.layer_norm(x, gamma, beta, out, stats, eps=0.1)
+        NUMPY.layer_norm(Norm(x, Affine(gamma, beta), stats), out, eps=0.1)
         return np.sum(out * dy)
 
     loss()
-    saved = stats.copy()
+    layer = Norm(x, Affine(gamma, beta), stats.copy())
     dx, dgamma, dbeta = unset(x, gamma, beta)
-    NUMPY.layer_norm_backward(dy, x, gamma, saved, dx, dgamma, dbeta)
+    NUMPY.layer_norm_backward(layer, dy, dx, Affine(dgamma, dbeta))
     for array, gradient in ((x, dx), (gamma, dgamma), (beta, dbeta)):
         assert_gradient(loss, array, gradient)
-    more, in_place, rest = x.copy(), dy.copy(), unset(gamma, beta)
-    NUMPY.layer_norm_backward(dy, x, gamma, saved, more, *rest, add=True)
+    more, in_place, rest = x.copy(), dy.copy(), Affine(*unset(gamma, beta))
+    NUMPY.layer_norm_backward(layer, dy, more, rest, add=True)
     assert_close(more, x + dx)
-    NUMPY.layer_norm_backward(in_place, x, gamma, saved, in_place, *rest)
+    NUMPY.layer_norm_backward(layer, in_place, in_place, rest)
     assert np.array_equal(in_place, dx)
 
 

@@ -9,7 +9,7 @@ from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
 from fastdiff import checkpoint, noise
-from fastdiff.backends import TrainingDraws, get_backend
+from fastdiff.backends import ChainTable, TrainingDraws, get_backend
 from fastdiff.backends.layers import Batch
 from fastdiff.denoiser import Asked, asked_on, checked_asked
 from fastdiff.errors import ArgumentError, CheckpointError
@@ -190,20 +190,18 @@ def test_a_chain_that_holds_what_is_known(table, guided, any_backend):
     levels = COSINE.signal[[row.t for row in table.rows]].astype(np.float32)
     weights = np.linspace(1, 2, len(table)).astype(np.float32) if guided else None
     draw, params = Draw(1, Stream.STEP), be.asarray(net.flat)
+    chain = ChainTable(table.rows, None, weights, levels)
 
     def run(part):
         x = be.asarray(x0[part].copy())
-        be.mlp_chain(
-            net.plan, params, x, table.rows, None, draw.after(part.start), be.asarray(be.to_numpy(told)[part]),
-            weights, levels,
-        )  # fmt: skip
+        be.mlp_chain(net.plan, params, x, chain, draw.after(part.start), be.asarray(be.to_numpy(told)[part]))
         return be.to_numpy(x)
 
     whole = run(slice(0, n))
     assert_same_bits(np.concatenate([run(slice(0, 3)), run(slice(3, n))]), whole)
     want = x0.astype(np.float64)
     of_all = be.to_numpy(told).astype(np.float64)
-    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, table.rows, None, draw, of_all, weights, levels)
+    NUMPY.mlp_chain(net.plan, net.flat.astype(np.float64), want, chain, draw, of_all)
     assert_close(whole, want, terms=5000)
 
 

@@ -12,7 +12,7 @@ from gradcheck import assert_gradient, scatter, with_linear
 from scipy import stats
 from tolerances import P_VALUE, assert_close, assert_same_bits
 
-from fastdiff.backends import TrainState, get_backend
+from fastdiff.backends import Inputs, TrainState, get_backend
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.errors import ArgumentError
 from fastdiff.nn import MLP
@@ -96,7 +96,7 @@ def test_every_gradient_of_a_network(make):
         return float(np.mean((net.predict(x, t, backend="numpy") - target) ** 2))
 
     grads = np.full(net.layout.size, np.nan)
-    value, dx = NUMPY.mlp_gradient(net.plan, net.flat, x, t, target, grads)
+    value, dx = NUMPY.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)
     assert_close(value, loss(), dtype=np.float64)
     assert_gradient(loss, x, dx)
     views = net.layout.views(grads)
@@ -147,7 +147,7 @@ def test_padding_stays_zero_in_training(make, backend):
     random = np.random.default_rng(0)
     for step in range(5):
         x, target = random.normal(size=(2, 6, net.points)).astype(np.float32)
-        be.mlp_gradient(net.plan, net.flat, x, random.integers(0, net.T, 6), target, grads)
+        be.mlp_gradient(net.plan, net.flat, Inputs(x, random.integers(0, net.T, 6)), target, grads)
         be.adamw(TrainState(net.flat, grads, m, v, average), TrainingPlan().options(step, step))
     for buffer in (net.flat, grads, *buffers):
         assert buffer.any()
@@ -163,12 +163,12 @@ def test_training_learns(backend):
     target = (x * (1 + t[:, None])).astype(np.float32)
     losses = []
     for step in range(300):
-        losses.append(be.mlp_gradient(net.plan, net.flat, x, t, target, grads)[0])
+        losses.append(be.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)[0])
         be.adamw(TrainState(net.flat, grads, m, v, average), TrainingPlan(lr=0.02, ema=0.9).options(step, step))
     assert losses[-1] < losses[0] / 100
     kept = net.flat.copy()
     net.flat[...] = average
-    assert be.mlp_gradient(net.plan, net.flat, x, t, target, grads)[0] < losses[0] / 100
+    assert be.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)[0] < losses[0] / 100
     assert not np.array_equal(kept, average)
 
 

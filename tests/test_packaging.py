@@ -1,7 +1,9 @@
 """What is installed, what an import costs, which room may hold what, and that a skipped lane cannot hide."""
 
 import ast
+import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import subprocess
@@ -11,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from test_readme import reference
 from tolerances import HANG_SECONDS, IMPORT_SECONDS
 
 import fastdiff
@@ -202,6 +205,62 @@ def test_no_file_waits_for_itself():
     while free := {name for name, of in needs.items() if not of & set(needs)}:
         needs = {name: of for name, of in needs.items() if name not in free}
     assert not needs
+
+
+# ------------------------------------------------------------------------------------------- signatures
+
+MOST_PARAMETERS = 7
+MAY_HAVE_MORE = {"read_table", "conv_backward"}  # the one has the options of load_curves
+
+
+def public_functions():
+    """(module, qualified name) of the functions of the reference, and of constructors and methods of its classes.
+
+    A protocol is none of them: what a backend must offer is called by the library alone.
+    """
+    conf, found = reference(), set()
+    for room in map(importlib.import_module, conf.ROOMS):
+        for each in (getattr(room, name) for name in conf.public(room)):
+            values = [each]
+            if inspect.isclass(each):
+                of = [] if getattr(each, "_is_protocol", False) else each.__mro__
+                own = [item for base in of for item in vars(base).items()]
+                values = [value for name, value in own if not name.startswith("_") or name == "__init__"]
+            for value in values:
+                function = inspect.unwrap(getattr(value, "__func__", value))
+                if inspect.isfunction(function):
+                    found.add((function.__module__, function.__qualname__))
+    return found
+
+
+def functions(node, within=""):
+    """(qualified name, definition) of every function in a tree, also of those in others."""
+    for child in ast.iter_child_nodes(node):
+        inner = within
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield within + child.name, child
+            inner = f"{within}{child.name}.<locals>."
+        elif isinstance(child, ast.ClassDef):
+            inner = f"{within}{child.name}."
+        yield from functions(child, inner)
+
+
+def test_functions_have_few_parameters():
+    """What belongs together is one argument. Public functions may have any number of options, by keyword alone."""
+    public, seen, long = public_functions(), set(), {}
+    for path in sources("fastdiff"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for name, node in functions(ast.parse(path.read_text())):
+            by_place = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+            count = len(by_place) - (by_place[:1] in (["self"], ["cls"]))
+            if (module, name) in public:
+                seen.add((module, name))
+            else:
+                count += len(node.args.kwonlyargs)
+            if count > MOST_PARAMETERS and node.name not in MAY_HAVE_MORE:
+                long[f"{path.relative_to(ROOT)}:{node.lineno} {name}"] = count
+    assert len(seen) > 200, "the reference was not found"
+    assert not long
 
 
 # ------------------------------------------------------------------------------------------- skipped lanes

@@ -12,7 +12,7 @@ from test_unet import made as unet
 from tolerances import assert_close, assert_same_bits
 
 import fastdiff as fd
-from fastdiff.backends import DenseLayer, MLPPlan
+from fastdiff.backends import DenseLayer, Inputs, MLPPlan
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.denoiser import denoiser_of
 from fastdiff.errors import ArgumentError
@@ -179,19 +179,19 @@ def test_every_kind_of_dense_layer(lane):
     want, got = np.empty((2, 6, 5)), be.empty((2, 6, 5))
 
     def inner():
-        return np.sum(NUMPY.mlp_forward(plan, flat, x, t) * dy)
+        return np.sum(NUMPY.mlp_forward(plan, flat, Inputs(x, t)) * dy)
 
-    NUMPY.mlp_vjp(plan, flat, x, t, dy, want[0])
-    NUMPY.mlp_jvp(plan, flat, x, t, dx, want[1])
+    NUMPY.mlp_vjp(plan, flat, Inputs(x, t), dy, want[0])
+    NUMPY.mlp_jvp(plan, flat, Inputs(x, t), dx, want[1])
     assert_gradient(inner, x, want[0])
     np.testing.assert_allclose(np.sum(want[0] * dx), np.sum(want[1] * dy), rtol=1e-12)
-    given_x = x, t
+    wanted = NUMPY.mlp_forward(plan, flat, Inputs(x, t))
     params, x, dy, dx = (be.asarray(a, np.float32) for a in (flat, x, dy, dx))
     t = be.asarray(t, np.int64)
     y = be.empty((6, 5))
-    be.mlp_vjp(plan, params, x, t, dy, got[0], y=y)
-    assert_close(be.to_numpy(y), NUMPY.mlp_forward(plan, flat, *given_x), terms=TERMS, dtype=np.float32)
-    be.mlp_jvp(plan, params, x, t, dx, got[1])
+    be.mlp_vjp(plan, params, Inputs(x, t), dy, got[0], y=y)
+    assert_close(be.to_numpy(y), wanted, terms=TERMS, dtype=np.float32)
+    be.mlp_jvp(plan, params, Inputs(x, t), dx, got[1])
     for k in range(2):
         assert_close(be.to_numpy(got[k]), want[k], terms=TERMS, dtype=np.float32)
 
@@ -212,7 +212,7 @@ def test_values_that_share_memory_do_not_disturb_each_other(make, purpose):
         if separate:
             apart(program)
         vector = vector.reshape(program.output.shape if purpose == "vjp" else inputs["x"].shape)
-        results.append(program.run(NUMPY, net.params, inputs, vector=vector).copy())
+        results.append(program.run(NUMPY, net.params, {**inputs, "vector": vector}).copy())
     assert_same_bits(results[0], results[1])
     assert np.isfinite(results[0]).all()
 

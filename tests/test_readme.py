@@ -118,16 +118,20 @@ OFFERED = ("Backend", "Network", "Program", "ProgramNetwork", "Runner")
 ASKED = ("on",)  # of a denoiser, by the loop that samples
 
 
+def reference():
+    """docs/conf.py: the rooms of the reference are there, and which names of them are public."""
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    return conf
+
+
 def documented():
     """Every public name, as the reference has them, and every method of a public class, with its docstring.
 
     A method that another class has as well is documented there, and properties are no functions.
     """
-    path = ROOT / "docs" / "conf.py"
-    spec = importlib.util.spec_from_file_location("conf", path)
-    conf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conf)
-    found = {}
+    conf, found = reference(), {}
     for room in conf.ROOMS:
         module = importlib.import_module(room)
         for name in conf.public(module):

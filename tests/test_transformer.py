@@ -86,7 +86,7 @@ def case(record, n=2, dtype=np.float64, seed=0):
 def gradient(be, program, layout, flat, x, target):
     """The loss and the gradients of all parameters, as NumPy arrays."""
     params, there, wanted, grads = (be.asarray(a) for a in (flat, x, target, np.zeros_like(flat)))
-    loss = program.run(be, layout.views(params), {"x": there}, layout.views(grads), wanted)
+    loss = program.run(be, layout.views(params), {"x": there, "target": wanted}, layout.views(grads))
     return float(be.to_numpy(loss)[0]), be.to_numpy(grads).copy()
 
 
@@ -154,8 +154,8 @@ def test_values_that_share_memory_do_not_disturb_each_other(block, training):
         if separate:
             apart(program)
         grads = np.zeros_like(flat)
-        how = (layout.views(grads), target) if training else ()
-        results.append((program.run(NUMPY, layout.views(flat), {"x": x}, *how).copy(), grads))
+        views = layout.views(grads) if training else None
+        results.append((program.run(NUMPY, layout.views(flat), {"x": x, "target": target}, views).copy(), grads))
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
     assert program.size > 0
@@ -174,7 +174,7 @@ def test_what_is_recorded_follows_the_values(make):
         for place, value in zip(there, values, strict=False):
             place[...] = be.asarray(value)
         params, given, wanted, grads = there
-        loss = laid.run(be, layout.views(params), {"x": given}, layout.views(grads), wanted)
+        loss = laid.run(be, layout.views(params), {"x": given, "target": wanted}, layout.views(grads))
         fresh = planned(block.record, 2, eager, np.float32)
         want_loss, want = gradient(eager, fresh, layout, *values)
         assert float(be.to_numpy(loss)[0]) == want_loss

@@ -179,7 +179,7 @@ def test_values_that_share_memory_do_not_disturb_each_other(options, training):
             apart(program)
         grads = net.layout.zeros(np.float32) if training else None
         views = None if grads is None else net.layout.views(grads)
-        results.append((program.run(NUMPY, net.params, given, views, target).copy(), grads))
+        results.append((program.run(NUMPY, net.params, {**given, "target": target}, views).copy(), grads))
     assert_same_bits(results[0][0], results[1][0])
     if training:
         assert_same_bits(results[0][1], results[1][1])

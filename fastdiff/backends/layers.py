@@ -71,6 +71,40 @@ class ConvShapes(NamedTuple):
     out: tuple[int, ...]
 
 
+class Affine(NamedTuple):
+    """What normalised values h become, (1 + gain) (gamma h + beta) + shift; or the gradients of these numbers.
+
+    Attributes
+    ----------
+    gamma, beta : (C,) array
+    modulation : (N, 2 C) array or None
+        Gain and shift of every image; None: there are none.
+    """
+
+    gamma: Array
+    beta: Array
+    modulation: Array | None = None
+
+
+class Norm(NamedTuple):
+    """A normalisation of images x (N, H, W, C): what its forward pass reads and keeps, and the others read.
+
+    Attributes
+    ----------
+    x : (N, H, W, C) array
+    affine : Affine
+    stats : (N, groups, 2) array of a GroupNorm, (N, H, W, 2) array of a LayerNorm
+        Mean and 1 / sqrt(variance + eps), which the forward pass fills.
+    silu : bool
+        Whether the result goes through SiLU; a LayerNorm's does not.
+    """
+
+    x: Array
+    affine: Affine
+    stats: Array
+    silu: bool = False
+
+
 class Batch(NamedTuple):
     """A training batch of n images, or a part of one.
 
@@ -190,64 +224,30 @@ class LayerBackend(Backend, Protocol):
     def linears_backward(self, dx: Array, layers: Sequence[tuple[Array, Array]], *, add: bool = False) -> None:
         """Fill `dx` (N, 1, 1, C) for all (dy, w) of linear layers of one x; with `add`, dx is added to."""
 
-    def norm(
-        self,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        out: Array,
-        stats: Array,
-        *,
-        groups: int,
-        eps: float,
-        silu: bool,
-        modulation: Array | None = None,
-        parts: tuple[Array, Array] | None = None,
-    ) -> None:
-        """Fill `out` with GroupNorm of x (N, H, W, C), times gamma (C,) plus beta, through SiLU where `silu`.
+    def norm(self, layer: Norm, out: Array, *, eps: float, parts: tuple[Array, Array] | None = None) -> None:
+        """Fill `out` with GroupNorm of x, and the layer's statistics.
 
         Every group of C / groups neighbouring channels of an image is shifted to mean 0 and divided by
-        sqrt(variance + eps), the biased variance. `stats` (N, groups, 2) takes mean and 1 / sqrt(variance + eps).
-        `modulation` (N, 2 C) holds gain and shift: v becomes (1 + gain) v + shift before SiLU.
+        sqrt(variance + eps), the biased variance.
         x is filled first with two `parts`, as `concatenate` joins them, where they are given.
         """
 
     def norm_backward(
         self,
+        layer: Norm,
         dy: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array,
         dx: Array,
-        dgamma: Array,
-        dbeta: Array,
+        grads: Affine,
         *,
-        groups: int,
-        silu: bool,
-        modulation: Array | None = None,
-        dmodulation: Array | None = None,
         add: bool = False,
         parts: tuple[Array, Array] | None = None,
     ) -> None:
-        """Fill `dx`, dgamma, dbeta and `dmodulation`; with `add`, dx is added to. dx may be dy where `add` is off.
+        """Fill `dx` and `grads`; with `add`, dx is added to. dx may be dy where `add` is off.
 
         Two `parts` are filled with those of dx, as `concatenate` joined them; what dx holds then is not defined.
         """
 
-    def norm_tangent(
-        self,
-        dh: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array | None,
-        out: Array,
-        *,
-        silu: bool,
-        modulation: Array | None = None,
-        modulation_tangent: Array | None = None,
-    ) -> None:
+    def norm_tangent(self, layer: Norm, dh: Array, out: Array, *, modulation_tangent: Array | None = None) -> None:
         """Fill `out`, which may be dh, with the tangent of what `norm` makes of the normalised values h, for theirs.
 
         With u = gamma h + beta and v = (1 + gain) u + shift: dv = (1 + gain) gamma dh + dgain u + dshift, and with
@@ -255,26 +255,14 @@ class LayerBackend(Backend, Protocol):
         may be None, and the channels may be normalised in another way.
         """
 
-    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
-        """Fill `out` with LayerNorm over the channels of x (N, H, W, C), times gamma (C,) plus beta (Ba et al. 2016).
+    def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:
+        """Fill `out` with LayerNorm over the channels of x (Ba et al. 2016), and the layer's statistics.
 
-        Every pixel is shifted to mean 0 and divided by sqrt(variance + eps), the biased variance. `stats` (N, H, W, 2)
-        takes mean and 1 / sqrt(variance + eps).
+        Every pixel is shifted to mean 0 and divided by sqrt(variance + eps), the biased variance.
         """
 
-    def layer_norm_backward(
-        self,
-        dy: Array,
-        x: Array,
-        gamma: Array,
-        stats: Array,
-        dx: Array,
-        dgamma: Array,
-        dbeta: Array,
-        *,
-        add: bool = False,
-    ) -> None:
-        """Fill `dx`, dgamma and dbeta; with `add`, dx is added to. dx may be dy where `add` is off."""
+    def layer_norm_backward(self, layer: Norm, dy: Array, dx: Array, grads: Affine, *, add: bool = False) -> None:
+        """Fill `dx` and `grads`; with `add`, dx is added to. dx may be dy where `add` is off."""
 
     def attention(self, qkv: Array, out: Array, log_sums: Array, *, heads: int) -> None:
         """Fill `out` (N, L, C) with softmax(q k^T / sqrt(C / heads)) v of every head.

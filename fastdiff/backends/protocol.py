@@ -196,6 +196,44 @@ class MLPPlan:
         return None if self.features_of is None else self.features_of(self.T)
 
 
+class Inputs(NamedTuple):
+    """What a perceptron is evaluated for.
+
+    Attributes
+    ----------
+    x : (n, inputs) array
+    t : (n,) int64 array
+    asked : (n, plan.asked) array or None
+        What is asked of every sample, as `MLPPlan.asks` returns it, of a network that is asked something; None:
+        nothing.
+    """
+
+    x: Array
+    t: Array
+    asked: Array | None = None
+
+
+class ChainTable(NamedTuple):
+    """A sampler's table as a perceptron's chain runs it.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+    clip : (float, float) or None
+    weights : (len(rows),) float32 array or None
+        Of guidance: the denoiser of a row is u + w (c - u), c being the output for what is asked and u that for nothing
+        but what is known, in that order of operations; c alone where w is 1, or there are none.
+    levels : (len(rows),) float32 array or None
+        What is asked says what is known, and that is held: before row i evaluates the network these values of x become
+        ``levels[i]`` times the known ones.
+    """
+
+    rows: tuple[Row, ...]
+    clip: tuple[float, float] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+    levels: npt.NDArray[np.float32] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RowMap:
     """A linear map of rows, x (m, n) to y (m, k): y = x scale + (x left) right + offset, in that order of terms.
@@ -292,6 +330,42 @@ class Told:
         at = np.arange(first, first + count)
         which = np.zeros(count, np.int64) if len(self.y) == 1 else at // self.per
         return which, self.firsts[which] + at - which * self.per
+
+
+class ToldStates(NamedTuple):
+    """States of chains that are told of their samples, and where their outputs are from.
+
+    Attributes
+    ----------
+    told : Told
+    which : (n,) int64 array
+        The observation of each state.
+    t : (n,) int64 array
+        Timesteps at which the gain is not 0.
+    """
+
+    told: Told
+    which: Array
+    t: Array
+
+
+class Equations(NamedTuple):
+    """What moves outputs: the mean of x0 by gain sum_k w_k back[k], with w from H w = rest, solved in float64.
+
+    Attributes
+    ----------
+    back : (K, n, D) array
+        Like the states; K is ``told.products``.
+    H : (n, equations, K) float64 array
+    rest : (n, equations) float64 array
+    basis : (n, K + 1, m) float64 array or None
+        Of the Krylov space; None where these are `direct`.
+    """
+
+    back: Array
+    H: Array
+    rest: Array
+    basis: Array | None = None
 
 
 class TrainingDraws(NamedTuple):
@@ -500,24 +574,11 @@ class Backend(Protocol):
         output and v, of a denoiser with a learned variance, which rows with an r want.
         """
 
-    def mlp_forward(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
-    ) -> Array:
-        """Return the network's output (n, outputs) for x (n, inputs) and t (n,) int64, in `out` where given.
-
-        `asked` (n, plan.asked) is what is asked of every sample, as `MLPPlan.asks` returns it, of a network that is
-        asked something; None: nothing. So it is in the operations below.
-        """
+    def mlp_forward(self, plan: MLPPlan, params: Array, inputs: Inputs, out: Array | None = None) -> Array:
+        """Return the network's output (n, outputs), in `out` where given."""
 
     def mlp_gradient(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
-        grads: Array,
-        asked: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, target: Array, grads: Array
     ) -> tuple[float, Array]:
         """Fill `grads` with the gradient of the mean squared error; return the loss and the gradient of x.
 
@@ -525,24 +586,14 @@ class Backend(Protocol):
         """
 
     def mlp_vjp(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        dy: Array,
-        dx: Array,
-        asked: Array | None = None,
-        y: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, dx: Array, y: Array | None = None
     ) -> None:
         """Fill dx (n, inputs), or (k, n, inputs) for k vectors dy, with J^T dy: J is the Jacobian of `mlp_forward`.
 
         One forward pass does for all vectors, and `y` (n, outputs), where it is given, takes its output.
         """
 
-    def mlp_jvp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
-    ) -> None:
+    def mlp_jvp(self, plan: MLPPlan, params: Array, inputs: Inputs, dx: Array, dy: Array) -> None:
         """Fill dy (n, outputs), or (k, n, outputs) for k vectors dx, with J dx: J is the Jacobian of `mlp_forward`."""
 
     def mlp_train_gradient(
@@ -551,24 +602,11 @@ class Backend(Protocol):
         """Draw the batch of a training step, fill `grads`, return the loss."""
 
     def mlp_chain(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        asked: Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        levels: npt.NDArray[np.float32] | None = None,
+        self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
         """Change `x` (n, D) by all rows of a table, the network being the denoiser: stream STEP, a row at its t.
 
-        With `weights` (len(rows),) the denoiser of a row is u + w (c - u), c being the output for what is asked and u
-        that for nothing but what is known, in that order of operations; c alone where w is 1.
-
-        With `levels` (len(rows),) what `asked` says is known is held: before row i evaluates the network these values
-        of x become ``levels[i]`` times the known ones.
+        `asked` is as of `Inputs`.
         """
 
     def hold(self, x: Array, known: Array, level: float) -> None:
@@ -595,63 +633,38 @@ class Backend(Protocol):
     def told_rows(self, told: Told, which: Array, out: Array) -> None:
         """Fill `out` (m, n, D) with the rows of A of every state: cotangents of the products, where these are `direct`.
 
-        `which` (n,) int64 is the observation of each state. Here and below t is (n,) int64, and gains at t are not 0;
-        `x`, `out`, cotangents and products are the states' dtype, and what is solved with is float64.
+        `which` (n,) int64 is the observation of each state. Here and below `x`, `out`, cotangents and products are the
+        states' dtype.
         """
 
-    def told_direct(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        x: Array,
-        out: Array,
-        products: Array,
-        back: Array,
-        H: Array,
-        rest: Array,
-    ) -> None:
+    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
         """Begin to move the output `out` (n, D) for x, of observations with so few rows that all are solved with.
 
-        `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` like
-        them with the same of the mean of x0, p A + q J^T A; H (n, m, m) with gain A back^T + s^2, and `rest` (n, m)
-        with y - A (p x + q out).
+        `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` with the
+        same of the mean of x0, p A + q J^T A; H (n, m, m) with gain A back^T + s^2, and `rest` (n, m) with
+        y - A (p x + q out).
         """
 
-    def told_begin(
-        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
-    ) -> None:
-        """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986): K is ``told.products``.
+    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986).
 
-        Fills vector 0 of the `basis` (n, K + 1, m) with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that
-        norm and zeros, and `cotangent` (n, D) with A^T times the vector.
+        Fills vector 0 of the `basis` with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that norm and zeros,
+        and `cotangent` (n, D) with A^T times the vector.
         """
 
-    def told_arnoldi(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        k: int,
-        product: Array,
-        cotangent: Array,
-        back: Array,
-        basis: Array,
-        H: Array,
-    ) -> None:
+    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
         """Take Arnoldi's step k, from vector k of the basis to the next.
 
-        `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] of `back` (K, n, D)
-        with p times the one and q times the other, and column k of H (n, K + 1, K) and vector k + 1 with what the image
+        `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] with p times the one
+        and q times the other, and column k of H (n, K + 1, K) and vector k + 1 with what the image
         gain A back[k] + s^2 vector k is made of: vectors 0 ... k, and the rest by its norm, 0 where hardly any is left.
         The cotangent becomes A^T times the new vector.
         """
 
-    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
-        """Add to `out` (n, D) what moves the mean of x0 by gain sum_k w_k back[k], and no farther than it may be moved.
+    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
+        """Add to `out` (n, D) what moves the mean of x0 as the equations say, and no farther than it may be moved.
 
-        w has H w = rest, for H (n, equations, K) and `rest` (n, equations), as far as H can be trusted:
-        `fastdiff.conditioning.damped`. Afterwards `back` (K, n, D) is not defined.
+        They are solved as far as H can be trusted: `fastdiff.conditioning.damped`. Afterwards `back` is not defined.
         """
 
     def similarity(self, v: Array, out: Array) -> None:
@@ -721,10 +734,13 @@ class ToldRoom:
         (n, d), K, m, double = shape, told.products, told.y.shape[1], np.float64
         self.be, self.told, self.shape, self.dtype = be, told, shape, np.dtype(dtype)
         self.t, self._which = be.empty((n,), np.int64), be.empty((n,), np.int64)
-        self._back = be.empty((K, n, d), dtype)
         self._cotangent = be.empty((K, n, d) if told.direct else (n, d), dtype)
-        self._H, self._rest = be.empty((n, told.equations, K), double), be.empty((n, told.equations), double)
-        self._basis = None if told.direct else be.empty((n, K + 1, m), double)
+        self._equations = Equations(
+            be.empty((K, n, d), dtype),
+            be.empty((n, told.equations, K), double),
+            be.empty((n, told.equations), double),
+            None if told.direct else be.empty((n, K + 1, m), double),
+        )
         self._of: npt.NDArray[np.int64] | None = None  # which, on the host
 
     def place(self, which: npt.NDArray[np.int64]) -> None:
@@ -745,15 +761,14 @@ class ToldRoom:
 
         `product` returns J^T times cotangents (n, D), or `rows`, J being the Jacobian of the output by x.
         """
-        be, told, of = self.be, self.told, (self.told, self._which, self.t)
-        if told.direct:
-            be.told_direct(*of, x, out, product(self._cotangent), self._back, self._H, self._rest)
+        be, equations, states = self.be, self._equations, ToldStates(self.told, self._which, self.t)
+        if self.told.direct:
+            be.told_direct(states, x, out, product(self._cotangent), equations)
         else:
-            be.told_begin(*of, x, out, self._basis, self._rest, self._cotangent)
-            for k in range(told.products):
-                made = product(self._cotangent)
-                be.told_arnoldi(*of, k, made, self._cotangent, self._back, self._basis, self._H)
-        be.told_move(*of, self._H, self._rest, self._back, out)
+            be.told_begin(states, x, out, self._cotangent, equations)
+            for k in range(self.told.products):
+                be.told_arnoldi(states, k, product(self._cotangent), self._cotangent, equations)
+        be.told_move(states, out, equations)
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastdiff.backends.layers import Affine, Norm
 from fastdiff.bench.arrays import white
 from fastdiff.bench.workload import Arrays, PeerWork, Run, Work, Workload, fills, finite, first
 
@@ -133,9 +134,9 @@ class GroupNorm(Layer):
         return {"x": white(self.n, self.shape)}
 
     def filling(self, be: Any) -> Run:
-        x, (gamma, beta), out = be.asarray(self.inputs()["x"]), scale_and_shift(be, self.shape[-1]), self.empty(be)
-        stats = be.empty((self.n, GROUPS, 2))
-        return fills(out, lambda: be.norm(x, gamma, beta, out, stats, groups=GROUPS, eps=1e-5, silu=True))
+        x, affine, out = be.asarray(self.inputs()["x"]), scale_and_shift(be, self.shape[-1]), self.empty(be)
+        layer = Norm(x, affine, be.empty((self.n, GROUPS, 2)), silu=True)
+        return fills(out, lambda: be.norm(layer, out, eps=1e-5))
 
     def peer(self, torch: Any, given: Arrays) -> PeerWork:
         F, groups = torch.nn.functional, GROUPS
@@ -146,9 +147,9 @@ class GroupNorm(Layer):
         return PeerWork(norm, (given["x"].permute(0, 3, 1, 2),))
 
 
-def scale_and_shift(be: Any, channels: int) -> tuple[Any, Any]:
+def scale_and_shift(be: Any, channels: int) -> Affine:
     """Return gamma and beta of a norm that change nothing."""
-    return be.asarray(np.ones(channels, np.float32)), be.asarray(np.zeros(channels, np.float32))
+    return Affine(be.asarray(np.ones(channels, np.float32)), be.asarray(np.zeros(channels, np.float32)))
 
 
 class LayerNorm(Layer):
@@ -157,14 +158,13 @@ class LayerNorm(Layer):
     def counts(self) -> tuple[int, int]:
         return 8 * self.values, 8 * self.values
 
-    def arrays(self, be: Any) -> tuple[Any, ...]:
-        """Return x, gamma, beta, room for the result and the statistics."""
-        x, parameters = be.asarray(white(self.n, self.shape)), scale_and_shift(be, self.shape[-1])
-        return x, *parameters, self.empty(be), be.empty((self.n, *self.shape[:-1], 2))
+    def layer(self, be: Any) -> Norm:
+        x, affine = be.asarray(white(self.n, self.shape)), scale_and_shift(be, self.shape[-1])
+        return Norm(x, affine, be.empty((self.n, *self.shape[:-1], 2)))
 
     def filling(self, be: Any) -> Run:
-        arrays = self.arrays(be)
-        return fills(arrays[3], lambda: be.layer_norm(*arrays, eps=1e-5))
+        layer, out = self.layer(be), self.empty(be)
+        return fills(out, lambda: be.layer_norm(layer, out, eps=1e-5))
 
 
 class LayerNormBackward(LayerNorm):
@@ -176,11 +176,11 @@ class LayerNormBackward(LayerNorm):
         return 12 * self.values, 13 * self.values
 
     def filling(self, be: Any) -> Run:
-        x, gamma, beta, dx, stats = self.arrays(be)
+        layer, dx = self.layer(be), self.empty(be)
         dy = be.asarray(white(self.n, self.shape)[..., ::-1])
-        dgamma, dbeta = be.empty(gamma.shape), be.empty(beta.shape)
-        be.layer_norm(x, gamma, beta, dx, stats, eps=1e-5)
-        return fills((dx, dgamma, dbeta), lambda: be.layer_norm_backward(dy, x, gamma, stats, dx, dgamma, dbeta))
+        grads = Affine(be.empty(self.shape[-1:]), be.empty(self.shape[-1:]))
+        be.layer_norm(layer, dx, eps=1e-5)
+        return fills((dx, grads.gamma, grads.beta), lambda: be.layer_norm_backward(layer, dy, dx, grads))
 
 
 class Gelu(Layer):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 import fastdiff as fd
+from fastdiff.backends import ChainTable, Inputs
 from fastdiff.bench.arrays import IMAGE_T, T, curve_schedule, drawn, image_schedule, white
 from fastdiff.bench.workload import Arrays, RateUnit, Run, Work, Workload, agree, fills, finite, vector
 
@@ -232,7 +233,7 @@ class Chain(Perceptron):
 
         def chain() -> None:
             be.normal(x, start)
-            be.mlp_chain(net.plan, params, x, sampler.rows, sampler.clip, draw)
+            be.mlp_chain(net.plan, params, x, ChainTable(sampler.rows, sampler.clip), draw)
 
         return fills(x, chain)
 
@@ -252,7 +253,7 @@ class Chain(Perceptron):
         net, x = self.network(), white(64, self.shape)
         theirs = peers.on_gpu(self.peer_network(peers.nets, weights_of(net)))
         t = be.asarray(np.full(len(x), T // 2), np.int64)
-        y = be.to_numpy(be.mlp_forward(net.plan, be.asarray(net.flat), be.asarray(x), t))
+        y = be.to_numpy(be.mlp_forward(net.plan, be.asarray(net.flat), Inputs(be.asarray(x), t)))
         agree(self.name, y, peers.nets.output(theirs, peers.device(x), T // 2))
         return peers.chain(theirs, self.schedule().betas, self.n, self.shape[0])
 

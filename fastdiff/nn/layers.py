@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array
-from fastdiff.backends.layers import Conv, ConvShapes, LayerBackend, Prepared, Recording
+from fastdiff.backends.layers import Affine, Conv, ConvShapes, LayerBackend, Norm, Prepared, Recording
 from fastdiff.errors import ArgumentError
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
@@ -284,31 +284,23 @@ class Program:
         if self.purpose == "jvp":
             dx, one, zero = self._tangent(x), self._constant(gamma.shape, 1.0), self._constant(beta.shape, 0.0)
 
+        def layer() -> Norm:
+            return Norm(x.data, Affine(gamma.data, beta.data, _rows(modulation)), stats.data, silu)
+
         def forward(be: LayerBackend) -> None:
-            be.norm(
-                x.data, gamma.data, beta.data, y.data, stats.data,
-                groups=groups, eps=eps, silu=silu, modulation=_rows(modulation),
-                parts=None if joins is None else _pair(joins.reads, "data"),
-            )  # fmt: skip
+            be.norm(layer(), y.data, eps=eps, parts=None if joins is None else _pair(joins.reads, "data"))
 
         def backward(be: LayerBackend, add: bool) -> None:
             (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
-            be.norm_backward(
-                y.grad, x.data, gamma.data, beta.data, stats.data, to.grad, dgamma.grad, dbeta.grad, groups=groups,
-                silu=silu, modulation=_rows(modulation), dmodulation=_rows(modulation, "grad"), add=add,
-                parts=None if joins is None or joins.backward is None else _pair(joins.fresh, "grad"),
-            )  # fmt: skip
+            grads = Affine(dgamma.grad, dbeta.grad, _rows(modulation, "grad"))
+            parts = None if joins is None or joins.backward is None else _pair(joins.fresh, "grad")
+            be.norm_backward(layer(), y.grad, to.grad, grads, add=add, parts=parts)
 
         def tangent(be: LayerBackend) -> None:
             """The Jacobian of the normalised values h is symmetric, so that it is their backward pass."""
-            be.norm_backward(
-                dx.grad, x.data, one.data, zero.data, stats.data, y.grad, spare[0].data, spare[1].data,
-                groups=groups, silu=False,
-            )  # fmt: skip
-            be.norm_tangent(
-                y.grad, x.data, gamma.data, beta.data, stats.data, y.grad, silu=silu,
-                modulation=_rows(modulation), modulation_tangent=_rows(modulation, "grad"),
-            )  # fmt: skip
+            plain = Norm(x.data, Affine(one.data, zero.data), stats.data)
+            be.norm_backward(plain, dx.grad, y.grad, Affine(spare[0].data, spare[1].data))
+            be.norm_tangent(layer(), y.grad, y.grad, modulation_tangent=_rows(modulation, "grad"))
 
         fresh = tuple(value for value in (*spare, *unused, *parts) if value.varies)
         makes, reads = (y, stats, *spare, *unused), (x, *parts)
@@ -330,19 +322,20 @@ class Program:
         if self.purpose == "jvp":
             one = self._constant(gamma.shape, 1.0)
 
+        def layer() -> Norm:
+            return Norm(x.data, Affine(gamma.data, beta.data), stats.data)
+
         def forward(be: LayerBackend) -> None:
-            be.layer_norm(x.data, gamma.data, beta.data, y.data, stats.data, eps=eps)
+            be.layer_norm(layer(), y.data, eps=eps)
 
         def backward(be: LayerBackend, add: bool) -> None:
             (to,), (dgamma, dbeta) = unused or (x,), spare or (gamma, beta)
-            be.layer_norm_backward(
-                y.grad, x.data, gamma.data, stats.data, to.grad, dgamma.grad, dbeta.grad, add=add
-            )  # fmt: skip
+            be.layer_norm_backward(layer(), y.grad, to.grad, Affine(dgamma.grad, dbeta.grad), add=add)
 
         def tangent(be: LayerBackend) -> None:
-            dgamma, dbeta = (value.data for value in spare)
-            be.layer_norm_backward(x.grad, x.data, one.data, stats.data, y.grad, dgamma, dbeta)
-            be.norm_tangent(y.grad, x.data, gamma.data, beta.data, None, y.grad, silu=False)
+            plain = Norm(x.data, Affine(one.data, beta.data), stats.data)
+            be.layer_norm_backward(plain, x.grad, y.grad, Affine(spare[0].data, spare[1].data))
+            be.norm_tangent(layer()._replace(stats=None), y.grad, y.grad)
 
         return self._record(
             _Operation(
@@ -610,25 +603,24 @@ class Program:
         params: Mapping[str, Array],
         given: Mapping[str, Array],
         grads: Mapping[str, Array] | None = None,
-        target: Array | None = None,
-        terms: Array | None = None,
         *,
-        vector: Array | None = None,
         forms: list[list[Array]] | None = None,
         record: Record | None = None,
         draw: Draw = NO_DRAW,
     ) -> Array:
-        """Return the result, or its product with `vector`, which stays valid until the next run in the arena.
+        """Return the result, or a product with its Jacobian, which stays valid until the next run in the arena.
 
         Parameters
         ----------
         be : LayerBackend
-        params, given : mapping of str to array
-        grads, target, terms : optional
-            Fill the first with the gradients of the mean squared error, or of what the terms make of it
+        params : mapping of str to array
+        given : mapping of str to array
+            What was recorded as given, such as "x" and "t"; with `grads` also "target", and "terms" where there are
+            any; of a program for "vjp" also "vector", the cotangent, like the output, of one for "jvp" the tangent,
+            like "x".
+        grads : mapping of str to array, optional
+            Fill them with the gradients of the mean squared error, or of what the terms make of it
             (`LayerBackend.squared_error`), and return that, as an array of one value.
-        vector : array, optional
-            The cotangent, like the output, of a program for "vjp", or the tangent, like "x", of one for "jvp".
         forms : list of list of array, optional
             The weights as they were prepared; by default this is done in the run.
         record : callable, optional
@@ -642,8 +634,10 @@ class Program:
             value.data = given[name] if name in self._fixed else self._copy(be, name, given[name])
         for name, value in self._tensors.items():
             value.data, value.grad = params[name], None if grads is None else grads[name]
-        if target is not None:
-            self._target, self._loss = self._copy(be, "target", target), self.own(be, "loss", (1,), np.float64)
+        if grads is not None:
+            self._target = self._copy(be, "target", given["target"])
+            self._loss = self.own(be, "loss", (1,), np.float64)
+        terms, vector = given.get("terms"), given.get("vector")
         self._terms = None if terms is None else self._copy(be, "terms", terms)
         for (shape, number), value in self._constants.items():
             if value.data is None:

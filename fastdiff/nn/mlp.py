@@ -15,7 +15,9 @@ from fastdiff.backends import (
     Activation,
     Array,
     Backend,
+    ChainTable,
     DenseLayer,
+    Inputs,
     LinearPart,
     MLPPlan,
     Row,
@@ -133,7 +135,8 @@ class MLP(Network):
         several = check_several("hidden", hidden, "layer widths, as in (128, 128)")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in several)
         asked = {"classes": classes, "covariates": covariates, "pointwise": pointwise, "masked": masked}
-        self._build("modulated", points, widths, T, seed, dtype, asked=asked)
+        config = {"kind": "modulated", "points": points, "hidden": widths, "T": T, "seed": seed, "dtype": dtype}
+        self._build(config, asked)
 
     @classmethod
     def tutorial(cls, points: int | tuple[int, int], *, T: int = 100, seed: int = 0, dtype: str = "float32") -> Self:
@@ -148,20 +151,12 @@ class MLP(Network):
         [100, 200, 100, 50]
         """
         self = cls.__new__(cls)
-        self._build("tutorial", points, (), T, seed, dtype)
+        self._build({"kind": "tutorial", "points": points, "hidden": (), "T": T, "seed": seed, "dtype": dtype})
         return self
 
-    def _build(
-        self,
-        kind: str,
-        points: Any,
-        hidden: tuple[int, ...],
-        T: int,
-        seed: int,
-        dtype: str,
-        draw: bool = True,
-        asked: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _build(self, config: Mapping[str, Any], asked: Mapping[str, Any] | None = None, draw: bool = True) -> None:
+        """Become the network of a configuration, `asked` being what it has of `ASKED` and `FLAGS`."""
+        kind, points, hidden = config["kind"], config["points"], config["hidden"]
         self.kind = kind
         sizes = tuple(points) if isinstance(points, (tuple, list)) else (points,)
         if len(sizes) not in (1, 2):
@@ -171,9 +166,9 @@ class MLP(Network):
         self.image = (1, self.shape[0], self.shape[1] if len(self.shape) == 2 else 1)
         self.outputs = self.image[2]
         self.hidden = hidden
-        self.T = check_int("T", T, low=1, high=1 << 20)
-        self.seed = check_seed(seed)
-        self.dtype = np.dtype(check_choice("dtype", dtype, ["float32", "float64"]))
+        self.T = check_int("T", config["T"], low=1, high=1 << 20)
+        self.seed = check_seed(config["seed"])
+        self.dtype = np.dtype(check_choice("dtype", config["dtype"], ["float32", "float64"]))
         asked = {"classes": None, "covariates": None} | dict(asked or {})
         self.ask(**asked, null_class=asked["classes"] is not None)
         if self.asked and not hidden:
@@ -266,7 +261,7 @@ class MLP(Network):
         if not isinstance(hidden, list) or (kind == "tutorial" and hidden):
             raise ArgumentError("hidden", shown(hidden), "a list of layer widths, empty for the tutorial network")
         widths = tuple(check_int("hidden", width, low=1, high=MAX_WIDTH) for width in hidden)
-        self._build(kind, config["points"], widths, config["T"], config["seed"], config["dtype"], draw, asked)
+        self._build({**config, "hidden": widths}, asked, draw)
         return self
 
     def set_linear(self, part: LinearPart | None) -> None:
@@ -321,7 +316,7 @@ class MLPRunner(Runner):
         return self._asked[1]
 
     def fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None = None) -> None:
-        self.be.mlp_forward(self.net.plan, self.weights, self._rows(x), t, self._rows(y), self._asks(labels))
+        self.be.mlp_forward(self.net.plan, self.weights, self._inputs(x, t, labels), self._rows(y))
 
     def _room(self, x: Array) -> tuple[Array, Array]:
         if self._output is None or self._output[0].shape != x.shape:  # the last batch may be smaller
@@ -331,7 +326,7 @@ class MLPRunner(Runner):
     def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
         out, steps = self._room(x)
         steps[...] = t
-        return self.be.mlp_forward(self.net.plan, self.weights, x, steps, out, self._asks(labels))
+        return self.be.mlp_forward(self.net.plan, self.weights, Inputs(x, steps, self._asks(labels)), out)
 
     def pulled(self, x: Array, t: int, cotangent: Array, labels: Array | Asked | None = None) -> tuple[Array, Array]:
         if x.dtype != self.net.dtype:
@@ -346,12 +341,15 @@ class MLPRunner(Runner):
     def fill_vjp(
         self, dx: Array, x: Array, t: Array, dy: Array, labels: Array | Asked | None = None, y: Array | None = None
     ) -> None:
-        arrays = self._rows(dy, x), self._rows(dx, x), self._asks(labels)
-        self.be.mlp_vjp(self.net.plan, self.weights, self._rows(x), t, *arrays, None if y is None else self._rows(y))
+        arrays = self._rows(dy, x), self._rows(dx, x), None if y is None else self._rows(y)
+        self.be.mlp_vjp(self.net.plan, self.weights, self._inputs(x, t, labels), *arrays)
 
     def fill_jvp(self, dy: Array, x: Array, t: Array, dx: Array, labels: Array | Asked | None = None) -> None:
         arrays = self._rows(dx, x), self._rows(dy, x)
-        self.be.mlp_jvp(self.net.plan, self.weights, self._rows(x), t, *arrays, self._asks(labels))
+        self.be.mlp_jvp(self.net.plan, self.weights, self._inputs(x, t, labels), *arrays)
+
+    def _inputs(self, x: Array, t: Array, labels: Array | Asked | None) -> Inputs:
+        return Inputs(self._rows(x), t, self._asks(labels))
 
     def _rows(self, array: Array, x: Array = None) -> Array:
         """An array like x (n, ...), or several (k, n, ...), with its samples as rows."""
@@ -366,31 +364,11 @@ class MLPRunner(Runner):
         draw: Draw,
         labels: Array | Asked | None = None,
     ) -> None:
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels))
+        self.run_chain(x, ChainTable(rows, clip), draw, labels)
 
-    def run_guided(
-        self,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        labels: Array | Asked | None,
-        weights: npt.NDArray[np.float32],
-    ) -> None:
-        """Run the table with a weight of guidance for each row: see `Backend.mlp_chain`."""
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), weights)
-
-    def run_held(
-        self,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        labels: Asked,
-        levels: npt.NDArray[np.float32],
-    ) -> None:
-        """Run the table with what is known held at a level for each row: see `Backend.mlp_chain`."""
-        self.be.mlp_chain(self.net.plan, self.weights, x, rows, clip, draw, self._asks(labels), levels=levels)
+    def run_chain(self, x: Array, table: ChainTable, draw: Draw, labels: Array | Asked | None) -> None:
+        """Run a table that is guided, or holds what is known."""
+        self.be.mlp_chain(self.net.plan, self.weights, x, table, draw, self._asks(labels))
 
     def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
         if self.net.asked:  # the kernel knows of no labels

@@ -329,7 +329,7 @@ class Network(ABC):
         BackendError
             The backend does not run such networks.
         """
-        return self._call("fill", x, t, (labels, covariates), backend, flat, known=known)
+        return self._call("fill", x, t, (labels, covariates, known), backend, flat)
 
     def vjp(
         self,
@@ -361,7 +361,7 @@ class Network(ABC):
         ArgumentError, BackendError
             As of `predict`.
         """
-        return self._call("fill_vjp", x, t, (labels, covariates), backend, flat, ("cotangent", cotangent))
+        return self._call("fill_vjp", x, t, (labels, covariates, None), backend, flat, ("cotangent", cotangent))
 
     def jvp(
         self,
@@ -375,29 +375,32 @@ class Network(ABC):
         flat: Any = None,
     ) -> Any:
         """Return J times a tangent (n, *shape) or (k, n, *shape): the derivative of the output along it; see `vjp`."""
-        return self._call("fill_jvp", x, t, (labels, covariates), backend, flat, ("tangent", tangent))
+        return self._call("fill_jvp", x, t, (labels, covariates, None), backend, flat, ("tangent", tangent))
 
     def _call(
         self,
         name: str,
         x: Any,
         t: Any,
-        asked: tuple[Any, Any],
+        asked: tuple[Any, Any, Any],
         backend: Any,
         flat: Any,
         given: tuple[str, Any] | None = None,
-        known: Any = None,
     ) -> Any:
-        """Check arguments, and let a runner's method of this name fill the result."""
+        """Check arguments, and let a runner's method of this name fill the result.
+
+        What is `asked` are labels and covariates, and what is known.
+        """
+        labels, covariates, known = asked
         vectors = {} if given is None else {given[0]: given[1]}
-        be = backend_for(backend, x=x, t=t, labels=asked[0], covariates=asked[1], flat=flat, **vectors)
+        be = backend_for(backend, x=x, t=t, labels=labels, covariates=covariates, flat=flat, **vectors)
         self.check_backend(be)
         on_device = is_on_device(x)
         x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
         n = len(x)
         steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
         told = None if known is None else self._told(be, known, n)
-        labels = asked_on(be, self, *checked_asked(self, *asked, n, dtype=self.dtype), told)
+        labels = asked_on(be, self, *checked_asked(self, labels, covariates, n, dtype=self.dtype), told)
         weights = self.flat if flat is None else flat
         weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
         image = (*self.image[:2], self.outputs)

@@ -341,7 +341,7 @@ class ProgramRunner(Runner):
                 with self.memory.lock:
                     some = self._given({name: array[part] for name, array in named.items()})
                     laid = self._laid(len(some["x"]), purpose)
-                    result[part] = laid.run(self.be, self.params, some, vector=factor[part])
+                    result[part] = laid.run(self.be, self.params, {**some, "vector": factor[part]})
 
     # ------------------------------------------------------------------------------------------- sampling
 
@@ -463,12 +463,14 @@ class ProgramRunner(Runner):
             given["covariates"] = _shaped(batch.covariates, self._covariate_shape(n))
         if batch.known is not None and batch.marks is not None:
             given |= {"known": _shaped(batch.known, (n, *image)), "marks": _shaped(batch.marks, (n, *image))}
-        terms = batch.terms
-        target = _shaped(batch.target, self._target_shape(n, 0 if terms is None else terms.shape[1]))
+        if batch.terms is not None:
+            given["terms"] = batch.terms
+        columns = 0 if batch.terms is None else batch.terms.shape[1]
+        given["target"] = _shaped(batch.target, self._target_shape(n, columns))
         with self.memory.lock:
             views = self.net.layout.views(grads)
             laid = self._laid(n, "training")
-            return laid.run(self.be, self.params, self._given(given), views, target, terms, draw=draw)
+            return laid.run(self.be, self.params, self._given(given), views, draw=draw)
 
     def drawn_gradient(self, draws: TrainingDraws, step: int, first: int, n: int, grads: Array) -> Array:
         """Do `gradient` for n positions of a training batch, from `first` on."""

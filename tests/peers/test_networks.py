@@ -7,7 +7,7 @@ from gradcheck import scatter
 from tolerances import assert_close
 from torch.nn import functional
 
-from fastdiff.backends import TrainState, get_backend
+from fastdiff.backends import Inputs, TrainState, get_backend
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.nn import MLP
 from fastdiff.nn.optim import TrainingPlan
@@ -70,9 +70,9 @@ def test_output_loss_and_every_gradient(make, backend, dtype):
 
     angle = 1000 if dtype == "float64" else 1  # the angles of the time features are that large, and rounded in float64
     close = {"terms": (terms(net) + n) * angle**2, "dtype": dtype}
-    assert_close(be.mlp_forward(net.plan, net.flat, x, t), y.detach().numpy(), **close)
+    assert_close(be.mlp_forward(net.plan, net.flat, Inputs(x, t)), y.detach().numpy(), **close)
     grads = np.full(net.layout.size, np.nan, dtype)
-    got_loss, dx = be.mlp_gradient(net.plan, net.flat, x, t, target, grads)
+    got_loss, dx = be.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)
     assert_close(got_loss, loss.item(), **close)
     assert_close(dx, theirs.grad.numpy(), **close)
     views = net.layout.views(grads)
@@ -118,7 +118,7 @@ def test_twenty_steps_of_training(name, plan, backend, dtype):
     average = net.flat.copy()
     for step in range(steps):
         x, t, target = batch_of(net, 30, seed=step)
-        be.mlp_gradient(net.plan, net.flat, x, t, target, grads)
+        be.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)
         norm = be.adamw(TrainState(net.flat, grads, m, v, average), plan.options(step, step))
 
         optimiser.zero_grad()

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastdiff.backends.cpu.conv import LIGHT_WORK, NOTHING, ConvOperations
 from fastdiff.backends.cpu.workers import Array, Each, Job
+from fastdiff.backends.layers import Affine, Norm
 from fastdiff.kernels.cpu import attention as attention_kernels
 from fastdiff.kernels.cpu import conv as conv_kernels
 from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
@@ -29,20 +30,8 @@ LEAST_ROWS, MOST_ROWS, CHUNK_VALUES = 16, 128, 1 << 14
 class LayerOperations(ConvOperations):
     """`LayerBackend` for `CpuBackend`, on its workers."""
 
-    def norm(
-        self,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        out: Array,
-        stats: Array,
-        *,
-        groups: int,
-        eps: float,
-        silu: bool,
-        modulation: Array | None = None,
-        parts: tuple[Array, Array] | None = None,
-    ) -> None:
+    def norm(self, layer: Norm, out: Array, *, eps: float, parts: tuple[Array, Array] | None = None) -> None:
+        x, (gamma, beta, modulation), stats, silu = layer
         if parts is not None:
             self.concatenate(*parts, x)
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
@@ -50,56 +39,38 @@ class LayerOperations(ConvOperations):
         flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1), given
         with self._workers.lock:
             rows, totals = self._rows(channels)
-            arguments = (*flat, pixels, groups, np.array([eps]), silu, rows, totals)
+            arguments = (*flat, pixels, stats.shape[1], np.array([eps]), silu, rows, totals)
             self._do([(norm_kernels.norm_range, arguments, images, _work(silu, pixels * channels))])
 
     def norm_backward(
         self,
+        layer: Norm,
         dy: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array,
         dx: Array,
-        dgamma: Array,
-        dbeta: Array,
+        grads: Affine,
         *,
-        groups: int,
-        silu: bool,
-        modulation: Array | None = None,
-        dmodulation: Array | None = None,
         add: bool = False,
         parts: tuple[Array, Array] | None = None,
     ) -> None:
+        x, (gamma, beta, modulation), stats, silu = layer
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
-        given, wanted = (NOTHING if a is None else a.reshape(-1) for a in (modulation, dmodulation))
+        given, wanted = (NOTHING if a is None else a.reshape(-1) for a in (modulation, grads.modulation))
         flat = dy.reshape(-1), x.reshape(-1), gamma, beta, stats.reshape(-1), given, dx.reshape(-1)
         with self._workers.lock:
             sums = self._scratch("shifts", 2 * images * channels)
             rows, totals = self._rows(channels)
             dv = self._each("image", pixels * channels)
-            arguments = (*flat, sums, pixels, groups, silu, add, rows, totals, dv)
+            arguments = (*flat, sums, pixels, stats.shape[1], silu, add, rows, totals, dv)
             self._do(
                 [(norm_kernels.norm_backward_range, arguments, images, 2 * _work(silu, pixels * channels))],
-                [(norm_kernels.collect_norm, (sums, gamma, beta, given, dgamma, dbeta, wanted), channels,
+                [(norm_kernels.collect_norm, (sums, gamma, beta, given, *grads[:2], wanted), channels,
                   float(4 * images))],
             )  # fmt: skip
         if parts is not None:
             self.split(dx, *parts)
 
-    def norm_tangent(
-        self,
-        dh: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array | None,
-        out: Array,
-        *,
-        silu: bool,
-        modulation: Array | None = None,
-        modulation_tangent: Array | None = None,
-    ) -> None:
+    def norm_tangent(self, layer: Norm, dh: Array, out: Array, *, modulation_tangent: Array | None = None) -> None:
+        x, (gamma, beta, modulation), stats, silu = layer
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         groups = 1 if stats is None else stats.shape[1]
         given = (NOTHING if a is None else a.reshape(-1) for a in (modulation, modulation_tangent, stats))
@@ -108,25 +79,16 @@ class LayerOperations(ConvOperations):
             arguments = (*flat, pixels, groups, silu, self._rows(channels)[0])
             self._do([(norm_kernels.norm_tangent_range, arguments, images, _work(silu, pixels * channels))])
 
-    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+    def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:
+        x, (gamma, beta, _), stats, _ = layer
         channels = len(gamma)
         flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1)
         with self._workers.lock:
             arguments = (*flat, np.array([eps], np.float32), self._each("rows", channels))
             self._do([(layer_norm_kernels.layer_norm_range, arguments, stats.size // 2, _work(False, channels))])
 
-    def layer_norm_backward(
-        self,
-        dy: Array,
-        x: Array,
-        gamma: Array,
-        stats: Array,
-        dx: Array,
-        dgamma: Array,
-        dbeta: Array,
-        *,
-        add: bool = False,
-    ) -> None:
+    def layer_norm_backward(self, layer: Norm, dy: Array, dx: Array, grads: Affine, *, add: bool = False) -> None:
+        x, (gamma, *_), stats, _ = layer
         channels, k = len(gamma), layer_norm_kernels
         rows = min(MOST_ROWS, max(LEAST_ROWS, CHUNK_VALUES // channels))
         chunks = -(-(stats.size // 2) // rows)
@@ -139,7 +101,7 @@ class LayerOperations(ConvOperations):
                 [(k.layer_norm_backward_range, arguments, chunks, 2 * _work(False, rows * channels))],
                 [
                     (conv_kernels.row_sums, (part, channels, to), channels, float(LIGHT_WORK * chunks))
-                    for part, to in ((by_h, dgamma), (plain, dbeta))
+                    for part, to in ((by_h, grads.gamma), (plain, grads.beta))
                 ],
             )
 

@@ -15,6 +15,8 @@ from fastdiff.backends.numpy.host import asked_at
 from fastdiff.backends.protocol import (
     DEPTH,
     AdamW,
+    ChainTable,
+    Inputs,
     LinearPart,
     MLPPlan,
     Row,
@@ -206,9 +208,8 @@ class MLPOperations(StepOperations):
             space = self._networks[plan] = _MLPSpace(plan, self.threads)
         return space
 
-    def mlp_forward(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
-    ) -> Array:
+    def mlp_forward(self, plan: MLPPlan, params: Array, inputs: Inputs, out: Array | None = None) -> Array:
+        x, t, asked = inputs
         y = np.empty((len(x), plan.layers[-1].outputs), np.float32) if out is None else out
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
         with self._workers.lock:
@@ -236,18 +237,9 @@ class MLPOperations(StepOperations):
         return y
 
     def mlp_chain(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        asked: Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        levels: npt.NDArray[np.float32] | None = None,
+        self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
-        flat = x.reshape(-1)
+        (rows, clip, weights, levels), flat = table, x.reshape(-1)
         held = np.empty(0, np.float32) if levels is None or asked is None else levels
         first, _, stream, keys = law_of(draw)
         with self._workers.lock:
@@ -255,12 +247,12 @@ class MLPOperations(StepOperations):
             if self._table is None or self._table.rows is not rows or self._table.clip != clip:
                 self._table = _Table(rows, clip)  # a fifth of the time of one curve
             steps, numbers, depth = self._table.steps, self._table.numbers, self._table.depth
-            table, _ = net.time_table(params, self._table.evaluated)
+            times, _ = net.time_table(params, self._table.evaluated)
 
             # The same bits either way; vectors of few samples would be mostly empty.
             if len(x) <= FEW and weights is None:
                 mlp_kernels.chain_few(
-                    flat, steps, numbers, depth, net.layers, params, table, plan.time_width, net.slots,
+                    flat, steps, numbers, depth, net.layers, params, times, plan.time_width, net.slots,
                     net.linear, net.asked(asked), held, first, stream, keys, *self._spaces[0].noise, net.arenas[0],
                     net.memories[0], net.times[0],
                 )  # fmt: skip
@@ -270,7 +262,7 @@ class MLPOperations(StepOperations):
 
                 def body(worker: int, start: int, stop: int) -> None:
                     mlp_kernels.asked_chain_range(
-                        start, stop, flat, steps, numbers, of_rows, depth, net.layers, params, table, plan.time_width,
+                        start, stop, flat, steps, numbers, of_rows, depth, net.layers, params, times, plan.time_width,
                         net.slots, net.linear, net.asked(asked, worker), held, first, stream, keys,
                         *self._spaces[worker].noise[:2], net.arenas[worker], net.memories[worker], *net.turned[worker],
                     )  # fmt: skip
@@ -281,7 +273,7 @@ class MLPOperations(StepOperations):
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
-                    start, stop, flat, steps, numbers, depth, net.layers, params, table, plan.time_width,
+                    start, stop, flat, steps, numbers, depth, net.layers, params, times, plan.time_width,
                     net.slots, net.linear, first, stream, keys, *self._spaces[worker].noise[:2],
                     net.arenas[worker], net.memories[worker],
                 )  # fmt: skip
@@ -320,56 +312,39 @@ class MLPOperations(StepOperations):
         return True
 
     def mlp_gradient(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
-        grads: Array,
-        asked: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, target: Array, grads: Array
     ) -> tuple[float, Array]:
+        x, t, asked = inputs
         dx = np.empty_like(x)
         with self._workers.lock:
             net = self._network(plan)
             net.grow(len(x))
             net.t[:] = t
-            loss = self._gradient(
-                net, params, grads, (x.reshape(-1), target.reshape(-1), dx.reshape(-1)), None, 0, len(x), asked
-            )
+            given = x.reshape(-1), target.reshape(-1), dx.reshape(-1)
+            loss = self._gradient(net, params, grads, given, None, 0, asked)
         return loss, dx
 
     def mlp_vjp(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        dy: Array,
-        dx: Array,
-        asked: Array | None = None,
-        y: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, dx: Array, y: Array | None = None
     ) -> None:
-        self._products(plan, params, (x, t, asked), dy, dx, backward=True, y=y)
+        self._products(plan, params, inputs, dy, dx, backward=True, y=y)
 
-    def mlp_jvp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
-    ) -> None:
-        self._products(plan, params, (x, t, asked), dx, dy, backward=False)
+    def mlp_jvp(self, plan: MLPPlan, params: Array, inputs: Inputs, dx: Array, dy: Array) -> None:
+        self._products(plan, params, inputs, dx, dy, backward=False)
 
     def _products(
         self,
         plan: MLPPlan,
         params: Array,
-        at: tuple[Array, Array, Array | None],
+        inputs: Inputs,
         given: Array,
         out: Array,
         *,
         backward: bool,
         y: Array | None = None,
     ) -> None:
-        """`mlp_vjp` or `mlp_jvp`, a tile at a time, at (x, t, asked)."""
-        x, t, asked = at
+        """`mlp_vjp` or `mlp_jvp`, a tile at a time."""
+        x, t, asked = inputs
         k, arrays = mlp_kernels, [x.reshape(-1), t, given.reshape(-1), out.reshape(-1)]
         with self._workers.lock:
             net = self._network(plan)
@@ -395,7 +370,7 @@ class MLPOperations(StepOperations):
         with self._workers.lock:
             net, asked = self._drawn(plan, draws, step, batch)
             nothing = net.nothing.reshape(-1)
-            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, batch, asked)
+            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, asked)
 
     def _drawn(self, plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> tuple[_MLPSpace, Array | None]:
         """Draw which rows and timesteps a training step takes; return where they are, and what is asked of them."""
@@ -426,11 +401,10 @@ class MLPOperations(StepOperations):
         given: tuple[Array, Array, Array],
         draws: TrainingDraws | None,
         step: int,
-        batch: int,
         asked: Array | None,
     ) -> float:
         """Gradient of the batch that is `given` or drawn, at the timesteps net.t, with what is asked of it."""
-        plan, width = net.plan, net.plan.time_width
+        plan, width, batch = net.plan, net.plan.time_width, len(net.t)
         table, count = net.time_table(params, net.t)
         dtable = net.dtable
         if width and net.features is None:

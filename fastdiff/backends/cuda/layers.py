@@ -15,7 +15,7 @@ import numpy as np
 
 from fastdiff.backends.cuda.conv import ConvOperations
 from fastdiff.backends.cuda.norm_gradients import NormGradient, NormGradients
-from fastdiff.backends.layers import Batch
+from fastdiff.backends.layers import Affine, Batch, Norm
 from fastdiff.backends.protocol import TrainingDraws
 from fastdiff.noise import TARGETS, Draw, drop_limit, round_keys
 
@@ -99,22 +99,10 @@ class LayerOperations(ConvOperations):
 
     # ------------------------------------------------------------------------------------------- norm
 
-    def norm(
-        self,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        out: Array,
-        stats: Array,
-        *,
-        groups: int,
-        eps: float,
-        silu: bool,
-        modulation: Array | None = None,
-        parts: tuple[Array, Array] | None = None,
-    ) -> None:
+    def norm(self, layer: Norm, out: Array, *, eps: float, parts: tuple[Array, Array] | None = None) -> None:
+        (x, given, stats, silu), groups = layer, layer.stats.shape[1]
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
-        plan, given = norm_plan(pixels, channels, groups), (gamma, beta, modulation)
+        plan = norm_plan(pixels, channels, groups)
         blocks = images * -(-channels // plan.bundle)
         how = channels, channels // groups, plan.bundle
         joined = self._joined(plan, plan.forward, parts)
@@ -137,28 +125,21 @@ class LayerOperations(ConvOperations):
 
     def norm_backward(
         self,
+        layer: Norm,
         dy: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array,
         dx: Array,
-        dgamma: Array,
-        dbeta: Array,
+        grads: Affine,
         *,
-        groups: int,
-        silu: bool,
-        modulation: Array | None = None,
-        dmodulation: Array | None = None,
         add: bool = False,
         parts: tuple[Array, Array] | None = None,
     ) -> None:
-        images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
-        plan, given = norm_plan(pixels, channels, groups), (dy, x, gamma, beta, modulation, stats)
+        x, affine, stats, silu = layer
+        images, pixels, channels, groups = len(x), x.shape[1] * x.shape[2], x.shape[3], stats.shape[1]
+        plan, given = norm_plan(pixels, channels, groups), (dy, x, *affine, stats)
         blocks, across = images * -(-channels // plan.bundle), -(-channels // WARP)
         how = channels, channels // groups, plan.bundle
         joined = self._joined(plan, plan.backward, parts)
-        fours = self._norm_fours(plan, dy, x, gamma, beta, modulation, dx, *joined[:2])
+        fours = self._norm_fours(plan, dy, x, *affine, dx, *joined[:2])
         waiting = self._waiting
         with self._lock:
             norms = NormGradients(self.runtime, self._apart) if waiting is None else waiting.norms
@@ -166,18 +147,20 @@ class LayerOperations(ConvOperations):
             sums = self._scratch(name, 2 * images * channels)
             if plan.backward is not None:
                 threads, shared = plan.backward
-                args: tuple[Any, ...] = (*given, dx, *joined, sums, dmodulation, images, pixels, *how, silu, add, fours)
+                args: tuple[Any, ...] = (
+                    *given, dx, *joined, sums, grads.modulation, images, pixels, *how, silu, add, fours,
+                )  # fmt: skip
                 self._launch_layer("norm", "norm_backward", blocks * threads, args, threads, shared)
             else:
                 chunks = -(-pixels // plan.rows)
                 sizes, items = (images, pixels, plan.rows, chunks, *how), blocks * chunks * THREADS
                 some = self._scratch("norm chunks", 2 * images * chunks * channels)
                 self._launch_layer("norm", "norm_backward_chunks", items, (*given, some, *sizes, silu, fours), THREADS)
-                args = (some, gamma, beta, sums, dmodulation, images, chunks, channels)
+                args = (some, affine.gamma, affine.beta, sums, grads.modulation, images, chunks, channels)
                 self._launch_layer("norm", "norm_backward_images", images * across * THREADS, args, THREADS)
                 args = (*given, sums, dx, *sizes, silu, add, fours)
                 self._launch_layer("norm", "norm_backward_apply", items, args, THREADS)
-            norms.waiting.append(NormGradient(sums, modulation, dgamma, dbeta, images))
+            norms.waiting.append(NormGradient(sums, affine.modulation, grads.gamma, grads.beta, images))
             if waiting is None:
                 norms.finish()
         if parts is not None and not joined[-1]:
@@ -193,43 +176,23 @@ class LayerOperations(ConvOperations):
     def _norm_fours(self, plan: NormPlan, *arrays: Array | None) -> int:
         return (AT_ONCE if self._by_fours(*arrays) else 1) if plan.fours else 0
 
-    def norm_tangent(
-        self,
-        dh: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array | None,
-        out: Array,
-        *,
-        silu: bool,
-        modulation: Array | None = None,
-        modulation_tangent: Array | None = None,
-    ) -> None:
+    def norm_tangent(self, layer: Norm, dh: Array, out: Array, *, modulation_tangent: Array | None = None) -> None:
+        x, affine, stats, silu = layer
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], x.shape[3]
         group = channels if stats is None else channels // stats.shape[1]
-        args = (dh, x, gamma, beta, modulation, modulation_tangent, stats, out, images, pixels, channels, group, silu)
+        args = (dh, x, *affine, modulation_tangent, stats, out, images, pixels, channels, group, silu)
         self._launch_layer("norm", "norm_tangent", out.size, args)
 
     # ------------------------------------------------------------------------------------------- layer norm
 
-    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+    def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:
+        x, (gamma, beta, _), stats, _ = layer
         rows, channels, lanes, fours = self._rows_of(stats, x, gamma, beta, out)
         args = (x, gamma, beta, out, stats, rows, channels, lanes, eps, fours)
         self._launch_layer("layer_norm", "layer_norm", rows * lanes, args, THREADS)
 
-    def layer_norm_backward(
-        self,
-        dy: Array,
-        x: Array,
-        gamma: Array,
-        stats: Array,
-        dx: Array,
-        dgamma: Array,
-        dbeta: Array,
-        *,
-        add: bool = False,
-    ) -> None:
+    def layer_norm_backward(self, layer: Norm, dy: Array, dx: Array, grads: Affine, *, add: bool = False) -> None:
+        x, (gamma, *_), stats, _ = layer
         rows, channels, lanes, fours = self._rows_of(stats, x, gamma, dy, dx)
         size = max(1, min(MOST_ROWS, CHUNK_VALUES // channels))
         chunks = -(-rows // size)
@@ -238,8 +201,8 @@ class LayerOperations(ConvOperations):
             plain, by_h = sums[: chunks * channels], sums[chunks * channels : 2 * chunks * channels]
             args = (dy, x, gamma, stats, dx, plain, by_h, rows, size, channels, lanes, add, fours)
             self._launch_layer("layer_norm", "layer_norm_backward", chunks * THREADS, args, THREADS)
-            self._sum_columns(plain, dbeta, chunks)
-            self._sum_columns(by_h, dgamma, chunks)
+            self._sum_columns(plain, grads.beta, chunks)
+            self._sum_columns(by_h, grads.gamma, chunks)
 
     def _rows_of(self, stats: Array, *arrays: Array) -> tuple[int, int, int, int]:
         """Rows, channels, threads that share a row, and how they take four channels at once."""

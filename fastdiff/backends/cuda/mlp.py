@@ -26,7 +26,9 @@ from fastdiff.backends.layers import Batch, Recording
 from fastdiff.backends.protocol import (
     AdamW,
     Backend,
+    ChainTable,
     DenseLayer,
+    Inputs,
     LinearPart,
     MLPPlan,
     PartGradient,
@@ -161,6 +163,14 @@ class _Part:
 
 def _joined(*arrays: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
+
+
+class _Times(NamedTuple):
+    """The time table, where samples find their rows in it, and their timesteps."""
+
+    table: Array | None
+    places: Array
+    t: Array
 
 
 class _DeviceTable(NamedTuple):
@@ -304,9 +314,8 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         """Launch a kernel that loops over `items`."""
         self.runtime.launch("mlp", entry, *self.runtime.grid_1d(items), args)
 
-    def mlp_forward(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
-    ) -> Array:
+    def mlp_forward(self, plan: MLPPlan, params: Array, inputs: Inputs, out: Array | None = None) -> Array:
+        x, t, _ = inputs
         y = self.runtime.empty((len(x), plan.layers[-1].outputs)) if out is None else out
         if len(x) == 0:
             return y
@@ -315,24 +324,15 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             if net.tile is not None:
                 self._tiles(net, params, x, (y, t))
             else:
-                self._forward(net, params, x, t, y, asked)
+                self._forward(net, params, inputs, y)
         return y
 
     def mlp_chain(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        asked: Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        levels: npt.NDArray[np.float32] | None = None,
+        self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
-        if len(x) == 0 or not rows:
+        (rows, clip, weights, levels), n = table, len(x)
+        if n == 0 or not rows:
             return
-        n = len(x)
         with self._lock:
             net = self._network(plan)
             if net.tile is not None:
@@ -354,11 +354,11 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
                 t.fill(row.t)
                 for half in (twice[:n], twice[n:]):
                     self.runtime.copy(half, x)
-                self.mlp_forward(plan, params, twice, t, out, both)
+                self.mlp_forward(plan, params, Inputs(twice, t, both), out)
                 self.guide(out[:n], out[n:], float(weights[i]), 0.0, out[:n])
             elif row.evaluates:
                 t.fill(row.t)
-                self.mlp_forward(plan, params, x, t[:n], out[:n], asked)
+                self.mlp_forward(plan, params, Inputs(x, t[:n], asked), out[:n])
             self.sampler_step(x, out[:n] if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
     def mlp_chain_told(
@@ -376,85 +376,65 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         return True
 
     def mlp_gradient(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
-        grads: Array,
-        asked: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, target: Array, grads: Array
     ) -> tuple[float, Array]:
-        dx = self.runtime.empty(x.shape)
-        if len(x) == 0:
+        n, dx = len(inputs.x), self.runtime.empty(inputs.x.shape)
+        if n == 0:
             grads.fill(0)
             return math.nan, dx
         with self._lock:
             net = self._network(plan)
-            net.grow(len(x))
-            self._gradient(net, params, (x, t, target, asked), grads, dx)
+            net.grow(n)
+            self._gradient(net, params, inputs, target, grads, dx)
             return float(self.runtime.to_numpy(net.loss)[0]), dx
 
     def mlp_vjp(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        dy: Array,
-        dx: Array,
-        asked: Array | None = None,
-        y: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, dx: Array, y: Array | None = None
     ) -> None:
-        self._products(plan, params, (x, t, asked), dy, dx, backward=True, y=y)
+        self._products(plan, params, inputs, dy, dx, backward=True, y=y)
 
-    def mlp_jvp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
-    ) -> None:
-        self._products(plan, params, (x, t, asked), dx, dy, backward=False)
+    def mlp_jvp(self, plan: MLPPlan, params: Array, inputs: Inputs, dx: Array, dy: Array) -> None:
+        self._products(plan, params, inputs, dx, dy, backward=False)
 
     def _products(
         self,
         plan: MLPPlan,
         params: Array,
-        at: tuple[Array, Array, Array | None],
+        inputs: Inputs,
         given: Array,
         out: Array,
         *,
         backward: bool,
         y: Array | None = None,
     ) -> None:
-        """`mlp_vjp` or `mlp_jvp` at (x, t, asked), layer by layer; the forward pass runs once for all vectors."""
-        x, t, asked = at
+        """`mlp_vjp` or `mlp_jvp`, layer by layer; the forward pass runs once for all vectors."""
+        x, t, asked = inputs
         if given.size == 0:
             return
         with self._lock:
             net = self._network(plan)
             net.grow(len(x))
-            table, places = self._times(net, params, t, asked)
-            inputs = self._kept(net, params, table, x, places)
+            times = self._times(net, params, t, asked)
+            kept = self._kept(net, params, times, x)
             if y is not None:
-                self.runtime.copy(y, inputs[-1])
+                self.runtime.copy(y, kept[-1])
                 self._add_part(net, x, y, t, net.room)
             vectors, results = (array.reshape(-1, array.shape[-1]) for array in (given, out))
-            self._product(net, params, (table, places, t), inputs, vectors, results, backward=backward)
+            self._product(net, params, times, kept, vectors, results, backward=backward)
 
     def _product(
         self,
         net: _Network,
         params: Array,
-        times: tuple[Array | None, Array, Array],
-        inputs: list[Array],
+        times: _Times,
+        kept: list[Array],
         given: Array,
         out: Array,
         *,
         backward: bool,
     ) -> None:
-        """out = J^T given, or J given, for vectors (k n, ...), by what `_kept` has kept of n samples.
-
-        `times` are the time table, where the samples find their rows in it, and their timesteps.
-        """
-        (table, places, t), layers, rows = times, range(len(net.plan.layers)), len(given)
+        """out = J^T given, or J given, for vectors (k n, ...), by what `_kept` has kept of n samples."""
+        layers, rows = range(len(net.plan.layers)), len(given)
         room, here = [self._scratch(f"product {i}", rows * net.widest) for i in range(2)], given
         for turn, k in enumerate(reversed(layers) if backward else layers):
             layer = net.plan.layers[k]
@@ -464,7 +444,7 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
                 self._dense(here, _weight(layer, params), to)
             of = to if not backward else here if turn else room[1][: here.size].reshape(here.shape)  # not the caller's
             if layer.activation != "none" or layer.time == "scale_shift":
-                self._slope(net, k, to if not backward else here, of, inputs[k + 1], table, places)
+                self._slope(net, k, to if not backward else here, of, kept[k + 1], times)
                 here = of
             if backward:
                 self._dense_backward(here, to, _weight(layer, params), to, None, None)
@@ -472,15 +452,15 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         if net.part is not None:
             sizes = rows * net.part.rank, rows * len(net.part.basis)
             h, product = (self._scratch(f"part {i}", size)[:size].reshape(rows, -1) for i, size in enumerate(sizes))
-            self._add_part(net, given, out, t, (h, product))
+            self._add_part(net, given, out, times.t, (h, product))
 
-    def _kept(self, net: _Network, params: Array, table: Array | None, x: Array, t: Array) -> list[Array]:
+    def _kept(self, net: _Network, params: Array, times: _Times, x: Array) -> list[Array]:
         """Run the layers, and keep what a backward pass needs: return x and the output of every layer."""
-        plan, buffers = net.plan, net.buffers
-        inputs = [x, *(buffers[f"y{k}"] for k in range(len(plan.layers)))]
-        for k, layer in enumerate(plan.layers):
-            self._layer(layer, params, table, plan.time_width, inputs[k], t, buffers[f"u{k}"], inputs[k + 1])
-        return inputs
+        layers, buffers = range(len(net.plan.layers)), net.buffers
+        kept = [x, *(buffers[f"y{k}"] for k in layers)]
+        for k in layers:
+            self._layer(net, k, params, times, kept[k], buffers[f"u{k}"], kept[k + 1])
+        return kept
 
     def _slope(
         self,
@@ -489,16 +469,15 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         given: Array,
         d: Array,
         y: Array,
-        table: Array | None,
-        t: Array,
+        times: _Times,
         dtime: Array | None = None,
     ) -> None:
         """Fill d with what is given times dy / du of layer k, and where it is given the layer's columns of dtime."""
         layer, width = net.plan.layers[k], net.plan.time_width
         self._launch(
             "mlp_layer_backward", d.size,
-            given, d, net.buffers[f"u{k}"], y, table, t, dtime, len(d), len(y), d.shape[1], width, layer.time_column,
-            MODES[layer.time], ACTIVATIONS[layer.activation],
+            given, d, net.buffers[f"u{k}"], y, *times[:2], dtime, len(d), len(y), d.shape[1], width,
+            layer.time_column, MODES[layer.time], ACTIVATIONS[layer.activation],
         )  # fmt: skip
 
     def mlp_train_gradient(
@@ -526,21 +505,19 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         """Issue `mlp_train_gradient`; once the work is done, what is returned holds the loss."""
         x, t, target = self._draw(net, step)
         asked = None if not net.plan.asked else self._draw_asked(net, step)
-        return self._drawn_gradient(net, params, (x, t, target, asked), grads)
+        return self._drawn_gradient(net, params, Inputs(x, t, asked), target, grads)
 
-    def _drawn_gradient(
-        self, net: _Network, params: Array, batch: tuple[Array, Array, Array, Array | None], grads: Array
-    ) -> Array:
+    def _drawn_gradient(self, net: _Network, params: Array, inputs: Inputs, target: Array, grads: Array) -> Array:
         """Issue the gradient of a batch that has been drawn; what is returned will hold the loss."""
-        terms, t = None, batch[1]
+        terms = None
         if net.terms is not None:
             terms = net.buffers["terms"]
-            self.take(net.terms, t, terms)
-        self._gradient(net, params, batch, grads, None, terms)
+            self.take(net.terms, inputs.t, terms)
+        self._gradient(net, params, inputs, target, grads, None, terms)
         return net.loss
 
-    def _draw_part(self, net: _Network, step: int, first: int) -> tuple[Array, Array, Array, Array | None]:
-        """x_t, t and target of so many positions of a training step, from `first` on, and what is asked of them."""
+    def _draw_part(self, net: _Network, step: int, first: int) -> tuple[Inputs, Array]:
+        """Inputs and target of so many positions of a training step, from `first` on."""
         plan, draws = net.plan, net.draws
         assert net.data is not None and draws is not None  # noqa: PT018
         x, t, target = (net.buffers[name] for name in ("x", "t", "target"))
@@ -564,7 +541,7 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             *before, a, b = pieces
             pieces = [*before, self._room_of(f"{len(before)} and more", n, a.shape[1] + b.shape[1])]
             self.concatenate(a, b, pieces[-1])
-        return x, t, target, pieces[0] if pieces else None
+        return Inputs(x, t, pieces[0] if pieces else None), target
 
     def _room_of(self, what: str, n: int, width: int) -> Array:
         return self._scratch(f"{what} of a part", n * width)[: n * width].reshape(n, width)
@@ -614,20 +591,18 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         )  # fmt: skip
         return net.table
 
-    def _times(
-        self, net: _Network, params: Array, t: Array, asked: Array | None, room: Array | None = None
-    ) -> tuple[Array | None, Array]:
-        """The time table and where samples find their rows in it: their own, of a network that is asked for something.
+    def _times(self, net: _Network, params: Array, t: Array, asked: Array | None, room: Array | None = None) -> _Times:
+        """The time table as samples find it: with rows of their own, of a network that is asked for something.
 
         These lie in `room` (n, time_width), by default the buffer of gradients.
         """
         table, plan = self._time_table(net, params), net.plan
         if asked is None:
-            return table, t
+            return _Times(table, t, t)
         rows, n = net.buffers["times"] if room is None else room, len(t)
         self._dense(asked, _of_asked(plan, params), rows)
         self._launch("mlp_add_times", rows.size, rows, table, t, n, plan.time_width)
-        return rows, net.own(n)
+        return _Times(rows, net.own(n), t)
 
     def _tiles(
         self,
@@ -656,28 +631,26 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             shared_bytes(plan, tile, memory=sampler.depth > 0),
         )  # fmt: skip
 
-    def _layer(
-        self, layer: DenseLayer, params: Array, table: Array | None, width: int, x: Array, t: Array, u: Array, y: Array
-    ) -> None:
-        """u = x W + bias, y = act((1 + gain) u + shift)."""
-        n, m = u.shape
+    def _layer(self, net: _Network, k: int, params: Array, times: _Times, x: Array, u: Array, y: Array) -> None:
+        """Of layer k, u = x W + bias, y = act((1 + gain) u + shift)."""
+        layer, width, (n, m) = net.plan.layers[k], net.plan.time_width, u.shape
         self._dense(x, _weight(layer, params), u)
         self._launch(
             "mlp_bias_activate", n * m,
-            u, y, _bias(layer, params), table, t, n, m, width, layer.time_column,
+            u, y, _bias(layer, params), *times[:2], n, m, width, layer.time_column,
             MODES[layer.time], ACTIVATIONS[layer.activation],
         )  # fmt: skip
 
-    def _forward(self, net: _Network, params: Array, x: Array, t: Array, y: Array, asked: Array | None) -> None:
+    def _forward(self, net: _Network, params: Array, inputs: Inputs, y: Array) -> None:
         """Layer by layer, keeping nothing."""
+        x, t, asked = inputs
         room = None if asked is None else self.runtime.empty((len(x), net.plan.time_width))
-        table, places = self._times(net, params, t, asked, room)
-        h = x
-        for layer in net.plan.layers[:-1]:
+        times, (*hidden, _), h = self._times(net, params, t, asked, room), net.plan.layers, x
+        for k, layer in enumerate(hidden):
             u = self.runtime.empty((len(x), layer.outputs))
-            self._layer(layer, params, table, net.plan.time_width, h, places, u, u)
+            self._layer(net, k, params, times, h, u, u)
             h = u
-        self._layer(net.plan.layers[-1], params, table, net.plan.time_width, h, places, y, y)
+        self._layer(net, len(hidden), params, times, h, y, y)
         self._add_part(net, x, y, t)
 
     def _part(self, net: _Network) -> tuple[Any, ...]:
@@ -712,20 +685,21 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         self,
         net: _Network,
         params: Array,
-        batch: tuple[Array, Array, Array, Array | None],
+        inputs: Inputs,
+        target: Array,
         grads: Array,
         dx: Array | None,
         terms: Array | None = None,
     ) -> None:
-        """Fill `grads`, net.loss and, where given, dx, of a batch (x, t, target, asked)."""
-        x, t, target, asked = batch
+        """Fill `grads`, net.loss and, where given, dx."""
+        x, t, asked = inputs
         plan, buffers, n, width = net.plan, net.buffers, len(x), net.plan.time_width
-        table, places = self._times(net, params, t, asked)
-        inputs = self._kept(net, params, table, x, places)
-        self._add_part(net, x, inputs[-1], t, net.room)
+        times = self._times(net, params, t, asked)
+        kept = self._kept(net, params, times, x)
+        self._add_part(net, x, kept[-1], t, net.room)
 
         dy, free = buffers["d0"], buffers["d1"]
-        self.squared_error(inputs[-1], target, dy, net.loss, terms)
+        self.squared_error(kept[-1], target, dy, net.loss, terms)
         of_output = None
         if dx is not None and net.part is not None:
             of_output = self.runtime.empty(x.shape)
@@ -733,11 +707,11 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         for k in reversed(range(len(plan.layers))):
             layer = plan.layers[k]
             du = dy[: n * layer.outputs].reshape(n, layer.outputs)
-            self._slope(net, k, du, du, inputs[k + 1], table, places, buffers["dtime"])
+            self._slope(net, k, du, du, kept[k + 1], times, buffers["dtime"])
             to = dx
             if k > 0:
                 to = free[: n * layer.inputs].reshape(n, layer.inputs)
-            self._dense_backward(du, inputs[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
+            self._dense_backward(du, kept[k], _weight(layer, params), to, _weight(layer, grads), _bias(layer, grads))
             dy, free = free, dy
         if of_output is not None:
             self._add_part(net, of_output, dx, t, net.room)
@@ -811,7 +785,7 @@ class _Parts:
             if recorded is None or recorded[:2] != (net, net.moves):
 
                 def body() -> None:
-                    be._drawn_gradient(net, params, be._draw_part(net, at[0], first), grads)
+                    be._drawn_gradient(net, params, *be._draw_part(net, at[0], first), grads)
 
                 recorded = self._recorded[first] = net, net.moves, be.record(body)
             at[0] = step
@@ -842,13 +816,14 @@ class _ToldStep:
     def issue(self, memory: list[Array], moves: bool) -> None:
         """Do the row that was set, one that evaluates the network, beside a table's memory."""
         be, net, params, x, t = self.be, self.net, self.params, self.state, self.room.t
-        inputs = be._kept(net, params, self.table, x, t)
-        out = inputs[-1]
+        times = _Times(self.table, t, t)
+        kept = be._kept(net, params, times, x)
+        out = kept[-1]
         be._add_part(net, x, out, t, net.room)
 
         def product(cotangent: Array) -> Array:
             vectors, results = (array.reshape(-1, x.shape[1]) for array in (cotangent, self.products))
-            be._product(net, params, (self.table, t, t), inputs, vectors, results, backward=True)
+            be._product(net, params, times, kept, vectors, results, backward=True)
             return results.reshape(cotangent.shape)
 
         if moves:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cuda.device import Device
-from fastdiff.backends.protocol import Told
+from fastdiff.backends.protocol import Equations, Told, ToldStates
 from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
 
@@ -62,7 +62,15 @@ class ToldOperations(Device):
                 kept[queue] = _DeviceTold(told, d, self.runtime)
             return kept[queue]
 
-    def _launch_states(self, entry: str, n: int, args: tuple[Any, ...]) -> None:
+    def _launch_states(
+        self, entry: str, shape: tuple[int, int], args: tuple[Any, ...], states: ToldStates, *more: int
+    ) -> None:
+        """Launch one with these arguments, then what is told of the states (n, D), and more numbers."""
+        (told, which, t), (n, d), there = states, shape, self._told_there(states.told, shape[1])
+        seen = there.chosen, there.matrix, there.seen, there.numbers
+        self._launch_warps(entry, n, (*args, *seen, which, t, n, told.y.shape[1], d, *more))
+
+    def _launch_warps(self, entry: str, n: int, args: tuple[Any, ...]) -> None:
         """Launch a kernel whose warps take a state each."""
         if n:
             self.runtime.launch("told", entry, *self.runtime.grid_1d(n * WARP, THREADS), args)
@@ -74,46 +82,18 @@ class ToldOperations(Device):
             grid, block = self.runtime.grid_1d(out.size)
             self.runtime.launch("told", "told_rows", grid, block, (out, there.chosen, there.matrix, which, n, m, d))
 
-    def told_direct(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        x: Array,
-        out: Array,
-        products: Array,
-        back: Array,
-        H: Array,
-        rest: Array,
-    ) -> None:
-        (n, d), there = x.shape, self._told_there(told, x.shape[1])
-        of = there.chosen, there.matrix, there.seen, there.numbers, which, t, n, told.y.shape[1], d
-        self._launch_states("told_direct", n, (x, out, products, back, H, rest, *of))
+    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
+        self._launch_states("told_direct", x.shape, (x, out, products, *equations[:3]), states)
 
-    def told_begin(
-        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
-    ) -> None:
-        (n, d), there = x.shape, self._told_there(told, x.shape[1])
-        of = there.chosen, there.matrix, there.seen, there.numbers, which, t, n, told.y.shape[1], d, told.products
-        self._launch_states("told_begin", n, (x, out, basis, rest, cotangent, *of))
+    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        args = x, out, equations.basis, equations.rest, cotangent
+        self._launch_states("told_begin", x.shape, args, states, states.told.products)
 
-    def told_arnoldi(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        k: int,
-        product: Array,
-        cotangent: Array,
-        back: Array,
-        basis: Array,
-        H: Array,
-    ) -> None:
-        (n, d), there = cotangent.shape, self._told_there(told, cotangent.shape[1])
-        of = there.chosen, there.matrix, there.seen, there.numbers, which, t, n, told.y.shape[1], d, told.products
-        self._launch_states("told_arnoldi", n, (k, product, cotangent, back, basis, H, *of))
+    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
+        args = k, product, cotangent, equations.back, equations.basis, equations.H
+        self._launch_states("told_arnoldi", cotangent.shape, args, states, states.told.products)
 
-    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
-        (n, d), there = out.shape, self._told_there(told, out.shape[1])
-        of = there.reach, there.numbers, which, t, n, d, told.equations, told.products
-        self._launch_states("told_move", n, (H, rest, back, out, *of))
+    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
+        (told, which, t), (n, d), there = states, out.shape, self._told_there(states.told, out.shape[1])
+        args = equations.H, equations.rest, equations.back, out, there.reach, there.numbers
+        self._launch_warps("told_move", n, (*args, which, t, n, d, told.equations, told.products))

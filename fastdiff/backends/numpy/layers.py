@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
+from fastdiff.backends.layers import Affine, Norm
 from fastdiff.backends.numpy.conv import ConvOperations
 from fastdiff.backends.numpy.functions import (
     activate,
@@ -32,24 +33,12 @@ Array = npt.NDArray[Any]
 class LayerOperations(ConvOperations):
     """The layers of `LayerBackend`, float32 or float64."""
 
-    def norm(
-        self,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        out: Array,
-        stats: Array,
-        *,
-        groups: int,
-        eps: float,
-        silu: bool,
-        modulation: Array | None = None,
-        parts: tuple[Array, Array] | None = None,
-    ) -> None:
+    def norm(self, layer: Norm, out: Array, *, eps: float, parts: tuple[Array, Array] | None = None) -> None:
         """u = gamma (x - mean) / sqrt(variance + eps) + beta, v = (1 + gain) u + shift, y = SiLU(v)."""
+        x, (gamma, beta, modulation), stats, silu = layer
         if parts is not None:
             self.concatenate(*parts, x)
-        grouped = _grouped(x, groups)
+        grouped = _grouped(x, stats.shape[1])
         mean = grouped.mean(axis=(1, 3))
         variance = np.square(grouped - mean[:, None, :, None]).mean(axis=(1, 3))
         stats[..., 0], stats[..., 1] = mean, 1 / np.sqrt(variance + x.dtype.type(eps))
@@ -60,19 +49,11 @@ class LayerOperations(ConvOperations):
 
     def norm_backward(
         self,
+        layer: Norm,
         dy: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array,
         dx: Array,
-        dgamma: Array,
-        dbeta: Array,
+        grads: Affine,
         *,
-        groups: int,
-        silu: bool,
-        modulation: Array | None = None,
-        dmodulation: Array | None = None,
         add: bool = False,
         parts: tuple[Array, Array] | None = None,
     ) -> None:
@@ -80,34 +61,24 @@ class LayerOperations(ConvOperations):
 
         dmean / dx_j = 1 / m and dr / dx_j = -r^2 h_j / m, so dx = r (dh - <dh> - h <dh h>).
         """
+        (x, (gamma, beta, modulation), stats, silu), groups = layer, layer.stats.shape[1]
         h = _normalised(x, stats)
         u = h * gamma + beta
         gain, shift = (np.zeros(1, x.dtype),) * 2 if modulation is None else _gain_and_shift(modulation)
         dv = activate_backward(dy, modulate(u, gain, shift), "silu") if silu else dy
         du, dgain, dshift = modulate_backward(dv, u, gain)
-        if dmodulation is not None:
-            dmodulation[...] = np.hstack([dgain.sum(axis=(1, 2)), dshift.sum(axis=(1, 2))])
-        dgamma[...] = (du * h).sum(axis=(0, 1, 2))
-        dbeta[...] = du.sum(axis=(0, 1, 2))
+        if grads.modulation is not None:
+            grads.modulation[...] = np.hstack([dgain.sum(axis=(1, 2)), dshift.sum(axis=(1, 2))])
+        grads.gamma[...] = (du * h).sum(axis=(0, 1, 2))
+        grads.beta[...] = du.sum(axis=(0, 1, 2))
         dh, h = _grouped(du * gamma, groups), _grouped(h, groups)
         dh_mean, dhh_mean = (a.mean(axis=(1, 3), keepdims=True) for a in (dh, dh * h))
         store((stats[:, None, :, 1, None] * (dh - dh_mean - h * dhh_mean)).reshape(x.shape), dx, add)
         if parts is not None:
             self.split(dx, *parts)
 
-    def norm_tangent(
-        self,
-        dh: Array,
-        x: Array,
-        gamma: Array,
-        beta: Array,
-        stats: Array | None,
-        out: Array,
-        *,
-        silu: bool,
-        modulation: Array | None = None,
-        modulation_tangent: Array | None = None,
-    ) -> None:
+    def norm_tangent(self, layer: Norm, dh: Array, out: Array, *, modulation_tangent: Array | None = None) -> None:
+        x, (gamma, beta, modulation), stats, silu = layer
         dv = gamma * dh
         if modulation is not None:
             dv *= 1 + _gain_and_shift(modulation)[0]
@@ -121,30 +92,21 @@ class LayerOperations(ConvOperations):
                 dv = activate_backward(dv, v, "silu")
         out[...] = dv
 
-    def layer_norm(self, x: Array, gamma: Array, beta: Array, out: Array, stats: Array, *, eps: float) -> None:
+    def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:
         """y = gamma h + beta with h = (x - mean) / sqrt(variance + eps), over the channels."""
+        x, (gamma, beta, _), stats, _ = layer
         mean = x.mean(axis=-1)
         variance = np.square(x - mean[..., None]).mean(axis=-1)
         stats[..., 0], stats[..., 1] = mean, 1 / np.sqrt(variance + x.dtype.type(eps))
         out[...] = (x - stats[..., :1]) * stats[..., 1:] * gamma + beta
 
-    def layer_norm_backward(
-        self,
-        dy: Array,
-        x: Array,
-        gamma: Array,
-        stats: Array,
-        dx: Array,
-        dgamma: Array,
-        dbeta: Array,
-        *,
-        add: bool = False,
-    ) -> None:
+    def layer_norm_backward(self, layer: Norm, dy: Array, dx: Array, grads: Affine, *, add: bool = False) -> None:
         """dx = r (dh - <dh> - h <dh h>) with dh = dy gamma, as in `norm_backward`; <.> is the mean over channels."""
+        x, affine, stats, _ = layer
         h = (x - stats[..., :1]) * stats[..., 1:]
-        dgamma[...] = (dy * h).sum(axis=(0, 1, 2))
-        dbeta[...] = dy.sum(axis=(0, 1, 2))
-        dh = dy * gamma
+        grads.gamma[...] = (dy * h).sum(axis=(0, 1, 2))
+        grads.beta[...] = dy.sum(axis=(0, 1, 2))
+        dh = dy * affine.gamma
         dh_mean, dhh_mean = (a.mean(axis=-1, keepdims=True) for a in (dh, dh * h))
         store(stats[..., 1:] * (dh - dh_mean - h * dhh_mean), dx, add)
 

@@ -24,7 +24,7 @@ from fastdiff.backends.numpy.functions import (
 )
 from fastdiff.backends.numpy.host import asked_at, drawn_rows, held, hold_batch
 from fastdiff.backends.numpy.step import StepOperations
-from fastdiff.backends.protocol import LinearPart, MLPPlan, Row, Told, TrainingDraws
+from fastdiff.backends.protocol import ChainTable, Inputs, LinearPart, MLPPlan, Row, Told, TrainingDraws
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
@@ -34,72 +34,53 @@ Saved = tuple[Array, Array, Array, Array]
 class MLPOperations(StepOperations):
     """Perceptrons: forward, gradient, and a sampling chain."""
 
-    def mlp_forward(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, out: Array | None = None, asked: Array | None = None
-    ) -> Array:
-        y = _mlp_forward(plan, params, x, t, asked)[0]
+    def mlp_forward(self, plan: MLPPlan, params: Array, inputs: Inputs, out: Array | None = None) -> Array:
+        y = _mlp_forward(plan, params, inputs)[0]
         if out is None:
             return y
         out[...] = y
         return out
 
     def mlp_gradient(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        target: Array,
-        grads: Array,
-        asked: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, target: Array, grads: Array
     ) -> tuple[float, Array]:
-        return self._gradient(plan, params, (x, t, target, asked), grads, None)
+        return self._gradient(plan, params, inputs, target, grads)
 
     def _gradient(
         self,
         plan: MLPPlan,
         params: Array,
-        batch: tuple[Array, Array, Array, Array | None],
+        inputs: Inputs,
+        target: Array,
         grads: Array,
-        terms: Array | None,
+        terms: Array | None = None,
     ) -> tuple[float, Array]:
-        x, t, target, asked = batch
         with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges is reported by its loss
-            y, saved = _mlp_forward(plan, params, x, t, asked)
+            y, saved = _mlp_forward(plan, params, inputs)
             loss, dy = squared_error(y, target, terms)
-            dx = _mlp_backward(plan, params, dy, (t, asked), saved, grads)
-            return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, t, dy)
+            dx = _mlp_backward(plan, params, inputs, dy, saved, grads)
+            return loss, dx if plan.linear is None else dx + _linear_part(plan.linear, inputs.t, dy)
 
     def mlp_vjp(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        t: Array,
-        dy: Array,
-        dx: Array,
-        asked: Array | None = None,
-        y: Array | None = None,
+        self, plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, dx: Array, y: Array | None = None
     ) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dx = ((1 + gain) act'(v) dy) W^T."""
-        output, saved = _mlp_forward(plan, params, x, t, asked)
+        output, saved = _mlp_forward(plan, params, inputs)
         if y is not None:
             y[...] = output
         d = dy
         steps = list(zip(plan.layers, _weights(plan, params), saved, strict=False))
         for layer, (w, _), (_, _, v, gain) in reversed(steps):
             d = ((1 + gain) * activate_backward(d, v, layer.activation)) @ w.T
-        dx[...] = d if plan.linear is None else d + _linear_part(plan.linear, t, dy)
+        dx[...] = d if plan.linear is None else d + _linear_part(plan.linear, inputs.t, dy)
 
-    def mlp_jvp(
-        self, plan: MLPPlan, params: Array, x: Array, t: Array, dx: Array, dy: Array, asked: Array | None = None
-    ) -> None:
+    def mlp_jvp(self, plan: MLPPlan, params: Array, inputs: Inputs, dx: Array, dy: Array) -> None:
         """Every layer is u = x W + b, v = (1 + gain) u + shift, y = act(v): dy = (1 + gain) act'(v) (dx W)."""
-        _, saved = _mlp_forward(plan, params, x, t, asked)
+        _, saved = _mlp_forward(plan, params, inputs)
         d = dx
         for layer, (w, _), (_, _, v, gain) in zip(plan.layers, _weights(plan, params), saved, strict=False):
             d = activate_backward((1 + gain) * (d @ w), v, layer.activation)
-        dy[...] = d if plan.linear is None else d + _linear_part(plan.linear, t, dx)
+        dy[...] = d if plan.linear is None else d + _linear_part(plan.linear, inputs.t, dx)
 
     def mlp_train_gradient(
         self, plan: MLPPlan, params: Array, draws: TrainingDraws, step: int, batch: int, grads: Array
@@ -112,21 +93,12 @@ class MLPOperations(StepOperations):
             asked = asked_at(plan, draws, drawn_rows(draws, batch, of_rows), of_rows)
             if plan.known:
                 hold_batch(asked[:, -plan.known :], draws.signal.astype(x.dtype)[t, None], x, target)
-        return self._gradient(plan, params, (x, t, target, asked), grads, terms)[0]
+        return self._gradient(plan, params, Inputs(x, t, asked), target, grads, terms)[0]
 
     def mlp_chain(
-        self,
-        plan: MLPPlan,
-        params: Array,
-        x: Array,
-        rows: tuple[Row, ...],
-        clip: tuple[float, float] | None,
-        draw: Draw,
-        asked: Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        levels: npt.NDArray[np.float32] | None = None,
+        self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
-        unasked = None
+        (rows, clip, weights, levels), unasked = table, None
         if asked is not None and plan.known:
             unasked = asked.copy()
             unasked[:, : -plan.known] = 0
@@ -137,9 +109,9 @@ class MLPOperations(StepOperations):
                 t = np.full(len(x), row.t)
                 if asked is not None and levels is not None:
                     held(x, asked[:, -plan.known :], levels[i])
-                out = self.mlp_forward(plan, params, x, t, asked=asked)
+                out = self.mlp_forward(plan, params, Inputs(x, t, asked))
                 if weights is not None and weights[i] != 1:
-                    out = guided(out, self.mlp_forward(plan, params, x, t, asked=unasked), weights[i])
+                    out = guided(out, self.mlp_forward(plan, params, Inputs(x, t, unasked)), weights[i])
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
     def mlp_chain_told(
@@ -185,10 +157,9 @@ def _of_asked(plan: MLPPlan, flat: Array) -> Array:
     return flat[plan.asked_weight : end].reshape(plan.asked, plan.time_width)
 
 
-def _mlp_forward(
-    plan: MLPPlan, params: Array, x: Array, t: Array, asked: Array | None = None
-) -> tuple[Array, list[Saved]]:
+def _mlp_forward(plan: MLPPlan, params: Array, inputs: Inputs) -> tuple[Array, list[Saved]]:
     """Output, and for every layer (input, u before modulation, v before activation, gain)."""
+    x, t, asked = inputs
     time = _time_table(plan, params)[t]
     if asked is not None:
         time = time + asked.astype(time.dtype) @ _of_asked(plan, params)
@@ -216,11 +187,9 @@ def _gain_and_shift(mode: str, columns: Array, width: int) -> tuple[Array, Array
     return none, columns[:, :width] if mode == "shift" else none
 
 
-def _mlp_backward(
-    plan: MLPPlan, params: Array, dy: Array, given: tuple[Array, Array | None], saved: list[Saved], grads: Array
-) -> Array:
-    """Fill `grads`, return the gradient of the network's input, which was `given` t and what was asked."""
-    grads[...], (t, asked) = 0, given
+def _mlp_backward(plan: MLPPlan, params: Array, inputs: Inputs, dy: Array, saved: list[Saved], grads: Array) -> Array:
+    """Fill `grads`, return the gradient of the network's input."""
+    grads[...], (_, t, asked) = 0, inputs
     weights, dweights = _weights(plan, params), _weights(plan, grads)
     dtime = np.zeros((len(dy), plan.time_width), dy.dtype)
     for i in reversed(range(len(plan.layers))):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, TINY, Told
+from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, TINY, Equations, Told, ToldStates
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -89,60 +89,43 @@ class ToldOperations:
     def told_rows(self, told: Told, which: Array, out: Array) -> None:
         out[...] = rows_of(told.places, told.matrix, which, out.shape[2]).transpose(1, 0, 2)
 
-    def told_direct(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        x: Array,
-        out: Array,
-        products: Array,
-        back: Array,
-        H: Array,
-        rest: Array,
-    ) -> None:
+    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
+        (told, which, t), (back, H, rest, _) = states, equations
         p, q, gain = told.numbers[t, :3].T[..., None]
         A = rows_of(told.places, told.matrix, which, x.shape[1])
         back[...] = p * A.transpose(1, 0, 2) + q * products
         H[...] = gain[..., None] * np.einsum("nid,jnd->nij", A, back.astype(np.float64, copy=False))
         H[...] += np.eye(A.shape[1]) * told.variance[which][:, None]
-        rest[...] = _rest(told, which, t, x, out)
+        rest[...] = _rest(states, x, out)
 
-    def told_begin(
-        self, told: Told, which: Array, t: Array, x: Array, out: Array, basis: Array, rest: Array, cotangent: Array
-    ) -> None:
-        first = _rest(told, which, t, x, out)
+    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        (told, which, _), (_, _, rest, basis) = states, equations
+        assert basis is not None
+        first = _rest(states, x, out)
         size = np.linalg.norm(first, axis=1)
         basis[:, 0] = first / np.maximum(size, TINY)[:, None]
         rest[:, 0], rest[:, 1:] = size, 0
         cotangent[...] = transposed(told.places, told.matrix, basis[:, 0], which, x.shape[1])
 
-    def told_arnoldi(
-        self,
-        told: Told,
-        which: Array,
-        t: Array,
-        k: int,
-        product: Array,
-        cotangent: Array,
-        back: Array,
-        basis: Array,
-        H: Array,
-    ) -> None:
+    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
+        (told, which, t), (back, H, _, basis) = states, equations
+        assert basis is not None
         p, q, gain = told.numbers[t, :3].T[..., None]
         back[k] = p * cotangent + q * product
         image = gain * times(told.places, told.matrix, back[k].astype(np.float64, copy=False), which)
         arnoldi(k, image + told.variance[which] * basis[:, k], basis, H)
         cotangent[...] = transposed(told.places, told.matrix, basis[:, k + 1], which, cotangent.shape[1])
 
-    def told_move(self, told: Told, which: Array, t: Array, H: Array, rest: Array, back: Array, out: Array) -> None:
+    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
+        (told, which, t), (back, H, rest, _) = states, equations
         _, _, _, to_output, squared, farthest = told.numbers[t].T
         slope = np.einsum("nk,knd->nd", damped(H, rest, np.sqrt(squared)), back)
         bound = np.minimum(farthest * told.reach[which] / np.maximum(np.linalg.norm(slope, axis=1), TINY), 1.0)
         out += ((to_output * bound)[:, None] * slope).astype(out.dtype)
 
 
-def _rest(told: Told, which: Array, t: Array, x: Array, out: Array) -> Float64:
+def _rest(states: ToldStates, x: Array, out: Array) -> Float64:
     """y - A of the mean of x0."""
+    told, which, t = states
     p, q = told.numbers[t, :2].T[..., None]
     return told.y[which] - times(told.places, told.matrix, p * x + q * out, which)
