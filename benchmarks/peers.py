@@ -124,7 +124,6 @@ COMPARISONS = (
     Comparison("unet-forward-16", 1.2, "openvino-bf16"),
     Comparison("unet-forward-64", 1.2, "openvino-bf16"),
     Comparison("unet-train-ema-16", 1.8, "bf16"),
-    Comparison("unet-ddim-16", variant="bf16"),
     Comparison("unet-train-64px-4"),
     Comparison("unet-forward-64px-4"),
     Comparison("unet-train-wide-16"),

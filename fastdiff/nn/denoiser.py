@@ -88,8 +88,8 @@ class NetworkDenoiser:
         >>> model.denoiser().predict(np.zeros((3, 12)), 5).shape
         (3, 12)
         """
-        options = {"covariates": covariates, "known": known, "backend": self.backend, "flat": self.flat}
-        return self.net.predict(x, t, labels, **options)
+        asked = labels, covariates, known
+        return self.net._call("fill_frozen", x, t, asked, self.backend, self.on(self.backend))
 
     def vjp(self, x: Any, t: Any, cotangent: Any, labels: Any = None, *, covariates: Any = None) -> Any:
         """Return J^T times a cotangent, J being the Jacobian of `predict` by x: see `Network.vjp`.

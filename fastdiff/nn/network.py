@@ -389,9 +389,10 @@ class Network(ABC):
     ) -> Any:
         """Check arguments, and let a runner's method of this name fill the result.
 
-        What is `asked` are labels and covariates, and what is known.
+        What is `asked` are labels and covariates, and what is known; `flat` are weights, or a runner that has some.
         """
         labels, covariates, known = asked
+        runner, flat = (flat, None) if isinstance(flat, Runner) else (None, flat)
         vectors = {} if given is None else {given[0]: given[1]}
         be = backend_for(backend, x=x, t=t, labels=labels, covariates=covariates, flat=flat, **vectors)
         self.check_backend(be)
@@ -401,13 +402,15 @@ class Network(ABC):
         steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
         told = None if known is None else self._told(be, known, n)
         labels = asked_on(be, self, *checked_asked(self, labels, covariates, n, dtype=self.dtype), told)
-        weights = self.flat if flat is None else flat
-        weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
+        if runner is None:
+            weights = self.flat if flat is None else flat
+            weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
+            runner = self.runner(be, weights)
         image = (*self.image[:2], self.outputs)
         of_output = image[3 - len(self.shape) :] if len(self.shape) > 1 else self.shape if self.outputs == 1 else image
         if given is None:
             result = be.empty((n, *image), self.dtype)
-            self.runner(be, weights).fill(result, x, steps, labels)
+            getattr(runner, name)(result, x, steps, labels)
             result = result.reshape(n, *of_output)
         else:
             like, made = (of_output, self.shape) if name == "fill_vjp" else (self.shape, of_output)
@@ -416,7 +419,7 @@ class Network(ABC):
             if vector.shape != (*several, *shape):
                 raise ArgumentError(given[0], f"shape {vector.shape}", f"shape {shape}, or several of them")
             result = be.empty((*several, n, *made), self.dtype)
-            getattr(self.runner(be, weights), name)(result, x, steps, be.asarray(vector, self.dtype), labels)
+            getattr(runner, name)(result, x, steps, be.asarray(vector, self.dtype), labels)
         return result if on_device else be.to_numpy(result)
 
     def _told(self, be: Backend, known: Any, n: int) -> Array:

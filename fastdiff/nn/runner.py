@@ -60,8 +60,8 @@ class Runner(Evaluator):
     net : Network
     be : Backend
     weights : (layout.size,) array
-        Whoever changes them in place has a network that has changed: except for `step` and `run_table`, which may keep
-        forms of them.
+        Whoever changes them in place has a network that has changed: except for `step`, `run_table`, and what is
+        called frozen, which may keep forms of them.
 
     Examples
     --------
@@ -79,6 +79,10 @@ class Runner(Evaluator):
     @abstractmethod
     def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
         """Fill y (n, H, W, outputs) with the output for x (n, ...) at t (n,) int64."""
+
+    def fill_frozen(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
+        """Do `fill`; forms of the weights may be kept."""
+        self.fill(y, x, t, labels)
 
     @abstractmethod
     def fill_vjp(self, dx: Array, x: Array, t: Array, dy: Array, labels: Array = None) -> None:
@@ -285,6 +289,9 @@ class ProgramRunner(Runner):
 
     def fill(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
         self._fill(y, x, t, labels, None)
+
+    def fill_frozen(self, y: Array, x: Array, t: Array, labels: Array = None) -> None:
+        self._fill(y, x, t, labels, self._kept_forms)
 
     def _fill(self, y: Array, x: Array, t: Array, labels: Array | Asked | None, forms: Forms | None) -> None:
         given = {"x": x.reshape(len(x), *self.net.image), "t": t, **self._named(labels, len(x))}
