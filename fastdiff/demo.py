@@ -21,6 +21,7 @@ from fastdiff.errors import QualityWarning
 from fastdiff.files import naming
 
 if TYPE_CHECKING:
+    from fastdiff.backends import Backend
     from matplotlib.figure import Figure
 
     from fastdiff.schedule import Schedule
@@ -39,7 +40,7 @@ QUICK = 10  # --quick trains this many times shorter
 def run(
     folder: str | os.PathLike[str],
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     seed: int = 0,
     quick: bool = False,
     progress: bool = True,
@@ -51,7 +52,7 @@ def run(
     ----------
     folder : path
         Made if missing; files of an earlier run are replaced.
-    backend : str, optional
+    backend : str or Backend, optional
         Where to compute.
     seed : int, optional
         Seed of data, weights, batches and noise.

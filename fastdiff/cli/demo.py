@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff.cli.parser import add_command, add_common
+from fastdiff.cli.parser import add_command, add_common, backend_of
 from fastdiff.errors import check_seed
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     demo.run(
         args.output,
-        backend=args.backend,
+        backend=backend_of(args),
         seed=check_seed(args.seed, "--seed"),
         quick=args.quick,
         progress=not args.quiet,

@@ -15,7 +15,7 @@ from fastdiff.cli.inputs import (
     training_data,
 )
 from fastdiff.cli.messages import note
-from fastdiff.cli.parser import add_command, add_common, add_overwrite
+from fastdiff.cli.parser import add_command, add_common, add_overwrite, backend_of
 from fastdiff.cli.sample import drawn_by
 from fastdiff.display import aligned, shown
 from fastdiff.errors import check_int, check_seed
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         check_picture(args, args.output)
     samples = None if args.n is None else check_int("-n", args.n, low=2)
     seed = None if args.seed is None else check_seed(args.seed, "--seed")
-    model = fd.load(args.model, backend=args.backend)
+    model = fd.load(args.model, backend=backend_of(args))
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)
     check_whole(args, data)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastdiff.cli.inputs import add_table_options, check_output, check_picture, covariates, inputs_of, reading
-from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite, add_quantiles
+from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite, add_quantiles, backend_of
 from fastdiff.errors import FastdiffError, check_int, check_seed
 
 SHOWN = 6  # rows in the figure
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args, args.output, series.ENDINGS)
     if args.plot:
         check_picture(args, args.plot)
-    model = fd.load(args.model, backend=args.backend)
+    model = fd.load(args.model, backend=backend_of(args))
     assert model.net is not None
     if len(model.net.shape) > 2:
         raise FastdiffError(f"{args.model} is a model of pictures: fastdiff sample --known fills those in")

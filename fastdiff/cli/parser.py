@@ -7,9 +7,13 @@ import contextlib
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from fastdiff.backends import Backend
 
 BACKENDS = ("auto", "numpy", "cpu", "cuda")
+PRECISIONS = ("float32", "bf16")
 
 # What options and commands of other programs are called here.
 SYNONYMS = {
@@ -26,6 +30,7 @@ SYNONYMS = {
     "--delimiter": "sep separator",
     "--seed": "random-state random-seed",
     "--backend": "device gpu cuda",
+    "--precision": "dtype bf16 bfloat16 half fp16 mixed-precision",
     "--quiet": "silent no-progress",
     "--size": "resolution image-size",
     "--labels": "class classes label",
@@ -179,4 +184,17 @@ def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int |
     command.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="where to compute (default: the fastest there is)"
     )
+    command.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="of what convolutions of pictures multiply: bf16 needs tensor cores, or a CPU with AMX (default: float32)",
+    )  # fmt: skip
     command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def backend_of(args: argparse.Namespace) -> str | Backend:
+    """Where a command computes."""
+    if args.precision is None:
+        return str(args.backend)
+    from fastdiff.backends import get_backend
+
+    return get_backend(args.backend, precision=args.precision)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.inputs import check_output, check_picture, describe_pictures
-from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite
+from fastdiff.cli.parser import add_command, add_common, add_method, add_overwrite, backend_of
 from fastdiff.errors import FastdiffError, ScheduleWarning, check_int, check_seed
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.plot, args.trace):
         if path:
             check_picture(args, path)
-    model = fd.load(args.model, backend=args.backend)
+    model = fd.load(args.model, backend=backend_of(args))
     assert model.net is not None
     options = {"sampler": args.sampler, "steps": args.sample_steps, "seed": seed, "ema": args.ema}
     options |= {"guidance": args.guidance}
@@ -395,4 +395,4 @@ def drawn_by(model: Diffusion, sampler: str, steps: int | None) -> str:
 def _as_numpy(args: argparse.Namespace, array: Any) -> npt.NDArray[Any]:
     from fastdiff.backends import get_backend
 
-    return get_backend(args.backend).to_numpy(array)
+    return get_backend(backend_of(args)).to_numpy(array)

@@ -14,7 +14,7 @@ from fastdiff.cli.inputs import (
     covariates,
     training_data,
 )
-from fastdiff.cli.parser import add_command, add_common, add_overwrite
+from fastdiff.cli.parser import add_command, add_common, add_overwrite, backend_of
 from fastdiff.display import aligned
 from fastdiff.errors import check_int, check_seed
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_picture(args, args.plot)
     probes = check_int("--probes", args.probes, low=1)
-    model = fd.load(args.model, backend=args.backend)
+    model = fd.load(args.model, backend=backend_of(args))
     seed = model.seed if args.seed is None else check_seed(args.seed, "--seed")
     args.resume = args.model  # where the shape of the data is known from
     data, labels, _ = training_data(args, model)

@@ -23,7 +23,7 @@ from fastdiff.cli.inputs import (
     training_data,
 )
 from fastdiff.cli.messages import REFUSED, PatientInterrupt, fail, note, uninterrupted
-from fastdiff.cli.parser import add_command, add_common, add_overwrite
+from fastdiff.cli.parser import add_command, add_common, add_overwrite, backend_of
 from fastdiff.cli.sample import SHOWN, class_names, drawn_by, in_turn
 from fastdiff.errors import FastdiffError, TrainingError, check_float, check_int, check_seed
 from fastdiff.nn.optim import LR_PLANS
@@ -457,7 +457,7 @@ def _new_model(args: argparse.Namespace, shape: tuple[int, ...], classes: int | 
         schedule = schedule or _named_schedule("sigmoid", None, None, None)
         net = fd.MLP.tutorial(shape if len(shape) == 2 else shape[0], T=schedule.T)
     scale = args.scale or "auto"
-    options = {"prediction": args.prediction, "conditional": args.conditional, "backend": args.backend}
+    options = {"prediction": args.prediction, "conditional": args.conditional, "backend": backend_of(args)}
     return fd.Diffusion(net, schedule, scale=scale, seed=seed, **options)
 
 
@@ -489,7 +489,7 @@ def _resumed(args: argparse.Namespace) -> Diffusion:
             raise FastdiffError(f"{option} cannot change with --resume: the saved model has its own")
     if args.gray:
         raise FastdiffError("--gray cannot change with --resume: the saved model has its own")
-    return fd.load(args.resume, backend=args.backend)
+    return fd.load(args.resume, backend=backend_of(args))
 
 
 def _schedule(args: argparse.Namespace) -> Schedule | None:
@@ -539,6 +539,7 @@ def _continuation(args: argparse.Namespace, output: str, steps: int | None) -> s
         ("--patience", args.patience, None),
         ("--log", args.log, None),
         ("--backend", args.backend, "auto"),
+        ("--precision", args.precision, None),
         ("--loss-plot", args.loss_plot, None),
     ):
         if value != usual:
