@@ -21,9 +21,9 @@ from fastdiff.errors import QualityWarning
 from fastdiff.files import naming
 
 if TYPE_CHECKING:
-    from fastdiff.backends import Backend
     from matplotlib.figure import Figure
 
+    from fastdiff.backends import Backend
     from fastdiff.schedule import Schedule
 
 POINTS, RATE = 50, 50.0  # points a curve, points a second
@@ -78,7 +78,7 @@ def run(
     say(f"  fastdiff sample {out.path / 'family.safetensors'} -n 100 -o new.csv --plot new.png")
 
 
-def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool) -> None:
+def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str | Backend, seed: int, progress: bool) -> None:
     import fastdiff as fd
 
     out.say("\nOne curve, 50 points over 1 s: every sample should be this curve again.")
@@ -114,7 +114,7 @@ def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str,
     model.save(out.file("curve.safetensors", "the model"))
 
 
-def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str, seed: int, progress: bool) -> None:
+def _family(out: _Folder, schedule: Schedule, steps: int, *, backend: str | Backend, seed: int, progress: bool) -> None:
     import fastdiff as fd
 
     out.say("\nA family of such curves: samples should be new ones of the same kind.")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
-from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted
+from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted, aligned
 from fastdiff.backends.layers import Conv, ConvShapes
 from fastdiff.kernels.cpu import amx, conv
 
@@ -140,7 +140,7 @@ class TiledWeights:
         adjoints = (False, True)[: 1 + backward]
         self._be = be
         self._layers = [[_layer(geometry, x, out[3], adjoint) for adjoint in adjoints] for geometry, x, out in convs]
-        self._forms = [[np.empty(layer.tiles, np.uint32) for layer in layers] for layers in self._layers]
+        self._forms = [[aligned(layer.tiles).view(np.uint32) for layer in layers] for layers in self._layers]
 
     def run(self, weights: Sequence[Array]) -> list[list[Array]]:
         be, jobs = self._be, []

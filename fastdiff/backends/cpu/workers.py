@@ -228,6 +228,13 @@ def _nothing(worker: int) -> None:
     pass
 
 
+def aligned(size: int) -> Array:
+    """Room for float32 values that begins with a cache line."""
+    spare = np.empty(size + ALIGNMENT // 4, np.float32)
+    start = -spare.ctypes.data % ALIGNMENT // 4
+    return spare[start : start + size]
+
+
 class _Scratch:
     """Named float32 buffers, made once and grown where more is needed."""
 
@@ -237,9 +244,7 @@ class _Scratch:
     def __call__(self, name: Any, size: int) -> Array:
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
-            spare = np.empty(size + ALIGNMENT // 4, np.float32)
-            start = -spare.ctypes.data % ALIGNMENT // 4
-            buffer = self._buffers[name] = spare[start : start + size]
+            buffer = self._buffers[name] = aligned(size)
         return buffer if len(buffer) == size else buffer[:size]
 
 
