@@ -78,7 +78,9 @@ def run(
     say(f"  fastdiff sample {out.path / 'family.safetensors'} -n 100 -o new.csv --plot new.png")
 
 
-def _single_curve(out: _Folder, schedule: Schedule, steps: int, *, backend: str | Backend, seed: int, progress: bool) -> None:
+def _single_curve(
+    out: _Folder, schedule: Schedule, steps: int, *, backend: str | Backend, seed: int, progress: bool
+) -> None:
     import fastdiff as fd
 
     out.say("\nOne curve, 50 points over 1 s: every sample should be this curve again.")

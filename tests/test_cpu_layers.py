@@ -19,7 +19,7 @@ from tolerances import WINOGRAD_ERROR, assert_close, assert_same_bits
 
 from fastdiff.backends.cpu import CpuBackend, workers
 from fastdiff.backends.cpu import conv as cpu_conv
-from fastdiff.backends.layers import Affine, Conv, LayerBackend, Norm
+from fastdiff.backends.layers import Affine, Conv, ConvShapes, LayerBackend, Norm
 from fastdiff.backends.numpy import NumpyBackend
 from fastdiff.kernels.cpu import (
     attention,
@@ -505,6 +505,35 @@ def test_winograd_is_nearly_as_exact_as_the_plain_product(c, k, name, monkeypatc
     for by_winograd, plain in zip(*errors, strict=True):
         assert by_winograd < WINOGRAD_ERROR
         assert plain < by_winograd  # it did run
+
+
+def test_taps_are_kept_while_nothing_changes_the_weights(monkeypatch):
+    """Of what is done once; what is written down reads the weights. Large ones stay as they are; no bit changes."""
+    x, b = normals(1, 2, 9, 6, 20), normals(2, 24)
+    weights, same = [normals(seed, 3, 3, 20, 24) for seed in (3, 4)], Conv((3, 3), pad=(1, 1, 1, 1))
+    convs = [ConvShapes(same, x.shape, (2, 9, 6, 24))] * 2
+
+    def outputs(forms):
+        out = unfilled(2, 9, 6, 24)
+        for form in forms:
+            CPU.conv(same, x, form, b, out, residual=None if form is forms[0] else out.copy())
+        return out
+
+    want, prepared = outputs(weights), CPU.prepare(convs, backward=False)
+    kept = [form for form, _ in prepared.run(weights)]
+    assert all(form.ndim == 1 and form.size > 4 * w.size for form, w in zip(kept, weights, strict=True))
+    assert_same_bits(outputs(kept), want)
+    weights[0] += 1  # the forms are those of before
+    assert_same_bits(outputs(kept), want)
+    assert not np.array_equal(outputs(weights), want)
+    given = []
+    CPU.record(lambda: given.extend(form for form, _ in prepared.run(weights))).run()
+    assert all(form is w for form, w in zip(given, weights, strict=True))
+    assert CPU.prepare(convs, backward=True).run(weights)[0][0] is weights[0]
+    monkeypatch.setattr(cpu_conv, "KEPT_BYTES", 5 * kept[0].nbytes // 4)
+    one, other = CPU.prepare(convs, backward=False).run(weights)
+    assert one[0] is not weights[0]
+    assert other[0] is weights[1]
 
 
 def test_the_transforms_are_those_of_the_formula():

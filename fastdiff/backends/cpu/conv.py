@@ -17,7 +17,7 @@ import numpy as np
 
 from fastdiff.backends.cpu import conv_amx
 from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
-from fastdiff.backends.cpu.workers import PIECES, Array, Phases, Scripted
+from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted, aligned
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.kernels.cpu import conv as kernels
@@ -42,6 +42,7 @@ ROW_SAVED = 1.6
 # Floating-point operations of a convolution that last as long, for each value: of a light pass, of a transform.
 LIGHT_WORK, TAPS_WORK = 30, 300
 SAVED = 3  # of the time of a convolution, by Winograd
+KEPT_BYTES = 1 << 28  # of taps that are kept while nothing changes the weights
 NOTHING = np.empty(0, np.float32)
 
 
@@ -139,15 +140,57 @@ class _Product:
 _product = lru_cache(maxsize=1024)(_Product)
 
 
+class KeptTaps:
+    """Taps as Winograd's form has them, in memory of their own: see `Prepared`.
+
+    They are made where that is done once. What is written down to be done again reads the weights themselves, and so do
+    convolutions that would take the memory beyond `KEPT_BYTES`: taps are four times the weights.
+    """
+
+    def __init__(self, be: ConvOperations, convs: Sequence[ConvShapes]) -> None:
+        self._be, self._kept = be, 0
+        products = [_product(geometry, x, out[3], False) for geometry, x, out in convs]
+        self._channels = [
+            product.channels if product.by_winograd and self._fits(product) else None for product in products
+        ]
+
+    def _fits(self, product: _Product) -> bool:
+        self._kept += 4 * _taps_of(*product.channels)
+        return self._kept <= KEPT_BYTES
+
+    def run(self, weights: Sequence[Array]) -> list[list[Array]]:
+        be, jobs, forms = self._be, [], []
+        for channels, w in zip(self._channels, weights, strict=True):
+            form = w
+            if channels is not None and not be._recorded:
+                form = aligned(_taps_of(*channels))
+                jobs.append(_tapping(*channels, w.reshape(-1), form))
+            forms.append([form, w])
+        if jobs:
+            with be._workers.lock:
+                be._do(jobs)
+        return forms
+
+
+def _taps_of(c: int, k: int) -> int:
+    """Values of the taps of a convolution in Winograd's form."""
+    return int(winograd.panel_start(kernels.panels_of(k), k, c))
+
+
+def _tapping(c: int, k: int, w: Array, taps: Array) -> Job:
+    """What puts weights into that form."""
+    return winograd.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k)
+
+
 class ConvOperations(Scripted):
     """Convolutions of `LayerBackend`."""
 
     precision = "float32"
 
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
-        if self.precision != "bf16" or not convs:
-            return AsTheyAre()
-        return conv_amx.TiledWeights(self, convs, backward)
+        if self.precision == "bf16" and convs:
+            return conv_amx.TiledWeights(self, convs, backward)
+        return AsTheyAre() if backward else KeptTaps(self, convs)
 
     def conv(
         self,
@@ -265,7 +308,10 @@ class ConvOperations(Scripted):
         rows = max(1, min(MOST_TILES // across, CACHED // (c * across), -(-height // (PIECES * self.threads))))
         items = -(-height // rows)
         shares = max(1, min(panels, self.threads // max(items, 1)))
-        taps = self._scratch("taps", winograd.panel_start(panels, k, c))
+        before, taps, size = [], w, _taps_of(c, k)
+        if len(w) != size:  # else they are taps already
+            taps = self._scratch("taps", size)
+            before.append([_tapping(c, k, w, taps)])
         arguments = (
             rows, shares, product.plain_sizes, x, taps, y, *begin,
             self._each("strip", winograd.SEEN * winograd.seen(across) * c),
@@ -274,10 +320,7 @@ class ConvOperations(Scripted):
             self._each("base", winograd.WIDE), self._each("tile", winograd.WIDE * winograd.TILE**2),
         )  # fmt: skip
         work = product.work * product.images / (SAVED * max(items * shares, 1))
-        return [
-            [(winograd.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k))],
-            [(winograd.conv_range, arguments, items * shares, work)],
-        ]
+        return [*before, [(winograd.conv_range, arguments, items * shares, work)]]
 
     def _cut(self, rows: int, most: int, k: int, times: int = 1) -> tuple[int, int, int]:
         """Rows and columns of a block of (rows, k), at most `most` and `MOST`, and how many there are.
