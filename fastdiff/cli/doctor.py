@@ -91,10 +91,12 @@ def _processor() -> str:
     from fastdiff.backends import get_backend
     from fastdiff.bench import cpu_model
     from fastdiff.kernels.cpu.gemm import host_width
+    from fastdiff.kernels.cpu.tiles import why_not
 
     threads, width = get_backend("cpu").threads, host_width()
     vectors = f"products of {width} numbers at once" if width else "no fused multiply-add: products are slow"
-    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}, {vectors}"
+    unit = "" if why_not() else ", a matrix unit for bf16"
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}, {vectors}{unit}"
 
 
 def _kernels() -> tuple[str, str]:
