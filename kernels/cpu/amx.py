@@ -387,7 +387,7 @@ def _next(layout, n, row, i, inside, last):
         if row == rows:
             row, n = 0, n + 1
     if inside == pitch:
-        n, row, i, inside, last = -(-last // together) * together, 0, 0, 0, min(last + together, images)
+        n, row, i, inside, last = last, 0, 0, 0, min(last + together, images)
     return n, row, i, inside, last
 
 
