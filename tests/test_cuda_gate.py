@@ -177,7 +177,7 @@ def test_a_root_has_the_steps_of_ours(compiler, disassembler, arch):
     """`fd_root_by` of laws.cuh is what the compiler makes of sqrtf, but for its test for other numbers."""
     compile_text = cuda_gate.find_compiler()[1]
     code, _ = cuda_code.entries(cuda_code.listing(disassembler, compile_text(ROOT, arch).code))["root"]
-    steps = [(name.split(".")[0], *re.split(r",\s*", operands.replace(".reuse", ""))) for name, operands, _ in code]
+    steps = [(name.split(".")[0], *re.split(r",\s*", operands.replace(".reuse", ""))) for name, operands, *_ in code]
     (_, reciprocal, x), *steps = steps[[name for name, *_ in steps].index("MUFU") :]
     steps = [step for step in steps if step[0] in ("FMUL", "FFMA")][:4]  # what follows is for other numbers
     (_, root, *factors), (_, half, *halves), (_, rest, *squares), (_, _, *sums) = sorted(
@@ -214,11 +214,40 @@ def test_listings_are_read():
     assert cuda_code.look(code, labels, 2) == cuda_code.Found(3, 4.0, 1 / 3, 4.0)
 
 
+WAYS = """
+	.text.branching:
+.L_x_1:
+        /*0010*/                   FSETP.NEU.AND P0, PT, R0, RZ, PT ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   FADD R1, R1, R2 ;
+        /*0040*/                   FADD R1, R1, R2 ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   FADD R1, R1, R4 ;
+.L_x_3:
+        /*0070*/                   BRA.U UP0, `(.L_x_4) ;
+        /*0080*/                   FADD R1, R1, R5 ;
+.L_x_4:
+        /*0090*/                   MUFU.RSQ R20, R21 ;
+        /*00a0*/               @P1 BRA `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_a_turn_takes_one_of_two_ways():
+    """Ten instructions are in the loop: one side of the first branch has three, the other one; the last may be left."""
+    code, labels = cuda_code.entries(WAYS)["branching"]
+    assert cuda_code.loops(code, labels) == [(0, 9)]
+    assert [at for at, instruction in enumerate(code) if instruction.always] == [4]
+    assert cuda_code.lengths(code, labels) == [9]
+    assert cuda_code.longest_way(code, labels, 4, 9) == 5
+
+
 @pytest.mark.parametrize(
     ("entry", "found", "said"),
     [
-        ("normal", cuda_code.Found(0, 63.0, 0.0, 63.0), "takes 63.0 instructions a value, allowed are 49"),
-        ("step_noisy", cuda_code.Found(0, 61.0, 0.0, 99.0), "takes 99.0 instructions a value, allowed are"),
+        ("normal", cuda_code.Found(0, 63.0, 0.0, 63.0), "takes 63.0 instructions a value, allowed are 46.5"),
+        ("step_noisy", cuda_code.Found(0, 59.0, 0.0, 99.0), "takes 99.0 instructions a value, allowed are"),
         ("step_noisy", cuda_code.Found(0, 0.0, 0.0), "takes 0.0 instructions a value"),
         ("norm_forward", cuda_code.Found(1, 0.0, 0.0), "has 1 loads of 16 bytes on their way at once"),
         ("mlp_chain", cuda_code.Found(0, 0.0, 0.5), "multiplies with 50% of its instructions, wanted are 60%"),

@@ -33,6 +33,7 @@
 #define FD_KERNEL extern "C" __attribute__((visibility("hidden"))) void
 #define FD_BOUNDS(threads, blocks)
 #define FD_DEVICE static inline __attribute__((unused))
+#define FD_MEMBER
 #define FD_UNROLL
 #define FD_ROLL
 
@@ -94,10 +95,13 @@ static inline float fd_rsqrt(float x) { return (float)(1.0 / std::sqrt((double)x
 static inline float fd_least(float a, float b) { return b < a || b != b ? b : a; }
 static inline float fd_most(float a, float b) { return b > a || b != b ? b : a; }
 static inline unsigned long long fd_wide_product(uint32_t a, uint32_t b) { return (unsigned long long)a * b; }
-static inline void fd_swap_if(uint32_t bits, float &a, float &b) {
-    if (bits) std::swap(a, b);
+static inline void fd_turn_if(uint32_t bits, float &x, float &y) {
+    const float first = x, second = y;
+    if (bits) x = -second, y = first;
 }
 static inline long long fd_kept(long long n) { return n; }
+static inline uint32_t fd_kept(uint32_t n) { return n; }
+static inline uint32_t fd_fresh(uint32_t n) { return n; }
 static inline uint32_t fd_bf16x2(float first, float second) {
     uint32_t halves[2];
     const float values[2] = {first, second};
