@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import cuda_gate
 import numpy as np
 import pytest
 
+from fastdiff.backends.cuda.conv_mma import TILES, source_of
 from fastdiff.backends.cuda.mlp import THREADS
 from fastdiff.kernels.cuda import runtime
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+gpu_sweep = importlib.import_module("gpu_sweep")
 
 GATE = Path(cuda_gate.__file__)
 CODE = cuda_code.Found(4, 0.0, 0.5)
@@ -73,6 +78,9 @@ def test_every_source_passes(compiler):
     assert done.returncode == 0, done.stdout + done.stderr
     sources = runtime.source_names()
     entries = [entry for source in sources for entry in runtime.entries(source)]
+    sources += cuda_gate.STAGES
+    tiles = [f"{entry}_{tile.name}" for entry in ("conv_mma", "conv_mma_adjoint") for tile in TILES]
+    entries += [f"{tile}.{stages}" for tile in tiles for stages in (2, 4)]
     assert f"{len(sources)} sources, {len(entries)} entries, compiled by {compiler}" in done.stdout
     for entry in entries:
         for arch in cuda_gate.ARCHITECTURES:
@@ -260,6 +268,16 @@ def test_what_may_not_be_worse(entry, found, said):
     assert not use._replace(code=cuda_code.Found(99, 1.0, 1.0, 1.0)).fault
     known = {entry for source in runtime.source_names() for entry in runtime.entries(source)}
     assert known >= {*cuda_code.VALUES, *cuda_code.LEAST_LOADS, *cuda_code.LEAST_PRODUCTS}
+
+
+def test_every_number_of_stages_is_compiled():
+    """That `make gpu` tries; the floors of what depends on it are those of the usual one."""
+    assert {*cuda_gate.STAGES, "conv_mma"} == {source_of(stages) for stages in gpu_sweep.STAGES}
+    assert {*cuda_gate.STAGES}.isdisjoint(runtime.source_names())
+    text = [runtime.source_text(source).count("#define FD_STAGES 4") for source in ("conv_mma", "conv_mma.4")]
+    assert text == [0, 1]
+    slow = cuda_code.Found(1, 0.0, 1.0)
+    assert "has 1 loads" in cuda_gate.Use("sm_90", "conv_mma_128x128.4", 128, 0, 0, 0, 148, slow).fault
 
 
 def test_without_nvdisasm_the_rest_is_compared(monkeypatch, tmp_path, capsys):
