@@ -62,6 +62,17 @@ FD_DEVICE float fd_rsqrt(float x) {
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// About 2^x, within 2^-22 of it, and about 1 / x, within 2^-23; what is below 2^-126 is 0.
+FD_DEVICE float fd_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FD_DEVICE float fd_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // The lesser and the greater of two numbers; of two zeros any, and a NaN where one is there.
 FD_DEVICE float fd_least(float a, float b) {
     float c;
