@@ -245,13 +245,16 @@ class Session:
             results.save(self.output, "gpu")
 
     def _save_measured(self) -> None:
-        """Write what the package is to know: for the benchmarks, and beside the results once the tests have passed."""
+        """Write what the package is to know: for the benchmarks, and beside the results once the tests have passed.
+
+        Not of a quick run, and the package refuses what one wrote.
+        """
         results = self.results
         if not (arch := results.header.get("arch")):
             return
         name, text = f"sm_{arch}.json", json.dumps(plain(results.measured()), indent=1) + "\n"
         write(self.folder / name, text)
-        passed = "tests" in results.header["complete"] and not results.wrong
+        passed = "tests" in results.header["complete"] and not results.wrong and not self.quick
         results.stages.pop("For the package", None)
         if passed:
             results.stages["For the package"] = (

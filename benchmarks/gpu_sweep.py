@@ -124,7 +124,7 @@ def sweep(
                     kernel = f"{entry}_{tile.name}"
                     only: Any = {"rates": {kernel: math.inf}} if entry == WEIGHTS else {"tiles": {named: tile.name}}
                     retune(be, Tuning(**only, stages=count))
-                    blocks = blocks_of(be, work, kernel)
+                    blocks = blocks_of(be, work, conv_mma.source_of(count) if bf16 else "conv", kernel)
                     if blocks:
                         row.seconds[tile.name] = seconds = seconds_of(be, work, conv, time)
                         turns = -(-blocks // be.runtime.multiprocessors)
@@ -156,21 +156,21 @@ def retune(be: Any, tuning: Any) -> None:
     be._tuning, be._tensor_cores = tuning, TensorCores(be.runtime, be._scratch, tuning)
 
 
-def blocks_of(be: Any, work: Run, kernel: str) -> int:
-    """Return the blocks of a kernel in a piece of work, which is done; 0: the tile does not fit."""
+def blocks_of(be: Any, work: Run, source: str, kernel: str) -> int:
+    """Return the blocks of a kernel in a piece of work, which is done; 0: the tile does not fit, another is taken."""
     from fastdiff.errors import BackendError
 
     blocks, launch = 0, be.runtime.launch
 
-    def watch(source: str, entry: str, grid: int, *rest: Any) -> None:
+    def watch(of: str, entry: str, grid: int, *rest: Any) -> None:
         nonlocal blocks
-        blocks += grid * (entry == kernel)
-        launch(source, entry, grid, *rest)
+        blocks += grid * ((of, entry) == (source, kernel))
+        launch(of, entry, grid, *rest)
 
     be.runtime.launch = watch
     try:
         work()
-    except BackendError:
+    except BackendError:  # nor does any other
         return 0
     finally:
         del be.runtime.launch

@@ -34,6 +34,8 @@ import numpy as np
 from fastdiff.kernels.cuda import runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
+# Sources with other numbers of stages, which `make gpu` tries: entries that depend on it are "conv_mma_64x32.4" here.
+STAGES = ("conv_mma.2", "conv_mma.4")
 NVCC_SECONDS = 300
 KEPT = Path(__file__).with_name("cuda_resources.txt")
 
@@ -75,7 +77,7 @@ class Use(NamedTuple):
             return f"spills {self.spills} bytes of registers"
         if self.stack:
             return f"keeps {self.stack} bytes in local memory"
-        return "" if self.code is None else cuda_code.fault(self.entry, self.code)
+        return "" if self.code is None else cuda_code.fault(self.entry.partition(".")[0], self.code)
 
 
 # -- compilers ---------------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_TILE = re.compile(r"_\d+x\d+$")
 
 
 def uses(log: str, arch: str) -> list[Use]:
@@ -284,6 +287,9 @@ def examine(
                 use._replace(parameters=sizes.get(use.entry, 0), code=code.get(use.entry))
                 for use in uses(made.log, arch)
             ]
+            if name in STAGES:
+                stages = name.partition(".")[2]
+                found = [use._replace(entry=f"{use.entry}.{stages}") for use in found if _TILE.search(use.entry)]
             rows += found
             faults += [f"{name}.cu: {use.entry} {use.fault} on {arch}" for use in found if use.fault]
             if wanted is None:
@@ -329,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.files:
         sources, wanted = {path.stem: path.read_text(encoding="utf-8") for path in args.files}, None
     else:
-        sources = {source: runtime.source_text(source) for source in runtime.source_names()}
+        sources = {source: runtime.source_text(source) for source in (*runtime.source_names(), *STAGES)}
         wanted = {
             source: {entry: declared_size(parameters) for entry, parameters in runtime.entries(source).items()}
             for source in sources

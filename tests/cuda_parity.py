@@ -123,6 +123,7 @@ def forward_noising(be, size):
 
 
 CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
+ZERO_CLIPS = ((-0.0, 2.0), (-1.0, -0.0))
 
 
 @covers("step", "step_noisy", "step_noisy_wide", "step_quiet", "step_deep")
@@ -141,6 +142,10 @@ def sampler_steps(be, size):
         for back in (1, 3):
             row = Row(5, *[coefficient] * (4 + back), *[0] * (3 - back), coefficient, coefficient)
             step_agrees(be, (3, 16), row, (-1.0, 1.0), back)
+    # Signs of zeros: noise that vanishes, bounds that are -0.
+    for s, clip, depth in itertools.product((1e-45, 1e-30, 1e-17, 0.5), (None, *ZERO_CLIPS), (0, 1)):
+        for row in (Row(5, 1.1, -0.6, 0.9, 0.8, s=s), Row(5, 0, 0, 0.9, 0, s=s), Row(5, 1, 0, 0, 1, e=-0.2, s=s)):
+            step_agrees(be, (9, 64), row, clip, depth)
     for shape in SHAPES[size]:
         for s, r in ((0.0, 0.0), (0.5, 0.0), (0.5, -0.7)):
             row = Row(3, 1.1, -0.4, 0.3, 0.7, -0.2, 0, 0, 0.1, s, r)
@@ -201,18 +206,20 @@ def recorded_sampler_steps(be, size):
     for shape, depth in itertools.product(shapes, range(4)):
         kept, host_kept = {}, {}
         few = [row for row in rows[:: 1 if shape == (5, 7) else 11] if depth or row.c1 == 0]
+        few += [row._replace(s=1e-45) for row in few[:8]]
         if depth == 3:
             few = [row._replace(c2=0.7 * (k % 2), c3=-0.4 * (k % 3 == 0)) for k, row in enumerate(few)]
         for k, row in enumerate(few):
             arrays = [filled(shape, seed) for seed in range(1, 3 + depth)]
             at = Draw(2**64 - 1 - k, Stream.STEP, row.t, 2**32 - 1 + k)
+            clip = ZERO_CLIPS[k % 2] if k % 7 == 0 else CLIPS[k % 4]
             with np.errstate(all="ignore"):
-                want = sampled(NUMPY, host_kept, arrays, row, CLIPS[k % 4], at)
+                want = sampled(NUMPY, host_kept, arrays, row, clip, at)
             if k == 0:  # where the work is done again and again
                 there = [be.asarray(array) for array in (*arrays[:2], *arrays)]
             for to, array in zip(there, (*arrays[:2], *arrays), strict=True):
                 be.runtime.copy(to, be.asarray(array))
-            got = sampled(be, kept, there[2:], row, CLIPS[k % 4], at, state=there[0])
+            got = sampled(be, kept, there[2:], row, clip, at, state=there[0])
             for array, wanted in zip(got, want, strict=True):
                 assert_same_bits(be.to_numpy(array), wanted)
         # A denoiser that learned its variance: two outputs, in rows that scale their noise by the second and in others.

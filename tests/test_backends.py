@@ -116,7 +116,9 @@ def test_auto_is_cuda_where_its_family_was_measured(monkeypatch, tmp_path, caplo
         assert (name, said) == ("cpu", "backend 'auto' chose 'cpu', and not 'cuda': not measured on a GPU yet, which "
                                 "'make gpu' does")  # fmt: skip
     monkeypatch.setattr(backends, "MEASURED", tmp_path)
-    (tmp_path / "sm_90.json").write_text("{}")
+    (tmp_path / "sm_90.json").write_text('{"scale": 0.001}')  # a quick run, that somebody put there
+    assert chosen()[1].endswith("not measured on a GPU yet, which 'make gpu' does")
+    (tmp_path / "sm_90.json").write_text('{"scale": 1.0}')
     arch = "90"
 
     def shared(name, *options):

@@ -67,8 +67,9 @@ def test_bounds_are_those_of_the_launch():
     """More threads than an entry has promised its compiler are refused on a GPU, and nowhere else."""
     (threads,) = re.findall(r"FD_BOUNDS\((\d+), \d+\)\s+mlp_chain\(", runtime._read("mlp.cu"))
     assert int(threads) == cuda_mlp.THREADS
-    (threads,) = re.findall(r"FD_BOUNDS\((\d+), \d+\)\s+forward_noise_wide\(", runtime._read("noise.cu"))
-    assert int(threads) == runtime.CupyRuntime.block
+    for source, entry in (("noise", "forward_noise_wide"), ("step", "step_noisy_wide"), ("step", "step_recorded_wide")):
+        (threads,) = re.findall(rf"FD_BOUNDS\((\d+), \d+\)\s+{entry}\(", runtime._read(f"{source}.cu"))
+        assert int(threads) == runtime.CupyRuntime.block
     (bits,) = re.findall(r"DIGIT_BITS = (\d+), DIGITS = 1 << DIGIT_BITS", runtime._read("mlp.cu"))
     assert 1 << int(bits) == cuda_mlp.THREADS  # of mlp_order_times
     assert "mlp_chain" in runtime.entries("mlp")

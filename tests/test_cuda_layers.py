@@ -131,6 +131,22 @@ def test_gelu_far_from_zero(be):
     assert_same_bits(dx[4:], np.array([1, 1, 1, 1, np.nan], F32))
 
 
+def test_silu_is_near_and_ends_well(be):
+    """Approximate powers and reciprocals are as far from the true ones here as on a GPU, on either side."""
+    x = np.concatenate([np.linspace(-87, 87, 20_001), np.linspace(-1e-3, 1e-3, 501)]).astype(F32)
+    out, wide = unfilled(x.size), x.astype(np.float64)
+    be.silu(x, out)
+    want = wide / (1 + np.exp(-wide))
+    error = np.abs(out - want) / np.maximum(np.abs(want), 1e-300)
+    assert 2.0**-23 < error.max() < 2.0**-21 + 2.0**-24
+    assert_same_bits(out[x > 18], x[x > 18])
+    x, out = np.array([-np.inf, -3e38, -1e4, 1e4, 3e38, np.inf, np.nan], F32), unfilled(7)
+    be.silu(x, out)
+    assert out[0] == -np.inf
+    assert np.abs(out[1:3]).max() < 6
+    assert_same_bits(out[3:], x[3:])
+
+
 # ------------------------------------------------------------------------------------------- laws
 
 

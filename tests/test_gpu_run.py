@@ -26,7 +26,7 @@ from fastdiff.backends.cuda import conv, conv_mma, tuning
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-gpu, gpu_run, gpu_sweep = map(importlib.import_module, ("gpu", "gpu_run", "gpu_sweep"))
+gpu, gpu_run, gpu_sweep, report = map(importlib.import_module, ("gpu", "gpu_run", "gpu_sweep", "report"))
 
 FORWARD, STEP, NORMALS = "forward-1000000x50", "step-64x256x256x3", "normals-48x1000000"
 TRAIN, SAMPLE = "unet-train-16", "unet-ddim-50-16"
@@ -544,6 +544,10 @@ def test_what_the_package_may_have(run, suite, sweeping, monkeypatch):
     (suite / "test_suite.py").write_text("def test_a(): raise OSError")
     assert run("--stage", "tests", arch="90") == 1
     assert not file.exists()
+    (suite / "test_suite.py").write_text("def test_a(): pass")
+    assert run("--stage", "tests", *sweeping, "--quick", arch="90", **plan) == 0
+    assert "For the package" not in run.results["stages"]
+    assert not file.exists(), "of a quick run"
 
 
 def test_every_stage_leaves_time_to_those_behind_it(run, sweeping):
@@ -654,8 +658,8 @@ def test_a_rehearsal(tmp_path):
     for name, targets in gpu.TARGETS.items():
         title = gpu.BY_NAME[name].title
         assert table.count(f"\n| {title} | ") >= len(targets)
-    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.md", "sm_90.json"]
-    found = tuning.Tuning(**json.loads((out / "sm_90.json").read_text())["tuning"])
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.md"], "a quick run is nothing to choose by"
+    found = tuning.Tuning(**gpu_sweep.tuning_of([report.record(gpu_sweep.Swept, each) for each in second["sweep"]]))
     assert set(found.tiles.values()) <= {tile.name for module in (conv, conv_mma) for tile in module.TILES}
     assert len(found.tiles) == 8
     assert found.stages in gpu_sweep.STAGES[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -125,8 +126,8 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "MEASURED", tmp_path)
     monkeypatch.setattr(HostRuntime, "arch", "90")
 
-    def write(arch="90", **fields):
-        results = gpu.Results({"arch": arch})
+    def write(arch="90", scale=1.0, **fields):
+        results = gpu.Results({"arch": arch, "scale": scale})
         found = results.measured() | ({"tuning": fields} if fields else {})
         (tmp_path / f"sm_{arch}.json").write_text(json.dumps(found))
         tuning.tuning.cache_clear()
@@ -159,6 +160,43 @@ def test_measured_tiles_take_the_place_of_estimates(measured, precision):
     (tuning.MEASURED / "sm_90.json").unlink()
     tuning.tuning.cache_clear()
     assert tuning.tuning("90") == tuning.tuning("") == tuning.Tuning()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.001])
+def test_tiles_of_a_quick_run_are_refused(measured, scale):
+    measured(scale=scale, tiles={"conv 1": "64x32"})
+    assert tuning.tuning("90") == (tuning.Tuning({"conv 1": "64x32"}) if scale == 1 else tuning.Tuning())
+
+
+@pytest.mark.parametrize(
+    ("fields", "unfit", "instead"),
+    [
+        ({"tiles": {}}, {"tile": conv_mma.TILES[0]}, {}),
+        ({"tiles": {}, "stages": 2}, {"tile": conv_mma.TILES[0]}, {"stages": 2}),
+        ({"stages": 4}, {"stages": 4}, {}),
+    ],
+    ids=["tile", "tile of few stages", "stages"],
+)
+def test_what_does_not_fit_is_passed_over(measured, monkeypatch, fields, unfit, instead):
+    """A tile, then the number of stages too: then it is as if that had not been measured."""
+    fits, signature = conv_mma.gather_shape, inspect.signature(conv_mma.gather_shape.__wrapped__)
+
+    def shape(*args):
+        given = signature.bind(*args).arguments
+        return None if any(given[name] == value for name, value in unfit.items()) else fits(*args)
+
+    monkeypatch.setattr(conv_mma, "gather_shape", shape)
+    measured(**instead)
+    want, guessed = done(CudaBackend(HostRuntime(), precision="bf16"))
+    if "tiles" in fields:
+        entries = "conv_mma", "conv_mma_adjoint"
+        keys = [tuning.key(entry, conv.product(*SHAPES, adjoint).sizes) for adjoint, entry in enumerate(entries)]
+        fields = fields | {"tiles": dict.fromkeys(keys, unfit["tile"].name)}
+    measured(**fields)
+    got, launched = done(CudaBackend(HostRuntime(), precision="bf16"))
+    assert launched == guessed
+    for array, wanted in zip(got, want, strict=True):
+        assert_same_bits(array, wanted)
 
 
 def test_the_number_of_stages_changes_no_bits(measured):

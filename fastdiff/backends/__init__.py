@@ -6,6 +6,7 @@ CUDA C++ on a GPU. Each is a package, imported when it is asked for, with the sa
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -146,9 +147,15 @@ MEASURED = Path(__file__).parent / "cuda" / "measured"
 """Results of `make gpu`, a file for each family of GPUs, as sm_90.json: only there is "auto" the GPU."""
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """Return what such a file says: nothing where its run was a quick one, whose numbers mean nothing."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.get("scale", 1) == 1 else {}
+
+
 def _why_not_cuda() -> str:
     """Return why "auto" is not "cuda" here, or nothing; a GPU is looked at only where some family was measured."""
-    families = sorted(path.stem for path in MEASURED.glob("sm_*.json"))
+    families = sorted(path.stem for path in MEASURED.glob("sm_*.json") if measured(path))
     if not families:
         return "not measured on a GPU yet, which 'make gpu' does"
     try:

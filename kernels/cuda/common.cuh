@@ -32,6 +32,7 @@ typedef FD_REAL real;
 #define FD_KERNEL extern "C" __global__ void
 #define FD_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define FD_DEVICE static __device__ __forceinline__
+#define FD_MEMBER __device__ __forceinline__  // of a structure
 #define FD_UNROLL _Pragma("unroll")
 #define FD_ROLL _Pragma("unroll 1")  // one at a time, where registers are short
 
@@ -61,6 +62,17 @@ FD_DEVICE float fd_rsqrt(float x) {
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// About 2^x, within 2^-22 of it, and about 1 / x, within 2^-23; what is below 2^-126 is 0.
+FD_DEVICE float fd_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FD_DEVICE float fd_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // The lesser and the greater of two numbers; of two zeros any, and a NaN where one is there.
 FD_DEVICE float fd_least(float a, float b) {
     float c;
@@ -79,14 +91,24 @@ FD_DEVICE uint64 fd_wide_product(uint32 a, uint32 b) {
     asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
     return product;
 }
-// Two values change places where bits is not 0.
-FD_DEVICE void fd_swap_if(uint32 bits, float &a, float &b) {
-    const float first = a, second = b;
-    asm("{ .reg .pred p; setp.ne.u32 p, %4, 0; selp.f32 %0, %3, %2, p; selp.f32 %1, %2, %3, p; }"
-        : "=f"(a), "=f"(b)
+// A quarter turn where bits is not 0: (x, y) becomes (-y, x).
+FD_DEVICE void fd_turn_if(uint32 bits, float &x, float &y) {
+    const float first = x, second = y;
+    asm("{ .reg .pred p; .reg .f32 n; setp.ne.u32 p, %4, 0; neg.f32 n, %3; selp.f32 %0, n, %2, p; "
+        "selp.f32 %1, %2, %3, p; }"
+        : "=f"(x), "=f"(y)
         : "f"(first), "f"(second), "r"(bits));
 }
+// A number of which compilers compute nothing ahead of a loop: p[n] is then one 64-bit product and sum.
+FD_DEVICE uint32 fd_fresh(uint32 n) {
+    asm volatile("" : "+r"(n));
+    return n;
+}
 // A number that compilers do not compute again in every turn of a loop.
+FD_DEVICE uint32 fd_kept(uint32 n) {
+    asm volatile("mov.b32 %0, %0;" : "+r"(n));
+    return n;
+}
 FD_DEVICE int64 fd_kept(int64 n) {
     asm volatile("mov.b64 %0, %0;" : "+l"(n));
     return n;
@@ -187,51 +209,71 @@ FD_DEVICE int fd_find_task(const Tasks &tasks, Task *mine) {
 FD_DEVICE float4 fd_load4(const float *p) { return *reinterpret_cast<const float4 *>(p); }
 FD_DEVICE void fd_store4(float *p, float4 v) { *reinterpret_cast<float4 *>(p) = v; }
 
-// Where the four values of a Philox block stand: that of a row's first block in bytes behind the array's begin, and the
-// others so many bytes behind it; 0 where the row has ended before.
+// Where three values of a Philox block stand: so many values behind the first of them; 0 where the row has ended before.
 struct Places {
-    int64 first, second, third, fourth;
+    uint32 second, third, fourth;
 };
 
-// body(row, block, places) for every block of the n rows from `begin` on, of `width` values. A thread
-// keeps to one block, as long as a row has no more of them than the grid has threads, and takes it of every so many
-// rows: what depends on the block is computed once, and neighbours take neighbours.
-template <class Body>
-FD_DEVICE void fd_each_block(uint64 begin, int64 n, int64 width, Body body) {
-    const int64 quarter = (width + 3) / 4, thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-    const int64 threads = (int64)gridDim.x * blockDim.x, first = thread / quarter;
-    const int64 rows = threads < quarter ? 1 : threads / quarter, size = sizeof(real);
-    const int64 stride = fd_kept(size * rows * width);
-    for (int64 block = thread - first * quarter; first < rows && block < quarter; block += threads) {
-        const int64 step = size * quarter, left = size * (width - block);
-        Places places = {size * (first * width + block), fd_kept(step < left ? step : 0),
-                         fd_kept(2 * step < left ? 2 * step : 0), fd_kept(3 * step < left ? 3 * step : 0)};
-        FD_ROLL
-        for (uint64 row = begin + first; row < begin + n; row += rows) {
-            body(row, (uint32)block, places);
-            places.first += stride;
-        }
+// body(row, block, places, arrays ..) for a block of every so many rows; arrays go on by `stride` values from row to row.
+template <class Body, class... Array>
+FD_DEVICE void fd_each_row(uint64 row, uint64 end, int64 rows, uint32 block, const Places &places, int64 stride,
+                           Body body, Array *...arrays) {
+    FD_ROLL
+    for (; row < end; row += rows) {
+        const Places fresh = {fd_fresh(places.second), fd_fresh(places.third), fd_fresh(places.fourth)};
+        body(row, block, fresh, arrays...);
+        ((arrays += stride), ...);
     }
 }
 
-// The address so many bytes behind another.
-FD_DEVICE const real *fd_behind(const real *p, int64 bytes) {
-    return reinterpret_cast<const real *>(reinterpret_cast<const char *>(p) + bytes);
+// body(row, block, places, arrays ..) for every block of the n rows from `begin` on, of `width` values, fewer than 2^31;
+// what it gets of the arrays begins with the block's first value. A thread keeps to one block, as long as a row has no
+// more of them than the grid has threads, and takes it of every so many rows: what depends on the block is computed
+// once, and neighbours take neighbours.
+template <class Body, class... Array>
+FD_DEVICE void fd_each_block(uint64 begin, int64 n, int64 width, Body body, Array *...arrays) {
+    const int64 quarter = (width + 3) / 4, thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64 threads = (int64)gridDim.x * blockDim.x, first = thread / quarter;
+    const int64 rows = threads < quarter ? 1 : threads / quarter, stride = fd_kept(rows * width);
+    for (int64 block = thread - first * quarter; first < rows && block < quarter; block += threads) {
+        const uint32 step = (uint32)quarter, left = (uint32)(width - block);
+        const Places places = {fd_kept(step < left ? step : 0), fd_kept(2 * step < left ? 2 * step : 0),
+                               fd_kept(3 * step < left ? 3 * step : 0)};
+        fd_each_row(begin + first, begin + n, rows, (uint32)block, places, stride, body,
+                    arrays + (first * width + block)...);
+    }
 }
-FD_DEVICE real *fd_behind(real *p, int64 bytes) { return reinterpret_cast<real *>(reinterpret_cast<char *>(p) + bytes); }
+
+// body(row, block, quarter, arrays ..) for every four neighbours of n rows of `width` values, a multiple of 16: the
+// blocks from `block` on. What it gets of the arrays begins with their first values; the others stand every `quarter`.
+template <class Body, class... Array>
+FD_DEVICE void fd_each_group(int64 n, int64 width, Body body, Array *...arrays) {
+    const Walk walk = fd_walk(width / 16);
+    const uint32 groups = (uint32)(width / 16), quarter = (uint32)(width / 4);
+    const int64 stride = fd_kept(walk.rows * width + 4 * walk.items), around = fd_kept(stride + width - quarter);
+    uint32 item = (uint32)walk.item;
+    ((arrays += walk.row * width + 4 * walk.item), ...);
+    FD_ROLL
+    for (int64 row = walk.row; row < n;) {
+        body(row, 4 * item, fd_fresh(quarter), arrays...);
+        item += (uint32)walk.items;
+        const bool wraps = item >= groups;  // into the next row, as in fd_walk_on
+        const int64 on = wraps ? around : stride;
+        item -= wraps ? groups : 0;
+        row += walk.rows + wraps;
+        ((arrays += on), ...);
+    }
+}
 
 // The four values of a block, the first again for those that are not there.
-FD_DEVICE float4 fd_gather(const real *array, const Places &places) {
-    const real *const first = fd_behind(array, places.first);
-    return make_float4(first[0], *fd_behind(first, places.second), *fd_behind(first, places.third),
-                       *fd_behind(first, places.fourth));
+FD_DEVICE float4 fd_gather(const real *first, const Places &places) {
+    return make_float4(first[0], first[places.second], first[places.third], first[places.fourth]);
 }
 
 // Stores them. The first one comes last, so that it stays where others that are not there were stored.
-FD_DEVICE void fd_scatter(real *array, const Places &places, const float4 &v) {
-    real *const first = fd_behind(array, places.first);
-    *fd_behind(first, places.fourth) = v.w;
-    *fd_behind(first, places.third) = v.z;
-    *fd_behind(first, places.second) = v.y;
+FD_DEVICE void fd_scatter(real *first, const Places &places, const float4 &v) {
+    first[places.fourth] = v.w;
+    first[places.third] = v.z;
+    first[places.second] = v.y;
     first[0] = v.x;
 }

@@ -13,10 +13,13 @@ FD_DEVICE real fd_exp(real x) {
     return x < -87.0f ? 0 : y * fd_bits_float((int)(((uint32)(int)fmaxf(whole, -127.0f) + 127u) << 23));
 }
 
-// 1 / (1 + exp(-v)); a NaN stays.
+// 1 / (1 + exp(-v)), within 2^-21 of it, and below -87 what it is there; a NaN stays. exp(-v) = 2^t 2^rest, t being
+// -v log2(e) rounded, and the rest what was lost of t and of log2(e). A step of Newton's makes 1 of an about 1 / 1.
 FD_DEVICE real fd_sigmoid(real v) {
-    const real x = v > 87.0f ? -87.0f : v < -88.0f ? 88.0f : -v;
-    return 1.0f / (1.0f + fd_exp(x));
+    const real x = fd_least(fd_most(v, -87.0f), 87.0f), t = x * -1.44269502f;
+    const real rest = fmaf(x, -1.92596303e-8f, fmaf(x, -1.44269502f, -t));
+    const real power = fd_exp2(t), sum = fmaf(power, 0.693147182f * rest, power) + 1.0f, near = fd_reciprocal(sum);
+    return fmaf(near, fmaf(-sum, near, 1.0f), near);
 }
 
 FD_DEVICE real fd_silu(real v) { return v * fd_sigmoid(v); }

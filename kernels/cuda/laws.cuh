@@ -67,9 +67,10 @@ FD_DEVICE void fd_box_muller(uint32 wa, uint32 wb, float &za, float &zb) {
     float s = ((FD_SIN_2 * z + FD_SIN_1) * z + FD_SIN_0) * z * x + x;
     float c = fmaf(-0.5f, z, ((FD_COS_2 * z + FD_COS_1) * z + FD_COS_0) * z * z) + 1.0f;
     const uint32 quarter = wb + (1u << 29);  // in its two highest bits
-    fd_swap_if(quarter & (1u << 30), s, c);
-    za = fd_signed(radius * c, quarter + (1u << 30));
-    zb = fd_signed(radius * s, quarter);
+    fd_turn_if(quarter & (1u << 30), c, s);
+    const float signed_radius = fd_signed(radius, quarter);  // of a half turn
+    za = signed_radius * c;
+    zb = signed_radius * s;
 }
 
 // The normals of one block: values q, q + Q, q + 2Q and q + 3Q of its row.

@@ -5,106 +5,194 @@
 // said in noise.cu. `out` may be null where the row takes nothing from it.
 //
 // Most tables remember one row at most. For these `previous` is m1 and takes this row's m, and is null where none is
-// kept. step_deep and step_deep_recorded run any row. Rows that draw noise are plain more often than not, and have
-// loops of their own for that: what is not there need not be left out value by value.
+// kept. step_deep and step_deep_recorded run any row, and step_plan in step.py says which row needs them.
 
-// x becomes x', and previous m.
-FD_DEVICE void step_one(const TableRow &row, real &x, real out, real &previous, real z) {
-    const real m = fd_row_m(row, x, out);
-    x = fd_row_x<false>(row, x, m, {previous, 0, 0}, out, z);
-    previous = m;
+// N times four values.
+template <int N>
+struct Fours {
+    float4 v[N];
+};
+#define STEP_EACH \
+    FD_UNROLL     \
+    for (int k = 0; k < N; k++)
+
+FD_DEVICE float4 step_times(real c, const float4 &v) { return make_float4(c * v.x, c * v.y, c * v.z, c * v.w); }
+
+FD_DEVICE float4 step_plus(const float4 &u, const float4 &v) {
+    return make_float4(u.x + v.x, u.y + v.y, u.z + v.z, u.w + v.w);
 }
 
-FD_DEVICE void step_four(const TableRow &row, float4 &x, const float4 &out, float4 &previous, const float4 &z) {
-    step_one(row, x.x, out.x, previous.x, z.x);
-    step_one(row, x.y, out.y, previous.y, z.y);
-    step_one(row, x.z, out.z, previous.z, z.z);
-    step_one(row, x.w, out.w, previous.w, z.w);
+FD_DEVICE real step_clip(const TableRow &row, real m) { return fd_most(fd_least(m, row.high), row.low); }
+
+FD_DEVICE float4 step_clip(const TableRow &row, const float4 &m) {
+    return make_float4(step_clip(row, m.x), step_clip(row, m.y), step_clip(row, m.z), step_clip(row, m.w));
 }
 
-// x' = a x + b m + s z with m = clip(p x + q out), all of them there and nothing remembered.
-FD_DEVICE bool step_is_plain(const TableRow &row, const real *previous_nd) {
-    const bool terms = row.p != 0 && row.q != 0 && row.a != 0 && row.b != 0 && row.c1 == 0 && row.e == 0;
-    return terms && fabsf(row.s) > 1e-18f && !previous_nd;
+FD_DEVICE float4 step_noise(real s, const float4 &z) {
+    return make_float4(fmaf(s, z.x, 0.0f), fmaf(s, z.y, 0.0f), fmaf(s, z.z, 0.0f), fmaf(s, z.w, 0.0f));
 }
 
-// The bits of step_one. There a sum begins with 0, so that it is never -0. Here m may be -0, which changes no other sum,
-// and x' is not: s z + 0 is never -0, which is s z rounded once, since normals are 0 or above 1e-10 and do not vanish.
-FD_DEVICE real step_plain_one(const TableRow &row, real x, real out, real z) {
-    const real m = fd_most(fd_least(row.p * x + row.q * out, row.high), row.low);
-    return row.a * x + row.b * m + fmaf(row.s, z, 0.0f);
-}
+// No memory; see StepMemory.
+template <int N>
+struct StepForgets {
+    static constexpr bool keeps = false;
+    FD_MEMBER Fours<N> take() const { return {}; }
+    FD_MEMBER void put(const Fours<N> &) const {}
+};
 
-FD_DEVICE float4 step_plain_four(const TableRow &row, const float4 &x, const float4 &out, const float4 &z) {
-    return make_float4(step_plain_one(row, x.x, out.x, z.x), step_plain_one(row, x.y, out.y, z.y),
-                       step_plain_one(row, x.z, out.z, z.z), step_plain_one(row, x.w, out.w, z.w));
-}
-
-// A row without noise (s = 0) draws none.
-FD_DEVICE void step_rows(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n, int64 width,
-                         uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const auto normals = [&](uint64 i, uint32 block) {
-        return fd_normals(i, block, step, stream, keys);
-    };
-    if (step_is_plain(row, previous_nd)) {
-        fd_each_block(first_row, n, width, [&](uint64 i, uint32 block, const Places &places) {
-            const float4 x = fd_gather(x_nd, places), out = fd_gather(out_nd, places);
-            fd_scatter(x_nd, places, step_plain_four(row, x, out, normals(i, block)));
-        });
+// x becomes x', and the memory m where one is kept, for rows that are like `_usual` of step.py. Which terms there are is
+// asked once for all values; PLAIN rows have p, q, a, b and s, and nothing else.
+//
+// In the law a sum begins with 0, so that it is never -0. Here it may be till s z + 0 is added, which is s z rounded once
+// and never -0, since normals are 0 or above 1e-10 and do not vanish. Nor is an m that is kept.
+template <bool PLAIN, int N, class Memory>
+FD_DEVICE void step_some(const TableRow &row, Fours<N> &x, const Fours<N> &out, const Fours<N> &z,
+                         const Memory &memory) {
+    Fours<N> m, sum;
+    if (!PLAIN && row.q == 0) {
+        STEP_EACH x.v[k] = step_plus(step_times(row.a, x.v[k]), step_noise(row.s, z.v[k]));
         return;
     }
-    const float4 none = make_float4(0, 0, 0, 0);
-    fd_each_block(first_row, n, width, [&](uint64 i, uint32 block, const Places &places) {
-        float4 x = fd_gather(x_nd, places);
-        const float4 out = row.q != 0 || row.e != 0 ? fd_gather(out_nd, places) : none;
-        float4 previous = row.c1 != 0 ? fd_gather(previous_nd, places) : none;
-        step_four(row, x, out, previous, row.s != 0 ? normals(i, block) : none);
-        fd_scatter(x_nd, places, x);
-        if (previous_nd) fd_scatter(previous_nd, places, previous);
-    });
+    STEP_EACH m.v[k] = step_times(row.q, out.v[k]);
+    if (PLAIN || row.p != 0) {
+        STEP_EACH m.v[k] = step_plus(step_times(row.p, x.v[k]), m.v[k]);
+    }
+    STEP_EACH m.v[k] = step_clip(row, m.v[k]);
+    if (!PLAIN && row.a == 0) {
+        STEP_EACH sum.v[k] = step_times(row.b, m.v[k]);
+    } else {
+        STEP_EACH sum.v[k] = step_times(row.a, x.v[k]);
+        if (PLAIN || row.b != 0) {
+            STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.b, m.v[k]));
+        }
+    }
+    if (!PLAIN && row.c1 != 0) {
+        const Fours<N> m1 = memory.take();
+        STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.c1, m1.v[k]));
+    }
+    if (!PLAIN && row.e != 0) {
+        STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.e, out.v[k]));
+    }
+    STEP_EACH x.v[k] = step_plus(sum.v[k], step_noise(row.s, z.v[k]));
+    if (!PLAIN && memory.keeps) {
+        STEP_EACH m.v[k] = step_plus(m.v[k], make_float4(0, 0, 0, 0));
+        memory.put(m);
+    }
 }
 
-FD_DEVICE void step_wide_four(const TableRow &row, real *x_nd, const real *out_nd, real *previous_nd, int64 at,
-                              const float4 &z) {
-    const float4 none = make_float4(0, 0, 0, 0);
-    float4 x = fd_load4(x_nd + at);
-    const float4 out = row.q != 0 || row.e != 0 ? fd_load4(out_nd + at) : none;
-    float4 previous = row.c1 != 0 ? fd_load4(previous_nd + at) : none;
-    step_four(row, x, out, previous, z);
-    fd_store4(x_nd + at, x);
-    if (previous_nd) fd_store4(previous_nd + at, previous);
+FD_DEVICE bool step_is_plain(const TableRow &row, const real *previous_nd) {
+    const bool full = row.p != 0 && row.q != 0 && row.a != 0 && row.b != 0 && row.s != 0;
+    return full && row.c1 == 0 && row.e == 0 && !previous_nd;
 }
 
+// ------------------------------------------------------------------------------------------- rows of any width
+
+FD_DEVICE void step_rows_plain(real *x_nd, const real *out_nd, const TableRow &row, int64 n, int64 width,
+                               uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
+    const auto plain = [&](uint64 i, uint32 block, const Places &places, real *at, const real *from) {
+        Fours<1> x = {fd_gather(at, places)};
+        const Fours<1> out = {fd_gather(from, places)}, z = {fd_normals(i, block, step, stream, keys)};
+        step_some<true>(row, x, out, z, StepForgets<1>());
+        fd_scatter(at, places, x.v[0]);
+    };
+    fd_each_block(first_row, n, width, plain, x_nd, out_nd);
+}
+
+// What is remembered of a block, and whether this row's m is to be.
+struct StepMemory {
+    real *at;
+    const Places &places;
+    uint32 keeps;
+    FD_MEMBER Fours<1> take() const { return {fd_gather(at, places)}; }
+    FD_MEMBER void put(const Fours<1> &m) const { fd_scatter(at, places, m.v[0]); }
+};
+
+// An array that is not there is x, which is read for nothing.
+template <bool NOISY>
+FD_DEVICE void step_rows_any(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
+                             int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
+    const uint32 keeps = fd_kept((uint32)(previous_nd != nullptr));
+    const auto any = [&](uint64 i, uint32 block, const Places &places, real *at, const real *from, real *kept) {
+        Fours<1> x = {fd_gather(at, places)}, z = {};
+        const Fours<1> out = {fd_gather(from, places)};
+        if (NOISY) z.v[0] = fd_normals(i, block, step, stream, keys);
+        step_some<false>(row, x, out, z, StepMemory{kept, places, keeps});
+        fd_scatter(at, places, x.v[0]);
+    };
+    fd_each_block(first_row, n, width, any, x_nd, out_nd ? out_nd : x_nd, keeps ? previous_nd : x_nd);
+}
+
+// Each kind of rows has a loop of its own; a row without noise (s = 0) draws none.
+FD_DEVICE void step_rows(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
+                         int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
+    if (step_is_plain(row, previous_nd))
+        step_rows_plain(x_nd, out_nd, row, n, width, first_row, step, stream, keys);
+    else if (row.s != 0)
+        step_rows_any<true>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+    else
+        step_rows_any<false>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+}
+
+// ------------------------------------------------------------------------------------------- rows of 16, 32, .. values
+
+FD_DEVICE Fours<4> step_take(const real *p, uint32 quarter) {
+    const float4 v0 = fd_take4(p), v1 = fd_take4(p += quarter), v2 = fd_take4(p += quarter), v3 = fd_take4(p += quarter);
+    return {v0, v1, v2, v3};
+}
+FD_DEVICE void step_put(real *p, uint32 quarter, const Fours<4> &fours) {
+    FD_UNROLL
+    for (int k = 0; k < 4; k++, p += quarter) fd_put4(p, fours.v[k]);
+}
+FD_DEVICE Fours<4> step_normals(uint64 row, uint32 block, uint32 step, uint32 stream, const RoundKeys &keys) {
+    const Quads z = fd_quads(row, block, step, stream, keys);
+    return {z.z0, z.z1, z.z2, z.z3};
+}
+
+FD_DEVICE void step_rows_plain_wide(real *x_nd, const real *out_nd, const TableRow &row, int64 n, int64 width,
+                                    uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
+    const auto plain = [&](int64 i, uint32 block, uint32 quarter, real *at, const real *from) {
+        Fours<4> x = step_take(at, quarter);
+        const Fours<4> out = step_take(from, quarter), z = step_normals(first_row + i, block, step, stream, keys);
+        step_some<true>(row, x, out, z, StepForgets<4>());
+        step_put(at, quarter, x);
+    };
+    fd_each_group(n, width, plain, x_nd, out_nd);
+}
+
+// The same of four neighbours.
+struct StepMemoryWide {
+    real *at;
+    uint32 quarter, keeps;
+    FD_MEMBER Fours<4> take() const { return step_take(at, quarter); }
+    FD_MEMBER void put(const Fours<4> &m) const { step_put(at, quarter, m); }
+};
+
+template <bool NOISY>
+FD_DEVICE void step_rows_any_wide(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
+                                 int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
+    const uint32 keeps = fd_kept((uint32)(previous_nd != nullptr));
+    const auto any = [&](int64 i, uint32 block, uint32 quarter, real *at, const real *from, real *kept) {
+        Fours<4> x = step_take(at, quarter), z = {};
+        const Fours<4> out = step_take(from, quarter);
+        if (NOISY) z = step_normals(first_row + i, block, step, stream, keys);
+        step_some<false>(row, x, out, z, StepMemoryWide{kept, quarter, keeps});
+        step_put(at, quarter, x);
+    };
+    fd_each_group(n, width, any, x_nd, out_nd ? out_nd : x_nd, keeps ? previous_nd : x_nd);
+}
+
+// Each kind of rows has a loop of its own; a row without noise (s = 0) draws none.
 FD_DEVICE void step_rows_wide(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
                               int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const int64 quarter = width / 4, groups = width / 16;
-    if (step_is_plain(row, previous_nd)) {
-        for (Walk walk = fd_walk(groups); walk.row < n; fd_walk_on(walk, groups)) {
-            const int64 at = walk.row * width + 4 * walk.item;
-            real *const to = x_nd + at;
-            const real *const from = out_nd + at;
-            const float4 x0 = fd_take4(to), x1 = fd_take4(to + quarter), x2 = fd_take4(to + 2 * quarter),
-                         x3 = fd_take4(to + 3 * quarter);
-            const float4 out0 = fd_take4(from), out1 = fd_take4(from + quarter), out2 = fd_take4(from + 2 * quarter),
-                         out3 = fd_take4(from + 3 * quarter);
-            const Quads z = fd_quads(first_row + walk.row, 4 * (uint32)walk.item, step, stream, keys);
-            fd_put4(to, step_plain_four(row, x0, out0, z.z0));
-            fd_put4(to + quarter, step_plain_four(row, x1, out1, z.z1));
-            fd_put4(to + 2 * quarter, step_plain_four(row, x2, out2, z.z2));
-            fd_put4(to + 3 * quarter, step_plain_four(row, x3, out3, z.z3));
-        }
-        return;
-    }
-    for (Walk walk = fd_walk(groups); walk.row < n; fd_walk_on(walk, groups)) {
-        Quads z = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
-        if (row.s != 0) z = fd_quads(first_row + walk.row, 4 * (uint32)walk.item, step, stream, keys);
-        const int64 at = walk.row * width + 4 * walk.item;
-        step_wide_four(row, x_nd, out_nd, previous_nd, at, z.z0);
-        step_wide_four(row, x_nd, out_nd, previous_nd, at + quarter, z.z1);
-        step_wide_four(row, x_nd, out_nd, previous_nd, at + 2 * quarter, z.z2);
-        step_wide_four(row, x_nd, out_nd, previous_nd, at + 3 * quarter, z.z3);
-    }
+    if (step_is_plain(row, previous_nd))
+        step_rows_plain_wide(x_nd, out_nd, row, n, width, first_row, step, stream, keys);
+    else if (row.s != 0)
+        step_rows_any_wide<true>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+    else
+        step_rows_any_wide<false>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
 }
+
+// ------------------------------------------------------------------------------------------- entries
 
 FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
                      TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
@@ -112,9 +200,9 @@ FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, r
     step_rows(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
 }
 
-FD_KERNEL step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
-                          TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
-                          RoundKeys keys) {
+FD_KERNEL FD_BOUNDS(256, 2)
+    step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd, TableRow row,
+                    int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream, RoundKeys keys) {
     step_rows_wide(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
 }
 
@@ -163,8 +251,9 @@ FD_KERNEL step_recorded(real *__restrict__ x_nd, const real *__restrict__ out_nd
     step_rows(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
 }
 
-FD_KERNEL step_recorded_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
-                             const RowRecord *__restrict__ record_at, int64 n, int64 width) {
+FD_KERNEL FD_BOUNDS(256, 2)
+    step_recorded_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                       const RowRecord *__restrict__ record_at, int64 n, int64 width) {
     const RowRecord r = *record_at;
     step_rows_wide(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
 }
@@ -225,6 +314,31 @@ FD_KERNEL step_deep_recorded(real *__restrict__ x_nd, const real *__restrict__ o
     const RowRecord r = *record_at;
     step_deep_rows(x_nd, out_nd, v_nd, {m1, m2, m3, keep}, r.row, rows, n, width, r.first_row, r.step, r.stream,
                    r.keys);
+}
+
+// x becomes x', and previous m.
+FD_DEVICE void step_one(const TableRow &row, real &x, real out, real &previous, real z) {
+    const real m = fd_row_m(row, x, out);
+    x = fd_row_x<false>(row, x, m, {previous, 0, 0}, out, z);
+    previous = m;
+}
+
+FD_DEVICE void step_four(const TableRow &row, float4 &x, const float4 &out, float4 &previous, const float4 &z) {
+    step_one(row, x.x, out.x, previous.x, z.x);
+    step_one(row, x.y, out.y, previous.y, z.y);
+    step_one(row, x.z, out.z, previous.z, z.z);
+    step_one(row, x.w, out.w, previous.w, z.w);
+}
+
+FD_DEVICE void step_wide_four(const TableRow &row, real *x_nd, const real *out_nd, real *previous_nd, int64 at,
+                              const float4 &z) {
+    const float4 none = make_float4(0, 0, 0, 0);
+    float4 x = fd_load4(x_nd + at);
+    const float4 out = row.q != 0 || row.e != 0 ? fd_load4(out_nd + at) : none;
+    float4 previous = row.c1 != 0 ? fd_load4(previous_nd + at) : none;
+    step_four(row, x, out, previous, z);
+    fd_store4(x_nd + at, x);
+    if (previous_nd) fd_store4(previous_nd + at, previous);
 }
 
 // A row without noise does not look at rows and columns. `vectors` says that all arrays are 16-byte aligned.

@@ -33,6 +33,7 @@
 #define FD_KERNEL extern "C" __attribute__((visibility("hidden"))) void
 #define FD_BOUNDS(threads, blocks)
 #define FD_DEVICE static inline __attribute__((unused))
+#define FD_MEMBER
 #define FD_UNROLL
 #define FD_ROLL
 
@@ -91,13 +92,23 @@ static inline float fd_bits_float(int i) {
     return x;
 }
 static inline float fd_rsqrt(float x) { return (float)(1.0 / std::sqrt((double)x)); }
+// As far from the true value as a GPU may be, below it or above by the last bit of x; nothing below 2^-126.
+static inline float fd_about(double y, float x, double error) {
+    const float near = (float)(y * (1 + (fd_float_bits(x) & 1 ? error : -error)));
+    return near < 0x1p-126f && near > -0x1p-126f ? 0.0f : near;
+}
+static inline float fd_exp2(float x) { return fd_about(std::exp2((double)x), x, 0x1p-22); }
+static inline float fd_reciprocal(float x) { return fd_about(1.0 / x, x, 0x1p-23); }
 static inline float fd_least(float a, float b) { return b < a || b != b ? b : a; }
 static inline float fd_most(float a, float b) { return b > a || b != b ? b : a; }
 static inline unsigned long long fd_wide_product(uint32_t a, uint32_t b) { return (unsigned long long)a * b; }
-static inline void fd_swap_if(uint32_t bits, float &a, float &b) {
-    if (bits) std::swap(a, b);
+static inline void fd_turn_if(uint32_t bits, float &x, float &y) {
+    const float first = x, second = y;
+    if (bits) x = -second, y = first;
 }
 static inline long long fd_kept(long long n) { return n; }
+static inline uint32_t fd_kept(uint32_t n) { return n; }
+static inline uint32_t fd_fresh(uint32_t n) { return n; }
 static inline uint32_t fd_bf16x2(float first, float second) {
     uint32_t halves[2];
     const float values[2] = {first, second};

@@ -206,6 +206,11 @@ def weight_plan(sizes: bytes) -> WeightPlan:
     raise BackendError(f"precision 'bf16' has no kernel for a convolution with stride {stride}; 'float32' has")
 
 
+def source_of(stages: int) -> str:
+    """Return the source that holds so many stages of weights."""
+    return "conv_mma" if stages == Tuning().stages else f"conv_mma.{stages}"
+
+
 def _pairs(form: Product, w: Array) -> int:
     """Pairs of bf16 in packed weights."""
     return form.places * int(w.shape[2]) * _ceil(w.shape[3], 8) * 4
@@ -274,7 +279,6 @@ class TensorCores:
 
     def __init__(self, runtime: Runtime, scratch: Callable[[str, int], Array], tuning: Tuning) -> None:
         self.runtime, self.scratch, self.tuning = runtime, scratch, tuning
-        self.source = "conv_mma" if tuning.stages == Tuning().stages else f"conv_mma.{tuning.stages}"
 
     def weights(self, form: Product, w: Array, adjoint: bool) -> Array:
         """Return the weights as `gather` reads them: folded for upsampled images, in pairs of bf16."""
@@ -290,23 +294,27 @@ class TensorCores:
         """Fill `target`: the output, to which bias, shift and residual are added, or the input gradient and another."""
         channels, multiprocessors = target.shape[-1], self.runtime.multiprocessors
         copied = self._together(4, source.shape[-1], source)
-        choices = []
         entry = "conv_mma_adjoint" if adjoint else "conv_mma"
-        for tile in self.tuning.of(entry, TILES, form.sizes):
-            limits = self.runtime.shared_limit, self.tuning.stages
-            shape = gather_shape(form.sizes.tobytes(), adjoint, tile, copied, *limits)
-            if shape is not None:
-                blocks = shape.tiles * form.pairs * _ceil(channels, tile.channels)
-                cost = _ceil(blocks, multiprocessors) * tile.pixels * tile.channels / tile.rate
-                choices.append((cost, blocks, tile, shape))
+        choices: list[tuple[float, int, Tile, Shape, int]] = []
+        for tiles, stages in (
+            (self.tuning.of(entry, TILES, form.sizes), self.tuning.stages),
+            (self.tuning.of(entry, TILES), self.tuning.stages),
+            (TILES, Tuning().stages),
+        ):
+            for tile in tiles if not choices else ():
+                shape = gather_shape(form.sizes.tobytes(), adjoint, tile, copied, self.runtime.shared_limit, stages)
+                if shape is not None:
+                    blocks = shape.tiles * form.pairs * _ceil(channels, tile.channels)
+                    cost = _ceil(blocks, multiprocessors) * tile.pixels * tile.channels / tile.rate
+                    choices.append((cost, blocks, tile, shape, stages))
         if not choices:
             kernel = tuple(form.sizes["kernel"][0].tolist())
             raise BackendError(f"precision 'bf16' has no kernel for a convolution of {kernel} taps; 'float32' has")
-        _, blocks, tile, shape = min(choices)
+        _, blocks, tile, shape, stages = min(choices)
         bias, shift, residual = (None, None, *added) if adjoint else added
         flags = COPY_SOURCE * copied + PAIRS * self._together(2, channels, target)
         self.runtime.launch(
-            self.source, f"{entry}_{tile.name}", blocks, tile.threads,
+            source_of(stages), f"{entry}_{tile.name}", blocks, tile.threads,
             (source, w, bias, shift, residual, target, form.sizes, shape.rows_log, shape.columns_log, shape.box, flags),
             shape.shared,
         )  # fmt: skip

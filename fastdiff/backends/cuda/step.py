@@ -53,19 +53,25 @@ def split_output(out: Array | None, row: Row) -> tuple[Array | None, Array | Non
     return out, None
 
 
+LEAST_NOISE = 1e-18  # of s in step_noisy
+
+
 class StepPlan(NamedTuple):
     """How a row runs over arrays.
 
     Attributes
     ----------
+    far : bool
+        Whether it reaches back further than to m1, or scales its noise: only the kernels for all rows do that.
     deep : bool
-        Whether it takes the kernels for all rows; else those for rows that remember one other at most.
+        Whether it takes these where it draws noise, or may; else those for rows that are like `_usual`.
     keep : int
         How many arrays of the memory take its m and each other's.
     record : (1,) array
         A "TableRow".
     """
 
+    far: bool
     deep: bool
     keep: int
     record: npt.NDArray[Any]
@@ -76,7 +82,19 @@ def step_plan(row: Row, clip: tuple[float, float] | None, depth: int) -> StepPla
     keep = depth if row.evaluates else 0
     if row.b == 0 and keep == 0:  # nothing takes m, nor the output that may be absent
         row = row._replace(p=0.0, q=0.0)
-    return StepPlan(keep > 1 or row.depth > keep or row.r != 0, keep, row_records((row,), clip))
+    record, far = row_records((row,), clip), keep > 1 or row.depth > keep or row.r != 0
+    return StepPlan(far, far or not _usual(record[0], keep), keep, record)
+
+
+def _usual(record: Any, keep: int) -> bool:
+    """Whether a row of no more memory than m1 is one that ``step_some`` of step.cu takes, as those of samplers are."""
+    *names, low, high = record.dtype.names
+    terms = {name for name in names if record[name] != 0}
+    if not (terms & {"a", "b"} and ("q" in terms or (terms <= {"a", "s"} and keep == 0))):
+        return False
+    # The signs of its zeros: s z must not vanish, and no bound be -0.
+    vanishes = "s" in terms and not abs(record["s"]) > LEAST_NOISE
+    return not (vanishes or any(record[bound] == 0 and np.signbit(record[bound]) for bound in (low, high)))
 
 
 class StepOperations(Device):
@@ -119,7 +137,7 @@ class StepOperations(Device):
             self._twins.sampler_step(x, out, memory, row, clip, draw, queue=self.runtime.queue())
             return
         (out, v), plan = split_output(out, row), step_plan(row, clip, len(memory))
-        if plan.deep:
+        if plan.far or (plan.deep and row.s != 0):
             m1, m2, m3 = (*memory, None, None, None)[:DEPTH]
             grid, block = self.runtime.grid_1d(len(x) * -(-x.shape[1] // 4))
             args = (x, out, v, m1, m2, m3, plan.keep, plan.record, *x.shape, *law_of(draw))

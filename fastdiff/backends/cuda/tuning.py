@@ -6,7 +6,6 @@ no bit depends on it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from fastdiff.backends import measured
 
 MEASURED = Path(__file__).with_name("measured")
 
@@ -29,6 +30,8 @@ class Tuning(NamedTuple):
         Of a kernel on a tile, as "conv_64x32": outputs in the same time, compared with the widest tile.
     stages : int
         Of weights, that a kernel of ``conv_mma.cu`` holds in shared memory: so many less one are under way.
+
+    A tile or a number of stages that does not fit where it was not measured is passed over.
     """
 
     tiles: Mapping[str, str] = {}
@@ -55,4 +58,4 @@ def tuning(arch: str) -> Tuning:
     path = MEASURED / f"sm_{arch}.json"
     if not path.exists():
         return Tuning()
-    return Tuning(**json.loads(path.read_text(encoding="utf-8")).get("tuning", {}))
+    return Tuning(**measured(path).get("tuning", {}))
