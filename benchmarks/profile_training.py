@@ -74,20 +74,21 @@ def main() -> None:
     draws = TrainingDraws(workload.curves(), s.signal, s.noise, ones, 0 * ones, seed=0)
     grads, rows = net.layout.zeros(np.float32), mlp.TILE
     be.mlp_train_gradient(net.plan, net.flat, draws, 0, rows, grads)  # makes the workspace, and leaves a tile in it
-    space, room = be._network(net.plan), be._rooms[0]
-    network, _ = space.network(net.flat, space.t)
+    space, room = be._network(net.plan), noise.Room(*be._rooms[0])
+    network, asked = mlp.Network(*space.network(net.flat, space.t)[0]), mlp.Asked(*space.asked(None))
     layers, arena, width, slots, t = space.layers, space.arenas[0], network.width, space.slots, space.t
-    partial, dtime, _ = space.sums[0]
+    sums, given = mlp.Sums(*space.sums[0]), mlp.Given(*space.not_given)
+    partial, dtime, _ = sums
     dtable = grads[space.summed :]
     target, d_in, _ = space.deltas[0]
     zeros = np.zeros_like(d_in)  # a gradient that does not grow from call to call
-    law = noise.Law(np.uint64(0), 0, int(Stream.TRAIN_NOISE), round_keys(0))
-    batch = mlp.Batch(draws.data, space.indices, t, space.tables, rows, law)
+    law = 0, int(Stream.TRAIN_NOISE), round_keys(0)
+    batch = mlp.Batch(draws.data, space.indices, t, space.tables, rows, *law)
     times = mlp.Times(network.table, width, slots, t)
     n = 192
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
     tile = (
-        0, True, space.not_given, batch, network, space.asked(None), space.sums[0], room, arena, space.deltas[0],
+        0, True, given, batch, network, asked, sums, room, arena, space.deltas[0],
     )  # fmt: skip
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)

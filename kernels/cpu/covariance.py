@@ -13,7 +13,7 @@ import numpy as np
 from fastdiff.kernels.cpu.elementary import exp
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.noise import chunks_of, draw_chunk, law_at
+from fastdiff.kernels.cpu.noise import Law, Room, chunks_of, draw_chunk, law_at
 
 TILE = 128  # rows, where there are products
 TILE_VALUES = 1 << 18  # that a tile has at most, unless it has few rows already
@@ -139,6 +139,7 @@ def _map_tile(rows, x, at, out, begin, given, room):
 @kernel
 def map_range(start, stop, x, out, given, room):
     """Tiles start ... stop - 1 of a map of the rows of x (m, n) to out (m, k), both flat."""
+    given, room = Map(*given), MapRoom(*room)
     tile, n, k = given.tile, given.n, given.k
     m = len(out) // k
     for begin in range(start * tile, min(stop * tile, m), tile):
@@ -149,6 +150,7 @@ def map_range(start, stop, x, out, given, room):
 @kernel
 def mapped_normal_range(start, stop, drawn, out, given, room, law, noise):
     """`map_range` of normals (m, n), of which a tile is drawn into the workspace `drawn` at a time."""
+    given, room, law, noise = Map(*given), MapRoom(*room), Law(*law), Room(*noise)
     tile, n, k = given.tile, given.n, given.k
     m = len(out) // k
     for begin in range(start * tile, min(stop * tile, m), tile):

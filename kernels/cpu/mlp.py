@@ -17,7 +17,7 @@ from fastdiff.backends.protocol import LEAKY_SLOPE
 from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import TILES, gemm, gemm_bias, host_width
 from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part
-from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, Law, _words, chunks_of, draw, draw_chunk, law_at
+from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, Law, Room, _words, chunks_of, draw, draw_chunk, law_at
 from fastdiff.kernels.cpu.step import S, apply_row
 from fastdiff.kernels.cpu.transpose import transpose_into
 
@@ -114,14 +114,16 @@ class Given(NamedTuple):
 
 class Batch(NamedTuple):
     """Samples of a training step: rows of the data and timesteps, the tables of both (`_draw_tile`), how many there
-    are, and the law of their noise."""
+    are, and what besides their numbers is the law of their noise."""
 
     data: Any
     indices: Any
     t: Any
     tables: Any
     size: int
-    law: Law
+    step: int
+    stream: int
+    keys: Any
 
 
 class Sums(NamedTuple):
@@ -215,19 +217,19 @@ def _linear_part_columns(rows, net, arena, step):
 @kernel
 def _times(rows, first, asked, net, t):
     """A tile's rows of the time table: those of their timesteps, plus what is asked times W where anything is."""
-    table, width, slots = net.table, net.width, net.slots
+    table, width, slots, places = net.table, net.width, net.slots, t
     values, columns, weight, room, own, _ = asked
-    if columns == 0:
-        return Times(table, width, slots, t)
-    gemm(
-        room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
-    )  # fmt: skip
-    for i in range(rows):
-        at = slots[t[i]] * width
-        source, row = table[at : at + width], room[i * width : (i + 1) * width]
-        for j in range(width):
-            row[j] = source[j] + row[j]
-    return Times(room, width, own, own[:rows])
+    if columns > 0:
+        gemm(
+            room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
+        )  # fmt: skip
+        for i in range(rows):
+            at = slots[t[i]] * width
+            source, row = table[at : at + width], room[i * width : (i + 1) * width]
+            for j in range(width):
+                row[j] = source[j] + row[j]
+        table, slots, places = room, own, own[:rows]  # one tuple for both: arrays of either may be read-only
+    return Times(table, width, slots, places)
 
 
 @kernel
@@ -252,6 +254,7 @@ def _copy(target, source, count):
 @kernel
 def forward_range(start, stop, x, y, t, net, asked, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
+    net, asked = Network(*net), Asked(*asked)
     layers = net.layers
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
@@ -286,6 +289,7 @@ def chain_few(x, chain, net, asked, law, room, arena, memory, t):
 
     Where the chain has levels, what is known is held. The law is that of the first row, at any step.
     """
+    chain, net, asked, law, room = Chain(*chain), Network(*net), Asked(*asked), Law(*law), Room(*room)
     layers, steps, levels, z, segments = net.layers, chain.steps, chain.levels, room.z, room.segments
     d = layers[0, INPUTS]
     rows = len(x) // d
@@ -355,6 +359,7 @@ def chain_range(start, stop, x, chain, net, law, room, arena, memory):
     the layers, and noise is drawn in the order in which it is used. A tile is turned once before the chain and once
     after it.
     """
+    chain, net, law, room = Chain(*chain), Network(*net), Law(*law), Room(*room)
     layers, params, table, slots, steps = net.layers, net.params, net.table, net.slots, chain.steps
     d = layers[0, INPUTS]
     n = len(x) // d
@@ -436,6 +441,7 @@ def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memor
     of a table whose weight is not 1 takes u + w (c - u). What is known is told to both, and where the chain has levels,
     it is held.
     """
+    chain, net, law, room, turned = Chain(*chain), Network(*net), Law(*law), Room(*room), Turned(*turned)
     values, columns, weight, times, _, known = asked
     layers, params, table, width, slots = net.layers, net.params, net.table, net.width, net.slots
     steps, weights, levels = chain.steps, chain.weights, chain.levels
@@ -639,6 +645,7 @@ def vjp_range(start, stop, x, t, dy, dx, y, net, asked, arena, deltas):
 
     Everything is flat; y takes the output, unless it is empty.
     """
+    net, asked = Network(*net), Asked(*asked)
     layers, d_in, d_out = net.layers, deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
@@ -671,6 +678,7 @@ def vjp_range(start, stop, x, t, dy, dx, y, net, asked, arena, deltas):
 @kernel
 def jvp_range(start, stop, x, t, dx, dy, net, asked, arena, deltas):
     """Tiles start ... stop - 1: dy = J dx, the layers running once for all dx (k, n, inputs) of a tile."""
+    net, asked = Network(*net), Asked(*asked)
     layers, d_in, d_out = net.layers, deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
@@ -723,7 +731,7 @@ def _draw_tile(begin, rows, d, batch, x, target, room):
     """
     data, indices, t, tables, z = batch.data, batch.indices, batch.t, batch.tables, room.z
     masked = data.shape[1] > d
-    law = law_at(batch.law, np.uint64(begin), batch.law.step)
+    law = Law(np.uint64(begin), batch.step, batch.stream, batch.keys)
     for chunk in range(chunks_of(rows, d)):
         for k in range(draw_chunk(chunk, rows, d, law, room)):
             at, length, source = room.segments[k]
@@ -844,6 +852,8 @@ def gradient_tiles(held, turns, drawn, given, batch, net, asked, total, sums, ro
     added to it when all before them are. Where that takes long, perhaps because the thread that has them waits for a
     core, the tile's number is returned: call again with it as `held`, else -1. A negative turns[1] ends all.
     """
+    given, batch, net, asked = Given(*given), Batch(*batch), Network(*net), Asked(*asked)
+    total, sums, room = Sums(*total), Sums(*sums), Room(*room)
     tiles = (batch.size + TILE - 1) // TILE
     while True:
         if held < 0:
@@ -869,6 +879,8 @@ def gradient_tiles(held, turns, drawn, given, batch, net, asked, total, sums, ro
 @kernel
 def gradient_share(start, stop, first, nothing, batch, net, asked, sums, room, arena, deltas):
     """Tiles first + start ... first + stop - 1 of a training step, each of which keeps its sums for itself."""
+    batch, net, asked, room = Batch(*batch), Network(*net), Asked(*asked), Room(*room)
+    nothing, sums = Given(*nothing), Sums(*sums)
     for at in range(start, stop):
         here = Sums(sums.grads[at], sums.times[at], sums.loss[at : at + 1])
         gradient_tile(first + at, True, nothing, batch, net, asked, here, room, arena, deltas)

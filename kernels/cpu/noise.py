@@ -251,6 +251,7 @@ def draw_chunk(chunk, n, width, law, room):
 @kernel
 def normal_range(start, stop, out, n, width, law, room):
     """Fill the chunks start ... stop - 1 of the flat array `out` of (n, width) normals."""
+    law, room = Law(*law), Room(*room)
     for chunk in range(start, stop):
         for k in range(draw_chunk(chunk, n, width, law, room)):
             begin, length, at = room.segments[k]

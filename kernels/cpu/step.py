@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from fastdiff.kernels.cpu.elementary import EXP_HIGH, EXP_LOW, exp
 from fastdiff.kernels.cpu.jit import export, kernel, load, part, store
-from fastdiff.kernels.cpu.noise import draw_chunk
+from fastdiff.kernels.cpu.noise import Law, Room, draw_chunk
 
 ZERO = np.float32(0)
 # Numbers of a row that is given to a kernel, in float32: those of the table, and the bounds of m.
@@ -20,6 +20,7 @@ X, OUT, M1, M2, M3, NOISE = range(6)
 @kernel
 def forward_noise_range(start, stop, x0, t, signal, noise, out, eps, n, width, law, room):
     """Chunks start ... stop - 1 of out = signal[t] x0 + noise[t] eps; x0, out and eps are flat (n width,)."""
+    law, room = Law(*law), Room(*room)
     for chunk in range(start, stop):
         for k in range(draw_chunk(chunk, n, width, law, room)):
             begin, length, at = room.segments[k]
@@ -129,7 +130,8 @@ def scale_noise(z, v, r):
 @kernel
 def step_range(start, stop, x, out, v, memory, row, depth, n, width, law, room):
     """Chunks start ... stop - 1 of a sampler step on flat (n width,) arrays; see `apply_row`. `v` where r is not 0."""
-    z, (m1, m2, m3) = room.z, memory
+    law, room, (m1, m2, m3) = Law(*law), Room(*room), memory
+    z = room.z
     for chunk in range(start, stop):
         for k in range(draw_chunk(chunk, n, width, law, room)):
             begin, length, at = room.segments[k]

@@ -40,12 +40,14 @@ from fastdiff.kernels.cpu.mlp import (
     STEP,
     WEIGHT,
     ZERO,
+    Chain,
+    Network,
     T,
     X,
     Y,
     _forget,
 )  # fmt: skip
-from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, draw, law_at
+from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, Law, Room, draw, law_at
 from fastdiff.kernels.cpu.step import S, apply_row
 
 LANES = 16  # samples that are solved for at once
@@ -97,7 +99,7 @@ class Matrices(NamedTuple):
     count: int
 
 
-class Room(NamedTuple):
+class Space(NamedTuple):
     """A thread's: of the memory, of gradients of a tile's layers, and what `chain_told` cuts out of the rest."""
 
     memory: Any
@@ -395,15 +397,17 @@ def _normals(rows, A, law, room, out):
 
 
 @kernel
-def chain_told(start, stop, x, chain, net, back_pass, told, law, noise_room, arena, room):
+def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, space):
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
     A gain of 0 is a row whose state says nothing. State i is draw law.first_row + i.
     """
+    chain, net, back_pass = Chain(*chain), Network(*net), Back(*back_pass)
+    law, room = Law(*law), Room(*room)
     layers, params, steps, slots = net.layers, net.params, chain.steps, net.slots
     back_layers, weights, ends = back_pass
     gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
-    memory, deltas, f32, f64, places = room
+    memory, deltas, f32, f64, places = space
     here, other, first = deltas[0], deltas[1], np.int64(law.first_row)
     d = layers[0, INPUTS]
     n, last = len(x) // d, len(layers) - 1
@@ -558,7 +562,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, noise_room, are
                             target[i] += seen[i] * source[i]
             row = chain.numbers[r]
             if row[S] != ZERO:
-                _normals(rows, A, law_at(law, law.first_row, steps[r, STEP]), noise_room, noise)
+                _normals(rows, A, law_at(law, law.first_row, steps[r, STEP]), room, noise)
             apply_row(0, d * rows, state, out, m1, m2, m3, noise, 0, row, keep)
         for i in range(rows):
             for j in range(d):

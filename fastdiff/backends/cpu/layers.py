@@ -19,7 +19,7 @@ from fastdiff.kernels.cpu import conv as conv_kernels
 from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
 from fastdiff.kernels.cpu import norm as norm_kernels
 from fastdiff.kernels.cpu import pointwise as pointwise_kernels
-from fastdiff.kernels.cpu.noise import CHUNK
+from fastdiff.kernels.cpu.noise import CHUNK, Law
 from fastdiff.noise import Draw
 
 SILU_WORK = 120  # floating-point operations of a convolution that last as long, for each value
@@ -267,7 +267,8 @@ class LayerOperations(ConvOperations):
         size, limit, scale = x.size // max(len(x), 1), math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
         with self._workers.lock:
             words = self._each("words", 4 * CHUNK, (4, CHUNK), np.uint32)
-            arguments = x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), first_block, law_of(draw), words
+            law = Law(*law_of(draw))
+            arguments = x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), first_block, law, words
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:

@@ -27,7 +27,6 @@ from fastdiff.backends.protocol import (
 )
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
-from fastdiff.kernels.cpu.noise import Law
 from fastdiff.noise import Draw, Stream, round_keys
 
 Array = npt.NDArray[Any]
@@ -52,13 +51,9 @@ class _Table:
             raise ArgumentError("rows (r)", "a table that scales its noise", "0: a perceptron learns no variance")
         self.rows, self.clip = rows, clip
         none = np.empty(0, np.float32)
-        self.chain = mlp_kernels.Chain(
-            np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64),
-            numbers_of(rows, clip),
-            max(row.depth for row in rows),
-            none,
-            none,
-        )
+        steps = np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64)
+        numbers, depth = numbers_of(rows, clip), max(row.depth for row in rows)
+        self.chain = tuple(mlp_kernels.Chain(steps, numbers, depth, weights=none, levels=none))
         self.evaluated = np.array([row.t for row in rows if row.evaluates], np.int64)
 
 
@@ -90,18 +85,19 @@ class _ToldSpace:
         plan, lanes, (_, m), K = net.plan, mlp_kernels.CHAIN_TILE, told.y.shape, told.products
         d = plan.layers[0].inputs
         self.told, self.table = told, table
-        self.observations = kernels.Told(
-            told.numbers[np.array([row.t for row in table.rows])],
-            K,
-            told.per,
-            told.firsts,
-            np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1),
-            np.empty(0, np.int64) if told.places is None else told.places.reshape(-1),
-            told.y.reshape(-1),
-            told.variance.reshape(-1),
-            told.reach,
-            m,
+        observations = kernels.Told(
+            rows=told.numbers[np.array([row.t for row in table.rows])],
+            products=K,
+            per=told.per,
+            firsts=told.firsts,
+            matrix=np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1),
+            places=np.empty(0, np.int64) if told.places is None else told.places.reshape(-1),
+            y=told.y.reshape(-1),
+            variance=told.variance.reshape(-1),
+            reach=told.reach,
+            m=m,
         )
+        self.observations = tuple(observations)
         ends = np.concatenate([[0], np.cumsum([lanes * layer.outputs for layer in plan.layers])])
         runs = backward_runs(plan, ends)
         self.back = kernels.Back(runs, np.empty(int(runs[:, :2].prod(axis=1).sum()), np.float32), ends)
@@ -110,11 +106,12 @@ class _ToldSpace:
         singles = int(ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
         basis = (K + 1) * m * lanes if m > K else 0
         doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 3) + 16 * (K * K + 2 * K) + basis
-        self.rooms = [
-            kernels.Room(
-                memory, deltas, np.empty(singles, np.float32), np.empty(doubles), np.empty(lanes * m, np.int64)
-            )
-            for memory, deltas in zip(net.memories, net.deltas, strict=True)
+        buffers = [
+            (np.empty(singles, np.float32), np.empty(doubles), np.empty(lanes * m, np.int64)) for _ in net.deltas
+        ]
+        self.spaces = [
+            tuple(kernels.Space(*of_chain, *own))
+            for *of_chain, own in zip(net.memories, net.deltas, buffers, strict=True)
         ]
 
 
@@ -154,35 +151,36 @@ class _MLPSpace:
         self.dtable = np.zeros(self.table.size, np.float32)
         self.t = np.empty(0, np.int64)
         self.indices = np.empty(0, np.int64)
-        self.sums: list[mlp_kernels.Sums] = []  # of the tile that a worker is at, made at the first training step
+        self.sums: list[
+            tuple[Array, Array, Array]
+        ] = []  # of the tile that a worker is at, made at the first training step
         self.draws: TrainingDraws | None = None
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
-        self.not_given = mlp_kernels.Given(*[self.nothing.reshape(-1)] * 3)
+        self.not_given = (self.nothing.reshape(-1),) * 3
         self.told: _ToldSpace | None = None  # the last
         # What is asked: room for its part of a tile's rows of the time table, and the buffers of a chain.
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
         self.rooms = [np.empty(width if plan.asked else 0, np.float32) for _ in range(threads)]
-        self.turned: list[mlp_kernels.Turned] = []
+        self.turned: list[tuple[Array, ...]] = []
         if plan.asked:
             sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
-            self.turned = [k.Turned(*(np.empty(size, np.float32) for size in sizes)) for _ in range(threads)]
+            self.turned = [tuple(np.empty(size, np.float32) for size in sizes) for _ in range(threads)]
 
-    def asked(self, asked: Array | None, worker: int = 0) -> mlp_kernels.Asked:
-        """What is asked of samples, as the kernels take it."""
+    # What the kernels take comes as plain tuples in the order of named ones: those take Numba a microsecond more each.
+
+    def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array, int]:
+        """What is asked of samples: an `mlp_kernels.Asked`."""
         columns, values = (0, self.nothing) if asked is None else (self.plan.asked, asked)
-        return mlp_kernels.Asked(
-            values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own, self.plan.known
-        )
+        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own, self.plan.known
 
-    def network(self, params: Array, t: Array) -> tuple[mlp_kernels.Network, int]:
-        """The network as the kernels take it, its time table having the rows that t needs, and how many they are."""
+    def network(self, params: Array, t: Array) -> tuple[tuple[Any, ...], int]:
+        """An `mlp_kernels.Network` whose time table has the rows that t needs, and how many they are."""
         table, count = self.time_table(params, t)
-        return mlp_kernels.Network(
-            self.layers, params, self.transposed, table, self.plan.time_width, self.slots, self.linear, self.rank
-        ), count
+        width, own = self.plan.time_width, (self.slots, self.linear, self.rank)
+        return (self.layers, params, self.transposed, table, width, *own), count
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
         """The table with the rows that t needs, found through `slots`, and how many they are."""
@@ -208,8 +206,7 @@ class _MLPSpace:
         if not self.sums:
             width = mlp_kernels.TILE * max(1, self.plan.time_width)
             self.sums = [
-                mlp_kernels.Sums(np.zeros(self.summed, np.float32), np.empty(width, np.float32), np.zeros(1))
-                for _ in self.arenas
+                (np.zeros(self.summed, np.float32), np.empty(width, np.float32), np.zeros(1)) for _ in self.arenas
             ]
         if batch != len(self.t):
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
@@ -270,10 +267,8 @@ class MLPOperations(StepOperations):
                 self._table = _Table(rows, clip)  # a fifth of the time of one curve
             chain = self._table.chain
             if asked is not None:
-                chain = chain._replace(
-                    weights=chain.weights if weights is None else weights,
-                    levels=chain.levels if levels is None else levels,
-                )
+                *rows_of_it, none, _ = chain
+                chain = *rows_of_it, none if weights is None else weights, none if levels is None else levels
             network, _ = net.network(params, self._table.evaluated)
 
             # The same bits either way; vectors of few samples would be mostly empty.
@@ -318,13 +313,13 @@ class MLPOperations(StepOperations):
             if net.told is None or net.told.told is not told or net.told.table is not table:
                 net.told = _ToldSpace(net, table, told, self.threads)
             space = net.told
-            network, _ = net.network(params, table.evaluated)
+            network, back = net.network(params, table.evaluated)[0], tuple(space.back)
             told_kernels.backward_weights(net.layers, space.back.runs, params, space.back.weights, *space.products)
 
             def body(worker: int, start: int, stop: int) -> None:
                 told_kernels.chain_told(
-                    start, stop, flat, table.chain, network, space.back, space.observations, law, self._rooms[worker],
-                    net.arenas[worker], space.rooms[worker],
+                    start, stop, flat, table.chain, network, back, space.observations, law, self._rooms[worker],
+                    net.arenas[worker], space.spaces[worker],
                 )  # fmt: skip
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
@@ -345,7 +340,7 @@ class MLPOperations(StepOperations):
             net = self._network(plan)
             net.grow(len(x))
             net.t[:] = t
-            given = mlp_kernels.Given(x.reshape(-1), target.reshape(-1), dx.reshape(-1))
+            given = x.reshape(-1), target.reshape(-1), dx.reshape(-1)
             loss = self._gradient(net, params, grads, given, None, 0, len(x), asked)
         return loss, dx
 
@@ -403,7 +398,7 @@ class MLPOperations(StepOperations):
 
     def _drawn(self, plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> tuple[_MLPSpace, Array | None]:
         """Draw which rows and timesteps a training step takes; return where they are, and what is asked of them."""
-        words, net = self._rooms[0].words, self._network(plan)
+        (words, *_), net = self._rooms[0], self._network(plan)
         net.grow(batch)
         if net.draws is not draws:
             terms = [] if draws.terms is None else [draws.terms[:, 0]]
@@ -427,7 +422,7 @@ class MLPOperations(StepOperations):
         net: _MLPSpace,
         params: Array,
         grads: Array,
-        given: mlp_kernels.Given,
+        given: tuple[Array, Array, Array],
         draws: TrainingDraws | None,
         step: int,
         batch: int,
@@ -445,9 +440,8 @@ class MLPOperations(StepOperations):
             data, tables, keys = net.nothing, net.nothing, round_keys(0)
         else:
             data, tables, keys = draws.data.reshape(len(draws.data), -1), net.tables, net.keys
-        law = Law(np.uint64(0), step, TRAIN_NOISE, keys)
-        samples = mlp_kernels.Batch(data, net.indices, net.t, tables, batch, law)
-        turns, total = np.zeros(2, np.int64), mlp_kernels.Sums(grads[: net.summed], dtable, np.zeros(1))
+        samples = data, net.indices, net.t, tables, batch, step, TRAIN_NOISE, keys
+        turns, total = np.zeros(2, np.int64), (grads[: net.summed], dtable, np.zeros(1))
 
         def body(worker: int, start: int, stop: int) -> None:
             del start, stop
@@ -470,7 +464,7 @@ class MLPOperations(StepOperations):
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
             )
-        return float(total.loss[0] / (batch * plan.layers[-1].outputs))
+        return float(total[2][0] / (batch * plan.layers[-1].outputs))
 
 
 class _Shared:
@@ -544,9 +538,9 @@ class _Shared:
             net, asked = be._drawn(plan, draws, step, self.batch)
             network, count = net.network(params, net.t)
             mlp_kernels.transpose_weights(net.layers[1:], params, net.transposed)
-            data, law = draws.data.reshape(len(draws.data), -1), Law(np.uint64(0), step, TRAIN_NOISE, net.keys)
-            samples = mlp_kernels.Batch(data, net.indices, net.t, net.tables, self.batch, law)
-            sums = mlp_kernels.Sums(self.partials, self.dtimes, self.losses)
+            data = draws.data.reshape(len(draws.data), -1)
+            samples = data, net.indices, net.t, net.tables, self.batch, step, TRAIN_NOISE, net.keys
+            sums = self.partials, self.dtimes, self.losses
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.gradient_share(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,9 @@ from fastdiff.kernels.cpu import step as step_kernels
 from fastdiff.noise import Draw, round_keys
 
 
-def law_of(draw: Draw) -> noise_kernels.Law:
-    """A draw as the kernels take it."""
-    return noise_kernels.Law(np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed))
+def law_of(draw: Draw) -> tuple[Any, int, int, Array]:
+    """A draw as the kernels take it: a `noise_kernels.Law`."""
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
 
 
 def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
@@ -24,13 +25,10 @@ def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
     return np.array([(*row[1:11], *(clip or (-np.inf, np.inf))) for row in rows], np.float32)
 
 
-def _room() -> noise_kernels.Room:
-    """A thread's, made once."""
-    return noise_kernels.Room(
-        np.empty((4, noise_kernels.CHUNK), np.uint32),
-        np.empty(noise_kernels.WORKSPACE, np.float32),
-        np.empty((4, 3), np.int64),
-    )
+def _room() -> tuple[Array, Array, Array]:
+    """What a thread draws in, made once: a `noise_kernels.Room`."""
+    k = noise_kernels
+    return np.empty((4, k.CHUNK), np.uint32), np.empty(k.WORKSPACE, np.float32), np.empty((4, 3), np.int64)
 
 
 class StepOperations(Scripted):
