@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
+from fastdiff.backends.cpu.step import StepOperations, keys_of, law_of, numbers_of
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.backends.numpy.host import asked_at
 from fastdiff.backends.protocol import (
@@ -27,7 +27,7 @@ from fastdiff.backends.protocol import (
 )
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
-from fastdiff.noise import Draw, Stream, round_keys
+from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
@@ -140,8 +140,8 @@ class _MLPSpace:
         self.memories = [np.empty((DEPTH, k.TILE * plan.layers[0].inputs), np.float32) for _ in range(threads)]
         self.slots = np.arange(plan.T)
         self.used = np.empty(plan.T, np.int64)
-        self.linear = _packed_part(plan.linear)
-        self.rank = 0 if plan.linear is None else plan.linear.rank
+        rank = 0 if plan.linear is None else plan.linear.rank
+        self.fixed = plan.time_width, self.slots, _packed_part(plan.linear), rank  # of `mlp_kernels.Network`
         self.features = None if plan.features is None else plan.features.astype(np.float32)
         self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
         self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
@@ -164,6 +164,8 @@ class _MLPSpace:
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
         self.rooms = [np.empty(width if plan.asked else 0, np.float32) for _ in range(threads)]
+        flat = self.nothing.reshape(-1)
+        self.not_asked = [(flat, 0, plan.asked_weight, room, self.own, plan.known) for room in self.rooms]
         self.turned: list[tuple[Array, ...]] = []
         if plan.asked:
             sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
@@ -173,14 +175,15 @@ class _MLPSpace:
 
     def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array, int]:
         """What is asked of samples: an `mlp_kernels.Asked`."""
-        columns, values = (0, self.nothing) if asked is None else (self.plan.asked, asked)
-        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own, self.plan.known
+        if asked is None:
+            return self.not_asked[worker]
+        plan = self.plan
+        return asked.reshape(-1), plan.asked, plan.asked_weight, self.rooms[worker], self.own, plan.known
 
     def network(self, params: Array, t: Array) -> tuple[tuple[Any, ...], int]:
         """An `mlp_kernels.Network` whose time table has the rows that t needs, and how many they are."""
         table, count = self.time_table(params, t)
-        width, own = self.plan.time_width, (self.slots, self.linear, self.rank)
-        return (self.layers, params, self.transposed, table, width, *own), count
+        return (self.layers, params, self.transposed, table, *self.fixed), count
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
         """The table with the rows that t needs, found through `slots`, and how many they are."""
@@ -402,7 +405,7 @@ class MLPOperations(StepOperations):
         net.grow(batch)
         if net.draws is not draws:
             terms = [] if draws.terms is None else [draws.terms[:, 0]]
-            net.draws, net.keys = draws, round_keys(draws.seed)
+            net.draws, net.keys = draws, keys_of(draws.seed)
             net.tables = np.array([*draws[1:5], *terms], np.float32)
         mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), net.keys, words)
         if draws.by_position:
@@ -437,7 +440,7 @@ class MLPOperations(StepOperations):
         dtable[: count * width] = 0
         mlp_kernels.transpose_weights(net.layers if draws is None else net.layers[1:], params, net.transposed)
         if draws is None:
-            data, tables, keys = net.nothing, net.nothing, round_keys(0)
+            data, tables, keys = net.nothing, net.nothing, keys_of(0)
         else:
             data, tables, keys = draws.data.reshape(len(draws.data), -1), net.tables, net.keys
         samples = data, net.indices, net.t, tables, batch, step, TRAIN_NOISE, keys

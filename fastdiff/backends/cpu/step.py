@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from fastdiff.kernels.cpu import noise as noise_kernels
 from fastdiff.kernels.cpu import step as step_kernels
 from fastdiff.noise import Draw, round_keys
 
+keys_of = lru_cache(maxsize=64)(round_keys)  # which take longer than many a draw
+
 
 def law_of(draw: Draw) -> tuple[Any, int, int, Array]:
     """A draw as the kernels take it: a `noise_kernels.Law`."""
-    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), keys_of(draw.seed)
 
 
 def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
