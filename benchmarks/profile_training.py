@@ -53,7 +53,7 @@ def square_product(a, b, c, n):
 @numba.njit(**jit.OPTIONS)
 def activations_backward(layers, arena, dy, times, dtime, partial):
     for k in range(len(layers)):
-        mlp._layer_backward(len(times.places), layers[k], arena, dy, times, dtime, partial)
+        mlp._layer_backward(len(times[3]), layers[k], arena, dy, times, dtime, partial)
 
 
 def best(function: Callable[..., Any], *arguments: Any) -> float:
@@ -84,7 +84,7 @@ def main() -> None:
     zeros = np.zeros_like(d_in)  # a gradient that does not grow from call to call
     law = 0, int(Stream.TRAIN_NOISE), round_keys(0)
     batch = mlp.Batch(draws.data, space.indices, t, space.tables, rows, *law)
-    times = mlp.Times(network.table, width, slots, t)
+    times = network.table, width, slots, t
     n = 192
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
     tile = (

@@ -38,7 +38,7 @@ def hot_kernels():
     x, out, kept, drawn, m2, m3 = arrays(N, N, N, N, N, N)
     arena, params, table = arrays(4 * N * N, N * N, 4 * N)
     slots, t = arrays(N, N, dtype=I64)
-    times = mlp.Times(table, 2 * N, slots, t)
+    times = table, 2 * N, slots, t
     p, g, m, v, a = arrays(N, N, N, N, N)
     silu = layer(mlp.SILU, mlp.SCALED)
     lane = np.ones(posterior.TILE, F32)

@@ -74,15 +74,6 @@ class Asked(NamedTuple):
     known: int
 
 
-class Times(NamedTuple):
-    """A tile's rows of a time table: that of row i is slots[places[i]], of `width` values."""
-
-    table: Any
-    width: int
-    slots: Any
-    places: Any
-
-
 class Chain(NamedTuple):
     """A sampler's table: T ... EVALUATES and the numbers of its rows, and how far back they reach.
 
@@ -216,20 +207,23 @@ def _linear_part_columns(rows, net, arena, step):
 
 @kernel
 def _times(rows, first, asked, net, t):
-    """A tile's rows of the time table: those of their timesteps, plus what is asked times W where anything is."""
-    table, width, slots, places = net.table, net.width, net.slots, t
+    """Where a tile's rows of the time table are: (table, width, slots, places); that of row i is slots[places[i]].
+
+    They are those of their timesteps, plus what is asked times W where anything is.
+    """
+    table, width, slots = net.table, net.width, net.slots
     values, columns, weight, room, own, _ = asked
-    if columns > 0:
-        gemm(
-            room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
-        )  # fmt: skip
-        for i in range(rows):
-            at = slots[t[i]] * width
-            source, row = table[at : at + width], room[i * width : (i + 1) * width]
-            for j in range(width):
-                row[j] = source[j] + row[j]
-        table, slots, places = room, own, own[:rows]  # one tuple for both: arrays of either may be read-only
-    return Times(table, width, slots, places)
+    if columns == 0:
+        return table, width, slots, t
+    gemm(
+        room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
+    )  # fmt: skip
+    for i in range(rows):
+        at = slots[t[i]] * width
+        source, row = table[at : at + width], room[i * width : (i + 1) * width]
+        for j in range(width):
+            row[j] = source[j] + row[j]
+    return room, width, own, own[:rows]
 
 
 @kernel
@@ -289,23 +283,24 @@ def chain_few(x, chain, net, asked, law, room, arena, memory, t):
 
     Where the chain has levels, what is known is held. The law is that of the first row, at any step.
     """
-    chain, net, asked, law, room = Chain(*chain), Network(*net), Asked(*asked), Law(*law), Room(*room)
-    layers, steps, levels, z, segments = net.layers, chain.steps, chain.levels, room.z, room.segments
+    net, asked, law, room = Network(*net), Asked(*asked), Law(*law), Room(*room)
+    layers, z, segments = net.layers, room.z, room.segments
+    steps, numbers, depth, _, levels = chain
     d = layers[0, INPUTS]
     rows = len(x) // d
     m1, m2, m3 = memory[0], memory[1], memory[2]
-    _forget(memory[: chain.depth], rows * d)
+    _forget(memory[:depth], rows * d)
     out = arena[layers[-1, Y] : layers[-1, Y] + rows * d]
     for r in range(len(steps)):
         keep = 0
         if steps[r, EVALUATES]:
-            keep = chain.depth
+            keep = depth
             t[:rows] = steps[r, T]
             if len(levels) > 0:
                 _hold(rows, 0, d, x, levels[r], asked)
             _copy(arena[layers[0, X] :], x, rows * d)
             forward_tile(rows, net, arena, _times(rows, 0, asked, net, t[:rows]), t[:rows], True)
-        row = chain.numbers[r]
+        row = numbers[r]
         if row[S] == ZERO:
             apply_row(0, rows * d, x, out, m1, m2, m3, z, 0, row, keep)
             continue
@@ -359,8 +354,9 @@ def chain_range(start, stop, x, chain, net, law, room, arena, memory):
     the layers, and noise is drawn in the order in which it is used. A tile is turned once before the chain and once
     after it.
     """
-    chain, net, law, room = Chain(*chain), Network(*net), Law(*law), Room(*room)
-    layers, params, table, slots, steps = net.layers, net.params, net.table, net.slots, chain.steps
+    net, law, room = Network(*net), Law(*law), Room(*room)
+    layers, params, table, slots = net.layers, net.params, net.table, net.slots
+    steps, numbers, depth, _, _ = chain
     d = layers[0, INPUTS]
     n = len(x) // d
     kept = memory[0], memory[1], memory[2]
@@ -373,12 +369,12 @@ def chain_range(start, stop, x, chain, net, law, room, arena, memory):
                 arena[at + j * rows + i] = x[(begin + i) * d + j]
         state = arena[at : at + d * rows]
         out = arena[layers[-1, Y] : layers[-1, Y] + d * rows]
-        _forget(memory[: chain.depth], d * rows)
+        _forget(memory[:depth], d * rows)
         first = law.first_row + np.uint64(begin)
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
-                keep, t = chain.depth, steps[r, T]
+                keep, t = depth, steps[r, T]
                 for k in range(len(layers)):
                     layer = layers[k]
                     inputs, outputs = layer[INPUTS], layer[OUTPUTS]
@@ -390,7 +386,7 @@ def chain_range(start, stop, x, chain, net, law, room, arena, memory):
                 if len(net.linear) > 0:
                     _linear_part_columns(rows, net, arena, t)
             here = law_at(law, first, steps[r, STEP])
-            _apply_columns(rows, d, state, out, kept, chain.numbers[r], keep, here, room)
+            _apply_columns(rows, d, state, out, kept, numbers[r], keep, here, room)
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]
@@ -441,10 +437,10 @@ def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memor
     of a table whose weight is not 1 takes u + w (c - u). What is known is told to both, and where the chain has levels,
     it is held.
     """
-    chain, net, law, room, turned = Chain(*chain), Network(*net), Law(*law), Room(*room), Turned(*turned)
+    net, law, room, turned = Network(*net), Law(*law), Room(*room), Turned(*turned)
     values, columns, weight, times, _, known = asked
     layers, params, table, width, slots = net.layers, net.params, net.table, net.width, net.slots
-    steps, weights, levels = chain.steps, chain.weights, chain.levels
+    steps, numbers, depth, weights, levels = chain
     d = layers[0, INPUTS]
     n = len(x) // d
     kept = memory[0], memory[1], memory[2]
@@ -469,13 +465,13 @@ def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memor
                 to = alone if lanes == rows else beside
                 gemm(to, 0, lanes, params, weight, 1, width, turned.asked, 0, lanes, width, lanes, columns, False)
         state = turned.state[: d * rows]
-        _forget(memory[: chain.depth], d * rows)
+        _forget(memory[:depth], d * rows)
         first = law.first_row + np.uint64(begin)
         out = turned.output[: d * rows]
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
-                keep, t = chain.depth, steps[r, T]
+                keep, t = depth, steps[r, T]
                 both = len(weights) > 0 and weights[r] != ONE
                 lanes = 2 * rows if both else rows
                 for i in range(rows if len(levels) > 0 else 0):
@@ -507,7 +503,7 @@ def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memor
                 else:
                     _copy(out, arena[y:], d * rows)
             here = law_at(law, first, steps[r, STEP])
-            _apply_columns(rows, d, state, out, kept, chain.numbers[r], keep, here, room)
+            _apply_columns(rows, d, state, out, kept, numbers[r], keep, here, room)
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]

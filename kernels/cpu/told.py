@@ -40,7 +40,6 @@ from fastdiff.kernels.cpu.mlp import (
     STEP,
     WEIGHT,
     ZERO,
-    Chain,
     Network,
     T,
     X,
@@ -402,9 +401,10 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
 
     A gain of 0 is a row whose state says nothing. State i is draw law.first_row + i.
     """
-    chain, net, back_pass = Chain(*chain), Network(*net), Back(*back_pass)
+    net, back_pass = Network(*net), Back(*back_pass)
     law, room = Law(*law), Room(*room)
-    layers, params, steps, slots = net.layers, net.params, chain.steps, net.slots
+    layers, params, slots = net.layers, net.params, net.slots
+    steps, numbers, depth, _, _ = chain
     back_layers, weights, ends = back_pass
     gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
     memory, deltas, f32, f64, places = space
@@ -455,7 +455,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
                 arena[at + j * rows + i] = x[(begin + i) * d + j]
         state = arena[at : at + d * rows]
         out = arena[layers[last, Y] : layers[last, Y] + d * rows]
-        _forget(memory[: chain.depth], d * rows)
+        _forget(memory[:depth], d * rows)
         f64[:] = 0.0  # lanes that are not in use
         count, lane = 0, 0
         while lane < rows:
@@ -476,7 +476,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
-                keep, t = chain.depth, steps[r, T]
+                keep, t = depth, steps[r, T]
                 for k in range(last + 1):
                     _forward(rows, layers[k], arena, params, net.table, slots[t] * net.width, slopes, ends[k])
                 if len(net.linear) > 0:
@@ -560,7 +560,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
                         target, source = out[f * rows :], slope[f * rows :]
                         for i in range(rows):
                             target[i] += seen[i] * source[i]
-            row = chain.numbers[r]
+            row = numbers[r]
             if row[S] != ZERO:
                 _normals(rows, A, law_at(law, law.first_row, steps[r, STEP]), room, noise)
             apply_row(0, d * rows, state, out, m1, m2, m3, noise, 0, row, keep)
