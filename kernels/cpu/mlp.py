@@ -211,10 +211,10 @@ def _times(rows, first, asked, net, t):
 
     They are those of their timesteps, plus what is asked times W where anything is.
     """
+    if asked.columns == 0:  # first: every array taken out of a tuple is a reference to count
+        return net.table, net.width, net.slots, t
     table, width, slots = net.table, net.width, net.slots
     values, columns, weight, room, own, _ = asked
-    if columns == 0:
-        return table, width, slots, t
     gemm(
         room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
     )  # fmt: skip
