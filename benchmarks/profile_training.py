@@ -17,7 +17,7 @@ import fastdiff as fd
 from fastdiff.backends import TrainingDraws
 from fastdiff.bench import BY_NAME, duration
 from fastdiff.bench.arrays import T
-from fastdiff.kernels.cpu import jit, mlp
+from fastdiff.kernels.cpu import jit, mlp, noise
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.noise import Stream, round_keys
 
@@ -51,9 +51,9 @@ def square_product(a, b, c, n):
 
 
 @numba.njit(**jit.OPTIONS)
-def activations_backward(layers, arena, dy, table, width, slots, t, dtime, partial):
+def activations_backward(layers, arena, dy, times, dtime, partial):
     for k in range(len(layers)):
-        mlp._layer_backward(len(t), layers[k], arena, dy, table, width, slots, t, dtime, partial)
+        mlp._layer_backward(len(times[3]), layers[k], arena, dy, times, dtime, partial)
 
 
 def best(function: Callable[..., Any], *arguments: Any) -> float:
@@ -74,21 +74,21 @@ def main() -> None:
     draws = TrainingDraws(workload.curves(), s.signal, s.noise, ones, 0 * ones, seed=0)
     grads, rows = net.layout.zeros(np.float32), mlp.TILE
     be.mlp_train_gradient(net.plan, net.flat, draws, 0, rows, grads)  # makes the workspace, and leaves a tile in it
-    space, scratch = be._network(net.plan), be._spaces[0].noise
-    layers, arena, width = space.layers, space.arenas[0], net.plan.time_width
-    table = space.time_table(net.flat, space.t)[0]
-    partial, dtime, dtable = space.partials[0], space.dtime[0], grads[space.summed :]
-    target, d_in, d_out = space.deltas[0]
-    slots, t = space.slots, space.t
+    space, room = be._network(net.plan), noise.Room(*be._rooms[0])
+    network, asked = mlp.Network(*space.network(net.flat, space.t)[0]), mlp.Asked(*space.asked(None))
+    layers, arena, width, slots, t = space.layers, space.arenas[0], network.width, space.slots, space.t
+    sums, given = mlp.Sums(*space.sums[0]), mlp.Given(*space.not_given)
+    partial, dtime, _ = sums
+    dtable = grads[space.summed :]
+    target, d_in, _ = space.deltas[0]
     zeros = np.zeros_like(d_in)  # a gradient that does not grow from call to call
-    nothing = space.nothing.reshape(-1)
-    stream, keys = int(Stream.TRAIN_NOISE), round_keys(0)
+    law = 0, int(Stream.TRAIN_NOISE), round_keys(0)
+    batch = mlp.Batch(draws.data, space.indices, t, space.tables, rows, *law)
+    times = network.table, width, slots, t
     n = 192
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
     tile = (
-        0, False, nothing, nothing, nothing, draws.data, space.indices, t, space.tables, rows, layers, net.flat,
-        space.transposed, table, width, slots, (space.linear, space.asked(None)), dtime, partial, space.losses[0], 0,
-        stream, keys, *scratch, arena, target, d_in, d_out,
+        0, True, given, batch, network, asked, sums, room, arena, space.deltas[0],
     )  # fmt: skip
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
@@ -102,19 +102,15 @@ def main() -> None:
             forward - 2 * rows * workload.products[0],
         ),
         "biases and activations": (
-            best(mlp.forward_tile, rows, layers, arena, net.flat, table, width, slots, t, space.linear, len(slots), t)
-            - products,
+            best(mlp.forward_tile, rows, network, arena, times, t, True) - products,
             0,
         ),
         "biases and activations, backward": (
-            best(activations_backward, layers, arena, zeros, table, width, slots, t, dtime, partial),
+            best(activations_backward, layers, arena, zeros, times, dtime, partial),
             0,
         ),
         "draws": (
-            best(
-                mlp._draw_tile, 0, rows, draws.data.shape[1], draws.data, space.indices, t, space.tables, arena, target,
-                0, stream, keys, *scratch,
-            ),
+            best(mlp._draw_tile, 0, rows, draws.data.shape[1], batch, arena, target, room),
             0,
         ),
         "sums over tiles": (

@@ -721,16 +721,16 @@ def hot_kernels():
     x, y, z, u, v = (np.ones(16 * N, F32) for _ in range(5))
     rows, totals, nothing, one = np.ones((norm.LANES, 16 * N), F32), np.ones((2, N)), np.empty(0, F32), np.ones(N, F32)
     many = ["multiply", "add"]
-    normed = x, one, one, y, u, nothing, 16, 4, np.array([EPS]), True, rows, totals
+    normed = norm.Norm(one, one, nothing, u, 4, True)
     return {
         "start of a convolution": (conv._start, (x, 16, 0, 16, N, one, nothing, z, u), ["add"]),
         "start of a linear layer": (linear._start, (x, 0, 4, 2, 0, N, N, one, nothing, z, u), ["add"]),
         "sums over pixels": (conv.pixel_sums_range, (0, 1, x, 16, N, y, u), ["add"]),
         "moments": (norm._moments, (x, 16 * N, y, True, z, totals[0]), many),
-        "norm": (norm.norm_range, (0, 1, *normed), [*many, "divide"]),
+        "norm": (norm.norm_range, (0, 1, x, normed, y, 16, np.array([EPS]), rows, totals), [*many, "divide"]),
         "norm backward": (
             norm.norm_backward_range,
-            (0, 1, x, y, one, one, u, nothing, z, v, 16, 4, True, False, rows, totals, np.ones(16 * N, F32)),
+            (0, 1, x, y, normed, z, v, 16, False, rows, totals, np.ones(16 * N, F32)),
             [*many, "divide"],
         ),
         "softmax": (attention.attention_range, (0, 1, x, y, z, 1, 4, 1, u, v, np.ones((2, attention.TILE), F32)), many),

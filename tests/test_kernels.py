@@ -38,6 +38,7 @@ def hot_kernels():
     x, out, kept, drawn, m2, m3 = arrays(N, N, N, N, N, N)
     arena, params, table = arrays(4 * N * N, N * N, 4 * N)
     slots, t = arrays(N, N, dtype=I64)
+    times = table, 2 * N, slots, t
     p, g, m, v, a = arrays(N, N, N, N, N)
     silu = layer(mlp.SILU, mlp.SCALED)
     lane = np.ones(posterior.TILE, F32)
@@ -48,13 +49,13 @@ def hot_kernels():
         "Box-Muller": (noise._pair, (N, words[0], words[1], x, out), ["multiply", "add", "root"]),
         "sampler step": (
             step._apply,
-            (0, N, x, out, kept, m2, m3, drawn, 0, row, one, one, one, one, 3),
+            (0, N, x, out, (kept, m2, m3), drawn, 0, row, (one, one, one), one, 3),
             ["multiply", "add"],
         ),
         "scaled noise": (step.scale_noise, (drawn, x, one), fused),
         "activation by samples": (
             mlp._modulate_activate,
-            (N, silu, arena, params, table, 2 * N, slots, t),
+            (N, silu, arena, params, times),
             ["multiply", "add", "divide"],
         ),
         "activation by features": (
@@ -64,7 +65,7 @@ def hot_kernels():
         ),
         "activation backward": (
             mlp._layer_backward,
-            (N, silu, arena, arena[:N], table, 2 * N, slots, t, arena, params),
+            (N, silu, arena, arena[:N], times, arena, params),
             ["multiply", "add", "divide"],
         ),
         "similarity": (covariance.similarity_range, (0, 1, x, out, N), ["multiply", "add"]),

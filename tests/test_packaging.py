@@ -136,6 +136,23 @@ def test_kernels_are_imported_under_one_name():
         assert not [name for name, _ in imports(path) if name.split(".")[0] == "kernels"], path
 
 
+# Files of the CPU's kernels with functions of more parameters: those of convolutions and products.
+LONG = {"conv.py", "gemm.py", "gemm_nested.py", "linear.py", "winograd.py", "winograd_rows.py"}
+
+
+def test_kernels_of_the_cpu_have_few_parameters():
+    """What belongs together comes as one: no more than 12."""
+    long = {}
+    for path in (ROOT / "kernels" / "cpu").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                own = node.args
+                count = len([*own.posonlyargs, *own.args, *own.kwonlyargs])
+                if count > 12:
+                    long.setdefault(path.name, {})[node.name] = count
+    assert set(long) == LONG, {name: long[name] for name in long if name not in LONG}
+
+
 def test_rooms_depend_one_way():
     """model -> sampling, nn -> process -> backends -> kernels; nothing looks back."""
     order = [

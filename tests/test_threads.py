@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -275,6 +277,42 @@ def test_a_script_does_every_item_of_a_phase_once_and_before_the_next(threads):
     assert not any(failed)
     assert sum(count[0] for count in own) == 4 * 20 * 103
     workers.perform(Script(threads, []))
+
+
+class Pair(NamedTuple):
+    values: np.ndarray
+    factor: int
+
+
+class Whole(NamedTuple):
+    pair: Pair
+    sums: np.ndarray
+
+
+@kernel
+def weighted_sum(start, stop, whole, more):
+    for i in range(start, stop):
+        whole.sums[i] = whole.pair.values[i] * whole.pair.factor + more
+
+
+def test_a_script_takes_named_tuples():
+    values, sums = np.arange(6), np.zeros((2, 6), np.int64)
+    whole = Whole(Pair(values, 3), sums[0])
+    each = Each([Whole(Pair(values, 5), sums[1])])
+    script = Script(1, [[Task(weighted_sum, (whole, 2), 6, 6), Task(weighted_sum, (each, 4), 6, 2)]])
+    sums[:] = 0
+    Workers(1).perform(script)
+    assert sums.tolist() == [(values * 3 + 2).tolist(), (values * 5 + 4).tolist()]
+
+
+def test_a_script_keeps_the_arrays_of_named_tuples_alive():
+    values, sums = np.arange(6), np.zeros(6, np.int64)
+    seen = weakref.ref(values)
+    script = Script(1, [[Task(weighted_sum, (Whole(Pair(values, 3), sums), 2), 6, 6)]])
+    del values
+    assert seen() is not None
+    script.release([seen()])
+    assert seen() is None
 
 
 def test_a_script_refuses_what_a_kernel_cannot_take():

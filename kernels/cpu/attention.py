@@ -7,6 +7,7 @@ every product takes its operands as they lie, except for a tile of queries, whic
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from fastdiff.kernels.cpu.posterior import weight
 
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = 64  # queries
+
+
+class Room(NamedTuple):
+    """A thread's: scores and what is like them (length, TILE), two turned tiles, and two lanes of queries."""
+
+    scores: Any
+    dscores: Any
+    turned: Any
+    other: Any
+    lanes: Any
 
 
 @kernel
@@ -66,13 +77,12 @@ def attention_range(start, stop, qkv, out, log_sums, length, channels, heads, sc
 
 
 @kernel
-def attention_tangent_range(
-    start, stop, dqkv, qkv, out, log_sums, dout, length, channels, heads, scores, dscores, turned, other, lanes
-):  # fmt: skip
-    """Items start ... stop - 1: TILE queries of a head of an image; `scores` and `dscores` are (length, TILE).
+def attention_tangent_range(start, stop, dqkv, qkv, out, log_sums, dout, length, channels, heads, room):
+    """Items start ... stop - 1: TILE queries of a head of an image.
 
     With P = exp(S - log sum) and dS = (dq k^T + q dk^T) / sqrt(d): dy = (P dS) v + P dv - <P dS> y.
     """
+    scores, dscores, turned, other, lanes = room
     d, tiles, width = channels // heads, (length + TILE - 1) // TILE, 3 * channels
     scale = np.float32(1.0 / math.sqrt(d))
     for item in range(start, stop):
@@ -106,13 +116,12 @@ def attention_tangent_range(
 
 
 @kernel
-def attention_backward_range(
-    start, stop, dy, qkv, out, log_sums, dqkv, length, channels, heads, scores, dscores, turned, other, lanes
-):  # fmt: skip
-    """Items start ... stop - 1: one head of one image. `scores` and `dscores` are (length, TILE).
+def attention_backward_range(start, stop, dy, qkv, out, log_sums, dqkv, length, channels, heads, room):
+    """Items start ... stop - 1: one head of one image.
 
     With P = exp(S - log sum): dv = P^T dy, dP = dy v^T, dS = P (dP - <dy y>), dq = dS k and dk = dS^T q, scaled.
     """
+    scores, dscores, turned, other, lanes = room
     d, width = channels // heads, 3 * channels
     scale = np.float32(1.0 / math.sqrt(d))
     for item in range(start, stop):

@@ -6,13 +6,14 @@ Every sum of a row runs in an order that the map's own sizes decide, so a row's 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastdiff.kernels.cpu.elementary import exp
 from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import kernel
-from fastdiff.kernels.cpu.noise import chunks_of, draw_chunk
+from fastdiff.kernels.cpu.noise import Law, Room, chunks_of, draw_chunk, law_at
 
 TILE = 128  # rows, where there are products
 TILE_VALUES = 1 << 18  # that a tile has at most, unless it has few rows already
@@ -22,6 +23,33 @@ DEPTH = 512  # of a product at once: so much of a panel of the matrix stays in c
 F = np.float32
 ZERO, ONE = F(0), F(1)
 LEAST_EXPONENT = F(-88)  # of exp: below -87.7 the factor 2^whole is 0
+
+
+class Map(NamedTuple):
+    """A map of rows of n values to k, in tiles of `tile` rows; a part without values is no part.
+
+    `products` is 0, 1 (x left) or 2 (x left right, with r values between them).
+    """
+
+    tile: int
+    n: int
+    k: int
+    r: int
+    products: int
+    standardise: bool
+    scale: Any
+    left: Any
+    right: Any
+    offset: Any
+
+
+class MapRoom(NamedTuple):
+    """A thread's: the middle of two products, squares, sums of rows, and the weights that make means of them."""
+
+    middle: Any
+    squares: Any
+    sums: Any
+    weights: Any
 
 
 @kernel
@@ -84,13 +112,9 @@ def _standardise(rows, y, k, squares, sums, weights):
 
 
 @kernel
-def _map_tile(rows, x, at, out, begin, n, k, r, products, standardise, parts, space):
-    """The rows at x[at:] to out[begin:]; `parts` is (scale, left, right, offset), an array without values is no part.
-
-    `products` is 0, 1 (x left) or 2 (x left right), `space` the workspace (middle, squares, sums, weights).
-    """
-    scale, left, right, offset = parts
-    middle, squares, sums, weights = space
+def _map_tile(rows, x, at, out, begin, given, room):
+    """The rows at x[at:] to out[begin:], through the map `given`."""
+    n, k, scale, offset = given.n, given.k, given.scale, given.offset
     scaled = len(scale) > 0
     y = out[begin : begin + rows * k]
     if scaled:
@@ -98,43 +122,44 @@ def _map_tile(rows, x, at, out, begin, n, k, r, products, standardise, parts, sp
             source, target = x[at + i * n : at + (i + 1) * n], y[i * k : (i + 1) * k]
             for j in range(k):
                 target[j] = source[j] * scale[j]
-    if products == 1:
-        _product(rows, out, begin, k, x, at, n, left, scaled)
-    elif products == 2:
-        _product(rows, middle, 0, r, x, at, n, left, False)
-        _product(rows, out, begin, k, middle, 0, r, right, scaled)
+    if given.products == 1:
+        _product(rows, out, begin, k, x, at, n, given.left, scaled)
+    elif given.products == 2:
+        _product(rows, room.middle, 0, given.r, x, at, n, given.left, False)
+        _product(rows, out, begin, k, room.middle, 0, given.r, given.right, scaled)
     if len(offset) > 0:
         for i in range(rows):
             target = y[i * k : (i + 1) * k]
             for j in range(k):
                 target[j] = target[j] + offset[j]
-    if standardise:
-        _standardise(rows, y, k, squares, sums, weights)
+    if given.standardise:
+        _standardise(rows, y, k, room.squares, room.sums, room.weights)
 
 
 @kernel
-def map_range(start, stop, tile, x, out, n, k, r, products, standardise, parts, space):
-    """Tiles start ... stop - 1, of `tile` rows, of a map of the rows of x (m, n) to out (m, k), both flat."""
+def map_range(start, stop, x, out, given, room):
+    """Tiles start ... stop - 1 of a map of the rows of x (m, n) to out (m, k), both flat."""
+    given, room = Map(*given), MapRoom(*room)
+    tile, n, k = given.tile, given.n, given.k
     m = len(out) // k
     for begin in range(start * tile, min(stop * tile, m), tile):
         rows = min(tile, m - begin)
-        _map_tile(rows, x, begin * n, out, begin * k, n, k, r, products, standardise, parts, space)
+        _map_tile(rows, x, begin * n, out, begin * k, given, room)
 
 
 @kernel
-def mapped_normal_range(
-    start, stop, tile, drawn, out, n, k, r, products, standardise, parts, space, first_row, step, stream, keys, words,
-    z, segments,
-):  # fmt: skip
+def mapped_normal_range(start, stop, drawn, out, given, room, law, noise):
     """`map_range` of normals (m, n), of which a tile is drawn into the workspace `drawn` at a time."""
+    given, room, law, noise = Map(*given), MapRoom(*room), Law(*law), Room(*noise)
+    tile, n, k = given.tile, given.n, given.k
     m = len(out) // k
     for begin in range(start * tile, min(stop * tile, m), tile):
         rows = min(tile, m - begin)
-        first = first_row + np.uint64(begin)
+        here = law_at(law, law.first_row + np.uint64(begin), law.step)
         for chunk in range(chunks_of(rows, n)):
-            for s in range(draw_chunk(chunk, rows, n, first, step, stream, keys, words, z, segments)):
-                to, length, at = segments[s]
-                target, source = drawn[to : to + length], z[at : at + length]
+            for s in range(draw_chunk(chunk, rows, n, here, noise)):
+                to, length, at = noise.segments[s]
+                target, source = drawn[to : to + length], noise.z[at : at + length]
                 for j in range(length):
                     target[j] = source[j]
-        _map_tile(rows, drawn, 0, out, begin * k, n, k, r, products, standardise, parts, space)
+        _map_tile(rows, drawn, 0, out, begin * k, given, room)

@@ -3,7 +3,8 @@
 A *script* is a list of phases, a phase a list of tasks, a task a compiled kernel with its arguments, whose first two
 are a range of items. All threads take pieces of a phase, in order, and begin the next phase when every piece is done.
 
-A kernel is called by its address with 64-bit words: what Numba makes of arrays (pointers and lengths) and integers.
+A kernel is called by its address with 64-bit words: what Numba makes of arrays (pointers and lengths) and integers;
+a named tuple is passed as its fields.
 Every task is called with `WORDS` of them. The calling conventions of our platforms pass such words in registers and
 then on the stack, where the caller removes them, so that a kernel does not see those beyond its own.
 
@@ -18,7 +19,7 @@ import platform
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
@@ -215,12 +216,26 @@ def meet(board, helpers):
 
 
 def kind_of(value):
-    """What decides the type of an argument of a task: kind and dimensions of an array, or of an integer none."""
+    """What decides the type of an argument of a task: kind and dimensions of an array, or of an integer none.
+
+    Of a named tuple its class, and the kinds of its fields.
+    """
+    if isinstance(value, tuple):
+        return (type(value), *map(kind_of, value))
     return (value.dtype.str, value.ndim) if isinstance(value, np.ndarray) else None
 
 
+def arrays_of(value):
+    """The arrays that are passed as an argument."""
+    if isinstance(value, tuple):
+        return [array for field in value for array in arrays_of(field)]
+    return [value] if isinstance(value, np.ndarray) else []
+
+
 def words_of(value):
-    """The words that pass an array or an integer to a kernel."""
+    """The words that pass an array, an integer, or a named tuple of these to a kernel."""
+    if isinstance(value, tuple):
+        return [word for field in value for word in words_of(field)]
     if not isinstance(value, np.ndarray):
         return [int(value)]
     if not value.flags.c_contiguous:
@@ -228,15 +243,18 @@ def words_of(value):
     return [0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides]
 
 
+def _type_of(kind):
+    if kind is None:
+        return types.int64
+    first, *rest = kind
+    if isinstance(first, str):
+        return types.Array(from_dtype(np.dtype(first)), *rest, "C")
+    return types.BaseTuple.from_types([_type_of(field) for field in rest], first)
+
+
 def address_of(function, kinds):
     """Compile a kernel for arguments of these kinds, or find it compiled, and return its address."""
-    dtypes = {kind[0]: np.dtype(kind[0]) for kind in kinds if kind}
-    from numba import from_dtype
-
-    signature = tuple(
-        types.int64 if kind is None else types.Array(from_dtype(dtypes[kind[0]]), kind[1], "C") for kind in kinds
-    )
-    signature = (types.int64, types.int64, *signature)
+    signature = (types.int64, types.int64, *map(_type_of, kinds))
     function.compile(types.void(*signature))
     compiled = function.overloads[signature]
     return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)

@@ -9,13 +9,15 @@ Layers come as rows of an int64 table with the columns INPUTS ... Y; all numbers
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from fastdiff.backends.protocol import LEAKY_SLOPE
 from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.gemm import TILES, gemm, gemm_bias, host_width
 from fastdiff.kernels.cpu.jit import atomic_load, atomic_store, atomic_take, kernel, part
-from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, _words, chunks_of, draw, draw_chunk
+from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, SHIFT, Law, Room, _words, chunks_of, draw, draw_chunk, law_at
 from fastdiff.kernels.cpu.step import S, apply_row
 from fastdiff.kernels.cpu.transpose import transpose_into
 
@@ -40,9 +42,93 @@ UNIT = np.ones(1, F)  # with distances 0 a matrix of ones, whose product is a su
 LANES = TILES[host_width()][0]
 
 
+class Network(NamedTuple):
+    """Layers with their weights, and W^T of each; the row of timestep t in the time table is slots[t].
+
+    `linear` has the basis of the linear part, its transpose, the gains of all timesteps, and where the basis is not
+    complete their rest; it is empty where there is none.
+    """
+
+    layers: Any
+    params: Any
+    transposed: Any
+    table: Any
+    width: int
+    slots: Any
+    linear: Any
+    rank: int
+
+
+class Asked(NamedTuple):
+    """What is asked of all samples, flat, its columns, and the offset of their W.
+
+    Besides room for TILE rows of the time table, the numbers 0 to TILE - 1, and how many of the columns, the last ones,
+    are what is known.
+    """
+
+    values: Any
+    columns: int
+    weight: int
+    room: Any
+    own: Any
+    known: int
+
+
+class Chain(NamedTuple):
+    """A sampler's table: T ... EVALUATES and the numbers of its rows, and how far back they reach.
+
+    There may be weights of guidance, and levels at which what is known is held: one a row, else none.
+    """
+
+    steps: Any
+    numbers: Any
+    depth: int
+    weights: Any
+    levels: Any
+
+
+class Turned(NamedTuple):
+    """Room for a tile of `asked_chain_range`, feature by feature: what is asked, state, and guided output."""
+
+    asked: Any
+    state: Any
+    output: Any
+
+
+class Given(NamedTuple):
+    """A batch with its targets, flat; dx takes the gradient of x."""
+
+    x: Any
+    targets: Any
+    dx: Any
+
+
+class Batch(NamedTuple):
+    """Samples of a training step: rows of the data and timesteps, the tables of both (`_draw_tile`), how many there
+    are, and what besides their numbers is the law of their noise."""
+
+    data: Any
+    indices: Any
+    t: Any
+    tables: Any
+    size: int
+    step: int
+    stream: int
+    keys: Any
+
+
+class Sums(NamedTuple):
+    """Gradients of W and bias, of rows of the time table, and the sum of squared errors: of a tile or of a batch."""
+
+    grads: Any
+    times: Any
+    loss: Any
+
+
 @kernel
-def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
+def _modulate_activate(rows, layer, arena, params, times):
     """u = x W + bias and y = act((1 + gain) u + shift), in the arena, for the rows of a tile."""
+    table, width, slots, t = times
     inputs, n, mode, act, column = layer[INPUTS], layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
     gemm_bias(
         arena, layer[U], n, arena, layer[X], inputs, 1, params, layer[WEIGHT], n, rows, n, inputs, params, layer[BIAS],
@@ -81,13 +167,9 @@ def _modulate_activate(rows, layer, arena, params, table, width, slots, t):
 
 
 @kernel
-def _linear_part(rows, d, x, x_at, y, y_at, add, arena, steps, t, linear):
-    """y = B_t x of a tile's rows, or y += it; at the end of the arena there is room for TILE rows of x basis.
-
-    `linear` is an array and the rank. The array has the basis, its transpose, the gains of all timesteps, and where the
-    basis is not complete their rest.
-    """
-    packed, rank = linear
+def _linear_part(rows, net, x, x_at, y, y_at, add, arena, t):
+    """y = B_t x of a tile's rows, or y += it; at the end of the arena there is room for TILE rows of x basis."""
+    packed, rank, d, steps = net.linear, net.rank, net.layers[0, INPUTS], len(net.slots)
     at, gains = len(arena) - TILE * rank, 2 * d * rank
     gemm(arena, at, rank, x, x_at, d, 1, packed, 0, rank, rows, rank, d, False)
     for i in range(rows):
@@ -104,9 +186,10 @@ def _linear_part(rows, d, x, x_at, y, y_at, add, arena, steps, t, linear):
 
 
 @kernel
-def _linear_part_columns(rows, d, arena, x_at, y_at, steps, step, linear):
+def _linear_part_columns(rows, net, arena, step):
     """`_linear_part` added to a tile that is stored feature by feature and whose rows share a timestep."""
-    packed, rank = linear
+    packed, rank, d, steps = net.linear, net.rank, net.layers[0, INPUTS], len(net.slots)
+    x_at, y_at = net.layers[0, X], net.layers[-1, Y]
     at, gains = len(arena) - TILE * rank, 2 * d * rank
     gemm(arena, at, rows, packed, 0, 1, rank, arena, x_at, rows, rank, rows, d, False)
     for j in range(rank):
@@ -123,38 +206,37 @@ def _linear_part_columns(rows, d, arena, x_at, y_at, steps, step, linear):
 
 
 @kernel
-def _times(rows, first, asked, params, table, width, slots, t):
-    """Where a tile's rows of the time table are: table, slots, and the rows' places in these, as t is in others.
+def _times(rows, first, asked, net, t):
+    """Where a tile's rows of the time table are: (table, width, slots, places); that of row i is slots[places[i]].
 
-    `asked` is what is asked of all samples, flat, its columns, the offset of their W, room for TILE rows of the table,
-    the numbers 0 to TILE - 1, and how many of the columns, the last ones, are what is known. With columns a row is that
-    of its timestep, plus what is asked times W.
+    They are those of their timesteps, plus what is asked times W where anything is.
     """
+    if asked.columns == 0:  # first: every array taken out of a tuple is a reference to count
+        return net.table, net.width, net.slots, t
+    table, width, slots = net.table, net.width, net.slots
     values, columns, weight, room, own, _ = asked
-    if columns == 0:
-        return table, slots, t
     gemm(
-        room, 0, width, values, first * columns, columns, 1, params, weight, width, rows, width, columns, False,
+        room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
     )  # fmt: skip
     for i in range(rows):
         at = slots[t[i]] * width
         source, row = table[at : at + width], room[i * width : (i + 1) * width]
         for j in range(width):
             row[j] = source[j] + row[j]
-    return room, own, own[:rows]
+    return room, width, own, own[:rows]
 
 
 @kernel
-def forward_tile(rows, layers, arena, params, table, width, slots, places, linear, steps, t):
+def forward_tile(rows, net, arena, times, t, whole):
     """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]].
 
-    Table, slots and places are as `_times` returns them. The linear part, where there is one, is added.
+    `times` is what `_times` returns. The linear part is added where there is one, and the network is wanted `whole`.
     """
+    layers, params = net.layers, net.params
     for k in range(len(layers)):
-        _modulate_activate(rows, layers[k], arena, params, table, width, slots, places)
-    if len(linear[0]) > 0:
-        d = layers[0, INPUTS]
-        _linear_part(rows, d, arena, layers[0, X], arena, layers[-1, Y], True, arena, steps, t, linear)
+        _modulate_activate(rows, layers[k], arena, params, times)
+    if whole and len(net.linear) > 0:
+        _linear_part(rows, net, arena, layers[0, X], arena, layers[-1, Y], True, arena, t)
 
 
 @kernel
@@ -164,16 +246,17 @@ def _copy(target, source, count):
 
 
 @kernel
-def forward_range(start, stop, x, y, t, layers, params, table, width, slots, linear, asked, arena):
+def forward_range(start, stop, x, y, t, net, asked, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
+    net, asked = Network(*net), Asked(*asked)
+    layers = net.layers
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
         times = t[begin : begin + rows]
-        here, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
-        forward_tile(rows, layers, arena, params, here, width, slot, places, linear, len(slots), times)
+        forward_tile(rows, net, arena, _times(rows, begin, asked, net, times), times, True)
         _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
@@ -186,7 +269,7 @@ def _forget(memory, count):
 @kernel
 def _hold(rows, first, d, x, level, asked):
     """Change what is known of a tile's rows x, flat, to `level` times the known values."""
-    values, columns = asked[0], asked[1]
+    values, columns = asked.values, asked.columns
     for i in range(rows):
         known = values[(first + i) * columns + columns - 2 * d : (first + i + 1) * columns]
         for j in range(d):
@@ -195,14 +278,14 @@ def _hold(rows, first, d, x, level, asked):
 
 
 @kernel
-def chain_few(
-    x, steps, numbers, depth, layers, params, table, width, slots, linear, asked, levels, first_row, stream,
-    keys, words, z, segments, arena, memory, t,
-):  # fmt: skip
+def chain_few(x, chain, net, asked, law, room, arena, memory, t):
     """All rows of a sampler's table on at most TILE samples x (n, D), flat, sample by sample.
 
-    Where there are `levels`, one a row, what is known is held.
+    Where the chain has levels, what is known is held. The law is that of the first row, at any step.
     """
+    net, asked, law, room = Network(*net), Asked(*asked), Law(*law), Room(*room)
+    layers, z, segments = net.layers, room.z, room.segments
+    steps, numbers, depth, _, levels = chain
     d = layers[0, INPUTS]
     rows = len(x) // d
     m1, m2, m3 = memory[0], memory[1], memory[2]
@@ -216,14 +299,14 @@ def chain_few(
             if len(levels) > 0:
                 _hold(rows, 0, d, x, levels[r], asked)
             _copy(arena[layers[0, X] :], x, rows * d)
-            here, slot, places = _times(rows, 0, asked, params, table, width, slots, t[:rows])
-            forward_tile(rows, layers, arena, params, here, width, slot, places, linear, len(slots), t[:rows])
-        row, step = numbers[r], steps[r, STEP]
+            forward_tile(rows, net, arena, _times(rows, 0, asked, net, t[:rows]), t[:rows], True)
+        row = numbers[r]
         if row[S] == ZERO:
             apply_row(0, rows * d, x, out, m1, m2, m3, z, 0, row, keep)
             continue
+        here = law_at(law, law.first_row, steps[r, STEP])
         for chunk in range(chunks_of(rows, d)):
-            for k in range(draw_chunk(chunk, rows, d, first_row, step, stream, keys, words, z, segments)):
+            for k in range(draw_chunk(chunk, rows, d, here, room)):
                 a, length, at = segments[k]
                 apply_row(a, a + length, x, out, m1, m2, m3, z, at, row, keep)
 
@@ -264,19 +347,19 @@ def _modulate_activate_columns(rows, layer, arena, params, table, at):
 
 
 @kernel
-def chain_range(
-    start, stop, x, steps, numbers, depth, layers, params, table, width, slots, linear, first_row,
-    stream, keys, words, z, arena, memory,
-):  # fmt: skip
+def chain_range(start, stop, x, chain, net, law, room, arena, memory):
     """All rows of a sampler's table on the tiles start ... stop - 1 of x (n, D), flat, with the bits of `chain_few`.
 
     A tile is stored feature by feature, so the samples are the vector lanes: no lane is wasted whatever the widths of
     the layers, and noise is drawn in the order in which it is used. A tile is turned once before the chain and once
     after it.
     """
+    net, law, room = Network(*net), Law(*law), Room(*room)
+    layers, params, table, slots = net.layers, net.params, net.table, net.slots
+    steps, numbers, depth, _, _ = chain
     d = layers[0, INPUTS]
     n = len(x) // d
-    m1, m2, m3 = memory[0], memory[1], memory[2]
+    kept = memory[0], memory[1], memory[2]
     for tile in range(start, stop):
         begin = tile * CHAIN_TILE
         rows = min(CHAIN_TILE, n - begin)
@@ -287,7 +370,7 @@ def chain_range(
         state = arena[at : at + d * rows]
         out = arena[layers[-1, Y] : layers[-1, Y] + d * rows]
         _forget(memory[:depth], d * rows)
-        first = first_row + np.uint64(begin)
+        first = law.first_row + np.uint64(begin)
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
@@ -299,20 +382,20 @@ def chain_range(
                         arena, layer[Y], rows, params, layer[WEIGHT], 1, outputs, arena, layer[X], rows,
                         outputs, rows, inputs, False,
                     )  # fmt: skip
-                    _modulate_activate_columns(rows, layer, arena, params, table, slots[t] * width)
-                if len(linear[0]) > 0:
-                    _linear_part_columns(rows, d, arena, at, layers[-1, Y], len(slots), t, linear)
-            _apply_columns(
-                rows, d, state, out, m1, m2, m3, numbers[r], keep, first, steps[r, STEP], stream, keys, words, z
-            )
+                    _modulate_activate_columns(rows, layer, arena, params, table, slots[t] * net.width)
+                if len(net.linear) > 0:
+                    _linear_part_columns(rows, net, arena, t)
+            here = law_at(law, first, steps[r, STEP])
+            _apply_columns(rows, d, state, out, kept, numbers[r], keep, here, room)
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]
 
 
 @kernel
-def _apply_columns(rows, d, state, out, m1, m2, m3, row, keep, first, step, stream, keys, words, z):
-    """A row of a table on a tile that is stored feature by feature."""
+def _apply_columns(rows, d, state, out, memory, row, keep, law, room):
+    """A row of a table on a tile that is stored feature by feature; `memory` is m1, m2 and m3."""
+    z, (m1, m2, m3) = room.z, memory
     if row[S] == ZERO:
         apply_row(0, d * rows, state, out, m1, m2, m3, z, 0, row, keep)
         return
@@ -320,7 +403,7 @@ def _apply_columns(rows, d, state, out, m1, m2, m3, row, keep, first, step, stre
     together = CHUNK // rows  # blocks of all rows that are drawn at once
     for block in range(0, blocks, together):
         count = min(together, blocks - block)
-        draw(count * rows, block, first, rows, True, step, stream, keys, words, z)
+        draw(count * rows, block, law.first_row, rows, True, law.step, law.stream, law.keys, room.words, z)
         for quarter in range(4):
             a = (block + quarter * blocks) * rows
             b = min(a + count * rows, d * rows)
@@ -347,45 +430,44 @@ def _modulate_activate_asked(lanes, layer, arena, params, table, at, room):
 
 
 @kernel
-def asked_chain_range(
-    start, stop, x, steps, numbers, weights, depth, layers, params, table, width, slots, linear, asked, levels,
-    first_row, stream, keys, words, z, arena, memory, turned, held, mixed,
-):  # fmt: skip
-    """`chain_range` of a network that is asked for something, guided where there are `weights`, one a row.
+def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memory, turned):
+    """`chain_range` of a network that is asked for something, guided where the chain has weights.
 
     Samples of a guided tile come twice, asked and not, side by side in the lanes: half as many samples, and every row
-    of a table whose weight is not 1 takes u + w (c - u). What is known is told to both, and where there are `levels`,
-    one a row, it is held. `turned` has room for what is asked of a tile, `held` for its
-    state, and `mixed` for its guided output.
+    of a table whose weight is not 1 takes u + w (c - u). What is known is told to both, and where the chain has levels,
+    it is held.
     """
-    values, columns, weight, room, _, known = asked
+    net, law, room, turned = Network(*net), Law(*law), Room(*room), Turned(*turned)
+    values, columns, weight, times, _, known = asked
+    layers, params, table, width, slots = net.layers, net.params, net.table, net.width, net.slots
+    steps, numbers, depth, weights, levels = chain
     d = layers[0, INPUTS]
     n = len(x) // d
-    m1, m2, m3 = memory[0], memory[1], memory[2]
+    kept = memory[0], memory[1], memory[2]
     size = CHAIN_TILE // 2 if len(weights) > 0 else CHAIN_TILE
     for tile in range(start, stop):
         begin = tile * size
         rows = min(size, n - begin)
         for i in range(rows):
             for j in range(d):
-                held[j * rows + i] = x[(begin + i) * d + j]
+                turned.state[j * rows + i] = x[(begin + i) * d + j]
         # Of lanes with their neighbours that are not asked, and alone.
         double = 2 * rows if len(weights) > 0 else 0
-        alone, beside = room[: rows * width], room[rows * width : (rows + double) * width]
+        alone, beside = times[: rows * width], times[rows * width : (rows + double) * width]
         for lanes in (rows, double):
             for j in range(columns if lanes > 0 else 0):
                 for i in range(rows):
-                    turned[j * lanes + i] = values[(begin + i) * columns + j]
+                    turned.asked[j * lanes + i] = values[(begin + i) * columns + j]
                 for i in range(rows, lanes):
                     told = values[(begin + i - rows) * columns + j]
-                    turned[j * lanes + i] = told if j >= columns - known else ZERO
+                    turned.asked[j * lanes + i] = told if j >= columns - known else ZERO
             if lanes > 0:
                 to = alone if lanes == rows else beside
-                gemm(to, 0, lanes, params, weight, 1, width, turned, 0, lanes, width, lanes, columns, False)
-        state = held[: d * rows]
+                gemm(to, 0, lanes, params, weight, 1, width, turned.asked, 0, lanes, width, lanes, columns, False)
+        state = turned.state[: d * rows]
         _forget(memory[:depth], d * rows)
-        first = first_row + np.uint64(begin)
-        out = mixed[: d * rows]
+        first = law.first_row + np.uint64(begin)
+        out = turned.output[: d * rows]
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
@@ -410,8 +492,8 @@ def asked_chain_range(
                     asked_here = beside if both else alone
                     _modulate_activate_asked(lanes, layer, arena, params, table, slots[t] * width, asked_here)
                 y = layers[-1, Y]
-                if len(linear[0]) > 0:
-                    _linear_part_columns(lanes, d, arena, layers[0, X], y, len(slots), t, linear)
+                if len(net.linear) > 0:
+                    _linear_part_columns(lanes, net, arena, t)
                 if both:
                     for j in range(d):
                         c, u = arena[y + j * lanes : y + j * lanes + rows], arena[y + j * lanes + rows :]
@@ -420,9 +502,8 @@ def asked_chain_range(
                             to[i] = (c[i] - u[i]) * weights[r] + u[i]
                 else:
                     _copy(out, arena[y:], d * rows)
-            _apply_columns(
-                rows, d, state, out, m1, m2, m3, numbers[r], keep, first, steps[r, STEP], stream, keys, words, z
-            )
+            here = law_at(law, first, steps[r, STEP])
+            _apply_columns(rows, d, state, out, kept, numbers[r], keep, here, room)
         for i in range(rows):
             for j in range(d):
                 x[(begin + i) * d + j] = state[j * rows + i]
@@ -491,8 +572,9 @@ def _gradient_place(layer, width, dtime, other):
 
 
 @kernel
-def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, partial):
+def _layer_backward(rows, layer, arena, dy, times, dtime, partial):
     """dy becomes du, in place; fills the tile's rows of dtime, and the bias gradient in `partial`."""
+    table, width, slots, t = times
     n, mode, act, column = layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
     us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
     if act == LEAKY:
@@ -527,8 +609,9 @@ def _layer_backward(rows, layer, arena, dy, table, width, slots, t, dtime, parti
 
 
 @kernel
-def _times_slope(rows, layer, arena, d, table, width, slots, t):
+def _times_slope(rows, layer, arena, d, times):
     """d (rows, outputs) times dy / du = act'(v) (1 + gain) of a layer that has run on the tile."""
+    table, width, slots, t = times
     n, mode, act, column = layer[OUTPUTS], layer[MODE], layer[ACTIVATION], layer[COLUMN]
     us, ys = arena[layer[U] : layer[U] + rows * n], arena[layer[Y] : layer[Y] + rows * n]
     if act == LEAKY:
@@ -553,69 +636,68 @@ def _times_slope(rows, layer, arena, d, table, width, slots, t):
 
 
 @kernel
-def vjp_range(
-    start, stop, x, t, dy, dx, y, layers, params, transposed, table, width, slots, linear, nothing, asked,
-    arena, d_in, d_out
-):  # fmt: skip
+def vjp_range(start, stop, x, t, dy, dx, y, net, asked, arena, deltas):
     """Tiles start ... stop - 1: dx = J^T dy, the layers running once for all dy (k, n, outputs) of a tile.
 
-    Everything is flat; `nothing` is a linear part that there is not; y takes the output, unless it is empty.
+    Everything is flat; y takes the output, unless it is empty.
     """
+    net, asked = Network(*net), Asked(*asked)
+    layers, d_in, d_out = net.layers, deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
-        forward_tile(rows, layers, arena, params, own, width, slot, places, nothing, len(slots), times)
+        own = _times(rows, begin, asked, net, times)
+        forward_tile(rows, net, arena, own, times, False)
         if len(y) > 0:
             _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
-            if len(linear[0]) > 0:
-                _linear_part(rows, d, x, begin * d, y, begin * e, True, arena, len(slots), times, linear)
+            if len(net.linear) > 0:
+                _linear_part(rows, net, x, begin * d, y, begin * e, True, arena, times)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dy[first * e :], rows * e)
             for k in range(len(layers) - 1, -1, -1):
                 inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
-                _times_slope(rows, layers[k], arena, here, own, width, slot, places)
+                _times_slope(rows, layers[k], arena, here, own)
                 gemm(
-                    other, 0, inputs, here, 0, outputs, 1, transposed, layers[k, WEIGHT], inputs, rows, inputs,
+                    other, 0, inputs, here, 0, outputs, 1, net.transposed, layers[k, WEIGHT], inputs, rows, inputs,
                     outputs, False,
                 )  # fmt: skip
                 here, other = other, here
             _copy(dx[first * d :], here, rows * d)
-            if len(linear[0]) > 0:
-                _linear_part(rows, d, dy, first * d, dx, first * d, True, arena, len(slots), times, linear)
+            if len(net.linear) > 0:
+                _linear_part(rows, net, dy, first * d, dx, first * d, True, arena, times)
 
 
 @kernel
-def jvp_range(
-    start, stop, x, t, dx, dy, layers, params, table, width, slots, linear, nothing, asked, arena, d_in, d_out
-):  # fmt: skip
+def jvp_range(start, stop, x, t, dx, dy, net, asked, arena, deltas):
     """Tiles start ... stop - 1: dy = J dx, the layers running once for all dx (k, n, inputs) of a tile."""
+    net, asked = Network(*net), Asked(*asked)
+    layers, d_in, d_out = net.layers, deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
-        forward_tile(rows, layers, arena, params, own, width, slot, places, nothing, len(slots), times)
+        own = _times(rows, begin, asked, net, times)
+        forward_tile(rows, net, arena, own, times, False)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dx[first * d :], rows * d)
             for k in range(len(layers)):
                 inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
                 gemm(
-                    other, 0, outputs, here, 0, inputs, 1, params, layers[k, WEIGHT], outputs, rows, outputs, inputs,
-                    False,
+                    other, 0, outputs, here, 0, inputs, 1, net.params, layers[k, WEIGHT], outputs, rows, outputs,
+                    inputs, False,
                 )  # fmt: skip
-                _times_slope(rows, layers[k], arena, other, own, width, slot, places)
+                _times_slope(rows, layers[k], arena, other, own)
                 here, other = other, here
             _copy(dy[first * e :], here, rows * e)
-            if len(linear[0]) > 0:
-                _linear_part(rows, d, dx, first * d, dy, first * d, True, arena, len(slots), times, linear)
+            if len(net.linear) > 0:
+                _linear_part(rows, net, dx, first * d, dy, first * d, True, arena, times)
 
 
 @kernel
@@ -638,17 +720,17 @@ def _weight_gradient(rows, layer, arena, dy, partial, spare):
 
 
 @kernel
-def _draw_tile(
-    begin, rows, d, data, indices, t, tables, x, target, step, stream, keys, words, z, segments
-):  # fmt: skip
+def _draw_tile(begin, rows, d, batch, x, target, room):
     """Draw a tile's noise; x = signal x0 + noise eps, target = target_noise eps + target_data x0.
 
     Rows of data with more than d values have behind x0 what is added to the target.
     """
+    data, indices, t, tables, z = batch.data, batch.indices, batch.t, batch.tables, room.z
     masked = data.shape[1] > d
+    law = Law(np.uint64(begin), batch.step, batch.stream, batch.keys)
     for chunk in range(chunks_of(rows, d)):
-        for k in range(draw_chunk(chunk, rows, d, np.uint64(begin), step, stream, keys, words, z, segments)):
-            at, length, source = segments[k]
+        for k in range(draw_chunk(chunk, rows, d, law, room)):
+            at, length, source = room.segments[k]
             end = at + length
             while at < end:
                 i = at // d
@@ -670,38 +752,35 @@ def _draw_tile(
 
 
 @part
-def gradient_tile(
-    tile, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
-    beside, dtime, partial, loss, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
-):  # fmt: skip
+def gradient_tile(tile, drawn, given, batch, net, asked, sums, room, arena, deltas):
     """One tile of a training step: draws, forward, loss, backward.
 
-    With `given`, x and targets hold the batch and dx takes the gradient of x; else the batch is drawn from `data`.
-    `partial` becomes the gradient of W and bias, loss[0] the sum of squared errors, `dtime` the gradients of the
-    tile's rows of the time table. A fifth table, where there is one, weights a row's squared errors by its timestep.
-    `beside` holds the linear part and what is asked of the batch.
+    The batch is `drawn`, or it is given at the timesteps batch.t. The sums become those of the tile. A fifth table,
+    where there is one, weights a row's squared errors by its timestep.
     """
-    linear, asked = beside
+    layers, width, tables = net.layers, net.width, batch.tables
+    partial, dtime, loss = sums
+    target, d_in, d_out = deltas[0], deltas[1], deltas[2]
     d, e = layers[0, INPUTS], layers[-1, OUTPUTS]
-    scale = TWO / F(batch * e)
+    scale = TWO / F(batch.size * e)
     loss[0] = 0.0
     begin = tile * TILE
-    rows = min(TILE, batch - begin)
+    rows = min(TILE, batch.size - begin)
     at = layers[0, X]
-    if given:
-        _copy(arena[at:], x[begin * d :], rows * d)
-        _copy(target, targets[begin * e :], rows * e)
+    if drawn:
+        _draw_tile(begin, rows, d, batch, arena[at:], target, room)
     else:
-        _draw_tile(begin, rows, d, data, indices, t, tables, arena[at:], target, step, stream, keys, words, z, segments)
-    times = t[begin : begin + rows]
-    for i in range(rows if asked[5] > 0 and not given else 0):
-        known = asked[0][(begin + i + 1) * asked[1] - 2 * d : (begin + i + 1) * asked[1]]
+        _copy(arena[at:], given.x[begin * d :], rows * d)
+        _copy(target, given.targets[begin * e :], rows * e)
+    times = batch.t[begin : begin + rows]
+    for i in range(rows if asked.known > 0 and drawn else 0):
+        known = asked.values[(begin + i + 1) * asked.columns - 2 * d : (begin + i + 1) * asked.columns]
         for j in range(d):
             if known[d + j] != ZERO:
                 arena[at + i * d + j] = tables[0, times[i]] * known[j]
                 target[i * d + j] = np.nan
-    own, slot, places = _times(rows, begin, asked, params, table, width, slots, times)
-    forward_tile(rows, layers, arena, params, own, width, slot, places, linear, len(slots), times)
+    own = _times(rows, begin, asked, net, times)
+    forward_tile(rows, net, arena, own, times, True)
 
     # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
     last = len(layers) - 1
@@ -716,8 +795,8 @@ def gradient_tile(
         for j in range(e):
             slopes[j] *= weight
             errors[j] *= weight
-    if given and len(linear[0]) > 0:
-        _linear_part(rows, d, dy, 0, dx, begin * d, False, arena, len(slots), times, linear)
+    if not drawn and len(net.linear) > 0:
+        _linear_part(rows, net, dy, 0, given.dx, begin * d, False, arena, times)
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)
     for j in range(e):
         loss[0] += np.float64(sums[j])
@@ -725,20 +804,21 @@ def gradient_tile(
     for k in range(last, -1, -1):
         layer, spare = layers[k], d_in if k % 2 else d_out
         n, m = layer[INPUTS], layer[OUTPUTS]
-        _layer_backward(rows, layer, arena, dy, own, width, slot, places, dtime, partial)
+        _layer_backward(rows, layer, arena, dy, own, dtime, partial)
         _weight_gradient(rows, layer, arena, dy, partial, spare)
-        if k > 0 or given:
+        if k > 0 or not drawn:
             dnext = _gradient_place(layers[k - 1], width, dtime, spare) if k > 0 else spare
-            gemm(dnext, 0, n, dy, 0, m, 1, transposed, layer[WEIGHT], n, rows, n, m, False)
+            gemm(dnext, 0, n, dy, 0, m, 1, net.transposed, layer[WEIGHT], n, rows, n, m, False)
             dy = dnext
-    values, columns, weight = asked[0], asked[1], asked[2]
+    columns = asked.columns
     if columns > 0:
         gemm(
-            partial, weight, width, values, begin * columns, 1, columns, dtime, 0, width, columns, width, rows, False,
+            partial, asked.weight, width, asked.values, begin * columns, 1, columns, dtime, 0, width, columns, width,
+            rows, False,
         )  # fmt: skip
-    if given:
-        to = dx[begin * d : (begin + rows) * d]
-        if len(linear[0]) > 0:
+    if not drawn:
+        to = given.dx[begin * d : (begin + rows) * d]
+        if len(net.linear) > 0:
             for i in range(rows * d):
                 to[i] += dy[i]
         else:
@@ -761,30 +841,23 @@ def collect_tile(add, grads, partial, dtime, t, slots, dtable, width):
 
 
 @kernel
-def gradient_tiles(
-    held, turns, total, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table,
-    width, slots, beside, dtime, grads, summed, partial, dtable, loss, step, stream, keys, words, z, segments,
-    arena, target, d_in, d_out,
-):  # fmt: skip
+def gradient_tiles(held, turns, drawn, given, batch, net, asked, total, sums, room, arena, deltas):
     """Tiles of a training step, one after another until none is left; returns -1.
 
-    Threads that run this at once share turns [tile to take next, tile to add next], and `total`, the loss. A tile is
-    added to grads[:summed] and `dtable` when all before it are. Where that takes long, perhaps because the thread that
-    has them waits for a core, the tile's number is returned: call again with it as `held`, else -1. A negative
-    turns[1] ends all.
+    Threads that run this at once share turns [tile to take next, tile to add next], and `total`. A tile's sums are
+    added to it when all before them are. Where that takes long, perhaps because the thread that has them waits for a
+    core, the tile's number is returned: call again with it as `held`, else -1. A negative turns[1] ends all.
     """
-    tiles = (batch + TILE - 1) // TILE
+    given, batch, net, asked = Given(*given), Batch(*batch), Network(*net), Asked(*asked)
+    total, sums, room = Sums(*total), Sums(*sums), Room(*room)
+    tiles = (batch.size + TILE - 1) // TILE
     while True:
         if held < 0:
             held = atomic_take(turns, 0)
             if held >= tiles:
                 return -1
-            sums = partial if held > 0 else grads  # tile 0 needs no sum
-            gradient_tile(
-                held, given, x, targets, dx, data, indices, t, tables, batch, layers, params, transposed, table, width,
-                slots, beside, dtime, sums, loss, step, stream, keys, words, z, segments,
-                arena, target, d_in, d_out,
-            )  # fmt: skip
+            here = Sums(sums.grads if held > 0 else total.grads, sums.times, sums.loss)  # tile 0 needs no sum
+            gradient_tile(held, drawn, given, batch, net, asked, here, room, arena, deltas)
         patience = PATIENCE
         while atomic_load(turns, 1) != held:
             patience -= 1
@@ -792,25 +865,21 @@ def gradient_tiles(
                 return -1
             if patience == 0:
                 return held
-        times = t[held * TILE : min((held + 1) * TILE, batch)]
-        collect_tile(held > 0, grads[:summed], partial, dtime, times, slots, dtable, width)
-        total[0] += loss[0]
+        times = batch.t[held * TILE : min((held + 1) * TILE, batch.size)]
+        collect_tile(held > 0, total.grads, sums.grads, sums.times, times, net.slots, total.times, net.width)
+        total.loss[0] += sums.loss[0]
         atomic_store(turns, 1, held + 1)
         held = -1
 
 
 @kernel
-def gradient_share(
-    start, stop, first, nothing, data, indices, t, tables, batch, layers, params, transposed, table, width, slots,
-    beside, dtimes, partials, losses, step, stream, keys, words, z, segments, arena, target, d_in, d_out,
-):  # fmt: skip
+def gradient_share(start, stop, first, nothing, batch, net, asked, sums, room, arena, deltas):
     """Tiles first + start ... first + stop - 1 of a training step, each of which keeps its sums for itself."""
+    batch, net, asked, room = Batch(*batch), Network(*net), Asked(*asked), Room(*room)
+    nothing, sums = Given(*nothing), Sums(*sums)
     for at in range(start, stop):
-        gradient_tile(
-            first + at, False, nothing, nothing, nothing, data, indices, t, tables, batch, layers, params, transposed,
-            table, width, slots, beside, dtimes[at], partials[at], losses[at : at + 1], step, stream, keys, words, z,
-            segments, arena, target, d_in, d_out,
-        )  # fmt: skip
+        here = Sums(sums.grads[at], sums.times[at], sums.loss[at : at + 1])
+        gradient_tile(first + at, True, nothing, batch, net, asked, here, room, arena, deltas)
 
 
 @kernel

@@ -7,6 +7,7 @@ one loop they would not vectorise; a chunk's arrays stay in cache between the pa
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
@@ -48,6 +49,23 @@ INT = np.int32
 ROOT_BITS, EIGHTH = INT(SQRT_HALF_BITS), INT(1 << 21)
 I1, I2, I22, I23, I30 = INT(1), INT(2), INT(22), INT(23), INT(30)
 EIGHT = U(8)
+
+
+class Law(NamedTuple):
+    """Where noise comes from: a `fastdiff.noise.Draw`, with the keys of its seed."""
+
+    first_row: np.uint64
+    step: int
+    stream: int
+    keys: Any
+
+
+class Room(NamedTuple):
+    """What a thread draws in: words (4, CHUNK) uint32, z (WORKSPACE,) float32, segments (4, 3) int64."""
+
+    words: Any
+    z: Any
+    segments: Any
 
 
 @kernel
@@ -173,10 +191,16 @@ def draw(typingctx, count, first_block, first_row, run, along_rows, step, stream
 
 
 @kernel
-def draw_rows(rows, first_row, width, step, stream, keys, words, z):
+def law_at(law, first_row, step):
+    """The law of a draw that begins at another row, and at another step."""
+    return Law(first_row, step, law.stream, law.keys)
+
+
+@kernel
+def draw_rows(rows, first_row, width, law, room):
     """Draw `rows` whole rows of `width` values in at most CHUNK blocks; they lie in order from z[ORDERED]."""
-    blocks = (width + 3) // 4
-    draw(rows * blocks, 0, first_row, blocks, False, step, stream, keys, words, z)
+    z, blocks = room.z, (width + 3) // 4
+    draw(rows * blocks, 0, first_row, blocks, False, law.step, law.stream, law.keys, room.words, z)
     vectors = (blocks + LANES - 1) // LANES
     # Whole vectors are copied: what they overrun is written again by the next quarter or row.
     for row in range(rows):
@@ -199,24 +223,23 @@ def chunks_of(n, width):
 
 
 @kernel
-def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments):
-    """Draw one chunk of the normals of (n, width).
+def draw_chunk(chunk, n, width, law, room):
+    """Draw one chunk of the normals of (n, width) into room.z.
 
-    Fills `segments` (4, 3) int64 with (begin in the flat array, length, begin in z), and returns how many there are.
-    `words` (4, CHUNK) uint32 and z (WORKSPACE,) float32 are workspace.
+    Fills room.segments with (begin in the flat array, length, begin in z), and returns how many there are.
     """
-    blocks = (width + 3) // 4
+    segments, blocks = room.segments, (width + 3) // 4
     if blocks <= CHUNK:
         rows = CHUNK // blocks
         begin = chunk * rows
         rows = min(rows, n - begin)
-        draw_rows(rows, first_row + np.uint64(begin), width, step, stream, keys, words, z)
+        draw_rows(rows, law.first_row + np.uint64(begin), width, law, room)
         segments[0, 0], segments[0, 1], segments[0, 2] = begin * width, rows * width, ORDERED
         return 1
     per_row = (blocks + CHUNK - 1) // CHUNK
     row, block = chunk // per_row, (chunk % per_row) * CHUNK
-    count = min(CHUNK, blocks - block)
-    draw(count, block, first_row + np.uint64(row), CHUNK + 1, False, step, stream, keys, words, z)
+    count, first_row = min(CHUNK, blocks - block), law.first_row + np.uint64(row)
+    draw(count, block, first_row, CHUNK + 1, False, law.step, law.stream, law.keys, room.words, room.z)
     for quarter in range(4):
         column = block + quarter * blocks
         segments[quarter, 0] = row * width + column
@@ -226,11 +249,12 @@ def draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segment
 
 
 @kernel
-def normal_range(start, stop, out, n, width, first_row, step, stream, keys, words, z, segments):
+def normal_range(start, stop, out, n, width, law, room):
     """Fill the chunks start ... stop - 1 of the flat array `out` of (n, width) normals."""
+    law, room = Law(*law), Room(*room)
     for chunk in range(start, stop):
-        for k in range(draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments)):
-            begin, length, at = segments[k]
-            target, source = out[begin : begin + length], z[at : at + length]
+        for k in range(draw_chunk(chunk, n, width, law, room)):
+            begin, length, at = room.segments[k]
+            target, source = out[begin : begin + length], room.z[at : at + length]
             for j in range(length):
                 target[j] = source[j]

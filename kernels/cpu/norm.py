@@ -8,6 +8,7 @@ float32 for a few rows and in float64 beyond, always in the same order.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,20 @@ RUN = 32  # rows summed in float32
 LANES = 6  # rows of scratch
 
 ZERO, ONE = np.float32(0), np.float32(1)
+
+
+class Norm(NamedTuple):
+    """A norm with its modulation (n, 2, channels), which may be empty, and the statistics (n, groups, 2), all flat.
+
+    They are mean and 1 / deviation. Behind the norm there may be a SiLU.
+    """
+
+    gamma: Any
+    beta: Any
+    modulation: Any
+    stats: Any
+    groups: int
+    silu: bool
 
 
 @kernel
@@ -65,8 +80,9 @@ def _moments(image, length, mean, squares, lanes, totals):
 
 
 @kernel
-def _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels):
+def _affine(n, norm, rows, repeats, channels):
     """Rows 0, 1 and 2 of the scratch: v = (x - mean) scale + shift for image n, before SiLU."""
+    gamma, beta, modulation, stats, groups, _ = norm
     mean, scale, shift = rows[0, :channels], rows[1, :channels], rows[2, :channels]
     size = channels // groups
     for c in range(channels):
@@ -84,9 +100,9 @@ def _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels):
 
 
 @kernel
-def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, groups, eps, silu, rows, totals):
-    """Images start ... stop - 1; x, out, stats and modulation (may be empty) are flat, eps has one value."""
-    channels = len(gamma)
+def norm_range(start, stop, x, norm, out, pixels, eps, rows, totals):
+    """Images start ... stop - 1, and their statistics; x and out are flat, eps has one value."""
+    channels, stats, groups = len(norm.gamma), norm.stats, norm.groups
     size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
     length = repeats * channels
     count = np.float64(pixels * size)
@@ -109,13 +125,13 @@ def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, grou
             for c in range(g * size, (g + 1) * size):
                 total += totals[0, c]
             stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(total / count + eps[0]))
-        _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+        _affine(n, norm, rows, repeats, channels)
         scale, shift = rows[1, :length], rows[2, :length]
         to = out[n * pixels * channels : (n + 1) * pixels * channels]
         for at in range(0, len(image), length):
             end = min(at + length, len(image))
             row, y = image[at:end], to[at:end]
-            if silu:
+            if norm.silu:
                 for i in range(len(row)):
                     v = (row[i] - mean[i]) * scale[i] + shift[i]
                     y[i] = v * sigmoid(v)
@@ -125,20 +141,18 @@ def norm_range(start, stop, x, gamma, beta, out, stats, modulation, pixels, grou
 
 
 @kernel
-def norm_backward_range(
-    start, stop, dy, x, gamma, beta, stats, modulation, dx, sums, pixels, groups, silu, add, rows, totals, dv
-):  # fmt: skip
+def norm_backward_range(start, stop, dy, x, norm, dx, sums, pixels, add, rows, totals, dv):
     """Images start ... stop - 1; sums[n] (2, channels) takes the sums of dv and dv (x - mean) r over the pixels.
 
     dv has room for an image; totals is (2, channels). dx may be dy unless `add`.
     """
-    channels = len(gamma)
+    channels, stats, groups = len(norm.gamma), norm.stats, norm.groups
     size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
     length, whole = repeats * channels, pixels * channels
     count = np.float64(pixels * size)
     for n in range(start, stop):
         image, above = x[n * whole : (n + 1) * whole], dy[n * whole : (n + 1) * whole]
-        _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+        _affine(n, norm, rows, repeats, channels)
         mean, scale, shift = rows[0, :length], rows[1, :length], rows[2, :length]
         first, second = rows[3, :length], rows[4, :length]
         first[:] = ZERO
@@ -148,7 +162,7 @@ def norm_backward_range(
         for at in range(0, whole, length):
             end = min(at + length, whole)
             row, d, to = image[at:end], above[at:end], dv[at:end]
-            if silu:
+            if norm.silu:
                 for i in range(len(row)):
                     v = (row[i] - mean[i]) * scale[i] + shift[i]
                     g = sigmoid(v)
@@ -194,10 +208,9 @@ def norm_backward_range(
 
 
 @kernel
-def norm_tangent_range(
-    start, stop, dh, x, gamma, beta, modulation, dmodulation, stats, out, pixels, groups, silu, rows
-):  # fmt: skip
+def norm_tangent_range(start, stop, dh, x, norm, dmodulation, out, pixels, rows):
     """Images start ... stop - 1 of dv = (1 + gain) gamma dh + dgain u + dshift, through SiLU's derivative at v."""
+    gamma, beta, modulation, stats, groups, silu = norm
     channels = len(gamma)
     repeats = max(1, min(pixels, ROW // channels))
     length, whole = repeats * channels, pixels * channels
@@ -215,7 +228,7 @@ def norm_tangent_range(
         for k in range(3, 6):
             _repeat(rows[k, :channels], repeats - 1, rows[k, channels:])
         if not plain:
-            _affine(n, gamma, beta, modulation, stats, groups, rows, repeats, channels)
+            _affine(n, norm, rows, repeats, channels)
         mean, scale, shift = rows[0, :length], rows[1, :length], rows[2, :length]
         image, given = x[n * whole : (n + 1) * whole], dh[n * whole : (n + 1) * whole]
         to = out[n * whole : (n + 1) * whole]

@@ -119,15 +119,15 @@ def take_rows_backward(start, stop, dy, index, dtable, width):
 
 
 @kernel
-def dropout_range(start, stop, x, out, size, limit, scale, step, stream, first_block, first_row, keys, words):
+def dropout_range(start, stop, x, out, size, limit, scale, first_block, law, words):
     """Images start ... stop - 1 of `size` values: value j is dropped where word j % 4 of its block is below `limit`."""
     below, factor = np.uint64(limit), scale[0]
     for n in range(start, stop):
         for begin in range(0, size, 4 * CHUNK):
             count = min(4 * CHUNK, size - begin)
             blocks = (count + 3) // 4
-            row = np.uint64(first_row + n)
-            _words(blocks, first_block + begin // 4, row, CHUNK, False, step, stream, keys, words)
+            row = np.uint64(law.first_row + n)
+            _words(blocks, first_block + begin // 4, row, CHUNK, False, law.step, law.stream, law.keys, words)
             at = n * size + begin
             for word in range(4):
                 drawn, many = words[word], (count - word + 3) // 4

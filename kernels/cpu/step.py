@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from fastdiff.kernels.cpu.elementary import EXP_HIGH, EXP_LOW, exp
 from fastdiff.kernels.cpu.jit import export, kernel, load, part, store
-from fastdiff.kernels.cpu.noise import draw_chunk
+from fastdiff.kernels.cpu.noise import Law, Room, draw_chunk
 
 ZERO = np.float32(0)
 # Numbers of a row that is given to a kernel, in float32: those of the table, and the bounds of m.
@@ -18,19 +18,18 @@ X, OUT, M1, M2, M3, NOISE = range(6)
 
 
 @kernel
-def forward_noise_range(
-    start, stop, x0, t, signal, noise, out, eps, n, width, first_row, stream, keys, words, z, segments
-):
+def forward_noise_range(start, stop, x0, t, signal, noise, out, eps, n, width, law, room):
     """Chunks start ... stop - 1 of out = signal[t] x0 + noise[t] eps; x0, out and eps are flat (n width,)."""
+    law, room = Law(*law), Room(*room)
     for chunk in range(start, stop):
-        for k in range(draw_chunk(chunk, n, width, first_row, 0, stream, keys, words, z, segments)):
-            begin, length, at = segments[k]
+        for k in range(draw_chunk(chunk, n, width, law, room)):
+            begin, length, at = room.segments[k]
             end = begin + length
             while begin < end:  # row by row, each with its own t
                 row = begin // width
                 count = min(end, (row + 1) * width) - begin
                 a, b = signal[t[row]], noise[t[row]]
-                source, clean = z[at : at + count], x0[begin : begin + count]
+                source, clean = room.z[at : at + count], x0[begin : begin + count]
                 noisy, drawn = out[begin : begin + count], eps[begin : begin + count]
                 for j in range(count):
                     noisy[j] = a * clean[j] + b * source[j]
@@ -40,7 +39,8 @@ def forward_noise_range(
 
 
 @part
-def _apply(begin, end, x, out, m1, m2, m3, z, at, row, c1, c2, c3, s, depth):
+def _apply(begin, end, x, out, memory, z, at, row, c, s, depth):
+    (m1, m2, m3), (c1, c2, c3) = memory, c
     p, q, a, b, e, low, high = row[P], row[Q], row[A], row[B], row[E], row[LOW], row[HIGH]
     for j in range(begin, end):
         xj, oj = load(x, j, X), load(out, j, OUT)
@@ -89,13 +89,13 @@ def _apply_row(begin, end, x, out, m1, m2, m3, z, at, row, depth):
     # The last loop would do for all, but what it asks at every element makes it twice as long as the first.
     if depth == 0 and c1 == ZERO and c2 == ZERO and c3 == ZERO:
         if s == ZERO:
-            _apply(begin, end, x, out, x, x, x, x, at, row, ZERO, ZERO, ZERO, ZERO, 0)
+            _apply(begin, end, x, out, (x, x, x), x, at, row, (ZERO, ZERO, ZERO), ZERO, 0)
         else:
-            _apply(begin, end, x, out, x, x, x, z, at, row, ZERO, ZERO, ZERO, s, 0)
+            _apply(begin, end, x, out, (x, x, x), z, at, row, (ZERO, ZERO, ZERO), s, 0)
     elif depth == 1 and c2 == ZERO and c3 == ZERO:
-        _apply(begin, end, x, out, m1, m1, m1, z, at, row, c1, ZERO, ZERO, s, 1)
+        _apply(begin, end, x, out, (m1, m1, m1), z, at, row, (c1, ZERO, ZERO), s, 1)
     else:
-        _apply(begin, end, x, out, m1, m2, m3, z, at, row, c1, c2, c3, s, depth)
+        _apply(begin, end, x, out, (m1, m2, m3), z, at, row, (c1, c2, c3), s, depth)
 
 
 ROW_TYPES = (types.int64, types.int64, *[types.float32[::1]] * 6, types.int64, types.float32[::1], types.int64)
@@ -128,14 +128,13 @@ def scale_noise(z, v, r):
 
 
 @kernel
-def step_range(
-    start, stop, x, out, v, memory, row, depth, n, width, first_row, step, stream, keys, words, z, segments
-):  # fmt: skip
+def step_range(start, stop, x, out, v, memory, row, depth, n, width, law, room):
     """Chunks start ... stop - 1 of a sampler step on flat (n width,) arrays; see `apply_row`. `v` where r is not 0."""
-    m1, m2, m3 = memory
+    law, room, (m1, m2, m3) = Law(*law), Room(*room), memory
+    z = room.z
     for chunk in range(start, stop):
-        for k in range(draw_chunk(chunk, n, width, first_row, step, stream, keys, words, z, segments)):
-            begin, length, at = segments[k]
+        for k in range(draw_chunk(chunk, n, width, law, room)):
+            begin, length, at = room.segments[k]
             if row[R] != ZERO:
                 scale_noise(z[at:], v[begin : begin + length], row[R])
             apply_row(begin, begin + length, x, out, m1, m2, m3, z, at, row, depth)

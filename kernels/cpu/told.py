@@ -10,6 +10,7 @@ the others, so a sample's bits do not depend on its tile.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -39,12 +40,13 @@ from fastdiff.kernels.cpu.mlp import (
     STEP,
     WEIGHT,
     ZERO,
+    Network,
     T,
     X,
     Y,
     _forget,
 )  # fmt: skip
-from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, draw
+from fastdiff.kernels.cpu.noise import CHUNK, QUARTER, Law, Room, draw, law_at
 from fastdiff.kernels.cpu.step import S, apply_row
 
 LANES = 16  # samples that are solved for at once
@@ -56,6 +58,54 @@ P, Q, GAIN, TO_OUTPUT, LEAST2, FARTHEST = range(6)
 # output, or -1; its first layer and its last.
 NARROW, WIDE, WEIGHTS, SLOPES, FIRST_LAYER, LAST_LAYER = range(6)
 LANE, COUNT, OBSERVATION, FIRST = range(4)  # of a run of samples of one observation; FIRST is the row of its noise
+
+
+class Told(NamedTuple):
+    """Observations, and a table: `rows` has for each of its rows P ... FARTHEST.
+
+    Draw i is ``i % per`` of observation ``i // per``, whose first is sample `firsts` of it. Observations have rows of
+    `matrix`, or where that is empty `places`: m of each, like those of y and variance; and one of reach.
+    """
+
+    rows: Any
+    products: int
+    per: int
+    firsts: Any
+    matrix: Any
+    places: Any
+    y: Any
+    variance: Any
+    reach: Any
+    m: int
+
+
+class Back(NamedTuple):
+    """A backward pass: runs of layers NARROW ... LAST_LAYER, their weights, and where each layer's slopes begin."""
+
+    runs: Any
+    weights: Any
+    ends: Any
+
+
+class Matrices(NamedTuple):
+    """The matrices A (m, d) of a tile's lanes: those of its runs, `count` of them, or each lane's places (m, TILE)."""
+
+    m: int
+    d: int
+    matrix: Any
+    places: Any
+    runs: Any
+    count: int
+
+
+class Space(NamedTuple):
+    """A thread's: of the memory, of gradients of a tile's layers, and what `chain_told` cuts out of the rest."""
+
+    memory: Any
+    deltas: Any
+    f32: Any
+    f64: Any
+    places: Any
 
 
 def _products(sign):
@@ -200,10 +250,10 @@ def backward_weights(layers, back, params, weights, product, spare):
 
 
 @kernel
-def _backward(rows, back, weights, slopes, last, here, other, result):
+def _backward(rows, back, slopes, last, here, other, result):
     """result (D, rows) = J^T here through the runs of layers last ... 0; `here` is changed."""
     for k in range(last, -1, -1):
-        layer = back[k]
+        layer = back.runs[k]
         n, m, at = layer[WIDE] * rows, layer[NARROW], layer[SLOPES]
         if at >= 0:
             d, s = here[:n], slopes[at : at + n]
@@ -211,15 +261,15 @@ def _backward(rows, back, weights, slopes, last, here, other, result):
                 d[i] *= s[i]
         to = result if k == 0 else other
         gemm(
-            to, 0, rows, weights, layer[WEIGHTS], layer[WIDE], 1, here, 0, rows, m, rows, layer[WIDE], False
+            to, 0, rows, back.weights, layer[WEIGHTS], layer[WIDE], 1, here, 0, rows, m, rows, layer[WIDE], False
         )  # fmt: skip
         here, other = other, here
 
 
 @kernel
-def _dense_part(d, steps, step, linear, scaled, B):
+def _dense_part(net, step, scaled, B):
     """B (D, D), the linear part of the network at a timestep."""
-    packed, rank = linear
+    packed, rank, d, steps = net.linear, net.rank, net.layers[0, INPUTS], len(net.slots)
     gains = 2 * d * rank
     for i in range(d):
         for j in range(rank):
@@ -232,8 +282,9 @@ def _dense_part(d, steps, step, linear, scaled, B):
 
 
 @kernel
-def _observed(rows, m, d, matrix, places, runs, count, x, f32, out):
+def _observed(rows, A, x, f32, out):
     """out (m, TILE) = A x of every lane, for x (D, rows) in float32; f32 (m, TILE) is room."""
+    m, d, matrix, places, runs, count = A
     if len(matrix) == 0:
         for j in range(m):
             for i in range(rows):
@@ -249,8 +300,9 @@ def _observed(rows, m, d, matrix, places, runs, count, x, f32, out):
 
 
 @kernel
-def _transposed(rows, m, d, matrix, places, runs, count, q, q_at, f32, out):
+def _transposed(rows, A, q, q_at, f32, out):
     """out (D, rows) in float32 = A^T q of every lane, for q (m, TILE) from q_at on."""
+    m, d, matrix, places, runs, count = A
     if len(matrix) == 0:
         out[: d * rows] = ZERO
         for j in range(m):
@@ -268,8 +320,9 @@ def _transposed(rows, m, d, matrix, places, runs, count, q, q_at, f32, out):
 
 
 @kernel
-def _row_of_A(rows, k, m, d, matrix, places, runs, count, out):
+def _row_of_A(rows, k, A, out):
     """out (D, rows) in float32: row k of A of every lane."""
+    m, d, matrix, places, runs, count = A
     out[: d * rows] = ZERO
     if len(matrix) == 0:
         for i in range(rows):
@@ -324,15 +377,16 @@ def _orthogonalise(k, K, m, rows, basis, image, H, part, size, whole):
 
 
 @kernel
-def _normals(rows, d, runs, count, step, stream, keys, words, z, out):
-    """The noise out (D, rows) of a tile."""
+def _normals(rows, A, law, room, out):
+    """The noise out (D, rows) of a tile, whose runs say the rows of the law."""
+    d, runs, z = A.d, A.runs, room.z
     blocks = (d + 3) // 4
-    for r in range(count):
+    for r in range(A.count):
         lane, lanes, first = runs[r, LANE], runs[r, COUNT], np.uint64(runs[r, FIRST])
         together = CHUNK // lanes
         for block in range(0, blocks, together):
             some = min(together, blocks - block)
-            draw(some * lanes, block, first, lanes, True, step, stream, keys, words, z)
+            draw(some * lanes, block, first, lanes, True, law.step, law.stream, law.keys, room.words, z)
             for quarter in range(4):
                 for q in range(some):
                     f = block + q + quarter * blocks
@@ -342,17 +396,19 @@ def _normals(rows, d, runs, count, step, stream, keys, words, z, out):
 
 
 @kernel
-def chain_told(
-    start, stop, x, steps, numbers, depth, told, layers, ends, params, back_layers, weights, table, width, slots,
-    linear, K, per, first, firsts, matrix, all_places, all_y, all_variance, all_reach, m, stream, keys,
-    words, z, arena, memory, here, other, f32, f64, at_places,
-):  # fmt: skip
+def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, space):
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
-    `told` has for each row P ... LEAST2; a gain of 0 is a row whose state says nothing. State i is draw
-    ``(first + i) % per`` of observation ``(first + i) // per``, whose first draw is sample `firsts` of it. Observations
-    have rows of `matrix`, or where that is empty `all_places` (m of each), `all_y`, `all_variance`, and `all_reach`.
+    A gain of 0 is a row whose state says nothing. State i is draw law.first_row + i.
     """
+    net, back_pass = Network(*net), Back(*back_pass)
+    law, room = Law(*law), Room(*room)
+    layers, params, slots = net.layers, net.params, net.slots
+    steps, numbers, depth, _, _ = chain
+    back_layers, weights, ends = back_pass
+    gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
+    memory, deltas, f32, f64, places = space
+    here, other, first = deltas[0], deltas[1], np.int64(law.first_row)
     d = layers[0, INPUTS]
     n, last = len(x) // d, len(layers) - 1
     m1, m2, m3 = memory[0], memory[1], memory[2]
@@ -390,7 +446,6 @@ def chain_told(
     reach, a = f64[a : a + TILE], a + TILE
     basis = f64[a:]
     runs = np.zeros((TILE, 4), np.int64)
-    places = at_places
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
@@ -417,20 +472,21 @@ def chain_told(
                         places[j * TILE + i] = all_places[of * m + j]
             count += 1
             lane += lanes
+        A = Matrices(m, d, matrix, places, runs, count)
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
                 keep, t = depth, steps[r, T]
                 for k in range(last + 1):
-                    _forward(rows, layers[k], arena, params, table, slots[t] * width, slopes, ends[k])
-                if len(linear[0]) > 0:
-                    _dense_part(d, len(slots), t, linear, scaled, B)
+                    _forward(rows, layers[k], arena, params, net.table, slots[t] * net.width, slopes, ends[k])
+                if len(net.linear) > 0:
+                    _dense_part(net, t, scaled, B)
                     gemm(out, 0, rows, B, 0, d, 1, state, 0, rows, d, rows, d, True)
-                gain, p, q = told[r, GAIN], np.float32(told[r, P]), np.float32(told[r, Q])
+                gain, p, q = gains[r, GAIN], np.float32(gains[r, P]), np.float32(gains[r, Q])
                 if gain != 0.0:
                     for i in range(d * rows):
                         noise[i] = p * state[i] + q * out[i]
-                    _observed(rows, m, d, matrix, places, runs, count, noise, seen, image)
+                    _observed(rows, A, noise, seen, image)
                     for j in range(m):
                         for i in range(rows):
                             rest[j * TILE + i] = y[j * TILE + i] - image[j * TILE + i]
@@ -445,11 +501,9 @@ def chain_told(
                         result = back[k * d * rows : (k + 1) * d * rows]
                         cotangent = noise  # (D, rows); the noise is drawn later
                         if direct:
-                            _row_of_A(rows, k, m, d, matrix, places, runs, count, cotangent)
+                            _row_of_A(rows, k, A, cotangent)
                         else:
-                            _transposed(
-                                rows, m, d, matrix, places, runs, count, basis, k * vectors, seen, cotangent
-                            )  # fmt: skip
+                            _transposed(rows, A, basis, k * vectors, seen, cotangent)
                         if direct and plain and len(matrix) == 0:
                             # W^T of a unit vector is a column of W.
                             weight, outputs = back_layers[final, WEIGHTS], back_layers[final, WIDE]
@@ -460,29 +514,29 @@ def chain_told(
                                     value = weights[weight + e * outputs + place] if place < d else ZERO
                                     beginning = e * rows + runs[c, LANE]
                                     to[beginning : beginning + runs[c, COUNT]] = value
-                            _backward(rows, back_layers, weights, slopes, final - 1, here, other, result)
+                            _backward(rows, back_pass, slopes, final - 1, here, other, result)
                         else:
                             here[: d * rows] = cotangent[: d * rows]
-                            _backward(rows, back_layers, weights, slopes, final, here, other, result)
-                        if len(linear[0]) > 0:
+                            _backward(rows, back_pass, slopes, final, here, other, result)
+                        if len(net.linear) > 0:
                             gemm(result, 0, rows, B, 0, d, 1, cotangent, 0, rows, d, rows, d, True)
                         for i in range(d * rows):
                             result[i] = p * cotangent[i] + q * result[i]
                         if direct:
-                            _observed(rows, m, d, matrix, places, runs, count, result, seen, image)
+                            _observed(rows, A, result, seen, image)
                             for j in range(m):
                                 for i in range(rows):
                                     H[(j * K + k) * TILE + i] = gain * image[j * TILE + i]
                             for i in range(rows):
                                 H[(k * K + k) * TILE + i] += variance[k * TILE + i]
                         else:
-                            _observed(rows, m, d, matrix, places, runs, count, result, seen, image)
+                            _observed(rows, A, result, seen, image)
                             for j in range(m):
                                 for i in range(rows):
                                     e = j * TILE + i
                                     image[e] = gain * image[e] + variance[e] * basis[k * vectors + e]
                             _orthogonalise(k, K, m, rows, basis, image, H, part, size, whole)
-                    damped(inputs, K, rows, H, rest if direct else rhs, told[r, LEAST2], normal, pivots, v, w)
+                    damped(inputs, K, rows, H, rest if direct else rhs, gains[r, LEAST2], normal, pivots, v, w)
                     slope = noise
                     for k in range(K):
                         for i in range(rows):
@@ -500,15 +554,15 @@ def chain_told(
                         for i in range(rows):
                             whole[i] += np.float64(slope[f * rows + i]) ** 2
                     for i in range(rows):
-                        bound = min(told[r, FARTHEST] * reach[i] / max(math.sqrt(whole[i]), TINY), 1.0)
-                        seen[i] = np.float32(told[r, TO_OUTPUT] * bound)
+                        bound = min(gains[r, FARTHEST] * reach[i] / max(math.sqrt(whole[i]), TINY), 1.0)
+                        seen[i] = np.float32(gains[r, TO_OUTPUT] * bound)
                     for f in range(d):
                         target, source = out[f * rows :], slope[f * rows :]
                         for i in range(rows):
                             target[i] += seen[i] * source[i]
             row = numbers[r]
             if row[S] != ZERO:
-                _normals(rows, d, runs, count, steps[r, STEP], stream, keys, words, z, noise)
+                _normals(rows, A, law_at(law, law.first_row, steps[r, STEP]), room, noise)
             apply_row(0, d * rows, state, out, m1, m2, m3, noise, 0, row, keep)
         for i in range(rows):
             for j in range(d):

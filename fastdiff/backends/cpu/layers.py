@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.backends.cpu.conv import LIGHT_WORK, NOTHING, ConvOperations
+from fastdiff.backends.cpu.step import law_of
 from fastdiff.backends.cpu.workers import Array, Each, Job
 from fastdiff.backends.layers import Affine, Norm
 from fastdiff.kernels.cpu import attention as attention_kernels
@@ -19,8 +20,8 @@ from fastdiff.kernels.cpu import conv as conv_kernels
 from fastdiff.kernels.cpu import layer_norm as layer_norm_kernels
 from fastdiff.kernels.cpu import norm as norm_kernels
 from fastdiff.kernels.cpu import pointwise as pointwise_kernels
-from fastdiff.kernels.cpu.noise import CHUNK
-from fastdiff.noise import Draw, round_keys
+from fastdiff.kernels.cpu.noise import CHUNK, Law
+from fastdiff.noise import Draw
 
 SILU_WORK = 120  # floating-point operations of a convolution that last as long, for each value
 # Rows of LayerNorm whose gradients of parameters are summed apart; so many that they have about CHUNK_VALUES values.
@@ -36,10 +37,10 @@ class LayerOperations(ConvOperations):
             self.concatenate(*parts, x)
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         given = NOTHING if modulation is None else modulation.reshape(-1)
-        flat = x.reshape(-1), gamma, beta, out.reshape(-1), stats.reshape(-1), given
+        norm = norm_kernels.Norm(gamma, beta, given, stats.reshape(-1), stats.shape[1], silu)
         with self._workers.lock:
             rows, totals = self._rows(channels)
-            arguments = (*flat, pixels, stats.shape[1], np.array([eps]), silu, rows, totals)
+            arguments = (x.reshape(-1), norm, out.reshape(-1), pixels, np.array([eps]), rows, totals)
             self._do([(norm_kernels.norm_range, arguments, images, _work(silu, pixels * channels))])
 
     def norm_backward(
@@ -55,12 +56,12 @@ class LayerOperations(ConvOperations):
         x, (gamma, beta, modulation), stats, silu = layer
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         given, wanted = (NOTHING if a is None else a.reshape(-1) for a in (modulation, grads.modulation))
-        flat = dy.reshape(-1), x.reshape(-1), gamma, beta, stats.reshape(-1), given, dx.reshape(-1)
+        norm = norm_kernels.Norm(gamma, beta, given, stats.reshape(-1), stats.shape[1], silu)
         with self._workers.lock:
             sums = self._scratch("shifts", 2 * images * channels)
             rows, totals = self._rows(channels)
             dv = self._each("image", pixels * channels)
-            arguments = (*flat, sums, pixels, stats.shape[1], silu, add, rows, totals, dv)
+            arguments = (dy.reshape(-1), x.reshape(-1), norm, dx.reshape(-1), sums, pixels, add, rows, totals, dv)
             self._do(
                 [(norm_kernels.norm_backward_range, arguments, images, 2 * _work(silu, pixels * channels))],
                 [(norm_kernels.collect_norm, (sums, gamma, beta, given, *grads[:2], wanted), channels,
@@ -73,10 +74,14 @@ class LayerOperations(ConvOperations):
         x, (gamma, beta, modulation), stats, silu = layer
         images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
         groups = 1 if stats is None else stats.shape[1]
-        given = (NOTHING if a is None else a.reshape(-1) for a in (modulation, modulation_tangent, stats))
-        flat = dh.reshape(-1), x.reshape(-1), gamma, beta, *given, out.reshape(-1)
+        given, tangent, of_groups = (
+            NOTHING if a is None else a.reshape(-1) for a in (modulation, modulation_tangent, stats)
+        )
+        norm = norm_kernels.Norm(gamma, beta, given, of_groups, groups, silu)
         with self._workers.lock:
-            arguments = (*flat, pixels, groups, silu, self._rows(channels)[0])
+            arguments = (
+                dh.reshape(-1), x.reshape(-1), norm, tangent, out.reshape(-1), pixels, self._rows(channels)[0],
+            )  # fmt: skip
             self._do([(norm_kernels.norm_tangent_range, arguments, images, _work(silu, pixels * channels))])
 
     def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:
@@ -132,9 +137,7 @@ class LayerOperations(ConvOperations):
         with self._workers.lock:
             arguments = (
                 dy.reshape(-1), qkv.reshape(-1), out.reshape(-1), log_sums.reshape(-1), dqkv.reshape(-1),
-                length, channels, heads, self._each("scores", length * k.TILE), self._each("dscores", length * k.TILE),
-                self._each("turned", channels * k.TILE), self._each("other", channels * k.TILE),
-                self._each("lanes", 2 * k.TILE, (2, k.TILE)),
+                length, channels, heads, self._attention_room(length, channels),
             )  # fmt: skip
             self._do([(k.attention_backward_range, arguments, images * heads, work)])
 
@@ -146,11 +149,18 @@ class LayerOperations(ConvOperations):
         with self._workers.lock:
             arguments = (
                 dqkv.reshape(-1), qkv.reshape(-1), out.reshape(-1), log_sums.reshape(-1), dout.reshape(-1), length,
-                channels, heads, self._each("scores", length * k.TILE), self._each("dscores", length * k.TILE),
-                self._each("turned", channels * k.TILE), self._each("other", channels * k.TILE),
-                self._each("lanes", 2 * k.TILE, (2, k.TILE)),
+                channels, heads, self._attention_room(length, channels),
             )  # fmt: skip
             self._do([(k.attention_tangent_range, arguments, images * heads * -(-length // k.TILE), work)])
+
+    def _attention_room(self, length: int, channels: int) -> Each:
+        k = attention_kernels
+        parts = (
+            self._each("scores", length * k.TILE), self._each("dscores", length * k.TILE),
+            self._each("turned", channels * k.TILE), self._each("other", channels * k.TILE),
+            self._each("lanes", 2 * k.TILE, (2, k.TILE)),
+        )  # fmt: skip
+        return Each(map(k.Room, *parts))
 
     def silu(self, x: Array, out: Array) -> None:
         self._values(SILU_WORK, pointwise_kernels.silu_range, x, out)
@@ -219,10 +229,8 @@ class LayerOperations(ConvOperations):
         size, limit, scale = x.size // max(len(x), 1), math.ceil(rate * 2.0**32), np.float32(1 / (1 - rate))
         with self._workers.lock:
             words = self._each("words", 4 * CHUNK, (4, CHUNK), np.uint32)
-            arguments = (
-                x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), draw.step, int(draw.stream),
-                first_block, draw.first_row, round_keys(draw.seed), words,
-            )  # fmt: skip
+            law = Law(*law_of(draw))
+            arguments = x.reshape(-1), out.reshape(-1), size, limit, np.array([scale]), first_block, law, words
             self._do([(pointwise_kernels.dropout_range, arguments, len(x), float(SILU_WORK * size))])
 
     def squared_error(self, y: Array, target: Array, dy: Array, loss: Array, terms: Array | None = None) -> None:

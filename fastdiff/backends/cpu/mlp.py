@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cpu.step import StepOperations, law_of, numbers_of
+from fastdiff.backends.cpu.step import StepOperations, keys_of, law_of, numbers_of
 from fastdiff.backends.layers import LayerBackend
 from fastdiff.backends.numpy.host import asked_at
 from fastdiff.backends.protocol import (
@@ -29,19 +29,20 @@ from fastdiff.backends.protocol import (
 )
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cpu import mlp as mlp_kernels
-from fastdiff.noise import Draw, Stream, round_keys
+from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
+TRAIN_NOISE = int(Stream.TRAIN_NOISE)
 FEW = 7  # samples: a chain of so few runs sample by sample
 
 
-def _packed_part(part: LinearPart | None) -> tuple[Array, int]:
-    """A network's linear part as the kernels take it, and its rank."""
+def _packed_part(part: LinearPart | None) -> Array:
+    """A network's linear part as the kernels take it."""
     if part is None:
-        return np.empty(0, np.float32), 0
+        return np.empty(0, np.float32)
     arrays = [part.basis, part.basis.T, part.gains, *([] if part.rest is None else [part.rest])]
-    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32), part.rank
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
 
 
 class _Table:
@@ -51,9 +52,10 @@ class _Table:
         if any(row.r != 0 for row in rows):
             raise ArgumentError("rows (r)", "a table that scales its noise", "0: a perceptron learns no variance")
         self.rows, self.clip = rows, clip
-        self.steps = np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64)
-        self.numbers = numbers_of(rows, clip)
-        self.depth = max(row.depth for row in rows)
+        none = np.empty(0, np.float32)
+        steps = np.array([(row.t, row.step, row.evaluates) for row in rows], np.int64)
+        numbers, depth = numbers_of(rows, clip), max(row.depth for row in rows)
+        self.chain = tuple(mlp_kernels.Chain(steps, numbers, depth, weights=none, levels=none))
         self.evaluated = np.array([row.t for row in rows if row.evaluates], np.int64)
 
 
@@ -79,26 +81,40 @@ def backward_runs(plan: MLPPlan, ends: Array) -> Array:
 class _ToldSpace:
     """What the kernel needs of observations and a table, and a worker's buffers for it."""
 
-    def __init__(self, plan: MLPPlan, table: _Table, told: Told, threads: int) -> None:
-        lanes, (_, m), d, K = mlp_kernels.CHAIN_TILE, told.y.shape, plan.layers[0].inputs, told.products
+    def __init__(self, net: _MLPSpace, table: _Table, told: Told, threads: int) -> None:
+        from fastdiff.kernels.cpu import told as kernels
+
+        plan, lanes, (_, m), K = net.plan, mlp_kernels.CHAIN_TILE, told.y.shape, told.products
+        d = plan.layers[0].inputs
         self.told, self.table = told, table
-        at = np.array([row.t for row in table.rows])
-        self.rows = told.numbers[at]
-        self.matrix = np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1)
-        self.places = np.empty(0, np.int64) if told.places is None else told.places.reshape(-1)
-        self.y, self.variance, self.reach = told.y.reshape(-1), told.variance.reshape(-1), told.reach
-        widths = [lanes * layer.outputs for layer in plan.layers]
-        self.ends = np.concatenate([[0], np.cumsum(widths)])
-        self.back = backward_runs(plan, self.ends)
-        self.weights = np.empty(int(self.back[:, :2].prod(axis=1).sum()), np.float32)
+        observations = kernels.Told(
+            rows=told.numbers[np.array([row.t for row in table.rows])],
+            products=K,
+            per=told.per,
+            firsts=told.firsts,
+            matrix=np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1),
+            places=np.empty(0, np.int64) if told.places is None else told.places.reshape(-1),
+            y=told.y.reshape(-1),
+            variance=told.variance.reshape(-1),
+            reach=told.reach,
+            m=m,
+        )
+        self.observations = tuple(observations)
+        ends = np.concatenate([[0], np.cumsum([lanes * layer.outputs for layer in plan.layers])])
+        runs = backward_runs(plan, ends)
+        self.back = kernels.Back(runs, np.empty(int(runs[:, :2].prod(axis=1).sum()), np.float32), ends)
         self.products = np.empty((2, plan.size), np.float32)
         rank = 0 if plan.linear is None else plan.linear.rank
-        singles = int(self.ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
+        singles = int(ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
         basis = (K + 1) * m * lanes if m > K else 0
         doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 3) + 16 * (K * K + 2 * K) + basis
-        self.f32 = [np.empty(singles, np.float32) for _ in range(threads)]
-        self.f64 = [np.empty(doubles) for _ in range(threads)]
-        self.lanes = [np.empty(lanes * m, np.int64) for _ in range(threads)]
+        buffers = [
+            (np.empty(singles, np.float32), np.empty(doubles), np.empty(lanes * m, np.int64)) for _ in net.deltas
+        ]
+        self.spaces = [
+            tuple(kernels.Space(*of_chain, *own))
+            for *of_chain, own in zip(net.memories, net.deltas, buffers, strict=True)
+        ]
 
 
 class _MLPSpace:
@@ -126,7 +142,8 @@ class _MLPSpace:
         self.memories = [np.empty((DEPTH, k.TILE * plan.layers[0].inputs), np.float32) for _ in range(threads)]
         self.slots = np.arange(plan.T)
         self.used = np.empty(plan.T, np.int64)
-        self.linear = _packed_part(plan.linear)
+        rank = 0 if plan.linear is None else plan.linear.rank
+        self.fixed = plan.time_width, self.slots, _packed_part(plan.linear), rank  # of `mlp_kernels.Network`
         self.features = None if plan.features is None else plan.features.astype(np.float32)
         self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
         self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
@@ -136,28 +153,39 @@ class _MLPSpace:
         self.dtable = np.zeros(self.table.size, np.float32)
         self.t = np.empty(0, np.int64)
         self.indices = np.empty(0, np.int64)
-        # Of the tile that a worker is at, made at the first training step.
-        self.partials: list[Array] = []
-        self.dtime: list[Array] = []
-        self.losses: list[Array] = []
+        self.sums: list[
+            tuple[Array, Array, Array]
+        ] = []  # of the tile that a worker is at, made at the first training step
         self.draws: TrainingDraws | None = None
         self.tables: Array = np.empty(0)
         self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
+        self.not_given = (self.nothing.reshape(-1),) * 3
         self.told: _ToldSpace | None = None  # the last
         # What is asked: room for its part of a tile's rows of the time table, and the buffers of a chain.
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
         self.rooms = [np.empty(width if plan.asked else 0, np.float32) for _ in range(threads)]
-        self.turned: list[list[Array]] = []
+        flat = self.nothing.reshape(-1)
+        self.not_asked = [(flat, 0, plan.asked_weight, room, self.own, plan.known) for room in self.rooms]
+        self.turned: list[tuple[Array, ...]] = []
         if plan.asked:
             sizes = [k.CHAIN_TILE * columns for columns in (plan.asked, d, d)]
-            self.turned = [[np.empty(size, np.float32) for size in sizes] for _ in range(threads)]
+            self.turned = [tuple(np.empty(size, np.float32) for size in sizes) for _ in range(threads)]
+
+    # What the kernels take comes as plain tuples in the order of named ones: those take Numba a microsecond more each.
 
     def asked(self, asked: Array | None, worker: int = 0) -> tuple[Array, int, int, Array, Array, int]:
-        """What is asked of samples, as the kernels take it."""
-        columns, values = (0, self.nothing) if asked is None else (self.plan.asked, asked)
-        return values.reshape(-1), columns, self.plan.asked_weight, self.rooms[worker], self.own, self.plan.known
+        """What is asked of samples: an `mlp_kernels.Asked`."""
+        if asked is None:
+            return self.not_asked[worker]
+        plan = self.plan
+        return asked.reshape(-1), plan.asked, plan.asked_weight, self.rooms[worker], self.own, plan.known
+
+    def network(self, params: Array, t: Array) -> tuple[tuple[Any, ...], int]:
+        """An `mlp_kernels.Network` whose time table has the rows that t needs, and how many they are."""
+        table, count = self.time_table(params, t)
+        return (self.layers, params, self.transposed, table, *self.fixed), count
 
     def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
         """The table with the rows that t needs, found through `slots`, and how many they are."""
@@ -180,12 +208,11 @@ class _MLPSpace:
 
     def grow(self, batch: int) -> None:
         """Have buffers for training steps of this batch."""
-        if not self.dtime:
-            rows = mlp_kernels.TILE
-            for _ in self.arenas:
-                self.partials.append(np.zeros(self.summed, np.float32))
-                self.dtime.append(np.empty(rows * max(1, self.plan.time_width), np.float32))
-                self.losses.append(np.zeros(1))
+        if not self.sums:
+            width = mlp_kernels.TILE * max(1, self.plan.time_width)
+            self.sums = [
+                (np.zeros(self.summed, np.float32), np.empty(width, np.float32), np.zeros(1)) for _ in self.arenas
+            ]
         if batch != len(self.t):
             self.t, self.indices = np.empty(batch, np.int64), np.empty(batch, np.int64)
 
@@ -214,23 +241,11 @@ class MLPOperations(StepOperations):
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
         with self._workers.lock:
             net = self._network(plan)
-            table, _ = net.time_table(params, t)
+            network, _ = net.network(params, t)
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.forward_range(
-                    start,
-                    stop,
-                    flat_x,
-                    flat_y,
-                    t,
-                    net.layers,
-                    params,
-                    table,
-                    plan.time_width,
-                    net.slots,
-                    net.linear,
-                    net.asked(asked, worker),
-                    net.arenas[worker],
+                    start, stop, flat_x, flat_y, t, network, net.asked(asked, worker), net.arenas[worker]
                 )
 
             self._workers.run(body, -(-len(x) // mlp_kernels.TILE), 1)
@@ -240,31 +255,30 @@ class MLPOperations(StepOperations):
         self, plan: MLPPlan, params: Array, x: Array, table: ChainTable, draw: Draw, asked: Array | None = None
     ) -> None:
         (rows, clip, weights, levels), flat = table, x.reshape(-1)
-        held = np.empty(0, np.float32) if levels is None or asked is None else levels
-        first, _, stream, keys = law_of(draw)
+        law = law_of(draw)
         with self._workers.lock:
             net = self._network(plan)
             if self._table is None or self._table.rows is not rows or self._table.clip != clip:
                 self._table = _Table(rows, clip)  # a fifth of the time of one curve
-            steps, numbers, depth = self._table.steps, self._table.numbers, self._table.depth
-            times, _ = net.time_table(params, self._table.evaluated)
+            chain = self._table.chain
+            if asked is not None:
+                *rows_of_it, none, _ = chain
+                chain = *rows_of_it, none if weights is None else weights, none if levels is None else levels
+            network, _ = net.network(params, self._table.evaluated)
 
             # The same bits either way; vectors of few samples would be mostly empty.
             if len(x) <= FEW and weights is None:
                 mlp_kernels.chain_few(
-                    flat, steps, numbers, depth, net.layers, params, times, plan.time_width, net.slots,
-                    net.linear, net.asked(asked), held, first, stream, keys, *self._spaces[0].noise, net.arenas[0],
-                    net.memories[0], net.times[0],
+                    flat, chain, network, net.asked(asked), law, self._rooms[0], net.arenas[0], net.memories[0],
+                    net.times[0],
                 )  # fmt: skip
                 return
             if asked is not None:
-                of_rows = np.empty(0, np.float32) if weights is None else weights
 
                 def body(worker: int, start: int, stop: int) -> None:
                     mlp_kernels.asked_chain_range(
-                        start, stop, flat, steps, numbers, of_rows, depth, net.layers, params, times, plan.time_width,
-                        net.slots, net.linear, net.asked(asked, worker), held, first, stream, keys,
-                        *self._spaces[worker].noise[:2], net.arenas[worker], net.memories[worker], *net.turned[worker],
+                        start, stop, flat, chain, network, net.asked(asked, worker), law, self._rooms[worker],
+                        net.arenas[worker], net.memories[worker], net.turned[worker],
                     )  # fmt: skip
 
                 tile = mlp_kernels.CHAIN_TILE // (1 if weights is None else 2)
@@ -273,9 +287,8 @@ class MLPOperations(StepOperations):
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.chain_range(
-                    start, stop, flat, steps, numbers, depth, net.layers, params, times, plan.time_width,
-                    net.slots, net.linear, first, stream, keys, *self._spaces[worker].noise[:2],
-                    net.arenas[worker], net.memories[worker],
+                    start, stop, flat, chain, network, law, self._rooms[worker], net.arenas[worker],
+                    net.memories[worker],
                 )  # fmt: skip
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
@@ -286,26 +299,22 @@ class MLPOperations(StepOperations):
         from fastdiff.kernels.cpu import told as told_kernels
 
         flat = x.reshape(-1)
-        _, _, stream, keys = law_of(draw)
+        law = law_of(draw)
         with self._workers.lock:
             net = self._network(plan)
             if self._table is None or self._table.rows is not rows or self._table.clip is not None:
                 self._table = _Table(rows, None)
-            chain = self._table
-            if net.told is None or net.told.told is not told or net.told.table is not chain:
-                net.told = _ToldSpace(plan, chain, told, self.threads)
+            table = self._table
+            if net.told is None or net.told.told is not told or net.told.table is not table:
+                net.told = _ToldSpace(net, table, told, self.threads)
             space = net.told
-            table, _ = net.time_table(params, chain.evaluated)
-            told_kernels.backward_weights(net.layers, space.back, params, space.weights, *space.products)
+            network, back = net.network(params, table.evaluated)[0], tuple(space.back)
+            told_kernels.backward_weights(net.layers, space.back.runs, params, space.back.weights, *space.products)
 
             def body(worker: int, start: int, stop: int) -> None:
                 told_kernels.chain_told(
-                    start, stop, flat, chain.steps, chain.numbers, chain.depth, space.rows, net.layers, space.ends,
-                    params, space.back, space.weights, table, plan.time_width, net.slots, net.linear, told.products,
-                    told.per, draw.first_row, told.firsts, space.matrix, space.places, space.y,
-                    space.variance, space.reach, told.y.shape[1], stream, keys, *self._spaces[worker].noise[:2],
-                    net.arenas[worker], net.memories[worker], *net.deltas[worker][:2], space.f32[worker],
-                    space.f64[worker], space.lanes[worker],
+                    start, stop, flat, table.chain, network, back, space.observations, law, self._rooms[worker],
+                    net.arenas[worker], space.spaces[worker],
                 )  # fmt: skip
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
@@ -348,19 +357,14 @@ class MLPOperations(StepOperations):
         k, arrays = mlp_kernels, [x.reshape(-1), t, given.reshape(-1), out.reshape(-1)]
         with self._workers.lock:
             net = self._network(plan)
-            table, _ = net.time_table(params, t)
-            weights: tuple[Array, ...] = (params,)
+            network, _ = net.network(params, t)
             if backward:
                 k.transpose_weights(net.layers, params, net.transposed)
-                weights = params, net.transposed
                 arrays.append(net.nothing[:0].reshape(-1) if y is None else y.reshape(-1))
             kernel = k.vjp_range if backward else k.jvp_range
 
             def body(worker: int, start: int, stop: int) -> None:
-                kernel(
-                    start, stop, *arrays, net.layers, *weights, table, plan.time_width, net.slots, net.linear,
-                    _packed_part(None), net.asked(asked, worker), net.arenas[worker], *net.deltas[worker][:2],
-                )  # fmt: skip
+                kernel(start, stop, *arrays, network, net.asked(asked, worker), net.arenas[worker], net.deltas[worker])
 
             self._workers.run(body, -(-len(x) // k.TILE), 1)
 
@@ -369,16 +373,15 @@ class MLPOperations(StepOperations):
     ) -> float:
         with self._workers.lock:
             net, asked = self._drawn(plan, draws, step, batch)
-            nothing = net.nothing.reshape(-1)
-            return self._gradient(net, params, grads, (nothing, nothing, nothing), draws, step, asked)
+            return self._gradient(net, params, grads, net.not_given, draws, step, asked)
 
     def _drawn(self, plan: MLPPlan, draws: TrainingDraws, step: int, batch: int) -> tuple[_MLPSpace, Array | None]:
         """Draw which rows and timesteps a training step takes; return where they are, and what is asked of them."""
-        words, net = self._spaces[0].words, self._network(plan)
+        (words, *_), net = self._rooms[0], self._network(plan)
         net.grow(batch)
         if net.draws is not draws:
             terms = [] if draws.terms is None else [draws.terms[:, 0]]
-            net.draws, net.keys = draws, round_keys(draws.seed)
+            net.draws, net.keys = draws, keys_of(draws.seed)
             net.tables = np.array([*draws[1:5], *terms], np.float32)
         mlp_kernels.scaled_words(net.t, plan.T, step, int(Stream.TRAIN_TIME), net.keys, words)
         if draws.by_position:
@@ -405,17 +408,18 @@ class MLPOperations(StepOperations):
     ) -> float:
         """Gradient of the batch that is `given` or drawn, at the timesteps net.t, with what is asked of it."""
         plan, width, batch = net.plan, net.plan.time_width, len(net.t)
-        table, count = net.time_table(params, net.t)
+        network, count = net.network(params, net.t)
         dtable = net.dtable
         if width and net.features is None:
             dtable = grads[plan.time_weight : plan.time_weight + plan.T * width]
         dtable[: count * width] = 0
         mlp_kernels.transpose_weights(net.layers if draws is None else net.layers[1:], params, net.transposed)
         if draws is None:
-            data, tables, keys = net.nothing, net.nothing, round_keys(0)
+            data, tables, keys = net.nothing, net.nothing, keys_of(0)
         else:
             data, tables, keys = draws.data.reshape(len(draws.data), -1), net.tables, net.keys
-        turns, total = np.zeros(2, np.int64), np.zeros(1)
+        samples = data, net.indices, net.t, tables, batch, step, TRAIN_NOISE, keys
+        turns, total = np.zeros(2, np.int64), (grads[: net.summed], dtable, np.zeros(1))
 
         def body(worker: int, start: int, stop: int) -> None:
             del start, stop
@@ -423,11 +427,8 @@ class MLPOperations(StepOperations):
             try:
                 while True:
                     held = mlp_kernels.gradient_tiles(
-                        held, turns, total, draws is None, *given, data, net.indices, net.t, tables, batch, net.layers,
-                        params, net.transposed, table, width, net.slots, (net.linear, net.asked(asked, worker)),
-                        net.dtime[worker], grads, net.summed, net.partials[worker], dtable, net.losses[worker], step,
-                        int(Stream.TRAIN_NOISE), keys, *self._spaces[worker].noise, net.arenas[worker],
-                        *net.deltas[worker],
+                        held, turns, draws is not None, given, samples, network, net.asked(asked, worker), total,
+                        net.sums[worker], self._rooms[worker], net.arenas[worker], net.deltas[worker],
                     )  # fmt: skip
                     if held < 0:
                         return
@@ -441,7 +442,7 @@ class MLPOperations(StepOperations):
             mlp_kernels.time_table_backward(
                 count, net.rows, net.features.shape[1], dtable, width, grads, plan.time_weight, plan.time_bias
             )
-        return float(total[0] / (batch * plan.layers[-1].outputs))
+        return float(total[2][0] / (batch * plan.layers[-1].outputs))
 
 
 class _Shared:
@@ -513,17 +514,16 @@ class _Shared:
         be, plan, draws, params = self.be, self.plan, self.draws, self.state.params
         with be._workers.lock:
             net, asked = be._drawn(plan, draws, step, self.batch)
-            table, count = net.time_table(params, net.t)
+            network, count = net.network(params, net.t)
             mlp_kernels.transpose_weights(net.layers[1:], params, net.transposed)
             data = draws.data.reshape(len(draws.data), -1)
+            samples = data, net.indices, net.t, net.tables, self.batch, step, TRAIN_NOISE, net.keys
+            sums = self.partials, self.dtimes, self.losses
 
             def body(worker: int, start: int, stop: int) -> None:
                 mlp_kernels.gradient_share(
-                    start, stop, self.tiles.start, net.nothing.reshape(-1), data, net.indices, net.t, net.tables,
-                    self.batch, net.layers, params, net.transposed, table, plan.time_width, net.slots,
-                    (net.linear, net.asked(asked, worker)), self.dtimes, self.partials, self.losses, step,
-                    int(Stream.TRAIN_NOISE), net.keys, *be._spaces[worker].noise, net.arenas[worker],
-                    *net.deltas[worker],
+                    start, stop, self.tiles.start, net.not_given, samples, network, net.asked(asked, worker), sums,
+                    be._rooms[worker], net.arenas[worker], net.deltas[worker],
                 )  # fmt: skip
 
             be._workers.run(body, len(self.tiles), 1)

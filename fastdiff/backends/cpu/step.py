@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from fastdiff.kernels.cpu import noise as noise_kernels
 from fastdiff.kernels.cpu import step as step_kernels
 from fastdiff.noise import Draw, round_keys
 
+keys_of = lru_cache(maxsize=64)(round_keys)  # which take longer than many a draw
+
 
 def law_of(draw: Draw) -> tuple[Any, int, int, Array]:
-    """First row, step, stream and keys, as the kernels take them."""
-    return np.uint64(draw.first_row), draw.step, int(draw.stream), round_keys(draw.seed)
+    """A draw as the kernels take it: a `noise_kernels.Law`."""
+    return np.uint64(draw.first_row), draw.step, int(draw.stream), keys_of(draw.seed)
 
 
 def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
@@ -25,17 +28,10 @@ def numbers_of(rows: Sequence[Row], clip: tuple[float, float] | None) -> Array:
     return np.array([(*row[1:11], *(clip or (-np.inf, np.inf))) for row in rows], np.float32)
 
 
-class _Workspace:
-    """Scratch arrays of one worker, made once."""
-
-    def __init__(self) -> None:
-        self.words = np.empty((4, noise_kernels.CHUNK), np.uint32)
-        self.z = np.empty(noise_kernels.WORKSPACE, np.float32)
-        self.segments = np.empty((4, 3), np.int64)
-
-    @property
-    def noise(self) -> tuple[Array, Array, Array]:
-        return self.words, self.z, self.segments
+def _room() -> tuple[Array, Array, Array]:
+    """What a thread draws in, made once: a `noise_kernels.Room`."""
+    k = noise_kernels
+    return np.empty((4, k.CHUNK), np.uint32), np.empty(k.WORKSPACE, np.float32), np.empty((4, 3), np.int64)
 
 
 class StepOperations(Scripted):
@@ -43,13 +39,13 @@ class StepOperations(Scripted):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._spaces = [_Workspace() for _ in range(threads)]
+        self._rooms = [_room() for _ in range(threads)]
 
     def normal(self, out: Array, draw: Draw) -> None:
         flat, law = out.reshape(-1), law_of(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
-            noise_kernels.normal_range(start, stop, flat, *out.shape, *law, *self._spaces[worker].noise)
+            noise_kernels.normal_range(start, stop, flat, *out.shape, law, self._rooms[worker])
 
         self._chunks(body, out.shape)
 
@@ -71,12 +67,10 @@ class StepOperations(Scripted):
             out.reshape(-1),
             eps.reshape(-1),
         )
-        first, _, stream, keys = law_of(draw)
+        law = law_of(draw)
 
         def body(worker: int, start: int, stop: int) -> None:
-            step_kernels.forward_noise_range(
-                start, stop, *arrays, *x0.shape, first, stream, keys, *self._spaces[worker].noise
-            )
+            step_kernels.forward_noise_range(start, stop, *arrays, *x0.shape, law, self._rooms[worker])
 
         self._chunks(body, x0.shape)
 
@@ -106,9 +100,8 @@ class StepOperations(Scripted):
 
         def noisy(worker: int, start: int, stop: int) -> None:
             step_kernels.step_range(
-                start, stop, flat, outs, v, remembered, numbers, depth, *x.shape,
-                *law, *self._spaces[worker].noise,
-            )  # fmt: skip
+                start, stop, flat, outs, v, remembered, numbers, depth, *x.shape, law, self._rooms[worker]
+            )
 
         def quiet(worker: int, start: int, stop: int) -> None:
             del worker

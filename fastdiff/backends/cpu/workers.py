@@ -43,7 +43,7 @@ class Each(tuple[Any, ...]):
 class Task(NamedTuple):
     """A kernel ``kernel(start, stop, *arguments)`` over a range of items, in pieces of `grain`.
 
-    Arguments are C-contiguous arrays, integers, or `Each` of these.
+    Arguments are C-contiguous arrays, integers, named tuples of these, or `Each` of one.
     """
 
     kernel: Any
@@ -79,8 +79,7 @@ class Script:
                         word for a in task.arguments for word in crew.words_of(a[lane] if isinstance(a, Each) else a)
                     ]
                     row[: len(values)] = values
-                each = (part for a in task.arguments for part in (a if isinstance(a, Each) else (a,)))
-                self._kept += [words, *(part for part in each if isinstance(part, np.ndarray))]
+                self._kept += [words, *(array for a in task.arguments for array in crew.arrays_of(a))]
                 distance = words.strides[0] if lanes > 1 else 0
                 tasks.append(
                     [_address(task.kernel, kinds), words.ctypes.data, distance, task.items, task.grain, pieces]
