@@ -12,6 +12,8 @@ the cells, in order. So they depend on neither batch nor threads, nor on how wor
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -277,22 +279,42 @@ def weights_tiles_range(start, stop, firsts, sources, w, tiles, c, k, transpose,
                     _pair(to + i * ROW_BYTES, even, even + ROW_BYTES, SIDE, SIDE)
 
 
+class Layer(NamedTuple):
+    """A convolution: its grid, phases and taps, of how many blocks of weights, and the shape of an image of y."""
+
+    grid: Any
+    phases: Any
+    taps: Any
+    blocks: int
+    shape: Any
+
+
+class Begin(NamedTuple):
+    """What y is before a convolution is added: bias + shift of the image + residual, or, unless `anew`, as it is.
+
+    An empty one of the three is 0.
+    """
+
+    anew: bool
+    bias: Any
+    shift: Any
+    residual: Any
+
+
 @kernel
-def conv_range(
-    start, stop, cells, columns, grid, phases, taps, blocks, x, w, y, shape, begin, bias, shift, residual, sums, base,
-):  # fmt: skip
+def conv_range(start, stop, cells, columns, layer, x, w, y, begin, sums, base):
     """Items start ... stop - 1 of a convolution: `cells` cells and `columns` columns of tiles each, of every phase.
 
-    x is a grid and w tiles of `blocks` taps, as `grid_range` and `weights_tiles_range` make them; `shape` is that of
-    y. With `begin`, y becomes bias + shift of the image + residual + the convolution (an empty one of the three is 0);
-    else that is added to what it holds. `sums` takes a block of sums, `base` a row of one.
+    x is a grid and w has tiles, as `grid_range` and `weights_tiles_range` make them. `sums` takes a block of sums,
+    `base` a row of one.
     """
+    (grid, phases, taps, blocks, shape), (anew, bias, shift, residual) = layer, begin
     images, wide, grid_rows, grid_columns = grid[0], grid[4], grid[5], grid[6]
     height, width, k = shape
     all_cells, of_image = images * grid_rows * grid_columns, grid_rows * grid_columns
     parts, all_columns = wide // DEEP, (k + SIDE - 1) // SIDE
     places, shares = (all_cells + cells - 1) // cells, (all_columns + columns - 1) // columns
-    added = residual if begin else y
+    added = residual if anew else y
     adding, biased, shifted = len(added) > 0, len(bias) > 0, len(shift) > 0
     x_at, w_at, y_at, added_at = x.ctypes.data, w.ctypes.data, y.ctypes.data, added.ctypes.data
     sums_at, base_at = sums.ctypes.data, base.ctypes.data

@@ -167,9 +167,11 @@ def _modulate_activate(rows, layer, arena, params, times):
 
 
 @kernel
-def _linear_part(rows, net, x, x_at, y, y_at, add, arena, t):
-    """y = B_t x of a tile's rows, or y += it; at the end of the arena there is room for TILE rows of x basis."""
-    packed, rank, d, steps = net.linear, net.rank, net.layers[0, INPUTS], len(net.slots)
+def _linear_part(rows, d, packed, rank, steps, x, x_at, y, y_at, add, arena, t):
+    """y = B_t x of a tile's rows, or y += it; at the end of the arena there is room for TILE rows of x basis.
+
+    Every array of an argument is a reference to count, so that here and below only those come that are used.
+    """
     at, gains = len(arena) - TILE * rank, 2 * d * rank
     gemm(arena, at, rank, x, x_at, d, 1, packed, 0, rank, rows, rank, d, False)
     for i in range(rows):
@@ -206,18 +208,15 @@ def _linear_part_columns(rows, net, arena, step):
 
 
 @kernel
-def _times(rows, first, asked, net, t):
+def _times(rows, first, asked, params, table, width, slots, t):
     """Where a tile's rows of the time table are: (table, width, slots, places); that of row i is slots[places[i]].
 
     They are those of their timesteps, plus what is asked times W where anything is.
     """
     if asked.columns == 0:  # first: every array taken out of a tuple is a reference to count
-        return net.table, net.width, net.slots, t
-    table, width, slots = net.table, net.width, net.slots
+        return table, width, slots, t
     values, columns, weight, room, own, _ = asked
-    gemm(
-        room, 0, width, values, first * columns, columns, 1, net.params, weight, width, rows, width, columns, False,
-    )  # fmt: skip
+    gemm(room, 0, width, values, first * columns, columns, 1, params, weight, width, rows, width, columns, False)
     for i in range(rows):
         at = slots[t[i]] * width
         source, row = table[at : at + width], room[i * width : (i + 1) * width]
@@ -227,16 +226,16 @@ def _times(rows, first, asked, net, t):
 
 
 @kernel
-def forward_tile(rows, net, arena, times, t, whole):
+def forward_tile(rows, layers, params, linear, rank, steps, arena, times, t):
     """Run the layers on the tile's input at arena[layers[0, X]]; the output is at arena[layers[-1, Y]].
 
-    `times` is what `_times` returns. The linear part is added where there is one, and the network is wanted `whole`.
+    `times` is what `_times` returns. The linear part is added where it is not empty; it has gains of so many `steps`.
     """
-    layers, params = net.layers, net.params
     for k in range(len(layers)):
         _modulate_activate(rows, layers[k], arena, params, times)
-    if whole and len(net.linear) > 0:
-        _linear_part(rows, net, arena, layers[0, X], arena, layers[-1, Y], True, arena, t)
+    if len(linear) > 0:
+        at, to = layers[0, X], layers[-1, Y]
+        _linear_part(rows, layers[0, INPUTS], linear, rank, steps, arena, at, arena, to, True, arena, t)
 
 
 @kernel
@@ -249,14 +248,15 @@ def _copy(target, source, count):
 def forward_range(start, stop, x, y, t, net, asked, arena):
     """Tiles start ... stop - 1 of a network's forward pass; x and y are flat."""
     net, asked = Network(*net), Asked(*asked)
-    layers = net.layers
+    layers, params, _, table, width, slots, linear, rank = net
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
         times = t[begin : begin + rows]
-        forward_tile(rows, net, arena, _times(rows, begin, asked, net, times), times, True)
+        own = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, params, linear, rank, len(slots), arena, own, times)
         _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
 
 
@@ -284,7 +284,8 @@ def chain_few(x, chain, net, asked, law, room, arena, memory, t):
     Where the chain has levels, what is known is held. The law is that of the first row, at any step.
     """
     net, asked, law, room = Network(*net), Asked(*asked), Law(*law), Room(*room)
-    layers, z, segments = net.layers, room.z, room.segments
+    layers, params, _, table, width, slots, linear, rank = net
+    z, segments = room.z, room.segments
     steps, numbers, depth, _, levels = chain
     d = layers[0, INPUTS]
     rows = len(x) // d
@@ -299,7 +300,8 @@ def chain_few(x, chain, net, asked, law, room, arena, memory, t):
             if len(levels) > 0:
                 _hold(rows, 0, d, x, levels[r], asked)
             _copy(arena[layers[0, X] :], x, rows * d)
-            forward_tile(rows, net, arena, _times(rows, 0, asked, net, t[:rows]), t[:rows], True)
+            own = _times(rows, 0, asked, params, table, width, slots, t[:rows])
+            forward_tile(rows, layers, params, linear, rank, len(slots), arena, own, t[:rows])
         row = numbers[r]
         if row[S] == ZERO:
             apply_row(0, rows * d, x, out, m1, m2, m3, z, 0, row, keep)
@@ -642,19 +644,20 @@ def vjp_range(start, stop, x, t, dy, dx, y, net, asked, arena, deltas):
     Everything is flat; y takes the output, unless it is empty.
     """
     net, asked = Network(*net), Asked(*asked)
-    layers, d_in, d_out = net.layers, deltas[0], deltas[1]
+    layers, params, transposed, table, width, slots, linear, rank = net
+    steps, none, d_in, d_out = len(slots), linear[:0], deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        own = _times(rows, begin, asked, net, times)
-        forward_tile(rows, net, arena, own, times, False)
+        own = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, params, none, 0, steps, arena, own, times)
         if len(y) > 0:
             _copy(y[begin * e :], arena[layers[-1, Y] :], rows * e)
-            if len(net.linear) > 0:
-                _linear_part(rows, net, x, begin * d, y, begin * e, True, arena, times)
+            if len(linear) > 0:
+                _linear_part(rows, d, linear, rank, steps, x, begin * d, y, begin * e, True, arena, times)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dy[first * e :], rows * e)
@@ -662,42 +665,43 @@ def vjp_range(start, stop, x, t, dy, dx, y, net, asked, arena, deltas):
                 inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
                 _times_slope(rows, layers[k], arena, here, own)
                 gemm(
-                    other, 0, inputs, here, 0, outputs, 1, net.transposed, layers[k, WEIGHT], inputs, rows, inputs,
+                    other, 0, inputs, here, 0, outputs, 1, transposed, layers[k, WEIGHT], inputs, rows, inputs,
                     outputs, False,
                 )  # fmt: skip
                 here, other = other, here
             _copy(dx[first * d :], here, rows * d)
-            if len(net.linear) > 0:
-                _linear_part(rows, net, dy, first * d, dx, first * d, True, arena, times)
+            if len(linear) > 0:
+                _linear_part(rows, d, linear, rank, steps, dy, first * d, dx, first * d, True, arena, times)
 
 
 @kernel
 def jvp_range(start, stop, x, t, dx, dy, net, asked, arena, deltas):
     """Tiles start ... stop - 1: dy = J dx, the layers running once for all dx (k, n, inputs) of a tile."""
     net, asked = Network(*net), Asked(*asked)
-    layers, d_in, d_out = net.layers, deltas[0], deltas[1]
+    layers, params, _, table, width, slots, linear, rank = net
+    steps, none, d_in, d_out = len(slots), linear[:0], deltas[0], deltas[1]
     d, e, n = layers[0, INPUTS], layers[-1, OUTPUTS], len(t)
     for tile in range(start, stop):
         begin = tile * TILE
         rows = min(TILE, n - begin)
         times = t[begin : begin + rows]
         _copy(arena[layers[0, X] :], x[begin * d :], rows * d)
-        own = _times(rows, begin, asked, net, times)
-        forward_tile(rows, net, arena, own, times, False)
+        own = _times(rows, begin, asked, params, table, width, slots, times)
+        forward_tile(rows, layers, params, none, 0, steps, arena, own, times)
         for first in range(begin, len(dx) // d, n):
             here, other = d_in, d_out
             _copy(here, dx[first * d :], rows * d)
             for k in range(len(layers)):
                 inputs, outputs = layers[k, INPUTS], layers[k, OUTPUTS]
                 gemm(
-                    other, 0, outputs, here, 0, inputs, 1, net.params, layers[k, WEIGHT], outputs, rows, outputs,
+                    other, 0, outputs, here, 0, inputs, 1, params, layers[k, WEIGHT], outputs, rows, outputs,
                     inputs, False,
                 )  # fmt: skip
                 _times_slope(rows, layers[k], arena, other, own)
                 here, other = other, here
             _copy(dy[first * e :], here, rows * e)
-            if len(net.linear) > 0:
-                _linear_part(rows, net, dx, first * d, dy, first * d, True, arena, times)
+            if len(linear) > 0:
+                _linear_part(rows, d, linear, rank, steps, dx, first * d, dy, first * d, True, arena, times)
 
 
 @kernel
@@ -779,8 +783,8 @@ def gradient_tile(tile, drawn, given, batch, net, asked, sums, room, arena, delt
             if known[d + j] != ZERO:
                 arena[at + i * d + j] = tables[0, times[i]] * known[j]
                 target[i * d + j] = np.nan
-    own = _times(rows, begin, asked, net, times)
-    forward_tile(rows, net, arena, own, times, True)
+    own = _times(rows, begin, asked, net.params, net.table, width, net.slots, times)
+    forward_tile(rows, layers, net.params, net.linear, net.rank, len(net.slots), arena, own, times)
 
     # The gradient of layer k's output is in d_in where k is even, else in d_out, or in dtime.
     last = len(layers) - 1
@@ -796,7 +800,7 @@ def gradient_tile(tile, drawn, given, batch, net, asked, sums, room, arena, delt
             slopes[j] *= weight
             errors[j] *= weight
     if not drawn and len(net.linear) > 0:
-        _linear_part(rows, net, dy, 0, given.dx, begin * d, False, arena, times)
+        _linear_part(rows, d, net.linear, net.rank, len(net.slots), dy, 0, given.dx, begin * d, False, arena, times)
     gemm(sums, 0, e, UNIT, 0, 0, 0, squares, 0, e, 1, e, rows, False)
     for j in range(e):
         loss[0] += np.float64(sums[j])

@@ -167,7 +167,7 @@ def convolve(
     arrays: tuple[Array, Array, Array],
     begin: tuple[Any, ...],
 ) -> Phases:
-    """The phases of a convolution, or of an input gradient: of flat x, w and y; `begin` as of `amx.conv_range`.
+    """The phases of a convolution, or of an input gradient: of flat x, w and y; `begin` as of `amx.Begin`.
 
     w may be in tiles, as of `TiledWeights`.
     """
@@ -185,7 +185,8 @@ def convolve(
     per, share = _cut(be.threads, layer.cells * len(layer.pairs), layer.columns)
     items = len(layer.pairs) * -(-layer.cells // per) * -(-layer.columns // share)
     arguments = (
-        per, share, layer.grid, layer.pairs, layer.taps, layer.blocks, cells, w, y, layer.shape, *begin,
+        per, share, amx.Layer(layer.grid, layer.pairs, layer.taps, layer.blocks, layer.shape), cells, w, y,
+        amx.Begin(*begin),
         be._each("sums", amx.BLOCK * amx.BLOCK), be._each("base", amx.BLOCK),
     )  # fmt: skip
     work = (layer.work + LIGHT_WORK * k * len(layer.pairs)) * layer.cells / items
