@@ -262,7 +262,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         few = by_rule and _few(net, parts.rows)
         jitter = _jitters(model, parts.rows, gaps, wishes.jitter, few=few)
         lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip), jitter=jitter)
-        keeper = _keeper(model, lessons, wishes.patience, few=few)
+        keeper = _keeper(model, lessons, wishes.patience, watched=few and not lessons.jittered)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
         trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
         trainer.turns, trainer.feed = model._turns, lessons.feed
@@ -510,6 +510,9 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
             gaps = gaps.centred(normaliser.centre)
             model._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
         net.set_linear(model._gaussian.linear(schedule, model.prediction))
+        if model.net is None:  # a given one keeps its weights
+            first = net.params["layers.0.weight"]
+            first[...] = model._gaussian.turned(first.astype(np.float64))
     model.schedule, model.net = schedule, net
     zeros = net.layout.zeros
     model._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
@@ -539,6 +542,7 @@ class Lessons(NamedTuple):
     rows: Values
     unseen: Values | None
     feed: Feed | None = None
+    jittered: bool = False
 
 
 def _lessons(
@@ -549,13 +553,14 @@ def _lessons(
     be, parts = get_backend(model.backend), found.parts
     rows, unseen, known = parts.rows, parts.unseen, found.covariates
     whole = rows if parts.whole is None else parts.whole
-    stored = rows if isinstance(rows, StoredRows) else None
+    stored, jittered = rows if isinstance(rows, StoredRows) else None, False
     if stored is None:
         data = normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data()
         if jitter:
             assert model._gaussian is not None
             inner = _inner_rows(normaliser, whole)
             how = Jitter.of(model._gaussian, inner)
+            jittered = how is not None
             data = data if how is None else how.copies(inner, model.seed).reshape(-1, *whole.shape[1:])
         data = be.asarray(data, net.dtype)
     tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
@@ -592,7 +597,7 @@ def _lessons(
             unseen = _whole(normaliser, x0, x0.shape)
         of_held = parts.held_out[1], found.of_unseen
         looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
-    return Lessons(draws, looks, rows, unseen, feed)
+    return Lessons(draws, looks, rows, unseen, feed, jittered)
 
 
 def _few(net: Network, rows: Any) -> bool:
@@ -617,13 +622,15 @@ def _jitters(model: Model, rows: Any, gaps: Gaps | None, asked: bool | None, *, 
     return few and not lacking if asked is None else asked
 
 
-def _keeper(model: Model, lessons: Lessons, patience: int | None, *, few: bool) -> judgement.Watch | Patience | None:
+def _keeper(
+    model: Model, lessons: Lessons, patience: int | None, *, watched: bool
+) -> judgement.Watch | Patience | None:
     """What looks at the weights of a training, and says which stay."""
     net, _, normaliser = model._fitted()
     rows = lessons.rows
     if patience is not None and lessons.looks is not None:
         return Patience(patience, lessons.looks)
-    if few:
+    if watched:
         be = get_backend(model.backend)
         learned = normaliser.apply(rows[:], net.dtype).reshape(len(rows), -1)
         return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
