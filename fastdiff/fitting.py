@@ -262,7 +262,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         few = by_rule and _few(net, parts.rows)
         jitter = _jitters(model, parts.rows, gaps, wishes.jitter, few=few)
         lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip), jitter=jitter)
-        keeper = _keeper(model, lessons, wishes.patience, watched=few and not lessons.jittered)
+        keeper = _keeper(model, lessons, wishes.patience, few=few)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
         trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
         trainer.turns, trainer.feed = model._turns, lessons.feed
@@ -622,18 +622,18 @@ def _jitters(model: Model, rows: Any, gaps: Gaps | None, asked: bool | None, *, 
     return few and not lacking if asked is None else asked
 
 
-def _keeper(
-    model: Model, lessons: Lessons, patience: int | None, *, watched: bool
-) -> judgement.Watch | Patience | None:
+def _keeper(model: Model, lessons: Lessons, patience: int | None, *, few: bool) -> judgement.Watch | Patience | None:
     """What looks at the weights of a training, and says which stay."""
     net, _, normaliser = model._fitted()
     rows = lessons.rows
     if patience is not None and lessons.looks is not None:
         return Patience(patience, lessons.looks)
-    if watched:
+    if few:
         be = get_backend(model.backend)
         learned = normaliser.apply(rows[:], net.dtype).reshape(len(rows), -1)
-        return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
+        return judgement.Watch(
+            learned, partial(_drawn_inside, model, be), model.step, model.end_step, ends=lessons.jittered
+        )
     return None
 
 

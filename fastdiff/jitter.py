@@ -18,9 +18,10 @@ each other. Always 10 times crowds wine and GunPoint, always 3 times costs breas
 to unseen rows with 10 and with 3, means over splits of `make quality` (2026-12-01): wine 0.0177 and 0.0151, GunPoint
 0.072 and 0.073, breast cancer 0.000 and 0.005, JapaneseVowels 0.0155 and 0.0145, CO2 0.172 and 0.174.
 
-Nothing watches such a training, and its last weights stay. Judged by the distance of samples to training rows, as fits
-without jitter are (`fastdiff.judgement.Watch`), it would end too early: with 3 times the ratio CO2 0.227 and not 0.174,
-GunPoint 0.084 and not 0.073, and no set of five less than by the last weights.
+The last weights of such a training stay, or the first if their samples are nearer to the training rows: of
+BasicMotions, 40 rows of 600 values, 1.17 and not 1.29 in one split. Judged at every look as fits without jitter are
+(`fastdiff.judgement.Watch`), it would end too early: with 3 times the ratio CO2 0.227 and not 0.174, GunPoint 0.084
+and not 0.073, and no set of five less than by the last weights.
 
 Copy k of row i of N is made of normals of stream DATA, step 24, row k N + i of the noise law, on the host and so the
 same for all backends.

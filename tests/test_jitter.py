@@ -153,23 +153,27 @@ def test_a_fit_by_the_rule_learns_from_copies():
     assert (weights[True, None] != weights[False, None]).all()
 
 
-def test_nothing_watches_a_fit_with_jitter(monkeypatch):
-    """Its last weights stay; without jitter, or of rows too few to say how much, samples are looked at."""
+def test_a_fit_with_jitter_is_looked_at_when_it_begins_and_ends(monkeypatch):
+    """Without jitter, or of rows too few to say how much, samples are looked at on the way, and for copies."""
     made = []
 
     class Seen(judgement.Watch):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(self)
 
     monkeypatch.setattr(judgement, "Watch", Seen)
     monkeypatch.setattr(defaults, "FEWEST_STEPS", 100)
     monkeypatch.setattr(defaults, "STEPS_PER_ROOT", 1)
-    for X, jittered, watched in ((rows_of(60, 10), None, 0), (rows_of(60, 10), False, 1), (rows_of(9, 10), None, 1)):
+    for X, jittered, ends in (
+        (rows_of(60, 10), None, True),
+        (rows_of(60, 10), False, False),
+        (rows_of(9, 10), None, False),
+    ):
         made.clear()
         model = fd.Diffusion().fit(X, jitter=jittered, progress=False, judge=False)
         assert model.step == 100
-        assert len(made) == watched
+        assert [each.ends for each in made] == [ends]
 
 
 def test_jitter_goes_on_after_a_file(tmp_path):
