@@ -11,6 +11,14 @@ Vastola 2024, "The unreasonable effectiveness of Gaussian score approximation fo
 C is fitted with Ledoit-Wolf shrinkage, or with as small a share of it as the rows ask for: it gives white noise to
 directions that smooth curves do not have, and samples show it. Of more than `MOST_AXES` values a row the leading axes
 are kept, and the others share one variance.
+
+Where variances lie far apart, what is not Gaussian shows along a few axes, at noise that hides it in the sum over
+values that a unit of a network makes. So the first layer of a network that is chosen starts with weights along an axis
+of variance l in proportion to l^(1/4) (`GaussianBase.turned`). Of windows of CO2, whose level is uniform and has 51 of
+52 parts of the variance, a perceptron with weights of all directions alike learned nothing in 2,200 steps in four
+splits of five; energy distance to unseen rows, means over splits, alike and turned (2026-12-01): CO2 0.272 and 0.172,
+OSULeaf 0.069 and 0.063, GunPoint 0.049 and 0.048, ArrowHead 0.061 and 0.060, wine and breast cancer less by 0.0005,
+JapaneseVowels 0.013 and 0.016.
 """
 
 from __future__ import annotations
@@ -31,6 +39,7 @@ from fastdiff.stored import StoredRows
 MOST_AXES = 512
 SHARES, FOLDS = (1.0, 0.3, 0.1, 0.03, 0.01), 5  # of the shrinkage; each is tried on rows that were left out
 MOST_FITTED = 2048  # rows, when they are tried
+NEGLIGIBLE = 1e-6  # share of the largest variance, below which an axis counts no less to a first layer
 ORTHONORMAL = 1e-6  # that the axes of a file may be off
 
 Array = npt.NDArray[np.float64]
@@ -119,6 +128,17 @@ class GaussianBase:
             return LinearPart(self.axes, along)
         across = _gains(np.array([self.rest]), schedule, prediction)
         return LinearPart(self.axes, along - across, across[:, 0])
+
+    def turned(self, weights: Array) -> Array:
+        """Weights (d, n) of inputs, as many as they were in sum of squares, but more of them along axes of variance."""
+        d, rank = self.axes.shape
+        scale = np.append(self.variances, self.rest)
+        scale = np.maximum(scale, NEGLIGIBLE * scale.max()) ** 0.25
+        if not scale.any():
+            return weights
+        scale /= np.sqrt(np.append(np.ones(rank), d - rank) @ scale**2 / d)
+        along = (self.axes * (scale[:-1] - scale[-1])) @ (self.axes.T @ weights)
+        return np.asarray(along + scale[-1] * weights)
 
     def loss(self, schedule: Schedule, prediction: str, weight: Array | None = None) -> float:
         """Return the mean squared error of the best linear prediction, over values and timesteps.

@@ -510,6 +510,9 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
             gaps = gaps.centred(normaliser.centre)
             model._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
         net.set_linear(model._gaussian.linear(schedule, model.prediction))
+        if model.net is None:  # a given one keeps its weights
+            first = net.params["layers.0.weight"]
+            first[...] = model._gaussian.turned(first.astype(np.float64))
     model.schedule, model.net = schedule, net
     zeros = net.layout.zeros
     model._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))
@@ -539,6 +542,7 @@ class Lessons(NamedTuple):
     rows: Values
     unseen: Values | None
     feed: Feed | None = None
+    jittered: bool = False
 
 
 def _lessons(
@@ -549,13 +553,14 @@ def _lessons(
     be, parts = get_backend(model.backend), found.parts
     rows, unseen, known = parts.rows, parts.unseen, found.covariates
     whole = rows if parts.whole is None else parts.whole
-    stored = rows if isinstance(rows, StoredRows) else None
+    stored, jittered = rows if isinstance(rows, StoredRows) else None, False
     if stored is None:
         data = normaliser.apply(whole, net.dtype) if gaps is None else gaps.training_data()
         if jitter:
             assert model._gaussian is not None
             inner = _inner_rows(normaliser, whole)
             how = Jitter.of(model._gaussian, inner)
+            jittered = how is not None
             data = data if how is None else how.copies(inner, model.seed).reshape(-1, *whole.shape[1:])
         data = be.asarray(data, net.dtype)
     tables = schedule.signal, schedule.noise, *schedule.target(model.prediction)
@@ -592,7 +597,7 @@ def _lessons(
             unseen = _whole(normaliser, x0, x0.shape)
         of_held = parts.held_out[1], found.of_unseen
         looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
-    return Lessons(draws, looks, rows, unseen, feed)
+    return Lessons(draws, looks, rows, unseen, feed, jittered)
 
 
 def _few(net: Network, rows: Any) -> bool:
@@ -626,7 +631,9 @@ def _keeper(model: Model, lessons: Lessons, patience: int | None, *, few: bool) 
     if few:
         be = get_backend(model.backend)
         learned = normaliser.apply(rows[:], net.dtype).reshape(len(rows), -1)
-        return judgement.Watch(learned, partial(_drawn_inside, model, be), model.step, model.end_step)
+        return judgement.Watch(
+            learned, partial(_drawn_inside, model, be), model.step, model.end_step, ends=lessons.jittered
+        )
     return None
 
 

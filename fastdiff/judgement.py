@@ -282,6 +282,9 @@ class Watch:
         Takes weights and returns samples (n, d), in the network's range.
     first, last : int
         Steps between which the training goes.
+    ends : bool, optional
+        Look at the first and the last weights only, and keep those whose samples are nearer to the training rows: all
+        that is asked where rows have jitter, which can be no copies.
 
     Attributes
     ----------
@@ -291,11 +294,12 @@ class Watch:
         Why others than the last weights looked at are kept; empty where they are not.
     """
 
-    def __init__(self, rows: Rows, draw: Callable[[Rows], Rows], first: int, last: int) -> None:
+    def __init__(self, rows: Rows, draw: Callable[[Rows], Rows], first: int, last: int, *, ends: bool = False) -> None:
         from scipy.spatial.distance import cdist
 
         self.rows, self.draw = np.asarray(rows, np.float64), draw
         self.every, self.last = max(1, round((last - first) / LOOKS / LOOK_EVERY)) * LOOK_EVERY, last
+        self.ends, self.every = ends, last + 1 if ends else self.every
         picked = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
         to_all = cdist(self.rows[picked], self.rows)
         to_all[np.arange(len(picked)), picked] = np.inf
@@ -311,7 +315,7 @@ class Watch:
         if not np.isfinite(drawn).all():
             return False
         nearest = float(np.median(nearest_distances(drawn, self.rows)))
-        if self.looks and nearest < NEAREST * self.usual:
+        if self.looks and not self.ends and nearest < NEAREST * self.usual:
             self.reason = "after more, samples are nearer to training rows than these are to each other"
             self.stopped = True
             return True
@@ -323,7 +327,7 @@ class Watch:
         smallest = min(self.looks, key=lambda look: look[2].mean)
         for step, weights, cross in self.looks:
             excess, error = cross.less(smallest[2])
-            if excess <= SLACK * error:
+            if excess <= (0.0 if self.ends else SLACK * error):
                 if step < self.looks[-1][0]:
                     self.reason = "samples of later ones are no nearer to the data's law"
                 return step, weights

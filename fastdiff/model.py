@@ -306,7 +306,7 @@ class Diffusion:
         patience : int, optional
             Stop where the loss on held-out rows has not been smaller for so many steps, and keep the averaged weights
             that had the smallest, also where training ends before that. It takes the place of the look at samples that
-            calls without `steps` keep weights by. That loss is looked at every 100 steps.
+            calls without `steps` and without jitter keep weights by. That loss is looked at every 100 steps.
         judge : bool, optional
             Whether to end with a judgement: samples are drawn and compared with held-out rows (see
             `fastdiff.judgement`), the numbers go to `report_`, and a `QualityWarning` says what is off. By default

@@ -83,6 +83,45 @@ def test_training_adds_to_it_and_a_file_keeps_it(tmp_path, backend):
         assert_same_bits(whole.net.flat, made.net.flat)
 
 
+@pytest.mark.parametrize("rank", [6, 2])
+def test_a_first_layer_is_turned_to_the_axes(rank):
+    """By a matrix with the axes of the base and roots of roots of its variances, of as many squares as the identity."""
+    axes = np.linalg.qr(RANDOM.normal(size=(6, 6)))[0]
+    variances = np.array([9.0, 4.0, 1.0, 0.5, 0.5, 0.0])
+    variances[rank:] = 0.25
+    base = GaussianBase(np.ascontiguousarray(axes[:, :rank]), variances[:rank], 0.25)
+    turned = base.turned(np.eye(6))
+    floor = np.maximum(variances, 9e-6)
+    np.testing.assert_allclose(turned, axes @ np.diag(np.sqrt(np.sqrt(floor) / np.sqrt(floor).mean())) @ axes.T)
+    assert np.sum(turned**2) == pytest.approx(6)
+    none = GaussianBase(axes, np.zeros(6), 0.0)
+    assert none.turned(axes) is axes
+
+
+def test_a_chosen_network_starts_along_the_axes_and_a_given_one_as_it_is():
+    plain = fd.MLP(9, hidden=(128,) * 3, T=200)
+    chosen, given = fd.Diffusion().fit(ROWS, steps=0, **QUIET), untrained(net=fd.MLP(9, hidden=(128,) * 3, T=200))
+    first = plain.params["layers.0.weight"]
+    assert_same_bits(given.net.params["layers.0.weight"], first)
+    want = chosen._gaussian.turned(first.astype(np.float64))
+    np.testing.assert_allclose(chosen.net.params["layers.0.weight"], want, rtol=1e-6)
+    assert not np.allclose(want, first, rtol=0.1)
+    assert_same_bits(chosen._average, chosen.net.flat)
+    assert_same_bits(chosen.net.params["layers.1.weight"], plain.params["layers.1.weight"])
+    chosen.reset().fit(ROWS, steps=0, **QUIET)
+    np.testing.assert_allclose(chosen.net.params["layers.0.weight"], want, rtol=1e-6)
+
+
+def test_one_axis_of_many_is_learned():
+    """The level of curves is uniform, and has nearly all of their variance: no few steps taught it before."""
+    random = np.random.default_rng(0)
+    waves = np.sin(np.linspace(0, 6, 52) + random.uniform(0, 2 * np.pi, (100, 1)))
+    X = random.uniform(-10, 10, (100, 1)) + 0.6 * waves + 0.1 * random.normal(size=(100, 52))
+    levels = fd.Diffusion().fit(X, steps=400, jitter=True, **QUIET).sample(500).mean(axis=1)
+    fourth = np.mean((levels - levels.mean()) ** 4) / levels.var() ** 2
+    assert fourth < 2.6  # 1.8 of a uniform law, 3 of a Gaussian
+
+
 def test_a_batch_and_a_trajectory_change_no_bits():
     made = fd.Diffusion(base="gaussian", backend="cpu").fit(ROWS, steps=6, **QUIET)
     whole = made.sample(200)

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import logsumexp
 
 import fastdiff as fd
-from fastdiff import base, jitter
+from fastdiff import base, defaults, jitter, judgement
 from fastdiff.base import GaussianBase
 from fastdiff.jitter import Jitter
 from fastdiff.noise import Draw, Stream, fill_normal
@@ -77,14 +77,36 @@ def test_rows_say_how_much():
     random = np.random.default_rng(0)
     gaussian = random.normal(size=(100, 12)) @ random.normal(size=(12, 12))
     both = [Jitter.of(GaussianBase.of(rows), rows) for rows in (gaussian, rows_of(100, 12))]
-    of_gaussian, of_shapes = (each.ratio / jitter.SHARPER for each in both)
-    assert of_gaussian < 0.1 < 1 < of_shapes <= jitter.RATIOS[-1]
+    of_gaussian, of_shapes = (each.ratio for each in both)
+    most = jitter.SHARPER[0]
+    assert of_gaussian < 0.1 * most < 1.1 * most < of_shapes <= most * jitter.RATIOS[-1]
     few, same = rows_of(9, 5), np.zeros((50, 5))
     assert Jitter.of(GaussianBase.of(few), few) is None
     assert Jitter.of(GaussianBase.of(same), same) is None
     held = rows_of(60, 6)
     held[:, 2] = 0  # a column without variance
     assert np.isfinite(Jitter.of(GaussianBase.of(held), held).copies(held, 0)).all()
+
+
+def test_copies_are_kept_apart_from_rows():
+    """Distances one by one; and where ten times the likeliest ratio would crowd rows, as much of it as does not."""
+    rows = rows_of(40, 12)
+    kernel = Jitter.of(GaussianBase.of(rows), rows)
+    n, d = jitter.PICKED, 12
+    z = np.empty((n, d))
+    fill_normal(z, Draw(0, Stream.DATA, jitter.STEP))
+    near, usual = np.empty(n), np.empty(n)
+    kept, width = kernel._axes
+    for i, at in enumerate(np.linspace(0, 39, n).astype(int)):
+        along, noise = kernel.base.axes.T @ rows[at], kernel.base.axes.T @ z[i]
+        copy = kernel.base.axes @ (kept[:-1] * along + np.sqrt(width[:-1]) * noise)
+        near[i] = min(np.linalg.norm(copy - row) for row in rows)
+        usual[i] = min(np.linalg.norm(rows[at] - row) for k, row in enumerate(rows) if k != at)
+    assert kernel.apart(rows) == pytest.approx(np.median(near) / np.median(usual), rel=1e-9)
+    assert kernel.apart(rows) >= jitter.APART
+    sharper = Jitter(kernel.base, kernel.ratio * 10**0.25)
+    assert sharper.apart(rows) < jitter.APART
+    assert Jitter(kernel.base, 1e9).apart(rows) < 1e-3 < 0.5 < Jitter(kernel.base, 1e-9).apart(rows)
 
 
 def test_of_many_rows_evenly_spaced_ones_say_it():
@@ -129,6 +151,29 @@ def test_a_fit_by_the_rule_learns_from_copies():
     assert (weights[None, 20] == weights[False, 20]).all()
     assert (weights[True, 20] != weights[False, 20]).all()
     assert (weights[True, None] != weights[False, None]).all()
+
+
+def test_a_fit_with_jitter_is_looked_at_when_it_begins_and_ends(monkeypatch):
+    """Without jitter, or of rows too few to say how much, samples are looked at on the way, and for copies."""
+    made = []
+
+    class Seen(judgement.Watch):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(judgement, "Watch", Seen)
+    monkeypatch.setattr(defaults, "FEWEST_STEPS", 100)
+    monkeypatch.setattr(defaults, "STEPS_PER_ROOT", 1)
+    for X, jittered, ends in (
+        (rows_of(60, 10), None, True),
+        (rows_of(60, 10), False, False),
+        (rows_of(9, 10), None, False),
+    ):
+        made.clear()
+        model = fd.Diffusion().fit(X, jitter=jittered, progress=False, judge=False)
+        assert model.step == 100
+        assert [each.ends for each in made] == [ends]
 
 
 def test_jitter_goes_on_after_a_file(tmp_path):
