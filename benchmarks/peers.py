@@ -158,7 +158,7 @@ def our_backend(threads: int, variant: str) -> Any:
     return fd.get_backend("cpu", threads=threads, precision="bf16" if variant in HALVES else "float32")
 
 
-def our_worker(workload: Workload, folder: Path, threads: int, variant: str) -> tuple[list[Run], int]:
+def our_worker(workload: Workload, folder: Path, threads: int, variant: str = "") -> tuple[list[Run], int]:
     """Compute the example, leave it in the folder; return what is to be timed, by part, and the units of a run."""
     be = our_backend(threads, variant)
     inputs, outputs = workload.peer_example.compare(be, folder)

@@ -131,23 +131,25 @@ def layer_of(call: Call, ends: tuple[int, int]) -> tuple[str, str, float]:
     backward = base != call.name
     if base == "conv":
         if backward:
-            geometry, y, w, products = arguments[0], arguments[1], arguments[3], 1 + (arguments[4] is not None)
+            geometry, y, x, products = arguments[0], arguments[1], arguments[2], 1 + (arguments[4] is not None)
         else:
-            geometry, y, w, products = arguments[0], arguments[4], arguments[2], 1
-        (_, height, width, k), kernel, c = y.shape, f"conv {w.shape[0]}x{w.shape[1]}", w.shape[2]
-        size, channels, operations = f"{height} x {width}", f"{c} to {k}", 2.0 * products * y.size * w[..., 0].size
+            geometry, y, x, products = arguments[0], arguments[4], arguments[1], 1
+        (_, height, width, k), (rows, columns), c = y.shape, geometry.kernel, x.shape[3]
+        kernel, size, channels = f"conv {rows}x{columns}", f"{height} x {width}", f"{c} to {k}"
+        operations = 2.0 * products * y.size * rows * columns * c
         if height * width == 1:
             return "linear layers", channels, operations
         if c == ends[0] or k == ends[1]:
             return "first conv" if c == ends[0] else "last conv", channels, operations
         if max(geometry.stride) > 1 or max(geometry.up) > 1:
             kernel += ", strided" if max(geometry.stride) > 1 else ", upsampling"
-        elif max(w.shape[:2]) > 1:
+        elif max(rows, columns) > 1:
             return f"{kernel}, {size}", channels, operations
         return kernel, f"{size}, {channels}", operations
     if base == "norm":
-        _, height, width, c = arguments[0].shape
-        return "GroupNorm" + (" + SiLU" if call.named["silu"] else ""), f"{height} x {width}, {c} channels", 0.0
+        layer = arguments[0]
+        _, height, width, c = layer.x.shape
+        return "GroupNorm" + (" + SiLU" if layer.silu else ""), f"{height} x {width}, {c} channels", 0.0
     if base == "attention":
         y, length = arguments[0 if backward else 1], arguments[0].shape[1]
         shape = f"{length} pixels, {y.shape[2]} channels"

@@ -102,7 +102,9 @@ def main() -> None:
             forward - 2 * rows * workload.products[0],
         ),
         "biases and activations": (
-            best(mlp.forward_tile, rows, network, arena, times, t, True) - products,
+            best(
+                mlp.forward_tile, rows, layers, net.flat, network.linear, network.rank, len(slots), arena, times, t
+            ) - products,
             0,
         ),
         "biases and activations, backward": (
