@@ -174,8 +174,8 @@ def test_training_draws_have_the_bits_of_the_reference(runtime, n, d, T, step):
     wanted, first = perceptron.draw_batch(draws, T, step, n), n // 3
     for array, want in zip(be._draw(be._trained(net.plan, draws, n), step), wanted, strict=True):
         assert_same_bits(array, want)
-    part = be._draw_part(be._trained(net.plan, draws, n - first, part=n - first), step, first)
-    for array, want in zip(part[:3], wanted, strict=True):
+    inputs, target = be._draw_part(be._trained(net.plan, draws, n - first, part=n - first), step, first)
+    for array, want in zip((inputs.x, inputs.t, target), wanted, strict=True):
         assert_same_bits(array, want[first:])
 
 

@@ -192,7 +192,10 @@ def test_nccl_that_fails_on_a_rank_ends_all(when, capsys, monkeypatch):
 
 def test_ranks_of_different_backends():
     cuda = CudaBackend(HostRuntime())
-    for other, name in ((CpuBackend(1), "cpu"), (CudaBackend(HostRuntime(), precision="bf16"), "cuda bf16 own")):
+    for other, name in (
+        (CpuBackend(1), "cpu float32"),
+        (CudaBackend(HostRuntime(), precision="bf16"), "cuda bf16 own"),
+    ):
 
         def work(comm, other=other):
             curves(cuda if comm.rank else other).fit(CURVES, steps=1, batch=20, comm=comm, **QUIET)
