@@ -578,7 +578,7 @@ def test_the_readme_counts_accidents_as_the_table_does():
 
 def test_every_file_with_numbers_shows_the_results(monkeypatch, tmp_path, capsys):
     names = [path.name for path in readme_numbers.files_with_numbers()]
-    assert names == ["README.md", "choose.md", "performance.md", "quality.md", "scaling.md"]
+    assert names == ["README.md", "choose.md", "guidance.md", "performance.md", "quality.md", "scaling.md"]
     assert readme_numbers.main(["--check"]) == 0
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- numbers:peers-cpu:short -->\n<!-- /numbers -->\n")

@@ -6,7 +6,6 @@ CUDA C++ on a GPU. Each is a package, imported when it is asked for, with the sa
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -42,6 +41,7 @@ from fastdiff.backends.protocol import (
     Training,
     TrainingDraws,
     TrainState,
+    measured,
 )
 from fastdiff.errors import ArgumentError, BackendError, check_choice, check_int, is_on_device, shown
 from fastdiff.signals import delayed
@@ -145,12 +145,6 @@ def _no_compiler() -> bool:
 
 MEASURED = Path(__file__).parent / "cuda" / "measured"
 """Results of `make gpu`, a file for each family of GPUs, as sm_90.json: only there is "auto" the GPU."""
-
-
-def measured(path: Path) -> dict[str, Any]:
-    """Return what such a file says: nothing where its run was a quick one, whose numbers mean nothing."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found.get("scale", 1) == 1 else {}
 
 
 def _why_not_cuda() -> str:

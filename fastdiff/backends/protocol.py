@@ -5,8 +5,10 @@ Arguments are checked where the user calls, not here: a backend may assume C-con
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,6 +34,12 @@ KRYLOV_LEAST = 1e-6  # of a new direction, relative to the image that it is the 
 DAMPED = 3  # terms of the sum that leaves out what is below the least singular value
 PIVOT = 1e-13  # least pivot of a factorisation, relative to the entry that it is the rest of
 TINY = 1e-300  # what is divided by, at least
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """Return what a file of `make gpu`'s results says: nothing where its run was a quick one, whose numbers mean nothing."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.get("scale", 1) == 1 else {}
 
 
 class Row(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import measured
+from fastdiff.backends.protocol import measured
 
 MEASURED = Path(__file__).with_name("measured")
 
