@@ -37,7 +37,7 @@ TINY = 1e-300  # what is divided by, at least
 
 
 def measured(path: Path) -> dict[str, Any]:
-    """Return what a file of `make gpu`'s results says: nothing where its run was a quick one, whose numbers mean nothing."""
+    """Return what a file of results of `make gpu` says: nothing of a quick run, whose numbers mean nothing."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found if found.get("scale", 1) == 1 else {}
 
