@@ -119,5 +119,5 @@ def kernels():
     with mock.patch.object(numba.core, "cgutils", helpers):
         imitated = _copy_of(tiles)
     plain = ModuleType("plain_jit")
-    plain.kernel = numba.njit(**jit.OPTIONS)
+    plain.kernel, plain.part = numba.njit(**jit.OPTIONS), jit.part
     return _copy_of(amx, tiles=imitated, jit=plain)

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from fastdiff.kernels.cpu.jit import kernel
+from fastdiff.kernels.cpu.jit import kernel, part
 from fastdiff.kernels.cpu.tiles import (
     DEEP,
     ROW_BYTES,
@@ -255,8 +255,8 @@ def weights_tiles_range(start, stop, firsts, sources, w, tiles, c, k, transpose,
         at = column * SIDE
         n = min(SIDE, k - at)
         for b in range(blocks):
-            for part in range(parts):
-                row = part * DEEP
+            for deep in range(parts):
+                row = deep * DEEP
                 rows = min(DEEP, c - row)
                 if n < SIDE or rows < DEEP or firsts[b] == firsts[b + 1]:
                     block[:TILE] = ZERO
@@ -273,10 +273,27 @@ def weights_tiles_range(start, stop, firsts, sources, w, tiles, c, k, transpose,
                         else:
                             for j in range(n):
                                 out[j] = values[j]
-                to = tiles.ctypes.data + ((column * blocks + b) * parts + part) * TILE_BYTES
+                to = tiles.ctypes.data + ((column * blocks + b) * parts + deep) * TILE_BYTES
                 for i in range(SIDE):
                     even = block.ctypes.data + 2 * i * ROW_BYTES
                     _pair(to + i * ROW_BYTES, even, even + ROW_BYTES, SIDE, SIDE)
+
+
+@part
+def _add_products(steps, a, row_bytes, b, column_bytes, both):
+    """Add the products of 32 rows at a and of one or `both` columns of tiles at b, so many tiles along each."""
+    for _ in range(steps):
+        load_upper(a, row_bytes)
+        load_left(b, ROW_BYTES)
+        upper_left()
+        load_lower(a + SIDE * row_bytes, row_bytes)
+        lower_left()
+        if both:
+            load_right(b + column_bytes, ROW_BYTES)
+            upper_right()
+            lower_right()
+        a += ROW_BYTES
+        b += TILE_BYTES
 
 
 class Layer(NamedTuple):
@@ -339,18 +356,7 @@ def conv_range(start, stop, cells, columns, layer, x, w, y, begin, sums, base):
                 for t in range(first_tap, end_tap):
                     a = x_at + (taps[t, AT] + cell) * row_bytes
                     b = w_at + column * column_bytes + taps[t, WEIGHT] * parts * TILE_BYTES
-                    for _ in range(parts):
-                        load_upper(a, row_bytes)
-                        load_left(b, ROW_BYTES)
-                        upper_left()
-                        load_lower(a + SIDE * row_bytes, row_bytes)
-                        lower_left()
-                        if both:
-                            load_right(b + column_bytes, ROW_BYTES)
-                            upper_right()
-                            lower_right()
-                        a += ROW_BYTES
-                        b += TILE_BYTES
+                    _add_products(parts, a, row_bytes, b, column_bytes, both)
                 store_0(sums_at, 2 * ROW_BYTES)
                 store_1(sums_at + ROW_BYTES, 2 * ROW_BYTES)
                 store_2(sums_at + 2 * SIDE * ROW_BYTES, 2 * ROW_BYTES)
@@ -514,18 +520,7 @@ def weights_range(start, stop, layout, phases, taps, blocks, sizes, lines, pairs
                         load_2(to + 2 * TILE_BYTES, ROW_BYTES)
                         load_3(to + 3 * TILE_BYTES, ROW_BYTES)
                     a, b = first_line, pairs_at + (taps[t, AT] + 2 * share * half + cell // 2) * ROW_BYTES
-                    for _ in range(steps):
-                        load_left(b, ROW_BYTES)
-                        load_upper(a, row_bytes)
-                        upper_left()
-                        load_lower(a + SIDE * row_bytes, row_bytes)
-                        lower_left()
-                        if both:
-                            load_right(b + column_bytes, ROW_BYTES)
-                            upper_right()
-                            lower_right()
-                        a += ROW_BYTES
-                        b += TILE_BYTES
+                    _add_products(steps, a, row_bytes, b, column_bytes, both)
                     store_0(to, ROW_BYTES)
                     store_1(to + TILE_BYTES, ROW_BYTES)
                     store_2(to + 2 * TILE_BYTES, ROW_BYTES)

@@ -42,9 +42,8 @@ def why_not() -> str:
     return ""
 
 
-def _tile_instruction(name, tiles, addresses):
+def _tile_instruction(name, tiles, addressed):
     """Make an intrinsic for an instruction of certain tiles, with an address and a distance of rows or without."""
-    count = 2 * addresses
 
     def emit(context, builder, signature, args):
         values = [ir.Constant(I8, tile) for tile in tiles]
@@ -54,7 +53,7 @@ def _tile_instruction(name, tiles, addresses):
         builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), values)
         return context.get_dummy_value()
 
-    if count:
+    if addressed:
 
         @intrinsic
         def instruction(typingctx, address, distance):
@@ -87,15 +86,15 @@ def tiles_begin(typingctx):
     return types.void(), emit
 
 
-tiles_end = _tile_instruction("tilerelease", (), 0)
+tiles_end = _tile_instruction("tilerelease", (), False)
 # Tiles 0 to 3 hold sums, of upper and lower rows and left and right columns; 4 and 5 the rows, 6 and 7 the columns.
-clear_0, clear_1, clear_2, clear_3 = (_tile_instruction("tilezero", (tile,), 0) for tile in range(4))
+clear_0, clear_1, clear_2, clear_3 = (_tile_instruction("tilezero", (tile,), False) for tile in range(4))
 load_0, load_1, load_2, load_3, load_upper, load_lower, load_left, load_right = (
-    _tile_instruction("tileloadd64", (tile,), 1) for tile in range(8)
+    _tile_instruction("tileloadd64", (tile,), True) for tile in range(8)
 )
-store_0, store_1, store_2, store_3 = (_tile_instruction("tilestored64", (tile,), 1) for tile in range(4))
+store_0, store_1, store_2, store_3 = (_tile_instruction("tilestored64", (tile,), True) for tile in range(4))
 upper_left, upper_right, lower_left, lower_right = (
-    _tile_instruction("tdpbf16ps", (2 * row + column, 4 + row, 6 + column), 0)
+    _tile_instruction("tdpbf16ps", (2 * row + column, 4 + row, 6 + column), False)
     for row in range(2)
     for column in range(2)
 )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.backends.cpu import conv_amx
-from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
+from fastdiff.backends.cpu.phases import Phase, Sides
 from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted, aligned
 from fastdiff.backends.layers import Conv, ConvShapes, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
@@ -65,15 +65,8 @@ class _Product:
     """
 
     def __init__(self, geometry: Conv, shape: tuple[int, int, int, int], k: int, adjoint: bool) -> None:
-        images, in_height, in_width, c = shape
-        height, width = geometry.size(in_height, in_width)
-        if adjoint:
-            in_height, in_width, c, height, width, k = height, width, k, in_height, in_width, c
-        make, kernel_columns = adjoint_phases_of if adjoint else phases_of, geometry.kernel[1]
-        both = [
-            make(geometry.kernel[axis], geometry.stride[axis], geometry.pad[2 * axis], geometry.up[axis])
-            for axis in range(2)
-        ]
+        (in_height, in_width, c), (height, width, k), *both = Sides.of(geometry, shape, k, adjoint)
+        images, kernel_columns = shape[0], geometry.kernel[1]
         # Whether Winograd does it: a rule of the layer alone.
         self.by_winograd = geometry == Conv((3, 3), pad=(1, 1, 1, 1)) and min(c, k) >= LEAST_CHANNELS
         self.across = -(-width // winograd.TILE)

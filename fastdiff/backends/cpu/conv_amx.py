@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.backends.cpu.phases import Phase, adjoint_phases_of, phases_of
+from fastdiff.backends.cpu.phases import Phase, Sides
 from fastdiff.backends.cpu.workers import PIECES, Array, Job, Phases, Scripted, aligned
 from fastdiff.backends.layers import Conv, ConvShapes
 from fastdiff.kernels.cpu import amx, conv
@@ -60,15 +60,8 @@ class _Layer:
     """
 
     def __init__(self, geometry: Conv, shape: tuple[int, int, int, int], k: int, adjoint: bool) -> None:
-        images, in_height, in_width, c = shape
-        height, width = geometry.size(in_height, in_width)
-        if adjoint:
-            in_height, in_width, c, height, width, k = height, width, k, in_height, in_width, c
-        make, kernel_columns = adjoint_phases_of if adjoint else phases_of, geometry.kernel[1]
-        down, across = (
-            make(geometry.kernel[axis], geometry.stride[axis], geometry.pad[2 * axis], geometry.up[axis])
-            for axis in range(2)
-        )
+        (in_height, in_width, c), (height, width, k), down, across = Sides.of(geometry, shape, k, adjoint)
+        images, kernel_columns = shape[0], geometry.kernel[1]
         rows, columns = _Axis.of(down, in_height, height), _Axis.of(across, in_width, width)
         wide = -(-c // amx.DEEP) * amx.DEEP
         head = -(-(rows.before * columns.cells + columns.before) // amx.DEEP) * amx.DEEP

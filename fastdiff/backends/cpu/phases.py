@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from fastdiff.backends.layers import Conv
+
 
 class Phase(NamedTuple):
     """Output positions first, first + step, ... along one axis, which see the input through the same taps.
@@ -73,3 +75,23 @@ def adjoint_phases_of(kernel: int, stride: int, pad: int, up: int) -> list[Phase
         )
         for p in range(period)
     ]
+
+
+class Sides(NamedTuple):
+    """What a convolution reads and writes, (height, width, channels) each, and its phases down and across."""
+
+    read: tuple[int, int, int]
+    written: tuple[int, int, int]
+    down: list[Phase]
+    across: list[Phase]
+
+    @classmethod
+    def of(cls, geometry: Conv, shape: tuple[int, int, int, int], k: int, adjoint: bool) -> Sides:
+        """Of images of a shape to k channels, or of the input gradient, which is a convolution of dy."""
+        x, y = shape[1:], (*geometry.size(*shape[1:3]), k)
+        make = adjoint_phases_of if adjoint else phases_of
+        down, across = (
+            make(geometry.kernel[axis], geometry.stride[axis], geometry.pad[2 * axis], geometry.up[axis])
+            for axis in range(2)
+        )
+        return cls(*((y, x) if adjoint else (x, y)), down, across)
