@@ -510,9 +510,9 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
             gaps = gaps.centred(normaliser.centre)
             model._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
         net.set_linear(model._gaussian.linear(schedule, model.prediction))
-        if model.net is None:  # a given one keeps its weights
-            first = net.params["layers.0.weight"]
-            first[...] = model._gaussian.turned(first.astype(np.float64))
+        first, drawn = net.params["layers.0.weight"], net.drawn("layers.0.weight")
+        if np.array_equal(first, drawn):  # a trained one keeps its weights
+            first[...] = model._gaussian.turned(drawn.astype(np.float64))
     model.schedule, model.net = schedule, net
     zeros = net.layout.zeros
     model._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))

@@ -98,18 +98,24 @@ def test_a_first_layer_is_turned_to_the_axes(rank):
     assert none.turned(axes) is axes
 
 
-def test_a_chosen_network_starts_along_the_axes_and_a_given_one_as_it_is():
+def test_a_new_network_starts_along_the_axes_and_a_trained_one_as_it_is(tmp_path):
     plain = fd.MLP(9, hidden=(128,) * 3, T=200)
     chosen, given = fd.Diffusion().fit(ROWS, steps=0, **QUIET), untrained(net=fd.MLP(9, hidden=(128,) * 3, T=200))
     first = plain.params["layers.0.weight"]
-    assert_same_bits(given.net.params["layers.0.weight"], first)
+    assert_same_bits(given.net.params["layers.0.weight"], chosen.net.params["layers.0.weight"])
+    trained = fd.MLP(9, hidden=(128,) * 3, T=200)
+    trained.params["layers.0.weight"][3, 5] += 1
+    before = trained.params["layers.0.weight"].copy()
+    assert_same_bits(untrained(net=trained).net.params["layers.0.weight"], before)
     want = chosen._gaussian.turned(first.astype(np.float64))
     np.testing.assert_allclose(chosen.net.params["layers.0.weight"], want, rtol=1e-6)
     assert not np.allclose(want, first, rtol=0.1)
     assert_same_bits(chosen._average, chosen.net.flat)
     assert_same_bits(chosen.net.params["layers.1.weight"], plain.params["layers.1.weight"])
-    chosen.reset().fit(ROWS, steps=0, **QUIET)
-    np.testing.assert_allclose(chosen.net.params["layers.0.weight"], want, rtol=1e-6)
+    chosen.save(tmp_path / "m.safetensors")
+    for again in (chosen, fd.load(tmp_path / "m.safetensors")):
+        again.reset().fit(ROWS, steps=0, **QUIET)
+        np.testing.assert_allclose(again.net.params["layers.0.weight"], want, rtol=1e-6)
 
 
 def test_one_axis_of_many_is_learned():

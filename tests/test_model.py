@@ -125,9 +125,12 @@ def test_the_first_fit_chooses_what_is_not_given():
     assert made.normaliser == Normaliser.of(CURVES).centred(CURVES)
     assert made.step == 0
     weights, plain = made.net.params, fd.MLP(9, hidden=made.net.hidden, T=200, seed=7).params
-    for name, view in plain.items():
-        # The Gaussian's output has no constant.
-        assert_same_bits(weights[name], np.zeros_like(view) if name == "layers.3.bias" else view)
+    # The Gaussian's output has no constant, and a first layer sees along its axes.
+    turned = made._gaussian.turned(plain["layers.0.weight"].astype(np.float64)).astype(np.float32)
+    expected = {**plain, "layers.3.bias": np.zeros(9, np.float32), "layers.0.weight": turned}
+    assert not np.allclose(turned, plain["layers.0.weight"])
+    for name, view in weights.items():
+        assert_same_bits(view, expected[name])
     assert_same_bits(made.denoiser().flat, made.net.flat)
     assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.schedule(30) == fd.Schedule.cosine(30)
 

@@ -268,17 +268,22 @@ class Network(ABC):
 
     def redraw(self) -> None:
         """Draw the weights anew from the network's seed: stream WEIGHTS, one row a tensor, as `start` says."""
-        for tensor, (name, view) in enumerate(self.params.items()):
-            start = self.start(name)
-            draw = Draw(self.seed, Stream.WEIGHTS, first_row=tensor)
-            values = np.full((1, view.size), start == "one", np.float64)
-            if start == "normal":
-                noise.fill_normal(values, draw)
-            elif start == "uniform":
-                noise.fill_uniform(values, draw)
-                layer = f"{name.rpartition('.')[0]}.weight"
-                values = (2 * values - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, view.shape)[:-1]))
-            view[...] = values.reshape(view.shape)
+        for name, view in self.params.items():
+            view[...] = self.drawn(name)
+
+    def drawn(self, name: str) -> Array:
+        """Return what a tensor is before training."""
+        shape, tensor = self.layout.shapes[name], list(self.layout.shapes).index(name)
+        start = self.start(name)
+        draw = Draw(self.seed, Stream.WEIGHTS, first_row=tensor)
+        values = np.full((1, math.prod(shape)), start == "one", np.float64)
+        if start == "normal":
+            noise.fill_normal(values, draw)
+        elif start == "uniform":
+            noise.fill_uniform(values, draw)
+            layer = f"{name.rpartition('.')[0]}.weight"
+            values = (2 * values - 1) / math.sqrt(math.prod(self.layout.shapes.get(layer, shape)[:-1]))
+        return values.reshape(shape).astype(self.dtype)
 
     # ------------------------------------------------------------------------------------------- in use
 
