@@ -539,7 +539,7 @@ class QualityReport(Report):
     def lines(self) -> list[str]:
         head = [
             "data (rows trained on x values)", "real rows", "Gaussian", "fastdiff", "less the Gaussian's", "target",
-            "nearest", "training",
+            "nearest", "training, CPU time",
         ]  # fmt: skip
         lines = [
             f"{self.header.line()} Energy distance to unseen rows, mean and standard error over {self.seeds} splits; "
@@ -562,7 +562,7 @@ class SizesReport(Report):
     quality: list[Quality]
 
     def lines(self) -> list[str]:
-        head = ["data", "rows N", "values d", "steps", "training", "real rows", "Gaussian", "fastdiff"]
+        head = ["data", "rows N", "values d", "steps", "training, CPU time", "real rows", "Gaussian", "fastdiff"]
         return [self.header.line(), "", *markdown(head, [row.chosen() for row in self.quality])]
 
 
