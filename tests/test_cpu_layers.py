@@ -230,6 +230,23 @@ def test_norm_tangent_agrees_with_the_reference(shape, silu):
             assert_same_bits(same, got)
 
 
+@pytest.mark.parametrize("shape", [(48, 48, 24), (9, 5, 1030), (70, 50, 17)])  # of several runs
+def test_a_norm_of_one_image_is_that_of_many(shape):
+    """Threads that take parts of an image give the bits of one that takes it whole."""
+    x, affine = normals(1, 9, *shape) + F32(2), Affine(normals(2, shape[-1]), normals(3, shape[-1]))
+    groups, results = 2 if shape[-1] % 2 == 0 else 1, []
+    for threads in (1, 2, 3):
+        be = CpuBackend(threads=threads)
+        for parts in ([x], [x[:1], x[1:]]):
+            found = [(unfilled(*part.shape), unfilled(len(part), groups, 2)) for part in parts]
+            for part, (out, stats) in zip(parts, found, strict=True):
+                be.norm(Norm(part, affine, stats, True), out, eps=EPS)
+            results.append([np.concatenate(arrays) for arrays in zip(*found, strict=True)])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_same_bits(got, want)
+
+
 def test_the_variance_of_a_group_far_from_zero():
     """A mean of 1000 and a deviation of 1: two passes keep what a sum of squares would lose."""
     x = normals(1, 2, 64, 64, 8) + np.float32(1000)
@@ -507,21 +524,22 @@ def test_winograd_is_nearly_as_exact_as_the_plain_product(c, k, name, monkeypatc
         assert plain < by_winograd  # it did run
 
 
-def test_taps_are_kept_while_nothing_changes_the_weights(monkeypatch):
+@pytest.mark.parametrize(("name", "k", "times"), [("3x3", 24, 4), ("up", 24, 1.7), ("up", 130, 1.7)])
+def test_forms_are_kept_while_nothing_changes_the_weights(name, k, times, monkeypatch):
     """Of what is done once; what is written down reads the weights. Large ones stay as they are; no bit changes."""
-    x, b = normals(1, 2, 9, 6, 20), normals(2, 24)
-    weights, same = [normals(seed, 3, 3, 20, 24) for seed in (3, 4)], Conv((3, 3), pad=(1, 1, 1, 1))
-    convs = [ConvShapes(same, x.shape, (2, 9, 6, 24))] * 2
+    x, b, same = normals(1, 2, 9, 6, 20), normals(2, k), GEOMETRIES[name]
+    weights, shape = [normals(seed, *same.kernel, 20, k) for seed in (3, 4)], (2, *same.size(9, 6), k)
+    convs = [ConvShapes(same, x.shape, shape)] * 2
 
     def outputs(forms):
-        out = unfilled(2, 9, 6, 24)
+        out = unfilled(*shape)
         for form in forms:
             CPU.conv(same, x, form, b, out, residual=None if form is forms[0] else out.copy())
         return out
 
     want, prepared = outputs(weights), CPU.prepare(convs, backward=False)
     kept = [form for form, _ in prepared.run(weights)]
-    assert all(form.ndim == 1 and form.size > 4 * w.size for form, w in zip(kept, weights, strict=True))
+    assert all(form.ndim == 1 and form.size > times * w.size for form, w in zip(kept, weights, strict=True))
     assert_same_bits(outputs(kept), want)
     weights[0] += 1  # the forms are those of before
     assert_same_bits(outputs(kept), want)
@@ -726,8 +744,12 @@ def hot_kernels():
         "start of a convolution": (conv._start, (x, 16, 0, 16, N, one, nothing, z, u), ["add"]),
         "start of a linear layer": (linear._start, (x, 0, 4, 2, 0, N, N, one, nothing, z, u), ["add"]),
         "sums over pixels": (conv.pixel_sums_range, (0, 1, x, 16, N, y, u), ["add"]),
-        "moments": (norm._moments, (x, 16 * N, y, True, z, totals[0]), many),
-        "norm": (norm.norm_range, (0, 1, x, normed, y, 16, np.array([EPS]), rows, totals), [*many, "divide"]),
+        "moments": (norm._moments, (x, normed, 16 * N, y, z, totals[0], np.ones(8)), many),
+        "norm": (
+            norm.norm_range,
+            (0, 1, x, normed, y, 16, np.array([EPS]), np.ones(8), rows, totals),
+            [*many, "divide"],
+        ),
         "norm backward": (
             norm.norm_backward_range,
             (0, 1, x, y, normed, z, v, 16, False, rows, totals, np.ones(16 * N, F32)),

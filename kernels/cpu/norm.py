@@ -1,8 +1,9 @@
-"""GroupNorm with modulation and SiLU: statistics in two passes over an image in cache, and one pass for the output.
+"""GroupNorm with modulation and SiLU: statistics in two passes over values in cache, and one pass for the output.
 
 An image is read as rows of some pixels times all channels, so that the inner loops are long and run over contiguous
-memory; what belongs to a channel (mean, scale, shift) is repeated to the length of such a row. Rows are summed in
-float32 for a few rows and in float64 beyond, always in the same order.
+memory; what belongs to a channel (mean, scale, shift) is repeated to the length of such a row. A run of some rows is
+summed in float32, its squares about its own mean, and runs are joined in float64 (Chan et al. 1983), always in the same
+order: one thread may take whole images, or several the runs of one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastdiff.kernels.cpu.elementary import sigmoid
 from fastdiff.kernels.cpu.jit import kernel
 
 ROW = 1024  # values, or the channels of one pixel if they are more
-RUN = 32  # rows summed in float32
+RUN = 16  # rows summed in float32
 LANES = 6  # rows of scratch
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -34,6 +35,19 @@ class Norm(NamedTuple):
     stats: Any
     groups: int
     silu: bool
+
+
+@kernel
+def row_of(pixels, channels):
+    """Values of a row."""
+    return max(1, min(pixels, ROW // channels)) * channels
+
+
+@kernel
+def runs_of(pixels, channels):
+    """Runs of an image."""
+    run = RUN * row_of(pixels, channels)
+    return (pixels * channels + run - 1) // run
 
 
 @kernel
@@ -58,25 +72,56 @@ def _fold(lanes, totals):
 
 
 @kernel
-def _moments(image, length, mean, squares, lanes, totals):
-    """totals[c] = the sum of image - mean over the pixels of channel c, or of its square."""
-    totals[:] = 0.0
-    lanes[:] = ZERO
-    run = 0
-    for at in range(0, len(image), length):
-        row = image[at : min(at + length, len(image))]
-        if squares:
-            for i in range(len(row)):
-                d = row[i] - mean[i]
-                lanes[i] += d * d
-        else:
-            for i in range(len(row)):
-                lanes[i] += row[i]
-        run += 1
-        if run == RUN:
-            _fold(lanes, totals)
-            run = 0
-    _fold(lanes, totals)
+def _moments(part, norm, length, mean, lanes, totals, sums):
+    """sums[2 g], sums[2 g + 1] = the sum of a run's values in group g, and of squares about its mean, in float32."""
+    channels, groups = len(norm.gamma), norm.groups
+    size = channels // groups
+    count = np.float64(len(part) // groups)
+    for squares in range(2):
+        totals[:] = 0.0
+        lanes[:] = ZERO
+        for at in range(0, len(part), length):
+            row = part[at : min(at + length, len(part))]
+            if squares:
+                for i in range(len(row)):
+                    d = row[i] - mean[i]
+                    lanes[i] += d * d
+            else:
+                for i in range(len(row)):
+                    lanes[i] += row[i]
+        _fold(lanes, totals)
+        for g in range(groups):
+            total = 0.0
+            for c in range(g * size, (g + 1) * size):
+                total += totals[c]
+            sums[2 * g + squares] = total
+            if not squares:
+                value = np.float32(total / count)
+                for c in range(g * size, (g + 1) * size):
+                    mean[c] = value
+        if not squares:
+            _repeat(mean[:channels], length // channels - 1, mean[channels:])
+
+
+@kernel
+def _statistics(n, norm, whole, run, sums, eps):
+    """Mean and 1 / deviation of image n of `whole` values, from the sums of its runs of `run` values."""
+    stats, groups = norm.stats, norm.groups
+    count = np.float64(whole // groups)
+    for g in range(groups):
+        total = 0.0
+        for at in range(2 * g, len(sums), 2 * groups):
+            total += sums[at]
+        mean = np.float32(total / count)
+        squares = 0.0
+        for k in range(len(sums) // (2 * groups)):
+            own, of_squares = sums[2 * (k * groups + g)], sums[2 * (k * groups + g) + 1]
+            values = np.float64((min(whole, (k + 1) * run) - k * run) // groups)
+            about = np.float64(np.float32(own / values))
+            away = about - np.float64(mean)
+            squares += of_squares + away * (2.0 * (own - values * about) + values * away)
+        stats[2 * (n * groups + g)] = mean
+        stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(squares / count + eps))
 
 
 @kernel
@@ -100,37 +145,35 @@ def _affine(n, norm, rows, repeats, channels):
 
 
 @kernel
-def norm_range(start, stop, x, norm, out, pixels, eps, rows, totals):
-    """Images start ... stop - 1, and their statistics; x and out are flat, eps has one value."""
-    channels, stats, groups = len(norm.gamma), norm.stats, norm.groups
-    size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
-    length = repeats * channels
-    count = np.float64(pixels * size)
-    for n in range(start, stop):
+def norm_moments_range(start, stop, x, norm, pixels, sums, rows, totals):
+    """Sums of runs start ... stop - 1 of all images, which have `runs_of` each: see `_moments`; x is flat."""
+    channels = len(norm.gamma)
+    runs, length = runs_of(pixels, channels), row_of(pixels, channels)
+    for item in range(start, stop):
+        n, at = item // runs, (item % runs) * RUN * length
         image = x[n * pixels * channels : (n + 1) * pixels * channels]
-        lanes, mean = rows[3, :length], rows[0, :length]
-        _moments(image, length, mean, False, lanes, totals[0])
-        for g in range(groups):
-            total = 0.0
-            for c in range(g * size, (g + 1) * size):
-                total += totals[0, c]
-            value = np.float32(total / count)
-            stats[2 * (n * groups + g)] = value
-            for c in range(g * size, (g + 1) * size):
-                mean[c] = value
-        _repeat(mean[:channels], repeats - 1, mean[channels:])
-        _moments(image, length, mean, True, lanes, totals[0])
-        for g in range(groups):
-            total = 0.0
-            for c in range(g * size, (g + 1) * size):
-                total += totals[0, c]
-            stats[2 * (n * groups + g) + 1] = np.float32(1.0 / math.sqrt(total / count + eps[0]))
-        _affine(n, norm, rows, repeats, channels)
-        scale, shift = rows[1, :length], rows[2, :length]
-        to = out[n * pixels * channels : (n + 1) * pixels * channels]
-        for at in range(0, len(image), length):
-            end = min(at + length, len(image))
-            row, y = image[at:end], to[at:end]
+        _moments(image[at : min(at + RUN * length, len(image))], norm, length, rows[0], rows[3, :length], totals[0],
+                 sums[2 * item * norm.groups : 2 * (item + 1) * norm.groups])  # fmt: skip
+
+
+@kernel
+def norm_output_range(start, stop, x, norm, out, pixels, eps, sums, rows):
+    """Runs start ... stop - 1 of the output, from the sums of all of the image; eps has one value.
+
+    Statistics are written with each part of an image that one thread takes, the same ones.
+    """
+    channels, groups = len(norm.gamma), norm.groups
+    runs, length, whole = runs_of(pixels, channels), row_of(pixels, channels), pixels * channels
+    mean, scale, shift = rows[0, :length], rows[1, :length], rows[2, :length]
+    for item in range(start, stop):
+        n, run = item // runs, item % runs
+        if item == start or run == 0:
+            own = sums[2 * n * runs * groups : 2 * (n + 1) * runs * groups]
+            _statistics(n, norm, whole, RUN * length, own, eps[0])
+            _affine(n, norm, rows, length // channels, channels)
+        for at in range(n * whole + run * RUN * length, n * whole + min(whole, (run + 1) * RUN * length), length):
+            end = min(at + length, (n + 1) * whole)
+            row, y = x[at:end], out[at:end]
             if norm.silu:
                 for i in range(len(row)):
                     v = (row[i] - mean[i]) * scale[i] + shift[i]
@@ -141,14 +184,23 @@ def norm_range(start, stop, x, norm, out, pixels, eps, rows, totals):
 
 
 @kernel
+def norm_range(start, stop, x, norm, out, pixels, eps, sums, rows, totals):
+    """Images start ... stop - 1, one after another in the cache."""
+    runs = runs_of(pixels, len(norm.gamma))
+    for n in range(start, stop):
+        norm_moments_range(n * runs, (n + 1) * runs, x, norm, pixels, sums, rows, totals)
+        norm_output_range(n * runs, (n + 1) * runs, x, norm, out, pixels, eps, sums, rows)
+
+
+@kernel
 def norm_backward_range(start, stop, dy, x, norm, dx, sums, pixels, add, rows, totals, dv):
     """Images start ... stop - 1; sums[n] (2, channels) takes the sums of dv and dv (x - mean) r over the pixels.
 
     dv has room for an image; totals is (2, channels). dx may be dy unless `add`.
     """
     channels, stats, groups = len(norm.gamma), norm.stats, norm.groups
-    size, repeats = channels // groups, max(1, min(pixels, ROW // channels))
-    length, whole = repeats * channels, pixels * channels
+    size, whole, length = channels // groups, pixels * channels, row_of(pixels, channels)
+    repeats = length // channels
     count = np.float64(pixels * size)
     for n in range(start, stop):
         image, above = x[n * whole : (n + 1) * whole], dy[n * whole : (n + 1) * whole]
@@ -212,8 +264,8 @@ def norm_tangent_range(start, stop, dh, x, norm, dmodulation, out, pixels, rows)
     """Images start ... stop - 1 of dv = (1 + gain) gamma dh + dgain u + dshift, through SiLU's derivative at v."""
     gamma, beta, modulation, stats, groups, silu = norm
     channels = len(gamma)
-    repeats = max(1, min(pixels, ROW // channels))
-    length, whole = repeats * channels, pixels * channels
+    whole, length = pixels * channels, row_of(pixels, channels)
+    repeats = length // channels
     factor, by_x, added = rows[3, :length], rows[4, :length], rows[5, :length]
     plain = not silu and len(dmodulation) == 0
     for n in range(start, stop):

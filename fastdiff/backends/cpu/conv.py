@@ -8,6 +8,7 @@ sample's values in an order of additions that its layer alone decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, zip_longest
@@ -31,6 +32,7 @@ GROUP_BYTES = 1 << 20  # of all groups' sums together
 PACKED_CHANNELS, PACKED_USES, PACKED_VALUES = 128, 64, 1 << 22
 LEAST_CHANNELS = 16  # on both sides, for Winograd
 MOST_TILES, CACHED = 64, 8192  # of a Winograd transform: tiles, and tiles times channels
+FEW_TILES = 16  # with fewer in an item, one picture of 8 x 8 took 1.7 times as long (2026-12-01)
 FEW_SUMS = 64 * 64  # weights: with more, their sums by Winograd do not fit a thread's cache
 GROUP_TILES, MOST_GROUPS = 64, 8  # tiles summed together, at least; sums over groups of tiles, at most
 CACHED_BOTH = 4096  # tiles times channels of input and output that are summed at once
@@ -115,6 +117,8 @@ class _Product:
         self.adjoint = adjoint
         # Whether the weights can be used as they are.
         self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
+        # Whether a product reads them panel by panel.
+        self.packed = not self.by_winograd and k >= PACKED_CHANNELS and images * height * width >= PACKED_USES
         # Whether it is one matrix product over all pixels of all images.
         self.linear = geometry == Conv()
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
@@ -128,51 +132,60 @@ class _Product:
         self.groups = -(-images // self.group)
         self.slots = 1 if self.groups > MAX_GROUPS // 2 else max(len(down.taps) for down in both[0])
         self.weight_items = self.groups * kernels.panels_of(k) * self.slots
+        # Values of the form that the weights are brought into, where that has not as many as they; it may be kept.
+        self.form = 0
+        if self.by_winograd:
+            self.form = int(winograd.panel_start(kernels.panels_of(k), k, c))
+        elif not (self.linear or self.by_rows or self.weights == math.prod(geometry.kernel) * c * k):
+            self.form = self.weights
+
+    def forming(self, w: Array, form: Array) -> Job:
+        """What brings weights into their form."""
+        return self.tapping(w, form) if self.by_winograd else self.spreading(w, form)
+
+    def tapping(self, w: Array, taps: Array) -> Job:
+        """What makes taps of Winograd's form out of weights."""
+        c, k = self.channels
+        return winograd.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k)
+
+    def spreading(self, w: Array, spread: Array) -> Job:
+        """What lays out the weights by pairs of phases."""
+        c, k = self.channels
+        sides = (k, c) if self.adjoint else (c, k)
+        arguments = self.taps, w, spread, *sides, self.adjoint, self.packed
+        return kernels.spread_weights, arguments, self.weights // max(c * k, 1), float(LIGHT_WORK * c * k)
 
 
 _product = lru_cache(maxsize=1024)(_Product)
 
 
-class KeptTaps:
-    """Taps as Winograd's form has them, in memory of their own: see `Prepared`.
+class KeptForms:
+    """Weights as some convolutions read them, in memory of their own: see `Prepared`.
 
     They are made where that is done once. What is written down to be done again reads the weights themselves, and so do
-    convolutions that would take the memory beyond `KEPT_BYTES`: taps are four times the weights.
+    convolutions that would take the memory beyond `KEPT_BYTES`: forms for Winograd are four times the weights.
     """
 
     def __init__(self, be: ConvOperations, convs: Sequence[ConvShapes]) -> None:
-        self._be, self._kept = be, 0
-        products = [_product(geometry, x, out[3], False) for geometry, x, out in convs]
-        self._channels = [
-            product.channels if product.by_winograd and self._fits(product) else None for product in products
-        ]
-
-    def _fits(self, product: _Product) -> bool:
-        self._kept += 4 * _taps_of(*product.channels)
-        return self._kept <= KEPT_BYTES
+        self._be, kept = be, 0
+        self._products: list[_Product | None] = []
+        for geometry, x, out in convs:
+            product = _product(geometry, x, out[3], False)
+            kept += 4 * product.form
+            self._products.append(product if product.form and kept <= KEPT_BYTES else None)
 
     def run(self, weights: Sequence[Array]) -> list[list[Array]]:
         be, jobs, forms = self._be, [], []
-        for channels, w in zip(self._channels, weights, strict=True):
+        for product, w in zip(self._products, weights, strict=True):
             form = w
-            if channels is not None and not be._recorded:
-                form = aligned(_taps_of(*channels))
-                jobs.append(_tapping(*channels, w.reshape(-1), form))
+            if product is not None and not be._recorded:
+                form = aligned(product.form)
+                jobs.append(product.forming(w.reshape(-1), form))
             forms.append([form, w])
         if jobs:
             with be._workers.lock:
                 be._do(jobs)
         return forms
-
-
-def _taps_of(c: int, k: int) -> int:
-    """Values of the taps of a convolution in Winograd's form."""
-    return int(winograd.panel_start(kernels.panels_of(k), k, c))
-
-
-def _tapping(c: int, k: int, w: Array, taps: Array) -> Job:
-    """What puts weights into that form."""
-    return winograd.taps_range, (w, c, k, taps), c, float(TAPS_WORK * k)
 
 
 class ConvOperations(Scripted):
@@ -183,7 +196,7 @@ class ConvOperations(Scripted):
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
         if self.precision == "bf16" and convs:
             return conv_amx.TiledWeights(self, convs, backward)
-        return AsTheyAre() if backward else KeptTaps(self, convs)
+        return AsTheyAre() if backward else KeptForms(self, convs)
 
     def conv(
         self,
@@ -261,34 +274,27 @@ class ConvOperations(Scripted):
             return self._by_blocks(product, x, w, y, begin)
         if product.by_rows:
             return self._by_rows(product, x, w, y, begin)
-        c, k = product.channels
-        phases: Phases = []
-        by_product = not product.by_winograd
-        packed = by_product and k >= PACKED_CHANNELS and product.images * product.pixels >= PACKED_USES
-        if packed or not product.direct:
-            spread, rows = self._scratch("weights", product.weights), product.weights // max(k, 1)
+        k, phases = product.channels[1], []
+        if len(w) != product.form and (product.packed or not product.direct):  # else they are in their form already
+            spread = self._scratch("weights", product.weights)
+            job = product.spreading(w, spread)
             if product.direct:
-                work = float(LIGHT_WORK * k)
-                phases.append([(kernels.pack_range, (w, rows, k, spread), rows, work)])
-            else:
-                shape = (k, c) if product.adjoint else (c, k)
-                arguments = product.taps, w, spread, *shape, product.adjoint, packed
-                phases.append([(kernels.spread_weights, arguments, rows // max(c, 1), float(LIGHT_WORK * c * k))])
+                rows = product.weights // max(k, 1)
+                job = kernels.pack_range, (w, rows, k, spread), rows, float(LIGHT_WORK * k)
+            phases.append([job])
             w = spread
-        if by_product:
-            return phases + self._by_product(product, x, w, y, begin, packed)
-        return phases + self._by_winograd(product, x, w, y, begin)
+        if product.by_winograd:
+            return phases + self._by_winograd(product, x, w, y, begin)
+        return phases + self._by_product(product, x, w, y, begin)
 
-    def _by_product(
-        self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...], packed: bool
-    ) -> Phases:
+    def _by_product(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
         images, k, group = product.images, product.channels[1], 1
         if product.blocks == 1:
             # The bits do not depend on it.
             group = max(1, min(BLOCK // max(product.pixels, 1), -(-images // (2 * self.threads))))
         arguments = (
             group, product.sizes, product.parts, product.firsts, x, w, y, *begin,
-            self._each("pattern", kernels.PATTERN + k), packed,
+            self._each("pattern", kernels.PATTERN + k), product.packed,
         )  # fmt: skip
         work = (product.work + LIGHT_WORK * product.pixels * k) * group / max(product.blocks, 1)
         return [[(kernels.conv_range, arguments, -(-images // group) * product.blocks, work)]]
@@ -296,15 +302,18 @@ class ConvOperations(Scripted):
     def _by_winograd(self, product: _Product, x: Array, w: Array, y: Array, begin: tuple[Any, ...]) -> Phases:
         c, k = product.channels
         across, height, panels = product.across, product.tile_rows, kernels.panels_of(k)
-        # More items than threads, each with few enough tiles for the cache; where there are too few rows, the panels
-        # of channels are shared out. The bits do not depend on it.
-        rows = max(1, min(MOST_TILES // across, CACHED // (c * across), -(-height // (PIECES * self.threads))))
+        # More items than threads, each with few enough tiles for the cache. Every item reads the taps of its panels of
+        # channels, which takes longer than all else where it has few tiles: then panels are shared out instead, and
+        # there is an item for each thread. The bits do not depend on it.
+        many, least = PIECES * self.threads, -(-FEW_TILES // across)
+        shares = min(panels, self.threads) if -(-height // many) < least else 1
+        rows = max(-(-height * shares // many), min(least, -(-height * shares // self.threads)))
+        rows = max(1, min(MOST_TILES // across, CACHED // (c * across), rows))
         items = -(-height // rows)
-        shares = max(1, min(panels, self.threads // max(items, 1)))
-        before, taps, size = [], w, _taps_of(c, k)
-        if len(w) != size:  # else they are taps already
-            taps = self._scratch("taps", size)
-            before.append([_tapping(c, k, w, taps)])
+        before, taps = [], w
+        if len(w) != product.form:  # else they are taps already
+            taps = self._scratch("taps", product.form)
+            before.append([product.tapping(w, taps)])
         arguments = (
             rows, shares, product.plain_sizes, x, taps, y, *begin,
             self._each("strip", winograd.SEEN * winograd.seen(across) * c),

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdiff.backends.cpu.conv import LIGHT_WORK, NOTHING, ConvOperations
 from fastdiff.backends.cpu.step import law_of
-from fastdiff.backends.cpu.workers import Array, Each, Job
+from fastdiff.backends.cpu.workers import PIECES, Array, Each, Job
 from fastdiff.backends.layers import Affine, Norm
 from fastdiff.kernels.cpu import attention as attention_kernels
 from fastdiff.kernels.cpu import conv as conv_kernels
@@ -35,13 +35,21 @@ class LayerOperations(ConvOperations):
         x, (gamma, beta, modulation), stats, silu = layer
         if parts is not None:
             self.concatenate(*parts, x)
-        images, pixels, channels = len(x), x.shape[1] * x.shape[2], len(gamma)
-        given = NOTHING if modulation is None else modulation.reshape(-1)
-        norm = norm_kernels.Norm(gamma, beta, given, stats.reshape(-1), stats.shape[1], silu)
+        k, images, pixels, channels = norm_kernels, len(x), x.shape[1] * x.shape[2], len(gamma)
+        given, runs = NOTHING if modulation is None else modulation.reshape(-1), k.runs_of(pixels, channels)
+        flat = x.reshape(-1), k.Norm(gamma, beta, given, stats.reshape(-1), stats.shape[1], silu)
         with self._workers.lock:
             rows, totals = self._rows(channels)
-            arguments = (x.reshape(-1), norm, out.reshape(-1), pixels, np.array([eps]), rows, totals)
-            self._do([(norm_kernels.norm_range, arguments, images, _work(silu, pixels * channels))])
+            sums = self._scratch("sums of runs", 4 * images * runs * stats.shape[1]).view(np.float64)
+            output, moments = (out.reshape(-1), pixels, np.array([eps]), sums, rows), (pixels, sums, rows, totals)
+            work = _work(silu, pixels * channels)
+            if runs == 1 or self.threads == 1 or images >= PIECES * self.threads:
+                self._do([(k.norm_range, (*flat, *output, totals), images, work)])
+            else:  # the bits do not depend on it
+                self._do(
+                    [(k.norm_moments_range, (*flat, *moments), images * runs, _work(False, pixels * channels) / runs)],
+                    [(k.norm_output_range, (*flat, *output), images * runs, work / runs)],
+                )
 
     def norm_backward(
         self,
