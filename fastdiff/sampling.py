@@ -146,7 +146,7 @@ def sample(
     shaped = _shaped(noise_shape, width)
     if shaped is not None:
         refuse_clip(sampler)
-        if any(row.r != 0 for row in sampler.rows):
+        if sampler.learned_variance:
             raise ArgumentError("sampler", "a table for a learned variance", "another, with a noise_shape")
     on_device = is_on_device(initial) if states is not None else backend != "auto"
     n = check_int("n", (16 if states is None else len(states)) if n is None else n, low=0)
@@ -264,7 +264,7 @@ def check_agreement(denoiser: Denoiser, sampler: Sampler) -> None:
     if denoiser.prediction not in (None, sampler.prediction):
         what = f"prediction {denoiser.prediction!r}"
         raise ArgumentError("denoiser", what, f"{sampler.prediction!r}, the sampler's prediction")
-    if any(row.r != 0 for row in sampler.rows) and not getattr(denoiser, "learned_variance", False):
+    if sampler.learned_variance and not getattr(denoiser, "learned_variance", False):
         wants = "one that has: the table says how far a step's noise follows it"
         raise ArgumentError("denoiser", "one without a learned variance", wants)
 

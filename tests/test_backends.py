@@ -554,7 +554,7 @@ def test_a_chain_is_its_steps_in_any_batch(net, name):
 
 
 def test_a_chain_remembers_nothing_of_the_one_before():
-    """The memory is zero at first, whatever a tile held; and two tables are told apart."""
+    """The memory is zero at first, whatever a tile held; two tables are told apart, and weights that have changed."""
     net = scatter(MLP(5, hidden=(3,), T=11))
     x, _, _ = batch_of(net, 70)
     smp = table(net, "three back")
@@ -564,6 +564,13 @@ def test_a_chain_remembers_nothing_of_the_one_before():
         assert_same_bits(chained(CPU, net, hasty, x[:n], 5), walked(net, hasty, x[:n], 5))
         wide = SimpleNamespace(rows=hasty.rows, clip=None)
         assert_same_bits(chained(CPU, net, wide, x[:n], 5), walked(net, wide, x[:n], 5))
+    for at in (net.plan.time_bias - 1, net.plan.time_bias):  # the last weight and the first bias of the time table
+        before = chained(CPU, net, wide, x[:3], 5)
+        net.flat[at] += 1
+        after = chained(CPU, net, wide, x[:3], 5)  # its timesteps are those of before
+        assert not np.array_equal(after, before)
+        assert_same_bits(after, walked(net, wide, x[:3], 5))
+        assert_same_bits(chained(CPU, net, wide, x[:3], 5), after)  # the last steps were made for others
 
 
 def test_a_chain_refuses_what_a_perceptron_does_not_learn():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any, ParamSpec
@@ -132,6 +132,11 @@ class Sampler:
         """Number of rows that call the network."""
         return sum(row.evaluates for row in self.rows)
 
+    @cached_property
+    def learned_variance(self) -> bool:
+        """Whether the noise of some row follows the variance that a network has learned."""
+        return any(row.r != 0 for row in self.rows)
+
     @property
     def depth(self) -> int:
         """How many evaluations back the table reaches for m, 0 to 3."""
@@ -167,7 +172,7 @@ class Sampler:
         True
         """
         factor = check_float("factor", factor, low=0, low_open=True)
-        if any(row.r for row in self.rows):
+        if self.learned_variance:
             raise ArgumentError("factor", f"{factor:g}, of a table for a learned variance", "another table")
         first = Row(self.rows[0].t, 0.0, 0.0, factor, *(0.0,) * 7)
         rows = (first, *(row._replace(s=factor * row.s) for row in self.rows))

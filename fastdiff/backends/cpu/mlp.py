@@ -147,6 +147,7 @@ class _MLPSpace:
         self.features = None if plan.features is None else plan.features.astype(np.float32)
         self.table = np.zeros(plan.T * plan.time_width if self.features is not None else 1, np.float32)
         self.rows = np.empty(0 if self.features is None else self.features.size, np.float32)
+        self.lasting: tuple[Array, Array, int] | None = None  # timesteps and bits of parameters of the table, its rows
         # The time table's parameters come last in the flat buffer; sums over tiles concern what is before them.
         self.summed = plan.time_weight if plan.time_width else plan.size
         self.transposed = np.empty(self.summed, np.float32)
@@ -182,16 +183,25 @@ class _MLPSpace:
         plan = self.plan
         return asked.reshape(-1), plan.asked, plan.asked_weight, self.rooms[worker], self.own, plan.known
 
-    def network(self, params: Array, t: Array) -> tuple[tuple[Any, ...], int]:
+    def network(self, params: Array, t: Array, *, lasting: bool = False) -> tuple[tuple[Any, ...], int]:
         """An `mlp_kernels.Network` whose time table has the rows that t needs, and how many they are."""
-        table, count = self.time_table(params, t)
+        table, count = self.time_table(params, t, lasting)
         return (self.layers, params, self.transposed, table, *self.fixed), count
 
-    def time_table(self, params: Array, t: Array) -> tuple[Array, int]:
-        """The table with the rows that t needs, found through `slots`, and how many they are."""
+    def time_table(self, params: Array, t: Array, lasting: bool = False) -> tuple[Array, int]:
+        """The table with the rows that t needs, found through `slots`, and how many they are.
+
+        With `lasting` nobody changes the array t, and the table is made again only for other parameters: it would take
+        a tenth of a chain of one curve.
+        """
         plan = self.plan
         if self.features is None:
             return params[plan.time_weight : plan.time_weight + max(1, plan.T * plan.time_width)], plan.T
+        own = params[plan.time_weight :].view(np.uint32) if lasting else None
+        if own is not None and self.lasting is not None:
+            made, bits, count = self.lasting
+            if made is t and np.array_equal(bits, own):
+                return self.table, count
         count = mlp_kernels.number_slots(t, self.slots, self.used)
         mlp_kernels.time_table(
             count,
@@ -204,6 +214,7 @@ class _MLPSpace:
             plan.time_width,
             self.table,
         )
+        self.lasting = None if own is None else (t, own.copy(), count)
         return self.table, count
 
     def grow(self, batch: int) -> None:
@@ -264,7 +275,7 @@ class MLPOperations(StepOperations):
             if asked is not None:
                 *rows_of_it, none, _ = chain
                 chain = *rows_of_it, none if weights is None else weights, none if levels is None else levels
-            network, _ = net.network(params, self._table.evaluated)
+            network, _ = net.network(params, self._table.evaluated, lasting=True)
 
             # The same bits either way; vectors of few samples would be mostly empty.
             if len(x) <= FEW and weights is None:
@@ -308,7 +319,7 @@ class MLPOperations(StepOperations):
             if net.told is None or net.told.told is not told or net.told.table is not table:
                 net.told = _ToldSpace(net, table, told, self.threads)
             space = net.told
-            network, back = net.network(params, table.evaluated)[0], tuple(space.back)
+            network, back = net.network(params, table.evaluated, lasting=True)[0], tuple(space.back)
             told_kernels.backward_weights(net.layers, space.back.runs, params, space.back.weights, *space.products)
 
             def body(worker: int, start: int, stop: int) -> None:
