@@ -11,7 +11,7 @@ from fastdiff.kernels.cpu.gemm import gemm
 from fastdiff.kernels.cpu.jit import kernel
 from fastdiff.kernels.cpu.transpose import transpose_part
 
-MOST, PIXELS = 128, 256  # channels of a block on a side that is written; its pixels
+MOST, PIXELS = 128, 512  # channels of a block on a side that is written; its pixels
 DEEP = 512  # channels, or pixels, that are summed before the sums are stored
 ROW = MOST + 16  # values from a row of a copied block to the next one
 TURNED = DEEP + 16  # the same of a turned block

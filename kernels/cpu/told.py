@@ -3,8 +3,9 @@
 A tile is stored feature by feature, as in `mlp.chain_range`; what belongs to observations lies row by row too, in
 float64 and with CHAIN_TILE lanes, one for each sample. Each evaluation is one forward pass that keeps the slopes of the
 layers, a backward pass for each product with J^T, and a small solve. Where nothing is between layers, and their product
-is smaller than they, a backward pass takes that. What is done with a lane depends on nothing in
-the others, so a sample's bits do not depend on its tile.
+is smaller than they, a backward pass takes that. Where single values are told, the passes end before the first layer:
+its rows of these values are all that the equations need, and it is the same for the sum of all products. What is done
+with a lane depends on nothing in the others, so a sample's bits do not depend on its tile.
 """
 
 from __future__ import annotations
@@ -251,19 +252,141 @@ def backward_weights(layers, back, params, weights, product, spare):
 
 @kernel
 def _backward(rows, back, slopes, last, here, other, result):
-    """result (D, rows) = J^T here through the runs of layers last ... 0; `here` is changed."""
-    for k in range(last, -1, -1):
+    """result (WIDE of run 0, rows): `here` through the runs of layers last ... 1 and the slopes of run 0.
+
+    `here` is changed. What is left of J^T are the weights of run 0: see `_first`.
+    """
+    for k in range(last, 0, -1):
         layer = back.runs[k]
-        n, m, at = layer[WIDE] * rows, layer[NARROW], layer[SLOPES]
+        n, at = layer[WIDE] * rows, layer[SLOPES]
         if at >= 0:
             d, s = here[:n], slopes[at : at + n]
             for i in range(n):
                 d[i] *= s[i]
-        to = result if k == 0 else other
         gemm(
-            to, 0, rows, back.weights, layer[WEIGHTS], layer[WIDE], 1, here, 0, rows, m, rows, layer[WIDE], False
+            other, 0, rows, back.weights, layer[WEIGHTS], layer[WIDE], 1, here, 0, rows, layer[NARROW], rows,
+            layer[WIDE], False,
         )  # fmt: skip
         here, other = other, here
+    n, at = back.runs[0, WIDE] * rows, back.runs[0, SLOPES]
+    d, to = here[:n], result[:n]
+    if at >= 0:
+        s = slopes[at : at + n]
+        for i in range(n):
+            to[i] = d[i] * s[i]
+    else:
+        to[:] = d
+
+
+@kernel
+def _first(rows, back, x, result):
+    """result (D, rows): x (WIDE, rows) through the weights of run 0."""
+    n, wide = back.runs[0, NARROW], back.runs[0, WIDE]
+    gemm(result, 0, rows, back.weights, back.runs[0, WEIGHTS], wide, 1, x, 0, rows, n, rows, wide, False)
+
+
+@kernel
+def _unit_backward(rows, k, A, back, slopes, here, other, result):
+    """`_backward` of the unit vectors of value k of what is told, one for every lane."""
+    d, places, runs, count = A.d, A.places, A.runs, A.count
+    final = len(back.runs) - 1
+    if final == 0 or back.runs[final, SLOPES] >= 0:
+        _row_of_A(rows, k, A, here)
+        _backward(rows, back, slopes, final, here, other, result)
+        return
+    # W^T of a unit vector is a column of W.
+    weights, weight, outputs = back.weights, back.runs[final, WEIGHTS], back.runs[final, WIDE]
+    for e in range(back.runs[final, NARROW]):
+        for c in range(count):
+            place = places[k * TILE + runs[c, LANE]]
+            value = weights[weight + e * outputs + place] if place < d else ZERO
+            beginning = e * rows + runs[c, LANE]
+            here[beginning : beginning + runs[c, COUNT]] = value
+    _backward(rows, back, slopes, final - 1, here, other, result)
+
+
+@kernel
+def _chosen(A, back, chosen):
+    """The rows (runs, m, WIDE) of the weights of run 0 at the places of each run, 0 where nothing is told."""
+    m, d, places, runs, count = A.m, A.d, A.places, A.runs, A.count
+    weight, wide = back.runs[0, WEIGHTS], back.runs[0, WIDE]
+    for r in range(count):
+        for j in range(m):
+            place, to = places[j * TILE + runs[r, LANE]], (r * m + j) * wide
+            if place < d:
+                chosen[to : to + wide] = back.weights[weight + place * wide : weight + (place + 1) * wide]
+            else:
+                chosen[to : to + wide] = ZERO
+
+
+@kernel
+def _told_rows(rows, x, A, back, chosen, whole, out):
+    """out (m, TILE) = the rows that are told of x (WIDE, rows) through the weights of run 0.
+
+    `chosen` has these rows of the weights, or where it is empty `whole` takes all values (D, rows).
+    """
+    m, d, places, runs, count = A.m, A.d, A.places, A.runs, A.count
+    wide = back.runs[0, WIDE]
+    if len(chosen) == 0:
+        _first(rows, back, x, whole)
+    for r in range(count):
+        lane, lanes = runs[r, LANE], runs[r, COUNT]
+        if len(chosen) > 0:
+            gemm(out, lane, TILE, chosen, r * m * wide, wide, 1, x, lane, rows, m, lanes, wide, False)
+            continue
+        for j in range(m):
+            place, to = places[j * TILE + lane], j * TILE + lane
+            for i in range(lanes):
+                out[to + i] = whole[place * rows + lane + i] if place < d else ZERO
+
+
+@kernel
+def _equations(k, K, p, q, gain, A, linear, seen, H):
+    """Column k of H (m, K, TILE) from the rows that are told (m, TILE) of the product with J^T of value k.
+
+    Of the mean of x0, that is p of the value itself, and q of the network and its `linear` part (D, D).
+    """
+    m, d, places, runs, count = A.m, A.d, A.places, A.runs, A.count
+    for r in range(count):
+        lane, lanes = runs[r, LANE], runs[r, COUNT]
+        of = places[k * TILE + lane]
+        for j in range(m):
+            place, to, at = places[j * TILE + lane], (j * K + k) * TILE + lane, j * TILE + lane
+            told = place < d and of < d
+            own, more = p if told and place == of else ZERO, ZERO
+            if told and len(linear) > 0:
+                more = linear[place * d + of]
+            for i in range(lanes):
+                H[to + i] = gain * np.float64(own + q * (seen[at + i] + more))
+
+
+@kernel
+def _slope_of_places(rows, K, p, q, A, back, linear, pulled, w, f32, here, other, out):
+    """out (D, rows): the sum over k of w[k] times the product with J^T of value k, for `pulled` (K, WIDE, rows).
+
+    f32 (K, TILE) is room; `here` and `other` are changed.
+    """
+    d, places = A.d, A.places
+    wide = back.runs[0, WIDE]
+    other[: d * rows] = ZERO
+    for k in range(K):
+        for i in range(rows):
+            f32[k * TILE + i] = np.float32(w[k * TILE + i])
+            place = places[k * TILE + i]
+            if place < d:
+                other[place * rows + i] += f32[k * TILE + i]
+    for e in range(wide):
+        target = here[e * rows : (e + 1) * rows]
+        target[:] = ZERO
+        for k in range(K):
+            factor, source = f32[k * TILE :][:rows], pulled[(k * wide + e) * rows :][:rows]
+            for i in range(rows):
+                target[i] += factor[i] * source[i]
+    _first(rows, back, here, out)
+    if len(linear) > 0:
+        gemm(out, 0, rows, linear, 0, d, 1, other, 0, rows, d, rows, d, True)
+    for i in range(d * rows):
+        out[i] = p * other[i] + q * out[i]
 
 
 @kernel
@@ -405,27 +528,29 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
     law, room = Law(*law), Room(*room)
     layers, params, slots = net.layers, net.params, net.slots
     steps, numbers, depth, _, _ = chain
-    back_layers, weights, ends = back_pass
+    back_layers, _, ends = back_pass
     gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
     memory, deltas, f32, f64, places = space
-    here, other, first = deltas[0], deltas[1], np.int64(law.first_row)
+    here, other, last_delta, first = deltas[0], deltas[1], deltas[2], np.int64(law.first_row)
     d = layers[0, INPUTS]
     n, last = len(x) // d, len(layers) - 1
     m1, m2, m3 = memory[0], memory[1], memory[2]
     observations = len(all_y) // m
     direct = m <= K
+    of_places = direct and len(matrix) == 0
     inputs = K if direct else K + 1
-    final = len(back_layers) - 1
-    plain = back_layers[final, SLOPES] < 0
+    final, wide = len(back_layers) - 1, back_layers[0, WIDE]
     slope_count = ends[last + 1]
     # Rooms in the two buffers.
     slopes = f32[:slope_count]
-    back = f32[slope_count : slope_count + K * d * TILE]
-    a = slope_count + K * d * TILE
+    a = slope_count + K * max(d, wide) * TILE
+    back = f32[slope_count:a]  # (K, D, rows), or before the weights of the first run
     noise = f32[a : a + d * TILE]
     seen = f32[a + d * TILE : a + (d + m) * TILE]
     a += (d + m) * TILE
-    B, scaled = f32[a : a + d * d], f32[a + d * d :]
+    chosen, a = f32[a : a + d * wide], a + d * wide
+    B = f32[a : a + d * d] if len(net.linear) > 0 else f32[:0]
+    scaled = f32[a + d * d :]
     vectors = m * TILE
     y, variance, rest, image = (
         f64[:vectors],
@@ -473,6 +598,9 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
             count += 1
             lane += lanes
         A = Matrices(m, d, matrix, places, runs, count)
+        rows_of_weights = chosen[: count * m * wide if of_places and count * m <= d else 0]
+        if len(rows_of_weights) > 0:
+            _chosen(A, back_pass, rows_of_weights)
         for r in range(len(steps)):
             keep = 0
             if steps[r, EVALUATES]:
@@ -498,26 +626,23 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
                             for i in range(rows):
                                 basis[j * TILE + i] = rest[j * TILE + i] / max(size[i], TINY)
                     for k in range(K):
+                        if of_places:
+                            result = back[k * wide * rows : (k + 1) * wide * rows]
+                            _unit_backward(rows, k, A, back_pass, slopes, here, other, result)
+                            _told_rows(rows, result, A, back_pass, rows_of_weights, noise, seen)
+                            _equations(k, K, p, q, gain, A, B, seen, H)
+                            for i in range(rows):
+                                H[(k * K + k) * TILE + i] += variance[k * TILE + i]
+                            continue
                         result = back[k * d * rows : (k + 1) * d * rows]
                         cotangent = noise  # (D, rows); the noise is drawn later
                         if direct:
                             _row_of_A(rows, k, A, cotangent)
                         else:
                             _transposed(rows, A, basis, k * vectors, seen, cotangent)
-                        if direct and plain and len(matrix) == 0:
-                            # W^T of a unit vector is a column of W.
-                            weight, outputs = back_layers[final, WEIGHTS], back_layers[final, WIDE]
-                            to = result if final == 0 else here
-                            for e in range(back_layers[final, NARROW]):
-                                for c in range(count):
-                                    place = places[k * TILE + runs[c, LANE]]
-                                    value = weights[weight + e * outputs + place] if place < d else ZERO
-                                    beginning = e * rows + runs[c, LANE]
-                                    to[beginning : beginning + runs[c, COUNT]] = value
-                            _backward(rows, back_pass, slopes, final - 1, here, other, result)
-                        else:
-                            here[: d * rows] = cotangent[: d * rows]
-                            _backward(rows, back_pass, slopes, final, here, other, result)
+                        here[: d * rows] = cotangent[: d * rows]
+                        _backward(rows, back_pass, slopes, final, here, other, last_delta)
+                        _first(rows, back_pass, last_delta, result)
                         if len(net.linear) > 0:
                             gemm(result, 0, rows, B, 0, d, 1, cotangent, 0, rows, d, rows, d, True)
                         for i in range(d * rows):
@@ -538,7 +663,9 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
                             _orthogonalise(k, K, m, rows, basis, image, H, part, size, whole)
                     damped(inputs, K, rows, H, rest if direct else rhs, gains[r, LEAST2], normal, pivots, v, w)
                     slope = noise
-                    for k in range(K):
+                    if of_places:
+                        _slope_of_places(rows, K, p, q, A, back_pass, B, back, w, seen, here, other, slope)
+                    for k in range(0 if of_places else K):
                         for i in range(rows):
                             seen[i] = np.float32(w[k * TILE + i])
                         for f in range(d):

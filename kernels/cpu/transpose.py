@@ -12,6 +12,7 @@ from fastdiff.kernels.cpu.gemm import F32, FLOAT_BYTES, I32, I64
 from fastdiff.kernels.cpu.jit import kernel
 
 SIDE = 8  # of a block
+LINE = 16  # values of a cache line
 ZERO = np.float32(0)
 
 
@@ -57,10 +58,11 @@ def _transpose_block(typingctx, source, at, distance, target, to, target_distanc
 def transpose_part(source, at, distance, target, to, target_distance, rows, columns, add):
     """target[to + j target_distance + i] = source[at + i distance + j] for i < rows, j < columns, or has it added."""
     whole_rows, whole_columns = rows - rows % SIDE, columns - columns % SIDE
-    for j in range(0, whole_columns, SIDE):
-        for i in range(0, whole_rows, SIDE):
-            place = to + j * target_distance + i
-            _transpose_block(source, at + i * distance + j, distance, target, place, target_distance, add)
+    for first in range(0, whole_rows, LINE):  # of few rows at once: those far apart meet in the same sets of a cache
+        for j in range(0, whole_columns, SIDE):
+            for i in range(first, min(first + LINE, whole_rows), SIDE):
+                place = to + j * target_distance + i
+                _transpose_block(source, at + i * distance + j, distance, target, place, target_distance, add)
     for j in range(columns):
         for i in range(whole_rows if j < whole_columns else 0, rows):
             place = to + j * target_distance + i

@@ -8,9 +8,10 @@ the taps,
 a sum over channels, so that each of the 6 places is a matrix product over (tiles, channels). The gradient of the taps
 is G^T [sum over tiles of (B^T d) * (A dy)]. Tiles are numbered along the rows of all images, one row after another.
 
-All is done in blocks of at most `MOST` tiles, input channels and output channels: what they are transformed to stays in
-the second-level cache, whatever the size of the layer, and the products outweigh the transforms, which other blocks do
-again. All sums of an output have an order of their own, whatever is computed together.
+All is done in blocks of at most `MOST` tiles, input channels and output channels, of what is summed of `DEEP` in large
+layers: what they are transformed to stays in the second-level cache, whatever the size of the layer, and the products
+outweigh the transforms, which other blocks do again. All sums of an output have an order of their own, whatever is
+computed together.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ taps_line = transform_of(of_taps, 3, lines=1)
 weights_line = transform_of(to_taps, SEEN, lines=1)
 
 TAPS = 3
+DEEP = MOST // 2  # input channels that are summed at once where there are more than MOST, and tiles
 PLANES = SEEN * (MOST * (MOST + APART) + APART)  # values of a block, at all places
 
 
@@ -118,14 +120,15 @@ def conv_range(
     total = images * height * across
     blocks = (total + tiles - 1) // tiles
     added = residual if begin else y
+    step = MOST if c <= MOST else DEEP
     held = -1  # where the output channels begin whose taps are in u, all of them
     for item in range(start, stop):
         first, at = (item % blocks) * tiles, (item // blocks) * wide
         last, n = min(first + tiles, total), min(wide, k - at)
         count = last - first
         row_m, plane_m = _distances(count, n)
-        for deep in range(0, c, MOST):
-            channels = min(MOST, c - deep)
+        for deep in range(0, c, step):
+            channels = min(step, c - deep)
             _transformed(x, first, last, width, c, deep, channels, False, edge, v)
             if at != held:
                 _taps(w, c, k, deep, channels, at, n, adjoint, turned, u)
@@ -178,8 +181,8 @@ def gradient_range(start, stop, group, deep, wide, sizes, x, dy, edge, v, d, du,
         above, at, begin = part * deep, share * wide, number * group
         channels, n, end = min(deep, c - above), min(wide, k - at), min(begin + group, total)
         row, plane = _distances(channels, n)
-        for first in range(begin, end, MOST):
-            last = min(first + MOST, end)
+        for first in range(begin, end, DEEP):
+            last = min(first + DEEP, end)
             _transformed(x, first, last, width, c, above, channels, False, edge, v)
             _transformed(dy, first, last, width, k, at, n, True, edge, d)
             (row_v, plane_v), (row_d, plane_d) = _distances(last - first, channels), _distances(last - first, n)

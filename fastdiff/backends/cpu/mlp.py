@@ -105,7 +105,8 @@ class _ToldSpace:
         self.back = kernels.Back(runs, np.empty(int(runs[:, :2].prod(axis=1).sum()), np.float32), ends)
         self.products = np.empty((2, plan.size), np.float32)
         rank = 0 if plan.linear is None else plan.linear.rank
-        singles = int(ends[-1]) + lanes * (K * d + d + m) + d * d + d * rank
+        wide = int(runs[0, kernels.WIDE])
+        singles = int(ends[-1]) + lanes * (K * max(d, wide) + d + m) + d * (wide + d + rank)
         basis = (K + 1) * m * lanes if m > K else 0
         doubles = lanes * (4 * m + (K + 1) * K + K + 2 * (K + 1) + 3) + 16 * (K * K + 2 * K) + basis
         buffers = [
