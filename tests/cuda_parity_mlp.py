@@ -10,7 +10,7 @@ from cuda_parity import NUMPY, covers
 from cuda_parity_conv_mma import bf16
 from gradcheck import scatter, with_linear
 from rows import three_back
-from tolerances import MLP_ERRORS, assert_close, assert_same_bits
+from tolerances import MLP_ERRORS, assert_close, assert_close_in_norm, assert_same_bits
 
 from fastdiff.backends import ChainTable, DenseLayer, Inputs, TrainingDraws, TrainState
 from fastdiff.backends.cuda import CudaBackend
@@ -162,7 +162,7 @@ def networks_on_tensor_cores(be, size):
             of_part = rounded_product(h, np.ascontiguousarray(basis.T), precision)
             assert_close(got, given + of_part + rest, terms=terms(net))
         want = NUMPY.mlp_forward(plan, wide, Inputs(x.astype(np.float64), t))
-        assert np.linalg.norm(got - want) <= MLP_ERRORS[precision] * np.linalg.norm(want)
+        assert_close_in_norm(got, want, MLP_ERRORS[precision])
         for rows in (slice(3, 9), slice(7, 8)):  # a row does not depend on its batch
             assert_same_bits(forward(plan, net.flat, rows), got[rows])
 
@@ -184,7 +184,7 @@ def chains_on_tensor_cores(be, size):
                 params, got, part = there.asarray(net.flat), there.asarray(x.copy()), there.asarray(x[5:].copy())
                 there.mlp_chain(net.plan, params, got, table, draw)
                 got = there.to_numpy(got)
-                assert np.linalg.norm(got - want) <= len(smp) * error * np.linalg.norm(want), (number, precision)
+                assert_close_in_norm(got, want, len(smp) * error)
                 there.mlp_chain(net.plan, params, part, table, draw.after(5))
                 assert_same_bits(there.to_numpy(part), got[5:])
 

@@ -196,11 +196,11 @@ def test_the_table():
     lines = text.splitlines()
     assert "NVIDIA H200; cupy 14.2.0, torch 2.13.0; Python 3.12.1" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert {len(cells) for cells in rows[:5]} == {8}
-    assert rows[2][:7] == [FORWARD.title, "2.00 s", "50%", "4.00 s", "**4.0**", "failed", ""]
-    assert rows[2][7] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
+    assert {len(cells) for cells in rows[:5]} == {10}
+    assert rows[2][:9] == [FORWARD.title, "2.00 s", "", "", "50%", "4.00 s", "**4.0**", "failed", ""]
+    assert rows[2][9] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
     assert rows[3][0] == f"{FORWARD.title} (3 of 7 rounds)"
-    assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
+    assert rows[4][8:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
     assert lines[-2:] == ["GPU tests: 2 passed.", "step: **died**."]
 
 

@@ -99,6 +99,12 @@ def assert_close_in_bf16(got, want, absolute, *, terms):
     assert (difference <= limit).all(), f"off by {(difference / limit).max():.3g} times what is allowed"
 
 
+def assert_close_in_norm(got, want, relative):
+    """The difference in the Euclidean norm is at most that many times the norm of `want`."""
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    assert error <= relative, f"off by {error:.3g}, allowed are {relative:.3g}"
+
+
 def assert_same_bits(got, want):
     """Equal shapes, dtypes and bits, the sign of zero included; one NaN is as good as another."""
     got, want = np.asarray(got), np.asarray(want)
