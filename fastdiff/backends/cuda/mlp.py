@@ -77,7 +77,7 @@ FEW = 8  # samples of a tile where larger ones would leave multiprocessors idle
 # On tensor cores. 128 samples are for weights that leave room for one block on a multiprocessor.
 MMA_TILES = (Tile(128, True), *TILES)
 MMA_FEW = STEP
-PRODUCTS = {"bf16x3": 2, "bf16": 1}  # how many bf16 a factor is, where it is not float32
+HALVES = {"bf16x3": 2, "bf16": 1}  # how many bf16 a factor is, where it is not float32
 
 
 def _round4(n: int) -> int:
@@ -125,7 +125,7 @@ def layer_sizes(layers: Iterable[tuple[int, int]], precision: str = "float32") -
     if precision == "float32":
         return [(inputs * _round4(outputs), _round4(outputs)) for inputs, outputs in layers]
     sides = [(_round_step(inputs), _round_step(outputs)) for inputs, outputs in layers]
-    return [(rows * columns * PRODUCTS[precision] // 2, columns) for rows, columns in sides]
+    return [(rows * columns * HALVES[precision] // 2, columns) for rows, columns in sides]
 
 
 def packed_size(plan: MLPPlan, precision: str = "float32") -> int:
@@ -138,7 +138,7 @@ def shared_bytes(plan: MLPPlan, tile: Tile, precision: str = "float32", *, memor
     if precision == "float32":
         left = VALUE * sum(map(_pitch, _widths(plan)))
     else:
-        left = sum(_room(plan, PRODUCTS[precision]))
+        left = sum(_room(plan, HALVES[precision]))
     row = (2 if memory else 1) * VALUE * _pitch(plan.layers[0].inputs) + left + VALUE  # the last: the timestep
     return tile.rows * row + VALUE * (packed_size(plan, precision) if tile.staged else 0)
 
@@ -255,7 +255,7 @@ class _Network:
         self.plan: MLPPlan = weakref.proxy(plan)  # the plan is a weak key of the dictionary that holds this
         self.runtime = runtime
         self.tile = chain_tile(plan, runtime.shared_limit, precision)
-        self.widths = _widths(plan) if precision == "float32" else _room(plan, PRODUCTS[precision])
+        self.widths = _widths(plan) if precision == "float32" else _room(plan, HALVES[precision])
         self.packed = runtime.empty((packed_size(plan, precision) if self.tile else 0,))
         rows, _ = _packed_rows(
             [
@@ -719,7 +719,7 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             self._launch("mlp_pack", args[-1], *args)
         else:
             grid, block = self.runtime.grid_1d(args[-1])
-            self.runtime.launch("mlp_mma", "mlp_mma_pack", grid, block, (*args, PRODUCTS[self.precision]))
+            self.runtime.launch("mlp_mma", "mlp_mma_pack", grid, block, (*args, HALVES[self.precision]))
 
     def _layer(self, net: _Network, k: int, params: Array, times: _Times, x: Array, u: Array, y: Array) -> None:
         """Of layer k, u = x W + bias, y = act((1 + gain) u + shift)."""
