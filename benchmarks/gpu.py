@@ -54,9 +54,12 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-bf16": {"precision": "bf16"},
     "ours-cudnn": {"convolutions": "cudnn"},
     "ours-cudnn-bf16": {"precision": "bf16", "convolutions": "cudnn"},
+    "ours-bf16x3": {"precision": "bf16x3"},
 }
 OPTIONAL = ("cupy", "numba-cuda", "torch", "diffusers", "nvidia-cudnn-frontend")
+# Of image networks, and of what else has `Workload.precisions`.
 OUR_TITLES = {"ours": "ours", "ours-bf16": "bf16", "ours-cudnn": "cuDNN", "ours-cudnn-bf16": "cuDNN, bf16"}
+PRECISE_TITLES = {"ours-bf16x3": "bf16x3", "ours-bf16": "bf16"}
 TRAINING_UNITS = 100  # steps of a call, whose end brings the state to the host
 
 
@@ -139,6 +142,7 @@ FAMILIES: dict[str, tuple[str, tuple[int, ...]]] = {
     "step": ("step-64x256x256x3", (4, 4, 3)),
     "covariance": ("similarity-4096x128", (8,)),
     "mlp": ("mlp-tutorial-100000", (10,)),
+    "mlp_mma": ("mlp-tutorial-100000", (10,)),
     "optim": ("adamw-4000000", (100,)),
     "pointwise": ("gelu-64x1024x256", (1, 4, 8)),
     "norm": ("norm-64x32x32x64", (4, 4, 8)),
@@ -155,7 +159,8 @@ def launch_first(be: Any, source: str) -> None:
     from fastdiff.backends.cuda import CudaBackend
 
     name, shape = FAMILIES[source]
-    be = CudaBackend(be.runtime, precision="bf16") if source == "conv_mma" else be
+    if precision := {"conv_mma": "bf16", "mlp_mma": "bf16x3"}.get(source):
+        be = CudaBackend(be.runtime, precision=precision)
     work = replace(bench.BY_NAME[name], n=2, shape=shape).ours(be)
     if not np.isfinite(bench.workload.on_host(be, bench.workload.first(work.run()))).all():
         raise AssertionError("not all numbers are finite")
@@ -170,8 +175,8 @@ def sides(be: Any) -> dict[str, Any]:
     from fastdiff.errors import BackendError
 
     found = {"ours": be}
-    for name, options in OURS.items():
-        if options:
+    for name in OUR_TITLES:
+        if options := OURS[name]:
             try:
                 found[name] = CudaBackend(be.runtime, **options)
             except BackendError as error:  # no cuDNN, or none that starts
@@ -195,8 +200,16 @@ def prepare(be: Any, workload: Workload, peers: Any, twins: Any) -> Ways:
         twin = workload.twin(be, twins) if twins else None
         runs |= ({"twin": twin} if twin else {}) | (workload.gpu_ways(peers, be, runs["ours"]) if peers else {})
         makers = {name: partial(lambda run: run, run) for name, run in runs.items()}
+        makers |= {f"ours-{name}": partial(in_precision, be, workload, name) for name in workload.precisions}
     order = [name for name in (*OURS, "eager", *deciding(workload), *makers) if name in makers]
     return Ways({name: makers[name] for name in order}, {name: workload.units if name in OURS else 1 for name in order})
+
+
+def in_precision(be: Any, workload: Workload, precision: str) -> Run:
+    """Return a workload in a precision, after a check of it."""
+    from fastdiff.backends.cuda import CudaBackend
+
+    return workload.in_precision(be, CudaBackend(be.runtime, precision=precision))
 
 
 def image_ways(be: Any, workload: Workload, peers: Any) -> dict[str, Callable[[], Run]]:
@@ -493,7 +506,7 @@ class Results(Report):
             "run. Ratios: their time through ours.",
             "",
             *markdown(
-                ["work", "ours", "of the copy", "Numba twin", *WAYS.values(), "target"],
+                ["work", "ours", *PRECISE_TITLES.values(), "of the copy", "Numba twin", *WAYS.values(), "target"],
                 [array_cells(row) for row in self.rows if not row.image],
             ),
         ]
@@ -515,7 +528,9 @@ class Results(Report):
 def array_cells(row: Row) -> list[str]:
     """Return the cells of a row."""
     share, ratios = row.share_of_copy.get("ours"), row.ratios
-    cells = [row.heading, duration(row.seconds["ours"]), "" if share is None else f"{share:.0%}"]
+    cells = [row.heading, duration(row.seconds["ours"])]
+    cells += [duration(row.seconds[way]) if way in row.seconds else row.absent(way) for way in PRECISE_TITLES]
+    cells.append("" if share is None else f"{share:.0%}")
     cells.append(duration(row.seconds["twin"]) if "twin" in row.seconds else "")
     cells += [f"**{ratios[way]:.1f}**" if way in ratios else row.absent(way) for way in WAYS]
     return [*cells, row.verdicts]
@@ -525,7 +540,8 @@ def image_cells(row: Row) -> list[str]:
     """Return the cells of a row of image networks."""
     share, seconds = row.share_of_copy.get("ours"), row.seconds
     ours, theirs = (
-        [duration(seconds[way]) if way in seconds else row.absent(way) for way in ways] for ways in (OURS, IMAGE_WAYS)
+        [duration(seconds[way]) if way in seconds else row.absent(way) for way in ways]
+        for ways in (OUR_TITLES, IMAGE_WAYS)
     )
     return [row.heading, *ours, "" if share is None else f"{share:.0%}", *theirs, row.verdicts]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 from cuda_parity import NUMPY, covers
+from cuda_parity_conv_mma import bf16
 from gradcheck import scatter, with_linear
 from rows import three_back
-from tolerances import assert_close, assert_same_bits
+from tolerances import MLP_ERRORS, assert_close, assert_close_in_norm, assert_same_bits
 
-from fastdiff.backends import ChainTable, Inputs, TrainingDraws, TrainState
+from fastdiff.backends import ChainTable, DenseLayer, Inputs, TrainingDraws, TrainState
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.numpy.mlp import draw_batch
 from fastdiff.nn import MLP
@@ -112,6 +114,79 @@ def chains(be, size):
                     part = path.asarray(x[5:].copy())
                     path.mlp_chain(net.plan, params, part, ChainTable(smp.rows, smp.clip), draw.after(5))
                     assert_same_bits(path.to_numpy(part), path.to_numpy(got)[5:])
+
+
+MMA = "mlp_mma_pack", "mlp_chain_bf16x3", "mlp_chain_bf16"
+
+
+def rounded_product(x, w, precision):
+    """x w as tensor cores multiply: each factor one bf16, or two, whose low parts do not meet."""
+    high = [bf16(factor).astype(np.float64) for factor in (x, w)]
+    if precision == "bf16":
+        return high[0] @ high[1]
+    low = [bf16(factor - of.astype(np.float32)).astype(np.float64) for factor, of in zip((x, w), high, strict=True)]
+    return high[0] @ high[1] + high[0] @ low[1] + low[0] @ high[1]
+
+
+def layer_of(plan, k, u, flat, t):
+    """What layer k makes of its products u, in float64: a layer whose W is one."""
+    layer, m = plan.layers[k], plan.layers[k].outputs
+    wide = np.concatenate([flat.astype(np.float64), np.eye(m).ravel()])
+    alone = replace(plan, layers=(replace(layer, inputs=m, weight=len(flat)),), linear=None)
+    return NUMPY.mlp_forward(alone, wide, Inputs(u, t))
+
+
+@covers("mlp_mma", *MMA)
+def networks_on_tensor_cores(be, size):
+    """Layer by layer the formula on rounded factors, which are those that the kernel has itself; the whole, float64."""
+    for precision, (net, wide) in ((precision, network) for precision in MLP_ERRORS for network in networks()):
+        there, plan, n = CudaBackend(be.runtime, precision=precision), net.plan, BATCH[size]
+        x, t, _ = batch_of(net, n)
+
+        def forward(plan, flat, rows=slice(None), there=there, x=x, t=t):
+            given = Inputs(there.asarray(x[rows]), there.asarray(t[rows], np.int64))
+            return there.to_numpy(there.mlp_forward(plan, there.asarray(flat), given))
+
+        given = x
+        for k, layer in enumerate(plan.layers):
+            w = net.flat[layer.weight : layer.weight + layer.inputs * layer.outputs].reshape(layer.inputs, -1)
+            got = forward(replace(plan, layers=plan.layers[: k + 1], linear=None), net.flat)
+            assert_close(got, layer_of(plan, k, rounded_product(given, w, precision), net.flat, t), terms=terms(net))
+            given = got
+        got = forward(plan, net.flat)
+        if part := plan.linear:
+            basis, gains = part.basis.astype(np.float32), part.gains.astype(np.float32)[t]
+            alone = replace(plan, layers=(DenseLayer(*basis.shape, 0, basis.size, "none"),), linear=None)
+            h = forward(alone, np.append(basis, np.zeros(part.rank, np.float32))) * gains
+            rest = 0 if part.rest is None else part.rest[t, None] * x
+            of_part = rounded_product(h, np.ascontiguousarray(basis.T), precision)
+            assert_close(got, given + of_part + rest, terms=terms(net))
+        want = NUMPY.mlp_forward(plan, wide, Inputs(x.astype(np.float64), t))
+        assert_close_in_norm(got, want, MLP_ERRORS[precision])
+        for rows in (slice(3, 9), slice(7, 8)):  # a row does not depend on its batch
+            assert_same_bits(forward(plan, net.flat, rows), got[rows])
+
+
+@covers("mlp_mma", *MMA)
+def chains_on_tensor_cores(be, size):
+    """Tables that remember nothing, a row, two and three: steps that are those of the forward pass, in any batch."""
+    for number, (net, wide) in enumerate(networks()):
+        schedule, n = Schedule.cosine(net.T), BATCH[size] // 2
+        steps = min(CHAIN_STEPS[size], net.T - 1, 3)  # what rounding does grows with every row
+        tables = ddpm(schedule, steps, clip=1.0), dpmpp_2m(schedule, steps, prediction="v"), *deep_tables(schedule)
+        for smp in tables if size == "full" else tables[number % 2 :: 2]:
+            table, draw = ChainTable(smp.rows, smp.clip), Draw(4, Stream.STEP, first_row=2**32 - 5)
+            x, _, _ = batch_of(net, n)
+            want = x.astype(np.float64)
+            NUMPY.mlp_chain(net.plan, wide, want, table, draw)
+            for precision, error in MLP_ERRORS.items():
+                there = CudaBackend(be.runtime, precision=precision)
+                params, got, part = there.asarray(net.flat), there.asarray(x.copy()), there.asarray(x[5:].copy())
+                there.mlp_chain(net.plan, params, got, table, draw)
+                got = there.to_numpy(got)
+                assert_close_in_norm(got, want, len(smp) * error)
+                there.mlp_chain(net.plan, params, part, table, draw.after(5))
+                assert_same_bits(there.to_numpy(part), got[5:])
 
 
 @covers("mlp", "mlp_add_times", "mlp_draw_asked")

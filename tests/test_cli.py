@@ -207,6 +207,16 @@ def test_info_says_whether_a_file_can_be_trained_on(run, model):
     assert with_training != without
 
 
+def test_info_says_how_a_model_samples_on_gpus_in_every_precision(run, model):
+    told = json.loads(run(f"info {model} --backend cuda --json")[1])["cuda"]
+    chains = {
+        name: ways["on compute capability 9.0"] for name, ways in told.items() if name.startswith("sampling chain")
+    }
+    assert list(chains) == ["sampling chain", "sampling chain, bf16x3", "sampling chain, bf16"]
+    assert all(way.startswith("one launch: ") for way in chains.values())
+    assert len(set(chains.values())) == 3
+
+
 @pytest.mark.slow
 def test_demo(run, monkeypatch, drawn):
     for name, value in {"CURVE_STEPS": 30, "FAMILY_STEPS": 30, "FAMILY_CURVES": 50, "GENERATED": 20}.items():

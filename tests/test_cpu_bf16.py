@@ -198,6 +198,8 @@ def test_the_precision_is_the_backends():
         fd.get_backend("numpy", precision="bf16")
     with pytest.raises(ArgumentError, match=r"precision.*float32"):
         fd.get_backend("cpu", precision="fp8")
+    with pytest.raises(ArgumentError, match=r"precision: got 'bf16x3', wants 'float32' or 'bf16': only the cuda"):
+        fd.get_backend("cpu", precision="bf16x3")
     with mock.patch.object(tiles, "why_not", return_value="it has none"), pytest.raises(BackendError) as caught:
         CpuBackend(1, "bf16")
     assert str(caught.value) == "precision 'bf16' on a CPU: it has none; 'float32' runs everywhere"

@@ -85,9 +85,10 @@ def test_every_source_passes(compiler):
     for entry in entries:
         for arch in cuda_gate.ARCHITECTURES:
             assert any(line.split()[:2] == [entry, arch] for line in done.stdout.splitlines()), (entry, arch)
-    chain = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("mlp_chain ")]
-    assert len(chain) == len(cuda_gate.ARCHITECTURES)
-    assert max(chain) * 2 * THREADS <= REGISTERS, "two blocks of mlp_chain do not fit on a multiprocessor"
+    for name in ("mlp_chain", "mlp_chain_bf16x3", "mlp_chain_bf16"):
+        chain = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert len(chain) == len(cuda_gate.ARCHITECTURES)
+        assert max(chain) * 2 * THREADS <= REGISTERS, f"two blocks of {name} do not fit on a multiprocessor"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ from fastdiff.backends import (
 )
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import mlp as operations
-from fastdiff.backends.cuda.mlp import Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.backends.cuda.device import SHARED_LIMITS
+from fastdiff.backends.cuda.mlp import MMA_FEW, MMA_TILES, Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.backends.layers import Conv
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.backends.numpy import mlp as perceptron
 from fastdiff.errors import ArgumentError
@@ -49,11 +51,11 @@ KINDS = list(itertools.product(["none", "leaky_relu", "silu"], ["none", "shift",
 LAYERED = 64  # bytes of shared memory: no network fits, and all go layer by layer
 
 
-def cuda(order="forward", shared_limit=None):
+def cuda(order="forward", shared_limit=None, precision="float32"):
     runtime = HostRuntime(order)
     if shared_limit is not None:
         runtime.shared_limit = shared_limit
-    return CudaBackend(runtime)
+    return CudaBackend(runtime, precision=precision)
 
 
 BACKENDS = {order: cuda(order) for order in ORDERS}
@@ -486,6 +488,104 @@ def test_the_chosen_way_is_told():
     assert chain_plan(MLP(50, hidden=(64, 64)).plan).endswith("of shared memory, weights in it")
     wide = MLP(50, hidden=(1024, 1024)).plan
     assert chain_plan(wide) == "layer by layer: 32 samples need 270 KB of shared memory, a block has 227 KB"
+
+
+# ------------------------------------------------------------------------------------------- on tensor cores
+
+HALVES = ["bf16x3", "bf16"]
+
+
+@pytest.fixture(params=HALVES)
+def precision(request):
+    return request.param
+
+
+@pytest.mark.parametrize("part", [None, 6])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "lms"])
+def test_a_chain_on_tensor_cores_is_its_steps_in_any_batch(precision, name, part):
+    net = scatter(NETS["odd"]()) if part is None else with_linear(scatter(NETS["odd"]()), part)
+    smp, first = table(net, name), 2**32 - 30
+    x, _, _ = batch_of(net, 70)
+    whole = chained(cuda("shuffled", precision=precision), net, smp, x, first)
+    assert np.isfinite(whole).all()
+    assert_same_bits(stepped(cuda(precision=precision), net, smp, x, first), whole)
+    for order, edges in zip(ORDERS, ([0, 1, 70], [0, 9, 43, 70], [0, 17, 70]), strict=True):
+        be = cuda(order, precision=precision)
+        parts = [chained(be, net, smp, x[a:b], first + a) for a, b in itertools.pairwise(edges)]
+        assert_same_bits(np.concatenate(parts), whole)
+    # Other products than those of float32.
+    assert (whole != chained(ONE_LAUNCH, net, smp, x, first)).any()
+
+
+def test_tiles_staging_and_blocks_change_no_bits_on_tensor_cores(precision, monkeypatch):
+    """128, 64 or 32 samples a tile, 16 where they are few; parameters in shared memory or not; 256 threads or 512."""
+    net = scatter(MLP(19, hidden=(33, 21), T=11))
+    smp, seen, threads = table(net, "ddpm"), [], set()
+    x, _, _ = batch_of(net, 260)
+    want = chained(cuda("shuffled", precision=precision), net, smp, x, 5)
+    for tile in MMA_TILES:
+        be = cuda("backward", shared_bytes(net.plan, tile, precision), precision)
+        launch = be.runtime.launch
+
+        def noted(source, entry, grid, block, *rest, launch=launch):
+            if entry == f"mlp_chain_{precision}":
+                threads.add(block)
+            launch(source, entry, grid, block, *rest)
+
+        monkeypatch.setattr(be.runtime, "launch", noted)
+        seen.append(chain_tile(net.plan, be.runtime.shared_limit, precision))
+        assert_same_bits(chained(be, net, smp, x, 5), want)
+        assert_same_bits(chained(be, net, smp, x[:7], 5), want[:7])
+    assert tuple(seen) == MMA_TILES
+    assert threads == {256, 512}
+    few = chain_tile(MLP(50, T=100).plan, precision=precision, rows=MMA_FEW)
+    assert few.staged, "the weights do not fit beside a tile of few samples"
+
+
+def test_what_goes_layer_by_layer_multiplies_float32(precision):
+    """Networks that are asked for something or too wide, training and derivatives: the bits of float32."""
+    be, plain = cuda(precision=precision), cuda()
+    asked = scatter(MLP(5, hidden=(9,), T=7, classes=3))
+    wide = scatter(MLP(3, hidden=(4000,), T=7))
+    for net, told in ((asked, asked.plan.asks(np.arange(9) % 4, None)), (wide, None)):
+        x, t, _ = batch_of(net, 9)
+        got, want = (b.mlp_forward(net.plan, net.flat, Inputs(x, t, told)) for b in (be, plain))
+        assert_same_bits(got, want)
+        assert chain_plan(net.plan, precision=precision).startswith("layer by layer, in float32: ")
+    net = scatter(NETS["odd"]())
+    x, t, target = batch_of(net, 9)
+    found = []
+    for each in (be, plain):
+        grads, dx = np.zeros_like(net.flat), np.empty_like(x)
+        loss, _ = each.mlp_gradient(net.plan, net.flat, Inputs(x, t), target, grads)
+        each.mlp_vjp(net.plan, net.flat, Inputs(x, t), target, dx)
+        found.append((np.float32(loss), grads, dx))
+    for got, want in zip(*found, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_how_a_chain_on_tensor_cores_runs_is_told():
+    plan = MLP(50, T=100).plan
+    caches = "weights in the caches: their 194 KB do not fit beside"
+    assert chain_plan(plan, precision="bf16x3") == f"one launch: 64 samples in 94 KB of shared memory, {caches}"
+    assert chain_plan(plan, precision="bf16") == "one launch: 128 samples in 218 KB of shared memory, weights in it"
+    for name, limit in ((name, limit) for name in HALVES for limit in SHARED_LIMITS.values()):
+        tile = chain_tile(plan, limit, name)
+        assert shared_bytes(plan, tile, name) <= limit
+
+
+def test_bf16x3_of_image_networks_is_float32():
+    """Its convolutions are those of float32, and so are their gradients."""
+    x, w, dy = normals(2, 5, 6, 3), normals(3, 3, 3, 4, seed=1), normals(2, 5, 6, 4, seed=2)
+    b, geometry, found = normals(4, seed=3), Conv((3, 3), pad=(1, 1, 1, 1)), []
+    for be in (cuda(precision="bf16x3"), cuda(), cuda(precision="bf16")):
+        y, dx, dw, db = (np.empty_like(array) for array in (dy, x, w, b))
+        be.conv(geometry, x, w, b, y)
+        be.conv_backward(geometry, dy, x, w, dx, dw, db)
+        found.append((y, dx, dw, db))
+    for got, want in zip(*found[:2], strict=True):
+        assert_same_bits(got, want)
+    assert (found[2][0] != found[1][0]).any()
 
 
 def test_networks_leave_nothing_behind():

@@ -68,6 +68,10 @@ PLANTED = {
     "outputs of a layer": (
         "mlp.cu", "second);\n                fd_syncthreads();", "second);", "chains", "reads what was",
     ),
+    "factors of the states": (
+        "mlp_mma.cu", "}\n                    fd_syncthreads();\n                }", "}\n                }",
+        "chains_on_tensor_cores", "reads what was",
+    ),
     # Outputs of the second task on, which are no arguments: only the first one's are.
     "tasks behind the first": (
         "common.cuh", "return (int)blockIdx.x - mine->first;", "return mine->first ? 0 : (int)blockIdx.x;",

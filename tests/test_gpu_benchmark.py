@@ -101,7 +101,8 @@ def test_a_workload_runs_on_the_host(monkeypatch, workload):
     seconds = next(gpu.measure(runs, ways.units, lambda: waits.append(1), 0.0001))
     assert not failed
     assert not cut
-    assert set(seconds) == (set(gpu.OURS) if workload.convolves else {"ours"})
+    precise = {f"ours-{precision}" for precision in workload.precisions}
+    assert set(seconds) == (set(gpu.OUR_TITLES) if workload.convolves else {"ours"} | precise)
     assert min(seconds.values()) > 0
     assert waits
     row = gpu.row_of(small, seconds, failed, 1e9, [])
@@ -195,11 +196,11 @@ def test_the_table():
     lines = text.splitlines()
     assert "NVIDIA H200; cupy 14.2.0, torch 2.13.0; Python 3.12.1" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert {len(cells) for cells in rows[:5]} == {8}
-    assert rows[2][:7] == [FORWARD.title, "2.00 s", "50%", "4.00 s", "**4.0**", "failed", ""]
-    assert rows[2][7] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
+    assert {len(cells) for cells in rows[:5]} == {10}
+    assert rows[2][:9] == [FORWARD.title, "2.00 s", "", "", "50%", "4.00 s", "**4.0**", "failed", ""]
+    assert rows[2][9] == "85% of the copy: 50%, **missed**, 3 x PyTorch: 4.00, met, 1.2 x compiled: not measured"
     assert rows[3][0] == f"{FORWARD.title} (3 of 7 rounds)"
-    assert rows[4][6:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
+    assert rows[4][8:] == ["**6.0**", "5 x compiled, CUDA graph: 6.00, met"]
     assert lines[-2:] == ["GPU tests: 2 passed.", "step: **died**."]
 
 
@@ -237,7 +238,7 @@ def test_the_table_of_image_networks():
     norm_row = row_of(norm.name, {"ours": 1.0}, {}, float(norm.bytes))
     text = table(slow, row_of(FORWARD.name, {"ours": 1.0}), fast, alone, norm_row)
     first, second = text.split("Image networks, and their layers alone")
-    assert [line.count(" | ") for line in first.splitlines() if line.startswith("| ")] == [7, 7]
+    assert [line.count(" | ") for line in first.splitlines() if line.startswith("| ")] == [9, 9]
     second = second.split("Targets:")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in second.splitlines() if line[:1] == "|"]
     assert {len(cells) for cells in rows} == {14}
@@ -291,6 +292,22 @@ def test_a_worker_makes_one_way(tmp_path):
         command = [sys.executable, str(HERE / "gpu_on_host.py"), job]
         assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == code
         assert events.read_text() == told
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the host run of the CUDA kernels needs g++")
+def test_a_chain_is_timed_in_every_precision_and_a_wrong_one_is_not(monkeypatch):
+    chain, be = replace(gpu.BY_NAME["chain-tutorial-1000"], n=2, shape=(8,)), CudaBackend(HostRuntime())
+    ways = gpu.prepare(be, chain, None, None)
+    assert set(ways.makers) == {"ours", "ours-bf16x3", "ours-bf16"}
+    assert set(ways.units.values()) == {1}
+    ways.makers["ours-bf16x3"]()
+    assert be.runtime.launches[-1] == ("mlp_mma", "mlp_chain_bf16x3")
+    monkeypatch.setitem(chain.precisions, "bf16", chain.precisions["bf16x3"])
+    with pytest.raises(AssertionError, match="chain-tutorial-1000: bf16 and float32 differ by"):
+        ways.makers["ours-bf16"]()
+    row = row_of("chain-tutorial-1000", {"ours": 0.2, "ours-bf16x3": 0.1, "eager": 0.4}, {"ours-bf16": "no"})
+    assert gpu.array_cells(row)[1:4] == ["200 ms", "100 ms", "failed"]
+    assert row.ratios == {"eager": 2.0}
 
 
 def test_results_that_differ_are_not_timed():

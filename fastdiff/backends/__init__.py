@@ -196,9 +196,14 @@ def get_backend(
         than a container's quota of time allows. Results do not depend on it.
     kernels : {"raw", "numba"}, optional
         For "cuda": the CUDA C++ kernels (default), or their Numba twins where there are some.
-    precision : {"float32", "bf16"}, optional
-        For "cuda" and "cpu": what convolutions and linear layers of image networks multiply; sums and everything else
-        are float32. On a CPU "bf16" needs one with AMX (Intel's since Sapphire Rapids).
+    precision : {"float32", "bf16x3", "bf16"}, optional
+        For "cuda" and "cpu": what is multiplied; sums and everything else are float32. "bf16": convolutions and linear
+        layers of image networks multiply bfloat16, on a CPU with AMX (Intel's since Sapphire Rapids). On "cuda" so do
+        the forward passes and sampling chains of perceptrons, where these run in one launch (``fastdiff info`` of a
+        model says whether they do). "bf16x3", for "cuda" alone: there each factor is the sum of two bfloat16, which
+        leaves errors of about 2^-16 of it; image networks are float32 then. What perceptrons do layer by layer is
+        always float32: training, derivatives, draws given observations, networks with labels or covariates, and those
+        that are too wide.
     graphs : bool, optional
         For "cuda": whether an image network's work that comes again is launched as a CUDA graph (default), or kernel
         by kernel, of the same bits; for comparison, and where a tool wants to see every launch.
@@ -237,6 +242,8 @@ def get_backend(
         raise ArgumentError("kernels", shown(kernels), "None: only the cuda backend has a choice of kernels")
     if precision is not None and name == "numpy":
         raise ArgumentError("precision", shown(precision), "None: the numpy backend has no choice of precision")
+    if precision == "bf16x3" and name != "cuda":
+        raise ArgumentError("precision", shown(precision), "'float32' or 'bf16': only the cuda backend has 'bf16x3'")
     if convolutions is not None and name != "cuda":
         raise ArgumentError("convolutions", shown(convolutions), "None: only the cuda backend has a choice of them")
     if graphs is not None and (name != "cuda" or not isinstance(graphs, bool)):

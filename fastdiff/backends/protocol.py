@@ -23,7 +23,7 @@ Activation = Literal["none", "leaky_relu", "silu"]
 TimeMode = Literal["none", "shift", "scale_shift"]
 
 LEAKY_SLOPE = 0.01
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "bf16x3", "bf16")
 CONVOLUTIONS = ("own", "cudnn")
 VISIT = 1 << 20  # the step of a noise is that many for every earlier draw at its timestep; above any T
 MAX_VISITS = 4096  # steps are below 2^32

@@ -211,6 +211,7 @@ class Chain(Perceptron):
 
     rate_unit = "samples/s"
     tolerance, draws = 1e-4, T
+    precisions: ClassVar[dict[str, float]] = {"bf16x3": 2.0**-14, "bf16": 2.0**-6}
     peer_name, peer_samples = "torch, no_grad", 64
     parity: ClassVar[dict[str, float]] = {"output": 1e-5, "samples": 1e-4}
 
@@ -249,12 +250,15 @@ class Chain(Perceptron):
         outputs = {"output": nets.output(net, nets.tensor(noise[0]), T // 2), "samples": samples.numpy()}
         return outputs, [lambda: nets.chain(net, rows, (self.n, *self.shape))]
 
-    def gpu_ways(self, peers: Any, be: Any, run: Run) -> dict[str, Run]:
-        net, x = self.network(), white(64, self.shape)
-        theirs = peers.on_gpu(self.peer_network(peers.nets, weights_of(net)))
+    def outputs(self, be: Any) -> Any:
+        net, x = self.network(), be.asarray(white(64, self.shape))
         t = be.asarray(np.full(len(x), T // 2), np.int64)
-        y = be.to_numpy(be.mlp_forward(net.plan, be.asarray(net.flat), Inputs(be.asarray(x), t)))
-        agree(self.name, y, peers.nets.output(theirs, peers.device(x), T // 2))
+        return be.to_numpy(be.mlp_forward(net.plan, be.asarray(net.flat), Inputs(x, t)))
+
+    def gpu_ways(self, peers: Any, be: Any, run: Run) -> dict[str, Run]:
+        theirs = peers.on_gpu(self.peer_network(peers.nets, weights_of(self.network())))
+        x = peers.device(white(64, self.shape))
+        agree(self.name, self.outputs(be), peers.nets.output(theirs, x, T // 2))
         return peers.chain(theirs, self.schedule().betas, self.n, self.shape[0])
 
 
@@ -275,6 +279,7 @@ class MemoryChain(Chain):
 class ChainGiven(Chain):
     """Draws of curves that are known at a few of their points, 100 of each, by tmpd in half as many rows."""
 
+    precisions: ClassVar[dict[str, float]] = {}  # it goes layer by layer
     seen: ClassVar[int] = SEEN
     rows: ClassVar[int] = T // 2
     draws = T // 2

@@ -82,6 +82,9 @@ class Workload:
         Whether its time on a GPU is compared with a copy's.
     image, convolves : bool
         Whether it is of image networks, where a GPU has many ways in two precisions; whether convolutions decide.
+    precisions : dict
+        Others than float32 in which a GPU does it as well, and how far `outputs` may be from those of float32 then, in
+        the Euclidean norm, through them.
     peer_name : str
         Whom it is compared with on a CPU, in words; "": nobody.
     peer_samples : int
@@ -105,6 +108,7 @@ class Workload:
     memory_bound: ClassVar[bool] = False
     image: ClassVar[bool] = False
     convolves: ClassVar[bool] = False
+    precisions: ClassVar[dict[str, float]] = {}
     peer_name: ClassVar[str] = ""
     peer_samples: ClassVar[int] = 10_000
     parity: ClassVar[dict[str, float]] = {}
@@ -309,6 +313,20 @@ class Workload:
     def gpu_result(self, be: Any) -> Any:
         """Return what ours makes of these inputs, as one vector."""
         return vector(on_host(be, self.operation(be)()))
+
+    def outputs(self, be: Any) -> Any:
+        """Return what shows that a precision is right, on the host."""
+        raise NotImplementedError
+
+    def in_precision(self, be: Any, other: Any) -> Run:
+        """Return `operation` on a backend of one of `precisions`, whose outputs were compared with those of `be`."""
+        want, allowed = self.outputs(be), self.precisions[other.precision]
+        error = float(np.linalg.norm(self.outputs(other) - want) / np.linalg.norm(want))
+        if not error <= allowed:  # NaN fails
+            raise AssertionError(
+                f"{self.name}: {other.precision} and float32 differ by {error:.3g}, allowed are {allowed:.3g}"
+            )
+        return self.operation(other)
 
     def twin(self, be: Any, twins: Any) -> Run | None:
         """Return the same with the Numba kernels of `twins` on a GPU, where there is one."""

@@ -63,7 +63,7 @@ def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:
     """The GPU here, or why none can be used; and how a perceptron's sampling chain runs on it and on others."""
-    from fastdiff.backends import get_backend
+    from fastdiff.backends import PRECISIONS, get_backend
     from fastdiff.backends.cuda.device import SHARED_LIMITS
     from fastdiff.backends.cuda.mlp import chain_plan
     from fastdiff.errors import BackendError
@@ -78,7 +78,9 @@ def _on_cuda(network: Mapping[str, Any] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device}
     if network is not None and network.get("kind") in KINDS:
         plan = MLP.from_dict(network, draw=False).plan
-        facts["sampling chain"] = {name: chain_plan(plan, limit) for name, limit in limits.items()}
+        for precision in PRECISIONS:
+            title = "sampling chain" + ("" if precision == PRECISIONS[0] else f", {precision}")
+            facts[title] = {name: chain_plan(plan, limit, precision) for name, limit in limits.items()}
     return facts
 
 

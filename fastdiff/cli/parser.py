@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastdiff.backends import Backend
 
 BACKENDS = ("auto", "numpy", "cpu", "cuda")
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "bf16x3", "bf16")
 
 # What options and commands of other programs are called here.
 SYNONYMS = {
@@ -186,7 +186,8 @@ def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int |
     )
     command.add_argument(
         "--precision", choices=PRECISIONS,
-        help="of what convolutions of pictures multiply: bf16 needs tensor cores, or a CPU with AMX (default: float32)",
+        help="of what convolutions of pictures multiply: bf16 needs tensor cores, or a CPU with AMX; on cuda "
+        "bf16x3 and bf16 are for perceptrons too (default: float32)",
     )  # fmt: skip
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -6,9 +6,7 @@
 // for training and for networks too wide for that, a product (conv.cu) is followed by one of the kernels below.
 //
 // Every sum has a fixed order: products over k ascending, batches in fixed chunks that are added in order.
-
-enum { ACTIVATION_NONE, LEAKY_RELU, SILU };
-enum { TIME_NONE, SHIFT, SCALE_SHIFT };
+#include "mlp.cuh"
 
 // ------------------------------------------------------------------------------------------- elements
 
@@ -25,21 +23,9 @@ FD_DEVICE real mlp_sigmoid(real v) {
     return 1.0f / (1.0f + y * fd_bits_float(((int)whole + 127) * (1 << 23)));
 }
 
-FD_DEVICE real mlp_modulate(real u, int mode, real gain, real shift) {
-    if (mode == SCALE_SHIFT) return (1.0f + gain) * u + shift;
-    return mode == SHIFT ? u + shift : u;
-}
-
 FD_DEVICE real mlp_activate(real v, int activation) {
     if (activation == SILU) return v * mlp_sigmoid(v);
     return activation == LEAKY_RELU && !(v > 0) ? FD_LEAKY_SLOPE * v : v;
-}
-
-// Gain and shift of column j; a layer with both has its `width` gains first.
-FD_DEVICE real mlp_gain(const real *row, int mode, int64 j) { return mode == SCALE_SHIFT ? row[j] : 0; }
-
-FD_DEVICE real mlp_shift(const real *row, int mode, int64 width, int64 j) {
-    return mode == SCALE_SHIFT ? row[width + j] : mode == SHIFT ? row[j] : 0;
 }
 
 // ------------------------------------------------------------------------------------------- per layer
@@ -303,15 +289,9 @@ FD_KERNEL mlp_draw_asked(const int64 *labels, const real *covariates, real *aske
 
 // ------------------------------------------------------------------------------------------- tiles of samples
 
-// Columns of the layer table. WEIGHT and BIAS are offsets in the packed parameters, where a row of W is padded to a
-// multiple of four values with zeros; FROM_WEIGHT and FROM_BIAS are those in the network's own buffer.
-enum { INPUTS, OUTPUTS, WEIGHT, BIAS, FROM_WEIGHT, FROM_BIAS, ACTIVATION, MODE, COLUMN, LAYER_COLUMNS };
-
 FD_DEVICE int mlp_round4(int n) { return (n + 3) / 4 * 4; }
 
-// Distance of two rows in shared memory: 4 beyond a multiple of 8, so that four rows lie in different banks.
-FD_DEVICE int mlp_pitch(int n) { return (n + 3) / 8 * 8 + 4; }
-
+// A row of W is padded to a multiple of four values with zeros.
 FD_KERNEL mlp_pack(const real *params, real *packed, const int *layers, int count, int64 size) {
     FD_GRID_STRIDE(i, size) {
         int k = 0;
@@ -389,26 +369,6 @@ FD_DEVICE void mlp_dense(const int *layer, const real *packed, const real *in, i
         }
     }
 }
-
-// A network's fixed linear part. The products with the basis and its transpose are two layers that follow the others in
-// their table. `values` has their parameters, packed as others are, at `gains` the gains (T, rank), and at `rest`, where
-// that is not 0, the rest (T).
-struct LinearPart {
-    const real *values;
-    int rank, gains, rest;
-};
-
-// Whether row r evaluates the network; asked again where it matters, for want of registers.
-FD_DEVICE bool mlp_evaluates(const int64 *steps, int step_count, int r) {
-    return step_count == 0 || steps[2 * step_count + r];
-}
-
-// What the rows of a table remember: m1 in shared memory where `depth` is not 0, and where it is 2 or 3 both m2 and m3
-// in `deep` (2, n, d). There they cost no block its place on a multiprocessor, and a thread finds what it wrote itself.
-struct ChainMemory {
-    int depth;
-    real *deep;
-};
 
 // All rows of a sampler's table on the tiles of this block, or with none of them one forward pass.
 // `steps` (3, step_count) holds timesteps, the steps of the noise, and whether a row evaluates the network.

@@ -36,9 +36,11 @@ class CudaBackend(CovarianceOperations, MLPOperations):
         Where arrays and kernels live; by default CuPy on the current device.
     kernels : {"raw", "numba"}, optional
         "numba": forward noising and the sampler step in Numba's CUDA target, of the same bits; for comparison.
-    precision : {"float32", "bf16"}, optional
-        "bf16": convolutions of image networks on tensor cores, which round what they multiply to bfloat16 and add in
-        float32. Parameters, activations and everything else stay float32.
+    precision : {"float32", "bf16x3", "bf16"}, optional
+        "bf16": convolutions of image networks, and perceptrons in one launch, on tensor cores, which round what they
+        multiply to bfloat16 and add in float32. "bf16x3": such perceptrons alone, each factor as the sum of two
+        bfloat16; image networks are those of "float32". Parameters, activations of image networks, training of
+        perceptrons and everything else stay float32.
     graphs : bool, optional
         Whether work that comes again is launched as a CUDA graph. Changes no bits. It ends with a line in the log
         where a device refuses to capture one.

@@ -1,5 +1,7 @@
 """The network operations of the CUDA backend: which kernels of ``mlp.cu`` run, in which order, on which buffers.
 
+With precision "bf16x3" or "bf16" what runs in one launch is ``mlp_mma.cu``; all else multiplies float32.
+
 A network whose activations fit into shared memory, 32 samples at a time, runs in one launch: its forward pass, and a
 whole sampling chain. Both are the same kernel, so a chain has the bits of its steps, and a sample's bits do not depend
 on its batch. Wider networks, and training, go layer by layer, with products by the kernels of convolutions. The choice
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -49,10 +52,9 @@ ACTIVATIONS = {"none": 0, "leaky_relu": 1, "silu": 2}
 MODES = {"none": 0, "shift": 1, "scale_shift": 2}
 
 SHARED_LIMIT = SHARED_LIMITS["9.0"]
-TILES = (64, 32)  # samples that a block of `mlp_chain` holds
-FEW = 8  # where larger tiles would leave multiprocessors idle
 THREADS = 256  # of `mlp_chain` and `mlp_order_times`, which are written for it
 VALUE = 4  # bytes
+STEP = 16  # rows and columns of a matrix on tensor cores
 
 
 class Tile(NamedTuple):
@@ -70,12 +72,24 @@ class Tile(NamedTuple):
     staged: bool
 
 
+TILES = tuple(Tile(rows, staged) for rows in (64, 32) for staged in (True, False))
+FEW = 8  # samples of a tile where larger ones would leave multiprocessors idle
+# On tensor cores. 128 samples are for weights that leave room for one block on a multiprocessor.
+MMA_TILES = (Tile(128, True), *TILES)
+MMA_FEW = STEP
+HALVES = {"bf16x3": 2, "bf16": 1}  # how many bf16 a factor is, where it is not float32
+
+
 def _round4(n: int) -> int:
     return -(-n // 4) * 4
 
 
+def _round_step(n: int) -> int:
+    return -(-n // STEP) * STEP  # mma_round in mlp_mma.cu
+
+
 def _pitch(n: int) -> int:
-    return (n + 3) // 8 * 8 + 4  # mlp_pitch in mlp.cu
+    return (n + 3) // 8 * 8 + 4  # mlp_pitch in mlp.cuh
 
 
 def _widths(plan: MLPPlan) -> tuple[int, int]:
@@ -85,47 +99,84 @@ def _widths(plan: MLPPlan) -> tuple[int, int]:
     return max(*outputs[::2], ranks[0]), max(*outputs[1::2], 0, ranks[1])
 
 
-def packed_size(plan: MLPPlan) -> int:
-    """Return the length of the padded parameters: every row of W and every bias a multiple of four values."""
-    return sum((layer.inputs + 1) * _round4(layer.outputs) for layer in plan.layers)
+def _room(plan: MLPPlan, halves: int) -> tuple[int, int]:
+    """Bytes for a sample of what the layers 0, 2, ... and 1, 3, ... of `mlp_mma.cu` leave, multiples of 16."""
+
+    def factors(n: int) -> int:
+        return 2 * halves * (_round_step(n) + 8)
+
+    d, *_, last = plan.layers[0].inputs, *(layer.outputs for layer in plan.layers)
+    room = [0, factors(d)]  # the first layer finds its factors where the second leaves its own
+    for k, layer in enumerate(plan.layers[:-1]):
+        room[k % 2] = max(room[k % 2], factors(layer.outputs))
+    where = (len(plan.layers) - 1) % 2
+    room[where] = max(room[where], VALUE * _pitch(last))
+    if plan.linear is not None:  # its two products find theirs where the output does not lie
+        room[1 - where] = max(room[1 - where], factors(d) + factors(plan.linear.rank))
+    return room[0], room[1]
 
 
-def shared_bytes(plan: MLPPlan, tile: Tile, *, memory: bool = True) -> int:
+def layer_sizes(layers: Iterable[tuple[int, int]], precision: str = "float32") -> list[tuple[int, int]]:
+    """Return how many packed values the W and the bias of layers of so many inputs and outputs have.
+
+    Of float32 every row of W and every bias is a multiple of four values; on tensor cores both sides of W are multiples
+    of 16, and a value holds two bf16: the high and the low part of one, or two that are neighbours.
+    """
+    if precision == "float32":
+        return [(inputs * _round4(outputs), _round4(outputs)) for inputs, outputs in layers]
+    sides = [(_round_step(inputs), _round_step(outputs)) for inputs, outputs in layers]
+    return [(rows * columns * HALVES[precision] // 2, columns) for rows, columns in sides]
+
+
+def packed_size(plan: MLPPlan, precision: str = "float32") -> int:
+    """Return the length of the packed parameters in values of 4 bytes, see `layer_sizes`."""
+    return sum(map(sum, layer_sizes([(layer.inputs, layer.outputs) for layer in plan.layers], precision)))
+
+
+def shared_bytes(plan: MLPPlan, tile: Tile, precision: str = "float32", *, memory: bool = True) -> int:
     """Return the shared memory of a block of `mlp_chain`; `memory`: the table remembers a row, or several."""
-    even, odd = _widths(plan)
-    row = (2 if memory else 1) * _pitch(plan.layers[0].inputs) + _pitch(even) + _pitch(odd) + 1  # 1: the timestep
-    return VALUE * (tile.rows * row + (packed_size(plan) if tile.staged else 0))
+    if precision == "float32":
+        left = VALUE * sum(map(_pitch, _widths(plan)))
+    else:
+        left = sum(_room(plan, HALVES[precision]))
+    row = (2 if memory else 1) * VALUE * _pitch(plan.layers[0].inputs) + left + VALUE  # the last: the timestep
+    return tile.rows * row + VALUE * (packed_size(plan, precision) if tile.staged else 0)
 
 
-def chain_tile(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> Tile | None:
+def chain_tile(
+    plan: MLPPlan, shared_limit: int = SHARED_LIMIT, precision: str = "float32", rows: int | None = None
+) -> Tile | None:
     """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first.
 
-    One that is asked for something goes layer by layer: every sample has a row of the time table of its own, and those
-    of a tile are more than shared memory holds beside its activations.
+    With `rows` that of tiles of so many samples. A network that is asked for something goes layer by layer: every
+    sample has a row of the time table of its own, and those of a tile are more than shared memory holds beside its
+    activations.
     """
     if plan.asked:
         return None
-    for rows in TILES:
-        for staged in (True, False):
-            if shared_bytes(plan, Tile(rows, staged)) <= shared_limit:
-                return Tile(rows, staged)
-    return None
+    tiles = TILES if precision == "float32" else MMA_TILES
+    if rows is not None:
+        tiles = (Tile(rows, True), Tile(rows, False))
+    return next((tile for tile in tiles if shared_bytes(plan, tile, precision) <= shared_limit), None)
 
 
-def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT) -> str:
+def chain_plan(plan: MLPPlan, shared_limit: int = SHARED_LIMIT, precision: str = "float32") -> str:
     """Return in words how the network's sampling chain runs where a block may have so much shared memory, and why."""
 
     def size(count: int) -> str:
         return f"{count / 1024:.0f} KB"
 
-    tile = chain_tile(plan, shared_limit)
+    tile, apart = chain_tile(plan, shared_limit, precision), "layer by layer"
+    apart += "" if precision == "float32" else ", in float32"
     if plan.asked:
-        return "layer by layer: every sample has a row of the time table of its own, by what is asked of it"
+        return f"{apart}: every sample has a row of the time table of its own, by what is asked of it"
     if tile is None:
-        least = size(shared_bytes(plan, Tile(TILES[-1], staged=False)))
-        return f"layer by layer: {TILES[-1]} samples need {least} of shared memory, a block has {size(shared_limit)}"
-    how = f"one launch: {tile.rows} samples in {size(shared_bytes(plan, tile))} of shared memory, weights in "
-    weights = size(VALUE * packed_size(plan))
+        least = size(shared_bytes(plan, TILES[-1], precision))
+        return f"{apart}: {TILES[-1].rows} samples need {least} of shared memory, a block has {size(shared_limit)}"
+    needed, weights = (
+        size(count) for count in (shared_bytes(plan, tile, precision), VALUE * packed_size(plan, precision))
+    )
+    how = f"one launch: {tile.rows} samples in {needed} of shared memory, weights in "
     return how + ("it" if tile.staged else f"the caches: their {weights} do not fit beside")
 
 
@@ -143,22 +194,33 @@ class _Part:
         rest, at `rest` or, where there is none, at 0.
     """
 
-    def __init__(self, part: LinearPart, runtime: Runtime) -> None:
+    def __init__(self, part: LinearPart, runtime: Runtime, precision: str) -> None:
         d, rank = part.basis.shape
         arrays = (part.basis, np.zeros(rank), part.basis.T, np.zeros(d))
         self.rank, self.flat = rank, runtime.asarray(_joined(*arrays))
         self.basis = self.flat[: d * rank].reshape(d, rank)
         self.transposed = self.flat[(d + 1) * rank : (2 * d + 1) * rank].reshape(rank, d)
-        second, end = (d + 1) * _round4(rank), (d + 1) * rank
-        self.rows = [
-            (d, rank, 0, d * _round4(rank), 0, d * rank, 0, 0, 0),
-            (rank, d, second, second + rank * _round4(d), end, end + rank * d, 0, 0, 0),
-        ]
-        self.size = self.gains = second + (rank + 1) * _round4(d)
+        end, zeros = (d + 1) * rank, (0, 0, 0)  # no activation, no time
+        layers = [(d, rank, 0, d * rank, *zeros), (rank, d, end, end + rank * d, *zeros)]
+        self.rows, self.size = _packed_rows(layers, precision)
+        self.gains = self.size
         self.rest = 0 if part.rest is None else self.gains + part.gains.size
         rest = np.empty(0) if part.rest is None else part.rest
         self.values = runtime.asarray(_joined(np.zeros(self.size), part.gains, rest))
         self.packed = False
+
+
+def _packed_rows(
+    layers: Sequence[tuple[int, int, int, int, int, int, int]], precision: str
+) -> tuple[list[tuple[int, ...]], int]:
+    """Return the layer table that a kernel takes, from its columns but WEIGHT and BIAS, and the packed size."""
+    sizes = layer_sizes([layer[:2] for layer in layers], precision)
+    rows: list[tuple[int, ...]] = []
+    at = 0
+    for layer, (of_weight, of_bias) in zip(layers, sizes, strict=True):
+        rows.append((*layer[:2], at, at + of_weight, *layer[2:]))
+        at += of_weight + of_bias
+    return rows, at
 
 
 def _joined(*arrays: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
@@ -189,21 +251,21 @@ NO_ROWS = _DeviceTable()
 class _Network:
     """What the kernels need of one network, made once, and the buffers of its training, grown with the batch."""
 
-    def __init__(self, plan: MLPPlan, runtime: Runtime) -> None:
+    def __init__(self, plan: MLPPlan, runtime: Runtime, precision: str) -> None:
         self.plan: MLPPlan = weakref.proxy(plan)  # the plan is a weak key of the dictionary that holds this
         self.runtime = runtime
-        self.tile = chain_tile(plan, runtime.shared_limit)
-        self.widths = _widths(plan)
-        self.packed = runtime.empty((packed_size(plan) if self.tile else 0,))
-        rows, at = [], 0
-        for layer in plan.layers:
-            bias = at + layer.inputs * _round4(layer.outputs)
-            rows.append(
-                (layer.inputs, layer.outputs, at, bias, layer.weight, layer.bias, ACTIVATIONS[layer.activation],
+        self.tile = chain_tile(plan, runtime.shared_limit, precision)
+        self.widths = _widths(plan) if precision == "float32" else _room(plan, HALVES[precision])
+        self.packed = runtime.empty((packed_size(plan, precision) if self.tile else 0,))
+        rows, _ = _packed_rows(
+            [
+                (layer.inputs, layer.outputs, layer.weight, layer.bias, ACTIVATIONS[layer.activation],
                  MODES[layer.time], layer.time_column)
-            )  # fmt: skip
-            at = bias + _round4(layer.outputs)
-        self.part = None if plan.linear is None else _Part(plan.linear, runtime)
+                for layer in plan.layers
+            ],
+            precision,
+        )  # fmt: skip
+        self.part = None if plan.linear is None else _Part(plan.linear, runtime, precision)
         rows += [] if self.part is None else self.part.rows
         # The kernel's offsets have 32 bits; a network that is too wide for shared memory does without the table.
         self.layers = runtime.asarray(np.array(rows, np.int32)) if self.tile else None
@@ -307,7 +369,7 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         """
         networks, key = self._mlp_networks.setdefault(plan, {}), (self.runtime.queue(), part)
         if key not in networks:
-            networks[key] = _Network(plan, self.runtime)
+            networks[key] = _Network(plan, self.runtime, self.precision)
         return networks[key]
 
     def _launch(self, entry: str, items: int, *args: Any) -> None:
@@ -617,19 +679,47 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         """One launch of `mlp_chain`: all rows, or where there are none the forward pass to an output, at timesteps."""
         plan, n, table = net.plan, len(x), self._time_table(net, params)
         assert net.tile is not None
-        self._launch("mlp_pack", net.packed.size, params, net.packed, net.layers, len(plan.layers), net.packed.size)
-        sizes = [size for size in TILES if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
-        tile = net.tile._replace(rows=sizes[0] if sizes else FEW)  # changes no bits
+        plain = self.precision == "float32"
+        self._pack(params, net.packed, net.layers, len(plan.layers))
         sampler = net.sampler_of(rows, clip) if rows else NO_ROWS
         deep = self._scratch("chain", 2 * x.size) if sampler.depth > 1 else None
-        grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * THREADS, THREADS)
+        tile = self._tile_of(net, n)
+        shared, threads = shared_bytes(plan, tile, self.precision, memory=sampler.depth > 0), THREADS
+        if plain:
+            source, entry = "mlp", "mlp_chain" if net.part is None else "mlp_chain_part"
+        else:
+            source, entry = "mlp_mma", f"mlp_chain_{self.precision}"
+            if tile.rows > MMA_FEW and 2 * shared > self.runtime.shared_limit:  # one block on a multiprocessor
+                threads = 2 * THREADS
+        grid, _ = self.runtime.grid_1d(-(-n // tile.rows) * threads, threads)
         self.runtime.launch(
-            "mlp", "mlp_chain" if net.part is None else "mlp_chain_part", grid, THREADS,
+            source, entry, grid, threads,
             (x, *forward, sampler.records, sampler.steps, len(rows), sampler.depth, deep, net.layers, len(plan.layers),
              net.packed, net.packed.size, table, plan.time_width, *self._part(net), n, tile.rows, *net.widths,
              tile.staged, draw.first_row, round_keys(draw.seed)),
-            shared_bytes(plan, tile, memory=sampler.depth > 0),
+            shared,
         )  # fmt: skip
+
+    def _tile_of(self, net: _Network, n: int) -> Tile:
+        """The tile for n samples, smaller ones where that keeps more multiprocessors busy; it changes no bits."""
+        assert net.tile is not None
+        plain = self.precision == "float32"
+        rows = {tile.rows: None for tile in (TILES if plain else MMA_TILES)}  # the largest first
+        sizes = [size for size in rows if size <= net.tile.rows and -(-n // size) >= self.runtime.multiprocessors]
+        if plain:
+            return net.tile._replace(rows=sizes[0] if sizes else FEW)
+        tile = chain_tile(net.plan, self.runtime.shared_limit, self.precision, sizes[0] if sizes else MMA_FEW)
+        assert tile is not None  # it is no larger than the network's
+        return tile
+
+    def _pack(self, params: Array, packed: Array, layers: Array, count: int, size: int | None = None) -> None:
+        """Fill what a chain reads of its layers' parameters, the first `size` values of `packed`."""
+        args = params, packed, layers, count, packed.size if size is None else size
+        if self.precision == "float32":
+            self._launch("mlp_pack", args[-1], *args)
+        else:
+            grid, block = self.runtime.grid_1d(args[-1])
+            self.runtime.launch("mlp_mma", "mlp_mma_pack", grid, block, (*args, HALVES[self.precision]))
 
     def _layer(self, net: _Network, k: int, params: Array, times: _Times, x: Array, u: Array, y: Array) -> None:
         """Of layer k, u = x W + bias, y = act((1 + gain) u + shift)."""
@@ -657,11 +747,11 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
         """The network's linear part as `mlp_chain` takes it."""
         part = net.part
         if part is None:
-            return ()
+            return () if self.precision == "float32" else (None, 0, 0, 0)
         if not part.packed:
             assert net.layers is not None
             layers = net.layers[len(net.plan.layers) :]
-            self._launch("mlp_pack", part.size, part.flat, part.values, layers, len(layers), part.size)
+            self._pack(part.flat, part.values, layers, len(layers), part.size)
             part.packed = True
         return part.values, part.rank, part.gains, part.rest
 
