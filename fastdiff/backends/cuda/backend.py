@@ -40,8 +40,8 @@ class CudaBackend(CovarianceOperations, MLPOperations):
         "bf16": convolutions of image networks on tensor cores, which round what they multiply to bfloat16 and add in
         float32. Parameters, activations and everything else stay float32.
     graphs : bool, optional
-        Whether work that comes again is launched as a CUDA graph. Changes no bits. It ends with a line in the log
-        where a device refuses to capture one.
+        Whether work that comes again is launched as a CUDA graph, with weight gradients on a second stream. Changes no
+        bits. It ends with a line in the log where a device refuses to capture one.
     convolutions : {"own", "cudnn"}, optional
         "cudnn": what cuDNN can do is done by it; see `fastdiff.backends.cuda.cudnn`.
 
