@@ -157,11 +157,12 @@ class StandInModule:
 
 
 class StandInStream:
-    """One that captures; a graph goes to the stream that is current when it is launched."""
+    """One that captures, or goes beside that one; a graph goes to the stream that is current when it is launched."""
 
     def __init__(self, cupy, non_blocking):
         assert non_blocking  # else it would wait for the legacy stream, which a capture must not
-        self.cupy, self.ptr = cupy, 7
+        self.cupy, self.number = cupy, int(cupy.host.capturing)
+        self.ptr = 7 + self.number
 
     def __enter__(self):
         self.cupy.streams.append(self)
@@ -169,7 +170,10 @@ class StandInStream:
 
     def __exit__(self, *error):
         self.cupy.streams.pop()
-        assert not self.cupy.host.capturing
+        assert self.cupy.host.capturing == (self.number == 1)
+
+    def wait_event(self, event):
+        self.cupy.host.follow(self.number, event.reached)
 
     def begin_capture(self):
         self.cupy.host.begin_capture()
@@ -202,7 +206,8 @@ class StandInKernel:
                 assert value.size == 1
                 assert not isinstance(value, DeviceArray)
         host = self.cupy.host
-        host.launch(self.source, self.entry, *grid, *block, args, shared_mem)
+        with host.on(getattr(self.cupy.streams[-1], "number", 0)):
+            host.launch(self.source, self.entry, *grid, *block, args, shared_mem)
         static = host.static_shared.get((self.source, self.entry), 0)  # seen by the launch
         told = self.attributes.get(self.cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 0)
         if shared_mem > told and static + shared_mem > 48 * 1024:
@@ -210,8 +215,12 @@ class StandInKernel:
 
 
 class StandInEvent:
-    def record(self):
-        self.time = time.perf_counter()  # what was launched before is done
+    def __init__(self, disable_timing=False):
+        self.timed = not disable_timing
+
+    def record(self, stream=None):
+        self.time = time.perf_counter() if self.timed else None  # what was launched before is done
+        self.reached = stream and stream.cupy.host.reached(stream.number)
 
     def synchronize(self):
         pass

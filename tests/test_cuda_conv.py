@@ -180,10 +180,11 @@ def test_gradients_that_wait_have_the_same_bits(monkeypatch, precision, together
     cases = [Arrays(Case(*shape), i) for i, shape in enumerate(shapes)]
     be, alone = (CudaBackend(HostRuntime("shuffled"), precision=precision) for _ in range(2))
     want = gradients_of(alone, cases)
-    with be.gradients_together() as finish:
+    with be.gradients_together() as later:
         got = gradients_of(be, cases[:20])
         assert not be.runtime.launches
-        finish()
+        later.begin()
+        later.finish()
         launched = len(be.runtime.launches)
         got += gradients_of(be, cases[20:])
         assert len(be.runtime.launches) == launched

@@ -205,8 +205,9 @@ def get_backend(
         always float32: training, derivatives, draws given observations, networks with labels or covariates, and those
         that are too wide.
     graphs : bool, optional
-        For "cuda": whether an image network's work that comes again is launched as a CUDA graph (default), or kernel
-        by kernel, of the same bits; for comparison, and where a tool wants to see every launch.
+        For "cuda": whether work that comes again is launched as a CUDA graph (default), in which weight gradients of
+        image networks run beside the backward pass, or kernel by kernel, one after the other, of the same bits; for
+        comparison, and where a tool wants to see every launch.
     convolutions : {"own", "cudnn"}, optional
         For "cuda": our own kernels (default), or cuDNN's where it has some, which needs the extra ``[cudnn]``.
 

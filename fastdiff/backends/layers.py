@@ -155,6 +155,21 @@ class Prepared(Protocol):
         """
 
 
+class Later(NamedTuple):
+    """Gradients of parameters that wait: see `LayerBackend.gradients_together`.
+
+    Attributes
+    ----------
+    begin : callable
+        begin() starts to make those that have waited so far.
+    finish : callable
+        finish() has what was begun be there before anything else is done.
+    """
+
+    begin: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None
+
+
 @runtime_checkable
 class LayerBackend(Backend, Protocol):
     """What a backend provides besides `Backend` to run image networks."""
@@ -210,12 +225,13 @@ class LayerBackend(Backend, Protocol):
         Both of dw and db may be None: of x only the shape is used then.
         """
 
-    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
+    def gradients_together(self) -> AbstractContextManager[Later]:
         """Return a context within which gradients of parameters may come later, many of them by few launches.
 
-        `conv_backward` may leave dw, db and `dshift` to the next call of the function that the context gives, and
-        `norm_backward` dgamma and dbeta to the context's end, which calls that too. Until then the arrays that these
-        are made of must stay as they are: dy and x, and `modulation`. No bits depend on it.
+        `conv_backward` may leave dw, db and `dshift` to the next `Later.begin`, from which on they are made, maybe
+        beside all else, until `Later.finish`; `norm_backward` may leave dgamma and dbeta to the context's end, which
+        begins and finishes everything. Until they are there the arrays that they are made of must stay as they are: dy
+        and x, and `modulation`. No bits depend on it.
         """
 
     def linears(self, x: Array, layers: Sequence[tuple[Array, Array, Array]]) -> None:

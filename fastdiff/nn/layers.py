@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array
-from fastdiff.backends.layers import Affine, Conv, ConvShapes, LayerBackend, Norm, Prepared, Recording
+from fastdiff.backends.layers import Affine, Conv, ConvShapes, Later, LayerBackend, Norm, Prepared, Recording
 from fastdiff.errors import ArgumentError
 from fastdiff.nn.params import ALIGNMENT
 from fastdiff.noise import Draw, Stream
@@ -77,7 +77,7 @@ class Value:
         return self.shape[-1]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Operation:
     """What one call recorded.
 
@@ -102,11 +102,14 @@ class _Operation:
     linear : (Value, Value) or None
         Weights and biases, if it is a linear layer of one pixel and nothing else.
     beside : list of _Operation
-        All linear layers of what it reads, itself among them, where a backend computes them together.
+        All linear layers of what it reads, itself among them, where a backend computes them together: their backward
+        passes come when it is the first one's turn.
     joins : bool
         Whether it is a concatenation.
+    begins : bool
+        Whether the gradients that wait are begun after its backward pass, its own among them.
     finishes : bool
-        Whether those that wait are made before its backward pass, which changes or needs something of theirs.
+        Whether those that were begun are there before its backward pass, which may change or need something of theirs.
     """
 
     forward: Callable[[LayerBackend], None]
@@ -123,6 +126,7 @@ class _Operation:
     joins: bool = False
     linear: tuple[Value, Value] | None = None
     beside: list[_Operation] = field(default_factory=list, init=False)
+    begins: bool = field(default=False, init=False)
     finishes: bool = field(default=False, init=False)
     again: list[tuple[Value, Value]] = field(default_factory=list, init=False)  # of `fresh`: gradients that there are
     add: bool = field(default=False, init=False)
@@ -532,30 +536,46 @@ class Program:
             # The cotangent is there before the forward pass; the gradient of a loss comes after it.
             self.output.grad_block = self._block(self.output.shape, 0 if self.purpose == "vjp" else end)
             waiting: list[_Operation] = []
+            begun: list[_Operation] = []
             for time, operation in enumerate(reversed(self._operations), end + 1):
                 if operation.backward is None:
                     continue
-                full = len(waiting) >= wait and not operation.beside
-                if waiting and (full or _disturbs(operation, waiting)):
-                    operation.finishes = True
+                group = operation.beside or [operation]
+                comes = time + group.index(operation)
+                if operation is group[-1]:
+                    disturbed = [i for i, each in enumerate(waiting, 1) if _disturb(group, each)]
+                    if disturbed:  # as early as can be: they are to be there when this comes
+                        waiting[disturbed[-1] - 1].begins = True
+                        begun += waiting[: disturbed[-1]]
+                        del waiting[: disturbed[-1]]
+                    if any(_disturb(group, each) for each in begun):
+                        group[0].finishes = True
+                        _keep(begun, comes)
+                self._plan_backward(operation, time, comes)
+                if not (operation.waits and wait and self.purpose == "training" and operation is group[0]):
+                    continue
+                waiting.append(operation)
+                if operation.again:  # its gradients are added at once
                     _keep(waiting, time)
-                self._plan_backward(operation, time)
-                if operation.waits and wait and self.purpose == "training":
-                    waiting.append(operation)
-                    if operation.again:  # its gradients are added at once
-                        _keep(waiting, time)
+                    _keep(begun, time)
+                elif len(waiting) >= wait:
+                    operation.finishes |= bool(begun)  # two rounds keep their arrays, and no more
+                    _keep(begun, time)
+                    operation.begins, begun, waiting = True, waiting, []
             _keep(waiting, 2 * end + 1)
+            _keep(begun, 2 * end + 1)
             if wait and self.purpose == "training":
                 _use(tuple(self._modulations), 2 * end + 1)
         if self.purpose == "vjp" and self.product.grad_block is not None:
             self.product.grad_block.stop = 2 * end + 1
         self.size = _arrange(self._blocks)
 
-    def _plan_backward(self, operation: _Operation, time: int) -> None:
+    def _plan_backward(self, operation: _Operation, time: int, comes: int) -> None:
+        """Place what a backward pass fills from a time on; what it reads must be there until it comes."""
         block = operation.makes[0].grad_block
         assert block is not None
-        block.stop = time
-        _use(operation.needs, time)
+        block.stop = comes
+        _use(operation.needs, comes)
         for value in operation.fresh:
             to = value
             if value.grad_block is not None:  # the gradient goes apart, and is added
@@ -686,10 +706,10 @@ class Program:
         elif self.purpose != "vjp":
             return
         if not (backward and self._waits):
-            self._go_back(be, lambda: None)
+            self._go_back(be, Later())
             return
-        with be.gradients_together() as finish:
-            self._go_back(be, finish)
+        with be.gradients_together() as later:
+            self._go_back(be, later)
 
     def _linears_backward(self, be: LayerBackend, operation: _Operation) -> None:
         """Do the backward passes of all linear layers beside one, in the order of the others: the last one first."""
@@ -699,11 +719,11 @@ class Program:
         for w, b, y in () if self._by_input else layers:
             be.conv_backward(Conv(), y.grad, x.data, w.data, None, w.grad, b.grad)
 
-    def _go_back(self, be: LayerBackend, finish: Callable[[], None]) -> None:
-        """Do the backward pass; `finish` makes the gradients of parameters that wait."""
+    def _go_back(self, be: LayerBackend, later: Later) -> None:
+        """Do the backward pass, and begin and finish the gradients of parameters that wait."""
         for operation in reversed(self._operations):
             if operation.finishes:
-                finish()
+                later.finish()
             if operation.beside and operation is not operation.beside[0]:
                 continue
             if operation.beside and operation.backward is not None:
@@ -713,10 +733,13 @@ class Program:
                     value.grad, to.grad = to.grad, value.grad
                 operation.backward(be, operation.add)
                 if operation.again and operation.waits:
-                    finish()
+                    later.begin()
+                    later.finish()
                 for value, to in operation.again:
                     value.grad, to.grad = to.grad, value.grad
                     be.add(value.grad, to.grad, value.grad)
+            if operation.begins:
+                later.begin()
             if operation.add_through and operation.through is not None:
                 be.add(operation.through.grad, operation.makes[0].grad, operation.through.grad)
 
@@ -756,21 +779,27 @@ def _layers(operation: _Operation) -> list[tuple[Value, Value, Value]]:
     return [(*each.linear, each.makes[0]) for each in operation.beside if each.linear is not None]
 
 
-def _disturbs(operation: _Operation, waiting: list[_Operation]) -> bool:
-    """Whether a backward pass writes to gradients that others wait with, or is of a value whose gradient waits."""
-    made = operation.makes[0]
-    to = (*operation.fresh, *(value for value in (operation.source, operation.through) if value is not None))
-    written = [value.grad_block for value in (*to, *((made,) if operation.in_place else ())) if value.grad_block]
-    return any(each.makes[0].grad_block in written or made in each.fresh for each in waiting)
+def _disturb(operations: list[_Operation], other: _Operation) -> bool:
+    """Whether backward passes write to gradients that another one waits with, or are of values whose gradient waits."""
+    written: list[_Block | None] = []
+    for each in operations:
+        to = (*each.fresh, each.source, each.through, *(each.makes[:1] if each.in_place else ()))
+        written += [value.grad_block for value in to if value is not None and value.grad_block is not None]
+    made = [each.makes[0] for each in operations]
+    return any(
+        each.makes[0].grad_block in written or any(value in made for value in each.fresh)
+        for each in other.beside or [other]
+    )
 
 
-def _keep(waiting: list[_Operation], time: int) -> None:
-    """Keep what operations wait with until they are finished, at a time; none waits then."""
-    for operation in waiting:
-        for block in (operation.makes[0].grad_block, operation.reads[0].block):
-            if block is not None:
-                block.stop = max(block.stop, time)
-    waiting.clear()
+def _keep(operations: list[_Operation], time: int) -> None:
+    """Keep what operations wait with until their gradients are there, at a time; none waits then."""
+    for operation in operations:
+        for each in operation.beside or [operation]:
+            for block in (each.makes[0].grad_block, each.reads[0].block):
+                if block is not None:
+                    block.stop = max(block.stop, time)
+    operations.clear()
 
 
 def _use(values: tuple[Value, ...], time: int) -> None:

@@ -14,7 +14,7 @@ import re
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -332,13 +332,24 @@ class Runtime(Protocol):
         """Return a function that does on the current stream what `issue` launches; it has not been done then.
 
         The same kernels on the same memory, whoever has that by then, and the same numbers. `issue` launches and
-        nothing else: it allocates nothing, sends nothing to the device and reads nothing back.
+        nothing else, but for `aside` and `rejoin`: it allocates nothing, sends nothing to the device and reads nothing
+        back.
 
         Raises
         ------
         CaptureError
             It did something else, or the device refuses.
         """
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context for launches that others need not wait for.
+
+        In `capture` these come after all that was launched before, but maybe beside what is launched later, until
+        `rejoin`; they keep their own order. Elsewhere nothing is different.
+        """
+
+    def rejoin(self) -> None:
+        """Have what is launched from now on come after all that was launched `aside`."""
 
 
 WAVES = 8  # blocks per multiprocessor in a grid-stride launch: 2048 threads of 256
@@ -531,7 +542,8 @@ class CupyRuntime:
         self.place = str(cupy.cuda.runtime.deviceGetPCIBusId(self.device_id))
         self._kernels: dict[tuple[str, str], Any] = {}
         self._shared: dict[tuple[str, str], int] = {}
-        self._captured = threading.local()  # its `queue`, while this thread captures
+        # While this thread captures: the `queue` it was called on, the stream that is captured, and the one `aside`.
+        self._captured = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CupyRuntime, ()
@@ -666,7 +678,7 @@ class CupyRuntime:
         try:
             with cuda.Stream(non_blocking=True) as stream:
                 stream.begin_capture()
-                self._captured.queue = queue
+                self._captured.queue, self._captured.stream, self._captured.side = queue, stream, None
                 try:
                     issue()
                 except BaseException:
@@ -679,8 +691,32 @@ class CupyRuntime:
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             # The caller issues it again, and will see. An error of its own is its own.
             raise CaptureError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._captured.stream = self._captured.side = None  # which must live until the capture has ended
         launch: Callable[[], None] = graph.launch
         return launch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        if not self.capturing:
+            yield
+            return
+        captured = self._captured
+        if captured.side is None:
+            captured.side = self._cupy.cuda.Stream(non_blocking=True)
+        self._follow(captured.side, captured.stream)
+        with captured.side:
+            yield
+
+    def rejoin(self) -> None:
+        if self.capturing and self._captured.side is not None:
+            self._follow(self._captured.stream, self._captured.side)
+
+    def _follow(self, stream: Any, other: Any) -> None:
+        """Have what comes on a stream wait for what another one has."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(other)
+        stream.wait_event(event)
 
 
 def _bytes(shape: Any, dtype: npt.DTypeLike) -> int:

@@ -17,8 +17,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +48,31 @@ C_TYPES = {np.dtype(k): v for k, v in [
 ]}  # fmt: skip
 
 _LOCK = threading.Lock()  # a library holds the state of one launch
+
+
+class Played(NamedTuple):
+    """A launch of a graph that has run.
+
+    Attributes
+    ----------
+    source, entry : str
+    stream : int
+        0, or 1 aside.
+    clock : (int, int)
+        How many launches of the two streams are before it, itself among them.
+    touched : (k, 3) array or None
+        Of each stretch of bytes where it begins and ends, and whether it was written; None: nobody has looked.
+    """
+
+    source: str
+    entry: str
+    stream: int
+    clock: tuple[int, int]
+    touched: np.ndarray | None
+
+    def precedes(self, other: Played) -> bool:
+        """Whether something puts it before another one."""
+        return self.clock[self.stream] <= other.clock[self.stream]
 
 
 class HostError(RuntimeError):
@@ -106,19 +133,19 @@ def build(text: str, sanitize: bool = False, races: bool = False) -> Path:
         else:
             _run([*command, str(made)])
 
-    return _kept(".so", [text, *flags], make)
+    return _kept(".so", [text, *flags, *([RACES.read_text()] if races else [])], make)
 
 
 @cache
 def _race_checker() -> Path:
     """Return the object file of ``races.cpp``, which is in every library that looks for races."""
     command = [CXX, *FLAGS, "-DFD_RACES", "-c", str(RACES), "-o"]
-    return _kept(".o", [RACES.name, *FLAGS], lambda made: _run([*command, str(made)]))
+    return _kept(".o", [RACES.read_text(), *FLAGS], lambda made: _run([*command, str(made)]))
 
 
 def _kept(kind: str, parts: list[str], make: Callable[[Path], None]) -> Path:
     """Return the file that is made of the parts and the shim."""
-    shim = [path.read_text() for path in (SHIM, RACES, RACES.with_suffix(".hpp"))]
+    shim = [path.read_text() for path in (SHIM, RACES.with_suffix(".hpp"))]
     key = hashlib.sha256("\0".join([*parts, *shim, CXX]).encode()).hexdigest()[:24]
     folder = ROOT / "build" / "host_cuda"
     try:
@@ -174,6 +201,27 @@ def _with_lines(said: str, library: ctypes.CDLL) -> str:
     return re.sub(r"\+(0x[0-9a-f]+)", line, said) if shutil.which("addr2line") else said
 
 
+def _late(launches: list[Callable[[], None]]) -> list[Callable[[], None]]:
+    """The launches of a graph, those aside as late as may be."""
+    own, aside = ([launch for launch in launches if launch.at[0] == stream] for stream in (0, 1))
+    ordered, done = [], 0
+    for launch in own:
+        _, (_, needed) = launch.at
+        ordered += [*aside[done:needed], launch]
+        done = max(done, needed)
+    return ordered + aside[done:]
+
+
+def _touched(library: ctypes.CDLL) -> np.ndarray:
+    """What the last launch touched, as `Played` has it."""
+    count = ctypes.c_size_t()
+    library.fd_races_touched.restype = ctypes.c_void_p
+    numbers = library.fd_races_touched(ctypes.byref(count))
+    found = np.empty(count.value, np.uintp)
+    ctypes.memmove(found.ctypes, numbers, found.nbytes)
+    return found.reshape(-1, 3)
+
+
 def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The ranges (begin, end), those that overlap as one."""
     merged: list[tuple[int, int]] = []
@@ -208,6 +256,8 @@ class HostRuntime:
         Threads of a block where the kernel does not fix them. A prime: nothing divides by it.
     multiprocessors : int
         Few, so that grid-stride loops go round.
+    late : bool
+        Whether a graph's launches aside run as late as may be, and not when they were issued.
     """
 
     name = "host"
@@ -226,10 +276,12 @@ class HostRuntime:
         multiprocessors: int = 2,
         races: bool = False,
         cut_sums: bool = False,
+        late: bool = False,
     ) -> None:
         self.order, self.seed = order, seed
         self.sanitize = os.environ.get("FASTDIFF_HOST_SANITIZE", "0") != "0" if sanitize is None else sanitize
         self.block, self.multiprocessors, self.races, self.cut_sums = block, multiprocessors, races, cut_sums
+        self.late = late
         self.launches: list[tuple[str, str]] = []
         """(source, entry) of every launch so far."""
         self.met: set[tuple[str, str, str]] = set()
@@ -241,7 +293,12 @@ class HostRuntime:
         """Bytes of shared memory that each entry had besides the dynamic."""
         self.accesses: dict[tuple[str, str], int] = {}
         """How often the last launch of each entry touched memory, where races are looked for."""
+        self.played: list[Played] = []
+        """Launches of the graph that ran last."""
+        self.forked: list[int] = []
+        """How many of its launches each graph that was captured has aside."""
         self._captured = None
+        self._stream, self._clocks = 0, [[0, 0], [0, 0]]
         self._ends: dict[int, int] = {}  # of arrays that begin there, dead ones too
 
     @cached_property
@@ -343,8 +400,12 @@ class HostRuntime:
             else:
                 kept.append(np.ascontiguousarray(value).reshape(-1))
                 pointers[i] = kept[-1].ctypes.data
-        built = host_text(source), self.sanitize, self.races
+        races = self.races
+        built = host_text(source), self.sanitize, races
         library, function = _library(*built), _launcher(*built, entry)
+        stream, clock = self._stream, self._clocks[self._stream]
+        clock[stream] += 1
+        at, captured = (stream, tuple(clock)), self.capturing
 
         def run(kept=kept):  # which the pointers need
             if not all(self._lives(*where) for where in used):
@@ -352,15 +413,17 @@ class HostRuntime:
             with _LOCK:
                 self.seed = (self.seed * 69069 + 1) % 2**32
                 library.fd_cut_sums(int(self.cut_sums))
-                if self.races:
+                if races:
                     # Kept until the end, so that none of them makes room for memory of the host run itself.
                     alive = dict(self._known.items())
                     watched = np.array(_union((start, self._ends[start]) for start in alive), np.uintp)
                     library.fd_races_watch(watched.ctypes, ctypes.c_size_t(len(watched)))
                 error = function(pointers, grid, block, shared_bytes, self._order_of(source, entry), self.seed)
                 static = library.fd_static_shared()
-                if self.races:
+                if races:
                     self.accesses[source, entry] = library.fd_races_accesses()
+                if captured:
+                    self.played.append(Played(source, entry, *at, _touched(library) if races else None))
             self.launches.append((source, entry))
             self.static_shared[source, entry] = max(static, self.static_shared.get((source, entry), 0))
             if error:
@@ -368,7 +431,8 @@ class HostRuntime:
             if static + shared_bytes > limit:
                 raise HostError(f"{entry} asks for {shared_bytes} bytes of shared memory, besides {static} of its own")
 
-        if self.capturing:
+        if captured:
+            run.at = at
             self._captured.append(run)
         else:
             run()
@@ -377,10 +441,16 @@ class HostRuntime:
         self.begin_capture()
         try:
             issue()
-        finally:
-            launches = self.end_capture()
+        except BaseException:
+            with suppress(HostError):
+                self.end_capture()
+            raise
+        launches = self.end_capture()
+        if self.late:
+            launches = _late(launches)
 
         def launch_all():
+            self.played.clear()
             for launch in launches:
                 launch()
 
@@ -388,10 +458,43 @@ class HostRuntime:
 
     def begin_capture(self):
         assert not self.capturing
-        self._captured = []
+        self._captured, self._clocks = [], [[0, 0], [0, 0]]
 
     def end_capture(self):
         """What has been launched since `begin_capture`, as functions."""
-        launches, self._captured = self._captured, None
+        launches, self._captured, (own, side) = self._captured, None, self._clocks
         self.graphs.append(len(launches))
+        self.forked.append(side[1])
+        if own[1] < side[1]:
+            raise HostError("what was launched aside has not been waited for at the end of a graph")
         return launches
+
+    @contextmanager
+    def aside(self):
+        if not self.capturing:
+            yield
+            return
+        self.follow(1, self.reached(0))
+        with self.on(1):
+            yield
+
+    def rejoin(self):
+        if self.capturing:
+            self.follow(0, self.reached(1))
+
+    @contextmanager
+    def on(self, stream):
+        """Launch on a stream, 0 or 1."""
+        before, self._stream = self._stream, stream
+        try:
+            yield
+        finally:
+            self._stream = before
+
+    def reached(self, stream):
+        """An event: how far a stream is, and what it has waited for."""
+        return list(self._clocks[stream])
+
+    def follow(self, stream, event):
+        """Have what comes on a stream wait for an event."""
+        self._clocks[stream] = list(map(max, self._clocks[stream], event))

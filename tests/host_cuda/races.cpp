@@ -5,7 +5,7 @@
 // memory, which is shared memory and all arrays that the runtime knows, passed to the launch or not, remember who wrote
 // them last and who has read them since. What orders two accesses: one thread made both, or a barrier of their block
 // lies between, or fd_syncwarp of their warp. Shuffles do not, nor does anything order two blocks. Atomic additions are
-// at odds with plain accesses only.
+// at odds with plain accesses only. What a launch has touched of the arrays is told, for those who compare launches.
 #include "races.hpp"
 
 #include <dlfcn.h>
@@ -37,6 +37,7 @@ struct Cell {
     bool others;              // whether blocks before the last reader's have, too
     bool added;               // whether the last write was atomic
     bool known;               // whether it was written at all
+    bool was_read, written;   // in this launch
 };
 
 struct Region {
@@ -51,6 +52,7 @@ Access now;  // the thread that runs
 unsigned warp_barriers[max_warps];
 bool running;
 long long accesses;  // of watched memory, in this launch
+std::vector<uintptr_t> touched;  // of the arrays, in the last launch: begin, end, and whether it was written, ...
 char found[600];
 
 bool inside(const Region &region, uintptr_t address) { return address >= region.begin && address < region.end; }
@@ -146,6 +148,7 @@ void access(const void *at, size_t size, Kind kind, const void *place) {
     accesses++;
     for (uintptr_t a = address / 2 * 2; a < address + size && a < region->end && !found[0]; a += 2) {
         Cell &cell = cell_of(*region, a);
+        (kind == Kind::read ? cell.was_read : cell.written) = true;
         if (kind == Kind::read)
             read(cell, *region);
         else
@@ -192,8 +195,28 @@ void forget(const void *address, size_t size) {
         cell_of(*region, a).known = false;
 }
 
+void list_touched() {
+    touched.clear();
+    for (const Region &region : arrays) {
+        if (!region.cells) continue;
+        bool before = false;  // whether the cell before was touched as this one
+        for (uintptr_t a = region.begin / 2; a < (region.end + 1) / 2; a++) {
+            const Cell &cell = region.cells[a - region.begin / 2];
+            if (!cell.was_read && !cell.written) {
+                before = false;
+            } else if (before && touched.back() == cell.written) {
+                touched[touched.size() - 2] = 2 * a + 2;
+            } else {
+                touched.insert(touched.end(), {2 * a, 2 * a + 2, cell.written});
+                before = true;
+            }
+        }
+    }
+}
+
 const char *end_launch() {
     running = false;
+    list_touched();
     for (std::vector<Region> *const regions : {&shared_regions, &arrays}) {
         for (const Region &region : *regions) free(region.cells);
         regions->clear();
@@ -215,6 +238,12 @@ extern "C" void fd_races_watch(const uintptr_t *ends, size_t count) {
 
 // How often the last launch touched what is watched.
 extern "C" long long fd_races_accesses() { return fd_races::accesses; }
+
+// What it touched: a pointer to (begin, end, whether it was written), ..., and how many numbers these are.
+extern "C" const uintptr_t *fd_races_touched(size_t *count) {
+    *count = fd_races::touched.size();
+    return fd_races::touched.data();
+}
 
 struct Misaligned {
     const char *file;

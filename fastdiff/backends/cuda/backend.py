@@ -42,8 +42,8 @@ class CudaBackend(CovarianceOperations, MLPOperations):
         bfloat16; image networks are those of "float32". Parameters, activations of image networks, training of
         perceptrons and everything else stay float32.
     graphs : bool, optional
-        Whether work that comes again is launched as a CUDA graph. Changes no bits. It ends with a line in the log
-        where a device refuses to capture one.
+        Whether work that comes again is launched as a CUDA graph, with weight gradients on a second stream. Changes no
+        bits. It ends with a line in the log where a device refuses to capture one.
     convolutions : {"own", "cudnn"}, optional
         "cudnn": what cuDNN can do is done by it; see `fastdiff.backends.cuda.cudnn`.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +25,7 @@ from fastdiff.backends.cuda.cudnn import Cudnn
 from fastdiff.backends.cuda.device import Device
 from fastdiff.backends.cuda.norm_gradients import NormGradients
 from fastdiff.backends.cuda.tuning import Tuning, tuning
-from fastdiff.backends.layers import Conv, ConvShapes, Prepared
+from fastdiff.backends.layers import Conv, ConvShapes, Later, Prepared
 from fastdiff.backends.numpy.host import AsTheyAre
 from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import STRUCTURES, TASKS, tasks_of
@@ -223,24 +223,26 @@ class ConvOperations(Device):
         """What waits, in this thread; None: nothing may."""
         return getattr(self._local, "waiting", None)
 
-    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
-        return nullcontext(lambda: None) if self._cudnn else self._together()
+    def gradients_together(self) -> AbstractContextManager[Later]:
+        return nullcontext(Later()) if self._cudnn else self._together()
 
     @contextmanager
-    def _together(self) -> Iterator[Callable[[], None]]:
+    def _together(self) -> Iterator[Later]:
         waiting = self._local.waiting = Waiting(NormGradients(self.runtime, self._apart))
 
-        def finish() -> None:
-            with self._lock:
+        def begin() -> None:
+            # Scratch that this takes is taken by nothing else before all is finished.
+            with self._lock, self.runtime.aside():
                 self._start_convs(waiting.convs, waiting)
             waiting.convs.clear()
 
         try:
-            yield finish
-            finish()
-            with self._lock:
+            yield Later(begin, self.runtime.rejoin)
+            begin()
+            with self._lock, self.runtime.aside():
                 self._add_up(waiting.partials)
             waiting.norms.finish()
+            self.runtime.rejoin()
         finally:
             self._local.waiting = None
 

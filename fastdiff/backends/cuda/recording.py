@@ -2,7 +2,8 @@
 
 What is issued again and again, a network's passes, a whole training step and a whole sampling step, becomes a CUDA
 graph when it comes for the second time: one launch instead of hundreds, on the same memory. Numbers that differ from
-step to step are then read from device memory. Losses stay there too, until many steps have been issued.
+step to step are then read from device memory. Losses stay there too, until many steps have been issued. What a graph
+launches is one chain, but for weight gradients, which lie beside it (`Runtime.aside`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff import noise as law
-from fastdiff.backends.layers import Batch, Conv, ConvShapes, LayerBackend, Prepared, Recording, Sampling
+from fastdiff.backends.layers import Batch, Conv, ConvShapes, Later, LayerBackend, Prepared, Recording, Sampling
 from fastdiff.backends.numpy.functions import cut, guided
 from fastdiff.backends.numpy.told import ToldOperations
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
@@ -51,8 +51,8 @@ class HostBackend(ToldOperations):
     def prepare(self, convs: Sequence[ConvShapes], backward: bool) -> Prepared:
         return AsTheyAre()
 
-    def gradients_together(self) -> AbstractContextManager[Callable[[], None]]:
-        return nullcontext(lambda: None)
+    def gradients_together(self) -> AbstractContextManager[Later]:
+        return nullcontext(Later())
 
     def linears(self, x: Array, layers: Sequence[tuple[Array, Array, Array]]) -> None:
         for w, b, out in layers:
