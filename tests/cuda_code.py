@@ -55,8 +55,8 @@ class Found(NamedTuple):
 # Values that a turn of an entry's loop makes, and how many instructions one of them may take, in its shortest loop and
 # in its longest: what copies a value and makes a normal is as fast as memory with 62 of them. In steps the longest way
 # is that of a row with all terms, which reads three values for each and writes two. Entries without _wide and _rows are
-# for arrays that are not aligned, widths that tiles do not suit, and rows on both sides of a multiple of 2^32: they read
-# and write value by value.
+# for arrays that are not aligned, widths that tiles do not suit, and rows on both sides of a multiple of 2^32: they
+# read and write value by value.
 VALUES = {
     "normal": (4, 46.5, 46.5), "normal_wide": (16, 44, 44), "normal_rows": (16, 45.5, 45.5),
     "forward_noise": (4, 59, 59), "forward_noise_wide": (16, 49, 49), "forward_noise_rows": (16, 57, 57),

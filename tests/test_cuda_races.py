@@ -66,7 +66,8 @@ PLANTED = {
         "told.cu", "fd_syncwarp();\n        told_times(", "told_times(", "moved_outputs", "reads what was",
     ),
     "normals of a tile": (
-        "tiles.cuh", "fd_syncthreads();\n            TILE_EACH z", "TILE_EACH z", "normals", "reads what was",
+        "tiles.cuh", "fd_syncthreads();\n            TILE_EACH z", "TILE_EACH z", "normals",
+        "what was .* of shared memory",
     ),
     "the next tile": (
         "tiles.cuh", "if (DRAWS) fd_syncthreads();\n        row", "row", "normals", "what was read of shared memory",
