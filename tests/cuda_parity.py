@@ -49,9 +49,12 @@ def all_entries():
     return {(source, entry) for source in runtime.source_names() for entry in runtime.entries(source)}
 
 
-# Widths around quarters, groups of 16 and blocks; more items than threads.
+# Widths around quarters, groups of 16, blocks and tiles; more items than threads, more tiles than blocks.
 SHAPES = {
-    "small": [(1, 1), (3, 2), (5, 3), (2, 4), (7, 9), (3, 16), (2, 17), (5, 48), (40, 50), (1, 999), (9, 112), (99, 1)],
+    "small": [
+        (1, 1), (3, 2), (5, 3), (2, 4), (7, 9), (3, 16), (2, 17), (5, 48), (40, 50), (1, 999), (9, 112), (99, 1),
+        (103, 101), (2603, 1), (3, 2044), (6, 1022), (2, 2052),
+    ],
     "full": [(1, 1), (7, 13), (1_000_003, 3), (200_003, 50), (3001, 3072), (3, 1_000_001), (20_001, 100)],
 }  # fmt: skip
 SPECIAL = [0.0, -0.0, 1.0, -1.5, math.nan, math.inf, -math.inf, 1e-42, -1e-45, 3e38, -3e38, 1e-30]
@@ -80,14 +83,14 @@ def both_ways(be, *arrays):
         yield [None if array is None else place(array) for array in arrays]
 
 
-@covers("noise", "normal", "normal_wide")
+@covers("noise", "normal", "normal_wide", "normal_rows")
 def normals(be, size):
     for i, (n, width) in enumerate(SHAPES[size]):
         draw = Draw(
             seed=(0, 1, 2**64 - 1, 0x9E3779B97F4A7C15)[i % 4],
             stream=list(Stream)[i % len(Stream)],
             step=(0, 7, 2**32 - 1)[i % 3],
-            first_row=(0, 2**32 - 2, LAST_ROW - n + 1)[i // 2 % 3],
+            first_row=(0, 2**32 - 2, LAST_ROW - n + 1, 2**32 - n)[i // 2 % 4],
         )
         want = np.empty((n, width), np.float32)
         fill_normal(want, draw)
@@ -98,14 +101,15 @@ def normals(be, size):
         be.normal(be.empty(shape), Draw(0, 0))
 
 
-@covers("noise", "forward_noise", "forward_noise_wide")
+@covers("noise", "forward_noise", "forward_noise_wide", "forward_noise_rows")
 def forward_noising(be, size):
     random = np.random.default_rng(1)
     signal, noise = random.random((2, 11))
     signal[:3], noise[:3] = (0, 1, 1e-42), (1, 0, 1e-42)
     for i, shape in enumerate(SHAPES[size]):
         x0, t = filled(shape, i), random.integers(0, 11, shape[0])
-        draw = Draw(3 + i, Stream.FORWARD, first_row=2**32 - 3)
+        first_row = (2**33 - shape[0], 2**32 - 3)[i % 3 == 2]  # with the same upper half, and with another one
+        draw = Draw(3 + i, Stream.FORWARD, first_row=first_row)
         want, eps = np.empty_like(x0), np.empty_like(x0)
         with np.errstate(all="ignore"):
             NUMPY.forward_noise(x0, t, signal, noise, want, eps, draw)
@@ -117,7 +121,7 @@ def forward_noising(be, size):
         out = be.empty(shape)
         entry = "forward_noise_wide" if shape[1] % 16 == 0 else "forward_noise"
         tables = be.asarray(signal), be.asarray(noise)
-        args = (be.asarray(x0), be.asarray(t, np.int64), *tables, out, None, *shape, 2**32 - 3, Stream.FORWARD)
+        args = (be.asarray(x0), be.asarray(t, np.int64), *tables, out, None, *shape, first_row, Stream.FORWARD)
         be.runtime.launch("noise", entry, *be.runtime.grid_1d(x0.size), (*args, round_keys(3 + i)))
         assert_same_bits(be.to_numpy(out), want)
 
@@ -126,7 +130,7 @@ CLIPS = (None, (-1.0, 1.0), (-0.25, 0.5), (0.0, 2.0))
 ZERO_CLIPS = ((-0.0, 2.0), (-1.0, -0.0))
 
 
-@covers("step", "step_noisy", "step_noisy_wide", "step_quiet", "step_deep")
+@covers("step", "step_noisy", "step_noisy_wide", "step_noisy_rows", "step_quiet", "step_deep")
 def sampler_steps(be, size):
     """All sets of coefficients that are zero, all clips, and every memory that the row may have."""
     numbers = (1.1, -0.6, 0.9, 0.8, -0.3, 0.7, -0.2, 0.2, 0.4)
@@ -152,13 +156,14 @@ def sampler_steps(be, size):
             step_agrees(be, shape, row, (-1.0, 1.0), depth=1)
             step_agrees(be, shape, row._replace(c2=0.3, c3=-0.5), (-1.0, 1.0), depth=3)
             step_agrees(be, shape, row._replace(c1=0, e=0), (-1.0, 1.0), depth=0)
+            step_agrees(be, shape, row._replace(a=0.2), None, depth=1, first_row=2**32 - 1)  # the upper halves differ
     # An m that nobody wants is not computed: the output may be absent.
     step_agrees(be, (3, 5), Row(3, 1.1, -0.4, 0.3, 0, s=0.5), None, depth=0)
     for power in (0.0, 3e-3, 60.0, -60.0):  # of the noise's scale
         step_agrees(be, (4, 9), Row(3, 0.5, 0.2, 0.3, 0.4, s=1.0, r=power), None, depth=0)
 
 
-def step_agrees(be, shape, row, clip, depth):
+def step_agrees(be, shape, row, clip, depth, first_row=None):
     """A step beside a memory of so many rows has the bits of the reference, but for the power that scales noise."""
     x, out, *memory = (filled(shape, seed) for seed in range(1, 3 + depth))
     if row.r != 0:
@@ -166,7 +171,7 @@ def step_agrees(be, shape, row, clip, depth):
         out = np.random.default_rng(9).uniform(-1, 1, (2, *shape)).astype(np.float32)
     elif row.e == 0 and (row.q == 0 or (row.b == 0 and depth == 0)):
         out = None
-    draw = Draw(9, Stream.STEP, row.step, 2**32 - 1)
+    draw = Draw(9, Stream.STEP, row.step, 2**33 - shape[0] if first_row is None else first_row)
     want, kept = x.copy(), tuple(array.copy() for array in memory)
     with np.errstate(all="ignore"):
         NUMPY.sampler_step(want, out, kept, row, clip, draw)
@@ -194,7 +199,7 @@ def guidance(be, size):
                 assert_same_bits(be.to_numpy(out), want)
 
 
-@covers("step", "set_row", "step_recorded", "step_recorded_wide", "step_deep_recorded")
+@covers("step", "set_row", "step_recorded", "step_recorded_wide", "step_recorded_rows", "step_deep_recorded")
 def recorded_sampler_steps(be, size):
     """Steps of a sampler whose denoiser adds two arrays: the same work again and again, with other rows and noise."""
     names = {"p": 1.1, "q": -0.6, "a": 0.9, "b": 0.8, "c1": -0.3, "e": 0.2, "s": 0.4}
@@ -211,7 +216,8 @@ def recorded_sampler_steps(be, size):
             few = [row._replace(c2=0.7 * (k % 2), c3=-0.4 * (k % 3 == 0)) for k, row in enumerate(few)]
         for k, row in enumerate(few):
             arrays = [filled(shape, seed) for seed in range(1, 3 + depth)]
-            at = Draw(2**64 - 1 - k, Stream.STEP, row.t, 2**32 - 1 + k)
+            # In every third one rows of noise lie on both sides of 2^32.
+            at = Draw(2**64 - 1 - k, Stream.STEP, row.t, 2**32 - 1 + k * (k % 3 > 0))
             clip = ZERO_CLIPS[k % 2] if k % 7 == 0 else CLIPS[k % 4]
             with np.errstate(all="ignore"):
                 want = sampled(NUMPY, host_kept, arrays, row, clip, at)

@@ -15,11 +15,12 @@ import pytest
 from cuda_parity import CHECKS, all_entries
 from host_cuda import HostRuntime, has_compiler
 
-from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import CudaBackend, device
 from fastdiff.backends.cuda import mlp as cuda_mlp
 from fastdiff.kernels.cuda import runtime
 
 ENTRIES = sorted(all_entries())
+TILED = [(source, entry) for source, entry in ENTRIES if source in ("noise", "step") and entry.endswith("_rows")]
 COVERING = [(name, *key) for name, check in CHECKS.items() for key in sorted(check.covers)]
 
 
@@ -70,6 +71,10 @@ def test_bounds_are_those_of_the_launch():
     for source, entry in (("noise", "forward_noise_wide"), ("step", "step_noisy_wide"), ("step", "step_recorded_wide")):
         (threads,) = re.findall(rf"FD_BOUNDS\((\d+), \d+\)\s+{entry}\(", runtime._read(f"{source}.cu"))
         assert int(threads) == runtime.CupyRuntime.block
+    (tile,) = re.findall(r"TILE_THREADS = (\d+), TILE_LINES = (\d+),", runtime._read("tiles.cuh"))
+    assert tuple(map(int, tile)) == (device.TILE_THREADS, device.TILE_LINES)
+    for source, entry in TILED:
+        assert re.search(rf"FD_BOUNDS\(TILE_THREADS, 2\)\s+{entry}\(", runtime._read(f"{source}.cu"))
     (bits,) = re.findall(r"DIGIT_BITS = (\d+), DIGITS = 1 << DIGIT_BITS", runtime._read("mlp.cu"))
     assert 1 << int(bits) == cuda_mlp.THREADS  # of mlp_order_times
     assert "mlp_chain" in runtime.entries("mlp")

@@ -35,7 +35,7 @@ from tolerances import HANG_SECONDS, assert_same_bits
 import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends import Inputs, TrainState
-from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import CudaBackend, device
 from fastdiff.backends.layers import Affine, Norm, PartsBackend
 from fastdiff.errors import ArgumentError, BackendError
 from fastdiff.kernels.cuda import runtime
@@ -71,6 +71,35 @@ def test_noise_does_not_depend_on_the_geometry(block):
         for name in ("normals", "forward_noising", "sampler_steps"):
             if name != "sampler_steps" or block == 256:
                 CHECKS[name].run(be, "small")
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 1000])
+def test_tiles_are_aligned_and_full(blocks):
+    """A tile has no more Philox blocks than threads take; where there is enough to do nearly all lanes have one."""
+    turn, tiled = device.WARP * device.TILE_LINES, set()
+    for width in range(1, 2060):
+        rows, quarter = device.tile_rows(10_000, width, blocks), -(-width // 4)
+        assert rows * width % 4 == 0
+        assert rows * quarter <= device.TILE_THREADS * device.TILE_LINES
+        if rows:
+            tiled.add(width)
+            assert blocks > 1 or -rows * quarter % turn <= (1 / device.LEAST_FILL - 1) * rows * quarter
+    assert tiled > {*range(1, 101), 128, 168, 200, 500}
+    assert not tiled & {513, 1026, 2049}
+
+
+def test_each_form_runs_where_it_may():
+    """Tiles take rows that fit, of aligned arrays, whose numbers have the same upper half."""
+    here = HostRuntime()
+    be, draw = CudaBackend(here), Draw(5, Stream.STEP, first_row=2**32 - 9)
+    at = here.empty(3001)
+    for array, entry in (
+        (here.empty((9, 50)), "normal_rows"), (here.empty((10, 50)), "normal"), (at[1:451].reshape(9, 50), "normal"),
+        (here.empty((9, 64)), "normal_wide"), (here.empty((2, 1021)), "normal"), (here.empty((2, 1022)), "normal_rows"),
+        (at[1:577].reshape(9, 64), "normal"),
+    ):  # fmt: skip
+        be.normal(array, draw)
+        assert here.launches[-1] == ("noise", entry)
 
 
 def test_the_norm_does_not_depend_on_the_geometry():
@@ -442,7 +471,7 @@ import numpy as np
 from cuda_parity import filled, step_agrees
 from host_cuda import HostRuntime
 from fastdiff.backends import Row, get_backend
-from fastdiff.backends.cuda import CudaBackend
+from fastdiff.backends.cuda import CudaBackend, device
 from fastdiff.noise import Draw, Stream
 here = HostRuntime()
 be = CudaBackend(here, "numba")

@@ -65,6 +65,16 @@ PLANTED = {
     "products that a warp reads": (
         "told.cu", "fd_syncwarp();\n        told_times(", "told_times(", "moved_outputs", "reads what was",
     ),
+    "normals of a tile": (
+        "tiles.cuh", "fd_syncthreads();\n            TILE_EACH z", "TILE_EACH z", "normals",
+        "what was .* of shared memory",
+    ),
+    "the next tile": (
+        "tiles.cuh", "if (DRAWS) fd_syncthreads();\n        row", "row", "normals", "what was read of shared memory",
+    ),
+    "factors of the next tile": (
+        "tiles.cuh", "if (DRAWS) fd_syncthreads();\n        row", "row", "forward_noising", "what was",
+    ),
     "outputs of a layer": (
         "mlp.cu", "second);\n                fd_syncthreads();", "second);", "chains", "reads what was",
     ),

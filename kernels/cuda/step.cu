@@ -1,5 +1,6 @@
 #include "elementary.cuh"
 #include "store.cuh"
+#include "tiles.cuh"
 
 // The fused sampler step: one row of a table over x, in place, the noise in registers. How threads share the work is
 // said in noise.cu. `out` may be null where the row takes nothing from it.
@@ -7,11 +8,6 @@
 // Most tables remember one row at most. For these `previous` is m1 and takes this row's m, and is null where none is
 // kept. step_deep and step_deep_recorded run any row, and step_plan in step.py says which row needs them.
 
-// N times four values.
-template <int N>
-struct Fours {
-    float4 v[N];
-};
 #define STEP_EACH \
     FD_UNROLL     \
     for (int k = 0; k < N; k++)
@@ -35,46 +31,51 @@ FD_DEVICE float4 step_noise(real s, const float4 &z) {
 // No memory; see StepMemory.
 template <int N>
 struct StepForgets {
-    static constexpr bool keeps = false;
     FD_MEMBER Fours<N> take() const { return {}; }
     FD_MEMBER void put(const Fours<N> &) const {}
 };
 
-// x becomes x', and the memory m where one is kept, for rows that are like `_usual` of step.py. Which terms there are is
-// asked once for all values; PLAIN rows have p, q, a, b and s, and nothing else.
+// Each kind of rows has a loop of its own. PLAIN rows have p, q, a, b and s, and nothing else; the others keep m, and
+// then have q and may take m1, or do neither. Those without noise (s = 0) draw none; those that keep m and draw have a
+// and b.
+enum StepKind { PLAIN, FORGETS, KEEPS };
+
+// x becomes x', and the memory m where one is kept, for rows that are like `_usual` of step.py. Which terms there are
+// is asked once for all values.
 //
-// In the law a sum begins with 0, so that it is never -0. Here it may be till s z + 0 is added, which is s z rounded once
-// and never -0, since normals are 0 or above 1e-10 and do not vanish. Nor is an m that is kept.
-template <bool PLAIN, int N, class Memory>
+// In the law a sum begins with 0, so that it is never -0. Here it may be till s z + 0 is added, which is s z rounded
+// once and never -0, since normals are 0 or above 1e-10 and do not vanish. Nor is an m that is kept.
+template <int KIND, bool NOISY, int N, class Memory>
 FD_DEVICE void step_some(const TableRow &row, Fours<N> &x, const Fours<N> &out, const Fours<N> &z,
                          const Memory &memory) {
+    const bool both = KIND == PLAIN || (KIND == KEEPS && NOISY);  // a and b
     Fours<N> m, sum;
-    if (!PLAIN && row.q == 0) {
+    if (KIND == FORGETS && row.q == 0) {
         STEP_EACH x.v[k] = step_plus(step_times(row.a, x.v[k]), step_noise(row.s, z.v[k]));
         return;
     }
     STEP_EACH m.v[k] = step_times(row.q, out.v[k]);
-    if (PLAIN || row.p != 0) {
+    if (KIND == PLAIN || row.p != 0) {
         STEP_EACH m.v[k] = step_plus(step_times(row.p, x.v[k]), m.v[k]);
     }
     STEP_EACH m.v[k] = step_clip(row, m.v[k]);
-    if (!PLAIN && row.a == 0) {
+    if (!both && row.a == 0) {
         STEP_EACH sum.v[k] = step_times(row.b, m.v[k]);
     } else {
         STEP_EACH sum.v[k] = step_times(row.a, x.v[k]);
-        if (PLAIN || row.b != 0) {
+        if (both || row.b != 0) {
             STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.b, m.v[k]));
         }
     }
-    if (!PLAIN && row.c1 != 0) {
+    if (KIND == KEEPS && row.c1 != 0) {
         const Fours<N> m1 = memory.take();
         STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.c1, m1.v[k]));
     }
-    if (!PLAIN && row.e != 0) {
+    if (KIND != PLAIN && row.e != 0) {
         STEP_EACH sum.v[k] = step_plus(sum.v[k], step_times(row.e, out.v[k]));
     }
     STEP_EACH x.v[k] = step_plus(sum.v[k], step_noise(row.s, z.v[k]));
-    if (!PLAIN && memory.keeps) {
+    if (KIND == KEEPS) {
         STEP_EACH m.v[k] = step_plus(m.v[k], make_float4(0, 0, 0, 0));
         memory.put(m);
     }
@@ -85,53 +86,42 @@ FD_DEVICE bool step_is_plain(const TableRow &row, const real *previous_nd) {
     return full && row.c1 == 0 && row.e == 0 && !previous_nd;
 }
 
+// What stays the same for all rows of a launch.
+struct StepLaw {
+    uint64 first_row;
+    uint32 step, stream;
+    const RoundKeys &keys;
+    FD_MEMBER float4 normals(uint64 row, uint32 block) const { return fd_normals(row, block, step, stream, keys); }
+};
+
 // ------------------------------------------------------------------------------------------- rows of any width
 
-FD_DEVICE void step_rows_plain(real *x_nd, const real *out_nd, const TableRow &row, int64 n, int64 width,
-                               uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const auto plain = [&](uint64 i, uint32 block, const Places &places, real *at, const real *from) {
-        Fours<1> x = {fd_gather(at, places)};
-        const Fours<1> out = {fd_gather(from, places)}, z = {fd_normals(i, block, step, stream, keys)};
-        step_some<true>(row, x, out, z, StepForgets<1>());
-        fd_scatter(at, places, x.v[0]);
-    };
-    fd_each_block(first_row, n, width, plain, x_nd, out_nd);
-}
-
-// What is remembered of a block, and whether this row's m is to be.
+// What is remembered of a block.
 struct StepMemory {
     real *at;
     const Places &places;
-    uint32 keeps;
     FD_MEMBER Fours<1> take() const { return {fd_gather(at, places)}; }
     FD_MEMBER void put(const Fours<1> &m) const { fd_scatter(at, places, m.v[0]); }
 };
 
-// An array that is not there is x, which is read for nothing.
-template <bool NOISY>
-FD_DEVICE void step_rows_any(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
-                             int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const uint32 keeps = fd_kept((uint32)(previous_nd != nullptr));
-    const auto any = [&](uint64 i, uint32 block, const Places &places, real *at, const real *from, real *kept) {
-        Fours<1> x = {fd_gather(at, places)}, z = {};
-        const Fours<1> out = {fd_gather(from, places)};
-        if (NOISY) z.v[0] = fd_normals(i, block, step, stream, keys);
-        step_some<false>(row, x, out, z, StepMemory{kept, places, keeps});
-        fd_scatter(at, places, x.v[0]);
-    };
-    fd_each_block(first_row, n, width, any, x_nd, out_nd ? out_nd : x_nd, keeps ? previous_nd : x_nd);
-}
-
-// Each kind of rows has a loop of its own; a row without noise (s = 0) draws none.
-FD_DEVICE void step_rows(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
-                         int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    if (step_is_plain(row, previous_nd))
-        step_rows_plain(x_nd, out_nd, row, n, width, first_row, step, stream, keys);
-    else if (row.s != 0)
-        step_rows_any<true>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
-    else
-        step_rows_any<false>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
-}
+// In each of the three forms an array that is not there is x, which is read for nothing.
+struct StepNarrow {
+    template <int KIND, bool NOISY>
+    FD_MEMBER void run(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n, int64 width,
+                       const StepLaw &law) const {
+        const auto one = [&](uint64 i, uint32 block, const Places &places, real *at, const real *from, real *kept) {
+            Fours<1> x = {fd_gather(at, places)}, z = {};
+            const Fours<1> out = {fd_gather(from, places)};
+            if (NOISY) z.v[0] = law.normals(i, block);
+            if (KIND == KEEPS)
+                step_some<KIND, NOISY>(row, x, out, z, StepMemory{kept, places});
+            else
+                step_some<KIND, NOISY>(row, x, out, z, StepForgets<1>());
+            fd_scatter(at, places, x.v[0]);
+        };
+        fd_each_block(law.first_row, n, width, one, x_nd, out_nd ? out_nd : x_nd, KIND == KEEPS ? previous_nd : x_nd);
+    }
+};
 
 // ------------------------------------------------------------------------------------------- rows of 16, 32, .. values
 
@@ -143,67 +133,124 @@ FD_DEVICE void step_put(real *p, uint32 quarter, const Fours<4> &fours) {
     FD_UNROLL
     for (int k = 0; k < 4; k++, p += quarter) fd_put4(p, fours.v[k]);
 }
-FD_DEVICE Fours<4> step_normals(uint64 row, uint32 block, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const Quads z = fd_quads(row, block, step, stream, keys);
-    return {z.z0, z.z1, z.z2, z.z3};
-}
-
-FD_DEVICE void step_rows_plain_wide(real *x_nd, const real *out_nd, const TableRow &row, int64 n, int64 width,
-                                    uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const auto plain = [&](int64 i, uint32 block, uint32 quarter, real *at, const real *from) {
-        Fours<4> x = step_take(at, quarter);
-        const Fours<4> out = step_take(from, quarter), z = step_normals(first_row + i, block, step, stream, keys);
-        step_some<true>(row, x, out, z, StepForgets<4>());
-        step_put(at, quarter, x);
-    };
-    fd_each_group(n, width, plain, x_nd, out_nd);
-}
 
 // The same of four neighbours.
 struct StepMemoryWide {
     real *at;
-    uint32 quarter, keeps;
+    uint32 quarter;
     FD_MEMBER Fours<4> take() const { return step_take(at, quarter); }
     FD_MEMBER void put(const Fours<4> &m) const { step_put(at, quarter, m); }
 };
 
-template <bool NOISY>
-FD_DEVICE void step_rows_any_wide(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
-                                 int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    const uint32 keeps = fd_kept((uint32)(previous_nd != nullptr));
-    const auto any = [&](int64 i, uint32 block, uint32 quarter, real *at, const real *from, real *kept) {
-        Fours<4> x = step_take(at, quarter), z = {};
-        const Fours<4> out = step_take(from, quarter);
-        if (NOISY) z = step_normals(first_row + i, block, step, stream, keys);
-        step_some<false>(row, x, out, z, StepMemoryWide{kept, quarter, keeps});
-        step_put(at, quarter, x);
-    };
-    fd_each_group(n, width, any, x_nd, out_nd ? out_nd : x_nd, keeps ? previous_nd : x_nd);
-}
+struct StepWide {
+    template <int KIND, bool NOISY>
+    FD_MEMBER void run(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n, int64 width,
+                       const StepLaw &law) const {
+        const auto four = [&](int64 i, uint32 block, uint32 quarter, real *at, const real *from, real *kept) {
+            Fours<4> x = step_take(at, quarter), z = {};
+            const Fours<4> out = step_take(from, quarter);
+            if (NOISY) {
+                const Quads drawn = fd_quads(law.first_row + i, block, law.step, law.stream, law.keys);
+                z = {drawn.z0, drawn.z1, drawn.z2, drawn.z3};
+            }
+            if (KIND == KEEPS)
+                step_some<KIND, NOISY>(row, x, out, z, StepMemoryWide{kept, quarter});
+            else
+                step_some<KIND, NOISY>(row, x, out, z, StepForgets<4>());
+            step_put(at, quarter, x);
+        };
+        fd_each_group(n, width, four, x_nd, out_nd ? out_nd : x_nd, KIND == KEEPS ? previous_nd : x_nd);
+    }
+};
 
-// Each kind of rows has a loop of its own; a row without noise (s = 0) draws none.
-FD_DEVICE void step_rows_wide(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n,
-                              int64 width, uint64 first_row, uint32 step, uint32 stream, const RoundKeys &keys) {
-    if (step_is_plain(row, previous_nd))
-        step_rows_plain_wide(x_nd, out_nd, row, n, width, first_row, step, stream, keys);
-    else if (row.s != 0)
-        step_rows_any_wide<true>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
-    else
-        step_rows_any_wide<false>(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
-}
+// ------------------------------------------------------------------------------------------- tiles of rows
+
+// The same of lines; m1 of those that may not be touched is what it was.
+struct StepMemoryLines {
+    real *at;
+    Fours<TILE_LINES> &m1;
+    const bool *whole;
+    FD_MEMBER Fours<TILE_LINES> take() const {
+        tile_take(m1.v, at, whole);
+        return m1;
+    }
+    FD_MEMBER void put(const Fours<TILE_LINES> &m) const { tile_put(at, m.v, whole); }
+};
+
+struct StepTiles {
+    int rows;
+    template <int KIND, bool NOISY>
+    FD_MEMBER void run(real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row, int64 n, int64 width,
+                       const StepLaw &law) const {
+        FD_SHARED(real, tile);
+        const real *const from_nd = out_nd ? out_nd : x_nd;
+        Fours<TILE_LINES> x = {}, out = {}, m1 = {};
+        const auto take = [&](uint32, const Tiles &, const bool *whole, real *at, const real *from, real *) {
+            tile_take(x.v, at, whole);
+            tile_take(out.v, from, whole);
+        };
+        const auto draw = [&](uint32 i, uint32 block) { return law.normals(fd_same_half(law.first_row, i), block); };
+        const auto put = [&](const Fours<TILE_LINES> &z, const bool *whole, real *at, const real *, real *kept) {
+            if (KIND == KEEPS)
+                step_some<KIND, NOISY>(row, x, out, z, StepMemoryLines{kept, m1, whole});
+            else
+                step_some<KIND, NOISY>(row, x, out, z, StepForgets<TILE_LINES>());
+            tile_put(at, x.v, whole);
+        };
+        const Tiles my = fd_tiles(tile, n, width, rows);
+        const int64 begin = (int64)blockIdx.x * rows, at = begin * width + 4 * threadIdx.x;
+        fd_each_tile<NOISY>((uint32)(law.first_row + begin), my, tile, take, draw, put, x_nd + at, from_nd + at,
+                            (KIND == KEEPS ? previous_nd : x_nd) + at);
+        const int64 rest = fd_tile_rest(my, n, width);
+        if (rest >= 0) {
+            const Places none = {0, 0, 0};
+            const real drawn = NOISY ? tile[rest - (n - 1) / rows * rows * width] : 0.0f;
+            Fours<1> one = {make_float4(x_nd[rest], 0, 0, 0)};
+            const Fours<1> from = {make_float4(from_nd[rest], 0, 0, 0)}, z = {make_float4(drawn, 0, 0, 0)};
+            if (KIND == KEEPS)
+                step_some<KIND, NOISY>(row, one, from, z, StepMemory{previous_nd + rest, none});
+            else
+                step_some<KIND, NOISY>(row, one, from, z, StepForgets<1>());
+            x_nd[rest] = one.v[0].x;
+        }
+    }
+};
 
 // ------------------------------------------------------------------------------------------- entries
+
+template <bool MAY_BE_QUIET, class Form>
+FD_DEVICE void step_rows(const Form &form, real *x_nd, const real *out_nd, real *previous_nd, const TableRow &row,
+                         int64 n, int64 width, const StepLaw &law) {
+    if (MAY_BE_QUIET && row.s == 0) {
+        if (previous_nd)
+            form.template run<KEEPS, false>(x_nd, out_nd, previous_nd, row, n, width, law);
+        else
+            form.template run<FORGETS, false>(x_nd, out_nd, previous_nd, row, n, width, law);
+    } else if (step_is_plain(row, previous_nd)) {
+        form.template run<PLAIN, true>(x_nd, out_nd, previous_nd, row, n, width, law);
+    } else if (previous_nd) {
+        form.template run<KEEPS, true>(x_nd, out_nd, previous_nd, row, n, width, law);
+    } else {
+        form.template run<FORGETS, true>(x_nd, out_nd, previous_nd, row, n, width, law);
+    }
+}
 
 FD_KERNEL step_noisy(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
                      TableRow row, int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream,
                      RoundKeys keys) {
-    step_rows(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+    step_rows<false>(StepNarrow(), x_nd, out_nd, previous_nd, row, n, width, {first_row, step, stream, keys});
 }
 
 FD_KERNEL FD_BOUNDS(256, 2)
     step_noisy_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd, TableRow row,
                     int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream, RoundKeys keys) {
-    step_rows_wide(x_nd, out_nd, previous_nd, row, n, width, first_row, step, stream, keys);
+    step_rows<false>(StepWide(), x_nd, out_nd, previous_nd, row, n, width, {first_row, step, stream, keys});
+}
+
+FD_KERNEL FD_BOUNDS(TILE_THREADS, 2)
+    step_noisy_rows(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd, TableRow row,
+                    int64 n, int64 width, uint64 first_row, uint32 step, uint32 stream, RoundKeys keys, int rows) {
+    step_rows<false>(StepTiles{rows}, x_nd, out_nd, previous_nd, row, n, width, {first_row, step, stream, keys});
 }
 
 // ------------------------------------------------------------------------------------------- guidance
@@ -248,14 +295,22 @@ FD_KERNEL set_row(RowRecord record, RowRecord *__restrict__ record_at) { *record
 FD_KERNEL step_recorded(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
                         const RowRecord *__restrict__ record_at, int64 n, int64 width) {
     const RowRecord r = *record_at;
-    step_rows(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
+    step_rows<true>(StepNarrow(), x_nd, out_nd, previous_nd, r.row, n, width, {r.first_row, r.step, r.stream, r.keys});
 }
 
 FD_KERNEL FD_BOUNDS(256, 2)
     step_recorded_wide(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
                        const RowRecord *__restrict__ record_at, int64 n, int64 width) {
     const RowRecord r = *record_at;
-    step_rows_wide(x_nd, out_nd, previous_nd, r.row, n, width, r.first_row, r.step, r.stream, r.keys);
+    step_rows<true>(StepWide(), x_nd, out_nd, previous_nd, r.row, n, width, {r.first_row, r.step, r.stream, r.keys});
+}
+
+FD_KERNEL FD_BOUNDS(TILE_THREADS, 2)
+    step_recorded_rows(real *__restrict__ x_nd, const real *__restrict__ out_nd, real *__restrict__ previous_nd,
+                       const RowRecord *__restrict__ record_at, int64 n, int64 width, int rows) {
+    const RowRecord r = *record_at;
+    step_rows<true>(StepTiles{rows}, x_nd, out_nd, previous_nd, r.row, n, width,
+                    {r.first_row, r.step, r.stream, r.keys});
 }
 
 // m1, m2 and m3 of a table that reaches back so far. The first `keep` of them take this row's m, and each other's.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastdiff.backends.cuda.device import crosses_half
 from fastdiff.backends.cuda.optim import OptimOperations
 from fastdiff.backends.cuda.step import StepOperations, law_of, split_output, step_plan
 from fastdiff.backends.layers import Recording, Sampling
@@ -134,7 +135,7 @@ class _Sampling:
 
     def __init__(self, be: RecordingOperations, output: Callable[[], Array], state: Array) -> None:
         self.be, self.output, self.state = be, output, state
-        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, bool, bool], _Graph] = {}
 
     def run(self, x: Array, memory: tuple[Array, ...], row: Row, clip: tuple[float, float] | None, draw: Draw) -> None:
         be, state = self.be, self.state
@@ -148,6 +149,7 @@ class _Sampling:
             for own, array in zip(room, memory, strict=True):
                 be.runtime.copy(own, array)
             plan = step_plan(row, clip, len(memory))
+            crosses = crosses_half(draw.first_row, len(x))
             be._set_row(plan.record, draw)
 
             def issue() -> None:
@@ -156,9 +158,10 @@ class _Sampling:
                     be._step_deep_recorded(state, out, v, room, plan.keep)
                 else:
                     arrays = state, out, room[0] if memory else None
-                    be._by_blocks("step", "step_recorded", arrays, (be._row_at(), *x.shape))
+                    after = be._row_at(), *x.shape
+                    be._by_blocks("step", "step_recorded", arrays, after, crosses=crosses)
 
-            self._graphs.setdefault((len(memory), plan.deep, row.r != 0), _Graph(be)).run(issue)
+            self._graphs.setdefault((len(memory), plan.deep, row.r != 0, crosses), _Graph(be)).run(issue)
             be.runtime.copy(x, state)
             for own, array in zip(room, memory, strict=True):
                 be.runtime.copy(array, own)

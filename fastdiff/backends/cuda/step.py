@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cuda.device import Device
+from fastdiff.backends.cuda.device import WARP, Device, crosses_half
 from fastdiff.backends.protocol import DEPTH, Row
 from fastdiff.errors import ArgumentError
 from fastdiff.kernels.cuda import runtime as runtimes
 from fastdiff.noise import Draw, round_keys
 
 Array = Any
-
-WARP = 32  # threads that take a row of `guide_rescale`
 
 
 @lru_cache(maxsize=64)
@@ -30,6 +28,10 @@ def _keys(seed: int) -> npt.NDArray[Any]:
 def law_of(draw: Draw) -> tuple[int, int, int, npt.NDArray[Any]]:
     """First row, step, stream and keys, as the kernels take them."""
     return draw.first_row, draw.step, int(draw.stream), _keys(draw.seed)
+
+
+def _crosses(array: Array, draw: Draw) -> bool:
+    return crosses_half(draw.first_row, len(array))
 
 
 def row_records(rows: Sequence[Row], clip: tuple[float, float] | None) -> npt.NDArray[Any]:
@@ -92,6 +94,8 @@ def _usual(record: Any, keep: int) -> bool:
     terms = {name for name in names if record[name] != 0}
     if not (terms & {"a", "b"} and ("q" in terms or (terms <= {"a", "s"} and keep == 0))):
         return False
+    if keep and "s" in terms and not terms >= {"a", "b"}:
+        return False
     # The signs of its zeros: s z must not vanish, and no bound be -0.
     vanishes = "s" in terms and not abs(record["s"]) > LEAST_NOISE
     return not (vanishes or any(record[bound] == 0 and np.signbit(record[bound]) for bound in (low, high)))
@@ -104,7 +108,7 @@ class StepOperations(Device):
     """The Numba kernels that take the place of ours, where they are asked for."""
 
     def normal(self, out: Array, draw: Draw) -> None:
-        self._by_blocks("noise", "normal", (out,), (*out.shape, *law_of(draw)))
+        self._by_blocks("noise", "normal", (out,), (*out.shape, *law_of(draw)), crosses=_crosses(out, draw))
 
     def forward_noise(
         self,
@@ -122,7 +126,7 @@ class StepOperations(Device):
             return
         first, _, stream, keys = law_of(draw)
         after = (*x0.shape, first, stream, keys)
-        self._by_blocks("noise", "forward_noise", (x0, out, eps), after, (x0, t, *tables, out, eps))
+        self._by_blocks("noise", "forward_noise", (x0, out, eps), after, (x0, t, *tables, out, eps), _crosses(x0, draw))
 
     def sampler_step(
         self,
@@ -146,7 +150,8 @@ class StepOperations(Device):
             return
         arrays = (x, out, memory[0] if plan.keep else None)
         if row.s != 0:
-            self._by_blocks("step", "step_noisy", arrays, (plan.record, *x.shape, *law_of(draw)))
+            after = (plan.record, *x.shape, *law_of(draw))
+            self._by_blocks("step", "step_noisy", arrays, after, crosses=_crosses(x, draw))
         elif x.size:
             fours = self._aligned(*arrays)
             grid, block = self.runtime.grid_1d(-(-x.size // 4) if fours else x.size)
@@ -162,6 +167,6 @@ class StepOperations(Device):
         grid, block = self.runtime.grid_1d(out.size)
         self.runtime.launch("step", "guide", grid, block, (asked, unasked, out, out.size, np.float32(weight)))
         if rescale:
-            grid, block = self.runtime.grid_1d(len(out) * WARP, 8 * WARP)
+            grid, block = self.runtime.grid_1d(len(out) * WARP, 8 * WARP)  # a warp takes a row
             args = (kept, out, *out.shape, np.float32(rescale))
             self.runtime.launch("step", "guide_rescale", grid, block, args)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.cuda.device import Device
+from fastdiff.backends.cuda.device import WARP, Device
 from fastdiff.backends.protocol import Equations, Told, ToldStates
 from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
 
 Array = Any
 
-WARP, THREADS = 32, 128  # TOLD_WARPS of told.cu are in a block
+THREADS = 128  # TOLD_WARPS of told.cu are in a block
 
 
 def chosen(places: npt.NDArray[np.int64], d: int) -> npt.NDArray[np.int32]:
