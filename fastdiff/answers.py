@@ -19,6 +19,7 @@ from fastdiff.backends import Backend, get_backend
 from fastdiff.backends.protocol import DRAWS
 from fastdiff.covariates import checked_covariates
 from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, check_size
+from fastdiff.generation import MOST_ASKED
 from fastdiff.nn import Network
 from fastdiff.noise import MAX_ROW
 from fastdiff.normaliser import Normaliser
@@ -38,7 +39,6 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
-MOST_ASKED = 1e30  # of a value that is asked about: float32 holds it, and what it is scaled to
 
 Float64 = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]

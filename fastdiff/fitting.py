@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import calibration, checkpoint, defaults, judgement, sampling, series, split
+from fastdiff import calibration, checkpoint, defaults, evaluation, judgement, sampling, series, split
 from fastdiff.backends import Backend, SharingBackend, TrainingDraws, TrainState, get_backend
 from fastdiff.backends.layers import PartsBackend
 from fastdiff.base import GaussianBase
@@ -43,7 +43,6 @@ from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
 from fastdiff.noise import MAX_STEP, NOISE_LAW_VERSION, Draw, Stream, targets
-from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser, check_carried, settled
 from fastdiff.ranks import PARTS, Ranks
 from fastdiff.samplers import Sampler
@@ -126,39 +125,24 @@ class Wishes:
         )
 
 
-class Model(Counted, Protocol):
+class Model(Counted, evaluation.Model, Protocol):
     """What a fit reads of a `Diffusion`, and changes."""
 
-    net: Network | None
     schedule: Schedule | None
     normaliser: Normaliser | None
-    prediction: str
     scale: str
     base: str | None
     conditional: str | None
-    backend: str | Backend
-    seed: int
-    noise_shape: NoiseShape | None
     channel_names: list[str] | None
     _own_net: bool
     _turns: Turns
     _optimizer: Optimizer | None
     _average: Values | None
-    _gaussian: GaussianBase | None
-    _covariates: CovariateScale | None
-    _label_drop: float | None
-    _frame: series.Frame | None
-    _held_out: tuple[str, float] | None
-    _data: list[int] | None
     _arithmetic: int
-    spread: float
-    report_: dict[str, Any] | None
     kept_rows: Values | None
 
-    def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
-    def _judge(self, rows: Values, asked: tuple[Any, Any], held_out: Values | None, *, show: bool) -> None: ...
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler: ...
-    def impute(self, X: Any, draws: int, *, labels: Any, covariates: Any) -> Any: ...
+    def impute(self, *args: Any, **options: Any) -> Any: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
 
 
@@ -283,7 +267,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
             ranks.same("weights", zlib.crc32(net.flat.data))
         judge = wishes.judge
         if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
-            model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=shows)
+            evaluation.judge(model, lessons.rows, lessons.unseen, (parts.labels, found.covariates), show=shows)
             if wishes.calibrate or (wishes.calibrate is None and parts.rows.ndim <= 3):
                 _calibrate(model, parts.held_out, asked_plainly)
             if saver is not None:
@@ -432,17 +416,6 @@ def _share_dropped(model: Model, asked: Any, of: Network | dict[str, Any]) -> fl
             wants = "0 or None: nothing is asked of this network; give y or covariates"
         raise ArgumentError("label_drop", shown(asked), wants)
     return share
-
-
-def check_guidance(guidance: Any, net: Network, label_drop: float | None) -> None:
-    """Refuse to guide what was not trained for it."""
-    if guidance is not None and check_float("guidance", guidance, low=0) != 1 and not label_drop:
-        wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
-        if net.asked_freely:
-            wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
-        elif net.asked > net.known:
-            wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
-        raise ArgumentError("guidance", shown(guidance), wants)
 
 
 def _doubts(model: Model, rows: Values, steps: int, *, by_rule: bool, wishes: Wishes) -> None:

@@ -200,7 +200,9 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     return Split(rest, None if y is None else y[~held], unseen, (rule, part), held)
 
 
-def compared(X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int) -> tuple[Rows, Rows | None]:
+def for_evaluation(
+    X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int
+) -> tuple[Rows, Rows | None]:
     """Return the rows that a model has learned from, and others that its samples are compared with.
 
     Where X are the data of its first fit, these are the rows that it held out; of others half are taken for learned.

@@ -12,6 +12,7 @@ from tolerances import PAGE, PAGE_FLOAT64, PAGE_TOLD
 
 import fastdiff as fd
 from fastdiff import page
+from fastdiff.generation import inner_covariates
 
 NODE = shutil.which("node")
 if NODE is None:
@@ -146,7 +147,7 @@ def answers(model, sampler="auto", steps=None, n=5, seed=3, **given):
         options |= {"labels": given["label"], "guidance": given["guidance"]}
     if "covariates" in given:
         job["denoiser"]["covariates"] = given["covariates"]
-        options |= {"covariates": model._inner_covariates(given["covariates"], 1)[0]}
+        options |= {"covariates": inner_covariates(model, given["covariates"], 1)[0]}
     ours = np.array(node("chain", **job, steps=str(table.options["steps"])))
     return ours.reshape(n, *model.net.shape), fd.sample(model.denoiser(), table, **options)
 
