@@ -355,13 +355,13 @@ class Diffusion:
             "lr": lr, "warmup": warmup, "decay_steps": decay_steps, "clip_norm": clip_norm, "ema": ema,
             "weighting": weighting, "snr_gamma": snr_gamma, "lr_plan": lr_plan,
         }  # fmt: skip
-        wishes = fitting.Wishes(
+        request = fitting.FitRequest(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, jitter=jitter, patience=patience,
             judge=judge, calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks,
             checkpoint=checkpoint, every=every, keep=keep, keep_rows=keep_rows, comm=comm,
         )  # fmt: skip
-        fitting.fit(self, X, y, wishes)
+        fitting.fit(self, X, y, request)
         return self
 
     def evaluate(
@@ -715,9 +715,7 @@ class Diffusion:
         >>> model.forecast(recording, horizon=6, draws=5, steps=5).shape
         (5, 6, 1)
         """
-        options = {
-            "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
-        }  # fmt: skip
+        options = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress}
         how = answers.Draws(draws, quantiles, first_draw, labels, covariates, options)
         return answers.forecast(self, past, horizon, how)
 

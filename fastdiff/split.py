@@ -28,7 +28,7 @@ from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import LARGEST, greatest
 from fastdiff.stored import StoredRows, opened, parts
 
-KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
+SAMPLE_KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
 CUT_STEP = 21  # of stream DATA, see the table in docs/design.md
 
@@ -106,7 +106,7 @@ def checked(
         at = tuple(int(i) for i in np.argwhere(np.isinf(given))[0])
         raise ArgumentError("X", f"{given[at]} at index {at}", "finite values, or NaN where they are missing")
     if given.size == 0:
-        what = KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
+        what = SAMPLE_KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
     if getattr(net, "dtype", None) != np.float64 and (largest := greatest(given)) > LARGEST:
         wants = f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples"

@@ -51,7 +51,7 @@ from fastdiff.kernels.cpu.step import S, apply_row
 
 LANES = 16  # samples that are solved for at once
 TILE = CHAIN_TILE
-# What is told of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
+# Of each of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
 # the square of the least singular value that counts; how far a slope may reach.
 P, Q, GAIN, TO_OUTPUT, LEAST2, FARTHEST = range(6)
 # A run of layers of a backward pass: widths of its input and output, where its weights lie, and the slopes of its
@@ -60,7 +60,7 @@ NARROW, WIDE, WEIGHTS, SLOPES, FIRST_LAYER, LAST_LAYER = range(6)
 LANE, COUNT, OBSERVATION, FIRST = range(4)  # of a run of samples of one observation; FIRST is the row of its noise
 
 
-class Told(NamedTuple):
+class Observations(NamedTuple):
     """Observations, and a table: `rows` has for each of its rows P ... FARTHEST.
 
     Draw i is ``i % per`` of observation ``i // per``, whose first is sample `firsts` of it. Observations have rows of
@@ -99,7 +99,7 @@ class Matrices(NamedTuple):
 
 
 class Space(NamedTuple):
-    """A thread's: of the memory, of gradients of a tile's layers, and what `chain_told` cuts out of the rest."""
+    """A thread's: of the memory, of gradients of a tile's layers, and what `chain_tmpd` cuts out of the rest."""
 
     memory: Any
     deltas: Any
@@ -396,7 +396,7 @@ def _normals(rows, A, law, room, out):
 
 
 @kernel
-def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, space):
+def chain_tmpd(start, stop, x, chain, net, back_pass, observations, law, room, arena, space):
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
     A gain of 0 is a row whose state says nothing. State i is draw law.first_row + i.
@@ -406,7 +406,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
     layers, params, slots = net.layers, net.params, net.slots
     steps, numbers, depth, _, _ = chain
     back_layers, weights, ends = back_pass
-    gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
+    gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = observations
     memory, deltas, f32, f64, places = space
     here, other, first = deltas[0], deltas[1], np.int64(law.first_row)
     d = layers[0, INPUTS]

@@ -1,4 +1,4 @@
-"""Outputs that are moved towards observations on CUDA: ``told.cu``, in which a warp takes a state."""
+"""Outputs that are moved towards observations on CUDA: ``tmpd.cu``, in which a warp takes a state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends.cuda.device import Device
-from fastdiff.backends.protocol import Equations, Told, ToldStates
+from fastdiff.backends.protocol import Equations, TmpdPlan, TmpdStates
 from fastdiff.forks import cached_property
 from fastdiff.kernels.cuda.runtime import Runtime
 
 Array = Any
 
-WARP, THREADS = 32, 128  # TOLD_WARPS of told.cu are in a block
+WARP, THREADS = 32, 128  # TMPD_WARPS of tmpd.cu are in a block
 
 
 def chosen(places: npt.NDArray[np.int64], d: int) -> npt.NDArray[np.int32]:
@@ -35,65 +35,65 @@ def chosen(places: npt.NDArray[np.int64], d: int) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(out[:, :-1])
 
 
-class _DeviceTold:
-    """What is told, on the device."""
+class _DeviceTmpd:
+    """A plan on the device."""
 
-    def __init__(self, told: Told, d: int, runtime: Runtime) -> None:
-        self.chosen = None if told.places is None else runtime.asarray(chosen(told.places, d))
-        self.matrix = None if told.matrix is None else runtime.asarray(told.matrix, np.float32)
-        self.seen = runtime.asarray(np.stack([told.y, told.variance], axis=1), np.float64)
-        self.reach = runtime.asarray(told.reach, np.float64)
-        self.numbers = runtime.asarray(told.numbers, np.float64)
+    def __init__(self, tmpd: TmpdPlan, d: int, runtime: Runtime) -> None:
+        self.chosen = None if tmpd.places is None else runtime.asarray(chosen(tmpd.places, d))
+        self.matrix = None if tmpd.matrix is None else runtime.asarray(tmpd.matrix, np.float32)
+        self.seen = runtime.asarray(np.stack([tmpd.y, tmpd.variance], axis=1), np.float64)
+        self.reach = runtime.asarray(tmpd.reach, np.float64)
+        self.numbers = runtime.asarray(tmpd.numbers, np.float64)
 
 
-class ToldOperations(Device):
+class TmpdOperations(Device):
     """Outputs that are moved towards observations."""
 
     @cached_property
-    def _told(self) -> weakref.WeakKeyDictionary[Told, dict[int, _DeviceTold]]:
+    def _tmpd(self) -> weakref.WeakKeyDictionary[TmpdPlan, dict[int, _DeviceTmpd]]:
         return weakref.WeakKeyDictionary()
 
-    def _told_there(self, told: Told, d: int) -> _DeviceTold:
+    def _tmpd_there(self, tmpd: TmpdPlan, d: int) -> _DeviceTmpd:
         """It on the device: made once for each queue, since what one uploads, another may not have."""
         queue = self.runtime.queue()
         with self._lock:
-            kept = self._told.setdefault(told, {})
+            kept = self._tmpd.setdefault(tmpd, {})
             if queue not in kept:
-                kept[queue] = _DeviceTold(told, d, self.runtime)
+                kept[queue] = _DeviceTmpd(tmpd, d, self.runtime)
             return kept[queue]
 
     def _launch_states(
-        self, entry: str, shape: tuple[int, int], args: tuple[Any, ...], states: ToldStates, *more: int
+        self, entry: str, shape: tuple[int, int], args: tuple[Any, ...], states: TmpdStates, *more: int
     ) -> None:
-        """Launch one with these arguments, then what is told of the states (n, D), and more numbers."""
-        (told, which, t), (n, d), there = states, shape, self._told_there(states.told, shape[1])
+        """Launch one with these arguments, then the plan of the states (n, D), and more numbers."""
+        (tmpd, which, t), (n, d), there = states, shape, self._tmpd_there(states.tmpd, shape[1])
         seen = there.chosen, there.matrix, there.seen, there.numbers
-        self._launch_warps(entry, n, (*args, *seen, which, t, n, told.y.shape[1], d, *more))
+        self._launch_warps(entry, n, (*args, *seen, which, t, n, tmpd.y.shape[1], d, *more))
 
     def _launch_warps(self, entry: str, n: int, args: tuple[Any, ...]) -> None:
         """Launch a kernel whose warps take a state each."""
         if n:
-            self.runtime.launch("told", entry, *self.runtime.grid_1d(n * WARP, THREADS), args)
+            self.runtime.launch("tmpd", entry, *self.runtime.grid_1d(n * WARP, THREADS), args)
 
-    def told_rows(self, told: Told, which: Array, out: Array) -> None:
+    def tmpd_rows(self, tmpd: TmpdPlan, which: Array, out: Array) -> None:
         m, n, d = out.shape
-        there = self._told_there(told, d)
+        there = self._tmpd_there(tmpd, d)
         if out.size:
             grid, block = self.runtime.grid_1d(out.size)
-            self.runtime.launch("told", "told_rows", grid, block, (out, there.chosen, there.matrix, which, n, m, d))
+            self.runtime.launch("tmpd", "tmpd_rows", grid, block, (out, there.chosen, there.matrix, which, n, m, d))
 
-    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
-        self._launch_states("told_direct", x.shape, (x, out, products, *equations[:3]), states)
+    def tmpd_direct(self, states: TmpdStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
+        self._launch_states("tmpd_direct", x.shape, (x, out, products, *equations[:3]), states)
 
-    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
-        args = x, out, equations.basis, equations.rest, cotangent
-        self._launch_states("told_begin", x.shape, args, states, states.told.products)
+    def tmpd_begin(self, states: TmpdStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        args = x, out, equations.basis, equations.residual, cotangent
+        self._launch_states("tmpd_begin", x.shape, args, states, states.tmpd.products)
 
-    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
+    def tmpd_arnoldi(self, states: TmpdStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
         args = k, product, cotangent, equations.back, equations.basis, equations.H
-        self._launch_states("told_arnoldi", cotangent.shape, args, states, states.told.products)
+        self._launch_states("tmpd_arnoldi", cotangent.shape, args, states, states.tmpd.products)
 
-    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
-        (told, which, t), (n, d), there = states, out.shape, self._told_there(states.told, out.shape[1])
-        args = equations.H, equations.rest, equations.back, out, there.reach, there.numbers
-        self._launch_warps("told_move", n, (*args, which, t, n, d, told.equations, told.products))
+    def tmpd_move(self, states: TmpdStates, out: Array, equations: Equations) -> None:
+        (tmpd, which, t), (n, d), there = states, out.shape, self._tmpd_there(states.tmpd, out.shape[1])
+        args = equations.H, equations.residual, equations.back, out, there.reach, there.numbers
+        self._launch_warps("tmpd_move", n, (*args, which, t, n, d, tmpd.equations, tmpd.products))
