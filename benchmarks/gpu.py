@@ -150,7 +150,7 @@ FAMILIES: dict[str, tuple[str, tuple[int, ...]]] = {
     "attention": ("attention-16x64x128", (5, 32)),
     "conv": ("conv-back-16x32x32x64", (4, 4, 8)),
     "conv_mma": ("conv-back-16x32x32x64", (4, 4, 8)),
-    "told": ("chain-given-tutorial-1000", (10,)),
+    "tmpd": ("chain-given-tutorial-1000", (10,)),
 }
 
 
@@ -492,7 +492,7 @@ class Results(Report):
         """What the package is to know of this family of GPUs."""
         names = ("gpu", "arch", "date", "commit", "sources", "scale", *OPTIONAL)
         targets = {row.title: {target: row.verdict(target) for target in row.targets} for row in targeted(self.rows)}
-        tests = {stage: Counter(told.split(":")[0] for told in each.values()) for stage, each in self.tests.items()}
+        tests = {stage: Counter(line.split(":")[0] for line in each.values()) for stage, each in self.tests.items()}
         head = {name: self.header.get(name) for name in names}
         return {**head, "tests": tests, "targets": targets, "tuning": tuning_of(self.sweep) if self.sweep else {}}
 

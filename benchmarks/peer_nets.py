@@ -285,7 +285,7 @@ def chain(net: Any, rows: list[tuple[int, float, float, float]], shape: tuple[in
 
 
 @torch.no_grad()
-def told_chain(net: Any, rows: Any, levels: Any, known: Any, noise: float, most: int = 5000) -> Tensor:
+def tmpd_chain(net: Any, rows: Any, levels: Any, known: Any, noise: float, most: int = 5000) -> Tensor:
     """Draw a sample for each row of `known`, which has as many numbers among its NaN as any other, by the method tmpd.
 
     All products with J^T of a step are one call of a vectorised `torch.func.vjp`; the small systems are float64. So
@@ -297,11 +297,11 @@ def told_chain(net: Any, rows: Any, levels: Any, known: Any, noise: float, most:
     draws = [torch.randn(known.shape) if row[9] else None for row in rows] if len(known) <= most else None
     for begin in range(0, len(x), most):
         some = slice(begin, begin + most)
-        _told_chain(net, rows, levels, places[some], y[some], noise, x[some], draws)
+        _tmpd_chain(net, rows, levels, places[some], y[some], noise, x[some], draws)
     return x
 
 
-def _told_chain(
+def _tmpd_chain(
     net: Any, rows: Any, levels: Any, places: Tensor, y: Tensor, noise: float, x: Tensor, draws: Any
 ) -> None:
     """Change x by all rows."""

@@ -38,7 +38,7 @@ OTHER = "outside of the layers"
 # Calls that are no layers, or made of them.
 OUTER = {"address", "asarray", "empty", "owns", "prepare", "queue", "to_numpy"}
 STEP_END = "finish_step"
-KINDS = {
+LABELS = {
     "attention": "attention",
     "silu": "SiLU, sums, tables",
     "add": "SiLU, sums, tables",
@@ -153,8 +153,8 @@ def layer_of(call: Call, ends: tuple[int, int]) -> tuple[str, str, float]:
     if base == "attention":
         y, length = arguments[0 if backward else 1], arguments[0].shape[1]
         shape = f"{length} pixels, {y.shape[2]} channels"
-        return KINDS[base], shape, 4.0 * (1 + backward) * y.size * length
-    return KINDS.get(base, base), "", 0.0
+        return LABELS[base], shape, 4.0 * (1 + backward) * y.size * length
+    return LABELS.get(base, base), "", 0.0
 
 
 def profile(title: str, passes: list[Timed], ends: tuple[int, int], shapes: bool) -> Pass:

@@ -87,9 +87,7 @@ def main() -> None:
     times = network.table, width, slots, t
     n = 192
     a, b, c = (np.ones(n * n, np.float32) for _ in range(3))
-    tile = (
-        0, True, given, batch, network, asked, sums, room, arena, space.deltas[0],
-    )  # fmt: skip
+    tile = (0, True, given, batch, network, asked, sums, room, arena, space.deltas[0])
     whole = best(mlp.gradient_tile, *tile)
     roof = 2 * n**3 / best(square_product, a, b, c, n)
     forward = 2 * rows * sum(workload.products)
@@ -102,9 +100,8 @@ def main() -> None:
             forward - 2 * rows * workload.products[0],
         ),
         "biases and activations": (
-            best(
-                mlp.forward_tile, rows, layers, net.flat, network.linear, network.rank, len(slots), arena, times, t
-            ) - products,
+            best(mlp.forward_tile, rows, layers, net.flat, network.linear, network.rank, len(slots), arena, times, t)
+            - products,
             0,
         ),
         "biases and activations, backward": (
@@ -116,12 +113,10 @@ def main() -> None:
             0,
         ),
         "sums over tiles": (
-            best(
-                mlp.collect_tile, True, grads[: space.summed], partial, dtime, t, slots, dtable, width
-            ),
+            best(mlp.collect_tile, True, grads[: space.summed], partial, dtime, t, slots, dtable, width),
             0,
         ),
-    }  # fmt: skip
+    }
     print(f"{header(1).line()} A tile of {rows} samples; a product of {n} x {n} x {n} reaches {roof / 1e9:.0f} GF/s.\n")
     print("| part of a tile | time | share | of that product's speed |\n|---|---:|---:|---:|")
     for name, (seconds, operations) in parts.items():

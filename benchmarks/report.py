@@ -753,7 +753,7 @@ class SeriesReport(Report):
 # -- sines.py --------------------------------------------------------------------------------------------------
 
 
-class Told(NamedTuple):
+class SinesScore(NamedTuple):
     """A measure of real and drawn series, the same of two real sets, and how far above that it may be."""
 
     name: str
@@ -778,7 +778,7 @@ class SinesReport(Report):
     """Whether networks tell drawn series from real ones."""
 
     what: str
-    rows: list[Told]
+    rows: list[SinesScore]
 
     def lines(self) -> list[str]:
         table = markdown(["measure", "fastdiff", "floor", "target"], [row.cells() for row in self.rows])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from machine import header
-from report import RESULTS, Estimate, SinesReport, Told, finish
+from report import RESULTS, Estimate, SinesReport, SinesScore, finish
 
 import fastdiff as fd
 from fastdiff.metrics import Score
@@ -41,24 +41,24 @@ def estimate(score: Score) -> Estimate:
     return Estimate(score.mean, score.stderr if len(score.values) > 1 else 0.0)
 
 
-def measured(real: Array, others: Array, drawn: Array, units: list[int], options: dict[str, int]) -> list[Told]:
+def measured(real: Array, others: Array, drawn: Array, units: list[int], options: dict[str, int]) -> list[SinesScore]:
     """All rows of the table."""
     metrics, rows = fd.metrics, []
     for each in units:
         scores = [metrics.discriminative_score(real, x, units=each, **options) for x in (drawn, others)]
-        rows.append(Told(f"discriminative score, GRU of {each}", *map(estimate, scores), UNITS.get(each)))
+        rows.append(SinesScore(f"discriminative score, GRU of {each}", *map(estimate, scores), UNITS.get(each)))
         print(*rows[-1].cells(), file=sys.stderr)
     longer = {**options, "steps": 5 * options["steps"] // 2}
     scores = [metrics.predictive_score(real, x, **longer) for x in (drawn, others)]
-    rows.append(Told("predictive score", *map(estimate, scores)))
+    rows.append(SinesScore("predictive score", *map(estimate, scores)))
     flat = [x[:2000].reshape(len(x[:2000]), -1) for x in (real, drawn, others)]
     distances = [metrics.energy_distance(flat[0], x, unbiased=True) for x in flat[1:]]
-    rows.append(Told("energy distance of 2,000", *(Estimate(one, 0.0) for one in distances)))
+    rows.append(SinesScore("energy distance of 2,000", *(Estimate(one, 0.0) for one in distances)))
     for name, measure in (
         ("autocorrelation error", metrics.autocorrelation_error),
         ("cross-correlation error", metrics.cross_correlation_error),
     ):
-        rows.append(Told(name, *(Estimate(measure(real, x), 0.0) for x in (drawn, others))))
+        rows.append(SinesScore(name, *(Estimate(measure(real, x), 0.0) for x in (drawn, others))))
     return rows
 
 

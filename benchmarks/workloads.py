@@ -247,12 +247,13 @@ class Imputation(ChainGiven):
         samples, runs = super().peer_side(nets, inputs, folder, variant)
         if variant != "looped":
             return samples, runs
-        net, told, known = self.peer_network(nets, inputs), self.told(), self.known()
+        net, given, known = self.peer_network(nets, inputs), self.peer_inputs(), self.known()
 
         def run() -> Any:
             """Draw after draw, as CSDI's evaluation does."""
             return [
-                nets.told_chain(net, told["rows"], told["levels"], known, SEEN_NOISE) for _ in range(self.draws_of_each)
+                nets.tmpd_chain(net, given["rows"], given["levels"], known, SEEN_NOISE)
+                for _ in range(self.draws_of_each)
             ]
 
         return samples, [run]

@@ -19,6 +19,7 @@ from fastdiff.backends import Backend, get_backend
 from fastdiff.backends.protocol import DRAWS
 from fastdiff.covariates import checked_covariates
 from fastdiff.errors import ArgumentError, as_named, check_array, check_int, check_room, check_size
+from fastdiff.generation import MOST_ASKED
 from fastdiff.nn import Network
 from fastdiff.noise import MAX_ROW
 from fastdiff.normaliser import Normaliser
@@ -38,7 +39,6 @@ from fastdiff.schedule import Schedule
 log = logging.getLogger("fastdiff")
 
 LEAST_DEVIATION = 1e-3  # of draws, relative to the data's: a value that never varies is not infinitely strange
-MOST_ASKED = 1e30  # of a value that is asked about: float32 holds it, and what it is scaled to
 
 Float64 = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]
@@ -77,8 +77,8 @@ class Draws:
 
     def labels_of(self, rows: npt.NDArray[np.int64], n: int) -> Any:
         """The classes of some of n rows."""
-        told = None if self.labels is None else check_array("labels", self.labels)
-        return told if told is None or told.ndim == 0 else check_array("labels", told, shape=(n,))[rows]
+        labels = None if self.labels is None else check_array("labels", self.labels)
+        return labels if labels is None or labels.ndim == 0 else check_array("labels", labels, shape=(n,))[rows]
 
 
 @as_named(first_sample="first_draw", values="X")
@@ -98,8 +98,8 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
             raise ArgumentError("X", f"shape {np.shape(X)}", wants)
         padded = np.full((1, max(points, T), *net.shape[1:]), np.nan)
         padded[0, :points] = X
-        told = _laid(model, draws.covariates, (1, points), 0, padded.shape[1], whole=True)
-        parts = _filled(model, padded, steps_of(padded.shape[1], T), draws, told)
+        inputs = _laid(model, draws.covariates, (1, points), 0, padded.shape[1], whole=True)
+        parts = _filled(model, padded, steps_of(padded.shape[1], T), draws, inputs)
         found = summary(parts, levels, axis=2)[:, 0, :points]
         return found if frame is None else _frames([frame.filled(_columns(one)) for one in found], levels)
     seen = Known(X)
@@ -114,12 +114,12 @@ def impute(model: Model, X: Any, draws: Draws) -> Any:
     out[...] = values.astype(dtype).reshape(len(values), *net.shape)
     form = net.covariate_form
     shape = None if form is None else form.shape
-    told = None if draws.covariates is None else checked_covariates(draws.covariates, shape, len(values))
+    inputs = None if draws.covariates is None else checked_covariates(draws.covariates, shape, len(values))
     at_once = len(missing) if levels is None else max(1, BLOCK_VALUES // (count * values.shape[1]))
     for start in range(0, len(missing), max(1, at_once)):
         some = missing[start : start + at_once]
         drawn = model.sample(
-            count, labels=draws.labels_of(some, len(values)), covariates=None if told is None else told[some],
+            count, labels=draws.labels_of(some, len(values)), covariates=None if inputs is None else inputs[some],
             first_sample=draws.first, given=known.some(some, first_row), **draws.options,
         )  # fmt: skip
         out[:, some] = drawn if levels is None else np.quantile(drawn, levels, axis=0)
@@ -151,8 +151,8 @@ def forecast(model: Model, past: Any, horizon: int, draws: Draws) -> Any:
         log.info("forecast: the last %d of %d rows are used", rows - first, rows)
     laid = np.full((len(seen), windows[-1].start + T, *net.shape[1:]), np.nan)
     laid[:, max(0, -first) : rows - first] = seen[:, max(0, first) :]
-    told = _laid(model, draws.covariates, (len(seen), rows + horizon), first, laid.shape[1], whole=whole)
-    parts = _filled(model, laid, windows, draws, told)
+    inputs = _laid(model, draws.covariates, (len(seen), rows + horizon), first, laid.shape[1], whole=whole)
+    parts = _filled(model, laid, windows, draws, inputs)
     found = summary(parts, levels, axis=2)[:, :, rows - first : rows - first + horizon]
     if frame is not None:
         return _frames([frame.later(_columns(one)) for one in found[:, 0]], levels)
@@ -174,8 +174,8 @@ def anomaly(model: Model, X: Any, block: int | None, draws: int, options: dict[s
         raise ArgumentError("X", f"shape {values.shape}", f"rows of shape {net.shape}: (N, ...)")
     rows = np.stack([values[step.start : step.start + T] for step in windows]) if whole else values
     if whole and net.pointwise and options.get("covariates") is not None:
-        told = check_array("covariates", options["covariates"], shape=(len(values), None), dtype=np.float64)
-        options = options | {"covariates": np.stack([told[step.start : step.start + T] for step in windows])}
+        inputs = check_array("covariates", options["covariates"], shape=(len(values), None), dtype=np.float64)
+        options = options | {"covariates": np.stack([inputs[step.start : step.start + T] for step in windows])}
     found = np.full(rows.shape, np.nan)
     least = LEAST_DEVIATION * np.broadcast_to(normaliser.std, net.shape)
     for part in blocks_of(T, block):
@@ -235,8 +235,8 @@ def _laid(
         return checked_covariates(covariates, form.shape, count)
     given = check_array("covariates", covariates, dtype=np.float64)
     given = given[None] if whole and given.ndim == 2 else given
-    told = checked_covariates(given, (rows, form.shape[-1]), count)
-    return told[:, np.clip(np.arange(first, first + length), 0, rows - 1)]
+    inputs = checked_covariates(given, (rows, form.shape[-1]), count)
+    return inputs[:, np.clip(np.arange(first, first + length), 0, rows - 1)]
 
 
 def _filled(
@@ -248,11 +248,11 @@ def _filled(
     first = check_int("first_draw", draws.first, low=0, high=DRAWS - count)
 
     def drawn(known: Observations, rows: npt.NDArray[np.int64], start: int) -> Values:
-        labels, told = draws.labels_of(rows, len(seen)), None
+        labels, inputs = draws.labels_of(rows, len(seen)), None
         if covariates is not None:
-            told = covariates[rows] if covariates.ndim == 2 else covariates[rows, start : start + net.shape[0]]
+            inputs = covariates[rows] if covariates.ndim == 2 else covariates[rows, start : start + net.shape[0]]
         got: Values = get_backend(model.backend).to_numpy(
-            model.sample(1, labels=labels, covariates=told, given=known, **draws.options)
+            model.sample(1, labels=labels, covariates=inputs, given=known, **draws.options)
         )
         return got[0]
 

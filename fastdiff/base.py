@@ -42,7 +42,7 @@ MOST_FITTED = 2048  # rows, when they are tried
 NEGLIGIBLE = 1e-6  # share of the largest variance, below which an axis counts no less to a first layer
 ORTHONORMAL = 1e-6  # that the axes of a file may be off
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +59,12 @@ class GaussianBase:
         The variance along every direction across all axes.
     """
 
-    axes: Array
-    variances: Array
+    axes: Float64
+    variances: Float64
     rest: float
 
     @classmethod
-    def of(cls, rows: Any, cov: Array | None = None) -> GaussianBase:
+    def of(cls, rows: Any, cov: Float64 | None = None) -> GaussianBase:
         """Fit rows (N, d), whose means are taken for zero; with a covariance (d, d) only its shrinkage by them."""
         moments = ledoit_wolf(rows)
         if cov is not None:
@@ -117,7 +117,7 @@ class GaussianBase:
         return cls(axes, variances, rest)
 
     @property
-    def arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, Float64]:
         """What a file keeps."""
         return {"base.axes": self.axes, "base.variances": self.variances, "base.rest": np.array([self.rest])}
 
@@ -129,7 +129,7 @@ class GaussianBase:
         across = _gains(np.array([self.rest]), schedule, prediction)
         return LinearPart(self.axes, along - across, across[:, 0])
 
-    def turned(self, weights: Array) -> Array:
+    def turned(self, weights: Float64) -> Float64:
         """Weights (d, n) of inputs, as many as they were in sum of squares, but more of them along axes of variance."""
         d, rank = self.axes.shape
         scale = np.append(self.variances, self.rest)
@@ -140,7 +140,7 @@ class GaussianBase:
         along = (self.axes * (scale[:-1] - scale[-1])) @ (self.axes.T @ weights)
         return np.asarray(along + scale[-1] * weights)
 
-    def loss(self, schedule: Schedule, prediction: str, weight: Array | None = None) -> float:
+    def loss(self, schedule: Schedule, prediction: str, weight: Float64 | None = None) -> float:
         """Return the mean squared error of the best linear prediction, over values and timesteps.
 
         Along an axis of variance l, the error of f noise + g x0 given x = signal x0 + noise z is that of Gaussians,
@@ -162,7 +162,7 @@ class GaussianBase:
         return float(np.mean(at_t if weight is None else weight * at_t))
 
 
-def _gains(variances: Array, schedule: Schedule, prediction: str) -> Array:
+def _gains(variances: Float64, schedule: Schedule, prediction: str) -> Float64:
     """The factors (T, r) of x_t in the best prediction of a value of each variance."""
     signal, noise = schedule.signal[:, None], schedule.noise[:, None]
     power = signal**2 * variances + noise**2
@@ -198,7 +198,7 @@ def _least_share(rows: Any) -> float:
     return SHARES[int(np.argmax(likelihood))]
 
 
-def _log_likelihood(moments: ShrunkMoments, rows: Array) -> float:
+def _log_likelihood(moments: ShrunkMoments, rows: Float64) -> float:
     """Of rows (n, d) under a Gaussian, but for a constant; minus infinity where it has directions without variance."""
     rest = moments.shrinkage * moments.variance
     if rest <= 0:

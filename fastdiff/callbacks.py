@@ -40,7 +40,7 @@ EVERY = 10  # steps
 NUMBERS = ("loss", "lr", "validation_loss")
 HEADER = ",".join(["step", *NUMBERS])
 
-Told = Callable[[int, dict[str, float]], Any]
+Logger = Callable[[int, dict[str, float]], Any]
 
 
 class FileLogger:
@@ -94,14 +94,14 @@ class FileLogger:
             raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
-def listeners(callbacks: Any) -> list[Told]:
+def listeners(callbacks: Any) -> list[Logger]:
     """Return functions of (step, numbers) that tell each of the callbacks in its own way."""
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, (str, bytes)):
         raise ArgumentError("callbacks", type(callbacks).__name__, "a list of loggers or functions")
     return [_listener(each) for each in callbacks]
 
 
-def _listener(logger: Any) -> Told:
+def _listener(logger: Any) -> Logger:
     if hasattr(logger, "log_metrics"):
         return lambda step, numbers: logger.log_metrics(numbers, step=step)
     if hasattr(logger, "add_scalar"):
@@ -109,8 +109,8 @@ def _listener(logger: Any) -> Told:
     if hasattr(logger, "log"):
         return lambda step, numbers: logger.log(numbers, step=step)
     if callable(logger):
-        told: Told = logger
-        return told
+        function: Logger = logger
+        return function
     wants = "a fastdiff.callbacks.FileLogger, an object with log_metrics, add_scalar or log, or a function"
     raise ArgumentError("callbacks", type(logger).__name__, wants)
 
@@ -128,7 +128,7 @@ class Reporter:
         The learning rate of a step.
     """
 
-    def __init__(self, tell: list[Told], history: dict[str, list[Any]], rate: Callable[[int], float]) -> None:
+    def __init__(self, tell: list[Logger], history: dict[str, list[Any]], rate: Callable[[int], float]) -> None:
         self.tell, self.history, self.rate = tell, history, rate
         self.losses, self.held = len(history["loss"]), len(history["validation_loss"])
 

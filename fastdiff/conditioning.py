@@ -10,7 +10,7 @@ with J the Jacobian of the mean of x0 by x_t, and R what is taken for the covari
 - ``tmpd`` (Boys et al. 2023): A (noise^2 / signal) J A^T + s^2 I, the second moment by Tweedie's formula. Exact for
   Gaussian data, but for the steps of the table. J of a network is not symmetric; with A (noise^2 / signal) J^T A^T,
   which is the same where it is, no step leads away from what was seen. GMRES solves with it, by products alone.
-  What a smooth curve hides behind what was seen of it is told by small singular values of R, down to what the
+  What a smooth curve hides behind what was seen of it shows in small singular values of R, down to what the
   derivative errs by.
 - ``pigdm`` (Song et al. 2023): r^2 A A^T + s^2 I with r^2 = noise^2 / (signal^2 + noise^2), as if x0 were N(0, I).
 - ``dps`` (Chung et al. 2023): no R; every row ends with x += 2 J^T A^T (y - A x0) / |y - A x0|.
@@ -34,10 +34,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Backend, Row, Told, backend_for, get_backend
-from fastdiff.backends.numpy.told import arnoldi, damped, rows_of, times, transposed
-from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY, ToldRoom
-from fastdiff.denoiser import Around, Denoiser, Evaluator, denoiser_of
+from fastdiff.backends import Backend, Row, TmpdPlan, backend_for, get_backend
+from fastdiff.backends.numpy.tmpd import arnoldi, damped, rows_of, times, transposed
+from fastdiff.backends.protocol import DRAWS, KRYLOV, TINY, TmpdWorkspace
+from fastdiff.denoiser import Denoiser, Evaluator, Wrapped, denoiser_of
 from fastdiff.errors import ArgumentError, check_array, check_choice, check_int, check_timesteps, shown
 from fastdiff.masks import MaskDenoiser
 from fastdiff.noise import UNIFORM_UNIT, Draw, Stream, philox_words
@@ -86,7 +86,7 @@ class Rows:
         groups, n = list(known.groups()), 1 if known.count is None else known.count
         self.m, self.d = max(len(group.A) for group in groups), known.d
         self.y, self.variance = np.zeros((n, self.m)), np.ones((n, self.m))
-        # Single values are told by where they are: a matrix of them may be large.
+        # Single values are known by where they are: a matrix of them may be large.
         single = not known.linear and known.root is None
         self.places = np.full((n, self.m), known.d) if single else None
         self.A = None if single else np.zeros((n, self.m, known.d))
@@ -122,7 +122,7 @@ class Rows:
         """Return A^T y (n, D) of vectors y (n, m)."""
         return transposed(self.places, self.A, y, which, self.d)
 
-    def told(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def counts(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many rows of samples say something (n,)."""
         if self.places is None:
             return np.count_nonzero(self.matrix(which).any(axis=2), axis=1)
@@ -242,8 +242,8 @@ class ConditionedEvaluator(Evaluator):
         if self.method == "smc" and not self.dense:
             wants = f"at most {MOST_DENSE} values for 'smc', whose weights take the determinant of a dense matrix"
             raise ArgumentError("given", f"{self.rows.m} values", wants)
-        self._told = self._as_told()
-        self._room: ToldRoom | None = None  # the last
+        self._tmpd = self._tmpd_plan()
+        self._room: TmpdWorkspace | None = None  # the last
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self.moved(x, t, labels, self.draws.which(0, len(x)))[0]
@@ -270,33 +270,33 @@ class ConditionedEvaluator(Evaluator):
     def run_table(
         self, x: Array, rows: tuple[Row, ...], clip: tuple[float, float] | None, draw: Draw, labels: Array = None
     ) -> None:
-        if self._told is None or labels is not None or not self.inner.run_told(x, rows, draw, self._told):
+        if self._tmpd is None or labels is not None or not self.inner.run_tmpd(x, rows, draw, self._tmpd):
             super().run_table(x, rows, clip, draw, labels)
 
     def whole(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> bool:
         """Whether the backend runs a table in one piece."""
-        return self._told is not None and self.inner.run_told(x[:0], rows, draw, self._told)
+        return self._tmpd is not None and self.inner.run_tmpd(x[:0], rows, draw, self._tmpd)
 
-    def _as_told(self) -> Told | None:
-        """What a backend is told that moves outputs by itself: of networks, by tmpd and white noise."""
+    def _tmpd_plan(self) -> TmpdPlan | None:
+        """The plan of a backend that moves outputs by itself: of networks, by tmpd and white noise."""
         rows, draws = self.rows, self.draws
         if self.method != "tmpd" or self.exact or self.known.weights or rows.m == 0 or self.noise_shape is not None:
             return None
         blind = np.array([self._blind(t) for t in range(len(self.gain))])
         least, farthest = np.maximum(LEAST * self.power, TINY), np.sqrt(self.power)
-        return Told(
+        return TmpdPlan(
             rows.y, rows.variance, rows.places, rows.A, draws.n, draws.begins, min(rows.m, KRYLOV),
             self.p, self.q, np.where(blind, 0.0, self.gain), least, farthest, self.reach,
         )  # fmt: skip
 
-    def _moved_there(self, told: Told, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> Array:
+    def _moved_there(self, tmpd: TmpdPlan, x: Array, t: int, labels: Array, which: npt.NDArray[np.int64]) -> Array:
         """Return the output (n, D), moved by the backend: no state comes to the host."""
         room = self._room
         if room is None or room.shape != x.shape or room.dtype != x.dtype:
-            room = self._room = ToldRoom(self.be, told, x.shape, x.dtype)
+            room = self._room = TmpdWorkspace(self.be, tmpd, x.shape, x.dtype)
         room.place(which)
         room.t.fill(t)
-        if told.direct:  # all products at once, from one forward pass
+        if tmpd.direct:  # all products at once, from one forward pass
             out, products = self.inner.pulled(x, t, room.rows, labels)
             out = self._own(x, out)
             room.move(x, out, lambda rows: products)
@@ -309,8 +309,8 @@ class ConditionedEvaluator(Evaluator):
         """Return the output (n, D), whose mean of x0 is moved for all methods but dps, and the move of x for that."""
         if self._blind(t):
             return self._plain(x, t, labels), None
-        if self._told is not None:
-            return self._moved_there(self._told, x, t, labels, which), None
+        if self._tmpd is not None:
+            return self._moved_there(self._tmpd, x, t, labels, which), None
         few = self.method == "tmpd" and 0 < self.rows.m <= self.most
         if few:  # all products at once, from one forward pass
             A = self.rows.matrix(which)
@@ -473,12 +473,12 @@ class ConditionedEvaluator(Evaluator):
         self, rest: Float64, solved: npt.NDArray[Any], log_det: npt.NDArray[Any], which: npt.NDArray[np.int64]
     ) -> Float64:
         """Log density (n,) of normals; rows that say nothing have a part of 0."""
-        told = self.rows.told(which)
-        return -((rest * solved).sum(axis=1) + log_det + told * math.log(2 * math.pi)) / 2
+        counts = self.rows.counts(which)
+        return -((rest * solved).sum(axis=1) + log_det + counts * math.log(2 * math.pi)) / 2
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioned(Around):
+class Conditioned(Wrapped):
     """A denoiser given observations, which any table takes: see `condition`.
 
     Attributes
@@ -603,7 +603,7 @@ class Plan:
     ----------
     known : Observations
     method : str
-        Of `METHODS`, or "mask": the network is told, or "none": nothing is known.
+        Of `METHODS`, or "mask": the network takes them as inputs, or "none": nothing is known.
     draws : Draws
     sampler : Sampler
         The table, or RePaint's of it.

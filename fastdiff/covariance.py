@@ -27,8 +27,8 @@ from fastdiff.errors import (
     is_on_device,
 )
 from fastdiff.forks import cached_property
-from fastdiff.process import BATCH_VALUES, _states, returned
-from fastdiff.schedule import Array, Schedule
+from fastdiff.process import BATCH_VALUES, _states, to_caller
+from fastdiff.schedule import Float64, Schedule
 from fastdiff.stored import StoredRows, parts
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 
 Form = Literal["spectrum", "transport"]
 FORMS = ("spectrum", "transport")
-KINDS = ("entropy", "participation")
+RANK_KINDS = ("entropy", "participation")
 
 MOST_COLUMNS = 1 << 12  # whose covariance is formed of data on disk
 BLOCK_VALUES = 1 << 18  # of data that are in float64 at once: 2 MB
@@ -69,9 +69,9 @@ class Spectral(NamedTuple):
         Rounding unit of the dtype that the matrix came in.
     """
 
-    cov: Array
-    spectrum: Array
-    basis: Array
+    cov: Float64
+    spectrum: Float64
+    basis: Float64
     eps: float
 
 
@@ -104,7 +104,7 @@ def check_covariance(argument: str, value: Any, d: int | None = None, *, jitter:
     return Spectral(c, np.maximum(values[::-1], 0.0), np.ascontiguousarray(basis[:, ::-1]), eps)
 
 
-def _symmetric(argument: str, value: Any, d: int | None = None) -> tuple[Array, float]:
+def _symmetric(argument: str, value: Any, d: int | None = None) -> tuple[Float64, float]:
     """A symmetric matrix as float64, and the rounding unit of the dtype it came in."""
     given = check_array(argument, _host(argument, value), shape=(d, d))
     if given.shape[0] != given.shape[1] or not given.size:
@@ -155,10 +155,10 @@ def similarity(v: Any, *, backend: str | Backend = "auto") -> Any:
     shape = (*curves.shape, curves.shape[-1])
     out = be.empty((int(np.prod(shape[:-2])), *shape[-2:]), curves.dtype)
     be.similarity(curves.reshape(len(out), shape[-1]), out)
-    return returned(be, out.reshape(shape), is_on_device(v))
+    return to_caller(be, out.reshape(shape), is_on_device(v))
 
 
-def scatter(X: npt.ArrayLike, centre: bool = False, normalise: bool = False) -> Array:
+def scatter(X: npt.ArrayLike, centre: bool = False, normalise: bool = False) -> Float64:
     """Return the scatter X^T X of the rows of X, in float64.
 
     Parameters
@@ -193,7 +193,7 @@ def scatter(X: npt.ArrayLike, centre: bool = False, normalise: bool = False) -> 
     return total
 
 
-def spectrum(C: npt.ArrayLike) -> Array:
+def spectrum(C: npt.ArrayLike) -> Float64:
     """Return the eigenvalues of a symmetric matrix, descending.
 
     Parameters
@@ -245,7 +245,7 @@ def effective_rank(C: npt.ArrayLike, kind: Literal["entropy", "participation"] =
     >>> round(fd.covariance.effective_rank(np.eye(5)), 6)
     5.0
     """
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, RANK_KINDS)
     values = check_covariance("C", C).spectrum
     if values[0] == 0:
         raise ArgumentError("C", "no eigenvalue above 0", "a matrix other than zero")
@@ -272,9 +272,9 @@ class Reshaping:
     (2, [[4.0, 0.0], [0.0, 1.0]])
     """
 
-    before: Array
-    gains: Array
-    after: Array
+    before: Float64
+    gains: Float64
+    after: Float64
     form: Form
 
     @property
@@ -283,7 +283,7 @@ class Reshaping:
         return len(self.gains)
 
     @cached_property
-    def matrix(self) -> Array:
+    def matrix(self) -> Float64:
         """(n, n) float64, read-only: ``before diag(gains) after^T``; a row x becomes x @ matrix."""
         matrix = (self.before * self.gains) @ self.after.T
         matrix.setflags(write=False)
@@ -438,7 +438,7 @@ def reshaping(
     return Reshaping(axes, gains[kept][::-1].copy(), axes, form)
 
 
-def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
+def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Float64:
     """Return the covariance signal_t^2 S_0 + noise_t^2 I of x_t, in closed form.
 
     Parameters
@@ -472,7 +472,7 @@ def propagate(S0: npt.ArrayLike, schedule: Schedule, t: Any) -> Array:
     return chain if t.ndim else chain[0]
 
 
-def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Array]:
+def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Float64]:
     """Follow the covariance step by step: S_t = alpha_t S_{t-1} + beta_t I.
 
     An iterator, since T + 1 matrices may be large: ``np.stack(list(...))`` keeps them, ``zip(range(...), ...)`` the
@@ -502,7 +502,7 @@ def propagate_chain(S0: npt.ArrayLike, schedule: Schedule) -> Iterator[Array]:
     return _chain(check_covariance("S0", S0).cov, _schedule(schedule))
 
 
-def _chain(state: Array, schedule: Schedule) -> Iterator[Array]:
+def _chain(state: Float64, schedule: Schedule) -> Iterator[Float64]:
     yield state
     identity = np.eye(len(state))
     for alpha, beta in zip(schedule.alphas, schedule.betas, strict=True):
@@ -536,8 +536,8 @@ class EmpiricalMoments:
     """
 
     count: int
-    mean: Array
-    cov: Array
+    mean: Float64
+    cov: Float64
 
 
 def empirical(X: Any) -> EmpiricalMoments:
@@ -594,19 +594,19 @@ class ShrunkMoments:
     ((30, 30), True)
     """
 
-    mean: Array
-    factor: Array
+    mean: Float64
+    factor: Float64
     shrinkage: float
     variance: float
 
     @property
-    def cov(self) -> Array:
+    def cov(self) -> Float64:
         """The shrunk covariance, (n, n) float64."""
-        cov: Array = (1 - self.shrinkage) * (self.factor.T @ self.factor)
+        cov: Float64 = (1 - self.shrinkage) * (self.factor.T @ self.factor)
         cov[np.diag_indices_from(cov)] += self.shrinkage * self.variance
         return cov
 
-    def sample(self, of_rows: Array, of_columns: Array) -> Array:
+    def sample(self, of_rows: Float64, of_columns: Float64) -> Float64:
         """Return k draws (k, n) made of normals (k, m) and (k, n), without forming the covariance.
 
         Examples
@@ -617,7 +617,7 @@ class ShrunkMoments:
         (5, 3)
         """
         of_data = np.sqrt(1 - self.shrinkage) * (of_rows @ self.factor)
-        drawn: Array = self.mean + of_data + np.sqrt(self.shrinkage * self.variance) * of_columns
+        drawn: Float64 = self.mean + of_data + np.sqrt(self.shrinkage * self.variance) * of_columns
         return drawn
 
 
@@ -677,7 +677,7 @@ def _ledoit_wolf_of_parts(X: StoredRows) -> ShrunkMoments:
     return ShrunkMoments(mean, factor, _shrinkage(gram, fourth / m, variance, (m, n)), variance)
 
 
-def _shrinkage(gram: Array, fourth: float, variance: float, shape: tuple[int, int]) -> float:
+def _shrinkage(gram: Float64, fourth: float, variance: float, shape: tuple[int, int]) -> float:
     """Ledoit and Wolf's share of rows (m, n): of the products of rows or columns, and the mean of |x|^4 over rows."""
     m, n = shape
     square = float(np.sum(gram**2))  # of the norm of S, either way
@@ -686,7 +686,7 @@ def _shrinkage(gram: Array, fourth: float, variance: float, shape: tuple[int, in
     return 1.0 if distance <= 0 else min(1.0, max(0.0, error / distance))
 
 
-def _accumulate(X: Any, centre: bool) -> tuple[int, Array, Array]:
+def _accumulate(X: Any, centre: bool) -> tuple[int, Float64, Float64]:
     """Number of rows, their mean or 0, and their scatter about it."""
     from scipy.linalg.blas import dsyrk
 
@@ -709,7 +709,7 @@ def _accumulate(X: Any, centre: bool) -> tuple[int, Array, Array]:
     return count, mean, total.T
 
 
-def _blocks(X: Any) -> Iterator[Array]:
+def _blocks(X: Any) -> Iterator[Float64]:
     """The rows of an array, or of an iterable of chunks, in float64, some at a time; each with a row of zeros last."""
     chunks: Iterable[tuple[str, Any]] = [("X", X)]
     if not (hasattr(X, "__array__") or hasattr(X, "__dlpack__")):

@@ -17,12 +17,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastdiff.errors import ArgumentError, shown
+from fastdiff.errors import ArgumentError, check_choice, shown
 from fastdiff.nn.mlp import MLP
 from fastdiff.nn.network import Network
 from fastdiff.nn.unet import UNet
+from fastdiff.noise import TARGETS
 from fastdiff.noise_shape import NoiseShape
-from fastdiff.schedule import Schedule
+from fastdiff.schedule import PREDICTIONS, Schedule
 
 log = logging.getLogger("fastdiff")
 
@@ -40,7 +41,45 @@ HELD_OUT, HELD_OUT_FROM = 0.05, 100  # share of the rows, where there are so man
 MOST_HELD_OUT, MOST_HELD_OUT_PICTURES = 1024, 256  # more would cost time at every look and tell little
 
 
-def check_parts(net: Network, schedule: Schedule, noise_shape: NoiseShape | None) -> None:
+def checked_parts(
+    net: Network | None,
+    schedule: Schedule | None,
+    prediction: str | None,
+    conditional: str | None,
+    noise_shape: NoiseShape | None,
+) -> tuple[Schedule | None, str, str | None]:
+    """Return schedule, prediction and conditional of a model as they are used, after refusing parts that do not fit."""
+    if net is not None and not isinstance(net, Network):
+        wants = "a fastdiff.MLP, a fastdiff.UNet, or another fastdiff.nn.Network"
+        raise ArgumentError("net", type(net).__name__, wants)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
+    if net is not None and schedule is None:
+        schedule = usual_schedule(net.T)
+    if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
+        raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
+    if net is not None and schedule is not None:
+        _check_parts(net, schedule, noise_shape)
+    if prediction is None:
+        usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
+        prediction = (None if net is None else net.prediction) or usual
+    if net is not None and net.prediction not in (None, prediction):
+        raise ArgumentError("prediction", shown(prediction), f"{net.prediction!r}, as the network was trained")
+    prediction = check_choice("prediction", prediction, PREDICTIONS)
+    if schedule is not None:
+        schedule.target(prediction)  # one that ends in noise alone refuses its prediction
+    if conditional is None and net is not None and net.masked:
+        conditional = TARGETS[0]
+    conditional = None if conditional is None else check_choice("conditional", conditional, TARGETS)
+    if conditional is not None and net is not None and (not net.masked or net.learned_variance):
+        what = "a learned variance" if net.masked else "none that is told of a mask"
+        raise ArgumentError("net", what, "one made with masked=True, without learned variance, or None")
+    if conditional is not None and noise_shape is not None:
+        raise ArgumentError("noise_shape", shown(noise_shape), "None with a network that is told of a mask")
+    return schedule, prediction, conditional
+
+
+def _check_parts(net: Network, schedule: Schedule, noise_shape: NoiseShape | None) -> None:
     """Refuse a network, a schedule and a shape of the noise that do not fit each other."""
     if net.T != schedule.T:
         raise ArgumentError("schedule", f"T = {schedule.T}", f"T = {net.T}, as the network has")
@@ -98,7 +137,7 @@ def network_and_schedule(
     `asked` are arguments of networks: classes, covariates, and so on.
     """
     if levels is None:
-        levels = schedule(PICTURE_T) if len(data) > 3 else curve_schedule(base=base)
+        levels = usual_schedule(PICTURE_T) if len(data) > 3 else curve_schedule(base=base)
         if len(data) > 3:
             log.info("chosen for the pictures: %r", levels)
     if net is None:
@@ -130,7 +169,7 @@ def picture_net(
     return net
 
 
-def schedule(T: int = 100) -> Schedule:
+def usual_schedule(T: int = 100) -> Schedule:
     """Return the schedule used where none is given: the source text's for T = 100, else cosine."""
     return Schedule.sigmoid(100, beta_start=1e-5, beta_end=0.1) if T == 100 else Schedule.cosine(T)
 
@@ -143,7 +182,7 @@ def curve_schedule(*, base: bool) -> Schedule:
     keeps a third: started from white noise, samples of such a Gaussian lack a third of the variance there (by
     `exact_chain`), and now 0.1 %.
     """
-    return Schedule.sigmoid(BASE_T, beta_start=1e-5, beta_end=0.1) if base else schedule()
+    return Schedule.sigmoid(BASE_T, beta_start=1e-5, beta_end=0.1) if base else usual_schedule()
 
 
 def curve_sampler(schedule: Schedule, *, base: bool) -> tuple[str, int | None]:

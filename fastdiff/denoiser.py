@@ -12,7 +12,7 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends import Array, Backend, Row, Told
+from fastdiff.backends import Array, Backend, Row, TmpdPlan
 from fastdiff.errors import ArgumentError, check_array, check_indices, is_on_device
 from fastdiff.noise import Draw
 
@@ -226,7 +226,7 @@ class Evaluator(ABC):
         for row in rows:
             self.step(x, memory, row, clip, draw, labels)
 
-    def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
+    def run_tmpd(self, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan) -> bool:
         """Change x by all rows of a table as `fastdiff.conditioning` does by tmpd, in one piece; False: not here."""
         return False
 
@@ -282,7 +282,7 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Around:
+class Wrapped:
     """A denoiser around another one: what it does not say itself is that one's.
 
     Attributes
@@ -344,12 +344,12 @@ def denoiser_of(value: Any) -> Denoiser:
     function = getattr(value, "predict", value)
     if not callable(function):
         raise ArgumentError("denoiser", type(value).__name__, "a callable (x, t), or an object with .predict(x, t)")
-    told = {name: getattr(value, name, None) for name in ("T", "prediction", "shape")}
+    claims = {name: getattr(value, name, None) for name in ("T", "prediction", "shape")}
     return _Given(
         function,
-        told["T"],
-        told["prediction"] if isinstance(told["prediction"], str) else None,
-        told["shape"] if isinstance(told["shape"], tuple) else None,
+        claims["T"],
+        claims["prediction"] if isinstance(claims["prediction"], str) else None,
+        claims["shape"] if isinstance(claims["shape"], tuple) else None,
         getattr(value, "classes", ANY_CLASSES),
         {name: product for name in ("vjp", "jvp") if callable(product := getattr(value, name, None))},
     )

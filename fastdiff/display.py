@@ -78,10 +78,10 @@ def _layers(net: Network) -> dict[str, str]:
         parts.setdefault(".".join(words[: 2 if words[1].isdecimal() else 1]), []).append(shape)
     shown = {}
     for name, shapes in parts.items():
-        told = (
+        text = (
             " + ".join(" x ".join(map(str, shape)) for shape in shapes) if len(shapes) < 3 else f"{len(shapes)} tensors"
         )
-        shown[name] = f"{sum(int(np.prod(shape)) for shape in shapes):,} ({told})"
+        shown[name] = f"{sum(int(np.prod(shape)) for shape in shapes):,} ({text})"
     return shown
 
 

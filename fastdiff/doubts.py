@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 
 FEWEST = 8  # rows: fewer say too little
 SCREENED = 256  # rows that a column has to pass before all of it is looked at
@@ -98,18 +98,18 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", name.lower()))
 
 
-def _column(values: npt.NDArray[np.generic]) -> Array:
+def _column(values: npt.NDArray[np.generic]) -> Float64:
     return values.astype(np.float64)
 
 
-def _step(column: Array) -> float | None:
+def _step(column: Float64) -> float | None:
     """The constant by which a column rises or falls from row to row."""
     step = (column[-1] - column[0]) / (len(column) - 1)
     line = column[0] + step * np.arange(len(column))
     return float(step) if step and np.abs(column - line).max() <= NEAR * abs(step) else None
 
 
-def _one_way(row: Array) -> bool:
+def _one_way(row: Float64) -> bool:
     """Whether a row rises or falls all along."""
     change = np.diff(row)
     return bool((change > 0).all() or (change < 0).all())
@@ -130,7 +130,7 @@ def _pattern(values: npt.NDArray[np.generic]) -> str | None:
     return f"runs from {column[first]:.6g} to {column[first - 1]:.6g} {AGAIN}"
 
 
-def _rises_or_returns(change: Array) -> bool:
+def _rises_or_returns(change: Float64) -> bool:
     """Whether all changes are one and the same step, or one and the same return."""
     low, high = change.min(), change.max()
     if low >= 0 or high <= 0:
@@ -139,7 +139,7 @@ def _rises_or_returns(change: Array) -> bool:
     return bool(np.where(change < middle, change - low, high - change).max() <= 4 * NEAR * high)
 
 
-def _returns_evenly(change: Array) -> bool:
+def _returns_evenly(change: Float64) -> bool:
     """Whether there are as many rows from each return to the next, and three returns at least."""
     lengths = np.diff(np.flatnonzero(change < 0))
     return len(lengths) > 1 and bool((lengths == lengths[0]).all())
@@ -188,7 +188,7 @@ def _long_format(X: npt.NDArray[np.generic], words: Sequence[frozenset[str]]) ->
     return None
 
 
-def _runs_within(outer: Array, inner: Array) -> bool:
+def _runs_within(outer: Float64, inner: Float64) -> bool:
     """Whether `outer` stays in runs, each of a value of its own, and `inner` rises in each and starts again."""
     new = np.diff(outer) != 0
     starts = np.concatenate([[0], np.flatnonzero(new) + 1, [len(outer)]])

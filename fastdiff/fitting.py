@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import calibration, checkpoint, defaults, judgement, sampling, series, split
+from fastdiff import calibration, checkpoint, defaults, evaluation, judgement, sampling, series, split
 from fastdiff.backends import Backend, SharingBackend, TrainingDraws, TrainState, get_backend
 from fastdiff.backends.layers import PartsBackend
 from fastdiff.base import GaussianBase
@@ -43,7 +43,6 @@ from fastdiff.model_file import Keeper
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, TrainingPlan
 from fastdiff.noise import MAX_STEP, NOISE_LAW_VERSION, Draw, Stream, targets
-from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import Normaliser, check_carried, settled
 from fastdiff.ranks import PARTS, Ranks
 from fastdiff.samplers import Sampler
@@ -73,7 +72,7 @@ Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class FitRequest:
     """What a call of `Diffusion.fit` is given beside rows and labels: see there.
 
     `plan` has the values of `TrainingPlan.changed`.
@@ -102,7 +101,7 @@ class Wishes:
     keep_rows: int | None
     comm: Any
 
-    def checked(self, *, writes: bool = True) -> Wishes:
+    def checked(self, *, writes: bool = True) -> FitRequest:
         """Return it with numbers and paths as they are used; `writes` says whether this process saves."""
         patience = None if self.patience is None else check_int("patience", self.patience, low=1)
         tell = listeners(self.callbacks)
@@ -126,39 +125,24 @@ class Wishes:
         )
 
 
-class Model(Counted, Protocol):
+class Model(Counted, evaluation.Model, Protocol):
     """What a fit reads of a `Diffusion`, and changes."""
 
-    net: Network | None
     schedule: Schedule | None
     normaliser: Normaliser | None
-    prediction: str
     scale: str
     base: str | None
     conditional: str | None
-    backend: str | Backend
-    seed: int
-    noise_shape: NoiseShape | None
     channel_names: list[str] | None
     _own_net: bool
     _turns: Turns
     _optimizer: Optimizer | None
     _average: Values | None
-    _gaussian: GaussianBase | None
-    _covariates: CovariateScale | None
-    _label_drop: float | None
-    _frame: series.Frame | None
-    _held_out: tuple[str, float] | None
-    _data: list[int] | None
     _arithmetic: int
-    spread: float
-    report_: dict[str, Any] | None
     kept_rows: Values | None
 
-    def _fitted(self) -> tuple[Network, Schedule, Normaliser]: ...
-    def _judge(self, rows: Values, asked: tuple[Any, Any], held_out: Values | None, *, show: bool) -> None: ...
     def named_sampler(self, name: str = "auto", steps: int | None = None, *, given: bool = False) -> Sampler: ...
-    def impute(self, X: Any, draws: int, *, labels: Any, covariates: Any) -> Any: ...
+    def impute(self, *args: Any, **options: Any) -> Any: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
 
 
@@ -185,47 +169,47 @@ class Rows(NamedTuple):
         return self.covariates is not None and self.covariates.ndim > 2
 
 
-def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
+def fit(model: Model, X: Any, y: Any, request: FitRequest) -> None:
     """Train a model for further steps, as `Diffusion.fit` says."""
-    ranks = None if wishes.comm is None else Ranks.of(wishes.comm)
+    ranks = None if request.comm is None else Ranks.of(request.comm)
     first_rank = ranks is None or ranks.rank == 0
     nobody: AbstractContextManager[dict[str, Any]] = nullcontext({})
     with nobody if ranks is None else ranks.agreeing() as facts:
         be = get_backend(model.backend)
         X, names, frame = series.taken(X)
-        before, plan = _plan(model, wishes)
-        steps = None if wishes.steps is None else check_int("steps", wishes.steps, low=0)
+        before, plan = _plan(model, request)
+        steps = None if request.steps is None else check_int("steps", request.steps, low=0)
         if steps is not None:
-            plan.check_named(wishes.plan["lr_plan"], wishes.plan["decay_steps"])
-        wishes = wishes.checked(writes=first_rank)
+            plan.check_named(request.plan["lr_plan"], request.plan["decay_steps"])
+        request = request.checked(writes=first_rank)
         if model.normaliser is not None and model._optimizer is None:
             raise TrainingError("this model was saved with training=False: it can sample, but not go on training")
-        found = _rows(model, X, y, wishes, be)
+        found = _rows(model, X, y, request, be)
         parts = found.parts
         kind = type(model.net) if model.net is not None else defaults.network_kind(parts.rows.ndim)
-        batch, accumulate = _batch(kind, wishes, be)
-        if wishes.patience is not None and parts.held_out is None:
-            raise ArgumentError("patience", str(wishes.patience), "rows that are held out: validation=0.1, or rows")
-        if wishes.flip and parts.rows.ndim < 4:
+        batch, accumulate = _batch(kind, request, be)
+        if request.patience is not None and parts.held_out is None:
+            raise ArgumentError("patience", str(request.patience), "rows that are held out: validation=0.1, or rows")
+        if request.flip and parts.rows.ndim < 4:
             raise ArgumentError(
-                "flip", shown(wishes.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}"
+                "flip", shown(request.flip), f"False for {'curves' if parts.rows.ndim == 2 else 'series'}"
             )
-        if wishes.crop is not None and (found.pointwise or model.conditional is not None):
+        if request.crop is not None and (found.pointwise or model.conditional is not None):
             what = "covariates of each pixel" if found.pointwise else "a network that is told of a mask"
-            raise ArgumentError("crop", shown(wishes.crop), f"None with {what}")
-        if wishes.flip and found.pointwise:
-            raise ArgumentError("flip", shown(wishes.flip), "False with covariates of each pixel")
-        share = _share_dropped(model, wishes.label_drop, model.net or found.asked)
+            raise ArgumentError("crop", shown(request.crop), f"None with {what}")
+        if request.flip and found.pointwise:
+            raise ArgumentError("flip", shown(request.flip), "False with covariates of each pixel")
+        share = _share_dropped(model, request.label_drop, model.net or found.asked)
         if ranks is not None:
-            facts |= _facts(model, found, wishes, be, (batch, accumulate))
+            facts |= _facts(model, found, request, be, (batch, accumulate))
     if model.normaliser is None and names is not None and parts.rows.ndim == 3:
         model.channel_names = names
     masked = {} if model.conditional is None else {"masked": True}
-    gaps = _prepare(model, parts, found.asked | masked, plan, wishes.data_range)
+    gaps = _prepare(model, parts, found.asked | masked, plan, request.data_range)
     model._frame = frame or model._frame
     asked_plainly, found = found.of_unseen, _scaled(model, found)
     model._label_drop = share
-    if (most := wishes.keep_rows) is not None:
+    if (most := request.keep_rows) is not None:
         some = parts.rows[np.linspace(0, len(parts.rows) - 1, min(most, len(parts.rows))).astype(int)]
         model.kept_rows = some.astype(np.float64 if some.dtype == np.float64 else np.float32) if most else None
     net, _, _ = model._fitted()
@@ -233,7 +217,7 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
     by_rule = steps is None
     if steps is None:
         rank = 0 if model._gaussian is None else len(model._gaussian.variances)
-        asked = wishes.plan["decay_steps"]
+        asked = request.plan["decay_steps"]
         decay = asked is not UNSET and asked is not None
         steps, plan = plan_by_rule(parts.rows.shape, batch, plan, model.step, net.layout.count, rank, decay=decay)
     if model.step and plan != before:
@@ -242,14 +226,14 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
             log.warning("warmup=%d has no effect: it is an absolute step, and has passed", plan.warmup)
     model._optimizer = optimizer = model._optimizer._replace(plan=plan)
     model._data = model._data or facts.get("data") or split.fingerprint(found.every)
-    _doubts(model, parts.rows, steps, by_rule=by_rule, wishes=wishes)
+    _doubts(model, parts.rows, steps, by_rule=by_rule, request=request)
     first, model.end_step = model.step, model.step + steps
     if steps > 0:
         _use_this_arithmetic(model)
     be = be if ranks is None else ranks.backend(model.backend)
     saver = None
-    if wishes.checkpoint is not None and first_rank:
-        saver = Keeper(model.save, wishes.checkpoint, wishes.keep)
+    if request.checkpoint is not None and first_rank:
+        saver = Keeper(model.save, request.checkpoint, request.keep)
 
     def save() -> None:
         if ranks is not None:
@@ -257,67 +241,67 @@ def fit(model: Model, X: Any, y: Any, wishes: Wishes) -> None:
         if saver is not None and model.step > first:
             saver(model.step)
 
-    kept = "" if saver is None else f"; what was saved last is in {wishes.checkpoint}"
+    kept = "" if saver is None else f"; what was saved last is in {request.checkpoint}"
     with nullcontext() if ranks is None else ranks.ending_together(kept):
         few = by_rule and _few(net, parts.rows)
-        jitter = _jitters(model, parts.rows, gaps, wishes.jitter, few=few)
-        lessons = _lessons(model, found, gaps, share, batch, flip=bool(wishes.flip), jitter=jitter)
-        keeper = _keeper(model, lessons, wishes.patience, few=few)
+        jitter = _jitters(model, parts.rows, gaps, request.jitter, few=few)
+        data = _training_data(model, found, gaps, share, batch, flip=bool(request.flip), jitter=jitter)
+        keeper = _keeper(model, data, request.patience, few=few)
         host = TrainState(net.flat, net.layout.zeros(net.dtype), optimizer.m, optimizer.v, model._average)
-        trainer = Trainer(be, net, lessons.draws, host, batch, accumulate, ranks)
-        trainer.turns, trainer.feed = model._turns, lessons.feed
+        trainer = Trainer(be, net, data.draws, host, batch, accumulate, ranks)
+        trainer.turns, trainer.feed = model._turns, data.feed
         if trainer.feed is not None:
             trainer.feed.mine = trainer.mine
-        if wishes.checkpoint is not None:
-            assert wishes.every is not None
-            trainer.saves = Saves(wishes.every, save)
-        shows, tell = wishes.progress and first_rank, wishes.callbacks if first_rank else ()
-        options: dict[str, Any] = {"validation": lessons.looks, "keeper": keeper, "progress": shows}
+        if request.checkpoint is not None:
+            assert request.every is not None
+            trainer.saves = Saves(request.every, save)
+        shows, tell = request.progress and first_rank, request.callbacks if first_rank else ()
+        options: dict[str, Any] = {"validation": data.looks, "keeper": keeper, "progress": shows}
         trainer.reporter = Reporter(tell, model.history, optimizer.plan.rate) if tell else None
         try:
-            train(trainer, model, optimizer.plan, callback=_told(wishes.callback, ranks), **options)
+            train(trainer, model, optimizer.plan, callback=_agreed(request.callback, ranks), **options)
         finally:
             if saver is not None and model.step > first:
                 saver(model.step)
         if ranks is not None:
             ranks.same("weights", zlib.crc32(net.flat.data))
-        judge = wishes.judge
+        judge = request.judge
         if judge or (judge is None and (by_rule or model.step - first >= defaults.JUDGED_STEPS)):
-            model._judge(lessons.rows, (parts.labels, found.covariates), lessons.unseen, show=shows)
-            if wishes.calibrate or (wishes.calibrate is None and parts.rows.ndim <= 3):
+            evaluation.judge(model, data.rows, data.unseen, (parts.labels, found.covariates), show=shows)
+            if request.calibrate or (request.calibrate is None and parts.rows.ndim <= 3):
                 _calibrate(model, parts.held_out, asked_plainly)
             if saver is not None:
                 saver(model.step)  # with the report
 
 
-def _batch(kind: type[Network], wishes: Wishes, be: Backend) -> tuple[int, int]:
+def _batch(kind: type[Network], request: FitRequest, be: Backend) -> tuple[int, int]:
     """How many rows a step takes, and in how many parts."""
-    batch = kind.usual_batch if wishes.batch is None else check_int("batch", wishes.batch, low=1, high=1 << 30)
-    together = wishes.comm is not None
+    batch = kind.usual_batch if request.batch is None else check_int("batch", request.batch, low=1, high=1 << 30)
+    together = request.comm is not None
     in_parts = kind.in_parts or (together and isinstance(be, PartsBackend))
     usual = min(PARTS, batch) if together and in_parts else 1
-    accumulate = usual if wishes.accumulate is None else check_int("accumulate", wishes.accumulate, low=1)
+    accumulate = usual if request.accumulate is None else check_int("accumulate", request.accumulate, low=1)
     if accumulate > (batch if in_parts else 1):
         wants = f"at most batch = {batch}" if in_parts else f"1, where {kind.__name__} takes a batch whole"
         raise ArgumentError("accumulate", str(accumulate), wants)
     if together and not (in_parts or isinstance(be, SharingBackend)):
         wants = f"None, or backend='cpu' instead of {be.name!r}: {kind.__name__} is not shared on that"
-        raise ArgumentError("comm", shown(wishes.comm), wants)
+        raise ArgumentError("comm", shown(request.comm), wants)
     return batch, accumulate
 
 
-def _told(callback: Callable[[int, float], Any] | None, ranks: Ranks | None) -> Callable[[int, float], Any] | None:
+def _agreed(callback: Callable[[int, float], Any] | None, ranks: Ranks | None) -> Callable[[int, float], Any] | None:
     """A callback that the first rank calls, and all heed."""
     if ranks is None or not ranks.first(callback is not None):
         return None if ranks is not None else callback
 
-    def told(step: int, loss: float) -> bool:
+    def agreed(step: int, loss: float) -> bool:
         return bool(ranks.first(ranks.rank == 0 and callback is not None and bool(callback(step, loss))))
 
-    return told
+    return agreed
 
 
-def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[int, int]) -> dict[str, Any]:
+def _facts(model: Model, found: Rows, request: FitRequest, be: Backend, sizes: tuple[int, int]) -> dict[str, Any]:
     """What a training depends on, by name, so that ranks can compare it: small values, and checksums of arrays."""
     import fastdiff
 
@@ -326,7 +310,7 @@ def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[
         "steps", "label_drop", "data_range", "flip", "crop", "jitter", "patience", "judge", "calibrate", "every",
         "keep_rows",
     )  # fmt: skip
-    plan = {name: value for name, value in wishes.plan.items() if value is not UNSET}
+    plan = {name: value for name, value in request.plan.items() if value is not UNSET}
     learned = () if net is None else (net.flat, model._average, *(() if optimizer is None else optimizer[1:]))
     return {
         "the version of fastdiff": (fastdiff.__version__, NOISE_LAW_VERSION),
@@ -339,8 +323,8 @@ def _facts(model: Model, found: Rows, wishes: Wishes, be: Backend, sizes: tuple[
         "validation": _checksum(parts.unseen),
         "batch": sizes[0],
         "accumulate": sizes[1],
-        "checkpoint": wishes.checkpoint is not None,
-        **{name: shown(getattr(wishes, name)) for name in names},
+        "checkpoint": request.checkpoint is not None,
+        **{name: shown(getattr(request, name)) for name in names},
         **{name: shown(value) for name, value in plan.items()},
         "prediction, scale, base, conditional": (model.prediction, model.scale, model.base, model.conditional),
         "the schedule": None if model.schedule is None else _checksum(model.schedule.betas),
@@ -362,11 +346,11 @@ def _checksum(*arrays: Any) -> int:
     return found
 
 
-def _plan(model: Model, wishes: Wishes) -> tuple[TrainingPlan, TrainingPlan]:
+def _plan(model: Model, request: FitRequest) -> tuple[TrainingPlan, TrainingPlan]:
     """The plan before this call, and that of it."""
     before = TrainingPlan() if model._optimizer is None else model._optimizer.plan
-    plan = before.changed(**wishes.plan)
-    gamma = wishes.plan["snr_gamma"]
+    plan = before.changed(**request.plan)
+    gamma = request.plan["snr_gamma"]
     if gamma is not UNSET and plan.weighting != "min_snr":
         raise ArgumentError("snr_gamma", str(gamma), f"weighting='min_snr' with it, not {plan.weighting!r}")
     aims = [(each.weighting, each.snr_gamma) for each in (plan, before)]
@@ -375,16 +359,16 @@ def _plan(model: Model, wishes: Wishes) -> tuple[TrainingPlan, TrainingPlan]:
     return before, plan
 
 
-def _rows(model: Model, X: Any, y: Any, wishes: Wishes, be: Backend) -> Rows:
+def _rows(model: Model, X: Any, y: Any, request: FitRequest, be: Backend) -> Rows:
     """Check rows and what they are asked with, and split them."""
-    larger = wishes.crop is not None
+    larger = request.crop is not None
     X, y, classes = split.checked(X, y, model.net, model.noise_shape, be, missing=True, larger=larger)
-    size = None if wishes.crop is None else split.check_crop(wishes.crop, X, model.net)
+    size = None if request.crop is None else split.check_crop(request.crop, X, model.net)
     if size is not None and isinstance(X, StoredRows):
-        raise ArgumentError("crop", shown(wishes.crop), "None for data on disk")
+        raise ArgumentError("crop", shown(request.crop), "None for data on disk")
     if has_gaps(X):
         check_gaps(X, "X")
-    known, of_unseen, validation = _known_covariates(model, wishes.covariates, X), None, wishes.validation
+    known, of_unseen, validation = _known_covariates(model, request.covariates, X), None, request.validation
     if known is not None and isinstance(validation, (tuple, list)) and len(validation) > 1:
         *validation, of_unseen = validation
         validation = validation[0] if len(validation) == 1 else validation
@@ -434,26 +418,15 @@ def _share_dropped(model: Model, asked: Any, of: Network | dict[str, Any]) -> fl
     return share
 
 
-def check_guidance(guidance: Any, net: Network, label_drop: float | None) -> None:
-    """Refuse to guide what was not trained for it."""
-    if guidance is not None and check_float("guidance", guidance, low=0) != 1 and not label_drop:
-        wants = "None or 1: this network is asked for nothing; give fit labels or covariates"
-        if net.asked_freely:
-            wants = "None or 1: this model was trained without leaving labels out; fit with label_drop=0.1"
-        elif net.asked > net.known:
-            wants = "None or 1: this network has no null class; train a new one, and fit leaves labels out at times"
-        raise ArgumentError("guidance", shown(guidance), wants)
-
-
-def _doubts(model: Model, rows: Values, steps: int, *, by_rule: bool, wishes: Wishes) -> None:
+def _doubts(model: Model, rows: Values, steps: int, *, by_rule: bool, request: FitRequest) -> None:
     """Say what makes it doubtful that so many steps teach what is in the rows; refuse too many."""
     net, _, _ = model._fitted()
     assert model._optimizer is not None
     plan = model._optimizer.plan
-    judged = bool(by_rule or wishes.judge or steps >= defaults.JUDGED_STEPS)
+    judged = bool(by_rule or request.judge or steps >= defaults.JUDGED_STEPS)
     if doubt := judgement.doubt(rows, by_rule=by_rule, judged=judged):
         warnings.warn(doubt, QualityWarning, stacklevel=5)
-    careless = not by_rule and wishes.patience is None and not model.step and steps >= defaults.JUDGED_STEPS
+    careless = not by_rule and request.patience is None and not model.step and steps >= defaults.JUDGED_STEPS
     if careless and (crowd := judgement.crowded(len(rows), net.layout.count)):
         warnings.warn(crowd, QualityWarning, stacklevel=5)
     decayed = None if plan.lr_plan == "constant" else plan.decay_steps
@@ -531,7 +504,7 @@ def _use_this_arithmetic(model: Model) -> None:
         log.warning(words, before, model._arithmetic)
 
 
-class Lessons(NamedTuple):
+class TrainingData(NamedTuple):
     """What a network learns from, in its range, and is looked at with; `rows` and `unseen` are whole, in data units.
 
     The `feed` brings rows that are on disk.
@@ -545,9 +518,9 @@ class Lessons(NamedTuple):
     jittered: bool = False
 
 
-def _lessons(
+def _training_data(
     model: Model, found: Rows, gaps: Gaps | None, share: float, batch: int, *, flip: bool, jitter: bool
-) -> Lessons:
+) -> TrainingData:
     net, schedule, normaliser = model._fitted()
     assert model._optimizer is not None
     be, parts = get_backend(model.backend), found.parts
@@ -576,8 +549,8 @@ def _lessons(
     form, numbers = net.covariate_form, None
     if known is not None and form is not None:
         numbers = form.marked(get_backend("numpy"), known.astype(net.dtype))
-    told = (None if part is None else np.concatenate([part] * repeats) for part in (parts.labels, numbers))
-    of_rows, of_numbers = told if repeats > 1 else (parts.labels, numbers)
+    repeated = (None if part is None else np.concatenate([part] * repeats) for part in (parts.labels, numbers))
+    of_rows, of_numbers = repeated if repeats > 1 else (parts.labels, numbers)
     feed: Feed | None = None
     if stored is not None:
         inner = partial(normaliser.apply, dtype=net.dtype)
@@ -597,7 +570,7 @@ def _lessons(
             unseen = _whole(normaliser, x0, x0.shape)
         of_held = parts.held_out[1], found.of_unseen
         looks = Validation(be, net, x0.astype(net.dtype), of_held, schedule, draws, hidden)
-    return Lessons(draws, looks, rows, unseen, feed, jittered)
+    return TrainingData(draws, looks, rows, unseen, feed, jittered)
 
 
 def _few(net: Network, rows: Any) -> bool:
@@ -622,17 +595,17 @@ def _jitters(model: Model, rows: Any, gaps: Gaps | None, asked: bool | None, *, 
     return few and not lacking if asked is None else asked
 
 
-def _keeper(model: Model, lessons: Lessons, patience: int | None, *, few: bool) -> judgement.Watch | Patience | None:
+def _keeper(model: Model, data: TrainingData, patience: int | None, *, few: bool) -> judgement.Watch | Patience | None:
     """What looks at the weights of a training, and says which stay."""
     net, _, normaliser = model._fitted()
-    rows = lessons.rows
-    if patience is not None and lessons.looks is not None:
-        return Patience(patience, lessons.looks)
+    rows = data.rows
+    if patience is not None and data.looks is not None:
+        return Patience(patience, data.looks)
     if few:
         be = get_backend(model.backend)
         learned = normaliser.apply(rows[:], net.dtype).reshape(len(rows), -1)
         return judgement.Watch(
-            learned, partial(_drawn_inside, model, be), model.step, model.end_step, ends=lessons.jittered
+            learned, partial(_drawn_inside, model, be), model.step, model.end_step, ends=data.jittered
         )
     return None
 

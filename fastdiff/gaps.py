@@ -27,7 +27,7 @@ from fastdiff.noise import Draw, Stream, fill_normal
 
 log = logging.getLogger("fastdiff")
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 Index = npt.NDArray[Any]
 
 FIRST_STEP = 4  # of stream DATA: before it there are made data, and rows that are held out
@@ -56,14 +56,14 @@ class Gaps:
     seed : int
     """
 
-    rows: Array
-    mean: Array
-    cov: Array
+    rows: Float64
+    mean: Float64
+    cov: Float64
     shrinkage: float
     seed: int
 
     @classmethod
-    def of(cls, rows: Array, seed: int) -> Gaps:
+    def of(cls, rows: Float64, seed: int) -> Gaps:
         """Fit rows (N, d), each column and row of which has some value."""
         n, d = rows.shape
         if d > MOST_WIDTH:
@@ -99,7 +99,7 @@ class Gaps:
         cov[np.diag_indices(d)] += share * np.trace(S) / d
         return replace(self, mean=mean, cov=cov, shrinkage=share)
 
-    def _conditionals(self, rows: Array) -> Iterator[tuple[Index, Array, Array, Index]]:
+    def _conditionals(self, rows: Float64) -> Iterator[tuple[Index, Float64, Float64, Index]]:
         """Yield parts of the rows: their numbers, means given what is there, covariances, and whose each row has.
 
         Rows and columns of a covariance are 0 where the value is there.
@@ -123,7 +123,7 @@ class Gaps:
             mean = self.mean + np.einsum("nij,nj->ni", gain[of_row], off)
             yield some, np.where(gone[of_row], mean, rows[some]), cov, of_row
 
-    def centred(self, centre: Array | None) -> Gaps:
+    def centred(self, centre: Float64 | None) -> Gaps:
         """Return it for rows of which this is taken away."""
         if centre is None:
             return self
@@ -135,7 +135,7 @@ class Gaps:
         """How much of the rows is there."""
         return 1 - float(np.isnan(self.rows).mean())
 
-    def filled(self, copies: int, rows: Array | None = None, first: int = 0) -> Array:
+    def filled(self, copies: int, rows: Float64 | None = None, first: int = 0) -> Float64:
         """Return copies (copies, N, d) of rows, by default those that were fitted, with missing values drawn."""
         rows = self.rows if rows is None else rows
         n, d = rows.shape
@@ -149,7 +149,7 @@ class Gaps:
             whole[:, some] = np.where(np.isnan(rows[some]), drawn, mean)
         return whole
 
-    def training_data(self) -> Array:
+    def training_data(self) -> Float64:
         """Return what a network learns from, (copies N, 2, d): see `TrainingDraws`."""
         n, d = self.rows.shape
         copies = int(np.clip(MOST_VALUES // (n * d), 1, MOST_COPIES))

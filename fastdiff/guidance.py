@@ -23,10 +23,10 @@ from fastdiff.backends import Array, Backend, ChainTable, Row, backend_for
 from fastdiff.conditioning import Conditioned
 from fastdiff.denoiser import (
     ANY_CLASSES,
-    Around,
     Asked,
     Denoiser,
     Evaluator,
+    Wrapped,
     asked_on,
     asked_parts,
     checked_asked,
@@ -48,7 +48,7 @@ from fastdiff.schedule import Schedule
 MOST_GUIDANCE = 1e6
 
 
-class Guided(Around):
+class Guided(Wrapped):
     """A denoiser that follows what is asked of it with a weight: u + g (c - u).
 
     Parameters

@@ -49,7 +49,7 @@ PICKED = 256  # copies whose distances to rows are looked at
 MOST_COPIES, MOST_VALUES = 64, 1 << 22  # of a row; of all copies together
 NEGLIGIBLE = 1e-12  # variance, as a share of the largest, of an axis along which rows do not differ
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Jitter:
     ratio: float
 
     @classmethod
-    def of(cls, base: GaussianBase, rows: Array) -> Jitter | None:
+    def of(cls, base: GaussianBase, rows: Float64) -> Jitter | None:
         """Choose the ratio for rows (N, d) that the base was fitted to; None for rows too few or too alike."""
         if len(rows) < 2 * FOLDS or not _varied(base):
             return None
@@ -79,14 +79,14 @@ class Jitter:
         return found
 
     @property
-    def _axes(self) -> tuple[Array, Array]:
+    def _axes(self) -> tuple[Float64, Float64]:
         """What is kept along each axis, and the variance of the rest; those across all axes last."""
         variances = np.append(self.base.variances, self.base.rest)
         power = self.ratio * variances
         kept = power / (1 + power)
         return kept, variances * (1 - kept) * (1 + kept)
 
-    def log_likelihood(self, rows: Array, at: Array) -> float:
+    def log_likelihood(self, rows: Float64, at: Float64) -> float:
         """Of rows `at`, together, under the mixture that copies of `rows` are drawn from, but for a constant."""
         from scipy.special import logsumexp
 
@@ -102,13 +102,13 @@ class Jitter:
             squares, logs = squares + np.maximum(across, 0.0) / width[r], logs + (d - r) * float(np.log(width[r]))
         return float(np.sum(logsumexp(-0.5 * squares, axis=1) - np.log(len(rows)) - 0.5 * logs))
 
-    def copies(self, rows: Array, seed: int) -> Array:
+    def copies(self, rows: Float64, seed: int) -> Float64:
         """Return copies (copies N, d) of rows (N, d), one after the other."""
         n, d = rows.shape
         many = int(np.clip(MOST_VALUES // rows.size, 1, MOST_COPIES))
         return self._moved(rows, many, seed).reshape(many * n, d)
 
-    def apart(self, rows: Array) -> float:
+    def apart(self, rows: Float64) -> float:
         """How far copies lie from the nearest of rows, over how far rows do from the nearest other; both medians."""
         from scipy.spatial.distance import cdist
 
@@ -118,7 +118,7 @@ class Jitter:
         near = nearest_distances(self._moved(rows[picked], 1, 0)[0], rows)
         return float(np.median(near) / (np.median(usual.min(axis=1)) or 1.0))
 
-    def _moved(self, rows: Array, many: int, seed: int) -> Array:
+    def _moved(self, rows: Float64, many: int, seed: int) -> Float64:
         """So many copies (many, N, d) of rows (N, d)."""
         n, d = rows.shape
         normals = np.empty((many * n, d))
@@ -128,7 +128,7 @@ class Jitter:
         # Along an axis and across all as across all, and what an axis has beyond that.
         moved = (rows @ axes) * (kept[:-1] - kept[-1]) @ axes.T + kept[-1] * rows
         made = (normals @ axes) * (unit[:-1] - unit[-1]) @ axes.T + unit[-1] * normals
-        whole: Array = made.reshape(many, n, d) + moved
+        whole: Float64 = made.reshape(many, n, d) + moved
         return whole
 
 
@@ -136,7 +136,7 @@ def _varied(base: GaussianBase) -> bool:
     return bool(base.variances.size and base.variances.max() > 0)
 
 
-def _squares(a: Array, b: Array) -> Array:
+def _squares(a: Float64, b: Float64) -> Float64:
     """Squared distances of rows of a to rows of b."""
-    found: Array = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1) - 2 * a @ b.T
+    found: Float64 = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1) - 2 * a @ b.T
     return np.maximum(found, 0.0)

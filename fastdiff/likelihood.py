@@ -365,9 +365,9 @@ def _rows(denoiser: Any, X: Any, asked: tuple[Any, Any], schedule: Schedule | No
         raise ArgumentError("X", f"shape {X.shape}", f"rows of shape {source.shape}, as the denoiser takes them")
     be = backend_for(backend, X=X)
     rows = be.asarray(X).reshape(len(X), -1)
-    told = asked_on(be, source, *checked_asked(source, *asked, len(X), dtype=rows.dtype))
+    conditions = asked_on(be, source, *checked_asked(source, *asked, len(X), dtype=rows.dtype))
     on = source.on(be, X.shape[1:])
-    return _Rows(be, on, schedule, source.prediction, rows, told)
+    return _Rows(be, on, schedule, source.prediction, rows, conditions)
 
 
 def _checked_draws(name: str, value: int) -> int:

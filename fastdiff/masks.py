@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.backends import Array, Backend, ChainTable, Row
-from fastdiff.denoiser import Around, Asked, Denoiser, Evaluator, asked_parts
+from fastdiff.denoiser import Asked, Denoiser, Evaluator, Wrapped, asked_parts
 from fastdiff.errors import ArgumentError, shown
 from fastdiff.noise import Draw
 from fastdiff.schedule import Schedule
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 
 
-def as_told(known: Observations) -> Float64:
-    """Return exact values as a network is told them, (1 or N, 2 D): values, and marks.
+def known_columns(known: Observations) -> Float64:
+    """Return exact values as a network takes them, (1 or N, 2 D): values, and marks.
 
     Raises
     ------
     ArgumentError
         Something else is known, or values contradict each other.
     """
-    told = np.full((1 if known.count is None else known.count, known.d), np.nan)
+    known_values = np.full((1 if known.count is None else known.count, known.d), np.nan)
     wants = "fd.Known without noise: this network is told which values are known, and of nothing else"
     if known.weights or any(len(A) for A, _, _ in known.linear):
         raise ArgumentError("given", "a Weight" if known.weights else "a Linear", wants)
     for values, noise in known.known:
-        seen = np.broadcast_to(~np.isnan(values), told.shape)
-        if (np.broadcast_to(noise, told.shape)[seen] > 0).any():
+        seen = np.broadcast_to(~np.isnan(values), known_values.shape)
+        if (np.broadcast_to(noise, known_values.shape)[seen] > 0).any():
             raise ArgumentError("given", "values with noise", wants)
-        if (seen & ~np.isnan(told) & (told != values)).any():
+        if (seen & ~np.isnan(known_values) & (known_values != values)).any():
             raise ArgumentError("given", "different values for the same place", "exact values that can all be true")
-        told = np.where(seen, values, told)
-    return np.hstack([np.nan_to_num(told), ~np.isnan(told)])
+        known_values = np.where(seen, values, known_values)
+    return np.hstack([np.nan_to_num(known_values), ~np.isnan(known_values)])
 
 
 @dataclass(frozen=True, eq=False)
-class MaskDenoiser(Around):
+class MaskDenoiser(Wrapped):
     """A network, or a guided one, that is told what is known of its samples.
 
     Attributes
@@ -65,7 +65,7 @@ class MaskDenoiser(Around):
     inner : Denoiser
     schedule : Schedule
     known : (1 or N, 2 D) float64
-        See `as_told`.
+        See `known_columns`.
     draws : Draws
         Which samples are given what, and whose noise they have.
     """
@@ -79,7 +79,7 @@ class MaskDenoiser(Around):
         """Return it for observations, all of which must be such as a network can be told."""
         if method != "auto":
             raise ArgumentError("method", shown(method), "'auto': this network is told what is known")
-        return cls(inner, schedule, as_told(known), draws)
+        return cls(inner, schedule, known_columns(known), draws)
 
     def on(self, be: Backend, shape: tuple[int, ...]) -> Evaluator:
         return _MaskEvaluator(self, be, self.inner.on(be, shape))
@@ -90,19 +90,23 @@ class _MaskEvaluator(Evaluator):
 
     def __init__(self, to: MaskDenoiser, be: Backend, inner: Evaluator) -> None:
         self.to, self.be, self.inner = to, be, inner
-        self._last: tuple[Any, Any, Asked | None] = (None, None, None)  # asked last, of which rows, and as it is told
+        self._last: tuple[Any, Any, Asked | None] = (
+            None,
+            None,
+            None,
+        )  # asked last, of which rows, and with what is known
 
-    def _told(self, x: Array, first: int, labels: Array | Asked | None) -> Asked:
-        before, rows, told = self._last
-        if told is None or before is not labels or rows != (first, len(x), x.dtype):
+    def _condition(self, x: Array, first: int, labels: Array | Asked | None) -> Asked:
+        before, rows, condition = self._last
+        if condition is None or before is not labels or rows != (first, len(x), x.dtype):
             known = self.to.known[self.to.draws.which(first, len(x))].astype(x.dtype)
             parts = asked_parts(labels)
-            told = Asked(parts.labels, parts.covariates, self.be.asarray(known, x.dtype))
-            self._last = labels, (first, len(x), x.dtype), told
-        return told
+            condition = Asked(parts.labels, parts.covariates, self.be.asarray(known, x.dtype))
+            self._last = labels, (first, len(x), x.dtype), condition
+        return condition
 
     def evaluate(self, x: Array, t: int, labels: Array | Asked | None = None) -> Array:
-        return self.inner.evaluate(x, t, self._told(x, 0, labels))
+        return self.inner.evaluate(x, t, self._condition(x, 0, labels))
 
     def step(
         self,
@@ -113,12 +117,12 @@ class _MaskEvaluator(Evaluator):
         draw: Draw,
         labels: Array | Asked | None = None,
     ) -> None:
-        told = self._told(x, draw.first_row, labels)
+        condition = self._condition(x, draw.first_row, labels)
         if row.evaluates:
-            self.be.hold(x, told.known, float(self.to.schedule.signal[row.t]))
+            self.be.hold(x, condition.known, float(self.to.schedule.signal[row.t]))
         for part, first in self._runs(x, (row,), draw):
             remembered = tuple(array[part] for array in memory)
-            asked = told if len(x[part]) == len(told) else told[part]  # the same one again is kept by some
+            asked = condition if len(x[part]) == len(condition) else condition[part]  # some keep the same one
             self.inner.step(x[part], remembered, row, clip, draw._replace(first_row=first), asked)
 
     def run_table(
@@ -134,11 +138,11 @@ class _MaskEvaluator(Evaluator):
         if in_one is None:
             super().run_table(x, rows, clip, draw, labels)
             return
-        told = self._told(x, draw.first_row, labels)
+        condition = self._condition(x, draw.first_row, labels)
         levels = self.to.schedule.signal[[row.t for row in rows]].astype(np.float32)
         table = ChainTable(rows, clip, levels=levels)
         for part, first in self._runs(x, rows, draw):
-            in_one(x[part], table, draw._replace(first_row=first), told[part])
+            in_one(x[part], table, draw._replace(first_row=first), condition[part])
 
     def _runs(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> list[tuple[slice, int]]:
         """Parts whose noise follows each other; all at once where there is none."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
@@ -14,27 +11,32 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff import answers, checkpoint, defaults, fitting, judgement, likelihood, samplers, sampling, series, split
+from fastdiff import (
+    answers,
+    checkpoint,
+    defaults,
+    evaluation,
+    fitting,
+    generation,
+    judgement,
+    likelihood,
+    series,
+    split,
+)
 from fastdiff.backends import Backend, get_backend
 from fastdiff.base import GaussianBase
-from fastdiff.conditioning import inside, log_units, put_exact
-from fastdiff.covariates import CovariateScale, checked_covariates, none_known
+from fastdiff.covariates import CovariateScale
 from fastdiff.display import Summary
 from fastdiff.display import summary as summary_of
 from fastdiff.errors import (
     ArgumentError,
-    QualityWarning,
     TrainingError,
     all_finite,
-    as_named,
     check_array,
     check_choice,
     check_flags,
     check_float,
-    check_int,
     check_seed,
-    check_size,
-    is_on_device,
     shown,
 )
 from fastdiff.files import check_path
@@ -42,19 +44,14 @@ from fastdiff.likelihood import Bound, LogDensity
 from fastdiff.model_file import WIDEST, Saved, naming_faults
 from fastdiff.nn import Network, NetworkDenoiser
 from fastdiff.nn.optim import UNSET, Unset
-from fastdiff.noise import TARGETS
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import SCALES, Normaliser
-from fastdiff.observations import Given, Known, Linear, Observations, observations
-from fastdiff.progress import say
+from fastdiff.observations import Given
 from fastdiff.samplers import Sampler
-from fastdiff.schedule import PREDICTIONS, Schedule
+from fastdiff.schedule import Schedule
 from fastdiff.training import Optimizer, Turns, alone, empty_history, history_table, loss_terms
 
 log = logging.getLogger("fastdiff")
-
-REPLACING = ("replace", "repaint")  # methods that leave a table's clip
-TABLES = 8  # named ones that a model keeps
 
 
 class Diffusion:
@@ -138,37 +135,13 @@ class Diffusion:
         seed: int = 0,
         noise_shape: NoiseShape | None = None,
     ) -> None:
-        if net is not None and not isinstance(net, Network):
-            wants = "a fastdiff.MLP, a fastdiff.UNet, or another fastdiff.nn.Network"
-            raise ArgumentError("net", type(net).__name__, wants)
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise ArgumentError("schedule", type(schedule).__name__, "a fastdiff.Schedule")
-        if net is not None and schedule is None:
-            schedule = defaults.schedule(net.T)
-        if noise_shape is not None and not isinstance(noise_shape, NoiseShape):
-            raise ArgumentError("noise_shape", type(noise_shape).__name__, "a fastdiff.NoiseShape, or None: white")
-        if net is not None and schedule is not None:
-            defaults.check_parts(net, schedule, noise_shape)
-        if prediction is None:
-            usual = "velocity" if schedule is not None and schedule.kind == "flow" else "v"
-            prediction = (None if net is None else net.prediction) or usual
-        if net is not None and net.prediction not in (None, prediction):
-            raise ArgumentError("prediction", shown(prediction), f"{net.prediction!r}, as the network was trained")
         get_backend(backend)  # an unusable one is reported here
-        self.net, self.schedule, self.backend, self.noise_shape = net, schedule, backend, noise_shape
-        self.prediction = check_choice("prediction", prediction, PREDICTIONS)
-        if schedule is not None:
-            schedule.target(prediction)  # one that ends in noise alone refuses its prediction
         self.scale = check_choice("scale", scale, SCALES)
         self.base = None if base is None else check_choice("base", base, ["auto", "gaussian"])
-        if conditional is None and net is not None and net.masked:
-            conditional = TARGETS[0]
-        self.conditional = None if conditional is None else check_choice("conditional", conditional, TARGETS)
-        if conditional is not None and net is not None and (not net.masked or net.learned_variance):
-            what = "a learned variance" if net.masked else "none that is told of a mask"
-            raise ArgumentError("net", what, "one made with masked=True, without learned variance, or None")
-        if conditional is not None and noise_shape is not None:
-            raise ArgumentError("noise_shape", shown(noise_shape), "None with a network that is told of a mask")
+        self.net, self.backend, self.noise_shape = net, backend, noise_shape
+        self.schedule, self.prediction, self.conditional = defaults.checked_parts(
+            net, schedule, prediction, conditional, noise_shape
+        )
         if net is not None and base == "gaussian" and not net.has_linear:
             raise ArgumentError("base", "'gaussian'", f"None: a network of kind {net.kind!r} has no linear part")
         if scale in ("column", "channel") and noise_shape is not None:
@@ -382,13 +355,13 @@ class Diffusion:
             "lr": lr, "warmup": warmup, "decay_steps": decay_steps, "clip_norm": clip_norm, "ema": ema,
             "weighting": weighting, "snr_gamma": snr_gamma, "lr_plan": lr_plan,
         }  # fmt: skip
-        wishes = fitting.Wishes(
+        request = fitting.FitRequest(
             plan=plan, covariates=covariates, validation=validation, data_range=data_range, label_drop=label_drop,
             steps=steps, batch=batch, accumulate=accumulate, flip=flip, crop=crop, jitter=jitter, patience=patience,
             judge=judge, calibrate=calibrate, progress=progress, callback=callback, callbacks=callbacks,
             checkpoint=checkpoint, every=every, keep=keep, keep_rows=keep_rows, comm=comm,
         )  # fmt: skip
-        fitting.fit(self, X, y, wishes)
+        fitting.fit(self, X, y, request)
         return self
 
     def evaluate(
@@ -439,52 +412,7 @@ class Diffusion:
         >>> found.drawn.shape[1] == found.real.shape[1], abs(found.report.energy_distance) < 1
         (True, True)
         """
-        self._fitted()
-        X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
-        asked = y, self._inner_covariates(covariates, len(X))
-        if len(X) < 2:
-            raise ArgumentError("X", "1 row", "at least 2 rows")
-        if training is not None:
-            learned, held_out = check_array("training", training, shape=(None, *X.shape[1:])), X
-            if len(learned) < 2:
-                raise ArgumentError("training", f"{len(learned)} rows", "at least 2")
-        else:
-            learned, held_out = split.compared(X, self._data, self._held_out, self.seed)
-        samples = 4 * judgement.SAMPLES if samples is None else check_int("samples", samples, low=2)
-        return self._measured(learned, asked, held_out, samples=samples, seed=seed)
-
-    def _judge(
-        self, rows: npt.NDArray[Any], asked: tuple[Any, Any], held_out: npt.NDArray[Any] | None, *, show: bool
-    ) -> None:
-        """Draw samples, measure them, and say what was found."""
-        if len(rows) < 2:
-            return
-        found = self._measured(rows, asked, held_out, samples=judgement.SAMPLES, seed=None)
-        self.report_ = {"step": self.step, **found.report.to_dict()}
-        say(found.report.sentence, show=show)
-        if found.complaint:
-            warnings.warn(found.complaint, QualityWarning, stacklevel=5)
-
-    def _measured(
-        self,
-        rows: npt.NDArray[Any],
-        asked: tuple[Any, Any],
-        held_out: npt.NDArray[Any] | None,
-        *,
-        samples: int,
-        seed: int | None,
-    ) -> judgement.Evaluation:
-        """Draw samples, asked for labels and inner covariates in the shares of those, and measure them."""
-        net, _, normaliser = self._fitted()
-        n, how = judgement.how(net, samples)
-        labels, numbers = (None if part is None else part[np.arange(n) * len(part) // n] for part in asked)
-        if numbers is not None and self._covariates is not None:
-            numbers = numbers * self._covariates.deviation + self._covariates.mean
-        drawn = self.sample(n, labels=labels, covariates=numbers, seed=seed, **how)
-        drawn = get_backend(self.backend).to_numpy(drawn)
-        report = judgement.measure(drawn, rows, held_out, normaliser, seed=self.seed)
-        complaint = judgement.complaint(report, net, self.prediction, base=self._gaussian is not None)
-        return judgement.Evaluation(report, complaint, drawn, rows if held_out is None else held_out, rows)
+        return evaluation.evaluate(self, (X, y, covariates), training, samples, seed)
 
     def _fitted(self) -> tuple[Network, Schedule, Normaliser]:
         if self.net is None or self.schedule is None or self.normaliser is None:
@@ -544,28 +472,7 @@ class Diffusion:
         (10, True)
         """
         check_flags(given=given)
-        net, schedule, normaliser = self._fitted()
-        if not isinstance(name, str):
-            raise ArgumentError("name", shown(name), "a name, or a table of fastdiff.samplers")
-        if name == "auto":
-            name, usual = defaults.curve_sampler(schedule, base=self._gaussian is not None)
-            steps = usual if steps is None else steps
-        clip = None if normaliser.data_range is None or name in samplers.UNCLIPPED else 1.0
-        options: dict[str, Any] = {"prediction": self.prediction, "clip": clip}
-        if name == "ddpm" and net.learned_variance and not given:  # the one learned is not that given observations
-            options["variance"] = "learned_range"
-        if clip is not None and name in samplers.RECLIPPED:
-            options["reclip"] = True
-        if steps is not None and type(steps) is not int:
-            return samplers.named(name, schedule, steps, **options)
-        key = name, steps, id(schedule), *options.items()
-        table = self._tables.get(key)
-        if table is None:
-            table = samplers.named(name, schedule, steps, **options)
-            if len(self._tables) >= TABLES:
-                self._tables.clear()
-            self._tables[key] = table
-        return table
+        return generation.named_sampler(self, name, steps, given=given)
 
     def sample(
         self,
@@ -673,71 +580,13 @@ class Diffusion:
         (5, 12)
         """
         check_flags(round=round, ema=ema)
-        net, schedule, normaliser = self._fitted()
-        fitting.check_guidance(guidance, net, self._label_drop)
-        frame = self._frame if as_frame else None
-        if as_frame and (frame is None or trajectory or given is not None):
-            wants = "a model fitted on a frame, or on windows of one, in this process; no trajectory, nothing given"
-            raise ArgumentError("as_frame", "True", wants)
-        known = None if given is None else self._observations(given)
-        if not isinstance(sampler, Sampler):
-            if known is not None and isinstance(sampler, str) and sampler == "auto":
-                sampler = "ddpm" if isinstance(method, str) and method in ("repaint", "smc") else sampler
-            with as_named(name="sampler"):
-                sampler = self.named_sampler(sampler, steps, given=known is not None)
-            if known is not None and not net.masked and not (isinstance(method, str) and method in REPLACING):
-                sampler = sampler.unclipped()
-            if known is not None and self.spread != 1 and isinstance(method, str) and method in ("auto", "tmpd"):
-                sampler = sampler.unclipped().widened(self.spread)
-        elif steps is not None:
-            raise ArgumentError("steps", str(steps), "None with a table: it has its own steps")
-        elif sampler.prediction != self.prediction:
-            wants = f"one made with prediction={self.prediction!r}, as this model predicts"
-            raise ArgumentError("sampler", f"a table for prediction {sampler.prediction!r}", wants)
-        elif found := sampler.schedule.difference(schedule):
-            raise ArgumentError("sampler", f"a table for {sampler.schedule!r}: {found}", f"one for {schedule!r}")
-        if normaliser.noise_shape is not None:
-            sampling.refuse_clip(sampler)
-        be = get_backend(self.backend)
-        asked = n if known is None or known.count is None else known.count
-        result = sampling.sample(
-            self._sampled(ema), sampler, n=n, seed=self.seed if seed is None else seed, first_sample=first_sample,
-            batch=batch, backend=self.backend, labels=labels, trajectory=trajectory, progress=progress,
-            covariates=None if covariates is None else self._inner_covariates(covariates, asked), guidance=guidance,
-            guidance_interval=guidance_interval, rescale=rescale,
-            given=None if known is None else inside(known, *normaliser.affine(net.shape), normaliser.noise_shape),
-            method=method,
-            return_evidence=return_evidence,
-        )  # fmt: skip
-        x, other = result if trajectory or return_evidence else (result, None)
-        if not is_on_device(x) and not all_finite(x):
-            raise TrainingError(
-                "samples that are not finite: the weights are too large for it, train with a smaller lr"
-            )
-        drawn = normaliser.restore(x, be)
-        drawn = drawn.round() if round else drawn
-        if known is not None:
-            drawn = put_exact(drawn, known)
-        if frame is not None:
-            drawn = be.to_numpy(drawn)
-            return frame.samples(drawn) if drawn.ndim == 3 else frame.rows(drawn)
-        if trajectory:
-            return drawn, normaliser.invert(other, be)
-        if known is None or not return_evidence:
-            return drawn
-        if normaliser.noise_shape is not None:  # what is seen is in the data's units
-            return drawn, other
-        return drawn, other - log_units(known, normaliser.affine(net.shape)[0])
-
-    def _inner_covariates(self, covariates: Any, n: int) -> npt.NDArray[np.float64] | None:
-        """Covariates of n samples in the network's range."""
-        net, _, _ = self._fitted()
-        form = net.covariate_form
-        if form is None and covariates is None:
-            return None
-        if form is None or self._covariates is None:
-            raise none_known(covariates)
-        return self._covariates.apply(checked_covariates(covariates, form.shape, n))
+        options = {
+            "n": n, "labels": labels, "guidance": guidance, "guidance_interval": guidance_interval, "rescale": rescale,
+            "seed": self.seed if seed is None else seed, "first_sample": first_sample, "batch": batch,
+            "trajectory": trajectory, "progress": progress, "method": method, "return_evidence": return_evidence,
+        }  # fmt: skip
+        form = generation.Form(sampler, steps, ema=ema, round=round, as_frame=as_frame)
+        return generation.sample(self, form, given, covariates, options)
 
     def impute(
         self,
@@ -866,9 +715,7 @@ class Diffusion:
         >>> model.forecast(recording, horizon=6, draws=5, steps=5).shape
         (5, 6, 1)
         """
-        options = {
-            "method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress,
-        }  # fmt: skip
+        options = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, "ema": ema, "progress": progress}
         how = answers.Draws(draws, quantiles, first_draw, labels, covariates, options)
         return answers.forecast(self, past, horizon, how)
 
@@ -903,14 +750,6 @@ class Diffusion:
         12
         """
         return answers.anomaly(self, X, block, draws, options)
-
-    def _observations(self, given: Given) -> Observations:
-        """What is known of samples, in the units of the data."""
-        for k, item in enumerate(given if isinstance(given, (list, tuple)) else [given]):
-            name = f"given[{k}]" if isinstance(given, (list, tuple)) else "given"
-            if isinstance(item, (Known, Linear)):
-                check_size(name, item.values if isinstance(item, Known) else item.y, answers.MOST_ASKED)
-        return observations(given, self._fitted()[0].shape)
 
     def score_samples(self, X: Any, y: Any = None, **options: Any) -> npt.NDArray[np.float64]:
         """Return the log density of every row, in nats of the data's units: the values of `log_density`.
@@ -1025,7 +864,7 @@ class Diffusion:
         net, _, normaliser = self._fitted()
         X, y, _ = split.checked(X, y, self.net, self.noise_shape, get_backend(self.backend))
         normaliser.check("X", X)
-        asked = {"labels": y, "covariates": self._inner_covariates(covariates, len(X))}
+        asked = {"labels": y, "covariates": generation.inner_covariates(self, covariates, len(X))}
         return normaliser.apply(X, net.dtype), asked, normaliser.log_det(X.shape[1:])
 
     def save(self, path: str | os.PathLike[str], *, training: bool = True, rows: bool | None = None) -> None:
@@ -1062,17 +901,10 @@ class Diffusion:
         check_flags(training=training, rows=training if rows is None else rows)
         rows = training if rows is None else rows
         with self._turns.looking():  # a fit in another thread goes on when the file is there
-            net, schedule, normaliser = self._fitted()
-            assert self._average is not None
-            Saved(
-                net=net, schedule=schedule, prediction=self.prediction, seed=self.seed, normaliser=normaliser,
-                base=self._gaussian, average=self._average, optimizer=self._optimizer if training else None,
-                history=self.history, step=self.step, ema_updates=self.ema_updates, held_out=self._held_out,
-                data=self._data, report=self.report_, class_names=self.class_names, channel_names=self.channel_names,
-                covariates=self._covariates, covariate_names=self.covariate_names, label_drop=self._label_drop or 0.0,
-                arithmetic=self._arithmetic, spread=self.spread, kept_rows=self.kept_rows if rows else None,
-                conditional=self.conditional,
-            ).write(path)  # fmt: skip
+            self._fitted()
+            saved = Saved.of(self)
+            saved = saved if training else replace(saved, optimizer=None)
+            (saved if rows else replace(saved, kept_rows=None)).write(path)
 
     def linear_loss(self, X: Any = None) -> float:
         """Return the loss of the best linear denoiser: what a network has to come below, to be of use.
@@ -1144,18 +976,9 @@ class Diffusion:
         (True, 71)
         """
         check_flags(ema=ema)
-        net, schedule, normaliser = self._fitted()
+        self._fitted()
         with self._turns.looking():
-            arrays = {"weights": self._average if ema and self._average is not None else net.flat, **normaliser.arrays}
-            arrays |= {} if normaliser.noise_shape is None else normaliser.noise_shape.arrays
-            arrays |= {} if self._gaussian is None else self._gaussian.arrays
-            arrays |= {} if self._covariates is None else self._covariates.arrays
-            facts = [net.to_dict(), schedule.to_dict(), normaliser.to_dict(), self.prediction, self.spread]
-            found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-            for name, array in sorted(arrays.items()):
-                found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-                found.update(np.ascontiguousarray(array).data)
-        return f"sha256:{found.hexdigest()}"
+            return Saved.of(self).digest(ema=ema)
 
     def history_table(self) -> dict[str, npt.NDArray[Any]]:
         """Return the history as columns of one length, which ``pandas.DataFrame(...)`` and others take.
@@ -1234,12 +1057,5 @@ def load(path: str | os.PathLike[str], *, backend: str | Backend = "auto") -> Di
             saved.net, saved.schedule, prediction=saved.prediction, backend=backend, seed=saved.seed,
             conditional=saved.conditional, noise_shape=saved.normaliser.noise_shape,
         )  # fmt: skip
-    model.normaliser, model._gaussian = saved.normaliser, saved.base
-    model.scale, model.base = saved.normaliser.scale, None if saved.base is None else "gaussian"
-    model._average, model._optimizer, model.history = saved.average, saved.optimizer, saved.history
-    model.step, model.ema_updates, model._arithmetic = saved.step, saved.ema_updates, saved.arithmetic
-    model._held_out, model._data, model.report_ = saved.held_out, saved.data, saved.report
-    model.class_names, model.channel_names = saved.class_names, saved.channel_names
-    model._covariates, model._label_drop, model.spread = saved.covariates, saved.label_drop, saved.spread
-    model.covariate_names, model.kept_rows = saved.covariate_names, saved.kept_rows
+    saved.give(model)
     return model

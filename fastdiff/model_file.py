@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +46,17 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 KEPT = "kept_rows"  # the tensor of training rows, in the data's units; NaN where a value is missing
 WIDEST = 100.0  # what a spread may be, at most
+OF_MODEL = {
+    "base": "_gaussian",
+    "average": "_average",
+    "optimizer": "_optimizer",
+    "held_out": "_held_out",
+    "data": "_data",
+    "report": "report_",
+    "arithmetic": "_arithmetic",
+    "covariates": "_covariates",
+    "label_drop": "_label_drop",
+}  # the names of attributes of a `Diffusion`, where they differ from those of `Saved`
 
 
 @contextmanager
@@ -88,10 +100,34 @@ class Saved:
     arithmetic: int
     covariates: CovariateScale | None = None
     covariate_names: list[str] | None = None
-    label_drop: float = 0.0
+    label_drop: float | None = None
     spread: float = 1.0
     kept_rows: npt.NDArray[Any] | None = None
     conditional: str | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Return what a file holds of a `Diffusion` that has been trained."""
+        return cls(**{field.name: getattr(model, OF_MODEL.get(field.name, field.name)) for field in fields(cls)})
+
+    def give(self, model: Any) -> None:
+        """Set the attributes of a `Diffusion`."""
+        for field in fields(self):
+            setattr(model, OF_MODEL.get(field.name, field.name), getattr(self, field.name))
+        model.scale, model.base = self.normaliser.scale, None if self.base is None else "gaussian"
+
+    def digest(self, *, ema: bool) -> str:
+        """Return the checksum of all that samples depend on: see `Diffusion.digest`."""
+        net, normaliser = self.net, self.normaliser
+        arrays = {"weights": self.average if ema else net.flat, **normaliser.arrays}
+        for part in (normaliser.noise_shape, self.base, self.covariates):
+            arrays |= {} if part is None else part.arrays
+        facts = [net.to_dict(), self.schedule.to_dict(), normaliser.to_dict(), self.prediction, self.spread]
+        found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for name, array in sorted(arrays.items()):
+            found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return f"sha256:{found.hexdigest()}"
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, and only one that `read` takes back.
@@ -125,7 +161,7 @@ class Saved:
             "normaliser": normaliser.to_dict(), "held_out": self.held_out, "data": self.data, "report": self.report,
             "noise_shape": "white" if noise_shape is None else noise_shape.kind, "seed": self.seed,
             "step": self.step, "ema_updates": self.ema_updates, "training": plan, "class_names": self.class_names,
-            "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop,
+            "channel_names": self.channel_names, "arithmetic": self.arithmetic, "label_drop": self.label_drop or 0.0,
             "covariate_names": self.covariate_names, "spread": self.spread,
             "kept_rows": 0 if self.kept_rows is None else len(self.kept_rows),
             "conditional": self.conditional,

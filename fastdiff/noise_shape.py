@@ -18,7 +18,7 @@ from fastdiff.backends import Array, Backend, RowMap, backend_for
 from fastdiff.covariance import check_covariance
 from fastdiff.errors import ArgumentError, as_named, check_array, check_choice, check_float, is_on_device
 from fastdiff.noise import Draw
-from fastdiff.process import BATCH_VALUES, _states, _width, returned
+from fastdiff.process import BATCH_VALUES, _states, _width, to_caller
 
 Float64 = npt.NDArray[np.float64]
 
@@ -365,7 +365,7 @@ class NoiseShape:
         rows = given.reshape(len(given), self.d)
         out = be.empty(rows.shape, rows.dtype)
         self.apply(be, rows, out, inverse=inverse)
-        return returned(be, out.reshape(given.shape), is_on_device(value))
+        return to_caller(be, out.reshape(given.shape), is_on_device(value))
 
     def __eq__(self, other: object) -> bool:
         """Whether both have the same kind and the same numbers, to the bit."""

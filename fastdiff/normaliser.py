@@ -207,7 +207,7 @@ class Normaliser:
         rows = be.asarray(x.reshape(-1, self.noise_shape.d))
         out = be.empty(rows.shape, rows.dtype)
         self.noise_shape.apply(be, rows, out)
-        return process.returned(be, out.reshape(x.shape), is_on_device(x))
+        return process.to_caller(be, out.reshape(x.shape), is_on_device(x))
 
     def affine(self, shape: tuple[int, ...] | None = None) -> tuple[Any, Any]:
         """Return factor and offset of `invert`, data = factor x + offset, as they are or for each value of a sample."""

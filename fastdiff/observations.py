@@ -253,8 +253,8 @@ class Observations:
         """Yield the linear observations, those together whose rows are the same; their indices cover 0 .. N - 1."""
         n = 1 if self.count is None else self.count
         masks = [np.broadcast_to(~np.isnan(values), (n, self.d)) for values, _ in self.known]
-        told = np.concatenate(masks, axis=1) if masks else np.zeros((n, 0), bool)
-        patterns, which = np.unique(told, axis=0, return_inverse=True)
+        joined = np.concatenate(masks, axis=1) if masks else np.zeros((n, 0), bool)
+        patterns, which = np.unique(joined, axis=0, return_inverse=True)
         for k, pattern in enumerate(patterns):
             indices = np.flatnonzero(which.reshape(-1) == k)
             A, y, noise = [np.zeros((0, self.d))], [np.zeros((len(indices), 0))], [np.zeros(0)]

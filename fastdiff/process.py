@@ -115,7 +115,7 @@ def forward_noise(
         for start in range(0, len(clean), rows := max(1, BLOCK_VALUES // clean.shape[1])):
             part = slice(start, start + rows)
             noisy[part] = signal[part] * clean[part] + noise[part] * eps[part]
-    noisy, eps = (returned(be, array.reshape(given.shape), is_on_device(x0)) for array in (noisy, eps))
+    noisy, eps = (to_caller(be, array.reshape(given.shape), is_on_device(x0)) for array in (noisy, eps))
     if out is not None and target is None:
         out[...] = noisy
     return noisy if out is None else out, eps
@@ -170,7 +170,7 @@ def forward_chain(
         chain[t + 1] = chain[t]
         row = Row(t, p=0, q=0, a=math.sqrt(alpha), b=0, s=math.sqrt(beta))
         step(chain[t + 1], None, (), row, None, draw)
-    return returned(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
+    return to_caller(be, chain.reshape(schedule.T + 1, *given.shape), is_on_device(x0))
 
 
 def posterior(
@@ -248,7 +248,7 @@ def posterior(
     state, other = (be.asarray(array, array.dtype) for array in (given, other))
     mean = (at_steps(of_state) * state + at_steps(of_other) * other).astype(dtype)
     spread, on_device = at_steps(schedule.posterior_variance), is_on_device(x_t)
-    return returned(be, mean, on_device), returned(be, spread, on_device)
+    return to_caller(be, mean, on_device), to_caller(be, spread, on_device)
 
 
 def _shaped(noise_shape: Any, width: int) -> ShapedNoise | None:
@@ -286,7 +286,7 @@ def _stepper(be: Backend, like: Array, shaped: NoiseSource | None) -> Callable[.
     return step
 
 
-def returned(be: Backend, array: Array, on_device: bool) -> Array:
+def to_caller(be: Backend, array: Array, on_device: bool) -> Array:
     """A result as the caller's kind of array: NumPy, or left where the backend has it."""
     return array if on_device else be.to_numpy(array)
 

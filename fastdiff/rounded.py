@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Pair = tuple[Array, Array]  # a value is the sum of both, and the first one is that sum, rounded
+Float64 = npt.NDArray[np.float64]
+Pair = tuple[Float64, Float64]  # a value is the sum of both, and the first one is that sum, rounded
 
 HALVINGS = 9
 
@@ -25,13 +25,13 @@ LN2 = 0.6931471805599453, 2.3190468138462996e-17
 INVERSE_FACTORIALS = [_pair(Fraction(1, math.factorial(n))) for n in range(35)]
 
 
-def _sum(a: Array, b: Array | float) -> Pair:
+def _sum(a: Float64, b: Float64 | float) -> Pair:
     s = a + b
     v = s - a
     return s, (a - (s - v)) + (b - v)
 
 
-def _product(a: Array, b: Array | float) -> Pair:
+def _product(a: Float64, b: Float64 | float) -> Pair:
     (a1, a2), (b1, b2) = ((high := 134217729.0 * c - (134217729.0 * c - c), c - high) for c in (a, b))
     p = a * b
     return p, ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
@@ -66,19 +66,19 @@ def _exp(x: Pair) -> Pair:
     return np.ldexp(whole[0], k.astype(int)), np.ldexp(whole[1], k.astype(int))
 
 
-def exp(x: Array) -> Array:
+def exp(x: Float64) -> Float64:
     """e^x of values from -700 to 700."""
     return _exp((x, np.zeros_like(x)))[0]
 
 
-def log(x: Array) -> Array:
+def log(x: Float64) -> Float64:
     """log x of values from e^-700 to e^700, if not within 1e-9 of 1: a step of Newton's method from what NumPy has."""
     start = np.log(x)
     off = _add(_multiply(_exp((-start, np.zeros_like(x))), (x, np.zeros_like(x))), (-1.0, 0.0))
     return _add((start, np.zeros_like(x)), off)[0]
 
 
-def cos(x: Array) -> Array:
+def cos(x: Float64) -> Float64:
     """cos x of values from 0 to pi / 2."""
     signed = [(h * (-1) ** n, low * (-1) ** n) for n, (h, low) in enumerate(INVERSE_FACTORIALS[::2])]
     return _series(_product(x, x), signed)[0]

@@ -26,7 +26,17 @@ from fastdiff.guidance import guided
 from fastdiff.noise import Draw, Stream, check_rows
 from fastdiff.noise_shape import NoiseShape
 from fastdiff.observations import Given, observations
-from fastdiff.process import BATCH_VALUES, NoiseSource, ShapedNoise, _copy, _shaped, _states, _stepper, _width, returned
+from fastdiff.process import (
+    BATCH_VALUES,
+    NoiseSource,
+    ShapedNoise,
+    _copy,
+    _shaped,
+    _states,
+    _stepper,
+    _width,
+    to_caller,
+)
 from fastdiff.progress import bar as progress_bar
 from fastdiff.samplers import Sampler
 
@@ -188,12 +198,12 @@ def sample(
 
     table, clip = sampler.rows, sampler.clip
     batches = [slice(i, min(i + batch, rows)) for i in range(0, rows, batch)]
-    told = [asked_on(be, source, *(None if array is None else array[part] for array in asked)) for part in batches]
-    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, told, strict=True)]
+    inputs = [asked_on(be, source, *(None if array is None else array[part] for array in asked)) for part in batches]
+    parts = [(part, draw.after(part.start), chosen) for part, chosen in zip(batches, inputs, strict=True)]
 
     def finished(states: Array) -> Array:
         if planned is None:
-            return returned(be, states.reshape(n, *shape), on_device)
+            return to_caller(be, states.reshape(n, *shape), on_device)
         done = planned.finished(be.to_numpy(states), shape)
         return be.asarray(done, done.dtype) if on_device else done
 
@@ -238,7 +248,7 @@ def sample(
     if path is None:
         return finished(x)
     path = path[: done + 1].reshape(done + 1, n, *shape) if planned is None else planned.shaped(path[: done + 1], shape)
-    return finished(x), returned(be, path, on_device)
+    return finished(x), to_caller(be, path, on_device)
 
 
 def refuse_clip(sampler: Sampler) -> None:

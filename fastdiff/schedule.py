@@ -27,7 +27,7 @@ from fastdiff.errors import ArgumentError, ScheduleWarning, check_array, check_c
 
 log = logging.getLogger("fastdiff")
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 Spacing = str | npt.ArrayLike  # a name, or timesteps of one's own
 
 MAX_T = 1_000_000  # far above any use; a mistyped T must not ask for terabytes
@@ -100,17 +100,17 @@ class Schedule:
     True
     """
 
-    betas: Array
+    betas: Float64
     name: str
     kind: str
     T: int
-    alphas: Array
-    alphas_bar: Array
-    signal: Array
-    noise: Array
-    power: Array
-    posterior_variance: Array
-    log_snr: Array
+    alphas: Float64
+    alphas_bar: Float64
+    signal: Float64
+    noise: Float64
+    power: Float64
+    posterior_variance: Float64
+    log_snr: Float64
 
     def __init__(
         self,
@@ -400,7 +400,7 @@ class Schedule:
 
     # -- what it answers -----------------------------------------------------------------------------------
 
-    def target(self, prediction: str) -> tuple[Array, Array]:
+    def target(self, prediction: str) -> tuple[Float64, Float64]:
         """What a network of a prediction learns to say: ``of_noise[t] noise + of_data[t] x0``.
 
         Parameters
@@ -646,7 +646,7 @@ class Schedule:
         check_choice("kind", stored["kind"], ["flow"])
         return cls(name=stored["name"], signal=stored["signal"], noise=stored["noise"])
 
-    def _defined_by(self) -> tuple[Array, ...]:
+    def _defined_by(self) -> tuple[Float64, ...]:
         return (self.signal, self.noise) if self.kind == "flow" else (self.betas,)
 
     def __eq__(self, other: object) -> bool:
@@ -678,7 +678,7 @@ class Schedule:
         return Schedule, (self.betas, self.name)
 
 
-def target(prediction: str, signal: Array, noise: Array) -> tuple[Array, Array]:
+def target(prediction: str, signal: Float64, noise: Float64) -> tuple[Float64, Float64]:
     """Factors of the noise and of x0 in what a prediction says, at levels of signal and noise.
 
     noise and x0 are themselves, v = signal noise - noise_t x0 (Salimans & Ho 2022, appendix D), and
@@ -689,20 +689,20 @@ def target(prediction: str, signal: Array, noise: Array) -> tuple[Array, Array]:
     return of[check_choice("prediction", prediction, PREDICTIONS)]
 
 
-def power(signal: Array, noise: Array) -> Array:
+def power(signal: Float64, noise: Float64) -> Float64:
     """signal^2 + noise^2, and 1 to the bit where it is 1 but for rounding."""
     squares = signal**2 + noise**2
     return np.where(np.abs(squares - 1) < 1e-9, 1.0, squares)
 
 
-def _checked_row(argument: str, values: Any) -> Array:
+def _checked_row(argument: str, values: Any) -> Float64:
     row = check_array(argument, values, shape=(None,), dtype=np.float64).copy()
     if not 1 <= row.size <= MAX_T:
         raise ArgumentError(argument, f"{row.size} values", f"between 1 and {MAX_T} values")
     return row
 
 
-def _preserving(betas: Array) -> dict[str, Array]:
+def _preserving(betas: Float64) -> dict[str, Float64]:
     """The tables of a schedule that preserves variance, and the square of the noise."""
     most = np.append(np.full(betas.size - 1, np.nextafter(1, 0)), 1.0 if betas.size > 1 else np.nextafter(1, 0))
     outside = np.flatnonzero((betas <= 0) | (betas > most))
@@ -722,7 +722,7 @@ def _preserving(betas: Array) -> dict[str, Array]:
     }  # fmt: skip
 
 
-def _flowing(signal: Array, noise: Array) -> dict[str, Array]:
+def _flowing(signal: Float64, noise: Float64) -> dict[str, Float64]:
     """The tables of a schedule that is given by both factors, and the square of the noise."""
     if signal.shape != noise.shape:
         raise ArgumentError("noise", f"{noise.size} values", f"{signal.size}, as there are of the signal")

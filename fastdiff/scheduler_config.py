@@ -271,7 +271,7 @@ def _flow_heun(c: _Config, T: int, steps: int) -> Method:
     return samplers.heun, {"spacing": _flow(c, T, steps), "velocity": True}
 
 
-def _final(c: _Config, T: int) -> str:
+def _final(c: _Config) -> str:
     _maybe_flow(c)
     lowest = c.take("lambda_min_clipped")
     if lowest not in (None, -math.inf) and check_float("lambda_min_clipped", lowest) > -1e10:
@@ -288,7 +288,7 @@ def _multistep(c: _Config, T: int, steps: int) -> Method:
     kind = c.choice("algorithm_type", "dpmsolver++", kinds)
     order = check_int("solver_order", c.take("solver_order", 2), low=1, high=3)
     solver = c.choice("solver_type", "midpoint", ("midpoint", "heun"))
-    final = _final(c, T)
+    final = _final(c)
     _clip(c, False)
     lower = _lower(c, steps, final, at_end=c.flag("euler_at_final"))
     options: dict[str, Any] = {"spacing": _spacing(c, T, steps, skips_zero=True), "final": final}
@@ -313,7 +313,7 @@ def _multistep(c: _Config, T: int, steps: int) -> Method:
 def _singlestep(c: _Config, T: int, steps: int) -> Method:
     kind = c.choice("algorithm_type", "dpmsolver++", ("dpmsolver++", "dpmsolver", "sde-dpmsolver++"))
     order = check_int("solver_order", c.take("solver_order", 2), low=1, high=3)
-    final = _final(c, T)
+    final = _final(c)
     _clip(c, False)
     if c.flag("lower_order_final") and final == "sigma_min" and steps % order == 0 and order > 1:
         c.notes.append("lower_order_final = True: not where the last row leads to some noise")
@@ -353,7 +353,7 @@ def _unipc(c: _Config, T: int, steps: int) -> Method:
     skipped = [check_int("disable_corrector", step, low=0) for step in skipped]
     for key in ("sigma_min", "sigma_max", "shift_terminal"):
         c.differs(key, "the levels are those of the schedule")
-    final = _final(c, T)
+    final = _final(c)
     _clip(c, False)
     return samplers.unipc, {
         "order": check_int("solver_order", c.take("solver_order", 2), low=1, high=3),

@@ -1,7 +1,7 @@
 """Series: recordings of several channels, cut into windows, read from tables and frames, and given back so.
 
 A recording is (time,) or (time, channels), NaN where nothing was seen; windows of it are (N, length) or (N, length,
-channels). Frames of pandas, polars and xarray are told by what they can do: none of these is imported. Their columns
+channels). Frames of pandas, polars and xarray are known by what they can do: none of these is imported. Their columns
 are channels; one of times is the clock, which no model learns, and which goes on in what is drawn after it.
 """
 
@@ -117,8 +117,8 @@ class Frame:
         for key, name in zip(keys, names, strict=True):
             cells = x[key]
             column = np.asarray(cells.values if kind == "xarray" else cells if kind == "columns" else cells.to_numpy())
-            told = kind == "columns" and key == x.clock
-            if told or column.dtype.kind in "Mm" or _is_dates(cells, column):
+            is_clock = kind == "columns" and key == x.clock
+            if is_clock or column.dtype.kind in "Mm" or _is_dates(cells, column):
                 if clock is None:
                     clock, clock_name = _library(x).Index(cells) if kind == "pandas" else cells, name
                 if kind != "columns":
@@ -187,13 +187,13 @@ class Frame:
         """
         n, points, _ = values.shape
         flat = values.reshape(n * points, -1)
-        told = self.clock is not None and not _is_text(self.clock)
+        has_clock = self.clock is not None and not _is_text(self.clock)
         if self.kind == "xarray":
             (dim,) = next(iter(self.like.data_vars.values())).dims
             data = {str(key): (("sample", dim), values[:, :, k]) for k, key in enumerate(self.keys)}
-            return type(self.like)(data, coords={dim: self.times(points)} if told else {})
+            return type(self.like)(data, coords={dim: self.times(points)} if has_clock else {})
         numbers = {"sample": np.repeat(np.arange(n), points)}
-        if told:
+        if has_clock:
             return self.later(flat, columns=numbers, times=self._repeated(self.times(points), n))
         return self.later(flat, columns=numbers | {"step": np.tile(np.arange(points), n)}, times=None)
 

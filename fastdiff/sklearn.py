@@ -48,7 +48,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     def _train(self, X: Rows) -> None:
         seed = _seed(self.random_state)
         T = 200 if self.timesteps is None else check_int("timesteps", self.timesteps, low=2)
-        levels = defaults.curve_schedule(base=True) if T == defaults.BASE_T else defaults.schedule(T)
+        levels = defaults.curve_schedule(base=True) if T == defaults.BASE_T else defaults.usual_schedule(T)
         net = None if self.hidden is None else MLP(X.shape[1], hidden=self.hidden, T=T, seed=seed)
         base = "auto" if net is None else "gaussian"
         self.model_ = Diffusion(net, levels, base=base, backend=self.backend, seed=seed)

@@ -28,7 +28,7 @@ from fastdiff.noise_shape import NoiseShape
 from fastdiff.normaliser import LARGEST, greatest
 from fastdiff.stored import StoredRows, opened, parts
 
-KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
+SAMPLE_KINDS = {1: "curve", 2: "series", 3: "picture"}  # what a sample of so many dimensions is
 HELD_OUT_STEP = 3  # of stream DATA; 0 to 2 make data, which a split must not depend on
 CUT_STEP = 21  # of stream DATA, see the table in docs/design.md
 
@@ -106,7 +106,7 @@ def checked(
         at = tuple(int(i) for i in np.argwhere(np.isinf(given))[0])
         raise ArgumentError("X", f"{given[at]} at index {at}", "finite values, or NaN where they are missing")
     if given.size == 0:
-        what = KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
+        what = SAMPLE_KINDS[len(shape)] + (" of at least one point" if len(shape) < 3 else "")
         raise ArgumentError("X", f"shape {given.shape}", f"at least one {what}")
     if getattr(net, "dtype", None) != np.float64 and (largest := greatest(given)) > LARGEST:
         wants = f"at most {LARGEST:g}: samples are float32; divide X, and multiply its samples"
@@ -200,7 +200,9 @@ def hold_out(X: Rows, y: Rows | None, rule: str, part: float, seed: int) -> Spli
     return Split(rest, None if y is None else y[~held], unseen, (rule, part), held)
 
 
-def compared(X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int) -> tuple[Rows, Rows | None]:
+def for_evaluation(
+    X: Rows, data: list[int] | None, rule: tuple[str, float] | None, seed: int
+) -> tuple[Rows, Rows | None]:
     """Return the rows that a model has learned from, and others that its samples are compared with.
 
     Where X are the data of its first fit, these are the rows that it held out; of others half are taken for learned.

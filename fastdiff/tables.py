@@ -196,8 +196,8 @@ def save_filled(path: str | os.PathLike[str], values: npt.NDArray[Any], table: T
                 cells = _cells(line, table.separator)
                 for place in np.flatnonzero(np.isnan(seen)).tolist():
                     cells[table.columns[place] - 1] = text(row[place])
-                told: tuple[Any, ...] = (k,) if labels else ()
-                out.writerow([*(told if levels is None else (text(levels[k]), number)), *cells])
+                label: tuple[Any, ...] = (k,) if labels else ()
+                out.writerow([*(label if levels is None else (text(levels[k]), number)), *cells])
         file.detach()  # which writes what is left, and leaves the file open
 
 

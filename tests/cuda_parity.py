@@ -52,11 +52,26 @@ def all_entries():
 # Widths around quarters, groups of 16, blocks and tiles; more items than threads, more tiles than blocks.
 SHAPES = {
     "small": [
-        (1, 1), (3, 2), (5, 3), (2, 4), (7, 9), (3, 16), (2, 17), (5, 48), (40, 50), (1, 999), (9, 112), (99, 1),
-        (103, 101), (2603, 1), (3, 2044), (6, 1022), (2, 2052),
+        (1, 1),
+        (3, 2),
+        (5, 3),
+        (2, 4),
+        (7, 9),
+        (3, 16),
+        (2, 17),
+        (5, 48),
+        (40, 50),
+        (1, 999),
+        (9, 112),
+        (99, 1),
+        (103, 101),
+        (2603, 1),
+        (3, 2044),
+        (6, 1022),
+        (2, 2052),
     ],
     "full": [(1, 1), (7, 13), (1_000_003, 3), (200_003, 50), (3001, 3072), (3, 1_000_001), (20_001, 100)],
-}  # fmt: skip
+}
 SPECIAL = [0.0, -0.0, 1.0, -1.5, math.nan, math.inf, -math.inf, 1e-42, -1e-45, 3e38, -3e38, 1e-30]
 LAST_ROW = 2**56 - 1
 
@@ -301,7 +316,7 @@ if __name__ == "__main__":
     import cuda_parity_covariance  # noqa: F401 - registers its checks
     import cuda_parity_layers  # noqa: F401 - registers its checks
     import cuda_parity_mlp  # noqa: F401 - registers its checks
-    import cuda_parity_told  # noqa: F401 - registers its checks
+    import cuda_parity_tmpd  # noqa: F401 - registers its checks
     from host_cuda import HostRuntime
 
     for name, check in cuda_parity.CHECKS.items():

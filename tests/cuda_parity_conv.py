@@ -58,7 +58,7 @@ CASES = {
         Case(CURVE, 65, 1, 200, 64, 128),
         Case(Conv((5, 4), (2, 3), (2, 0, 1, 3), (3, 2)), 3, 20, 33, 40, 24),
     ],
-}  # fmt: skip
+}
 # Images of one pixel: `rows` tiles.
 ROWS = {
     "small": [Case(Conv(), 5, 1, 1, 150, 34), Case(SAME, 3, 1, 1, 9, 8), Case(Conv(), 34, 1, 1, 3, 6)],

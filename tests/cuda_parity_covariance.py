@@ -15,7 +15,7 @@ from fastdiff.noise import Draw, Stream
 CURVES = {
     "small": [(1, 1), (3, 3), (50, 2), (7, 13), (2, 50), (5, 32), (3, 129), (1, 1030)],
     "full": [(1, 1), (4096, 128), (10_007, 50), (1_000_003, 3), (3, 5003)],
-}  # fmt: skip
+}
 
 
 @covers("covariance", "similarity")

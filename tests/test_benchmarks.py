@@ -608,7 +608,7 @@ def test_sines_are_measured_against_their_floor():
     energy, autocorrelation = rows[3], rows[4]
     assert energy.ours.mean > 1 > abs(energy.floor.mean)
     assert autocorrelation.ours.mean == pytest.approx(autocorrelation.floor.mean)  # a constant changes none
-    told = report.Told("score", report.Estimate(0.02, 0.001), report.Estimate(0.01, 0.0), 0.006)
+    told = report.SinesScore("score", report.Estimate(0.02, 0.001), report.Estimate(0.01, 0.0), 0.006)
     assert not told.met
     assert told.cells() == ["score", "**0.0200 ± 0.0010**", "0.0100", "floor + 0.006: **missed**"]
     assert told._replace(bound=0.011).met

@@ -172,9 +172,7 @@ def test_given_with_a_noise_shape_is_given_in_whitened_states(method, shape):
     options = {"n": 6, "method": method, "seed": 1, "backend": "numpy"}
     start = np.random.default_rng(0).normal(size=(6, 4))
     given, plain = fd.Linear(A, y, 0.2), Coloured(white, np.eye(4))
-    got = fd.sample(
-        Coloured(white, root), TABLE, given=given, noise_shape=shape, initial=start @ root.T, **options
-    )  # fmt: skip
+    got = fd.sample(Coloured(white, root), TABLE, given=given, noise_shape=shape, initial=start @ root.T, **options)
     want = fd.sample(plain, TABLE, given=fd.Linear(A @ root, y, 0.2), initial=start, **options)
     np.testing.assert_allclose(got, want @ root.T, atol=1e-5 * np.abs(want).max())
     if method == "tmpd":
@@ -210,9 +208,7 @@ def test_particles_find_the_law_of_a_mixture():
     posterior = prior.given(known)
     share = posterior.weights[1]
     assert 0.6 < share < 0.9
-    x = fd.sample(
-        prior, fd.samplers.ddpm(LINEAR, 100), n=4000, given=known, method="smc", backend="numpy"
-    )  # fmt: skip
+    x = fd.sample(prior, fd.samplers.ddpm(LINEAR, 100), n=4000, given=known, method="smc", backend="numpy")
     assert np.mean(x[:, 0] > 0) == pytest.approx(share, abs=0.04)
 
 

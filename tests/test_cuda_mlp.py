@@ -31,7 +31,7 @@ from fastdiff.backends import (
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.backends.cuda import mlp as operations
 from fastdiff.backends.cuda.device import SHARED_LIMITS
-from fastdiff.backends.cuda.mlp import MMA_FEW, MMA_TILES, Tile, chain_plan, chain_tile, packed_size, shared_bytes
+from fastdiff.backends.cuda.mlp import MMA_FEW, MMA_TILES, ChainTile, chain_plan, chain_tile, packed_size, shared_bytes
 from fastdiff.backends.layers import Conv
 from fastdiff.backends.numpy import functions as reference
 from fastdiff.backends.numpy import mlp as perceptron
@@ -468,7 +468,7 @@ def test_tiles_and_staging_change_no_bits(name):
     smp = table(net, "dpmpp_2m")
     x, _, _ = batch_of(net, 130)
     want, seen = chained(ONE_LAUNCH, net, smp, x, 5), set()
-    for tile in itertools.starmap(Tile, itertools.product((64, 32), (True, False))):
+    for tile in itertools.starmap(ChainTile, itertools.product((64, 32), (True, False))):
         be = cuda("backward", shared_bytes(net.plan, tile))
         seen.add(chain_tile(net.plan, be.runtime.shared_limit))
         assert_same_bits(chained(be, net, smp, x, 5), want)

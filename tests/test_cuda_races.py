@@ -13,7 +13,7 @@ import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
 import cuda_parity_layers  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
-import cuda_parity_told  # noqa: F401 - registers its checks
+import cuda_parity_tmpd  # noqa: F401 - registers its checks
 import host_cuda
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ PLANTED = {
         "reads what was never written of shared memory",
     ),
     "products that a warp reads": (
-        "told.cu", "fd_syncwarp();\n        told_times(", "told_times(", "moved_outputs", "reads what was",
+        "tmpd.cu", "fd_syncwarp();\n        tmpd_times(", "tmpd_times(", "moved_outputs", "reads what was",
     ),
     "normals of a tile": (
         "tiles.cuh", "fd_syncthreads();\n            TILE_EACH z", "TILE_EACH z", "normals",

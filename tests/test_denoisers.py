@@ -402,7 +402,7 @@ EXACT = {
     ),
     "data": lambda p: Empirical(POINTS, TUTORIAL, prediction=p),
     "one row": lambda p: Empirical(POINTS[:1], TUTORIAL, prediction=p),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXACT)

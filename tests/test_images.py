@@ -271,7 +271,7 @@ def test_pictures_made_by_hand_are_read_as_they_are_meant(tmp_path):
         "white_is_zero": (tiff(2, 1, 1, 0, bytes([0, 250])), [[255, 5]]),
         # The first row is stored as the right-hand column: 6 in the tables of TIFF.
         "turned": (tiff(2, 3, 1, 1, bytes([1, 2, 3, 4, 5, 6]), orientation=6), [[5, 3, 1], [6, 4, 2]]),
-    }  # fmt: skip
+    }
     for name, (content, want) in made.items():
         folder = write(tmp_path / name, **{("x_tif" if content.startswith(b"II") else "x_png"): content})
         want = np.array(want).reshape(*np.shape(want)[:2], -1)

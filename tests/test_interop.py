@@ -208,7 +208,7 @@ def edited(folder, change):
         (lambda t: t.update({"conv_in.bias": np.zeros(4, np.int64)}), "'conv_in.bias' is I64, wants F16, BF16"),
         (lambda t: t["conv_out.bias"].fill(np.nan), "'conv_out.bias' has values that are not finite"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_named(change, words, tmp_path):
     edited(tmp_path, change)
     refused(tmp_path, WEIGHTS, words)

@@ -82,7 +82,7 @@ def hot_kernels():
             ["multiply", "add"],
         ),
         "AdamW": (optim.adamw_range, (0, N, p, g, m, v, a, np.ones(8, F32)), ["multiply", "add", "divide", "root"]),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow

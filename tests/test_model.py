@@ -132,7 +132,7 @@ def test_the_first_fit_chooses_what_is_not_given():
     for name, view in weights.items():
         assert_same_bits(view, expected[name])
     assert_same_bits(made.denoiser().flat, made.net.flat)
-    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.schedule(30) == fd.Schedule.cosine(30)
+    assert fd.Diffusion(fd.MLP(9, T=30)).schedule == defaults.usual_schedule(30) == fd.Schedule.cosine(30)
 
 
 def test_later_fits_keep_the_normaliser(backend):

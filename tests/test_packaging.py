@@ -159,7 +159,7 @@ def test_rooms_depend_one_way():
         "errors", "signals", "forks", "rounded", "files", "tensor_file", "noise", "pictures", "data",
         "backends", "observations", "schedule", "samplers", "denoiser", "process", "sampling", "exact", "nn",
         "defaults", "checkpoint", "normaliser", "judgement", "split", "training", "model_file",
-        "recordings", "answers", "calibration", "fitting", "model", "cli",
+        "recordings", "generation", "evaluation", "answers", "calibration", "fitting", "model", "cli",
     ]  # fmt: skip
     rank = {room: k for k, room in enumerate(order)}
 

@@ -219,9 +219,7 @@ def test_the_first_rank_saves_and_speaks(tmp_path):
     assert [model.step for model in found] == [6, 6]
     assert told == [(0, step) for step in range(6)]
     np.testing.assert_array_equal(fd.load(path).net.flat, found[1].net.flat)
-    assert {one.name for one in tmp_path.iterdir()} == {
-        "m.safetensors", "m-000004.safetensors", "m-000006.safetensors",
-    }  # fmt: skip
+    assert {one.name for one in tmp_path.iterdir()} == {"m.safetensors", "m-000004.safetensors", "m-000006.safetensors"}
 
 
 @pytest.mark.parametrize(

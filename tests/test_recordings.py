@@ -14,7 +14,6 @@ from fastdiff.errors import ArgumentError
 from fastdiff.recordings import Step, forecast_plan, steps_of
 
 T, RHO = 8, 0.8
-LAW = RHO ** np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
 
 
 def ar(n, length=T, seed=0):

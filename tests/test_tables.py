@@ -492,7 +492,7 @@ def test_a_first_line_that_is_an_uneven_axis_is_said(tmp_path, order):
         ("1 2 3\n", {"columns": [2]}, "blanks; line 1 has the first curve; 1 columns are values, left out: 1, 3"),
         ("1:2\n", {"delimiter": ":"}, "cells between ':'; line 1"),
     ],
-)  # fmt: skip
+)
 def test_what_was_taken_for_what_is_logged(tmp_path, text, options, note, caplog):
     (tmp_path / "x.csv").write_text(text)
     with caplog.at_level("INFO"):

@@ -45,10 +45,10 @@ LANCZOS = 1e-6  # nats: bias of the trace of a log in a Krylov space, against th
 
 # A few rows of a chain given observations, in one piece against row by row, relative to the largest value: float32
 # networks whose Jacobian is solved with. The worst that was seen is 5e-5.
-TOLD = 4e-4
+TMPD = 4e-4
 
 PAGE, PAGE_FLOAT64 = 1e-5, 1e-9  # samples of the page, which computes in float64, against float32 and float64 ones
-PAGE_TOLD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TOLD)
+PAGE_TMPD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TMPD)
 FIRST_PAINT_MS = 1000  # from the opening of the page's file to its first text
 FRAME_MS = 8  # of script, in the median, for a frame of 100 draws of 50 points of an exact denoiser
 

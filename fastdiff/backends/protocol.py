@@ -275,8 +275,8 @@ class RowMap:
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What a chain is told of its samples, m values of each of N observations y = A x0 + s z: `fastdiff.conditioning`.
+class TmpdPlan:
+    """What tmpd needs to know of N observations y = A x0 + s z, of m values each, and of a network's noise levels.
 
     State i of a chain is draw ``i % per`` of observation ``i // per``; where N is 1 all are of that one. A plan, which
     a backend may keep in its own form for as long as the object lives.
@@ -340,39 +340,39 @@ class Told:
         return which, self.firsts[which] + at - which * self.per
 
 
-class ToldStates(NamedTuple):
-    """States of chains that are told of their samples, and where their outputs are from.
+class TmpdStates(NamedTuple):
+    """States of chains that are conditioned by tmpd, and where their outputs are from.
 
     Attributes
     ----------
-    told : Told
+    tmpd : TmpdPlan
     which : (n,) int64 array
         The observation of each state.
     t : (n,) int64 array
         Timesteps at which the gain is not 0.
     """
 
-    told: Told
+    tmpd: TmpdPlan
     which: Array
     t: Array
 
 
 class Equations(NamedTuple):
-    """What moves outputs: the mean of x0 by gain sum_k w_k back[k], with w from H w = rest, solved in float64.
+    """What moves outputs: the mean of x0 by gain sum_k w_k back[k], with w from H w = residual, solved in float64.
 
     Attributes
     ----------
     back : (K, n, D) array
-        Like the states; K is ``told.products``.
+        Like the states; K is ``tmpd.products``.
     H : (n, equations, K) float64 array
-    rest : (n, equations) float64 array
+    residual : (n, equations) float64 array
     basis : (n, K + 1, m) float64 array or None
         Of the Krylov space; None where these are `direct`.
     """
 
     back: Array
     H: Array
-    rest: Array
+    residual: Array
     basis: Array | None = None
 
 
@@ -630,22 +630,22 @@ class Backend(Protocol):
         values (Lin et al. 2024, section 3.4). `out` may be c.
         """
 
-    def mlp_chain_told(
-        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    def mlp_chain_tmpd(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan
     ) -> bool:
-        """Do `mlp_chain` with every output moved as told_move does; x[0] is the state number `draw.first_row`.
+        """Do `mlp_chain` with every output moved as tmpd_move does; x[0] is the state number `draw.first_row`.
 
         That is in one piece, or a recorded step for each row. False: the backend cannot, and has done nothing.
         """
 
-    def told_rows(self, told: Told, which: Array, out: Array) -> None:
+    def tmpd_rows(self, tmpd: TmpdPlan, which: Array, out: Array) -> None:
         """Fill `out` (m, n, D) with the rows of A of every state: cotangents of the products, where these are `direct`.
 
         `which` (n,) int64 is the observation of each state. Here and below `x`, `out`, cotangents and products are the
         states' dtype.
         """
 
-    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
+    def tmpd_direct(self, states: TmpdStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
         """Begin to move the output `out` (n, D) for x, of observations with so few rows that all are solved with.
 
         `products` (m, n, D) are J^T times the rows of A, J being the Jacobian of the output by x. Fills `back` with the
@@ -653,14 +653,14 @@ class Backend(Protocol):
         y - A (p x + q out).
         """
 
-    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+    def tmpd_begin(self, states: TmpdStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
         """Begin to move the output `out` (n, D) for x, by GMRES (Saad & Schultz 1986).
 
         Fills vector 0 of the `basis` with y - A (p x + q out) by its norm, `rest` (n, K + 1) with that norm and zeros,
         and `cotangent` (n, D) with A^T times the vector.
         """
 
-    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
+    def tmpd_arnoldi(self, states: TmpdStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
         """Take Arnoldi's step k, from vector k of the basis to the next.
 
         `product` (n, D) is J^T times the `cotangent`, which is A^T times vector k. Fills back[k] with p times the one
@@ -669,7 +669,7 @@ class Backend(Protocol):
         The cotangent becomes A^T times the new vector.
         """
 
-    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
+    def tmpd_move(self, states: TmpdStates, out: Array, equations: Equations) -> None:
         """Add to `out` (n, D) what moves the mean of x0 as the equations say, and no farther than it may be moved.
 
         They are solved as far as H can be trusted: `fastdiff.conditioning.damped`. Afterwards `back` is not defined.
@@ -720,13 +720,13 @@ class Backend(Protocol):
         """
 
 
-class ToldRoom:
+class TmpdWorkspace:
     """What a backend needs to move the outputs for so many states towards observations.
 
     Parameters
     ----------
     be : Backend
-    told : Told
+    tmpd : TmpdPlan
     shape : (int, int)
         Of the states, (n, D).
     dtype : dtype
@@ -738,16 +738,16 @@ class ToldRoom:
         Where the outputs are from, to be filled by whoever moves them.
     """
 
-    def __init__(self, be: Backend, told: Told, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
-        (n, d), K, m, double = shape, told.products, told.y.shape[1], np.float64
-        self.be, self.told, self.shape, self.dtype = be, told, shape, np.dtype(dtype)
+    def __init__(self, be: Backend, tmpd: TmpdPlan, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        (n, d), K, m, double = shape, tmpd.products, tmpd.y.shape[1], np.float64
+        self.be, self.tmpd, self.shape, self.dtype = be, tmpd, shape, np.dtype(dtype)
         self.t, self._which = be.empty((n,), np.int64), be.empty((n,), np.int64)
-        self._cotangent = be.empty((K, n, d) if told.direct else (n, d), dtype)
+        self._cotangent = be.empty((K, n, d) if tmpd.direct else (n, d), dtype)
         self._equations = Equations(
             be.empty((K, n, d), dtype),
-            be.empty((n, told.equations, K), double),
-            be.empty((n, told.equations), double),
-            None if told.direct else be.empty((n, K + 1, m), double),
+            be.empty((n, tmpd.equations, K), double),
+            be.empty((n, tmpd.equations), double),
+            None if tmpd.direct else be.empty((n, K + 1, m), double),
         )
         self._of: npt.NDArray[np.int64] | None = None  # which, on the host
 
@@ -756,8 +756,8 @@ class ToldRoom:
         if self._of is None or not np.array_equal(self._of, which):
             self._of = which
             self._which[...] = self.be.asarray(which, np.int64)
-            if self.told.direct:
-                self.be.told_rows(self.told, self._which, self._cotangent)
+            if self.tmpd.direct:
+                self.be.tmpd_rows(self.tmpd, self._which, self._cotangent)
 
     @property
     def rows(self) -> Array:
@@ -769,14 +769,14 @@ class ToldRoom:
 
         `product` returns J^T times cotangents (n, D), or `rows`, J being the Jacobian of the output by x.
         """
-        be, equations, states = self.be, self._equations, ToldStates(self.told, self._which, self.t)
-        if self.told.direct:
-            be.told_direct(states, x, out, product(self._cotangent), equations)
+        be, equations, states = self.be, self._equations, TmpdStates(self.tmpd, self._which, self.t)
+        if self.tmpd.direct:
+            be.tmpd_direct(states, x, out, product(self._cotangent), equations)
         else:
-            be.told_begin(states, x, out, self._cotangent, equations)
-            for k in range(self.told.products):
-                be.told_arnoldi(states, k, product(self._cotangent), self._cotangent, equations)
-        be.told_move(states, out, equations)
+            be.tmpd_begin(states, x, out, self._cotangent, equations)
+            for k in range(self.tmpd.products):
+                be.tmpd_arnoldi(states, k, product(self._cotangent), self._cotangent, equations)
+        be.tmpd_move(states, out, equations)
 
 
 @runtime_checkable

@@ -333,21 +333,21 @@ class ChainGiven(Chain):
         draws.fill(be, noise[0], fd.noise.Draw(0, stream.INIT))
         for out, row in zip(noise[1:], sampler.rows, strict=False):
             draws.fill(be, out, fd.noise.Draw(0, stream.STEP, row.step))
-        inputs = {"noise": noise, "known": known, **self.told(), **weights_of(self.network())}
+        inputs = {"noise": noise, "known": known, **self.peer_inputs(), **weights_of(self.network())}
         samples = self.setup(be).run()
         return inputs, {"samples": samples.swapaxes(0, 1).reshape(self.n, *self.shape)}
 
-    def told(self) -> Arrays:
+    def peer_inputs(self) -> Arrays:
         """Return the numbers of the table's rows, and signal and noise there."""
         schedule, rows = self.schedule(), np.array([row[:11] for row in self.sampler().rows])
         t = rows[:, 0].astype(int)
         return {"rows": rows, "levels": np.stack([schedule.signal[t], schedule.noise[t]], axis=1)}
 
     def peer_side(self, nets: Any, inputs: Arrays, folder: Path, variant: str) -> tuple[Arrays, list[Run]]:
-        net, told = self.peer_network(nets, inputs), self.told()
+        net, given = self.peer_network(nets, inputs), self.peer_inputs()
 
         def run(known: Any, n: int) -> Any:
-            return nets.told_chain(net, told["rows"], told["levels"], np.repeat(known, n, axis=0), SEEN_NOISE)
+            return nets.tmpd_chain(net, given["rows"], given["levels"], np.repeat(known, n, axis=0), SEEN_NOISE)
 
         with nets.drawing(inputs["noise"]):
             samples = run(inputs["known"], inputs["noise"].shape[1] // len(inputs["known"]))

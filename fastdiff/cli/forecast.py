@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
     X = series.load_recording(args.data, **reading(args))
     frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     options: dict[str, Any] = {"method": args.method, "seed": seed, "progress": not args.quiet}
-    told = inputs_of(args, model)
-    if told is not None:
-        if not np.isnan(series.recording(X)[0][-horizon:]).all() or len(told) <= horizon:
+    inputs = inputs_of(args, model)
+    if inputs is not None:
+        if not np.isnan(series.recording(X)[0][-horizon:]).all() or len(inputs) <= horizon:
             raise FastdiffError(
                 f"{args.data}: the last {horizon} lines have values; they are to have known inputs alone"
             )
-        seen, options["covariates"] = len(told) - horizon, told
+        seen, options["covariates"] = len(inputs) - horizon, inputs
         X = X.head(seen) if isinstance(X, series.Columns) else X[:seen]
         frame = series.Frame.of(X, args.data) if series.is_frame(X) else None
     found = model.forecast(X, horizon, draws, quantiles=args.quantiles, **options)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return _recording(args, model, draws, options)
     if not args.output.endswith(ENDINGS):
         raise FastdiffError(f"{args.output}: curves go to a .csv or .npy file")
-    told = covariates(args, model)
+    inputs = covariates(args, model)
     table = read_table(args.data, **reading(args), missing=True)
     X = table.as_float32(missing=True)
     if X.shape[1:] != model.net.shape:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     holes = np.isnan(X)
     if args.plot and not holes.any():
         raise FastdiffError("--plot: there is nothing to show, for no value is missing")
-    filled = model.impute(X, draws, quantiles=args.quantiles, covariates=told, **options)
+    filled = model.impute(X, draws, quantiles=args.quantiles, covariates=inputs, **options)
     if args.output.endswith(".npy"):
         with writing(args.output) as file:
             np.lib.format.write_array(file, filled, allow_pickle=False)
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         some = np.flatnonzero(holes.any(axis=1))[:SHOWN]
         shown = filled[:, some]
         if args.quantiles is not None:
-            told = None if told is None else told[some]
-            shown = model.impute(X[some], draws, covariates=told, **options)
+            inputs = None if inputs is None else inputs[some]
+            shown = model.impute(X[some], draws, covariates=inputs, **options)
         plots.save(plots.imputed(X[some], shown), args.plot)
         print(f"{args.plot}: the first {len(some)} curves with missing values")
     return 0
@@ -119,8 +119,8 @@ def _recording(args: argparse.Namespace, model: Any, draws: int, options: dict[s
         if model.channel_names is not None and frame.names != model.channel_names:
             wants = f"where {args.model} has {','.join(model.channel_names)}: --columns names some, in their order"
             raise FastdiffError(f"{args.data}: the columns {','.join(frame.names)}, {wants}")
-    if (told := inputs_of(args, model)) is not None:
-        options["covariates"] = told
+    if (inputs := inputs_of(args, model)) is not None:
+        options["covariates"] = inputs
     holes = np.isnan(seen)
     if args.plot and (not holes.any() or seen.ndim != 2):
         raise FastdiffError("--plot: there is nothing to show: it wants a recording with missing values")

@@ -330,8 +330,8 @@ def in_turn(model: Diffusion, text: str | None, n: int, first: int = 0) -> npt.N
         elif word.strip().isdecimal() and int(word) < classes:
             numbers.append(int(word))
         else:
-            told = "" if model.class_names is None else f", or {', '.join(names)}"
-            raise FastdiffError(f"--labels: {word.strip()!r}, where a class from 0 to {classes - 1} is wanted{told}")
+            suffix = "" if model.class_names is None else f", or {', '.join(names)}"
+            raise FastdiffError(f"--labels: {word.strip()!r}, where a class from 0 to {classes - 1} is wanted{suffix}")
     chosen = np.array(numbers or range(classes), np.int64)
     return chosen[(first + np.arange(n)) % len(chosen)]
 
@@ -364,8 +364,8 @@ def asked_numbers(model: Diffusion, text: str | None, n: int) -> npt.NDArray[Any
         except ValueError:
             value = np.nan
         if not np.isfinite(value) or (equals and name not in names) or at in values:
-            told = f": {', '.join(names)}" if names else ""
-            raise FastdiffError(f"--covariates: {word.strip()!r}, where a number for each covariate is wanted{told}")
+            suffix = f": {', '.join(names)}" if names else ""
+            raise FastdiffError(f"--covariates: {word.strip()!r}, where a number for each covariate is wanted{suffix}")
         values[at] = value
     if sorted(values) != list(range(known)):
         raise FastdiffError(f"--covariates: {len(values)} numbers, where the model has {known}")

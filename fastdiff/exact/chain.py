@@ -170,7 +170,7 @@ def exact_chain(gaussian: Affine, sampler: Sampler) -> ExactChain:
     if sampler.prediction != gaussian.prediction:
         raise ArgumentError("sampler", f"prediction {sampler.prediction!r}", f"the denoiser's, {gaussian.prediction!r}")
     if not isinstance(gaussian, Gaussian):
-        return ExactChain(gaussian, _dense_trace(gaussian, sampler))
+        return ExactChain(gaussian, _dense_moments(gaussian, sampler))
     data = gaussian.data
     # A coordinate for each eigenvector, and one for what the mean has outside their span, where the variance is `rest`.
     along = data.mean @ data.basis
@@ -266,7 +266,7 @@ def convergence(
     return np.array([exact_chain(gaussian, table(check_int("steps", n, low=1))).w2() for n in numbers])
 
 
-def _dense_trace(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
+def _dense_moments(denoiser: Affine, sampler: Sampler) -> tuple[Moments, ...]:
     """The law of the state before and after each row, of a denoiser whose maps share no eigenvectors.
 
     Mean and a factor F of the covariance F F^T of the state (x, m1, .., mK) are carried.

@@ -119,14 +119,14 @@ class Empirical(Exact):
         >>> law.given(fd.Known([0.1, np.nan], noise=0.5)).data.mean.round(3).tolist()
         [0.0, 1.0]
         """
-        told = observations(obs, self.shape)
+        observed = observations(obs, self.shape)
         X = self._rows.astype(np.float64)
         with np.errstate(divide="ignore"):  # rows of weight 0
             logs = np.log(self.weights)
-        for weight in told.weights:
+        for weight in observed.weights:
             logs = logs + weight.log_weights(X.reshape(-1, *self.shape))
         found = {}
-        for group in told.groups():
+        for group in observed.groups():
             exact, noise = group.noise == 0, group.noise[group.noise > 0]
             made, sizes = X @ group.A.T, np.abs(X) @ np.abs(group.A.T)
             normal = np.log(noise).sum() + len(noise) / 2 * math.log(2 * math.pi)
@@ -136,14 +136,14 @@ class Empirical(Exact):
                 likely[misses[:, exact].any(axis=1)] = -math.inf
                 top = likely.max()
                 if top == -math.inf:
-                    raise impossible(told, i)
+                    raise impossible(observed, i)
                 weights = np.exp(likely - top)
                 rows, weights = self._rows[weights > 0], weights[weights > 0]
                 shares = weights / weights.sum()
                 options: dict[str, Any] = {"prediction": self.prediction, "weights": shares}
                 found[i] = Empirical(rows.reshape(-1, *self.shape), self.schedule, **options)
                 found[i].log_evidence = float(top + np.log(weights.sum()))
-        return found[0] if told.count is None else [found[i] for i in range(told.count)]
+        return found[0] if observed.count is None else [found[i] for i in range(observed.count)]
 
     @cached_property
     def data(self) -> Moments:

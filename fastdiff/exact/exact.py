@@ -264,11 +264,11 @@ class Exact(ABC):
 
     def _products(self, argument: str, x: Any, t: Any, vectors: Any, backend: str | Backend) -> Array:
         be, given, rows, steps = self._checked(x, t, backend)
-        told = check_array(argument, vectors, dtype=rows.dtype)
-        if told.shape != given.shape and told.shape[1:] != given.shape:
-            raise ArgumentError(argument, f"shape {told.shape}", f"{given.shape} like x, or k of them")
-        k = 1 if told.shape == given.shape else len(told)
-        flat = be.asarray(told, rows.dtype).reshape(k, *rows.shape)
+        checked = check_array(argument, vectors, dtype=rows.dtype)
+        if checked.shape != given.shape and checked.shape[1:] != given.shape:
+            raise ArgumentError(argument, f"shape {checked.shape}", f"{given.shape} like x, or k of them")
+        k = 1 if checked.shape == given.shape else len(checked)
+        flat = be.asarray(checked, rows.dtype).reshape(k, *rows.shape)
         out, space = be.empty(flat.shape, rows.dtype), Workspace(be)
         for step in np.unique(steps):
             at = np.flatnonzero(steps == step)
@@ -279,7 +279,7 @@ class Exact(ABC):
                 part = be.empty((k, len(at), self.d), rows.dtype)
                 self._product(space, self.prediction, rows[at], int(step), flat[:, at], part)
                 out[:, at] = part
-        out = out.reshape(told.shape)
+        out = out.reshape(checked.shape)
         return out if is_on_device(given) else be.to_numpy(out)
 
     def _conditional(self, prediction: str, x: Any, t: Any, backend: str | Backend) -> Array:

@@ -170,15 +170,15 @@ class Gaussian(Exact):
         >>> seen.data.mean.round(6).tolist(), round(float(seen.cov[1, 1]), 6), round(seen.log_evidence, 4)
         ([2.0, 1.8], 0.19, -2.9189)
         """
-        told = linear_observations(obs, self.shape, "a Gaussian")
+        observed = linear_observations(obs, self.shape, "a Gaussian")
         found = {}
-        for group in told.groups():
+        for group in observed.groups():
             laws, evidence, _ = condition(self.data, group, self._floor)
             for i, law, log_density in zip(group.indices.tolist(), laws, evidence.tolist(), strict=True):
                 if log_density == -math.inf:
-                    raise impossible(told, i)
+                    raise impossible(observed, i)
                 found[i] = self._with(law, log_density)
-        return found[0] if told.count is None else [found[i] for i in range(told.count)]
+        return found[0] if observed.count is None else [found[i] for i in range(observed.count)]
 
     def _with(self, law: Moments, log_evidence: float = 0.0) -> Gaussian:
         """The denoiser of data of another law, in all else like this one."""

@@ -169,16 +169,16 @@ class Mixture(Exact):
         >>> law.given(fd.Known([3.0, np.nan])).data.mean.round(3).tolist()  # the second component, surely
         [3.0, 7.0]
         """
-        told = linear_observations(obs, self.shape, "a mixture of Gaussians")
+        observed = linear_observations(obs, self.shape, "a mixture of Gaussians")
         found = {}
-        for group in told.groups():
+        for group in observed.groups():
             weighted = self._weighted()
             each = [condition(component.data, group, component._floor) for _, component in weighted]
             for row, i in enumerate(group.indices.tolist()):
                 likely = np.array([one.log_evidence[row] for one in each])
                 ranks = np.array([one.rank for one in each])
                 if (likely == -math.inf).all():
-                    raise impossible(told, i)
+                    raise impossible(observed, i)
                 kept = np.flatnonzero((likely > -math.inf) & (ranks == ranks[likely > -math.inf].min()))
                 logs = likely[kept] + np.log([weighted[k][0] for k in kept])
                 top = logs.max()
@@ -186,7 +186,7 @@ class Mixture(Exact):
                 components = [weighted[k][1]._with(each[k].laws[row]) for k in kept]
                 found[i] = Mixture.of(weights / weights.sum(), components)
                 found[i].log_evidence = float(top + np.log(weights.sum()))
-        return found[0] if told.count is None else [found[i] for i in range(told.count)]
+        return found[0] if observed.count is None else [found[i] for i in range(observed.count)]
 
     @cached_property
     def data(self) -> Moments:

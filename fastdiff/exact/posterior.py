@@ -99,16 +99,16 @@ def linear_observations(given: Given, shape: tuple[int, ...], of: str) -> Observ
     ArgumentError
         There is a `Weight` among them, or as of `observations`.
     """
-    told = observations(given, shape)
-    if told.weights:
+    observed = observations(given, shape)
+    if observed.weights:
         wants = f"fd.Known or fd.Linear: with a weight {of} does not remain one (Empirical takes weights)"
         raise ArgumentError("given", "an fd.Weight", wants)
-    return told
+    return observed
 
 
-def impossible(told: Observations, i: int) -> ArgumentError:
+def impossible(observed: Observations, i: int) -> ArgumentError:
     """Return the error for an observation that a model cannot have made."""
-    which = "values seen" if told.count is None else f"observation {i}: values seen"
+    which = "values seen" if observed.count is None else f"observation {i}: values seen"
     return ArgumentError(
         "given",
         f"{which} without noise that contradict each other, or what the model can make",

@@ -365,9 +365,7 @@ class Program:
             be.offset(x.grad, zero.data, y.grad)
 
         through = x if x.varies else None
-        return self._record(
-            _Operation(forward, backward if y.varies else None, (y,), (x,), tangent, through=through)
-        )  # fmt: skip
+        return self._record(_Operation(forward, backward if y.varies else None, (y,), (x,), tangent, through=through))
 
     def attention(self, qkv: Value, heads: int) -> Value:
         """Record self-attention over the pixels of an image."""

@@ -24,7 +24,7 @@ from fastdiff.backends import (
     SharingBackend,
     Team,
     TimeMode,
-    Told,
+    TmpdPlan,
     Training,
     TrainingDraws,
     TrainState,
@@ -238,7 +238,7 @@ class MLP(Network):
 
     @property
     def _asked_for(self) -> dict[str, Any]:
-        """What it is asked for and told, as the arguments that say so."""
+        """Arguments of the constructor that say what it is conditioned on."""
         counts = {name: count for name in ASKED if (count := getattr(self, name)) is not None}
         return counts | {name: True for name in FLAGS if getattr(self, name)}
 
@@ -370,10 +370,10 @@ class MLPRunner(Runner):
         """Run a table that is guided, or holds what is known."""
         self.be.mlp_chain(self.net.plan, self.weights, x, table, draw, self._asks(labels))
 
-    def run_told(self, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told) -> bool:
+    def run_tmpd(self, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan) -> bool:
         if self.net.asked:  # the kernel knows of no labels
             return False
-        return self.be.mlp_chain_told(self.net.plan, self.weights, x, rows, draw, told)
+        return self.be.mlp_chain_tmpd(self.net.plan, self.weights, x, rows, draw, tmpd)
 
     def training(
         self,

@@ -232,7 +232,7 @@ class Network(ABC):
     def ask(
         self, classes: Any, covariates: Any, *, null_class: bool, pointwise: bool = False, masked: bool = False
     ) -> None:
-        """Check and set what the network is asked for, and told."""
+        """Check and set what the network is conditioned on."""
         check_flags(pointwise=pointwise, masked=masked)
         self.pointwise, self.masked = pointwise, masked
         if pointwise and covariates is None:
@@ -405,8 +405,8 @@ class Network(ABC):
         x = be.asarray(check_array("x", x, shape=(None, *self.shape), dtype=self.dtype), self.dtype)
         n = len(x)
         steps = be.asarray(check_timesteps(t, self.T, n), np.int64)
-        told = None if known is None else self._told(be, known, n)
-        labels = asked_on(be, self, *checked_asked(self, labels, covariates, n, dtype=self.dtype), told)
+        columns = None if known is None else self._known_columns(be, known, n)
+        labels = asked_on(be, self, *checked_asked(self, labels, covariates, n, dtype=self.dtype), columns)
         if runner is None:
             weights = self.flat if flat is None else flat
             weights = check_array("flat", weights, shape=self.flat.shape, finite=False, dtype=self.dtype)
@@ -427,7 +427,7 @@ class Network(ABC):
             getattr(runner, name)(result, x, steps, be.asarray(vector, self.dtype), labels)
         return result if on_device else be.to_numpy(result)
 
-    def _told(self, be: Backend, known: Any, n: int) -> Array:
+    def _known_columns(self, be: Backend, known: Any, n: int) -> Array:
         """What is known of samples (n, *shape), with NaN, as (n, 2 D)."""
         if not self.masked:
             raise ArgumentError("known", type(known).__name__, "None: this network is not told what is known")

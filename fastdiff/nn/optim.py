@@ -143,12 +143,12 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types; of what 0.1.0 had not, only what is not its usual value."""
-        told = asdict(self)
+        options = asdict(self)
         for names in (("weighting", "snr_gamma"), ("lr_plan",)):
             if _is_usual(self, *names):
                 for name in names:
-                    del told[name]
-        return told
+                    del options[name]
+        return options
 
     @property
     def features(self) -> list[str]:

@@ -425,7 +425,7 @@ class ProgramRunner(Runner):
         be, net = self.be, self.net
         with self.memory.lock:
             program = self._laid(n, "training").program
-            told = [program.own(be, name, (n, *net.image), net.dtype) if known else None for name in KNOWN]
+            known_inputs = [program.own(be, name, (n, *net.image), net.dtype) if known else None for name in KNOWN]
             return Batch(
                 program.own(be, "x", (n, *net.image), net.dtype),
                 program.own(be, "t", (n,), np.int64),
@@ -433,7 +433,7 @@ class ProgramRunner(Runner):
                 program.own(be, "labels", (n,), np.int64) if labels else None,
                 program.own(be, "terms", (n, columns), net.dtype) if columns else None,
                 program.own(be, "covariates", self._covariate_shape(n), net.dtype) if covariates else None,
-                *told,
+                *known_inputs,
             )
 
     def _covariate_shape(self, n: int) -> tuple[int, ...]:

@@ -197,16 +197,16 @@ def _of_model(model: Diffusion, name: str) -> dict[str, Any]:
     auto = model.named_sampler()
     factor, offset = (np.ravel(part) for part in normaliser.affine(net.shape))
     labels = None if net.classes is None else np.arange(DRAWN) % net.classes
-    told = model._covariates
-    numbers = None if told is None else np.tile(told.mean, (DRAWN, 1))
+    scale = model._covariates
+    numbers = None if scale is None else np.tile(scale.mean, (DRAWN, 1))
     drawn = np.asarray(model.sample(DRAWN, labels=labels, covariates=numbers), np.float64).reshape(DRAWN, -1)
     classes = None
     if net.classes is not None:
         classes = [str(k) for k in range(net.classes)] if model.class_names is None else list(model.class_names)
     covariates = None
-    if told is not None:
-        names = model.covariate_names or [f"covariate {k + 1}" for k in range(len(told.mean))]
-        covariates = {"names": list(names), "mean": told.mean.tolist(), "deviation": told.deviation.tolist()}
+    if scale is not None:
+        names = model.covariate_names or [f"covariate {k + 1}" for k in range(len(scale.mean))]
+        covariates = {"names": list(names), "mean": scale.mean.tolist(), "deviation": scale.deviation.tolist()}
     channels = 1 if len(net.shape) == 1 else net.shape[1]
     return {
         **_of_schedule(schedule, model.prediction, auto),

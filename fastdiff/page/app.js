@@ -1,7 +1,7 @@
 // The page: what is chosen, what is computed of it, and what is shown.
 
 import { eigen } from "./algebra.js";
-import { Chain, Told, evaluates, startsAnywhere } from "./chain.js";
+import { Chain, Tmpd, evaluates, startsAnywhere } from "./chain.js";
 import { Crew, filler } from "./crew.js";
 import { Empirical, Gaussian } from "./denoisers.js";
 import { Graph, cleared, colour, heatMap, histogram, mixed, recolour, short, spectrum } from "./draw.js";
@@ -419,7 +419,7 @@ function restart(play = true) {
 
 function* computing(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
+    yield* which.row(which.denoiser instanceof Tmpd ? 4 : 8);
     const done = which.path.length - 1;
     if (rowShown >= done) repaint(paintBack); // the end is to be shown, and this is how far it is
     if (stride > 1 && done > 1 && (done - 1) % stride) which.path[done - 1] = which.path[done - 2]; // shown in its place
@@ -531,7 +531,7 @@ function unfill() {
 
 function* steps(which) {
   while (!which.done) {
-    yield* which.row(which.denoiser instanceof Told ? 4 : 8);
+    yield* which.row(which.denoiser instanceof Tmpd ? 4 : 8);
     which.path = Object.assign(which.path, Array.from({ length: which.path.length - 1 }, () => null)); // the last is shown
     repaint(paintFill);
     yield;

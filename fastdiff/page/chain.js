@@ -116,7 +116,7 @@ export function replacing({ rows, schedule, seen, deviation, d, seed }) {
  * A perceptron whose mean of x0 is moved towards what was seen: method="tmpd" (Boys et al. 2023), by the formulas of
  * fastdiff/conditioning.py.
  */
-export class Told {
+export class Tmpd {
   constructor(inner, schedule, seen, deviation) {
     Object.assign(this, { inner, schedule, seen, d: inner.d, variance: deviation ** 2 });
     this.places = [];

@@ -3,7 +3,7 @@
 // A worker runs the modules that compute, and what it is asked for last. Where a page may have no workers, it computes
 // the same chain itself.
 
-import { Chain, Told, replacing } from "./chain.js";
+import { Chain, Tmpd, replacing } from "./chain.js";
 import { Perceptron } from "./denoisers.js";
 import { STREAM, fillNormal, roundKeys } from "./noise.js";
 
@@ -13,9 +13,9 @@ const LEAST = 8; // draws of a worker
 
 /** The chain of n draws, from the first on, of a network given what is seen. */
 export function filler(network, { rows, schedule, seen, deviation, method, n, first = 0, seed }) {
-  const told = method === "tmpd", d = network.d;
-  const denoiser = told ? new Told(network, schedule, seen, deviation) : network;
-  const hook = told ? null : replacing({ rows, schedule, seen, deviation, d, seed });
+  const tmpd = method === "tmpd", d = network.d;
+  const denoiser = tmpd ? new Tmpd(network, schedule, seen, deviation) : network;
+  const hook = tmpd ? null : replacing({ rows, schedule, seen, deviation, d, seed });
   return new Chain({ rows, denoiser, n, d, seed, first, hook });
 }
 
@@ -94,8 +94,8 @@ export class Crew {
     }
   }
 
-  /** Begin `job`, see `filler`, in the place of what was begun before; `told` is called with every row of a part. */
-  start(network, job, told) {
+  /** Begin `job`, see `filler`, in the place of what was begun before; `done` is called with every row of a part. */
+  start(network, job, done) {
     const id = ++this.id, { asked, guidance, d } = network, shared = new Shared(job, d);
     const share = Math.max(LEAST, Math.ceil(job.n / this.workers.length));
     this.workers.forEach((worker, k) => {
@@ -106,7 +106,7 @@ export class Crew {
         if (data.id !== this.id) return;
         shared.x.set(data.x, data.first * d);
         shared.parts.set(data.first, data.passed);
-        told();
+        done();
       };
       worker.postMessage({ id, asked, guidance, job: { ...job, first, n } });
     });

@@ -196,7 +196,7 @@ export class Perceptron {
   }
 
   /** The columns of gains and shifts of a timestep. */
-  told(t, asked) {
+  timeColumns(t, asked) {
     const key = asked === null ? ~t : t;
     if (!this.columns.has(key)) this.columns.set(key, this.tell(t, asked));
     return this.columns.get(key);
@@ -224,7 +224,7 @@ export class Perceptron {
   }
 
   forward(x, n, t, out, asked, saved = null) {
-    const columns = this.told(t, asked);
+    const columns = this.timeColumns(t, asked);
     let h = x;
     for (const layer of this.plan.layers) {
       const { outputs, column, time } = layer, last = layer === this.plan.layers.at(-1);
@@ -252,7 +252,7 @@ export class Perceptron {
   }
 
   backward(x, n, t, asked) {
-    const saved = [], columns = this.told(t, asked), { layers } = this.plan;
+    const saved = [], columns = this.timeColumns(t, asked), { layers } = this.plan;
     this.forward(x, n, t, null, asked, saved);
     const slopes = layers.map(({ activation, outputs, time, column }, l) => {
       const slope = ACTIVATIONS[activation][1];

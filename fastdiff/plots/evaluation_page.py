@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 
 FEW_COLUMNS = 8  # fewer are no curve
 JUMP, JUMPS = 3, 0.2  # nor are columns whose deviation is so many times its neighbour's, for more than this share
@@ -104,7 +104,7 @@ def evaluation(
 # --------------------------------------------------------------------------------------- numbers
 
 
-def autocorrelation(X: Array) -> Array:
+def autocorrelation(X: Float64) -> Float64:
     """Mean autocorrelation of curves (N, d) at lags 0 .. d // 2.
 
     ``r_k = sum_i x_i x_(i + k) / sum_i x_i^2`` of each curve less its own mean (Box and Jenkins 1970, 2.1.5). Constant
@@ -117,28 +117,28 @@ def autocorrelation(X: Array) -> Array:
     varied = products[:, 0] > 1e-12 * np.square(X).sum(axis=1)
     if not varied.any():
         return np.full(d // 2 + 1, np.nan)
-    mean: Array = (products[varied] / products[varied, :1]).mean(axis=0)
+    mean: Float64 = (products[varied] / products[varied, :1]).mean(axis=0)
     return mean
 
 
-def spectrum(X: Array) -> Array:
+def spectrum(X: Float64) -> Float64:
     """Mean power ``|sum_k x_k exp(-2 pi i j k / d)|^2 / d`` of curves (N, d), each less its mean; j = 1 .. d // 2."""
     centred = X - X.mean(axis=1, keepdims=True)
-    power: Array = np.square(np.abs(np.fft.rfft(centred))).mean(axis=0)[1:] / X.shape[1]
+    power: Float64 = np.square(np.abs(np.fft.rfft(centred))).mean(axis=0)[1:] / X.shape[1]
     return power
 
 
-def correlations(X: Array) -> Array:
+def correlations(X: Float64) -> Float64:
     """Correlations of all pairs of columns of (N, d), NaN with a constant one."""
     centred = X - X.mean(axis=0)
     norm = np.sqrt(np.square(centred).sum(axis=0))
     with np.errstate(invalid="ignore", divide="ignore"):
         matrix = (centred.T @ centred) / np.outer(norm, norm)
-    pairs: Array = matrix[np.triu_indices(X.shape[1], 1)]
+    pairs: Float64 = matrix[np.triu_indices(X.shape[1], 1)]
     return pairs
 
 
-def nearest(X: Array, rows: Array, *, others: bool = False) -> tuple[Array, npt.NDArray[np.int64]]:
+def nearest(X: Float64, rows: Float64, *, others: bool = False) -> tuple[Float64, npt.NDArray[np.int64]]:
     """Root mean square distance of each row of X to the nearest of `rows`, and which that is.
 
     With `others` X is the beginning of `rows`, and no row counts as its own neighbour.
@@ -175,11 +175,11 @@ class Page:
         What each column is called, if they have ticks of their own; at most 24 letters.
     """
 
-    real: Array
-    made: Array
-    training: Array | None
+    real: Float64
+    made: Float64
+    training: Float64 | None
     ordered: bool
-    x: Array
+    x: Float64
     along: str
     value: str
     words: Sequence[str]
@@ -190,15 +190,15 @@ class Page:
         return sum(map(len, self.words)) + 2 * len(self.words) > 105
 
     @property
-    def pair(self) -> tuple[tuple[Array, str], tuple[Array, str]]:
+    def pair(self) -> tuple[tuple[Float64, str], tuple[Float64, str]]:
         """Real and generated rows with their colours, in the order of drawing."""
         return (self.real, GREY), (self.made, BLUE)
 
 
 def page_of(
-    real: Array,
-    made: Array,
-    training: Array | None,
+    real: Float64,
+    made: Float64,
+    training: Float64 | None,
     *,
     ordered: bool | None,
     rate: float | None,
@@ -302,7 +302,7 @@ def _columns(axes: Axes, page: Page, *, named: bool = False) -> None:
         axes.set_xticks(page.x, page.words, rotation=90 if page.upright else 0, fontsize=size)
 
 
-def _series(axes: Axes, page: Page, values: Array, color: str, side: int, **options: Any) -> None:
+def _series(axes: Axes, page: Page, values: Float64, color: str, side: int, **options: Any) -> None:
     """One value at each column: a line where they follow one another, else a mark beside the middle."""
     if page.ordered:
         axes.plot(page.x, values, color=color, linewidth=1.4, **options)
@@ -363,7 +363,7 @@ def _in_order(panels: Sequence[Axes], page: Page) -> None:
     right.set(xlabel="cycles a point" if page.along == "point" else "frequency (Hz)", ylabel="power")
 
 
-def _logarithmic(axes: Axes, powers: Array) -> None:
+def _logarithmic(axes: Axes, powers: Float64) -> None:
     """A log axis, where there is something to show, and not all of what is only rounding."""
     some = powers[powers > 0]
     if len(some):
@@ -396,7 +396,7 @@ def _in_pairs(panels: Sequence[Axes], page: Page) -> None:
     right.set_title("The two columns that go together most", **SMALL)
 
 
-def _histogram(axes: Axes, sets: Sequence[tuple[Array, str]], label: str) -> None:
+def _histogram(axes: Axes, sets: Sequence[tuple[Float64, str]], label: str) -> None:
     """Densities of several sets of values, over the range of all."""
     every = np.concatenate([values for values, _ in sets])
     low, high = float(every.min()), float(every.max())
@@ -410,7 +410,7 @@ def _histogram(axes: Axes, sets: Sequence[tuple[Array, str]], label: str) -> Non
     axes.set(xlabel=label, ylabel="density")
 
 
-def _distances(axes: Axes, page: Page) -> list[tuple[str, Array, Array]]:
+def _distances(axes: Axes, page: Page) -> list[tuple[str, Float64, Float64]]:
     """Draw how far generated and real rows are from the nearest row learned from; return three with their nearest."""
     every = page.real if page.training is None else page.training
     learned = every[:: -(-len(every) // MOST_TRAINING)]
@@ -434,7 +434,7 @@ def _distances(axes: Axes, page: Page) -> list[tuple[str, Array, Array]]:
     return [(f"{word}: {of_made[order[k]]:.3g} away", made[order[k]], learned[index[order[k]]]) for k, word in places]
 
 
-def _neighbours(panels: Sequence[Axes], page: Page, chosen: Sequence[tuple[str, Array, Array]]) -> None:
+def _neighbours(panels: Sequence[Axes], page: Page, chosen: Sequence[tuple[str, Float64, Float64]]) -> None:
     """Generated rows over their nearest rows of training."""
     mark: dict[str, Any] = {} if page.ordered else {"marker": "o", "markersize": 3}
     for axes, (word, row, neighbour) in zip(panels, chosen, strict=True):

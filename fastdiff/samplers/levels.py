@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fastdiff.backends import Row
 from fastdiff.errors import ArgumentError, ScheduleWarning, check_choice, check_int, shown
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, noise_from_output, x0_from_output
-from fastdiff.schedule import END_LIMIT, Array, Schedule, Spacing, power
+from fastdiff.schedule import END_LIMIT, Float64, Schedule, Spacing, power
 
 FINALS = ("zero", "sigma_min")
 SERIES_BELOW, SERIES_TERMS = 1.0, 20  # of H: 1 / 20! is below rounding
@@ -40,24 +40,24 @@ class Levels(NamedTuple):
     """
 
     t: npt.NDArray[np.int64]
-    signal: Array
-    noise: Array
-    signal_next: Array
-    noise_next: Array
-    half_log_snr: Array
-    growth: Array
+    signal: Float64
+    noise: Float64
+    signal_next: Float64
+    noise_next: Float64
+    half_log_snr: Float64
+    growth: Float64
 
     def at(self, rows: npt.NDArray[np.int64]) -> Levels:
         return Levels(self.t[rows], *(column[rows] for column in self[1:]))
 
     @property
-    def ratio(self) -> Array:
+    def ratio(self) -> Float64:
         """rho = sigma / alpha, infinite where there is no signal."""
         with np.errstate(divide="ignore"):
             return np.divide(self.noise, self.signal)
 
     @property
-    def ratio_next(self) -> Array:
+    def ratio_next(self) -> Float64:
         return np.divide(self.noise_next, self.signal_next)
 
     @property
@@ -97,7 +97,7 @@ def check_growth(grid: Levels) -> None:
         raise ArgumentError("schedule", "timesteps between which abar does not change", "larger betas")
 
 
-def gap_variance(grid: Levels) -> Array:
+def gap_variance(grid: Levels) -> Float64:
     """beta_t, which the forward process adds from the next level to this one: sigma^2 - (alpha / alpha')^2 sigma'^2.
 
     Where variance is preserved it is 1 - abar / abar', as (sigma^2 - sigma'^2) / alpha'^2, which loses nothing where
@@ -110,7 +110,7 @@ def gap_variance(grid: Levels) -> Array:
 # -- methods that remember -----------------------------------------------------------------------------------
 
 
-def kernel_moments(growth: float, count: int) -> Array:
+def kernel_moments(growth: float, count: int) -> Float64:
     """M_k = int_0^1 H exp(-H (1 - v)) v^k dv for k = 0 .. count - 1; H of either sign, finite."""
     if abs(growth) >= SERIES_BELOW:
         found = [-np.expm1(-growth)]
@@ -123,7 +123,7 @@ def kernel_moments(growth: float, count: int) -> Array:
     return growth / (degree[:, 0] + 1.0) * (1 + terms.sum(axis=1))
 
 
-def weights(places: npt.ArrayLike, moments: Array) -> Array:
+def weights(places: npt.ArrayLike, moments: Float64) -> Float64:
     """Weights w with sum_j w_j f(places_j) = sum_k moments_k f_k for every polynomial f(v) = sum_k f_k v^k."""
     nodes = np.asarray(places, np.float64)
     return np.asarray(np.linalg.solve(np.vander(nodes, increasing=True).T, moments[: len(nodes)]), np.float64)
@@ -180,11 +180,11 @@ def noise_table(
     table: Table,
     grid: Levels,
     first: npt.NDArray[np.bool_],
-    memory: Array,
+    memory: Float64,
     *,
-    keeps: Array | float = 1.0,
-    s: Array | float = 0.0,
-    also: Array | float = 0.0,
+    keeps: Float64 | float = 1.0,
+    s: Float64 | float = 0.0,
+    also: Float64 | float = 0.0,
 ) -> Sampler:
     """The table of x' / alpha' = keeps x / alpha + memory @ (noise, earlier noise ..) + s z / alpha'.
 

@@ -22,7 +22,7 @@ from fastdiff.samplers.levels import (
     weights,
 )
 from fastdiff.samplers.table import Clip, Sampler, constructor, x0_from_output
-from fastdiff.schedule import Array, Schedule, Spacing
+from fastdiff.schedule import Float64, Schedule, Spacing
 
 ADAMS = {
     2: np.array([3, -1]) / 2,
@@ -551,7 +551,7 @@ def sa_solver(
 # -- the parts that they share -------------------------------------------------------------------------------
 
 
-def _decay(grid: Levels, eta: npt.ArrayLike) -> tuple[Array, Array]:
+def _decay(grid: Levels, eta: npt.ArrayLike) -> tuple[Float64, Float64]:
     """(a, s) of steps that add eta times the noise of the reverse stochastic equation."""
     a, eta = grid.noise_next / grid.noise, np.broadcast_to(eta, len(grid.t))
     lost = np.multiply(eta, grid.growth, out=np.zeros_like(a), where=eta > 0)
@@ -562,14 +562,14 @@ def _order(order: int, eta: float, published: bool) -> int | None:
     return None if eta else 2 if published and order == 3 else order
 
 
-def _places(grid: Levels, i: int, count: int) -> Array:
+def _places(grid: Levels, i: int, count: int) -> Float64:
     """Where the last `count` rows from row i back are in its step, which goes from 0 to 1 in lambda."""
     if count == 1:
         return np.zeros(1)
     return (grid.half_log_snr[i - np.arange(count)] - grid.half_log_snr[i]) / grid.growth[i]
 
 
-def _data_moments(growth: float, count: int, slope: str = "bh2") -> Array:
+def _data_moments(growth: float, count: int, slope: str = "bh2") -> Float64:
     """Moments of a polynomial through so many places; those of a straight line are half of B: see `unipc`.
 
     Unless the slope is "exact". Of a noise method the growth is that of -lambda.
@@ -627,7 +627,7 @@ def _corrected(
     *,
     predict_x0: bool,
     slope: str,
-    eta: Array | None = None,
+    eta: Float64 | None = None,
 ) -> Sampler:
     """The table of a predictor whose every step is taken again once its end has been evaluated.
 
@@ -657,7 +657,7 @@ def _corrected(
     return sampler(table, grid.t, p=p, q=q, a=a, s=s, **dict(zip(MEMORY, memory.T, strict=True)))
 
 
-def _step(grid: Levels, i: int, places: Array, eta: float, predict_x0: bool, slope: str) -> Array:
+def _step(grid: Levels, i: int, places: Float64, eta: float, predict_x0: bool, slope: str) -> Float64:
     """Weights of what is known at places of step i, for x' / alpha' where the noise is continued.
 
     From noise alone the first-order weight of the noise is minus infinity: `noise_table` knows.
@@ -669,7 +669,7 @@ def _step(grid: Levels, i: int, places: Array, eta: float, predict_x0: bool, slo
     return (1 + eta) * grid.ratio_next[i] * weights(places, _data_moments(-grid.growth[i], len(places), slope))
 
 
-def _fallen(grid: Levels) -> Array:
+def _fallen(grid: Levels) -> Float64:
     """rho^2 - rho'^2, and 0 from noise alone and to none, where noise methods are deterministic."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isfinite(grid.growth), grid.ratio**2 - grid.ratio_next**2, 0.0)

@@ -25,11 +25,11 @@ from fastdiff.samplers.levels import (
     weights,
 )
 from fastdiff.samplers.table import Clip, Sampler, check_schedule, constructor, noise_from_output, x0_from_output
-from fastdiff.schedule import Array, Schedule, Spacing
+from fastdiff.schedule import Float64, Schedule, Spacing
 
 log = logging.getLogger("fastdiff")
 
-Columns = tuple[Array, Array, Array, Array]
+Columns = tuple[Float64, Float64, Float64, Float64]
 
 VARIANCE_FLOOR = 1e-20
 MOST_CHURN = math.sqrt(2) - 1  # of a level at a time, as in Karras et al. 2022, algorithm 2
@@ -244,13 +244,13 @@ def euler_ancestral(
     return sampler(table, grid.t, **_implicit(table, grid, 1.0, reclip))
 
 
-def _implicit(table: Table, grid: Levels, eta: float, reclip: bool) -> dict[str, Array]:
+def _implicit(table: Table, grid: Levels, eta: float, reclip: bool) -> dict[str, Float64]:
     ancestral = gap_variance(grid) * (grid.noise_next / grid.noise) ** 2
     direction = np.sqrt(np.maximum(grid.noise_next**2 - eta**2 * ancestral, 0.0))
     return _towards(table, grid, direction, eta * np.sqrt(ancestral), reclip)
 
 
-def _towards(table: Table, grid: Levels, direction: Array, s: Array, reclip: bool) -> dict[str, Array]:
+def _towards(table: Table, grid: Levels, direction: Float64, s: Float64, reclip: bool) -> dict[str, Float64]:
     """Columns of x' = alpha' x0 + direction noise + s z, the noise taken from x0 where it is to be `reclip`."""
     check_bool("reclip", reclip)
     p, q = x0_from_output(grid.signal, grid.noise, table.prediction)
@@ -862,7 +862,7 @@ def _turns(grid: Levels, order: int, final: str) -> npt.NDArray[np.int64]:
     return turn
 
 
-def _turn_step(grid: Levels, i: int, turn: int, solver: str, sign: float) -> tuple[float, Array]:
+def _turn_step(grid: Levels, i: int, turn: int, solver: str, sign: float) -> tuple[float, Float64]:
     """(growth, weights) from the first row of a turn to the end of row i: of what rows i, i - 1 .. said.
 
     `sign` is 1 + eta for x0, and -1 for the noise.

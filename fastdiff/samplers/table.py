@@ -22,7 +22,7 @@ from fastdiff.errors import (
     check_int,
     shown,
 )
-from fastdiff.schedule import PREDICTIONS, Array, Schedule, power
+from fastdiff.schedule import PREDICTIONS, Float64, Schedule, power
 
 WIDTHS = (8, 10, 11, 12)  # of tables that are accepted
 
@@ -211,7 +211,7 @@ class Sampler:
         return _restored, given
 
 
-def x0_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
+def x0_from_output(signal: Float64, noise: Float64, prediction: str) -> tuple[Float64, Float64]:
     """(p, q) with x0 = p x + q out; x = signal x0 + noise z, v = signal z - noise x0, velocity = z - x0."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "noise":
@@ -226,7 +226,7 @@ def x0_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array,
     return signal / power(signal, noise), -noise / power(signal, noise)
 
 
-def noise_from_output(signal: Array, noise: Array, prediction: str) -> tuple[Array, Array]:
+def noise_from_output(signal: Float64, noise: Float64, prediction: str) -> tuple[Float64, Float64]:
     """(f, g) with z = f x + g out, as `x0_from_output`."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "noise":

@@ -161,7 +161,7 @@ def impute_to(
         raise ArgumentError("quantiles", shown(options["quantiles"]), "None, where draws go to a store")
     options = {"draws": draws} | _resolved(model, options, given=True)
     job = _of_rows("draws", model, X, chunk, options, {"labels": 0, "covariates": 1})
-    first = job.told(0, 1)
+    first = job.row_options(0, 1)
     first["X"] = np.zeros_like(first["X"])  # where nothing is missing nothing takes time
     some = model.impute(**first, **job.options)
     dtype = np.result_type(some.dtype, job.of_rows["X"].dtype)
@@ -278,7 +278,7 @@ def _finish(workers: Engine, job: Job, chunks: Chunked, left: list[int], bar: An
 
     while left:
         finished, last = set(), None
-        tasks = (Task(number, *(where := chunks.bounds(number)), job.told(*where)) for number in left)
+        tasks = (Task(number, *(where := chunks.bounds(number)), job.row_options(*where)) for number in left)
         try:
             for number, error in workers.outcomes(tasks):
                 if error is None:

@@ -53,7 +53,7 @@ def engine(client: Any, work: Work) -> Iterator[Engine]:
         It cannot be reached.
     """
     if client is None:
-        yield Here(work)
+        yield InProcess(work)
         return
     with ExitStack() as last:
         if isinstance(client, str) or _is_from(client, "distributed"):
@@ -93,7 +93,7 @@ def _parcel(work: Work) -> Iterator[Parcel]:
             os.unlink(path)
 
 
-class Here:
+class InProcess:
     """This process."""
 
     comes_again = False

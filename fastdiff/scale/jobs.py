@@ -34,12 +34,12 @@ def version() -> str:
 
 
 class Task(NamedTuple):
-    """A chunk to be done: its number, where it begins and ends, and what is told of its rows."""
+    """A chunk to be done: its number, where it begins and ends, and the options of its rows."""
 
     number: int
     start: int
     stop: int
-    told: dict[str, Any]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Job:
     options: dict[str, Any]
     of_rows: dict[str, Any]
 
-    def told(self, start: int, stop: int) -> dict[str, Any]:
+    def row_options(self, start: int, stop: int) -> dict[str, Any]:
         """What belongs to some rows."""
         return {name: np.asarray(array[start:stop]) for name, array in self.of_rows.items()}
 
     def without_rows(self) -> Job:
         """What a worker has to know beforehand: of rows, the first one alone."""
-        return replace(self, of_rows=self.told(0, 1))
+        return replace(self, of_rows=self.row_options(0, 1))
 
     def identity(self) -> dict[str, Any]:
         """What the bits of the answer depend on, as JSON."""
@@ -108,15 +108,15 @@ class Job:
         found = hashlib.sha256(json.dumps(content_hash(parts)).encode())
         return {"name": sampler.label, "hash": f"sha256:{found.hexdigest()}"}
 
-    def answer(self, start: int, stop: int, told: dict[str, Any]) -> npt.NDArray[Any]:
+    def answer(self, start: int, stop: int, row_options: dict[str, Any]) -> npt.NDArray[Any]:
         """Answer for some rows, on the host."""
-        told = {**self.options, **told}
+        options = {**self.options, **row_options}
         if self.kind == "samples":
-            found = self.model.sample(stop - start, first_sample=self.first + start, **told)
+            found = self.model.sample(stop - start, first_sample=self.first + start, **options)
         elif self.kind == "draws":
-            found = self.model.impute(first_row=start, **told)
+            found = self.model.impute(first_row=start, **options)
         else:
-            found = self.model.log_density(first_sample=start, **told).values
+            found = self.model.log_density(first_sample=start, **options).values
         block: npt.NDArray[Any] = get_backend(self.model.backend).to_numpy(found)
         return block
 
@@ -130,7 +130,7 @@ class Work:
 
     def do(self, task: Task) -> None:
         """Do a chunk."""
-        self.chunks.write(task.number, self.job.answer(task.start, task.stop, task.told))
+        self.chunks.write(task.number, self.job.answer(task.start, task.stop, task.options))
 
     def packed(self) -> bytes:
         """Return it for other processes, with what they must agree on.

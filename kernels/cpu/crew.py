@@ -32,9 +32,9 @@ BEGIN, END, PIECES = range(3)  # of a phase: its tasks and all their pieces
 SPREAD = 16  # words between what different threads write: two cache lines
 ASLEEP, WATCHING, CALLED, BUSY = range(4)
 TASKS, PHASES, COUNTERS = 1, 3, 5  # on the board: address and length of each
-WOKEN, WANTED = 1, 2  # beside a helper's state: whether it slept when it was called; whether it is wanted outside
-PATIENCE = 1 << 12  # looks at a word before the thread lets others run
-VIGIL = 1 << 13  # looks at the board before a helper goes to sleep: a tenth of a millisecond or two
+WOKEN, RECALLED = 1, 2  # beside a helper's state: whether it slept when it was called; whether it is recalled
+SPINS_BEFORE_YIELD = 1 << 12  # looks at a word before the thread lets others run
+SPINS = 1 << 13  # looks at the board before a helper goes to sleep: a tenth of a millisecond or two
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -58,7 +58,7 @@ def _relax(typingctx):
 
 
 @intrinsic
-def _let_others_run(typingctx):
+def _yield_core(typingctx):
     """Offer the core to another thread, where the system has a call for that."""
 
     def codegen(context, builder, signature, args):
@@ -131,13 +131,13 @@ def work(worker, tasks, phases, counters):
         while atomic_load(counters, done) < pieces:
             looks += 1
             _relax()
-            if looks > PATIENCE:
-                _let_others_run()
+            if looks > SPINS_BEFORE_YIELD:
+                _yield_core()
 
 
 @kernel
 def serve(board, worker):
-    """A helper's watch: work when called, and return when nothing has come for a while or `want` says so."""
+    """A helper's loop: work when called, and return when nothing has come for a while or `recall` says so."""
     at, looks = worker * SPREAD, 0
     while True:
         state = atomic_load(board, at)
@@ -154,7 +154,7 @@ def serve(board, worker):
         else:
             looks += 1
             _relax()
-            if (looks > VIGIL or atomic_load(board, at + WANTED)) and atomic_swap_if(board, at, WATCHING, ASLEEP):
+            if (looks > SPINS or atomic_load(board, at + RECALLED)) and atomic_swap_if(board, at, WATCHING, ASLEEP):
                 return
 
 
@@ -187,30 +187,30 @@ def dismiss(board, helpers):
             while atomic_load(board, at) == BUSY:
                 looks += 1
                 _relax()
-                if looks > PATIENCE:
-                    _let_others_run()
+                if looks > SPINS_BEFORE_YIELD:
+                    _yield_core()
 
 
 @kernel
-def want(board, helpers):
+def recall(board, helpers):
     """Send helpers that watch back outside, where there is something for them."""
     for h in range(1, helpers + 1):
-        atomic_store(board, h * SPREAD + WANTED, 1)
+        atomic_store(board, h * SPREAD + RECALLED, 1)
 
 
 @kernel
-def come(board, worker):
+def acknowledge(board, worker):
     """A helper is outside, and takes what is there."""
-    atomic_store(board, worker * SPREAD + WANTED, 0)
+    atomic_store(board, worker * SPREAD + RECALLED, 0)
 
 
 @kernel
-def meet(board, helpers):
+def await_recalled(board, helpers):
     """Wait until helpers have taken what was outside and are back, but not for long."""
     looks = 0
     for h in range(1, helpers + 1):
         at = h * SPREAD
-        while (atomic_load(board, at + WANTED) or atomic_load(board, at) == ASLEEP) and looks < VIGIL:
+        while (atomic_load(board, at + RECALLED) or atomic_load(board, at) == ASLEEP) and looks < SPINS:
             looks += 1
             _relax()
 

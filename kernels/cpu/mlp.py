@@ -461,8 +461,8 @@ def asked_chain_range(start, stop, x, chain, net, asked, law, room, arena, memor
                 for i in range(rows):
                     turned.asked[j * lanes + i] = values[(begin + i) * columns + j]
                 for i in range(rows, lanes):
-                    told = values[(begin + i - rows) * columns + j]
-                    turned.asked[j * lanes + i] = told if j >= columns - known else ZERO
+                    value = values[(begin + i - rows) * columns + j]
+                    turned.asked[j * lanes + i] = value if j >= columns - known else ZERO
             if lanes > 0:
                 to = alone if lanes == rows else beside
                 gemm(to, 0, lanes, params, weight, 1, width, turned.asked, 0, lanes, width, lanes, columns, False)

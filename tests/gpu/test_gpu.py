@@ -9,7 +9,7 @@ import cuda_parity_conv_mma  # noqa: F401 - registers its checks
 import cuda_parity_covariance  # noqa: F401 - registers its checks
 import cuda_parity_layers  # noqa: F401 - registers its checks
 import cuda_parity_mlp  # noqa: F401 - registers its checks
-import cuda_parity_told  # noqa: F401 - registers its checks
+import cuda_parity_tmpd  # noqa: F401 - registers its checks
 import numpy as np
 import pytest
 import test_cuda_twins as twin_cases

@@ -183,9 +183,7 @@ def _library(text: str, sanitize: bool, races: bool) -> ctypes.CDLL:
 def _launcher(text: str, sanitize: bool, races: bool, entry: str) -> Callable[..., bytes | None]:
     function = _library(text, sanitize, races)[f"launch_{entry}"]
     function.restype = ctypes.c_char_p
-    function.argtypes = [
-        ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
-    ]  # fmt: skip
+    function.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
     return function
 
 

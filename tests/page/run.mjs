@@ -30,7 +30,7 @@ const jobs = {
     if (denoiser.kind === "perceptron") {
       law = unpack.perceptron(page);
       law.ask(unpack.asked(page, label ?? null, denoiser.covariates), guidance ?? 1);
-      if (known && method === "tmpd") law = new chains.Told(law, schedule, known, deviation);
+      if (known && method === "tmpd") law = new chains.Tmpd(law, schedule, known, deviation);
       else if (known) hook = chains.replacing({ rows, schedule, seen: known, deviation, d, seed: BigInt(seed) });
     } else {
       const data = Float64Array.from(denoiser.rows.flat());

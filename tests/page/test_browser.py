@@ -5,7 +5,7 @@ import base64
 
 import numpy as np
 import pytest
-from tolerances import FIRST_PAINT_MS, FRAME_MS, PAGE, PAGE_TOLD
+from tolerances import FIRST_PAINT_MS, FRAME_MS, PAGE, PAGE_TMPD
 
 import fastdiff as fd
 
@@ -239,7 +239,7 @@ def test_a_model_of_curves(opened, tmp_path, monkeypatch, picture):
     page.select_option("#steps", "5")
     for method in ("replace", "tmpd"):
         page.select_option("#method", method)
-        assert np.abs(fillings(page) - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TOLD
+        assert np.abs(fillings(page) - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TMPD
     page.evaluate("scrollTo(0, 0)")
     picture(page, "model")
 
@@ -272,7 +272,7 @@ def test_a_model_fills_beside_the_page(opened, tmp_path, monkeypatch):
     page.wait_for_function("fastdiff.frames.length > 5")
     assert not page.evaluate("fastdiff.filling.done")
     page.select_option("#steps", "5")  # what was begun is dropped
-    assert np.abs(fillings(page) - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TOLD
+    assert np.abs(fillings(page) - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TMPD
 
 
 def test_a_page_without_workers_fills_by_itself(opened, tmp_path, monkeypatch):
@@ -283,7 +283,7 @@ def test_a_page_without_workers_fills_by_itself(opened, tmp_path, monkeypatch):
     page.select_option("#steps", "5")
     drawn = fillings(page)
     assert page.evaluate("fastdiff.workers") == 0
-    assert np.abs(drawn - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TOLD
+    assert np.abs(drawn - inner(model, said(code(page, "fill"))[0])).max() < PAGE_TMPD
 
 
 # ------------------------------------------------------------------------------------------- for everyone

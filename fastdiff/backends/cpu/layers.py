@@ -87,9 +87,7 @@ class LayerOperations(ConvOperations):
         )
         norm = norm_kernels.Norm(gamma, beta, given, of_groups, groups, silu)
         with self._workers.lock:
-            arguments = (
-                dh.reshape(-1), x.reshape(-1), norm, tangent, out.reshape(-1), pixels, self._rows(channels)[0],
-            )  # fmt: skip
+            arguments = (dh.reshape(-1), x.reshape(-1), norm, tangent, out.reshape(-1), pixels, self._rows(channels)[0])
             self._do([(norm_kernels.norm_tangent_range, arguments, images, _work(silu, pixels * channels))])
 
     def layer_norm(self, layer: Norm, out: Array, *, eps: float) -> None:

@@ -22,7 +22,7 @@ from fastdiff.backends.protocol import (
     Row,
     Segment,
     Team,
-    Told,
+    TmpdPlan,
     Training,
     TrainingDraws,
     TrainState,
@@ -60,7 +60,7 @@ class _Table:
 
 
 def backward_runs(plan: MLPPlan, ends: Array) -> Array:
-    """The runs of layers that a backward pass takes as one, as `told.NARROW` ...: none of their outputs but the last is
+    """The runs of layers that a backward pass takes as one, as `tmpd.NARROW` ...: none of their outputs but the last is
     changed by anything, and their product is smaller than they."""
     runs: list[list[int]] = []
     at = 0
@@ -78,25 +78,25 @@ def backward_runs(plan: MLPPlan, ends: Array) -> Array:
     return np.array(runs, np.int64)
 
 
-class _ToldSpace:
+class _TmpdWorkspace:
     """What the kernel needs of observations and a table, and a worker's buffers for it."""
 
-    def __init__(self, net: _MLPSpace, table: _Table, told: Told, threads: int) -> None:
-        from fastdiff.kernels.cpu import told as kernels
+    def __init__(self, net: _MLPSpace, table: _Table, tmpd: TmpdPlan) -> None:
+        from fastdiff.kernels.cpu import tmpd as kernels
 
-        plan, lanes, (_, m), K = net.plan, mlp_kernels.CHAIN_TILE, told.y.shape, told.products
+        plan, lanes, (_, m), K = net.plan, mlp_kernels.CHAIN_TILE, tmpd.y.shape, tmpd.products
         d = plan.layers[0].inputs
-        self.told, self.table = told, table
-        observations = kernels.Told(
-            rows=told.numbers[np.array([row.t for row in table.rows])],
+        self.tmpd, self.table = tmpd, table
+        observations = kernels.Observations(
+            rows=tmpd.numbers[np.array([row.t for row in table.rows])],
             products=K,
-            per=told.per,
-            firsts=told.firsts,
-            matrix=np.empty(0, np.float32) if told.matrix is None else told.matrix.astype(np.float32).reshape(-1),
-            places=np.empty(0, np.int64) if told.places is None else told.places.reshape(-1),
-            y=told.y.reshape(-1),
-            variance=told.variance.reshape(-1),
-            reach=told.reach,
+            per=tmpd.per,
+            firsts=tmpd.firsts,
+            matrix=np.empty(0, np.float32) if tmpd.matrix is None else tmpd.matrix.astype(np.float32).reshape(-1),
+            places=np.empty(0, np.int64) if tmpd.places is None else tmpd.places.reshape(-1),
+            y=tmpd.y.reshape(-1),
+            variance=tmpd.variance.reshape(-1),
+            reach=tmpd.reach,
             m=m,
         )
         self.observations = tuple(observations)
@@ -163,7 +163,7 @@ class _MLPSpace:
         self.keys: Array = np.empty(0)
         self.nothing = np.empty((1, 1), np.float32)
         self.not_given = (self.nothing.reshape(-1),) * 3
-        self.told: _ToldSpace | None = None  # the last
+        self.tmpd: _TmpdWorkspace | None = None  # the last
         # What is asked: room for its part of a tile's rows of the time table, and the buffers of a chain.
         width, d = k.TILE * plan.time_width, plan.layers[0].inputs
         self.own = np.arange(k.TILE)
@@ -305,10 +305,10 @@ class MLPOperations(StepOperations):
 
             self._workers.run(body, -(-len(x) // mlp_kernels.CHAIN_TILE), 1)
 
-    def mlp_chain_told(
-        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    def mlp_chain_tmpd(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan
     ) -> bool:
-        from fastdiff.kernels.cpu import told as told_kernels
+        from fastdiff.kernels.cpu import tmpd as tmpd_kernels
 
         flat = x.reshape(-1)
         law = law_of(draw)
@@ -317,14 +317,14 @@ class MLPOperations(StepOperations):
             if self._table is None or self._table.rows is not rows or self._table.clip is not None:
                 self._table = _Table(rows, None)
             table = self._table
-            if net.told is None or net.told.told is not told or net.told.table is not table:
-                net.told = _ToldSpace(net, table, told, self.threads)
-            space = net.told
+            if net.tmpd is None or net.tmpd.tmpd is not tmpd or net.tmpd.table is not table:
+                net.tmpd = _TmpdWorkspace(net, table, tmpd)
+            space = net.tmpd
             network, back = net.network(params, table.evaluated, lasting=True)[0], tuple(space.back)
-            told_kernels.backward_weights(net.layers, space.back.runs, params, space.back.weights, *space.products)
+            tmpd_kernels.backward_weights(net.layers, space.back.runs, params, space.back.weights, *space.products)
 
             def body(worker: int, start: int, stop: int) -> None:
-                told_kernels.chain_told(
+                tmpd_kernels.chain_tmpd(
                     start, stop, flat, table.chain, network, back, space.observations, law, self._rooms[worker],
                     net.arenas[worker], space.spaces[worker],
                 )  # fmt: skip

@@ -178,7 +178,7 @@ class Workers:
     def _share(self, job: Callable[[int], None], helpers: int) -> None:
         """Call ``job(worker)`` here, as worker 0, and in the first `helpers` helpers; return when all are done."""
         self._settled = False
-        crew.want(self._board, helpers)
+        crew.recall(self._board, helpers)
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         for queue in self._jobs[:helpers]:
             queue.put((job, done, self._board))
@@ -186,7 +186,7 @@ class Workers:
         try:
             job(0)
         finally:
-            crew.meet(self._board, helpers)
+            crew.await_recalled(self._board, helpers)
             failures = [done.get() for _ in range(helpers)]
             self._settled = True
         for failure in failures:
@@ -212,7 +212,7 @@ def _dismiss(jobs: list[SimpleQueue[Any]]) -> None:
 def _serve(queue: SimpleQueue[Any], worker: int) -> None:
     while (task := queue.get()) is not None:
         job, done, board = task
-        crew.come(board, worker)
+        crew.acknowledge(board, worker)
         try:
             job(worker)
         except BaseException as error:  # noqa: BLE001 - handed to the caller

@@ -24,7 +24,7 @@ from fastdiff.backends.cuda.device import SHARED_LIMITS
 from fastdiff.backends.cuda.layers import LayerOperations
 from fastdiff.backends.cuda.recording import RecordingOperations
 from fastdiff.backends.cuda.step import no_variance, row_records, step_plan
-from fastdiff.backends.cuda.told import ToldOperations
+from fastdiff.backends.cuda.tmpd import TmpdOperations
 from fastdiff.backends.layers import Batch, Recording
 from fastdiff.backends.protocol import (
     AdamW,
@@ -36,8 +36,8 @@ from fastdiff.backends.protocol import (
     MLPPlan,
     PartGradient,
     Row,
-    Told,
-    ToldRoom,
+    TmpdPlan,
+    TmpdWorkspace,
     Training,
     TrainingDraws,
     TrainState,
@@ -57,7 +57,7 @@ VALUE = 4  # bytes
 STEP = 16  # rows and columns of a matrix on tensor cores
 
 
-class Tile(NamedTuple):
+class ChainTile(NamedTuple):
     """How `mlp_chain` runs a network.
 
     Attributes
@@ -72,10 +72,10 @@ class Tile(NamedTuple):
     staged: bool
 
 
-TILES = tuple(Tile(rows, staged) for rows in (64, 32) for staged in (True, False))
+TILES = tuple(ChainTile(rows, staged) for rows in (64, 32) for staged in (True, False))
 FEW = 8  # samples of a tile where larger ones would leave multiprocessors idle
 # On tensor cores. 128 samples are for weights that leave room for one block on a multiprocessor.
-MMA_TILES = (Tile(128, True), *TILES)
+MMA_TILES = (ChainTile(128, True), *TILES)
 MMA_FEW = STEP
 HALVES = {"bf16x3": 2, "bf16": 1}  # how many bf16 a factor is, where it is not float32
 
@@ -133,7 +133,7 @@ def packed_size(plan: MLPPlan, precision: str = "float32") -> int:
     return sum(map(sum, layer_sizes([(layer.inputs, layer.outputs) for layer in plan.layers], precision)))
 
 
-def shared_bytes(plan: MLPPlan, tile: Tile, precision: str = "float32", *, memory: bool = True) -> int:
+def shared_bytes(plan: MLPPlan, tile: ChainTile, precision: str = "float32", *, memory: bool = True) -> int:
     """Return the shared memory of a block of `mlp_chain`; `memory`: the table remembers a row, or several."""
     if precision == "float32":
         left = VALUE * sum(map(_pitch, _widths(plan)))
@@ -145,7 +145,7 @@ def shared_bytes(plan: MLPPlan, tile: Tile, precision: str = "float32", *, memor
 
 def chain_tile(
     plan: MLPPlan, shared_limit: int = SHARED_LIMIT, precision: str = "float32", rows: int | None = None
-) -> Tile | None:
+) -> ChainTile | None:
     """Return how a network runs in one launch, None where it is too wide for that. Large tiles come first.
 
     With `rows` that of tiles of so many samples. A network that is asked for something goes layer by layer: every
@@ -156,7 +156,7 @@ def chain_tile(
         return None
     tiles = TILES if precision == "float32" else MMA_TILES
     if rows is not None:
-        tiles = (Tile(rows, True), Tile(rows, False))
+        tiles = (ChainTile(rows, True), ChainTile(rows, False))
     return next((tile for tile in tiles if shared_bytes(plan, tile, precision) <= shared_limit), None)
 
 
@@ -279,7 +279,7 @@ class _Network:
         self.room: tuple[Array, Array] | None = None  # of the linear part's products in a gradient
         self.batch = 0
         self.buffers: dict[str, Array] = {}
-        self.told: _ToldChain | None = None  # the last
+        self.tmpd: _TmpdChain | None = None  # the last
         self.moves = 0  # how often draws or buffers that a recording may use have changed
         self.draws: TrainingDraws | None = None
         self.sampler = NO_ROWS
@@ -355,7 +355,7 @@ def _bias(layer: DenseLayer, flat: Array) -> Array:
     return flat[layer.bias : layer.bias + layer.outputs]
 
 
-class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
+class MLPOperations(LayerOperations, RecordingOperations, TmpdOperations):
     """Perceptrons: forward, gradient, training, and a sampling chain."""
 
     @cached_property
@@ -423,18 +423,18 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
                 self.mlp_forward(plan, params, Inputs(x, t[:n], asked), out[:n])
             self.sampler_step(x, out[:n] if row.evaluates else None, memory, row, clip, draw.at(row.step))
 
-    def mlp_chain_told(
-        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    def mlp_chain_tmpd(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan
     ) -> bool:
         if len(x) == 0 or not rows:
             return True
         with self._lock:
             net, depth = self._network(plan), max(row.depth for row in rows)
             net.grow(len(x))
-            if net.told is None or not net.told.fits(params, x, told, depth):
-                net.told = None  # the old one goes before the new one comes
-                net.told = _ToldChain(self, net, params, x.shape, told, depth)
-            net.told.run(x, rows, draw)
+            if net.tmpd is None or not net.tmpd.fits(params, x, tmpd, depth):
+                net.tmpd = None  # the old one goes before the new one comes
+                net.tmpd = _TmpdChain(self, net, params, x.shape, tmpd, depth)
+            net.tmpd.run(x, rows, draw)
         return True
 
     def mlp_gradient(
@@ -700,7 +700,7 @@ class MLPOperations(LayerOperations, RecordingOperations, ToldOperations):
             shared,
         )  # fmt: skip
 
-    def _tile_of(self, net: _Network, n: int) -> Tile:
+    def _tile_of(self, net: _Network, n: int) -> ChainTile:
         """The tile for n samples, smaller ones where that keeps more multiprocessors busy; it changes no bits."""
         assert net.tile is not None
         plain = self.precision == "float32"
@@ -884,7 +884,7 @@ class _Parts:
             return net.loss
 
 
-class _ToldStep:
+class _TmpdStep:
     """A row on n states given observations: the network, its products, what moves the output, and the step.
 
     Attributes
@@ -897,11 +897,11 @@ class _ToldStep:
 
     table: Array | None = None
 
-    def __init__(self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], told: Told) -> None:
+    def __init__(self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], tmpd: TmpdPlan) -> None:
         empty = be.runtime.empty
         self.be, self.net, self.params, self.moves = be, net, params, net.moves
-        self.room, self.index = ToldRoom(cast(Backend, be), told, shape, np.float32), empty((shape[0],), np.int64)
-        self.state, self.products = empty(shape), empty((told.products if told.direct else 1, *shape))
+        self.room, self.index = TmpdWorkspace(cast(Backend, be), tmpd, shape, np.float32), empty((shape[0],), np.int64)
+        self.state, self.products = empty(shape), empty((tmpd.products if tmpd.direct else 1, *shape))
 
     def issue(self, memory: list[Array], moves: bool) -> None:
         """Do the row that was set, one that evaluates the network, beside a table's memory."""
@@ -921,26 +921,26 @@ class _ToldStep:
         be._step_deep_recorded(x, out, None, memory, len(memory), self.index)
 
 
-class _ToldChain:
+class _TmpdChain:
     """A perceptron's chains on n states given observations: a row is one graph."""
 
     def __init__(
-        self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], told: Told, depth: int
+        self, be: MLPOperations, net: _Network, params: Array, shape: tuple[int, int], tmpd: TmpdPlan, depth: int
     ) -> None:
-        self.told, self.memory = told, [be.runtime.empty(shape) for _ in range(depth)]
-        self.step = step = _ToldStep(be, net, params, shape, told)
+        self.tmpd, self.memory = tmpd, [be.runtime.empty(shape) for _ in range(depth)]
+        self.step = step = _TmpdStep(be, net, params, shape, tmpd)
         self._moved, self._plain = (be.record(partial(step.issue, self.memory, moves)) for moves in (True, False))
 
-    def fits(self, params: Array, x: Array, told: Told, depth: int) -> bool:
+    def fits(self, params: Array, x: Array, tmpd: TmpdPlan, depth: int) -> bool:
         """Whether it is the one for these states, and the network's buffers are where they were."""
         step = self.step
-        same = step.params is params and self.told is told and step.moves == step.net.moves
+        same = step.params is params and self.tmpd is tmpd and step.moves == step.net.moves
         return same and step.state.shape == x.shape and len(self.memory) == depth
 
     def run(self, x: Array, rows: tuple[Row, ...], draw: Draw) -> None:
         """Change x, which is from state number ``draw.first_row`` on, by all rows of a table."""
-        told, step, be, runtime = self.told, self.step, self.step.be, self.step.be.runtime
-        which, index = told.states(draw.first_row, len(x))
+        tmpd, step, be, runtime = self.tmpd, self.step, self.step.be, self.step.be.runtime
+        which, index = tmpd.states(draw.first_row, len(x))
         step.room.place(which)
         step.index[...] = runtime.asarray(index)
         runtime.copy(step.state, x)
@@ -954,7 +954,7 @@ class _ToldChain:
             be._set_row(plan.record, draw.at(row.step))
             if row.evaluates:
                 step.room.t.fill(row.t)
-                (self._plain if told.gain[row.t] == 0 else self._moved).run()
+                (self._plain if tmpd.gain[row.t] == 0 else self._moved).run()
             else:
                 be._step_deep_recorded(step.state, None, None, self.memory, plan.keep, step.index)
         runtime.copy(x, step.state)

@@ -13,14 +13,14 @@ import numpy.typing as npt
 from fastdiff import noise as law
 from fastdiff.backends.layers import Batch, Conv, ConvShapes, Later, LayerBackend, Prepared, Recording, Sampling
 from fastdiff.backends.numpy.functions import cut, guided
-from fastdiff.backends.numpy.told import ToldOperations
+from fastdiff.backends.numpy.tmpd import TmpdOperations
 from fastdiff.backends.protocol import AdamW, Backend, MLPPlan, Row, Training, TrainingDraws, TrainState
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
 
 
-class HostBackend(ToldOperations):
+class HostBackend(TmpdOperations):
     """The operations of a backend for which nothing is faster than NumPy, or a plain call."""
 
     steps_ahead = 1
@@ -92,9 +92,9 @@ class HostBackend(ToldOperations):
         if covariates is not None:
             covariates[...] = np.asarray(numbers).reshape(covariates.shape)
         if known is not None and marks is not None:
-            told = known_of_rows(draws, x0.reshape(n, -1), None if hidden is None else hidden.reshape(n, -1), of_rows)
-            known[...], marks[...] = (part.reshape(x.shape) for part in np.split(told, 2, axis=1))
-            hold_batch(told, signal.reshape(n, 1), x.reshape(n, -1), target.reshape(n, -1))
+            marked = known_of_rows(draws, x0.reshape(n, -1), None if hidden is None else hidden.reshape(n, -1), of_rows)
+            known[...], marks[...] = (part.reshape(x.shape) for part in np.split(marked, 2, axis=1))
+            hold_batch(marked, signal.reshape(n, 1), x.reshape(n, -1), target.reshape(n, -1))
 
     def mlp_training(
         self, plan: MLPPlan, draws: TrainingDraws, batch: int, state: TrainState, results: Array
@@ -142,16 +142,16 @@ def asked_of_rows(draws: TrainingDraws, rows: Array, draw: Draw) -> tuple[Array 
 
 
 def known_of_rows(draws: TrainingDraws, x0: Array, hidden: Array | None, draw: Draw) -> Array:
-    """Return what a network is told of rows x0 (n, D) at the positions of `draw`, (n, 2 D): values, and marks.
+    """Return what is known to a network of rows x0 (n, D) at the positions of `draw`, (n, 2 D): values, and marks.
 
     `hidden` (n, D) is NaN where nothing has been seen.
     """
     assert draws.targets is not None
     kind, image = draws.targets
-    told = ~law.targets(len(x0), image, kind, draw.of(Stream.DROP)).reshape(x0.shape)
+    marked = ~law.targets(len(x0), image, kind, draw.of(Stream.DROP)).reshape(x0.shape)
     if hidden is not None:
-        told &= ~np.isnan(hidden)
-    return np.hstack([np.where(told, x0, 0), told], dtype=x0.dtype)
+        marked &= ~np.isnan(hidden)
+    return np.hstack([np.where(marked, x0, 0), marked], dtype=x0.dtype)
 
 
 def held(x: Array, known: Array, level: float) -> None:

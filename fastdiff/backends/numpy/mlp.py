@@ -24,7 +24,7 @@ from fastdiff.backends.numpy.functions import (
 )
 from fastdiff.backends.numpy.host import asked_at, drawn_rows, held, hold_batch
 from fastdiff.backends.numpy.step import StepOperations
-from fastdiff.backends.protocol import ChainTable, Inputs, LinearPart, MLPPlan, Row, Told, TrainingDraws
+from fastdiff.backends.protocol import ChainTable, Inputs, LinearPart, MLPPlan, Row, TmpdPlan, TrainingDraws
 from fastdiff.noise import Draw, Stream
 
 Array = npt.NDArray[Any]
@@ -114,8 +114,8 @@ class MLPOperations(StepOperations):
                     out = guided(out, self.mlp_forward(plan, params, Inputs(x, t, unasked)), weights[i])
             self.sampler_step(x, out, memory, row, clip, draw.at(row.step))
 
-    def mlp_chain_told(
-        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, told: Told
+    def mlp_chain_tmpd(
+        self, plan: MLPPlan, params: Array, x: Array, rows: tuple[Row, ...], draw: Draw, tmpd: TmpdPlan
     ) -> bool:
         """Not in one piece: `fastdiff.conditioning` has the formulas."""
         return False

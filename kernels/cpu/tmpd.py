@@ -52,7 +52,7 @@ from fastdiff.kernels.cpu.step import S, apply_row
 
 LANES = 16  # samples that are solved for at once
 TILE = CHAIN_TILE
-# What is told of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
+# Of each of the chain's rows: m = p x + q out is the mean of x0; the gain that moves it, and that of the output;
 # the square of the least singular value that counts; how far a slope may reach.
 P, Q, GAIN, TO_OUTPUT, LEAST2, FARTHEST = range(6)
 # A run of layers of a backward pass: widths of its input and output, where its weights lie, and the slopes of its
@@ -61,7 +61,7 @@ NARROW, WIDE, WEIGHTS, SLOPES, FIRST_LAYER, LAST_LAYER = range(6)
 LANE, COUNT, OBSERVATION, FIRST = range(4)  # of a run of samples of one observation; FIRST is the row of its noise
 
 
-class Told(NamedTuple):
+class Observations(NamedTuple):
     """Observations, and a table: `rows` has for each of its rows P ... FARTHEST.
 
     Draw i is ``i % per`` of observation ``i // per``, whose first is sample `firsts` of it. Observations have rows of
@@ -100,7 +100,7 @@ class Matrices(NamedTuple):
 
 
 class Space(NamedTuple):
-    """A thread's: of the memory, of gradients of a tile's layers, and what `chain_told` cuts out of the rest."""
+    """A thread's: of the memory, of gradients of a tile's layers, and what `chain_tmpd` cuts out of the rest."""
 
     memory: Any
     deltas: Any
@@ -320,7 +320,7 @@ def _chosen(A, back, chosen):
 
 
 @kernel
-def _told_rows(rows, x, A, back, chosen, whole, out):
+def _observed_rows(rows, x, A, back, chosen, whole, out):
     """out (m, TILE) = the rows that are told of x (WIDE, rows) through the weights of run 0.
 
     `chosen` has these rows of the weights, or where it is empty `whole` takes all values (D, rows).
@@ -519,7 +519,7 @@ def _normals(rows, A, law, room, out):
 
 
 @kernel
-def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, space):
+def chain_tmpd(start, stop, x, chain, net, back_pass, observations, law, room, arena, space):
     """All rows of a table on the tiles start ... stop - 1 of x (n, D), flat, with tmpd's guidance.
 
     A gain of 0 is a row whose state says nothing. State i is draw law.first_row + i.
@@ -529,7 +529,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
     layers, params, slots = net.layers, net.params, net.slots
     steps, numbers, depth, _, _ = chain
     back_layers, _, ends = back_pass
-    gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = told
+    gains, K, per, firsts, matrix, all_places, all_y, all_variance, all_reach, m = observations
     memory, deltas, f32, f64, places = space
     here, other, last_delta, first = deltas[0], deltas[1], deltas[2], np.int64(law.first_row)
     d = layers[0, INPUTS]
@@ -629,7 +629,7 @@ def chain_told(start, stop, x, chain, net, back_pass, told, law, room, arena, sp
                         if of_places:
                             result = back[k * wide * rows : (k + 1) * wide * rows]
                             _unit_backward(rows, k, A, back_pass, slopes, here, other, result)
-                            _told_rows(rows, result, A, back_pass, rows_of_weights, noise, seen)
+                            _observed_rows(rows, result, A, back_pass, rows_of_weights, noise, seen)
                             _equations(k, K, p, q, gain, A, B, seen, H)
                             for i in range(rows):
                                 H[(k * K + k) * TILE + i] += variance[k * TILE + i]

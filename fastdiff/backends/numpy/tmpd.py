@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, TINY, Equations, Told, ToldStates
+from fastdiff.backends.protocol import DAMPED, KRYLOV_LEAST, TINY, Equations, TmpdPlan, TmpdStates
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -38,17 +38,17 @@ def transposed(places: Places | None, matrix: Float64 | None, y: Float64, which:
     return out[:, :d]
 
 
-def damped(M: Float64, rest: Float64, least: float | Float64) -> Float64:
-    """Return w with M w = rest, as far as M can be trusted: least squares, iterated by Tikhonov's method.
+def damped(M: Float64, residual: Float64, least: float | Float64) -> Float64:
+    """Return w with M w = residual, as far as M can be trusted: least squares, iterated by Tikhonov's method.
 
     A singular value s of M is divided by where it is well above `least`, up to a relative (least / s)^6, and what it
-    belongs to is left out where it is well below: w = sum_k least^(2k) (M^T M + least^2)^-(k + 1) M^T rest, k = 0 .. 2.
-    M w is then rest with every part lessened, whatever M is.
+    belongs to is left out where it is well below: w = sum_k least^(2k) (M^T M + least^2)^-(k + 1) M^T residual,
+    k = 0 .. 2. M w is then the residual with every part lessened, whatever M is.
 
     Parameters
     ----------
     M : (n, i, j) float64
-    rest : (n, i) float64
+    residual : (n, i) float64
     least : float or (n,) float64
         Above 0.
 
@@ -58,7 +58,7 @@ def damped(M: Float64, rest: Float64, least: float | Float64) -> Float64:
     """
     squared = np.square(least)[..., None, None]
     normal = np.einsum("nij,nik->njk", M, M) + squared * np.eye(M.shape[2])
-    term = np.linalg.solve(normal, np.einsum("nij,ni->nj", M, rest)[..., None])
+    term = np.linalg.solve(normal, np.einsum("nij,ni->nj", M, residual)[..., None])
     total = term.copy()
     for _ in range(DAMPED - 1):
         term = squared * np.linalg.solve(normal, term)
@@ -83,49 +83,49 @@ def arnoldi(k: int, image: Float64, basis: Float64, H: Float64) -> None:
     basis[:, k + 1] = np.where(left > KRYLOV_LEAST * whole, 1 / np.maximum(left, TINY), 0.0)[:, None] * image
 
 
-class ToldOperations:
+class TmpdOperations:
     """Outputs that are moved towards observations."""
 
-    def told_rows(self, told: Told, which: Array, out: Array) -> None:
-        out[...] = rows_of(told.places, told.matrix, which, out.shape[2]).transpose(1, 0, 2)
+    def tmpd_rows(self, tmpd: TmpdPlan, which: Array, out: Array) -> None:
+        out[...] = rows_of(tmpd.places, tmpd.matrix, which, out.shape[2]).transpose(1, 0, 2)
 
-    def told_direct(self, states: ToldStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
-        (told, which, t), (back, H, rest, _) = states, equations
-        p, q, gain = told.numbers[t, :3].T[..., None]
-        A = rows_of(told.places, told.matrix, which, x.shape[1])
+    def tmpd_direct(self, states: TmpdStates, x: Array, out: Array, products: Array, equations: Equations) -> None:
+        (tmpd, which, t), (back, H, residual, _) = states, equations
+        p, q, gain = tmpd.numbers[t, :3].T[..., None]
+        A = rows_of(tmpd.places, tmpd.matrix, which, x.shape[1])
         back[...] = p * A.transpose(1, 0, 2) + q * products
         H[...] = gain[..., None] * np.einsum("nid,jnd->nij", A, back.astype(np.float64, copy=False))
-        H[...] += np.eye(A.shape[1]) * told.variance[which][:, None]
-        rest[...] = _rest(states, x, out)
+        H[...] += np.eye(A.shape[1]) * tmpd.variance[which][:, None]
+        residual[...] = _residual(states, x, out)
 
-    def told_begin(self, states: ToldStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
-        (told, which, _), (_, _, rest, basis) = states, equations
+    def tmpd_begin(self, states: TmpdStates, x: Array, out: Array, cotangent: Array, equations: Equations) -> None:
+        (tmpd, which, _), (_, _, residual, basis) = states, equations
         assert basis is not None
-        first = _rest(states, x, out)
+        first = _residual(states, x, out)
         size = np.linalg.norm(first, axis=1)
         basis[:, 0] = first / np.maximum(size, TINY)[:, None]
-        rest[:, 0], rest[:, 1:] = size, 0
-        cotangent[...] = transposed(told.places, told.matrix, basis[:, 0], which, x.shape[1])
+        residual[:, 0], residual[:, 1:] = size, 0
+        cotangent[...] = transposed(tmpd.places, tmpd.matrix, basis[:, 0], which, x.shape[1])
 
-    def told_arnoldi(self, states: ToldStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
-        (told, which, t), (back, H, _, basis) = states, equations
+    def tmpd_arnoldi(self, states: TmpdStates, k: int, product: Array, cotangent: Array, equations: Equations) -> None:
+        (tmpd, which, t), (back, H, _, basis) = states, equations
         assert basis is not None
-        p, q, gain = told.numbers[t, :3].T[..., None]
+        p, q, gain = tmpd.numbers[t, :3].T[..., None]
         back[k] = p * cotangent + q * product
-        image = gain * times(told.places, told.matrix, back[k].astype(np.float64, copy=False), which)
-        arnoldi(k, image + told.variance[which] * basis[:, k], basis, H)
-        cotangent[...] = transposed(told.places, told.matrix, basis[:, k + 1], which, cotangent.shape[1])
+        image = gain * times(tmpd.places, tmpd.matrix, back[k].astype(np.float64, copy=False), which)
+        arnoldi(k, image + tmpd.variance[which] * basis[:, k], basis, H)
+        cotangent[...] = transposed(tmpd.places, tmpd.matrix, basis[:, k + 1], which, cotangent.shape[1])
 
-    def told_move(self, states: ToldStates, out: Array, equations: Equations) -> None:
-        (told, which, t), (back, H, rest, _) = states, equations
-        _, _, _, to_output, squared, farthest = told.numbers[t].T
-        slope = np.einsum("nk,knd->nd", damped(H, rest, np.sqrt(squared)), back)
-        bound = np.minimum(farthest * told.reach[which] / np.maximum(np.linalg.norm(slope, axis=1), TINY), 1.0)
+    def tmpd_move(self, states: TmpdStates, out: Array, equations: Equations) -> None:
+        (tmpd, which, t), (back, H, residual, _) = states, equations
+        _, _, _, to_output, squared, farthest = tmpd.numbers[t].T
+        slope = np.einsum("nk,knd->nd", damped(H, residual, np.sqrt(squared)), back)
+        bound = np.minimum(farthest * tmpd.reach[which] / np.maximum(np.linalg.norm(slope, axis=1), TINY), 1.0)
         out += ((to_output * bound)[:, None] * slope).astype(out.dtype)
 
 
-def _rest(states: ToldStates, x: Array, out: Array) -> Float64:
+def _residual(states: TmpdStates, x: Array, out: Array) -> Float64:
     """y - A of the mean of x0."""
-    told, which, t = states
-    p, q = told.numbers[t, :2].T[..., None]
-    return told.y[which] - times(told.places, told.matrix, p * x + q * out, which)
+    tmpd, which, t = states
+    p, q = tmpd.numbers[t, :2].T[..., None]
+    return tmpd.y[which] - times(tmpd.places, tmpd.matrix, p * x + q * out, which)
