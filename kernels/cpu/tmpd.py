@@ -361,12 +361,12 @@ def _equations(k, K, p, q, gain, A, linear, seen, H):
 
 
 @kernel
-def _slope_of_places(rows, K, p, q, A, back, linear, pulled, w, f32, here, other, out):
+def _slope_of_places(rows, K, by_output, A, back, linear, pulled, w, f32, here, other, out):
     """out (D, rows): the sum over k of w[k] times the product with J^T of value k, for `pulled` (K, WIDE, rows).
 
-    f32 (K, TILE) is room; `here` and `other` are changed.
+    `by_output` is (p, q) with x0 = p x + q output; f32 (K, TILE) is room; `here` and `other` are changed.
     """
-    d, places = A.d, A.places
+    d, places, (p, q) = A.d, A.places, by_output
     wide = back.runs[0, WIDE]
     other[: d * rows] = ZERO
     for k in range(K):
@@ -664,7 +664,7 @@ def chain_tmpd(start, stop, x, chain, net, back_pass, observations, law, room, a
                     damped(inputs, K, rows, H, rest if direct else rhs, gains[r, LEAST2], normal, pivots, v, w)
                     slope = noise
                     if of_places:
-                        _slope_of_places(rows, K, p, q, A, back_pass, B, back, w, seen, here, other, slope)
+                        _slope_of_places(rows, K, (p, q), A, back_pass, B, back, w, seen, here, other, slope)
                     for k in range(0 if of_places else K):
                         for i in range(rows):
                             seen[i] = np.float32(w[k * TILE + i])
