@@ -13,7 +13,7 @@ directions that smooth curves do not have, and samples show it. Of more than `MO
 are kept, and the others share one variance.
 
 Where variances lie far apart, what is not Gaussian shows along a few axes, at noise that hides it in the sum over
-values that a unit of a network makes. So the first layer of a network that is chosen starts with weights along an axis
+values that a unit of a network makes. So the first layer of a new network starts with weights along an axis
 of variance l in proportion to l^(1/4) (`GaussianBase.turned`). Of windows of CO2, whose level is uniform and has 51 of
 52 parts of the variance, a perceptron with weights of all directions alike learned nothing in 2,200 steps in four
 splits of five. Energy distance to unseen rows, alike and turned (2026-12-01; means over five splits of CO2 and wine,

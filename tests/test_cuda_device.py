@@ -25,7 +25,7 @@ from tolerances import assert_same_bits
 
 import fastdiff as fd
 from fastdiff import backends, cli, demo
-from fastdiff.backends import Inputs
+from fastdiff.backends import PRECISIONS, Inputs
 from fastdiff.backends.cuda import CudaBackend
 from fastdiff.errors import ArgumentError, TrainingError
 from fastdiff.process import posterior
@@ -313,7 +313,7 @@ def test_the_command_line(named, tmp_path, monkeypatch, capsys):
     out = run("info m.safetensors")
     assert re.search(r"^ +device +host$", out, re.M)
     assert re.search(r"^ +here +one launch: 64 samples", out, re.M)
-    assert out.count("one launch") == 4
+    assert out.count("one launch") == 4 * len(PRECISIONS)
     sizes = {"CURVE_STEPS": 2, "FAMILY_STEPS": 2, "FAMILY_CURVES": 20, "GENERATED": 3, "BATCH": 4}
     for name, value in sizes.items():
         monkeypatch.setattr(demo, name, value)

@@ -95,7 +95,7 @@ def test_every_way_runs_and_agrees(on_cpu, workload):
     if isinstance(workload, arrays.Normals):
         expected = {"ours", "eager"}
     elif not workload.image:
-        expected = {"ours", *gpu.WAYS}
+        expected = {"ours", *(f"ours-{name}" for name in workload.precisions), *gpu.WAYS}
     else:
         ours = {"ours", "ours-bf16"} if workload.convolves else {"ours"}
         expected = {*ours, *gpu.IMAGE_WAYS} - (set() if isinstance(workload, networks.Pictures) else {"reduced"})

@@ -92,9 +92,9 @@ class Device:
             self.runtime.launch(source, f"{entry}_wide", *self.runtime.grid_1d(n * (width // WIDE)), args)
             return
         rows = tile_rows(n, width, self.runtime.grid_1d(n * TILE_THREADS, TILE_THREADS)[0])
-        if aligned and rows and not crosses:
+        shared = TILE_BYTES + (FACTOR_BYTES if entry == "forward_noise" else 0)
+        if aligned and rows and not crosses and shared <= self.runtime.shared_limit:
             grid, block = self.runtime.grid_1d(-(-n // rows) * TILE_THREADS, TILE_THREADS)
-            shared = TILE_BYTES + (FACTOR_BYTES if entry == "forward_noise" else 0)
             self.runtime.launch(source, f"{entry}_rows", grid, block, (*args, rows), shared)
             return
         if width >= MOST_WIDTH:
