@@ -482,10 +482,10 @@ def _prepare(model: Model, parts: Split, asked: dict[str, Any], plan: TrainingPl
             normaliser = replace(normaliser, centre=gaps.mean.reshape(X.shape[1:]))
             gaps = gaps.centred(normaliser.centre)
             model._gaussian = GaussianBase.of(gaps.filled(1)[0], gaps.cov)
+        new, first = net.is_new, net.params["layers.0.weight"]
         net.set_linear(model._gaussian.linear(schedule, model.prediction))
-        first, drawn = net.params["layers.0.weight"], net.drawn("layers.0.weight")
-        if np.array_equal(first, drawn):  # a trained one keeps its weights
-            first[...] = model._gaussian.turned(drawn.astype(np.float64))
+        if new:  # a trained one keeps its weights
+            first[...] = model._gaussian.turned(first.astype(np.float64))
     model.schedule, model.net = schedule, net
     zeros = net.layout.zeros
     model._optimizer = Optimizer(plan, zeros(net.dtype), zeros(net.dtype))

@@ -529,7 +529,8 @@ def test_forms_are_kept_while_nothing_changes_the_weights(name, k, times, monkey
     """Of what is done once; what is written down reads the weights. Large ones stay as they are; no bit changes."""
     x, b, same = normals(1, 2, 9, 6, 20), normals(2, k), GEOMETRIES[name]
     weights, shape = [normals(seed, *same.kernel, 20, k) for seed in (3, 4)], (2, *same.size(9, 6), k)
-    convs = [ConvShapes(same, x.shape, shape)] * 2
+    convs = [ConvShapes(same, x.shape, shape)] * 2  # forms of them suit any batch
+    lone = [ConvShapes(same, (1, 1, 6, 20), (1, *same.size(1, 6), k))] * 2
 
     def outputs(forms):
         out = unfilled(*shape)
@@ -541,6 +542,7 @@ def test_forms_are_kept_while_nothing_changes_the_weights(name, k, times, monkey
     kept = [form for form, _ in prepared.run(weights)]
     assert all(form.ndim == 1 and form.size > times * w.size for form, w in zip(kept, weights, strict=True))
     assert_same_bits(outputs(kept), want)
+    assert_same_bits(outputs([form for form, _ in CPU.prepare(lone, backward=False).run(weights)]), want)
     weights[0] += 1  # the forms are those of before
     assert_same_bits(outputs(kept), want)
     assert not np.array_equal(outputs(weights), want)

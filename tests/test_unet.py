@@ -17,6 +17,7 @@ from gradcheck import assert_gradient
 from rows import three_back
 from tolerances import WORKSPACE, assert_close, assert_same_bits
 
+import fastdiff as fd
 from fastdiff.backends import Backend, get_backend
 from fastdiff.backends.layers import Batch
 from fastdiff.backends.numpy import NumpyBackend
@@ -238,6 +239,26 @@ def test_a_step_allocates_nothing_large():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < WORKSPACE
+
+
+@pytest.mark.parametrize("change", ["weights", "fit"])
+def test_a_denoiser_has_the_weights_that_it_was_made_of(backend, change, tmp_path):
+    """Their copies, and forms of them, come to lie where those of a denoiser before lay."""
+    X = np.random.default_rng(8).normal(size=(12, 8, 8, 1)).astype(np.float32)
+    model = fd.Diffusion(UNet((8, 8, 1), channels=(16, 32), blocks=1, T=10), backend=backend)
+    model.fit(X, steps=1, batch=4, progress=False, judge=False)
+    for _ in range(4):
+        if change == "fit":
+            model.fit(X, steps=1, batch=4, progress=False, judge=False)
+            model.save(tmp_path / "m.safetensors")
+            other = fd.load(tmp_path / "m.safetensors", backend=backend)
+            for ema in (True, False):
+                got, want = (each.sample(2, sampler="ddim", steps=3, ema=ema) for each in (model, other))
+                assert_same_bits(got, want)
+        else:
+            model.net.flat *= np.float32(1.2)
+            got = fd.nn.NetworkDenoiser(model.net, model.net.flat, "v", get_backend(backend)).predict(X[:2], 3)
+            assert_same_bits(got, model.net.predict(X[:2], 3, backend=backend))
 
 
 @pytest.mark.parametrize("shape", [NETS["plain"]["shape"], (8, 8, 1)])

@@ -269,10 +269,14 @@ class Network(ABC):
     def redraw(self) -> None:
         """Draw the weights anew from the network's seed: stream WEIGHTS, one row a tensor, as `start` says."""
         for name, view in self.params.items():
-            view[...] = self.drawn(name)
+            view[...] = self._drawn(name)
 
-    def drawn(self, name: str) -> Array:
-        """Return what a tensor is before training."""
+    @property
+    def is_new(self) -> bool:
+        """Whether all weights are as they were drawn."""
+        return all(np.array_equal(view, self._drawn(name)) for name, view in self.params.items())
+
+    def _drawn(self, name: str) -> Array:
         shape, tensor = self.layout.shapes[name], list(self.layout.shapes).index(name)
         start = self.start(name)
         draw = Draw(self.seed, Stream.WEIGHTS, first_row=tensor)

@@ -43,7 +43,15 @@ from fastdiff.noise import Draw, Stream
 if TYPE_CHECKING:
     from fastdiff.nn.network import Network, ProgramNetwork
 
-Forms = Callable[[Program], list[list[Array]]]
+
+class Kept(NamedTuple):
+    """Forms of all weights, see `Prepared`, and where those lie that a forward pass reads."""
+
+    forms: list[list[Array]]
+    places: tuple[int, ...]
+
+
+Forms = Callable[[Program], Kept]
 
 KNOWN = ("known", "marks")  # what a program is given of what is known
 MAX_PROGRAMS = 8  # kept for each queue
@@ -164,13 +172,15 @@ class Laid(NamedTuple):
     program: Program
     passes: Recordings
 
-    def run(self, be: LayerBackend, *arguments: Any, forms: list[list[Array]] | None = None, **options: Any) -> Array:
+    def run(self, be: LayerBackend, *arguments: Any, kept: Kept | None = None, **options: Any) -> Array:
         """Do `Program.run`, as it was recorded where it is the same as before."""
-        kept = [] if forms is None else [form for pair in forms[:1] for form in pair]
+        forms, there = (None, ()) if kept is None else kept
 
         def record(places: list[Array], body: Callable[[], None]) -> Recording:
-            key = tuple(None if array is None else be.address(array) for array in [*places, *kept])
-            made: Recording = self.passes.of(key, lambda: be.record(body, places))
+            # With every form: weights that are gone leave their place to others, whose forms lie elsewhere.
+            key = tuple(None if array is None else be.address(array) for array in places), there
+            own = [pair[0] for pair in forms or []]
+            made: Recording = self.passes.of(key, lambda: be.record(body, [*places, *own]))
             return made
 
         return self.program.run(be, *arguments, forms=forms, record=record, **options)
@@ -258,7 +268,7 @@ class ProgramRunner(Runner):
             raise BackendError(f"backend {be.name!r} does not run image networks: use backend='cpu'")
         self.memory, self.params = memory, net.layout.views(weights)
         self._output: tuple[Array, Array] | None = None  # of `evaluate`, and its timesteps
-        self._forms: dict[int, list[list[Array]]] = {}  # of the weights, for each queue
+        self._kept: dict[int, Kept] = {}  # for each queue
         self._steps = Recordings()
 
     def _parts(self, n: int) -> Array | None:
@@ -300,7 +310,7 @@ class ProgramRunner(Runner):
             with self.memory.lock:
                 some = self._given({name: array[part] for name, array in given.items()})
                 laid = self._laid(len(some["x"]), "output")
-                y[part] = laid.run(self.be, self.params, some, forms=forms and forms(laid.program))
+                y[part] = laid.run(self.be, self.params, some, kept=forms and forms(laid.program))
 
     def evaluate(self, x: Array, t: int, labels: Array = None) -> Array:
         return self._evaluate(x, t, labels, None)
@@ -309,11 +319,12 @@ class ProgramRunner(Runner):
         """Do `evaluate`, and as `step` does keep forms of the weights."""
         return self._evaluate(x, t, labels, self._kept_forms)
 
-    def _kept_forms(self, program: Program) -> list[list[Array]]:
+    def _kept_forms(self, program: Program) -> Kept:
         queue = self.be.queue()
-        if queue not in self._forms:
-            self._forms[queue] = program.prepare(self.be, backward=False).run(program.weights(self.params))
-        return self._forms[queue]
+        if queue not in self._kept:
+            forms = program.prepare(self.be, backward=False).run(program.weights(self.params))
+            self._kept[queue] = Kept(forms, tuple(self.be.address(pair[0]) for pair in forms))
+        return self._kept[queue]
 
     def _evaluate(self, x: Array, t: int, labels: Array | Asked | None, forms: Forms | None) -> Array:
         n, dtype = len(x), self.net.dtype
@@ -391,10 +402,10 @@ class ProgramRunner(Runner):
         for name, array in self._named(labels, n).items():
             given[name] = program.own(be, name, array.shape, array.dtype)
             given[name][...] = array
-        queue, forms = be.queue(), self._kept_forms(program)
+        queue, kept = be.queue(), self._kept_forms(program)
         of, recorded = self._steps.of((queue, n), lambda: (None, None))
         if of is None or of() is not program:
-            output = _Output(self.memory, self.net, be, self.params, self._given(given), forms, self._parts(n))
+            output = _Output(self.memory, self.net, be, self.params, self._given(given), kept, self._parts(n))
             recorded = be.record_sampling(output, own.reshape(n, -1))
             self._steps[queue, n] = weakref.ref(program), recorded
         recorded.run(x, memory, row, clip, draw.at(row.step))
@@ -523,12 +534,12 @@ class _Output:
     be: LayerBackend
     params: Mapping[str, Array]
     given: dict[str, Array]
-    forms: list[list[Array]]
+    kept: Kept
     parts: Array | None
 
     def __call__(self) -> Array:
         laid = self.memory.laid(self.net, self.be, len(self.given["x"]), "output")
-        return _both_parts(self.be, laid.run(self.be, self.params, self.given, forms=self.forms), self.parts)
+        return _both_parts(self.be, laid.run(self.be, self.params, self.given, kept=self.kept), self.parts)
 
 
 class _Whole:

@@ -117,8 +117,9 @@ class _Product:
         self.adjoint = adjoint
         # Whether the weights can be used as they are.
         self.direct = not adjoint and taps == [(i, i, 0) for i in range(len(taps))]
-        # Whether a product reads them panel by panel.
-        self.packed = not self.by_winograd and k >= PACKED_CHANNELS and images * height * width >= PACKED_USES
+        # Whether a product reads them panel by panel; where that is a copy made for it, it must be used often.
+        often = not self.direct or images * height * width >= PACKED_USES
+        self.packed = not self.by_winograd and k >= PACKED_CHANNELS and often
         # Whether it is one matrix product over all pixels of all images.
         self.linear = geometry == Conv()
         self.collected = self.taps[self.taps[:, 1] >= 0, :2].copy()
