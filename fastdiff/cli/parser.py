@@ -186,8 +186,8 @@ def add_common(command: argparse.ArgumentParser, *, seed: str, usual_seed: int |
     )
     command.add_argument(
         "--precision", choices=PRECISIONS,
-        help="of what convolutions of pictures multiply: bf16 needs tensor cores, or a CPU with AMX; on cuda "
-        "bf16x3 and bf16 are for perceptrons too (default: float32)",
+        help="what is multiplied: bf16 for networks of pictures, on tensor cores or a CPU with AMX, and on cuda for "
+        "perceptrons; bf16x3 for perceptrons on cuda (default: float32)",
     )  # fmt: skip
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 

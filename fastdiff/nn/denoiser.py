@@ -23,7 +23,7 @@ class NetworkDenoiser:
     net : Network
         The architecture.
     flat : array
-        The weights in use.
+        The weights in use. Forms of them may be kept: whoever changes them makes a new denoiser.
     prediction : {"noise", "x0", "v", "velocity"}
         What its output is.
     backend : Backend
