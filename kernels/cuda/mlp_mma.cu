@@ -1,4 +1,4 @@
-// Chains of perceptrons on tensor cores: mlp_chain of mlp.cu with other products, in one of two arithmetics.
+// Chains of perceptrons on tensor cores: mlp_chain of mlp.cu with other products, in one of two kinds of arithmetic.
 //   SPLIT: each factor is the sum of two bf16, high and low, 16 bits of it; high high, high low and low high are added
 //   up in float32, and low low, below 2^-16 of the product, is left out.
 //   Else each factor is one bf16.
