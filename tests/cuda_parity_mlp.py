@@ -156,7 +156,8 @@ def networks_on_tensor_cores(be, size):
         got = forward(plan, net.flat)
         if part := plan.linear:
             basis, gains = part.basis.astype(np.float32), part.gains.astype(np.float32)[t]
-            alone = replace(plan, layers=(DenseLayer(*basis.shape, 0, basis.size, "none"),), linear=None)
+            layers = (DenseLayer(*basis.shape, 0, basis.size, "none"),)
+            alone = replace(plan, layers=layers, time_width=0, linear=None)
             h = forward(alone, np.append(basis, np.zeros(part.rank, np.float32))) * gains
             rest = 0 if part.rest is None else part.rest[t, None] * x
             of_part = rounded_product(h, np.ascontiguousarray(basis.T), precision)
