@@ -632,7 +632,7 @@ def quality_runs(**changed):
         ({"ours": 0.03}, False),
         ({"ours": 0.2}, False),
         ({"nearest": 0.5}, False),
-        ({"seconds": 61.0}, False),
+        ({"seconds": 121.0}, False),
     ],
 )
 def test_quality_says_what_is_missed(changed, met):

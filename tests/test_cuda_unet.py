@@ -50,7 +50,7 @@ def test_the_protocol_is_complete(be):
 
 @pytest.mark.parametrize("precision", ["tf32", "", None, 32])
 def test_precisions_are_named(precision):
-    with pytest.raises(ArgumentError, match=r"^precision: .*wants one of 'float32', 'bf16'"):
+    with pytest.raises(ArgumentError, match=r"^precision: .*wants one of 'float32', 'bf16x3', 'bf16'"):
         CudaBackend(HostRuntime(), precision=precision)
     with pytest.raises(ArgumentError, match=r"^precision: got 'bf16', wants None: the numpy backend has no choice"):
         fd.get_backend("numpy", precision="bf16")
