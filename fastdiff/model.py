@@ -194,9 +194,9 @@ class Diffusion:
         if self._own_net:
             self.net = None
         elif self.net is not None:
-            self.net.redraw()
             if self.net.has_linear:
                 self.net.set_linear(None)
+            self.net.redraw()
         return self
 
     @alone

@@ -48,7 +48,7 @@ LANCZOS = 1e-6  # nats: bias of the trace of a log in a Krylov space, against th
 TMPD = 4e-4
 
 PAGE, PAGE_FLOAT64 = 1e-5, 1e-9  # samples of the page, which computes in float64, against float32 and float64 ones
-PAGE_TMPD = 5e-5  # the same of a perceptron given observations: the library solves with float32 products (TMPD)
+PAGE_TMPD = TMPD  # the same of a perceptron given observations: the library solves with float32 products
 FIRST_PAINT_MS = 1000  # from the opening of the page's file to its first text
 FRAME_MS = 8  # of script, in the median, for a frame of 100 draws of 50 points of an exact denoiser
 
