@@ -107,7 +107,7 @@ class Normaliser:
                 return cls(mean, std, noise_shape)
             equal = std == 0 if missing else np.logical_and.reduce([(X[0] == part).all(axis=0) for part in parts(X)])
             if scale == "auto" and equal.any() and not equal.all() and noise_shape is None:
-                log.info("scale: %d columns are constant, and samples will be so too", equal.sum())
+                log.info("scale: constant columns: %d; samples will be constant there too", equal.sum())
                 others = cls.of(replace(X, columns=~equal) if isinstance(X, StoredRows) else X[:, ~equal])
                 return cls(np.where(equal, mean if missing else X[0], others.mean), np.where(equal, 0.0, others.std))
         return cls(centre * largest, spread * largest if spread >= CONSTANT else 1.0, noise_shape)
